@@ -1,0 +1,231 @@
+"""Key-value caches: one pool tensor for all requests, a handle per request, and where a step reads and writes in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from foredraft.tree import Ids, TreeBatch, ancestor_mask, depths_of
+
+_GROWTH = 256
+"""Slots grow by this many positions at least, so that short requests do not pay for a long context."""
+
+
+@dataclass(eq=False)
+class KVCache:
+    """A request's slot in a pool.
+
+    Attributes:
+        length: committed tokens in it: all of the request's except the root.
+    """
+
+    pool: KVPool
+    slot: int
+    length: int = 0
+
+    def truncate(self, length: int) -> None:
+        """Forgets everything after the first `length` tokens."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot truncate a cache of {self.length} tokens to {length}")
+        self.length = length
+
+
+class KVPool:
+    """Keys and values of up to `num_slots` requests in one tensor, [2, L, slots, H, T, D].
+
+    Tree nodes stand behind a request's committed tokens, node i at ``length + i``, until `keep` commits a path.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_slots: int,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self.kv = torch.zeros(2, num_layers, num_slots, num_heads, 0, head_dim, dtype=dtype, device=device)
+        self._heads = torch.arange(num_heads, device=device)
+        self._free = list(range(num_slots))[::-1]
+
+    def allocate(self) -> KVCache:
+        """A new empty cache.
+
+        Raises:
+            RuntimeError: every slot is taken.
+        """
+        if not self._free:
+            raise RuntimeError(f"all {self.kv.shape[2]} slots of the cache are taken: raise max_num_seqs")
+        return KVCache(self, self._free.pop())
+
+    def copy(self, cache: KVCache) -> KVCache:
+        """A new cache with the contents of another."""
+        new = self.allocate()
+        new.length = cache.length
+        self.kv[:, :, new.slot, :, : cache.length] = self.kv[:, :, cache.slot, :, : cache.length]
+        return new
+
+    def free(self, cache: KVCache) -> None:
+        """Gives the slot back."""
+        self._free.append(cache.slot)
+
+    def reserve(self, length: int) -> None:
+        """Makes room for `length` positions in every slot."""
+        have = self.kv.shape[4]
+        if length > have:
+            more = max(length - have, _GROWTH, have // 2)
+            self.kv = torch.cat([self.kv, self.kv.new_zeros(*self.kv.shape[:4], more, self.kv.shape[5])], dim=4)
+
+    def write(
+        self, layer: int, layout: Layout, key: Float[Tensor, "m h e"], value: Float[Tensor, "m h e"]
+    ) -> None:
+        """Stores the new nodes' keys and values of one layer."""
+        if len(layout.slots) == 1:
+            first = layout.first_place
+            there = self.kv[:, layer, layout.slots[0], :, first : first + len(key)]
+            there[0], there[1] = key.transpose(0, 1), value.transpose(0, 1)
+        else:
+            self.kv[0, layer].index_put_((layout.slot[:, None], self._heads, layout.place[:, None]), key)
+            self.kv[1, layer].index_put_((layout.slot[:, None], self._heads, layout.place[:, None]), value)
+
+    def read(self, layer: int, layout: Layout) -> tuple[Float[Tensor, "b h t e"], Float[Tensor, "b h t e"]]:
+        """Keys and values of one layer, for the slots of `layout`, up to the longest live length."""
+        first, count = layout.slots[0], len(layout.slots)
+        if layout.slots == list(range(first, first + count)):
+            key, value = self.kv[:, layer, first : first + count, :, : layout.length]
+        else:
+            key, value = self.kv[:, layer, layout.slots, :, : layout.length]
+        return key, value
+
+    def keep(self, caches: Sequence[KVCache], paths: Sequence[Sequence[int]]) -> None:
+        """Commits node 0 and the path of every request, in one gather over all requests and layers."""
+        slots, sources, places = [], [], []
+        for cache, path in zip(caches, paths, strict=True):
+            for place, node in enumerate(path, start=1):
+                if node != place:
+                    slots.append(cache.slot)
+                    sources.append(cache.length + node)
+                    places.append(cache.length + place)
+            cache.length += 1 + len(path)
+        if slots:
+            index = torch.tensor([slots, sources, places], device=self.kv.device)
+            self.kv[:, :, index[0], :, index[2]] = self.kv[:, :, index[0], :, index[1]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the nodes of one forward go; M of them are new, in packed order.
+
+    Attributes:
+        token_ids, positions: of the new nodes; a node's position is its cache length plus its depth.
+        new: packed index of each new node.
+        request, column: new node m stands in row ``request[m]``, column ``column[m]`` of the padded [B, N] batch.
+        slot, place: where its key and value are written.
+        slots: slot of each request.
+        first_place: ``place[0]``.
+        width: N, the most new nodes of any request.
+        length: positions read per slot, the longest request's.
+        visible: which positions of its slot each padded query may attend to.
+        key_positions: token position that each place of a slot holds.
+    """
+
+    token_ids: Int[Tensor, " m"]
+    positions: Int[Tensor, " m"]
+    new: Ids
+    request: Int[Tensor, " m"]
+    column: Int[Tensor, " m"]
+    slot: Int[Tensor, " m"]
+    place: Int[Tensor, " m"]
+    slots: list[int]
+    first_place: int
+    width: int
+    length: int
+    visible: Bool[np.ndarray, "b n t"]
+    key_positions: Ids
+
+    def mask(
+        self, dtype: torch.dtype, device: torch.device, window: int | None = None
+    ) -> Float[Tensor, "b 1 n t"] | None:
+        """Additive attention mask; None if every query sees every key. `window` hides what lies that many positions back or
+        more, where positions count depth, not node index."""
+        visible = self.visible
+        if window is not None:
+            queries = np.zeros(visible.shape[:2], np.int64)
+            queries[self.request.cpu().numpy(), self.column.cpu().numpy()] = self.positions.cpu().numpy()
+            visible = visible & (self.key_positions[:, None, :] > queries[:, :, None] - window)
+            visible[:, :, 0] |= ~visible.any(-1)  # padding rows attend to something, or softmax gives NaN
+        if visible.all():
+            return None
+        mask = torch.zeros(visible.shape, dtype=dtype, device=device)
+        return mask.masked_fill_(torch.from_numpy(~visible).to(device), -torch.inf)[:, None]
+
+    def rows_of(self, rows: Ids) -> Int[Tensor, " r"]:
+        """Where among the new nodes the packed nodes `rows` stand."""
+        return torch.from_numpy(np.searchsorted(self.new, rows)).to(self.token_ids.device)
+
+    def pad(self, states: Float[Tensor, "m h e"]) -> Float[Tensor, "b n h e"]:
+        """New nodes to the padded batch."""
+        if len(self.slots) * self.width == len(states):
+            return states.view(len(self.slots), self.width, *states.shape[1:])
+        padded = states.new_zeros(len(self.slots), self.width, *states.shape[1:])
+        padded[self.request, self.column] = states
+        return padded
+
+    def unpad(self, states: Float[Tensor, "b n d"]) -> Float[Tensor, "m d"]:
+        """The padded batch back to new nodes."""
+        if len(self.slots) * self.width == len(self.token_ids):
+            return states.flatten(0, 1)
+        return states[self.request, self.column]
+
+
+def lay_out(
+    batch: TreeBatch, caches: Sequence[KVCache], start: Sequence[int] | None, device: torch.device
+) -> Layout:
+    """Plans one forward of `batch`, whose first ``start[b]`` nodes per tree are in the cache already."""
+    sizes = np.diff(batch.offsets)
+    first = np.zeros(len(batch), np.int64) if start is None else np.asarray(start, np.int64)
+    lengths = np.asarray([cache.length for cache in caches], np.int64)
+    width, length = int((sizes - first).max()), int((lengths + sizes).max())
+    visible = np.zeros((len(batch), width, length), dtype=bool)
+    key_positions = np.tile(np.arange(length), (len(batch), 1))
+    nodes, positions = [], []
+    for b, size in enumerate(sizes.tolist()):
+        parents = batch.parents[batch.offsets[b] : batch.offsets[b + 1]]
+        depths = depths_of(parents)
+        rows = size - first[b]
+        visible[b, :, : lengths[b]] = True
+        visible[b, rows:, 0] = True  # padding rows attend to something, or softmax gives NaN
+        visible[b, :rows, lengths[b] : lengths[b] + size] = ancestor_mask(parents)[first[b] :]
+        key_positions[b, lengths[b] : lengths[b] + size] = lengths[b] + depths
+        nodes.append(np.arange(first[b], size))
+        positions.append(lengths[b] + depths[first[b] :])
+    request = np.repeat(np.arange(len(batch)), sizes - first)
+    local = np.concatenate(nodes)
+    new = local + batch.offsets[request]
+    slots = np.asarray([cache.slot for cache in caches], np.int64)
+
+    def tensor(values: Ids) -> Tensor:
+        return torch.from_numpy(values).to(device)
+
+    return Layout(
+        token_ids=tensor(batch.tokens[new]),
+        positions=tensor(np.concatenate(positions)),
+        new=new,
+        request=tensor(request),
+        column=tensor(local - first[request]),
+        slot=tensor(slots[request]),
+        place=tensor(lengths[request] + local),
+        slots=slots.tolist(),
+        first_place=int(lengths[0] + first[0]),
+        width=width,
+        length=length,
+        visible=visible,
+        key_positions=key_positions,
+    )

@@ -1,0 +1,132 @@
+"""Randomness as an argument: addressed, not consumed in order.
+
+Every random number is a stateless hash of (seed, number of committed tokens, key). A key is (purpose, path of sibling
+ranks, index), so that a draw is the same whatever the call order, the batch or the way a tree is constructed. The hash is
+splitmix64's finaliser (Steele, Lea, Flood, OOPSLA 2014), used as a counter-based generator; 53 bits of it are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Key = tuple[str, tuple[int, ...], int]
+"""(purpose, path of sibling ranks from the root, index)."""
+
+_WORD = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX1 = 0xBF58476D1CE4E5B9
+_MIX2 = 0x94D049BB133111EB
+
+
+def mix(word: int) -> int:
+    """splitmix64's finaliser: a bijection of 64-bit words whose output bits look independent."""
+    word = ((word ^ (word >> 30)) * _MIX1) & _WORD
+    word = ((word ^ (word >> 27)) * _MIX2) & _WORD
+    return word ^ (word >> 31)
+
+
+def hash_seed(seed: int, number: int) -> int:
+    """The seed of part `number` (an output of n, a request of an engine) of something seeded with `seed`."""
+    return mix((mix(seed & _WORD) + (number + 1) * _GOLDEN) & _WORD)
+
+
+@lru_cache(maxsize=1 << 16)
+def _hash_address(purpose: str, path: tuple[int, ...]) -> int:
+    word = int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little")
+    for rank in path:
+        word = mix((word + (rank + 1) * _GOLDEN) & _WORD)
+    return word
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _shift(words: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64 (the built-in one is arithmetic)."""
+    return (words >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix_tensor(words: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """`mix` on int64 tensors, whose products wrap as 64-bit words do."""
+    words = (words ^ _shift(words, 30)) * _signed(_MIX1)
+    words = (words ^ _shift(words, 27)) * _signed(_MIX2)
+    return words ^ _shift(words, 31)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of one output. Frozen: asking never changes what comes next.
+
+    Attributes:
+        seed: any integer; equal seeds give equal numbers.
+        num_committed: how many tokens (prompt and root included) are committed; set with `at` once a step.
+    """
+
+    seed: int
+    num_committed: int = 0
+
+    def at(self, num_committed: int) -> Draws:
+        """The numbers of the step that starts with this many committed tokens."""
+        return Draws(self.seed, num_committed)
+
+    def _start(self, key: Key) -> int:
+        return mix(hash_seed(self.seed, self.num_committed) ^ _hash_address(key[0], key[1]))
+
+    def uniform(self, key: Key) -> float:
+        """A number in [0, 1), a multiple of 2**-53."""
+        return (mix((self._start(key) + (key[2] + 1) * _GOLDEN) & _WORD) >> 11) * 2.0**-53
+
+    def bernoulli(self, prob: float, key: Key) -> bool:
+        """True with probability `prob`. Strict, so that probability 0 never happens and 1 always does."""
+        return self.uniform(key) < prob
+
+    def categorical(self, probs: Float[Tensor, " v"], key: Key) -> int:
+        """A token from `probs` (need not be normalised). A token of zero probability never comes.
+
+        Raises:
+            ValueError: `probs` has no mass.
+        """
+        cumulative = probs.double().cumsum(0)
+        total = float(cumulative[-1])
+        if not total > 0:
+            raise ValueError("cannot draw a token from a law without mass: every probability is zero or not a number")
+        token = int(torch.searchsorted(cumulative, self.uniform(key) * total, right=True))
+        if token >= len(probs):  # u * total was rounded up to total
+            token = int(torch.nonzero(probs)[-1])
+        return token
+
+    def order(self, probs: Float[Tensor, " v"], key: Key, k: int) -> list[int]:
+        """`k` tokens drawn from `probs` one after another without replacement, fewer if fewer have mass."""
+        return self.order_rows([self], probs[None], [key], k)[0]
+
+    @staticmethod
+    def order_rows(
+        draws: Sequence[Draws], probs: Float[Tensor, "n v"], keys: Sequence[Key], k: int
+    ) -> list[list[int]]:
+        """`order` of many rows at once; row i is drawn with ``draws[i]`` at ``keys[i]``.
+
+        An exponential race, which is Gumbel-top-k: token t arrives at time -log(u_t) / probs[t], u_t addressed by t, and the
+        first k arrivals are the draws. Computed in float64.
+        """
+        starts = [_signed(one._start(key)) for one, key in zip(draws, keys, strict=True)]
+        words = torch.tensor(starts, device=probs.device)[:, None] + _token_words(probs.shape[1], probs.device)
+        uniform = (_shift(_mix_tensor(words), 11).double() + 0.5) * 2.0**-53
+        arrival = uniform.log_().neg_().div_(probs)
+        times, tokens = arrival.topk(min(k, probs.shape[1]), largest=False)
+        return [
+            [token for time, token in zip(*row, strict=True) if time < float("inf")]
+            for row in zip(times.tolist(), tokens.tolist(), strict=True)
+        ]
+
+
+@lru_cache(maxsize=8)
+def _token_words(vocab_size: int, device: torch.device) -> Int[Tensor, " v"]:
+    return (torch.arange(vocab_size, device=device) + 1) * _signed(_GOLDEN)

@@ -1,0 +1,49 @@
+"""How a tree grows: GROWERS names every policy, what it needs from a drafter and how it draws."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from foredraft.grow.base import Options
+from foredraft.grow.chain import Branching, Chain
+from foredraft.grow.dyspec import DySpec, DySpecThreshold
+from foredraft.grow.static import Sequoia, Static
+from foredraft.grow.topk import Opt, TopK
+from foredraft.tree import Drawn
+
+
+class GrowerRow(NamedTuple):
+    """One policy.
+
+    Attributes:
+        grower: its class; the fields of the class are its options.
+        needs: what it asks of a drafter, a capability of the drafters' table.
+        drawn: how it draws at temperatures above 0 (at 0 everything is deterministic unless `draft_sampling` says otherwise).
+        rule: the best exact rule for its trees.
+        chains_only: whether its trees never branch.
+    """
+
+    grower: type[Options]
+    needs: str
+    drawn: Drawn
+    rule: str
+    chains_only: bool
+    source: str
+
+
+_D, _I, _W = Drawn.DETERMINISTIC, Drawn.IID, Drawn.WITHOUT_REPLACEMENT
+
+GROWERS: dict[str, GrowerRow] = {
+    "chain": GrowerRow(Chain, "expand", _I, "block", True, "Leviathan et al. 2023 (arXiv 2211.17192)"),
+    "branching": GrowerRow(
+        Branching, "expand", _I, "multiround-iid", False, "Yin et al. 2024 (arXiv 2411.00841), Algorithm 4; SpecInfer"
+    ),
+    "static": GrowerRow(Static, "expand", _D, "deterministic", False, "Medusa (arXiv 2401.10774), section 2.1.2"),
+    "sequoia": GrowerRow(Sequoia, "expand", _W, "multiround", False, "Sequoia (arXiv 2402.12374), section 4.1"),
+    "topk": GrowerRow(TopK, "expand", _D, "deterministic", False, "EAGLE-2 (arXiv 2406.16858), section 4"),
+    "opt": GrowerRow(Opt, "expand", _D, "deterministic", False, "OPT-Tree (arXiv 2406.17276), Algorithm 1"),
+    "dyspec": GrowerRow(DySpec, "expand", _W, "multiround", False, "DySpec (arXiv 2410.11744), Algorithm 1"),
+    "dyspec-threshold": GrowerRow(
+        DySpecThreshold, "expand", _W, "multiround", False, "DySpec (arXiv 2410.11744), Algorithm 2"
+    ),
+}

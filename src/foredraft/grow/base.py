@@ -1,0 +1,214 @@
+"""What every tree policy shares: building a tree node by node, and growing the trees of a batch side by side.
+
+A policy is a generator for one request: it yields the nodes whose draft law it needs next, is sent the laws, adds children,
+and so on. `grow_batch` runs the policies of a batch in step, so that each round costs one call of the drafter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foredraft.draws import Draws
+from foredraft.protocols import Budget, Expander
+from foredraft.sampling import SamplingParams, warp
+from foredraft.tree import Drawn, TreeBatch
+
+Laws = Float[Tensor, "n v"]
+Policy = Generator[list[int], Laws, None]
+
+GREEDY_DRAFT_TEMPERATURE = 0.6
+"""Draft temperature where the request is greedy: the draft temperature of DySpec's and Sequoia's experiments."""
+
+
+@dataclass
+class Sapling:
+    """A tree that is still growing; node 0 is the root.
+
+    Attributes:
+        values: the draft probability of each node's path, the estimate of the probability that it is accepted.
+        sampled: whether children are sampled (else the most likely tokens are taken).
+        num_passes, num_evaluated: calls of the drafter so far, and nodes they evaluated.
+    """
+
+    root: int
+    budget: Budget
+    draws: Draws
+    sampled: bool
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    ranks: list[tuple[int, ...]] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    drawn: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    num_children: list[int] = field(default_factory=list)
+    kept: list[int] | None = None
+    num_passes: int = 0
+    num_evaluated: int = 0
+
+    def __post_init__(self) -> None:
+        self._append(self.root, -1, 0, (), 1.0)
+
+    def add(self, parent: int, token: int, prob: float, drawn: Drawn) -> int:
+        """A new last child of `parent`; `prob` is the token's draft probability. Returns the node."""
+        rank = self.num_children[parent]
+        self.num_children[parent] += 1
+        self.drawn[parent] = drawn
+        value = self.values[parent] * prob
+        return self._append(token, parent, self.depths[parent] + 1, (*self.ranks[parent], rank), value)
+
+    def _append(self, token: int, parent: int, depth: int, ranks: tuple[int, ...], value: float) -> int:
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.depths.append(depth)
+        self.ranks.append(ranks)
+        self.values.append(value)
+        self.drawn.append(Drawn.DETERMINISTIC)
+        self.rows.append(-1)
+        self.num_children.append(0)
+        return len(self.tokens) - 1
+
+    def pick(self, nodes: Sequence[int], laws: Laws, k: int) -> list[list[tuple[int, float]]]:
+        """Up to `k` distinct children of each node as (token, draft probability), in draw order.
+
+        Sampled without replacement, or the most likely ones in descending order; decided without looking at any token.
+        """
+        if k <= 0:
+            return [[] for _ in nodes]
+        if self.sampled:
+            keys = [("draft", self.ranks[node], 0) for node in nodes]
+            tokens = self.draws.order_rows([self.draws] * len(nodes), laws, keys, k)
+        else:
+            tokens = laws.topk(min(k, laws.shape[1])).indices.tolist()
+        picked = []
+        for row, law in zip(tokens, laws, strict=True):
+            probs = law[row].tolist()
+            picked.append([(token, prob) for token, prob in zip(row, probs, strict=True) if prob > 0])
+        return picked
+
+    @property
+    def way(self) -> Drawn:
+        """How `pick` draws."""
+        return Drawn.WITHOUT_REPLACEMENT if self.sampled else Drawn.DETERMINISTIC
+
+    def keep_only(self, nodes: Sequence[int]) -> None:
+        """Restricts the tree to `nodes` (the root among them, parents before children, siblings in draw order)."""
+        self.kept = list(nodes)
+
+
+def draft_sampling(sampling: SamplingParams, draft_temperature: float | None) -> SamplingParams:
+    """The parameters of the draft law: the request's truncation, at a temperature of its own.
+
+    The law has its own temperature because at target temperature 0 it would be one-hot and every tree a chain.
+    """
+    temperature = draft_temperature or sampling.temperature or GREEDY_DRAFT_TEMPERATURE
+    return replace(sampling, temperature=temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every grower can be told.
+
+    Attributes:
+        draft_temperature: temperature of the draft law; None is the request's, or 0.6 where the request is greedy.
+        draft_sampling: ``auto`` takes the most likely tokens at target temperature 0; ``sampled`` draws there too.
+    """
+
+    draft_temperature: float | None = None
+    draft_sampling: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.draft_temperature is not None and not self.draft_temperature > 0:
+            raise ValueError(f"draft_temperature must be above 0 (or None), got {self.draft_temperature}")
+        if self.draft_sampling not in ("auto", "sampled"):
+            raise ValueError(f"draft_sampling must be 'auto' or 'sampled', got {self.draft_sampling!r}")
+
+
+def grow_batch(
+    policy: Callable[[Sapling], Policy],
+    options: Options,
+    drafter: Expander,
+    states: Sequence[Any],
+    roots: Sequence[int],
+    budgets: Sequence[Budget],
+    sampling: Sequence[SamplingParams],
+    draws: Sequence[Draws],
+    *,
+    can_sample: bool = True,
+) -> TreeBatch:
+    """Grows one tree a request by `policy`, one drafter call per round for the whole batch."""
+    always = options.draft_sampling == "sampled"
+    trees = [
+        Sapling(root, budget, draw, can_sample and (always or one.temperature > 0))
+        for root, budget, draw, one in zip(roots, budgets, draws, sampling, strict=True)
+    ]
+    laws = [draft_sampling(one, options.draft_temperature) for one in sampling]
+    policies = [policy(tree) for tree in trees]
+    wanted = [_advance(one, None) for one in policies]
+    passes: list[Laws] = []
+    num_rows = 0
+    while any(wanted):
+        partial = pack(trees, torch.empty(0, 0))
+        node_ids = np.concatenate([np.asarray(w, np.int64) + partial.offsets[b] for b, w in enumerate(wanted)])
+        logits = drafter.expand(states, partial, node_ids)
+        probs = _warp_batch(logits, laws, wanted)
+        passes.append(probs)
+        done = 0
+        for b, nodes in enumerate(wanted):
+            if nodes:
+                for i, node in enumerate(nodes):
+                    trees[b].rows[node] = num_rows + done + i
+                trees[b].num_passes += 1
+                trees[b].num_evaluated += len(nodes)
+                wanted[b] = _advance(policies[b], probs[done : done + len(nodes)])
+                done += len(nodes)
+        num_rows += done
+    return pack(trees, torch.cat(passes) if passes else torch.empty(0, 0))
+
+
+def _advance(policy: Policy, laws: Laws | None) -> list[int]:
+    """The nodes that `policy` wants next; none when it is done."""
+    try:
+        return next(policy) if laws is None else policy.send(laws)
+    except StopIteration:
+        return []
+
+
+def _warp_batch(logits: Laws, laws: Sequence[SamplingParams], wanted: Sequence[Sequence[int]]) -> Laws:
+    if all(law == laws[0] for law in laws[1:]):
+        return warp(logits, laws[0])
+    parts = logits.split([len(nodes) for nodes in wanted])
+    return torch.cat([warp(part, law) for part, law in zip(parts, laws, strict=True)])
+
+
+def pack(trees: Sequence[Sapling], draft_probs: Float[Tensor, "r v"]) -> TreeBatch:
+    """The trees as a batch, restricted to what they keep. Rows of laws that nothing was sampled from are dropped."""
+    tokens, parents, drawn, rows, offsets = [], [], [], [], [0]
+    for tree in trees:
+        if tree.kept is None:
+            tokens += tree.tokens
+            parents += tree.parents
+            chosen = range(len(tree.tokens))
+        else:
+            chosen = tree.kept
+            place = {node: i for i, node in enumerate(chosen)} | {-1: -1}
+            tokens += [tree.tokens[node] for node in chosen]
+            parents += [place[tree.parents[node]] for node in chosen]
+        drawn += [tree.drawn[node] for node in chosen]
+        rows += [tree.rows[node] if tree.drawn[node] else -1 for node in chosen]
+        offsets.append(len(tokens))
+    return TreeBatch(
+        tokens=np.asarray(tokens, np.int64),
+        parents=np.asarray(parents, np.int64),
+        drawn=np.asarray(drawn, np.int64),
+        draft_row=np.asarray(rows, np.int64),
+        offsets=np.asarray(offsets, np.int64),
+        draft_probs=draft_probs,
+    )

@@ -1,0 +1,85 @@
+"""The best tree shape for a given acceptance vector, and its size and depth from measured costs.
+
+Source: Chen et al., Sequoia (arXiv 2402.12374), section 4.1: the value of a tree is the sum over its nodes of the product of
+P[rank] on the way from the root, P[k] being the probability that the (k + 1)-th child is the accepted one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from foredraft.protocols import Budget
+
+Path = tuple[int, ...]
+
+
+class Costs(NamedTuple):
+    """Measured seconds: one pass of the drafter, and one of the target against the number of nodes it runs."""
+
+    draft: float
+    verify: tuple[tuple[int, float], ...]
+
+    def step(self, nodes: int, depth: int) -> float:
+        """Seconds of a step with `nodes` tokens to verify (root included) after `depth` draft passes."""
+        sizes, seconds = zip(*self.verify, strict=True)
+        return depth * self.draft + float(np.interp(nodes, sizes, seconds))
+
+
+@lru_cache(maxsize=64)
+def tree_values(acceptance: tuple[float, ...], budget: Budget) -> Float[np.ndarray, "l b m"]:
+    """T[l, b, m]: the best value of a tree of m nodes (root included) of depth at most l whose root has b children.
+
+    ``T[l, b, m] = max_y T[l, b - 1, y] + P[b - 1] * max_b' T[l - 1, b', m - y]``; minus infinity where no tree exists.
+    Source: Sequoia, section 4.1.1.
+    """
+    size = budget.nodes + 1
+    ranks = min(len(acceptance), budget.nodes)
+    table = np.full((budget.depth + 1, ranks + 1, size + 1), -np.inf)
+    table[:, 0, 1] = 1.0
+    for depth in range(1, budget.depth + 1):
+        below = table[depth - 1].max(axis=0)
+        for b in range(1, ranks + 1):
+            fewer, gain = table[depth, b - 1], acceptance[b - 1] * below
+            for m in range(b + 1, size + 1):
+                table[depth, b, m] = (fewer[1:m] + gain[m - 1 : 0 : -1]).max()
+    return table
+
+
+def best_paths(acceptance: Sequence[float], budget: Budget, costs: Costs | None = None) -> list[Path]:
+    """The sibling-rank paths of the most valuable tree within `budget`, parents first.
+
+    With `costs`, size and depth are those of the highest value per second instead of the largest allowed.
+    """
+    if budget.nodes < 1 or budget.depth < 1:
+        return []
+    vector = tuple(float(p) for p in acceptance)
+    table = tree_values(vector, budget)
+    value = table.max(axis=1)  # [depth, size]
+    depth, size = budget.depth, int(np.isfinite(value[budget.depth]).nonzero()[0].max())
+    if costs is not None:
+        rates = {
+            (level, m): value[level, m] / costs.step(m, level)
+            for level in range(budget.depth + 1)
+            for m in range(1, size + 1)
+            if np.isfinite(value[level, m])
+        }
+        depth, size = max(rates, key=lambda choice: rates[choice])
+    return sorted(_unfold(table, vector, depth, size), key=lambda path: (len(path), path))
+
+
+def _unfold(table: Float[np.ndarray, "l b m"], acceptance: tuple[float, ...], depth: int, size: int) -> list[Path]:
+    """The tree that `table` promises: the root's children are split off from the last to the first."""
+    paths: list[Path] = []
+    b = int(table[depth, :, size].argmax())
+    while b > 0:
+        sums = table[depth, b - 1, 1:size] + acceptance[b - 1] * table[depth - 1].max(axis=0)[size - 1 : 0 : -1]
+        rest = int(sums.argmax()) + 1
+        paths.append((b - 1,))
+        paths += [(b - 1, *path) for path in _unfold(table, acceptance, depth - 1, size - rest)]
+        size, b = rest, b - 1
+    return paths

@@ -1,0 +1,84 @@
+"""What a run did, as numbers: records of steps, and pure functions over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One propose-verify cycle of one request.
+
+    Attributes:
+        num_draft_tokens: nodes of the tree without its root.
+        num_accepted_tokens: accepted nodes, without the recovered or bonus token.
+        depth: depth of the tree, the most that could be accepted.
+        kind: what the last token of the step was, ``recovered`` or ``bonus``.
+        branched: whether any node of the tree had two or more children.
+        draft_s, verify_s, rule_s, cache_s: seconds of the batched step that this request was part of.
+    """
+
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    depth: int
+    kind: str
+    branched: bool = False
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    rule_s: float = 0.0
+    cache_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Summary of a request or of a run; see `summarize`. Times are seconds of the steps that it took part in.
+
+    Attributes:
+        acceptance_length: 1 + accepted / steps (the recovered or bonus token counts).
+        acceptance_rate: accepted / drafted.
+        joint_acceptance_rate: element k: the share of all steps in which more than k tokens were accepted.
+        conditional_acceptance_rate: element k: of the steps that accepted k tokens and whose tree went deeper, the share
+            that accepted one more.
+    """
+
+    num_steps: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    acceptance_length: float = 1.0
+    acceptance_rate: float = 0.0
+    joint_acceptance_rate: list[float] = field(default_factory=list)
+    conditional_acceptance_rate: list[float] = field(default_factory=list)
+    branched_rate: float = 0.0
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    rule_s: float = 0.0
+    cache_s: float = 0.0
+
+
+def summarize(records: Sequence[StepRecord]) -> Metrics:
+    """The figures of `records`; every rate is weighted by steps."""
+    if not records:
+        return Metrics()
+    accepted = [record.num_accepted_tokens for record in records]
+    drafted = sum(record.num_draft_tokens for record in records)
+    deepest = max(record.depth for record in records)
+    return Metrics(
+        num_steps=len(records),
+        num_draft_tokens=drafted,
+        num_accepted_tokens=sum(accepted),
+        acceptance_length=1 + sum(accepted) / len(records),
+        acceptance_rate=sum(accepted) / drafted if drafted else 0.0,
+        joint_acceptance_rate=[sum(a > k for a in accepted) / len(records) for k in range(deepest)],
+        conditional_acceptance_rate=[_conditional(records, k) for k in range(deepest)],
+        branched_rate=sum(record.branched for record in records) / len(records),
+        draft_s=sum(record.draft_s for record in records),
+        verify_s=sum(record.verify_s for record in records),
+        rule_s=sum(record.rule_s for record in records),
+        cache_s=sum(record.cache_s for record in records),
+    )
+
+
+def _conditional(records: Sequence[StepRecord], k: int) -> float:
+    tried = [r.num_accepted_tokens > k for r in records if r.num_accepted_tokens >= k and r.depth > k]
+    return sum(tried) / len(tried) if tried else 0.0

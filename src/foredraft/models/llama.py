@@ -1,0 +1,261 @@
+"""Our own decoder for the Llama family: Llama, Mistral, Qwen2 and Qwen3 checkpoints, run over trees.
+
+Fused projections, rotary rows gathered once a step, one additive mask a step, keys and values sliced to the live length.
+The arithmetic follows the published models; only the shape of the attention differs (ancestors instead of all before).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from foredraft.cache import KVCache, KVPool, Layout, lay_out
+from foredraft.protocols import Scores
+from foredraft.tree import Ids, TreeBatch
+
+FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+"""Values of ``model_type`` in config.json that this decoder runs."""
+
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotary scalings whose tables do not depend on the current length."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one decoder layer; biases and q/k norms are None where the model has none."""
+
+    input_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: Tensor
+    out_bias: Tensor | None
+    post_norm: Tensor
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+    window: int | None
+
+
+class LlamaTarget:
+    """A Llama-family model behind the `Target` contract.
+
+    Args:
+        config: the model's Transformers configuration.
+        weights: its state dict, under the names of the Transformers checkpoint.
+        dtype, device: what it runs in.
+
+    Raises:
+        ValueError: the configuration asks for something this decoder does not do, or a weight is missing.
+    """
+
+    def __init__(
+        self, config: PretrainedConfig, weights: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+    ):
+        reason = unsupported(config)
+        if reason:
+            raise ValueError(f"cannot run this model with the Llama decoder: {reason}")
+        self.config = config
+        self.vocab_size: int = config.vocab_size
+        self.max_len: int = config.max_position_embeddings
+        self.dtype, self.device = dtype, device
+        self._heads: int = config.num_attention_heads
+        self._kv_heads: int = config.num_key_value_heads or config.num_attention_heads
+        self._head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._eps: float = config.rms_norm_eps
+
+        def take(name: str) -> Tensor:
+            if name not in weights:
+                raise ValueError(f"the checkpoint lacks the tensor {name!r}: is it complete, and of type {config.model_type}?")
+            return weights[name].to(device=device, dtype=dtype)
+
+        def fuse(names: Sequence[str], kind: str) -> Tensor | None:
+            return torch.cat([take(f"{name}.{kind}") for name in names]) if f"{names[0]}.{kind}" in weights else None
+
+        self._embedding = take("model.embed_tokens.weight")
+        self._norm = take("model.norm.weight")
+        tied = config.tie_word_embeddings or "lm_head.weight" not in weights
+        self._head = self._embedding if tied else take("lm_head.weight")
+        self._layers = [_load_layer(i, config, take, fuse) for i in range(config.num_hidden_layers)]
+        self._cos, self._sin = _rotary_tables(config, self.max_len, dtype, device)
+
+    def new_pool(self, num_slots: int, max_len: int) -> KVPool:
+        """Caches for `num_slots` requests. `max_len` is advice: slots grow as they are used."""
+        return KVPool(
+            num_slots=num_slots,
+            num_layers=len(self._layers),
+            num_heads=self._kv_heads,
+            head_dim=self._head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def embed(self, token_ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+        """Input embeddings."""
+        return F.embedding(token_ids, self._embedding)
+
+    def head(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+        """Logits of final features (those after the last norm)."""
+        return F.linear(features, self._head)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        batch: TreeBatch,
+        caches: Sequence[KVCache],
+        rows: Ids | None = None,
+        *,
+        start: Sequence[int] | None = None,
+        feature_layers: Sequence[int] = (),
+    ) -> Scores:
+        """Runs the new nodes of every tree; see `foredraft.protocols.Target`.
+
+        Args:
+            feature_layers: states to return, side by side: 0 is the embedding, i the state after i layers, -1 the state
+                after the final norm.
+        """
+        pool = caches[0].pool
+        layout = lay_out(batch, caches, start, self.device)
+        pool.reserve(layout.length)
+        masks = self._masks(layout)
+        rotation = self._cos[layout.positions][:, None], self._sin[layout.positions][:, None]
+        hidden = self.embed(layout.token_ids)
+        states = {0: hidden}
+        for i, layer in enumerate(self._layers):
+            hidden = self._run_layer(layer, i, hidden, rotation, masks[layer.window], layout, pool)
+            if i + 1 in feature_layers:
+                states[i + 1] = hidden
+        if -1 in feature_layers:
+            states[-1] = self._normed(hidden, self._norm)
+        features = torch.cat([states[i] for i in feature_layers], dim=-1) if feature_layers else None
+        if rows is not None:
+            hidden = hidden[layout.rows_of(rows)]
+        return Scores(self.head(self._normed(hidden, self._norm)), features)
+
+    def _masks(self, layout: Layout) -> dict[int | None, Tensor | None]:
+        """One mask per kind of layer, its rows repeated for the query heads that share a key head."""
+        group = self._heads // self._kv_heads
+        masks: dict[int | None, Tensor | None] = {}
+        for window in {layer.window for layer in self._layers}:
+            mask = layout.mask(self.dtype, self.device, window)
+            masks[window] = None if mask is None else mask.repeat(1, 1, group, 1)
+        return masks
+
+    def _normed(self, hidden: Float[Tensor, "m d"], weight: Tensor) -> Float[Tensor, "m d"]:
+        return F.rms_norm(hidden, weight.shape, weight, self._eps)
+
+    def _run_layer(
+        self,
+        layer: Layer,
+        index: int,
+        hidden: Float[Tensor, "m d"],
+        rotation: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        layout: Layout,
+        pool: KVPool,
+    ) -> Float[Tensor, "m d"]:
+        qkv = F.linear(self._normed(hidden, layer.input_norm), layer.qkv, layer.qkv_bias)
+        qkv = qkv.view(len(hidden), -1, self._head_dim)
+        attended = self._attend(layer, index, qkv, rotation, mask, layout, pool)
+        hidden = hidden + F.linear(attended, layer.out, layer.out_bias)
+        gate, up = F.linear(self._normed(hidden, layer.post_norm), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+        return hidden + F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
+
+    def _attend(
+        self,
+        layer: Layer,
+        index: int,
+        qkv: Float[Tensor, "m h e"],
+        rotation: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        layout: Layout,
+        pool: KVPool,
+    ) -> Float[Tensor, "m he"]:
+        queries, keys = self._heads, self._kv_heads
+        qk, value = qkv[:, : queries + keys], qkv[:, queries + keys :]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            parts = self._normed(qk[:, :queries], layer.q_norm), self._normed(qk[:, queries:], layer.k_norm)
+            qk = torch.cat(parts, dim=1)
+        cos, sin = rotation
+        qk = qk * cos + qk.roll(self._head_dim // 2, dims=-1) * sin
+        pool.write(index, layout, qk[:, queries:], value)
+        key, value = pool.read(index, layout)
+        query = layout.pad(qk[:, :queries])  # [B, N, H, E]
+        size, width = query.shape[:2]
+        query = query.view(size, width, keys, -1, self._head_dim).permute(0, 2, 3, 1, 4)
+        query = query.reshape(size, keys, -1, self._head_dim)  # query heads that share a key head become rows
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        out = out.view(size, keys, -1, width, self._head_dim).permute(0, 3, 1, 2, 4)
+        return layout.unpad(out.reshape(size, width, -1))
+
+
+def unsupported(config: PretrainedConfig) -> str | None:
+    """Why this decoder cannot run a model with this configuration; None if it can."""
+    if config.model_type not in FAMILY:
+        return f"model_type is {config.model_type!r}, not one of {', '.join(FAMILY)}"
+    rope = _rope_type(config)
+    if rope not in _ROPE_TYPES:
+        return f"rope_type is {rope!r}, not one of {', '.join(_ROPE_TYPES)}"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"hidden_act is {config.hidden_act!r}, not 'silu'"
+    return None
+
+
+def _rope_type(config: PretrainedConfig) -> str:
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope.get("rope_type", "default")
+
+
+def _rotary_tables(
+    config: PretrainedConfig, length: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Float[Tensor, "t e"], Float[Tensor, "t e"]]:
+    """Cosines and sines of every position, computed in float32 as the published models do. The sign of the rotation's first
+    half is folded into the sines, so that rotating is one roll."""
+    rotary = LlamaRotaryEmbedding(config=config)
+    like = torch.zeros(1, dtype=torch.float32)
+    cos, sin = rotary(like, torch.arange(length)[None])
+    half = sin.shape[-1] // 2
+    sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+    return cos[0].to(device, dtype), sin[0].to(device, dtype)
+
+
+def _load_layer(
+    index: int,
+    config: PretrainedConfig,
+    take: Callable[[str], Tensor],
+    fuse: Callable[[Sequence[str], str], Tensor | None],
+) -> Layer:
+    at = f"model.layers.{index}"
+    qkv = [f"{at}.self_attn.{name}_proj" for name in "qkv"]
+    gate_up = [f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"]
+    kinds: Any = getattr(config, "layer_types", None)
+    slides = kinds[index] == "sliding_attention" if kinds else getattr(config, "use_sliding_window", True)
+    weight = fuse(qkv, "weight")
+    mlp = fuse(gate_up, "weight")
+    if weight is None or mlp is None:
+        raise ValueError(f"the checkpoint lacks the projections of layer {index}: is it complete?")
+    return Layer(
+        input_norm=take(f"{at}.input_layernorm.weight"),
+        qkv=weight,
+        qkv_bias=fuse(qkv, "bias"),
+        q_norm=fuse([f"{at}.self_attn.q_norm"], "weight"),
+        k_norm=fuse([f"{at}.self_attn.k_norm"], "weight"),
+        out=take(f"{at}.self_attn.o_proj.weight"),
+        out_bias=fuse([f"{at}.self_attn.o_proj"], "bias"),
+        post_norm=take(f"{at}.post_attention_layernorm.weight"),
+        gate_up=mlp,
+        gate_up_bias=fuse(gate_up, "bias"),
+        down=take(f"{at}.mlp.down_proj.weight"),
+        down_bias=fuse([f"{at}.mlp.down_proj"], "bias"),
+        window=getattr(config, "sliding_window", None) if slides else None,
+    )

@@ -1,0 +1,118 @@
+"""Targets whose law is a table: the answer key for tests and theory, exact in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from foredraft.protocols import Scores
+from foredraft.tree import Ids, TreeBatch
+
+Law = Callable[[tuple[int, ...]], Float[np.ndarray, " v"]]
+"""The law of the next token after a whole prefix."""
+
+
+def random_law(vocab_size: int, seed: int, zeros: float = 0.0, concentration: float = 1.0) -> Law:
+    """A distinct Dirichlet row for every prefix, a share `zeros` of whose entries is zero (never all)."""
+
+    def law(prefix: tuple[int, ...]) -> Float[np.ndarray, " v"]:
+        rng = np.random.default_rng([seed, len(prefix), *prefix])
+        row = rng.dirichlet(np.full(vocab_size, concentration))
+        row[(rng.random(vocab_size) < zeros) & (np.arange(vocab_size) != row.argmax())] = 0.0
+        return row / row.sum()
+
+    return law
+
+
+def markov_law(first: Float[np.ndarray, " v"], steps: Float[np.ndarray, "t v v"]) -> Law:
+    """A non-stationary Markov chain: `first` for the empty prefix, then ``steps[n - 1][last token]`` after n tokens.
+
+    Beyond the last matrix that one is used on, so that one matrix makes a stationary chain.
+    """
+
+    def law(prefix: tuple[int, ...]) -> Float[np.ndarray, " v"]:
+        return steps[min(len(prefix), len(steps)) - 1][prefix[-1]] if prefix else first
+
+    return law
+
+
+@dataclass
+class TableCache:
+    """Committed tokens, and behind them the tree of the last forward."""
+
+    tokens: list[int] = field(default_factory=list)
+    tree: list[int] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    def truncate(self, length: int) -> None:
+        """Forgets everything after the first `length` tokens."""
+        del self.tokens[length:]
+
+
+class TablePool:
+    """Caches of a `TableTarget`."""
+
+    def allocate(self) -> TableCache:
+        return TableCache()
+
+    def copy(self, cache: TableCache) -> TableCache:
+        return TableCache(list(cache.tokens))
+
+    def free(self, cache: TableCache) -> None:
+        pass
+
+    def keep(self, caches: Sequence[TableCache], paths: Sequence[Sequence[int]]) -> None:
+        """Commits node 0 and the path of every request."""
+        for cache, path in zip(caches, paths, strict=True):
+            cache.tokens += [cache.tree[node] for node in (0, *path)]
+            cache.tree = []
+
+
+@dataclass
+class TableTarget:
+    """A target with a given law; logits are log-probabilities in float64, so temperature 1 gives the law back.
+
+    Attributes:
+        max_len: length of the context.
+        num_forwards: calls of `forward` so far.
+    """
+
+    law: Law
+    vocab_size: int
+    max_len: int = 1 << 20
+    num_forwards: int = 0
+    config: Any = None
+
+    def new_pool(self, num_slots: int, max_len: int) -> TablePool:
+        return TablePool()
+
+    def forward(
+        self,
+        batch: TreeBatch,
+        caches: Sequence[TableCache],
+        rows: Ids | None = None,
+        *,
+        start: Sequence[int] | None = None,
+        feature_layers: Sequence[int] = (),
+    ) -> Scores:
+        """The table's rows at the asked nodes; prefixes are read from the caches, not from the batch alone."""
+        self.num_forwards += 1
+        laws: dict[int, np.ndarray] = {}
+        for b, cache in enumerate(caches):
+            tree, first = batch[b], start[b] if start is not None else 0
+            assert len(cache.tree) >= first, "nodes before start were not run"
+            cache.tree[first:] = tree.tokens[first:].tolist()
+            for node in range(first, tree.num_nodes):
+                path = [cache.tree[i] for i in (0, *tree.path_to(node))]
+                laws[int(batch.offsets[b]) + node] = self.law((*cache.tokens, *path))
+        chosen = list(laws.values()) if rows is None else [laws[int(row)] for row in rows]
+        table = np.stack(chosen) if chosen else np.zeros((0, self.vocab_size))
+        return Scores(torch.from_numpy(table).log())

@@ -1,0 +1,163 @@
+"""The whole contract between the parts, on one page. ``docs`` and `README` name who implements what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from foredraft.draws import Draws
+from foredraft.sampling import SamplingParams, TargetLaw
+from foredraft.tree import DraftTree, Ids, TreeBatch
+
+
+class Budget(NamedTuple):
+    """The largest tree a request may get: `nodes` without the root, `depth` below the root."""
+
+    nodes: int
+    depth: int
+
+
+class Scores(NamedTuple):
+    """What one forward gives: ``logits[r]`` scores the children of the r-th node asked for; ``features[m]`` is the target's
+    state at the m-th node that was run (None unless layers were asked for)."""
+
+    logits: Float[Tensor, "r v"]
+    features: Float[Tensor, "m d"] | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a rule decided.
+
+    Attributes:
+        path: accepted nodes from below the root downwards.
+        next_token: the token after them, drawn from the target's law or its residual.
+        kind: ``recovered`` if the last node of the path had children, else ``bonus``.
+        tv_bound: for a lossy rule, a bound of the total variation distance between this step's law and the target's.
+    """
+
+    path: list[int]
+    next_token: int
+    kind: str
+    tv_bound: float = 0.0
+
+
+class Cache(Protocol):
+    """A request's handle into a pool. Holds every committed token except the root."""
+
+    length: int
+
+    def truncate(self, length: int) -> None: ...
+
+
+class Pool(Protocol):
+    """Room for the caches of a number of requests."""
+
+    def allocate(self) -> Any:
+        """A new empty cache. Raises RuntimeError when every slot is taken."""
+        ...
+
+    def copy(self, cache: Any) -> Any:
+        """A new cache with the contents of another."""
+        ...
+
+    def free(self, cache: Any) -> None: ...
+
+    def keep(self, caches: Sequence[Any], paths: Sequence[Sequence[int]]) -> None:
+        """Commits, for every request, node 0 of the tree last run and then the nodes of its path; forgets the others."""
+        ...
+
+
+class Target(Protocol):
+    """A model whose law is preserved. It never samples, never warps logits and knows no drafter and no rule."""
+
+    vocab_size: int
+    max_len: int
+    config: Any
+
+    def new_pool(self, num_slots: int, max_len: int) -> Any: ...
+
+    def forward(
+        self,
+        batch: TreeBatch,
+        caches: Sequence[Any],
+        rows: Ids | None = None,
+        *,
+        start: Sequence[int] | None = None,
+        feature_layers: Sequence[int] = (),
+    ) -> Scores:
+        """Runs every tree over its own cache and scores the packed nodes `rows` (None: all that were run).
+
+        Nodes before ``start[b]`` of tree b were run by earlier calls since the last `keep` and are not run again, so that
+        a drafter can grow a tree in several passes. Lengths of caches do not change: `Pool.keep` commits.
+        """
+        ...
+
+
+class Drafter(Protocol):
+    """Proposes trees. Weights live in the object, what belongs to a request in its state. It never accepts anything, never
+    calls the target's forward and never writes its cache."""
+
+    feature_layers: Sequence[int]
+
+    def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> Any:
+        """The state of a new request; ``features[j]`` is the target's state at ``tokens[j]`` (the root has none)."""
+        ...
+
+    def propose(
+        self,
+        states: Sequence[Any],
+        budgets: Sequence[Budget],
+        sampling: Sequence[SamplingParams],
+        draws: Sequence[Draws],
+    ) -> TreeBatch:
+        """One tree a request, within its budget. Node 0 is the last committed token."""
+        ...
+
+    def observe(
+        self, state: Any, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]
+    ) -> None:
+        """Tells what was committed: ``features[j]`` is the target's state at the node before ``tokens[j]``.
+
+        tokens     path[0]  path[1]  ...  path[-1]   next
+        features   root     path[0]  ...  path[-2]   path[-1]
+        """
+        ...
+
+    def finish(self, state: Any) -> None:
+        """Gives back what the request held."""
+        ...
+
+
+class Expander(Protocol):
+    """A drafter that computes the law after any path, as autoregressive drafters do."""
+
+    vocab_size: int
+
+    def expand(self, states: Sequence[Any], partial: TreeBatch, node_ids: Ids) -> Float[Tensor, "n v"]:
+        """Draft logits after each of the packed nodes `node_ids`, whose parents were expanded before."""
+        ...
+
+
+class Grower(Protocol):
+    """A tree policy. It may look at a token only after the decision to draw it."""
+
+    def grow(
+        self,
+        drafter: Expander,
+        states: Sequence[Any],
+        roots: Sequence[int],
+        budgets: Sequence[Budget],
+        sampling: Sequence[SamplingParams],
+        draws: Sequence[Draws],
+    ) -> TreeBatch: ...
+
+
+class AcceptanceRule(Protocol):
+    """A pure function from a tree and the target's law on it to what is accepted. It sees no model, cache or temperature."""
+
+    def __call__(self, tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict: ...

@@ -1,0 +1,293 @@
+"""Sampling parameters, and the law they make of a target's logits.
+
+Order of the transformations, as in vLLM: processors that may depend on the prefix (allowed tokens, bad words, minimum
+length, bias, penalties), then temperature, min-p, top-k, top-p. Temperature 0 is the one-hot law of the largest logit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foredraft.tree import DraftTree
+
+PrefixProcessor = Callable[[Sequence[int], Sequence[int], Tensor], Tensor]
+"""``(committed_ids, path_ids, logits_row) -> logits_row``: the ids of the prompt and output so far (root included), those on
+the path from the root to the node, and the node's logits, which must not be changed in place."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a request is sampled; names and meanings are vLLM's.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: keep this many most likely tokens; 0 or -1 keeps all.
+        top_p: keep the smallest set of likely tokens with this mass, in (0, 1].
+        min_p: drop tokens less likely than this share of the most likely one, in [0, 1].
+        repetition_penalty: divides (multiplies, if negative) the logits of tokens seen in prompt or output, > 0.
+        presence_penalty, frequency_penalty: subtracted for tokens of the output, once and per occurrence, in [-2, 2].
+        max_tokens: most tokens to generate; None is to the end of the context.
+        min_tokens: no end of sequence, stop token or stop string before this many tokens.
+        stop: strings that end the output, cut exactly there.
+        include_stop_str_in_output: keep the stop string in the text.
+        stop_token_ids: token ids that end the output (they are kept in ``token_ids``, not in the text).
+        ignore_eos: go on after the end of sequence.
+        seed: makes the request reproducible by itself.
+        n: outputs per prompt.
+        logprobs: give the log-probability of this many top tokens at each position, and of the one sampled. Raw: before
+            any of the transformations above, from the logits that the token itself was decided on.
+        prompt_logprobs: the same for the prompt.
+        logit_bias: token id -> number added to its logit.
+        bad_words: strings that must not be generated.
+        allowed_token_ids: only these ids may be generated.
+        skip_special_tokens: leave special tokens out of the text.
+
+    Raises:
+        ValueError: a value is out of range; the message says which values are allowed.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: str | Sequence[str] | None = None
+    include_stop_str_in_output: bool = False
+    stop_token_ids: Sequence[int] = field(default_factory=list)
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: dict[int, float] | None = None
+    bad_words: Sequence[str] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        for name, allowed, said in _RANGES:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not allowed(value):
+                raise ValueError(f"{name} must be {said}, got {value}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
+        if any(not word for word in self.stop_strings):
+            raise ValueError("stop must not contain an empty string")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise ValueError("allowed_token_ids must name at least one token")
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """`stop` as a list."""
+        if self.stop is None:
+            return []
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Names of all parameters."""
+        return [one.name for one in fields(cls)]
+
+
+_RANGES: list[tuple[str, Callable[[float], bool], str]] = [
+    ("temperature", lambda x: x >= 0 and math.isfinite(x), "0 (greedy) or above"),
+    ("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    ("top_k", lambda x: x >= -1 and x == int(x), "a whole number: 1 or above, or 0 (or -1) to keep all tokens"),
+    ("min_p", lambda x: 0 <= x <= 1, "between 0 and 1"),
+    ("repetition_penalty", lambda x: x > 0 and math.isfinite(x), "above 0"),
+    ("presence_penalty", lambda x: -2 <= x <= 2, "between -2 and 2"),
+    ("frequency_penalty", lambda x: -2 <= x <= 2, "between -2 and 2"),
+    ("max_tokens", lambda x: x >= 1 and x == int(x), "a whole number, at least 1 (or None for the rest of the context)"),
+    ("min_tokens", lambda x: x >= 0 and x == int(x), "a whole number, at least 0"),
+    ("n", lambda x: x >= 1 and x == int(x), "a whole number, at least 1"),
+    ("logprobs", lambda x: x >= 0 and x == int(x), "a whole number, at least 0"),
+    ("prompt_logprobs", lambda x: x >= 0 and x == int(x), "a whole number, at least 0"),
+]
+
+
+def warp(logits: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor, "n v"]:
+    """Probabilities after temperature, min-p, top-k and top-p; one-hot at temperature 0. Float32 at least.
+
+    Ties at the edge of top-k are all kept; top-p keeps the token that crosses the mass.
+    """
+    if sampling.temperature == 0:
+        return one_hot(logits.argmax(-1), logits)
+    scaled = (logits if logits.dtype == torch.float64 else logits.float()) / sampling.temperature
+    if sampling.min_p > 0:
+        floor = scaled.amax(-1, keepdim=True) + math.log(sampling.min_p)
+        scaled = scaled.masked_fill(scaled < floor, -math.inf)
+    if 0 < sampling.top_k < scaled.shape[-1]:
+        least = scaled.topk(sampling.top_k, dim=-1).values[..., -1:]
+        scaled = scaled.masked_fill(scaled < least, -math.inf)
+    if sampling.top_p < 1:
+        probs, order = scaled.softmax(-1).sort(-1, descending=True, stable=True)
+        dropped = probs.cumsum(-1) - probs >= sampling.top_p
+        scaled = scaled.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -math.inf)
+    return scaled.softmax(-1)
+
+
+def one_hot(token_ids: Tensor, like: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
+    """The law that surely gives ``token_ids[i]`` in row i."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.zeros(like.shape, dtype=dtype, device=like.device).scatter_(-1, token_ids[..., None], 1.0)
+
+
+class TargetLaw:
+    """The target's law at each node of one tree, after sampling parameters; computed on demand and kept.
+
+    Args:
+        logits: row i scores the children of node i.
+        sampling: what to make of them.
+        tree: needed only if there are `processors`.
+        committed_ids: prompt and output so far, root included.
+        processors: those parts of `sampling` that depend on the prefix, see `prefix_processors`.
+    """
+
+    def __init__(
+        self,
+        logits: Float[Tensor, "n v"],
+        sampling: SamplingParams,
+        tree: DraftTree | None = None,
+        committed_ids: Sequence[int] = (),
+        processors: Sequence[PrefixProcessor] = (),
+    ):
+        self._logits = logits
+        self._sampling = sampling
+        self._tree = tree
+        self._committed_ids = committed_ids
+        self._processors = processors
+        self._rows: dict[int, Tensor] = {}
+
+    def row(self, node: int) -> Float[Tensor, " v"]:
+        """Probabilities of the token after `node`."""
+        return self.rows([node])[0]
+
+    def rows(self, nodes: Sequence[int]) -> list[Float[Tensor, " v"]]:
+        """`row` of several nodes, those not computed yet in one go."""
+        missing = [node for node in nodes if node not in self._rows]
+        if missing:
+            logits = torch.stack([self._processed(node) for node in missing])
+            self._rows.update(zip(missing, warp(logits, self._sampling), strict=True))
+        return [self._rows[node] for node in nodes]
+
+    def raw_logprobs(self, node: int) -> Float[Tensor, " v"]:
+        """Log-probabilities of the model itself after `node`, before any transformation."""
+        logits = self._logits[node]
+        return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+
+    def _processed(self, node: int) -> Tensor:
+        logits = self._logits[node]
+        if self._processors:
+            assert self._tree is not None, "prefix processors need the tree"
+            path_ids = [int(self._tree.tokens[i]) for i in self._tree.path_to(node)]
+            for processor in self._processors:
+                logits = processor(self._committed_ids, path_ids, logits)
+        return logits
+
+
+def prefix_processors(
+    sampling: SamplingParams, num_prompt: int, end_ids: Iterable[int], bad_word_ids: Sequence[Sequence[int]] = ()
+) -> list[PrefixProcessor]:
+    """The processors that `sampling` asks for.
+
+    Args:
+        num_prompt: length of the prompt, to tell prompt from output.
+        end_ids: tokens that end the output, suppressed before `min_tokens`.
+        bad_word_ids: every spelling, as token ids, of a word that must not appear.
+    """
+    processors: list[PrefixProcessor] = []
+    if sampling.allowed_token_ids is not None:
+        processors.append(_allow(list(sampling.allowed_token_ids)))
+    if bad_word_ids:
+        processors.append(_forbid_words(bad_word_ids))
+    if sampling.min_tokens > 0:
+        processors.append(_forbid_early(sorted(set(end_ids)), num_prompt + sampling.min_tokens))
+    if sampling.logit_bias:
+        processors.append(_bias(sampling.logit_bias))
+    if sampling.repetition_penalty != 1:
+        processors.append(_penalise_repetition(sampling.repetition_penalty))
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        processors.append(_penalise_output(sampling, num_prompt))
+    return processors
+
+
+def _allow(token_ids: list[int]) -> PrefixProcessor:
+    def process(committed_ids: Sequence[int], path_ids: Sequence[int], logits: Tensor) -> Tensor:
+        allowed = torch.full_like(logits, -math.inf)
+        allowed[token_ids] = logits[token_ids]
+        return allowed
+
+    return process
+
+
+def _forbid_words(words: Sequence[Sequence[int]]) -> PrefixProcessor:
+    longest = max(len(word) for word in words)
+
+    def process(committed_ids: Sequence[int], path_ids: Sequence[int], logits: Tensor) -> Tensor:
+        tail = [*committed_ids[-longest:], *path_ids]
+        last = [word[-1] for word in words if len(word) == 1 or tail[1 - len(word) :] == list(word[:-1])]
+        if last:
+            logits = logits.clone()
+            logits[last] = -math.inf
+        return logits
+
+    return process
+
+
+def _forbid_early(end_ids: list[int], first_len: int) -> PrefixProcessor:
+    def process(committed_ids: Sequence[int], path_ids: Sequence[int], logits: Tensor) -> Tensor:
+        if end_ids and len(committed_ids) + len(path_ids) < first_len:
+            logits = logits.clone()
+            logits[end_ids] = -math.inf
+        return logits
+
+    return process
+
+
+def _bias(bias: dict[int, float]) -> PrefixProcessor:
+    token_ids = list(bias)
+
+    def process(committed_ids: Sequence[int], path_ids: Sequence[int], logits: Tensor) -> Tensor:
+        logits = logits.clone()
+        logits[token_ids] += torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device)
+        return logits
+
+    return process
+
+
+def _penalise_repetition(penalty: float) -> PrefixProcessor:
+    def process(committed_ids: Sequence[int], path_ids: Sequence[int], logits: Tensor) -> Tensor:
+        seen = torch.tensor(sorted({*committed_ids, *path_ids}), device=logits.device)
+        logits = logits.clone()
+        scores = logits[seen]
+        logits[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
+        return logits
+
+    return process
+
+
+def _penalise_output(sampling: SamplingParams, num_prompt: int) -> PrefixProcessor:
+    def process(committed_ids: Sequence[int], path_ids: Sequence[int], logits: Tensor) -> Tensor:
+        output = torch.tensor([*committed_ids[num_prompt:], *path_ids], dtype=torch.long, device=logits.device)
+        if not len(output):
+            return logits
+        seen, counts = output.unique(return_counts=True)
+        logits = logits.clone()
+        logits[seen] -= sampling.frequency_penalty * counts.to(logits.dtype) + sampling.presence_penalty
+        return logits
+
+    return process

@@ -1,0 +1,177 @@
+"""Token trees: the one type for everything that is drafted, prefilled or decoded.
+
+A tree lists nodes with a parent pointer each. Node 0 is the *root*: the last committed token, which the target has not
+run yet. A chain is a tree, a prompt is a chain, a tree of one node is plain decoding. Masks, depths and paths are derived
+here and carried nowhere.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Ids = Int[np.ndarray, " n"]
+
+
+class Drawn(enum.IntEnum):
+    """How the children of one node were chosen; the exactness of a rule rests on it."""
+
+    DETERMINISTIC = 0
+    """A function of the draft law alone (the most likely tokens, a lookup): nothing was sampled."""
+    IID = 1
+    """Independent draws with replacement; equal siblings are kept, their number belongs to the law."""
+    WITHOUT_REPLACEMENT = 2
+    """Successive draws, each from the law renormalised over what is left; siblings stand in draw order."""
+
+
+@dataclass(frozen=True, eq=False)
+class DraftTree:
+    """One request's tree.
+
+    Attributes:
+        tokens: token id of each node; ``tokens[0]`` is the root, already committed.
+        parents: parent of each node, ``parents[0] == -1`` and ``parents[i] < i``. Siblings stand in draw order.
+        drawn: per *parent* node, how its children were drawn (a `Drawn` value; of no meaning for a leaf).
+        draft_row: per *parent* node, the row of `draft_probs` its children were drawn from, -1 where nothing was drawn.
+        draft_probs: the draft laws after every transformation (temperature, truncation).
+    """
+
+    tokens: Ids
+    parents: Ids
+    drawn: Ids
+    draft_row: Ids
+    draft_probs: Float[Tensor, "r v"]
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def children(self) -> list[list[int]]:
+        """Children of every node, in draw order."""
+        children: list[list[int]] = [[] for _ in range(self.num_nodes)]
+        for node, parent in enumerate(self.parents[1:].tolist(), start=1):
+            children[parent].append(node)
+        return children
+
+    @cached_property
+    def depths(self) -> Ids:
+        """Distance of every node from the root."""
+        return depths_of(self.parents)
+
+    @cached_property
+    def ranks(self) -> list[tuple[int, ...]]:
+        """Address of every node: the sibling ranks on the way from the root. It says nothing about tokens."""
+        ranks: list[tuple[int, ...]] = [()] * self.num_nodes
+        for parent, siblings in enumerate(self.children):
+            for rank, child in enumerate(siblings):
+                ranks[child] = (*ranks[parent], rank)
+        return ranks
+
+    def path_to(self, node: int) -> list[int]:
+        """Nodes from below the root down to `node`; empty for the root."""
+        path = []
+        while node > 0:
+            path.append(node)
+            node = int(self.parents[node])
+        return path[::-1]
+
+    def law(self, node: int) -> Float[Tensor, " v"] | None:
+        """The law that the children of `node` were drawn from; None where nothing was drawn."""
+        row = int(self.draft_row[node])
+        return None if row < 0 else self.draft_probs[row]
+
+
+def depths_of(parents: Ids) -> Ids:
+    """Depth of every node from parent pointers that point backwards."""
+    depths = [0] * len(parents)
+    for node, parent in enumerate(parents.tolist()):
+        if parent >= 0:
+            depths[node] = depths[parent] + 1
+    return np.asarray(depths, dtype=np.int64)
+
+
+def ancestor_mask(parents: Ids) -> Bool[np.ndarray, "n n"]:
+    """``mask[i, j]`` is true iff node j is node i or one of its ancestors: what node i may attend to within its tree."""
+    mask = np.eye(len(parents), dtype=bool)
+    for node, parent in enumerate(parents.tolist()):
+        if parent >= 0:
+            mask[node] |= mask[parent]
+    return mask
+
+
+def bfs_order(tree: DraftTree) -> list[int]:
+    """Nodes level by level."""
+    return sorted(range(tree.num_nodes), key=lambda node: (int(tree.depths[node]), node))
+
+
+def dfs_order(tree: DraftTree) -> list[int]:
+    """Nodes depth first, siblings in draw order (DySpec, appendix C)."""
+    return _depth_first(tree.children)
+
+
+def heavy_path_order(tree: DraftTree) -> list[int]:
+    """Nodes depth first, the sibling with the largest subtree first (heavy-path decomposition; DySpec, appendix C)."""
+    size = [1] * tree.num_nodes
+    for node in range(tree.num_nodes - 1, 0, -1):
+        size[tree.parents[node]] += size[node]
+    return _depth_first([sorted(siblings, key=lambda node: -size[node]) for siblings in tree.children])
+
+
+def _depth_first(children: list[list[int]]) -> list[int]:
+    order, stack = [], [0]
+    while stack:
+        node = stack.pop()
+        order.append(node)
+        stack.extend(reversed(children[node]))
+    return order
+
+
+@dataclass(frozen=True, eq=False)
+class TreeBatch:
+    """The trees of B requests, packed one after another; growers, masks and targets work on this form.
+
+    Attributes:
+        tokens, parents, drawn, draft_row: as in `DraftTree`, concatenated (`parents` stay local to their tree,
+            `draft_row` points into the common `draft_probs`).
+        offsets: tree b holds the packed nodes ``offsets[b]`` to ``offsets[b + 1] - 1``.
+    """
+
+    tokens: Ids
+    parents: Ids
+    drawn: Ids
+    draft_row: Ids
+    offsets: Ids
+    draft_probs: Float[Tensor, "r v"]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, b: int) -> DraftTree:
+        part = slice(int(self.offsets[b]), int(self.offsets[b + 1]))
+        return DraftTree(
+            self.tokens[part], self.parents[part], self.drawn[part], self.draft_row[part], self.draft_probs
+        )
+
+    @staticmethod
+    def chains(token_lists: Sequence[Sequence[int]], parents: Sequence[Sequence[int]] | None = None) -> TreeBatch:
+        """Trees in which nothing was sampled: chains, or the shapes given by `parents`."""
+        if parents is None:
+            parents = [range(-1, len(tokens) - 1) for tokens in token_lists]
+        lengths = [len(tokens) for tokens in token_lists]
+        total = sum(lengths)
+        return TreeBatch(
+            tokens=np.fromiter((t for tokens in token_lists for t in tokens), np.int64, total),
+            parents=np.fromiter((p for one in parents for p in one), np.int64, total),
+            drawn=np.zeros(total, dtype=np.int64),
+            draft_row=np.full(total, -1, dtype=np.int64),
+            offsets=np.cumsum([0, *lengths], dtype=np.int64),
+            draft_probs=torch.empty(0, 0),
+        )

@@ -1,0 +1,51 @@
+"""Block verification: a chain is accepted up to the last position that passes, not up to the first that fails."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from foredraft.draws import Draws
+from foredraft.protocols import Verdict
+from foredraft.sampling import TargetLaw, one_hot
+from foredraft.tree import DraftTree
+from foredraft.verify.multiround import require_chain
+
+
+def block(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
+    """Accepts the longest prefix of the chain whose own coin came up, coins weighing what the rest may still win.
+
+    With x_1..x_g drafted and r_0 = 1, r_i = min(1, r_{i-1} target(x_i) / draft(x_i)) and, for i < g,
+    h_i = S_i / (S_i + 1 - r_i) with S_i = sum_x [r_i target(x | x_1..x_i) - draft(x | x_1..x_i)]+; h_g = r_g. The accepted
+    length is the largest i whose uniform number is at most h_i.
+
+    Guarantee: exact in distribution; never fewer expected tokens than `chain`.
+    Source: Sun et al. 2024 (arXiv 2403.10444), Algorithm 2.
+
+    Raises:
+        ValueError: the tree branches.
+    """
+    require_chain(tree, "block")
+    last = tree.num_nodes - 1
+    laws = target_law.rows(range(last + 1))
+    accepted, law, ratio = 0, laws[0] if last == 0 else _excess(tree, 0, laws[0], 1.0), 1.0
+    for node in range(1, last + 1):
+        token, draft = int(tree.tokens[node]), tree.law(node - 1)
+        ratio = min(1.0, ratio * float(laws[node - 1][token]) / (1.0 if draft is None else float(draft[token])))
+        left = laws[node] if node == last else _excess(tree, node, laws[node], ratio)
+        excess = float(left.sum())
+        accept_prob = ratio if node == last else excess / (excess + 1 - ratio) if excess > 0 else float(ratio == 1)
+        if draws.bernoulli(accept_prob, ("accept", tree.ranks[node], 0)):
+            accepted, law = node, left if excess > 0 else laws[node]
+    if not law.sum() > 0:  # target and draft agree to rounding at the root: rejecting everything had no probability
+        law = laws[0]
+    token = draws.categorical(law, ("next", tree.ranks[accepted], 0))
+    return Verdict(list(range(1, accepted + 1)), token, "bonus" if accepted == last else "recovered")
+
+
+def _excess(tree: DraftTree, node: int, law: Float[Tensor, " v"], ratio: float) -> Float[Tensor, " v"]:
+    """``[ratio * target - draft]+`` after `node`, not normalised."""
+    draft = tree.law(node)
+    if draft is None:
+        draft = one_hot(law.new_tensor([int(tree.tokens[node + 1])]).long(), law[None])[0]
+    return (ratio * law - draft).clamp_(min=0.0)

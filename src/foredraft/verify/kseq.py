@@ -1,0 +1,77 @@
+"""K-SEQ: k independent drafts, each accepted with the same discounted probability."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from foredraft.draws import Draws
+from foredraft.protocols import Verdict
+from foredraft.sampling import TargetLaw
+from foredraft.tree import DraftTree, Drawn
+from foredraft.verify.multiround import test_children, require_drawn
+
+
+def kseq(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
+    """Accepts each of k siblings drawn independently with min(1, target / (rho draft)); a common residual if none.
+
+    With beta = sum_x min(draft, target / rho), some sibling is accepted with probability reached = 1 - (1 - beta)^k, and
+    rho solves reached = rho beta. If none is, the next token comes from target - min(draft, target / rho) reached / beta,
+    normalised. Deterministic siblings are tested as in `multiround`.
+
+    Guarantee: exact in distribution.
+    Source: Sun et al. 2023, SpecTr (arXiv 2310.15141), Algorithm 3 and Theorem 2, one token at a time.
+
+    Raises:
+        ValueError: siblings were drawn without replacement.
+    """
+    require_drawn(tree, {Drawn.DETERMINISTIC, Drawn.IID}, "kseq")
+    path, node = [], 0
+    while tree.children[node]:
+        law = target_law.row(node)
+        test = _test_siblings if tree.law(node) is not None else test_children
+        child, residual = test(tree, node, law, draws)
+        if child is None:
+            return Verdict(path, draws.categorical(residual, ("next", tree.ranks[node], 0)), "recovered")
+        path.append(child)
+        node = child
+    return Verdict(path, draws.categorical(target_law.row(node), ("next", tree.ranks[node], 0)), "bonus")
+
+
+def _test_siblings(
+    tree: DraftTree, node: int, law: Float[Tensor, " v"], draws: Draws
+) -> tuple[int | None, Float[Tensor, " v"]]:
+    draft = tree.law(node)
+    assert draft is not None
+    law, draft = law.double(), draft.double()
+    rho = discount(law, draft, len(tree.children[node]))
+    for child in tree.children[node]:
+        token = int(tree.tokens[child])
+        if draws.bernoulli(float(law[token]) / (rho * float(draft[token])), ("accept", tree.ranks[child], 0)):
+            return child, law
+    accepted = draft.minimum(law / rho)
+    beta = float(accepted.sum())
+    if not beta > 0:
+        return None, law
+    reached = 1 - (1 - beta) ** len(tree.children[node])
+    left = (law - accepted * (reached / beta)).clamp_(min=0.0)
+    return None, left if left.sum() > 0 else law
+
+
+def discount(law: Float[Tensor, " v"], draft: Float[Tensor, " v"], k: int) -> float:
+    """rho in [1, k] with 1 - (1 - beta(rho))^k <= rho beta(rho), equal up to rounding (bisection from above).
+
+    Source: SpecTr, equation 5. Any rho that satisfies the inequality is lossless, the least is the best.
+    """
+
+    def enough(rho: float) -> bool:
+        beta = float(draft.minimum(law / rho).sum())
+        return 1 - (1 - beta) ** k <= rho * beta
+
+    low, high = 1.0, float(k)
+    if enough(low):
+        return low
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high

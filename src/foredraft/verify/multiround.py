@@ -1,0 +1,137 @@
+"""Multi-round verification: siblings are tested one after another against what is left of the target's law.
+
+One function serves every way of drawing. After a rejection the target's law becomes its residual
+``norm([target - draft]+)``; only the update of the draft law differs:
+
+    iid                   kept                          SpecInfer (arXiv 2305.09781), multi-step speculative sampling
+    without_replacement   rejected token zeroed, rest   Sequoia (arXiv 2402.12374), Algorithm 2
+                          renormalised                  DySpec (arXiv 2410.11744), Algorithm 3
+    deterministic         one-hot at the next sibling   EAGLE-2 (arXiv 2406.16858): accept with the remaining probability
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from jaxtyping import Float
+from torch import Tensor
+
+from foredraft.draws import Draws
+from foredraft.protocols import Verdict
+from foredraft.sampling import TargetLaw
+from foredraft.tree import DraftTree, Drawn
+
+
+def multiround(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
+    """Multi-round rule for every way of drawing, read from ``tree.drawn``.
+
+    Guarantee: exact in distribution.
+    Source: DySpec, Algorithm 3 (with a uniform number where the paper prints a normal one).
+    """
+    path, node, residual = [], 0, target_law.row(0)
+    while tree.children[node]:
+        child, residual = test_children(tree, node, residual, draws)
+        if child is None:
+            return Verdict(path, draws.categorical(residual, ("next", tree.ranks[node], 0)), "recovered")
+        path.append(child)
+        node, residual = child, target_law.row(child)
+    return Verdict(path, draws.categorical(residual, ("next", tree.ranks[node], 0)), "bonus")
+
+
+def multiround_iid(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
+    """`multiround` restricted to siblings drawn independently with replacement (and to deterministic ones).
+
+    Guarantee: exact in distribution.
+    Source: SpecInfer (arXiv 2305.09781), section 4.3.
+
+    Raises:
+        ValueError: siblings were drawn without replacement.
+    """
+    require_drawn(tree, {Drawn.DETERMINISTIC, Drawn.IID}, "multiround-iid")
+    return multiround(tree, target_law, draws)
+
+
+def deterministic(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
+    """`multiround` restricted to candidates that were chosen, not sampled.
+
+    Guarantee: exact in distribution.
+    Source: EAGLE-2 (arXiv 2406.16858), released code: accept a candidate with its remaining target probability.
+
+    Raises:
+        ValueError: any node's children were sampled.
+    """
+    require_drawn(tree, {Drawn.DETERMINISTIC}, "deterministic")
+    return multiround(tree, target_law, draws)
+
+
+def require_drawn(tree: DraftTree, allowed: Collection[Drawn], rule: str) -> None:
+    """Checks that every node's children were drawn in a way that `rule` is exact for.
+
+    A single sampled child counts as drawn both with and without replacement.
+
+    Raises:
+        ValueError: some node's were not.
+    """
+    for node, siblings in enumerate(tree.children):
+        drawn = Drawn(int(tree.drawn[node])) if siblings else Drawn.DETERMINISTIC
+        single = len(siblings) == 1 and drawn is not Drawn.DETERMINISTIC and Drawn.IID in allowed
+        if siblings and drawn not in allowed and not single:
+            names = ", ".join(sorted(one.name.lower() for one in allowed))
+            raise ValueError(
+                f"rule {rule!r} is not exact for children drawn {drawn.name.lower()} (node {node}); it allows {names}. "
+                "Use rule 'multiround', which is exact for every tree"
+            )
+
+
+def require_chain(tree: DraftTree, rule: str) -> None:
+    """Checks that no node has two children.
+
+    Raises:
+        ValueError: one has.
+    """
+    for node, siblings in enumerate(tree.children):
+        if len(siblings) > 1:
+            raise ValueError(
+                f"rule {rule!r} verifies chains, but node {node} of the tree has {len(siblings)} children. "
+                "Use tree 'chain', or rule 'multiround'"
+            )
+
+
+def test_children(
+    tree: DraftTree, node: int, residual: Float[Tensor, " v"], draws: Draws
+) -> tuple[int | None, Float[Tensor, " v"]]:
+    """The accepted child of `node` (None if all were rejected) and what is left of the target's law."""
+    drawn, draft = tree.drawn[node], tree.law(node)
+    for child in tree.children[node]:
+        token = int(tree.tokens[child])
+        draft_prob = 1.0 if draft is None else float(draft[token])
+        if not draft_prob > 0:  # equal to float rounding: the draft law was exhausted before this child
+            return None, residual
+        if draws.bernoulli(float(residual[token]) / draft_prob, ("accept", tree.ranks[child], 0)):
+            return child, residual
+        residual = subtract(residual, draft, token)
+        if draft is not None and drawn == Drawn.WITHOUT_REPLACEMENT:
+            draft = without(draft, token)
+    return None, residual
+
+
+def subtract(target: Float[Tensor, " v"], draft: Float[Tensor, " v"] | None, token: int) -> Float[Tensor, " v"]:
+    """``norm([target - draft]+)``, the law after a rejection; a draft law of None is one-hot at `token`.
+
+    Where nothing is left, the rejection had probability zero but for rounding: the law stays as it was.
+    """
+    if draft is None:
+        left = target.clone()
+        left[token] = 0.0
+    else:
+        left = (target - draft).clamp_(min=0.0)
+    mass = left.sum()
+    return left / mass if mass > 0 else target
+
+
+def without(draft: Float[Tensor, " v"], token: int) -> Float[Tensor, " v"]:
+    """`draft` after `token` was taken out; all zero if it was the last one."""
+    left = draft.clone()
+    left[token] = 0.0
+    mass = left.sum()
+    return left / mass if mass > 0 else left

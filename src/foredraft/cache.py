@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from foredraft.protocols import Pool, Target
 from foredraft.tree import Ids, TreeBatch, ancestor_mask, depths_of
 
 _GROWTH = 256
@@ -65,6 +67,7 @@ class KVPool:
             raise RuntimeError(f"all {self.kv.shape[2]} slots of the cache are taken: raise max_num_seqs")
         return KVCache(self, self._free.pop())
 
+    @torch.inference_mode()
     def copy(self, cache: KVCache) -> KVCache:
         """A new cache with the contents of another."""
         new = self.allocate()
@@ -104,6 +107,7 @@ class KVPool:
             key, value = self.kv[:, layer, layout.slots, :, : layout.length]
         return key, value
 
+    @torch.inference_mode()
     def keep(self, caches: Sequence[KVCache], paths: Sequence[Sequence[int]]) -> None:
         """Commits node 0 and the path of every request, in one gather over all requests and layers."""
         slots, sources, places = [], [], []
@@ -138,7 +142,7 @@ class Layout:
 
     token_ids: Int[Tensor, " m"]
     positions: Int[Tensor, " m"]
-    new: Ids
+    new: Int[np.ndarray, " m"]
     request: Int[Tensor, " m"]
     column: Int[Tensor, " m"]
     slot: Int[Tensor, " m"]
@@ -148,7 +152,7 @@ class Layout:
     width: int
     length: int
     visible: Bool[np.ndarray, "b n t"]
-    key_positions: Ids
+    key_positions: Int[np.ndarray, "b t"]
 
     def mask(
         self, dtype: torch.dtype, device: torch.device, window: int | None = None
@@ -229,3 +233,27 @@ def lay_out(
         visible=visible,
         key_positions=key_positions,
     )
+
+
+PREFILL_CHUNK = 512
+"""Tokens of a prompt run at once: bounds the mask and the scratch memory of a long prompt."""
+
+
+def prefill(
+    target: Target, pool: Pool, caches: Sequence[Any], token_lists: Sequence[Sequence[int]], *, scored: bool = False
+) -> list[list[Float[Tensor, "n v"]]]:
+    """Runs and commits a chain of tokens per cache, in chunks.
+
+    Returns:
+        For each request the logits of its tokens, a tensor per chunk, where `scored`; else empty lists.
+    """
+    logits: list[list[Tensor]] = [[] for _ in caches]
+    for first in range(0, max(map(len, token_lists), default=0), PREFILL_CHUNK):
+        live = [b for b, tokens in enumerate(token_lists) if len(tokens) > first]
+        chunk = TreeBatch.chains([list(token_lists[b][first : first + PREFILL_CHUNK]) for b in live])
+        some = [caches[b] for b in live]
+        scores = target.forward(chunk, some, None if scored else np.empty(0, np.int64))
+        pool.keep(some, [range(1, int(size)) for size in np.diff(chunk.offsets)])
+        for i, b in enumerate(live if scored else []):
+            logits[b].append(scores.logits[chunk.offsets[i] : chunk.offsets[i + 1]])
+    return logits

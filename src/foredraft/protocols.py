@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -46,6 +46,7 @@ class Verdict:
     tv_bound: float = 0.0
 
 
+@runtime_checkable
 class Cache(Protocol):
     """A request's handle into a pool. Holds every committed token except the root."""
 
@@ -54,6 +55,7 @@ class Cache(Protocol):
     def truncate(self, length: int) -> None: ...
 
 
+@runtime_checkable
 class Pool(Protocol):
     """Room for the caches of a number of requests."""
 
@@ -72,6 +74,7 @@ class Pool(Protocol):
         ...
 
 
+@runtime_checkable
 class Target(Protocol):
     """A model whose law is preserved. It never samples, never warps logits and knows no drafter and no rule."""
 
@@ -98,6 +101,7 @@ class Target(Protocol):
         ...
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """Proposes trees. Weights live in the object, what belongs to a request in its state. It never accepts anything, never
     calls the target's forward and never writes its cache."""
@@ -133,6 +137,7 @@ class Drafter(Protocol):
         ...
 
 
+@runtime_checkable
 class Expander(Protocol):
     """A drafter that computes the law after any path, as autoregressive drafters do."""
 
@@ -143,6 +148,7 @@ class Expander(Protocol):
         ...
 
 
+@runtime_checkable
 class Grower(Protocol):
     """A tree policy. It may look at a token only after the decision to draw it."""
 
@@ -157,6 +163,7 @@ class Grower(Protocol):
     ) -> TreeBatch: ...
 
 
+@runtime_checkable
 class AcceptanceRule(Protocol):
     """A pure function from a tree and the target's law on it to what is accepted. It sees no model, cache or temperature."""
 

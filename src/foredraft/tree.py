@@ -148,7 +148,7 @@ class TreeBatch:
     parents: Ids
     drawn: Ids
     draft_row: Ids
-    offsets: Ids
+    offsets: Int[np.ndarray, " b1"]
     draft_probs: Float[Tensor, "r v"]
 
     def __len__(self) -> int:

@@ -1,0 +1,77 @@
+"""Proposers of tokens: DRAFTERS names every one, where it lives and what it can give to a grower."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from foredraft.protocols import Drafter, Grower, Target
+
+
+class Setting(NamedTuple):
+    """What a drafter is built from.
+
+    Attributes:
+        model: the value of the config key ``model``, a directory, Hub id or loaded model; None if there was none.
+        load: loads such a model as a `Target` in the dtype and on the device of the run.
+        vocabulary: token -> id of such a model or of the target (given as None), as far as there is a tokenizer; else None.
+        grower: how its trees grow; None for a drafter that makes its own.
+        num_slots: requests in flight at most.
+    """
+
+    target: Target
+    model: Any
+    load: Callable[[Any], Target]
+    vocabulary: Callable[[Any], dict[str, int] | None]
+    grower: Grower | None
+    num_slots: int
+
+
+class DrafterRow(NamedTuple):
+    """One drafter.
+
+    Attributes:
+        module, cls: where it lives; imported when it is used.
+        gives: ``expand`` (the law after any path), ``slots`` (laws of the next positions) or ``own tree``.
+        options: config keys of its own.
+        chains_only: for ``own tree``: whether it never branches.
+    """
+
+    module: str
+    cls: str
+    gives: str
+    options: Sequence[str]
+    chains_only: bool
+    source: str
+
+    def build(self, setting: Setting, **options: Any) -> Drafter:
+        """The drafter itself.
+
+        Raises:
+            ValueError: it cannot be built from `setting` and `options`.
+        """
+        return getattr(import_module(self.module), self.cls).build(setting, **options)
+
+
+DRAFTERS: dict[str, DrafterRow] = {
+    "lm": DrafterRow(
+        "foredraft.drafters.lm", "LMDrafter", "expand", (), False, "Leviathan et al. 2023 (arXiv 2211.17192): a small model"
+    ),
+    "ngram": DrafterRow(
+        "foredraft.drafters.ngram",
+        "NgramDrafter",
+        "own tree",
+        ("prompt_lookup_max", "prompt_lookup_min"),
+        True,
+        "prompt lookup decoding (A. Saxena, 2023)",
+    ),
+    "suffix": DrafterRow(
+        "foredraft.drafters.suffix",
+        "SuffixDrafter",
+        "own tree",
+        ("suffix_decoding_max_tree_depth", "suffix_decoding_max_spec_factor", "suffix_decoding_min_token_prob"),
+        False,
+        "SAM decoding (arXiv 2411.10666); SuffixDecoding (arXiv 2411.04975)",
+    ),
+}

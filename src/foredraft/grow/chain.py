@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Float
+from torch import Tensor
+
 from foredraft.draws import Draws
-from foredraft.grow.base import Laws, Options, Policy, Sapling, grow_batch
+from foredraft.grow.base import Options, Policy, Sapling, grow_batch
 from foredraft.protocols import Budget, Expander
 from foredraft.sampling import SamplingParams
 from foredraft.tree import Drawn, TreeBatch
@@ -112,7 +115,7 @@ def _cut_to(layer: dict[int, int], num_draws: int, left: int) -> dict[int, int]:
     return fitting
 
 
-def _draw(tree: Sapling, node: int, law: Laws, k: int) -> list[int]:
+def _draw(tree: Sapling, node: int, law: Float[Tensor, " v"], k: int) -> list[int]:
     """`k` independent draws below `node`; the k most likely tokens where nothing is sampled."""
     if not tree.sampled:
         [picked] = tree.pick([node], law[None], k)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
@@ -64,14 +65,16 @@ def discount(law: Float[Tensor, " v"], draft: Float[Tensor, " v"], k: int) -> fl
     Source: SpecTr, equation 5. Any rho that satisfies the inequality is lossless, the least is the best.
     """
 
+    target_probs, draft_probs = law.double().cpu().numpy(), draft.double().cpu().numpy()
+
     def enough(rho: float) -> bool:
-        beta = float(draft.minimum(law / rho).sum())
+        beta = float(np.minimum(draft_probs, target_probs / rho).sum())
         return 1 - (1 - beta) ** k <= rho * beta
 
     low, high = 1.0, float(k)
     if enough(low):
         return low
-    for _ in range(60):
+    for _ in range(40):  # to 1e-12 of k, from the valid side
         middle = (low + high) / 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high

@@ -1,0 +1,195 @@
+"""The command line. One thin function per command; the heavy imports are inside, so that ``--help`` does not wait for them."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="foredraft",
+    help="Language models generate faster, from trees of drafted tokens, without changing what they generate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_MODEL, _DRAFT, _SAMPLING, _SHOWN = "Model", "Drafting", "Sampling", "Output"
+
+
+def _option(panel: str, text: str) -> Any:
+    return typer.Option(help=text, rich_help_panel=panel, show_default=False)
+
+
+Model = Annotated[str | None, _option(_MODEL, "Directory or Hub id of the model; without it the bundled one.")]
+Dtype = Annotated[str, _option(_MODEL, "auto (the checkpoint's), bfloat16, float16, float32 or float64.")]
+Device = Annotated[str | None, _option(_MODEL, "cpu, cuda, cuda:1, ...; default: CUDA where there is a device.")]
+Revision = Annotated[str | None, _option(_MODEL, "Branch, tag or commit, of a Hub id.")]
+Method = Annotated[str | None, _option(_DRAFT, "Drafter: lm, ngram, suffix; ar drafts nothing (plain decoding).")]
+DraftModel = Annotated[str | None, _option(_DRAFT, "Directory or Hub id of the draft model, for method lm.")]
+Tree = Annotated[str | None, _option(_DRAFT, "How the tree grows: see `foredraft methods`; default dyspec.")]
+Budget = Annotated[int | None, _option(_DRAFT, "Nodes of the tree without its root, 1 to 1024; default 16.")]
+Rule = Annotated[str | None, _option(_DRAFT, "Acceptance rule; default: the best exact one for the tree.")]
+Config = Annotated[str | None, _option(_DRAFT, 'More keys of speculative_config, as JSON: \'{"draft_temperature": 0.8}\'.')]
+Temperature = Annotated[float | None, _option(_SAMPLING, "0 is greedy; default: the model's own (mostly 1).")]
+TopP = Annotated[float | None, _option(_SAMPLING, "Keep the likeliest tokens with this mass, in (0, 1].")]
+TopK = Annotated[int | None, _option(_SAMPLING, "Keep this many of the likeliest tokens; 0 keeps all.")]
+MinP = Annotated[float | None, _option(_SAMPLING, "Drop tokens below this share of the likeliest one's probability.")]
+MaxTokens = Annotated[int, _option(_SAMPLING, "Most tokens to generate; default 256.")]
+Stop = Annotated[list[str] | None, _option(_SAMPLING, "A string that ends the text; may be given several times.")]
+Seed = Annotated[int, _option(_SAMPLING, "Equal seeds give equal output; default 0.")]
+ShowTree = Annotated[bool, _option(_SHOWN, "Draw the last tree, with its accepted path.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else on standard output.", rich_help_panel=_SHOWN)]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.", show_default=False)],
+    *,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap PROMPT in the model's chat template.")] = False,
+    model: Model = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    revision: Revision = None,
+    method: Method = None,
+    draft_model: DraftModel = None,
+    tree: Tree = None,
+    budget: Budget = None,
+    rule: Rule = None,
+    speculative_config: Config = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    max_tokens: MaxTokens = 256,
+    stop: Stop = None,
+    seed: Seed = 0,
+    show_tree: ShowTree = False,
+    as_json: AsJson = False,
+) -> None:
+    """Continue PROMPT, streaming. Accepted, recovered and bonus tokens differ in colour."""
+    from foredraft import commands
+
+    raise typer.Exit(
+        commands.generate(
+            prompt,
+            commands.ModelChoice(model, dtype, device, revision),
+            commands.speculative_config(model, method, draft_model, tree, budget, rule, extra=speculative_config),
+            commands.given(
+                temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens, stop=stop, seed=seed
+            ),
+            commands.Shown(chat=chat, tree=show_tree, json=as_json),
+        )
+    )
+
+
+@app.command()
+def chat(
+    *,
+    system: Annotated[str | None, typer.Option(help="Text of a system message.", show_default=False)] = None,
+    model: Model = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    revision: Revision = None,
+    method: Method = None,
+    draft_model: DraftModel = None,
+    tree: Tree = None,
+    budget: Budget = None,
+    rule: Rule = None,
+    speculative_config: Config = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    max_tokens: MaxTokens = 256,
+    stop: Stop = None,
+    seed: Seed = 0,
+    show_tree: ShowTree = False,
+) -> None:
+    """Talk with the model. /reset forgets the conversation, /exit ends it, Ctrl-C stops an answer."""
+    from foredraft import commands
+
+    raise typer.Exit(
+        commands.chat(
+            system,
+            commands.ModelChoice(model, dtype, device, revision),
+            commands.speculative_config(model, method, draft_model, tree, budget, rule, extra=speculative_config),
+            commands.given(
+                temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens, stop=stop, seed=seed
+            ),
+            commands.Shown(chat=True, tree=show_tree),
+        )
+    )
+
+
+@app.command()
+def methods(*, as_json: AsJson = False) -> None:
+    """List every drafter, tree and rule, with its guarantee and source."""
+    from foredraft import commands
+
+    commands.methods(as_json=as_json)
+
+
+@app.callback(invoke_without_command=True)
+def _root(*, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as version_of
+
+        typer.echo(version_of("foredraft"))
+        raise typer.Exit
+
+
+_UsageError: Any = typer.BadParameter.__base__
+"""Typer brings its own copy of Click or uses the installed one, by version; its bases are the right classes either way."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line and exits: 0, 1 (an error), 2 (usage) or 130 (interrupted). Never a traceback, unless the
+    environment variable FOREDRAFT_TRACEBACK is set."""
+    try:
+        code = app(arguments, prog_name="foredraft", standalone_mode=False) or 0
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except _UsageError as error:
+        code = _report_usage(error)
+    except Exception as error:
+        if os.environ.get("FOREDRAFT_TRACEBACK"):
+            raise
+        code = _report(error)
+    sys.exit(code)
+
+
+def _report_usage(error: Any) -> int:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return 2
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "foredraft"
+    _say("error", error.format_message())
+    _say("hint", f"`{command} --help` lists what can be given")
+    return 2
+
+
+def _report(error: Exception) -> int:
+    """One line of what is wrong and, where the message goes on, one of what to do."""
+    if not isinstance(error, ValueError | TypeError | OSError):
+        _say("error", f"{type(error).__name__}: {error}")
+        _say("hint", "set FOREDRAFT_TRACEBACK=1 to see where it happened")
+        return 1
+    said, *more = re.split(r"\. (?=[A-Z])|; (?![^(]*\))", " ".join(str(error).split()), maxsplit=1)
+    _say("error", said or type(error).__name__)
+    if more:
+        _say("hint", more[0])
+    return 1
+
+
+def _say(what: str, message: str) -> None:
+    typer.secho(f"{what}: ", err=True, nl=False, bold=True, fg="red" if what == "error" else "cyan")
+    typer.echo(message, err=True)
+
+
+if __name__ == "__main__":
+    main()

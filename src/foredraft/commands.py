@@ -1,0 +1,222 @@
+"""What the commands do: choices of the command line to an `LLM` and `SamplingParams`, a run, and what is shown of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from foredraft import methods as tables
+from foredraft import show
+from foredraft.engine import CompletionOutput, RequestOutput
+from foredraft.llm import LLM, Prompt
+from foredraft.sampling import SamplingParams
+
+INTERRUPTED = 130
+"""The exit code of a process that Ctrl-C ended: 128 and the number of the signal."""
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which target, in what form, where; see `LLM`."""
+
+    model: str | None
+    dtype: str
+    device: str | None
+    revision: str | None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is shown of a run; `chat`: the prompt goes through the chat template."""
+
+    chat: bool = False
+    tree: bool = False
+    json: bool = False
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that the user gave: neither None nor an empty list."""
+    return {name: value for name, value in options.items() if value is not None and value != []}
+
+
+def speculative_config(
+    model: str | None,
+    method: str | None,
+    draft_model: str | None,
+    tree: str | None,
+    budget: int | None,
+    rule: str | None,
+    *,
+    extra: str | None = None,
+) -> dict[str, Any] | None:
+    """The speculative config of the command line; None where nothing was said, which leaves the choice to `LLM`.
+
+    Raises:
+        ValueError: `extra` is not a JSON object.
+    """
+    named = given(method=method, model=draft_model, tree=tree, num_speculative_tokens=budget, rule=rule)
+    config = {**_json_object(extra), **named}
+    if not config:
+        return None
+    has_draft_model = model is None or "model" in config or "tree" in config
+    return {"method": "lm" if has_draft_model else "suffix", **config}
+
+
+def _json_object(text: str | None) -> dict[str, Any]:
+    try:
+        found = json.loads(text) if text is not None else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--speculative-config is not JSON ({error}). Example: '{{\"num_chains\": 2}}'") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"--speculative-config must be a JSON object, got {text}. Example: '{{\"num_chains\": 2}}'")
+    return found
+
+
+def generate(
+    prompt: str, choice: ModelChoice, config: dict[str, Any] | None, sampling: dict[str, Any], shown: Shown
+) -> int:
+    """Runs ``foredraft generate``; returns its exit code."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    SamplingParams(**sampling)  # says what is wrong with them before anything is loaded
+    with show.waiting("loading the model"):
+        llm = _load(choice, config, seed=sampling["seed"])
+        params = replace(llm.get_default_sampling_params(), **sampling)
+        wrapped: Prompt = llm.chat_prompt([{"role": "user", "content": text}]) if shown.chat else text
+        stream = llm.stream(wrapped, params)
+    if shown.json:
+        output, code = _drain(stream)
+        print(json.dumps(_as_json(llm, output, choice, params, shown, text), ensure_ascii=False))
+        return code
+    return _show_answer(llm, stream, params, shown)[1]
+
+
+def chat(
+    system: str | None, choice: ModelChoice, config: dict[str, Any] | None, sampling: dict[str, Any], shown: Shown
+) -> int:
+    """Runs ``foredraft chat`` until /exit or the end of input; returns its exit code."""
+    SamplingParams(**sampling)
+    with show.waiting("loading the model"):
+        llm = _load(choice, config, seed=sampling.pop("seed"))
+        llm.chat_prompt([{"role": "user", "content": "?"}])  # says now that there is no chat template
+    params = replace(llm.get_default_sampling_params(), **sampling)
+    start = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    show.greet()
+    for line in show.lines():
+        if line == "/exit":
+            break
+        if line == "/reset":
+            messages = list(start)
+            show.note("the conversation is forgotten")
+        elif line.startswith("/"):
+            show.note(f"unknown command {line.split()[0]}: there are /reset and /exit")
+        elif line:
+            messages = _turn(llm, messages, line, params, shown)
+    return 0
+
+
+def methods(*, as_json: bool) -> None:
+    """Runs ``foredraft methods``."""
+    if as_json:
+        print(json.dumps(tables.tables(), ensure_ascii=False))
+    else:
+        show.method_tables(tables.tables())
+
+
+def _load(choice: ModelChoice, config: dict[str, Any] | None, *, seed: int) -> LLM:
+    return LLM(
+        choice.model,
+        config,
+        dtype=choice.dtype,
+        device=choice.device,
+        revision=choice.revision,
+        max_num_seqs=1,
+        seed=seed,
+    )
+
+
+def _turn(
+    llm: LLM, messages: list[dict[str, str]], line: str, params: SamplingParams, shown: Shown
+) -> list[dict[str, str]]:
+    """One question and its answer; the conversation stays as it was where the model cannot take the question."""
+    asked = [*messages, {"role": "user", "content": line}]
+    try:
+        stream = llm.stream(llm.chat_prompt(asked), params)
+    except ValueError as error:
+        show.note(f"error: {error}")
+        show.note("hint: /reset forgets the conversation so far")
+        return messages
+    answer, _ = _show_answer(llm, stream, params, shown)
+    return [*asked, {"role": "assistant", "content": answer.text if answer else ""}]
+
+
+def _show_answer(
+    llm: LLM, stream: Iterator[RequestOutput], params: SamplingParams, shown: Shown
+) -> tuple[CompletionOutput | None, int]:
+    """Prints an answer while it comes. Ctrl-C ends it and keeps what is there; the second value is then INTERRUPTED."""
+    screen = show.Screen(llm.tokenizer, params, legend=llm.speculation is not None)
+    completion, code = None, 0
+    try:
+        with show.waiting("reading the prompt") as stop_waiting:
+            for output in stream:
+                stop_waiting()
+                completion = output.outputs[0]
+                screen.update(completion)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    screen.finish(completion)
+    if completion is not None:
+        if shown.tree:
+            show.print_tree(llm.tokenizer, completion)
+        show.note(show.summary(completion) + (" (interrupted)" if code else ""))
+    return completion, code
+
+
+def _drain(stream: Iterator[RequestOutput]) -> tuple[RequestOutput | None, int]:
+    output = None
+    try:
+        with show.waiting("generating"):
+            for output in stream:  # noqa: B007 (the last one is wanted, also after Ctrl-C)
+                pass
+    except KeyboardInterrupt:
+        return output, INTERRUPTED
+    return output, 0
+
+
+def _as_json(
+    llm: LLM, output: RequestOutput | None, choice: ModelChoice, params: SamplingParams, shown: Shown, prompt: str
+) -> dict[str, Any]:
+    """The one object that ``--json`` prints."""
+    found: dict[str, Any] = {"prompt": prompt, "text": "", "token_ids": [], "kinds": [], "finish_reason": None}
+    if output is not None:
+        one = output.outputs[0]
+        found |= {
+            "prompt_token_ids": output.prompt_token_ids,
+            "text": one.text,
+            "token_ids": one.token_ids,
+            "kinds": one.kinds,
+            "finish_reason": one.finish_reason,
+            "stop_reason": one.stop_reason,
+            "metrics": asdict(one.metrics),
+        }
+        if shown.tree:
+            found["tree"] = tables.tree_as_dict(one)
+    return found | {"seed": params.seed, "config": {**asdict(choice), **_drafting(llm), "sampling": asdict(params)}}
+
+
+def _drafting(llm: LLM) -> dict[str, Any]:
+    speculation = llm.speculation
+    if speculation is None:
+        return {"method": "ar"}
+    return {
+        "method": speculation.drafter,
+        "draft_model": None if speculation.model is None else str(speculation.model),
+        "tree": speculation.tree,
+        "budget": speculation.budget.nodes,
+        "rule": speculation.rule_name,
+        **speculation.drafter_options,
+        **speculation.grower_options,
+    }

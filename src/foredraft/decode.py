@@ -1,0 +1,260 @@
+"""The loop: plain decoding and speculative decoding, one screen each, around one forward of the target.
+
+    propose -> Target.forward -> law -> rule -> cache.keep -> observe -> cut at a stop -> StepRecord
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foredraft.cache import prefill
+from foredraft.draws import Draws
+from foredraft.metrics import StepRecord
+from foredraft.protocols import AcceptanceRule, Budget, Drafter, Pool, Target, Verdict
+from foredraft.sampling import PrefixProcessor, SamplingParams, TargetLaw
+from foredraft.text import TextStream
+from foredraft.tree import DraftTree, TreeBatch
+
+
+class Logprob(NamedTuple):
+    """Log-probability (natural) of a token under the model itself, its rank (1 is the likeliest) and its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass(eq=False)
+class Continuation:
+    """One output while it is generated.
+
+    Attributes:
+        token_ids: prompt and output so far; the last one is the root of the next tree.
+        num_prompt: length of the prompt.
+        max_len: most tokens that prompt and output may have.
+        draws: the output's random numbers.
+        eos_ids: ends of sequence (empty where they are ignored).
+        processors: what of `sampling` depends on the prefix.
+        text: the output's text so far.
+        kinds: per output token ``accepted``, ``recovered``, ``bonus``, or ``plain`` where nothing was drafted.
+        last_tree, last_path: of the latest step, to be shown.
+    """
+
+    token_ids: list[int]
+    num_prompt: int
+    max_len: int
+    sampling: SamplingParams
+    draws: Draws
+    text: TextStream
+    eos_ids: frozenset[int] = frozenset()
+    processors: Sequence[PrefixProcessor] = ()
+    tokenizer: Any = None
+    cache: Any = None
+    draft_state: Any = None
+    records: list[StepRecord] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    cumulative_logprob: float = 0.0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    last_tree: DraftTree | None = None
+    last_path: list[int] = field(default_factory=list)
+
+    @property
+    def output_ids(self) -> list[int]:
+        """Generated tokens."""
+        return self.token_ids[self.num_prompt :]
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still be generated."""
+        return self.max_len - len(self.token_ids)
+
+
+def autoregressive(target: Target, pool: Pool, continuations: Sequence[Continuation]) -> Iterator[list[Continuation]]:
+    """Plain decoding: one forward a token. Yields those that took part after every step; see `speculative`."""
+    start(target, pool, continuations)
+    while running := [one for one in continuations if one.finish_reason is None]:
+        clock = Clock()
+        scores = target.forward(TreeBatch.chains([one.token_ids[-1:] for one in running]), [one.cache for one in running])
+        verify_s = clock.lap()
+        verdicts = []
+        for b, one in enumerate(running):
+            law = law_of(one, scores.logits[b : b + 1], None)
+            draws = one.draws.at(len(one.token_ids))
+            verdicts.append((law, Verdict([], draws.categorical(law.row(0), ("next", (), 0)), "plain")))
+        rule_s = clock.lap()
+        pool.keep([one.cache for one in running], [[]] * len(running))
+        cache_s = clock.lap()
+        for one, (law, verdict) in zip(running, verdicts, strict=True):
+            settle(one, law, [verdict.next_token], verdict)
+            one.records.append(StepRecord(0, 0, 0, "plain", verify_s=verify_s, rule_s=rule_s, cache_s=cache_s))
+        yield running
+
+
+def speculative(
+    target: Target,
+    pool: Pool,
+    continuations: Sequence[Continuation],
+    drafter: Drafter,
+    rule: AcceptanceRule,
+    budget: Budget,
+) -> Iterator[list[Continuation]]:
+    """Speculative decoding of a batch with ragged acceptance. Yields those that took part after every step.
+
+    Guarantee: with an exact rule every output has the law of plain decoding, whatever the drafter proposes.
+    Source: Leviathan et al. 2023 (arXiv 2211.17192); trees: SpecInfer (arXiv 2305.09781).
+
+    Args:
+        continuations: new ones; they are changed in place until each has a `finish_reason`.
+        budget: largest tree; cut where the context or `max_tokens` ends earlier.
+    """
+    start(target, pool, continuations)
+    for one in continuations:
+        one.draft_state = drafter.start(one.token_ids, None)
+    while running := [one for one in continuations if one.finish_reason is None]:
+        clock, caches = Clock(), [one.cache for one in running]
+        draws = [one.draws.at(len(one.token_ids)) for one in running]
+        budgets = [Budget(budget.nodes, max(0, min(budget.depth, one.room - 1))) for one in running]
+        batch = drafter.propose([one.draft_state for one in running], budgets, [one.sampling for one in running], draws)
+        draft_s = clock.lap()
+        scores = target.forward(batch, caches, feature_layers=drafter.feature_layers)
+        verify_s = clock.lap()
+        trees = [batch[b] for b in range(len(running))]
+        laws = [law_of(one, scores.logits[part(batch, b)], trees[b]) for b, one in enumerate(running)]
+        verdicts = [rule(*arguments) for arguments in zip(trees, laws, draws, strict=True)]
+        rule_s = clock.lap()
+        pool.keep(caches, [verdict.path for verdict in verdicts])
+        cache_s = clock.lap()
+        for b, (one, tree, law, verdict) in enumerate(zip(running, trees, laws, verdicts, strict=True)):
+            tokens = [*tree.tokens[verdict.path].tolist(), verdict.next_token]
+            features = None if scores.features is None else scores.features[part(batch, b)][[0, *verdict.path]]
+            drafter.observe(one.draft_state, tokens, features, verdict.path)
+            settle(one, law, tokens, verdict)
+            one.last_tree, one.last_path = tree, verdict.path
+            one.records.append(record(tree, verdict, draft_s, verify_s, rule_s, cache_s))
+        yield running
+
+
+def start(target: Target, pool: Pool, continuations: Sequence[Continuation]) -> None:
+    """Gives every continuation a cache with its prompt except the root; equal prompts of one wave are run once."""
+    first: dict[tuple[int, ...], Continuation] = {}
+    for one in continuations:
+        leader = first.setdefault(tuple(one.token_ids), one)
+        if leader is one:
+            one.cache = pool.allocate()
+    leaders = list(first.values())
+    for scored in (False, True):  # logits of prompts only where they are asked for
+        group = [one for one in leaders if (one.sampling.prompt_logprobs is not None) == scored]
+        prompts = [one.token_ids[:-1] for one in group]
+        logits = prefill(target, pool, [one.cache for one in group], prompts, scored=scored)
+        for one, chunks in zip(group if scored else [], logits, strict=False):
+            _score_prompt(one, chunks)
+    for one in continuations:
+        leader = first[tuple(one.token_ids)]
+        if leader is not one:
+            one.cache, one.prompt_logprobs = pool.copy(leader.cache), leader.prompt_logprobs
+
+
+def settle(one: Continuation, law: TargetLaw, tokens: Sequence[int], verdict: Verdict) -> None:
+    """Commits the tokens of a step one by one, and cuts at the first that ends the output."""
+    nodes = [0, *verdict.path]  # the token after nodes[j] is tokens[j]
+    for node, token in zip(nodes, tokens, strict=True):
+        one.token_ids.append(token)
+        one.kinds.append("accepted" if node != nodes[-1] else verdict.kind)
+        if one.sampling.logprobs is not None:
+            one.logprobs.append(top_logprobs(law.raw_logprobs(node), token, one.sampling.logprobs, one.tokenizer))
+            one.cumulative_logprob += one.logprobs[-1][token].logprob
+        _end(one, token)
+        if one.finish_reason is not None:
+            break
+
+
+def _end(one: Continuation, token: int) -> None:
+    """Sets `finish_reason` and `stop_reason` if `token` ends the output."""
+    num_output = len(one.token_ids) - one.num_prompt
+    stop_token = token in one.sampling.stop_token_ids
+    if token in one.eos_ids or stop_token:
+        one.finish_reason, one.stop_reason = "stop", token if stop_token else None
+        if one.sampling.include_stop_str_in_output or token in one.eos_ids and not one.sampling.skip_special_tokens:
+            one.text.push(token, may_stop=False)
+    else:
+        stop = one.text.push(token, may_stop=num_output > one.sampling.min_tokens)
+        if stop is not None:
+            one.finish_reason, one.stop_reason = "stop", stop
+            return
+        if one.room <= 0:
+            one.finish_reason = "length"
+    if one.finish_reason is not None:
+        one.text.flush()
+
+
+def law_of(one: Continuation, logits: Float[Tensor, "n v"], tree: DraftTree | None) -> TargetLaw:
+    """The target's law on a continuation's tree (None: the root alone)."""
+    if tree is None and one.processors:
+        tree = TreeBatch.chains([one.token_ids[-1:]])[0]
+    return TargetLaw(logits, one.sampling, tree, one.token_ids, one.processors)
+
+
+def part(batch: TreeBatch, b: int) -> slice:
+    """The packed nodes of tree b."""
+    return slice(int(batch.offsets[b]), int(batch.offsets[b + 1]))
+
+
+def record(
+    tree: DraftTree, verdict: Verdict, draft_s: float, verify_s: float, rule_s: float, cache_s: float
+) -> StepRecord:
+    """The record of one request's step."""
+    return StepRecord(
+        num_draft_tokens=tree.num_nodes - 1,
+        num_accepted_tokens=len(verdict.path),
+        depth=int(tree.depths.max()),
+        kind=verdict.kind,
+        branched=any(len(siblings) > 1 for siblings in tree.children),
+        draft_s=draft_s,
+        verify_s=verify_s,
+        rule_s=rule_s,
+        cache_s=cache_s,
+    )
+
+
+class Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self._last = perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now = perf_counter()
+        self._last, before = now, self._last
+        return now - before
+
+
+def top_logprobs(logprobs: Float[Tensor, " v"], token: int, k: int, tokenizer: Any = None) -> dict[int, Logprob]:
+    """The `k` likeliest tokens and `token` itself, as vLLM returns them."""
+    best = logprobs.topk(k).indices.tolist() if k else []
+    own_rank = int((logprobs > logprobs[token]).sum()) + 1
+    ranks = {token: own_rank} | {one: rank for rank, one in enumerate(best, start=1) if one != token}
+    decode = (lambda ids: tokenizer.decode(ids)) if tokenizer is not None else lambda ids: None
+    return {one: Logprob(float(logprobs[one]), rank, decode([one])) for one, rank in ranks.items()}
+
+
+def _score_prompt(one: Continuation, chunks: Sequence[Float[Tensor, "n v"]]) -> None:
+    one.prompt_logprobs = [None]
+    if not chunks:
+        return
+    logits = torch.cat(list(chunks))
+    rows = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    k = one.sampling.prompt_logprobs or 0
+    one.prompt_logprobs += [
+        top_logprobs(row, token, k, one.tokenizer) for row, token in zip(rows, one.token_ids[1 : one.num_prompt], strict=True)
+    ]

@@ -1,0 +1,167 @@
+"""Suffix-automaton lookup: every continuation that the longest repeated suffix of the text has had so far, as a tree."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from jaxtyping import Float
+from torch import Tensor
+
+from foredraft.draws import Draws
+from foredraft.drafters import Setting
+from foredraft.protocols import Budget
+from foredraft.sampling import SamplingParams
+from foredraft.tree import TreeBatch
+
+
+@dataclass
+class SuffixAutomaton:
+    """The smallest automaton of all substrings of a growing text, built token by token.
+
+    A state stands for the substrings that end at one set of positions. State 0 is the empty string.
+
+    Attributes:
+        lengths: the longest substring of each state.
+        links: the state of the longest suffix that ends at more positions.
+        edges: next token -> state.
+        counts: at how many positions the state's substrings end.
+
+    Source: Blumer et al. 1985, "The smallest automaton recognizing the subwords of a text".
+    """
+
+    lengths: list[int] = field(default_factory=lambda: [0])
+    links: list[int] = field(default_factory=lambda: [-1])
+    edges: list[dict[int, int]] = field(default_factory=lambda: [{}])
+    counts: list[int] = field(default_factory=lambda: [0])
+    last: int = 0
+
+    def extend(self, token: int) -> None:
+        """Appends one token, in amortised constant time but for the counts."""
+        new = self._new_state(self.lengths[self.last] + 1, {})
+        at = self.last
+        while at >= 0 and token not in self.edges[at]:
+            self.edges[at][token] = new
+            at = self.links[at]
+        self.links[new] = 0 if at < 0 else self._suffix_state(at, token)
+        self.last = new
+        while new > 0:
+            self.counts[new] += 1
+            new = self.links[new]
+
+    def _suffix_state(self, at: int, token: int) -> int:
+        """The state of exactly (longest substring of `at`) + token, split off if it shares one with longer substrings."""
+        state = self.edges[at][token]
+        if self.lengths[state] == self.lengths[at] + 1:
+            return state
+        clone = self._new_state(self.lengths[at] + 1, dict(self.edges[state]))
+        self.links[clone], self.counts[clone] = self.links[state], self.counts[state]
+        self.links[state] = clone
+        while at >= 0 and self.edges[at].get(token) == state:
+            self.edges[at][token] = clone
+            at = self.links[at]
+        return clone
+
+    def _new_state(self, length: int, edges: dict[int, int]) -> int:
+        self.lengths.append(length)
+        self.links.append(-1)
+        self.edges.append(edges)
+        self.counts.append(0)
+        return len(self.lengths) - 1
+
+    @property
+    def match(self) -> int:
+        """The state of the longest suffix of the text that also stands earlier in it; 0 if there is none."""
+        return max(self.links[self.last], 0)
+
+
+@dataclass
+class SuffixState:
+    """One request's text."""
+
+    automaton: SuffixAutomaton
+    root: int
+
+
+class SuffixDrafter:
+    """Drafts the most frequent continuations of the longest repeated suffix of prompt and output, as a tree.
+
+    Args:
+        suffix_decoding_max_tree_depth: deepest tree.
+        suffix_decoding_max_spec_factor: a match of m tokens drafts at most this times m tokens deep.
+        suffix_decoding_min_token_prob: least share of the matches that must have continued along a drafted path.
+
+    Source: Hu et al., SAM decoding (arXiv 2411.10666); Oliaro et al., SuffixDecoding (arXiv 2411.04975). The names are vLLM's.
+    """
+
+    feature_layers: Sequence[int] = ()
+
+    def __init__(
+        self,
+        suffix_decoding_max_tree_depth: int = 24,
+        suffix_decoding_max_spec_factor: float = 1.0,
+        suffix_decoding_min_token_prob: float = 0.1,
+    ):
+        if suffix_decoding_max_tree_depth < 1 or suffix_decoding_max_spec_factor <= 0:
+            raise ValueError("suffix_decoding_max_tree_depth must be at least 1 and suffix_decoding_max_spec_factor above 0")
+        if not 0 <= suffix_decoding_min_token_prob <= 1:
+            raise ValueError(f"suffix_decoding_min_token_prob must be between 0 and 1, got {suffix_decoding_min_token_prob}")
+        self._max_depth = suffix_decoding_max_tree_depth
+        self._factor = suffix_decoding_max_spec_factor
+        self._min_prob = suffix_decoding_min_token_prob
+
+    @classmethod
+    def build(cls, setting: Setting, **options: float) -> SuffixDrafter:
+        """The drafter of a speculative config."""
+        return cls(**options)  # type: ignore[arg-type]
+
+    def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> SuffixState:
+        """A new request."""
+        state = SuffixState(SuffixAutomaton(), tokens[-1])
+        self.observe(state, tokens, None, ())
+        return state
+
+    def finish(self, state: SuffixState) -> None:
+        """Nothing is held."""
+
+    def propose(
+        self,
+        states: Sequence[SuffixState],
+        budgets: Sequence[Budget],
+        sampling: Sequence[SamplingParams],
+        draws: Sequence[Draws],
+    ) -> TreeBatch:
+        """One tree a request; the root alone where nothing matches."""
+        trees = [self._grow(state, budget) for state, budget in zip(states, budgets, strict=True)]
+        return TreeBatch.chains([tokens for tokens, _ in trees], [parents for _, parents in trees])
+
+    def observe(
+        self, state: SuffixState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]
+    ) -> None:
+        """Adds the new tokens to the automaton."""
+        for token in tokens:
+            state.automaton.extend(token)
+        state.root = tokens[-1]
+
+    def _grow(self, state: SuffixState, budget: Budget) -> tuple[list[int], list[int]]:
+        """The most frequent paths first, so that every node's parent and more frequent siblings come before it."""
+        automaton, tokens, parents = state.automaton, [state.root], [-1]
+        match = automaton.match
+        deepest = min(budget.depth, self._max_depth, int(self._factor * automaton.lengths[match]))
+        frontier: list[tuple[float, int, int, int, int]] = []  # (-prob, depth, token, parent, state)
+
+        def offer(node: int, at: int, prob: float, depth: int) -> None:
+            total = sum(automaton.counts[child] for child in automaton.edges[at].values())
+            for token, child in automaton.edges[at].items():
+                share = prob * automaton.counts[child] / total
+                if depth <= deepest and share >= self._min_prob:
+                    heapq.heappush(frontier, (-share, depth, token, node, child))
+
+        offer(0, match, 1.0, 1)
+        while frontier and len(tokens) <= budget.nodes:
+            share, depth, token, parent, at = heapq.heappop(frontier)
+            tokens.append(token)
+            parents.append(parent)
+            offer(len(tokens) - 1, at, -share, depth + 1)
+        return tokens, parents

@@ -1,0 +1,226 @@
+"""`LLM`: load a target, a drafter and a rule by name, and generate. The face most users see."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foredraft.drafters import DRAFTERS, Setting
+from foredraft.engine import Engine, Request, RequestOutput
+from foredraft.models.loading import load_generation_config, load_target, load_tokenizer
+from foredraft.progress import progress_bar
+from foredraft.sampling import SamplingParams
+from foredraft.speculation import Speculation, parse
+
+BUNDLED = Path(__file__).parent / "bundled"
+BUNDLED_TARGET = BUNDLED / "chat-14m"
+BUNDLED_DRAFTER = BUNDLED / "draft-lm"
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""A text, a list of token ids, or ``{"prompt_token_ids": [...]}`` or ``{"prompt": "..."}``."""
+
+
+class LLM:
+    """A language model that generates faster and, with an exact rule, has exactly the output law it would have alone.
+
+    Args:
+        model: a directory, a Hub id, or a loaded `PreTrainedModel`. None is the bundled pair.
+        speculative_config: ``{"method": ..., "model": ..., "tree": ..., "num_speculative_tokens": ..., "rule": ...}`` and the
+            options of the method and the tree; ``{"method": "ar"}`` drafts nothing. None is the bundled drafter for the
+            bundled target, and method ``suffix``, which needs no weights, for any other.
+        tokenizer: a Transformers tokenizer, where `model` is a loaded one.
+        dtype: ``auto`` (the checkpoint's), ``bfloat16``, ``float16``, ``float32`` or ``float64``.
+        device: None is CUDA where there is a device, else the CPU.
+        max_model_len: longest prompt and output together; None is the model's context.
+        max_num_seqs: outputs decoded at once; more wait.
+        seed: of requests without a seed of their own.
+        revision: of a Hub id.
+
+    Raises:
+        ValueError: something cannot be loaded or does not fit together; the message says what and what to do.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        speculative_config: Mapping[str, Any] | None = None,
+        *,
+        tokenizer: Any = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 8,
+        seed: int = 0,
+        revision: str | None = None,
+    ):
+        _check_count("max_num_seqs", max_num_seqs)
+        bundled = model is None
+        if bundled:
+            model = BUNDLED_TARGET
+        if speculative_config is None:
+            speculative_config = {"method": "lm"} if bundled else {"method": "suffix"}
+        speculation = parse(speculative_config)
+        self.target = load_target(model, dtype=dtype, device=device, revision=revision)
+        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model, revision=revision)
+        defaults = load_generation_config(model, revision=revision)
+        eos_ids = defaults.pop("eos_token_id")
+        self._defaults = {key: value for key, value in defaults.items() if key in SamplingParams.names()}
+        self.max_model_len = self._context(max_model_len)
+        drafter = None
+        if speculation is not None:
+            drafter = self._drafter(speculation, bundled, max_num_seqs)
+        self.speculation = speculation
+        self.engine = Engine(
+            self.target,
+            tokenizer=self.tokenizer,
+            drafter=drafter,
+            rule=speculation.rule if speculation else None,
+            budget=speculation.budget if speculation else None,
+            max_model_len=self.max_model_len,
+            max_num_seqs=max_num_seqs,
+            seed=seed,
+            eos_ids=eos_ids,
+        )
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The sampling that the model's ``generation_config.json`` asks for."""
+        return SamplingParams(**self._defaults)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Generates for one prompt or a list, decoded as a batch. Each output is what it would be alone.
+
+        Args:
+            prompts: one prompt or a list of them.
+            sampling_params: one for all or one per prompt; None is `get_default_sampling_params`.
+            progress: show a bar once it takes more than two seconds.
+
+        Returns:
+            One output per prompt, in order.
+
+        Raises:
+            ValueError: a prompt or its parameters do not fit; nothing has been generated then.
+        """
+        if isinstance(prompts, str | Mapping) or (len(prompts) and isinstance(prompts[0], int)):
+            prompts = [prompts]  # type: ignore[list-item]
+        requests = self._requests(list(prompts), sampling_params)  # type: ignore[arg-type]
+        total = sum(request.sampling.n for request in requests)
+        with progress_bar("generating", total, shown=progress) as advance:
+            for running in self.engine.run(requests):
+                advance(sum(one.finish_reason is not None for one in running))
+        return [request.output() for request in requests]
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Generates for one prompt and yields the output so far after every step; the last one is complete.
+
+        Raises:
+            ValueError: as in `generate`.
+        """
+        [request] = self._requests([prompt], sampling_params)
+        return (request.output() for _ in self.engine.run([request]))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """`generate` for one conversation or a list of them, through the model's chat template.
+
+        Args:
+            messages: ``[{"role": "user", "content": "..."}, ...]`` or a list of such lists.
+
+        Raises:
+            ValueError: the model has no chat template.
+        """
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations = [messages] if one else list(messages)
+        prompts = [self.chat_prompt(conversation) for conversation in conversations]  # type: ignore[arg-type]
+        return self.generate(prompts, sampling_params, progress=progress)
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+        """The prompt of a conversation. Its text carries the template's special tokens, so none are added."""
+        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
+            raise ValueError("this model has no chat template: use generate() with a prompt in the format it was trained on")
+        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return {"prompt": text, "prompt_token_ids": ids}
+
+    def _requests(
+        self, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Request]:
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+        if isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params] * len(prompts)
+        if len(sampling_params) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(sampling_params)} sampling_params: give one, or one per prompt")
+        return [
+            self.engine.add(*self._encode(prompt), sampling) for prompt, sampling in zip(prompts, sampling_params, strict=True)
+        ]
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        text, ids = None, prompt
+        if isinstance(prompt, Mapping):
+            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids", prompt.get("prompt"))
+        if isinstance(ids, str):
+            if not ids:
+                raise ValueError("the prompt is empty: give at least one token")
+            if self.tokenizer is None:
+                raise ValueError("this model has no tokenizer: give token ids, as a list or {'prompt_token_ids': [...]}")
+            return ids, list(self.tokenizer(ids)["input_ids"])
+        if ids is None or not all(isinstance(one, int) for one in ids):
+            raise TypeError(f"a prompt is a str, a list of token ids or {{'prompt_token_ids': [...]}}, got {prompt!r}")
+        return text, list(ids)
+
+    def _context(self, max_model_len: int | None) -> int:
+        if max_model_len is None:
+            return self.target.max_len
+        _check_count("max_model_len", max_model_len)
+        if max_model_len > self.target.max_len:
+            raise ValueError(f"max_model_len {max_model_len} exceeds the model's context of {self.target.max_len}")
+        return max_model_len
+
+    def _drafter(self, speculation: Speculation, bundled: bool, num_slots: int) -> Any:
+        model = speculation.model
+        if model is None and bundled and speculation.drafter == "lm":
+            model = BUNDLED_DRAFTER
+        setting = Setting(
+            target=self.target,
+            model=model,
+            load=lambda source: load_target(source, dtype=self.target.dtype, device=self.target.device),
+            vocabulary=self._vocabulary,
+            grower=speculation.grower(_measured(model)),
+            num_slots=num_slots,
+        )
+        return DRAFTERS[speculation.drafter].build(setting, **speculation.drafter_options)
+
+    def _vocabulary(self, model: Any) -> dict[str, int] | None:
+        tokenizer = self.tokenizer if model is None else load_tokenizer(model)
+        return None if tokenizer is None else tokenizer.get_vocab()
+
+
+def _measured(model: Any) -> dict[str, Any]:
+    """What was measured for a drafter and stands in its directory: the acceptance by sibling rank."""
+    path = Path(model) / "acceptance.json" if isinstance(model, str | Path) else None
+    if path is None or not path.is_file():
+        return {}
+    try:
+        return {"acceptance": json.loads(path.read_text())}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): measure it again or delete it") from None
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")

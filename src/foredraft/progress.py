@@ -1,0 +1,30 @@
+"""A progress bar for whatever takes more than two seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import monotonic
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_DELAY_S = 2.0
+
+
+@contextmanager
+def progress_bar(label: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """Gives a function that reports how many of `total` are done more. The bar is on standard error, on terminals only."""
+    columns = TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task, began = bar.add_task(label, total=total), monotonic()
+
+    def advance(count: int) -> None:
+        bar.advance(task, count)
+        if shown and bar.console.is_terminal and monotonic() - began > _DELAY_S:
+            bar.start()
+
+    try:
+        yield advance
+    finally:
+        bar.stop()

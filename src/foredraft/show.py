@@ -1,0 +1,211 @@
+"""What a terminal shows of a run: text by kind of token, trees, summaries, tables. Only the text goes to standard output
+as it is; legends, notes and progress go to standard error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from foredraft.engine import CompletionOutput
+from foredraft.sampling import SamplingParams
+from foredraft.text import TextStream
+from foredraft.tree import DraftTree
+
+STYLES = {"accepted": "green", "recovered": "yellow", "bonus": "cyan", "plain": "none"}
+"""Colour by kind of token."""
+
+_MEANING = {"accepted": "drafted and accepted", "recovered": "drawn after a rejection", "bonus": "drawn after a whole path"}
+
+_INVISIBLE = {code: None for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\n\t"}
+"""Control characters, which must not reach a terminal from a model."""
+
+
+class Pieces:
+    """Splits a growing text into pieces by kind of token. The pieces put together are the text.
+
+    A character that several tokens make up belongs to the last of them. What might be the start of a stop string, which
+    would be cut off again, is held back.
+
+    Args:
+        tokenizer: None gives no text.
+        sampling: of the request.
+    """
+
+    def __init__(self, tokenizer: Any, sampling: SamplingParams):
+        self._stream = TextStream(tokenizer, skip_special_tokens=sampling.skip_special_tokens)
+        self._stops = [] if sampling.include_stop_str_in_output else sampling.stop_strings
+        self._ends: list[int] = []  # length of the text after each token
+        self._done = 0
+
+    def take(self, completion: CompletionOutput, *, all_of_it: bool = False) -> list[tuple[str, str]]:
+        """New pieces as (kind, text); `all_of_it` also gives what is held back."""
+        for token in completion.token_ids[len(self._ends) :]:
+            self._stream.push(token)
+            self._ends.append(len(self._stream.text))
+        text = completion.text
+        held = 0 if all_of_it or completion.finish_reason else _held(text, self._stops)
+        pieces, until = [], len(text) - held
+        for kind, end in zip(completion.kinds, [*self._ends[:-1], until], strict=True):
+            end = min(end, until)
+            if end > self._done:
+                pieces.append((kind, text[self._done : end]))
+                self._done = end
+        return pieces
+
+
+def _held(text: str, stops: list[str]) -> int:
+    """Length of the longest end of `text` that is a beginning of a stop string."""
+    longest = max((len(stop) - 1 for stop in stops), default=0)
+    for size in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-size:]) for stop in stops):
+            return size
+    return 0
+
+
+class Screen:
+    """Prints one output while it grows, coloured by kind of token where the terminal has colours.
+
+    Args:
+        legend: whether to say first, on terminals with colours, what the colours mean.
+    """
+
+    def __init__(self, tokenizer: Any, sampling: SamplingParams, *, legend: bool):
+        self._out = Console(highlight=False)
+        self._pieces = Pieces(tokenizer, sampling)
+        if legend and self._out.is_terminal and self._out.color_system and not self._out.no_color:
+            _err().print(Text.assemble(*((f"{kind}: {said}   ", STYLES[kind]) for kind, said in _MEANING.items())))
+
+    def update(self, completion: CompletionOutput, *, all_of_it: bool = False) -> None:
+        """Prints what is new."""
+        for kind, piece in self._pieces.take(completion, all_of_it=all_of_it):
+            shown = piece.translate(_INVISIBLE) if self._out.is_terminal else piece
+            self._out.print(Segments([Segment(shown, Style.parse(STYLES[kind]))]), end="", crop=False)
+
+    def finish(self, completion: CompletionOutput | None) -> None:
+        """Prints what was held back, and ends the line."""
+        if completion is not None:
+            self.update(completion, all_of_it=True)
+        self._out.print(Segments([Segment("\n")]), end="")
+
+
+def summary(completion: CompletionOutput) -> str:
+    """One line: tokens, tokens a step, and milliseconds a token by part (the prompt's own pass not counted)."""
+    metrics, count = completion.metrics, max(1, len(completion.token_ids))
+    parts = {name: getattr(metrics, f"{name}_s") * 1000 / count for name in ("draft", "verify", "rule", "cache")}
+    split = ", ".join(f"{name} {ms:.2f}" for name, ms in parts.items())
+    return (
+        f"{len(completion.token_ids)} tokens, {metrics.acceptance_length:.2f} tokens per step (acceptance_length), "
+        f"{sum(parts.values()):.2f} ms a token ({split})"
+    )
+
+
+def print_tree(tokenizer: Any, completion: CompletionOutput) -> None:
+    """Draws the tree of the latest step, with its accepted path."""
+    if completion.last_tree is None or completion.last_tree.num_nodes == 1:
+        note("nothing was drafted in the last step")
+        return
+    Console(highlight=False).print(draw_tree(tokenizer, completion))
+
+
+def draw_tree(tokenizer: Any, completion: CompletionOutput) -> Tree:
+    """The tree of the latest step: every node's text, its draft probability where it was sampled, and what was accepted."""
+    tree = completion.last_tree
+    assert tree is not None
+    path = completion.last_path
+    branches = [Tree(Text.assemble((_spell(tokenizer, tree, 0), "bold"), " (root)"), guide_style="dim")]
+    for node in range(1, tree.num_nodes):
+        parent = int(tree.parents[node])
+        label = Text(_spell(tokenizer, tree, node))
+        law = tree.law(parent)
+        if law is not None:
+            label.append(f" {float(law[int(tree.tokens[node])]):.3f}", "dim")
+        if node in path:
+            label = Text.assemble("✓ ", label, " accepted", style=STYLES["accepted"])
+        branches.append(branches[parent].add(label))
+    if completion.kinds and completion.kinds[-1] in ("recovered", "bonus"):
+        kind = completion.kinds[-1]
+        token = _spell_id(tokenizer, completion.token_ids[-1])
+        branches[path[-1] if path else 0].add(Text(f"→ {token} {kind}", STYLES[kind]))
+    return branches[0]
+
+
+def _spell(tokenizer: Any, tree: DraftTree, node: int) -> str:
+    return _spell_id(tokenizer, int(tree.tokens[node]))
+
+
+def _spell_id(tokenizer: Any, token_id: int) -> str:
+    return str(token_id) if tokenizer is None else repr(tokenizer.decode([token_id]))
+
+
+def method_tables(tables: dict[str, list[dict[str, Any]]]) -> None:
+    """Prints what `foredraft.methods.tables` gives."""
+    out = Console(highlight=False)
+    columns = {
+        "drafters": ("name", "gives", "trees", "options"),
+        "trees": ("name", "drawn", "rules", "options"),
+        "rules": ("name", "guarantee", "trees"),
+    }
+    for title, rows in tables.items():
+        table = Table(*columns[title], "source", title=title, title_justify="left", title_style="bold")
+        for row in rows:
+            table.add_row(*(_cell(row, column) for column in columns[title]), row["source"])
+        out.print(table)
+    for title in ("drafters", "trees"):
+        out.print(f"guarantee of {title}: {tables[title][0]['guarantee']}")
+    out.print("method ar drafts nothing: plain decoding. The first of a tree's rules need not be its default: see --json.")
+
+
+def _cell(row: dict[str, Any], column: str) -> str:
+    value = row[column]
+    if column == "trees" and not value and "gives" in row:
+        return "its own"
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={default}" for name, default in value.items())
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def note(message: str) -> None:
+    """A line beside the text, on standard error."""
+    _err().print(Text(message, "dim"), soft_wrap=True)
+
+
+def greet() -> None:
+    """How to leave a chat, where someone reads it."""
+    if sys.stdin.isatty():
+        note("/reset forgets the conversation, /exit ends it, Ctrl-C stops an answer")
+
+
+def lines() -> Iterator[str]:
+    """What the user types, line by line, until the input ends; the prompt is shown on terminals only."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 (its import gives input() editing and history)
+    typed = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            yield input(typed).strip()
+        except EOFError:
+            return
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[Callable[[], None]]:
+    """Shows on a terminal's standard error that something goes on; gives a function that ends this early."""
+    status = _err().status(f"{what} ...")
+    status.start()
+    try:
+        yield status.stop
+    finally:
+        status.stop()
+
+
+def _err() -> Console:
+    return Console(stderr=True, highlight=False)

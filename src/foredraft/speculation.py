@@ -1,0 +1,153 @@
+"""What a ``speculative_config`` means: which drafter, tree and rule, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from foredraft.drafters import DRAFTERS, DrafterRow
+from foredraft.errors import unknown_name
+from foredraft.grow import GROWERS, GrowerRow, Options
+from foredraft.protocols import AcceptanceRule, Budget
+from foredraft.tree import Drawn
+from foredraft.verify import RULES, RuleRow
+
+MAX_NODES = 1024
+MAX_DEPTH = 64
+DEFAULT_NODES = 16
+DEFAULT_TREE = "dyspec"
+PLAIN = "ar"
+"""The method that drafts nothing."""
+
+_COMMON = ("method", "model", "tree", "num_speculative_tokens", "rule")
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """A checked speculative config.
+
+    Attributes:
+        drafter, tree, rule_name: names in DRAFTERS, GROWERS (None where the drafter makes its own tree) and RULES.
+        drafter_options, grower_options: the config's other keys.
+    """
+
+    drafter: str
+    tree: str | None
+    rule_name: str
+    budget: Budget
+    model: Any
+    drafter_options: Mapping[str, Any]
+    grower_options: Mapping[str, Any]
+
+    @property
+    def rule(self) -> AcceptanceRule:
+        return RULES[self.rule_name].rule
+
+    def grower(self, defaults: Mapping[str, Any]) -> Any:
+        """The grower; `defaults`, measured for the drafter at hand, fill options that the user left open."""
+        if self.tree is None:
+            return None
+        cls = GROWERS[self.tree].grower
+        known = {key: value for key, value in defaults.items() if key in _option_names(cls)}
+        return _construct(cls, {**known, **self.grower_options})
+
+
+def parse(config: Mapping[str, Any]) -> Speculation | None:
+    """Checks a config; None for the method that drafts nothing.
+
+    Raises:
+        ValueError: an unknown method, tree, rule or key (the nearest name is suggested), a budget out of range, a drafter
+            that cannot grow such a tree, or a rule that is not exact for it.
+        TypeError: the config is not a mapping.
+    """
+    if not isinstance(config, Mapping):
+        raise TypeError(f"speculative_config must be a dict such as {{'method': 'lm', 'model': 'DIR'}}, got {config!r}")
+    method = config.get("method", "lm")
+    if method == PLAIN:
+        return None
+    if method not in DRAFTERS:
+        raise unknown_name("method", method, [*DRAFTERS, PLAIN])
+    drafter = DRAFTERS[method]
+    tree, grower = _choose_tree(method, drafter, config.get("tree"))
+    allowed = [*_COMMON, *drafter.options, *(_option_names(grower.grower) if grower else [])]
+    for key in config:
+        if key not in allowed:
+            raise unknown_name(f"key of speculative_config for method {method!r}, tree {tree!r}:", key, allowed)
+    grower_options = {key: value for key, value in config.items() if grower and key in _option_names(grower.grower)}
+    if grower:
+        _construct(grower.grower, grower_options)  # says now what is wrong with them
+    return Speculation(
+        drafter=method,
+        tree=tree,
+        rule_name=_choose_rule(method, drafter, tree, grower, config.get("rule")),
+        budget=_budget(config.get("num_speculative_tokens")),
+        model=config.get("model"),
+        drafter_options={key: config[key] for key in drafter.options if key in config},
+        grower_options=grower_options,
+    )
+
+
+def _choose_tree(method: str, drafter: DrafterRow, tree: str | None) -> tuple[str | None, GrowerRow | None]:
+    fitting = [name for name, row in GROWERS.items() if row.needs == drafter.gives]
+    if tree is not None and tree not in GROWERS:
+        raise unknown_name("tree", tree, fitting or GROWERS)
+    if tree is not None and tree not in fitting:
+        can = f"it can grow {', '.join(fitting)}" if fitting else "it makes its own tree: leave 'tree' out"
+        raise ValueError(f"method {method!r} cannot grow tree {tree!r}; {can}")
+    if not fitting:
+        return None, None
+    tree = tree or DEFAULT_TREE
+    return tree, GROWERS[tree]
+
+
+def _choose_rule(method: str, drafter: DrafterRow, tree: str | None, grower: GrowerRow | None, rule: str | None) -> str:
+    """The named rule, or the best exact one for how the tree is drawn."""
+    fitting = fitting_rules(grower or drafter)
+    if rule is None:
+        return grower.rule if grower else "deterministic"
+    if rule not in RULES:
+        raise unknown_name("rule", rule, fitting)
+    if rule not in fitting:
+        what = f"tree {tree!r}" if tree else f"the tree of method {method!r}"
+        raise ValueError(f"rule {rule!r} is not exact for {what}; rules that can be used with it: {', '.join(fitting)}")
+    return rule
+
+
+def fitting_rules(row: GrowerRow | DrafterRow) -> list[str]:
+    """Names of the rules that may verify the trees of a grower, or of a drafter that makes its own."""
+    drawn = row.drawn if isinstance(row, GrowerRow) else Drawn.DETERMINISTIC
+    return [name for name, rule in RULES.items() if fits(rule, drawn, row.chains_only)]
+
+
+def fits(rule: RuleRow, drawn: Drawn, chains_only: bool) -> bool:
+    """Whether `rule` may verify trees drawn this way. Single children count as drawn both with and without replacement."""
+    single = chains_only and drawn is not Drawn.DETERMINISTIC and Drawn.IID in rule.drawn
+    return (drawn in rule.drawn or single) and (chains_only or not rule.chains_only)
+
+
+def _budget(nodes: Any) -> Budget:
+    if nodes is None:
+        nodes = DEFAULT_NODES
+    if isinstance(nodes, bool) or not isinstance(nodes, int):
+        raise TypeError(f"num_speculative_tokens must be a whole number, got {nodes!r}")
+    if not 1 <= nodes <= MAX_NODES:
+        raise ValueError(
+            f"num_speculative_tokens (--budget) must be between 1 and {MAX_NODES}, got {nodes}. "
+            f"To draft nothing use method {PLAIN!r}"
+        )
+    return Budget(nodes, min(nodes, MAX_DEPTH))
+
+
+def _option_names(cls: type[Options]) -> list[str]:
+    return [one.name for one in fields(cls)]
+
+
+def _construct(cls: type[Options], options: Mapping[str, Any]) -> Options:
+    for one in fields(cls):
+        value, default = options.get(one.name), one.default
+        if isinstance(default, (int, float)) and default is not MISSING and value is not None:
+            wanted = bool if isinstance(default, bool) else (int, float)
+            if not isinstance(value, wanted) or (isinstance(default, int) and not isinstance(value, int)):
+                raise TypeError(f"{one.name} must be of type {type(default).__name__}, got {value!r}")
+    return cls(**options)

@@ -40,6 +40,7 @@ TopK = Annotated[int | None, _option(_SAMPLING, "Keep this many of the likeliest
 MinP = Annotated[float | None, _option(_SAMPLING, "Drop tokens below this share of the likeliest one's probability.")]
 MaxTokens = Annotated[int, _option(_SAMPLING, "Most tokens to generate; default 256.")]
 Stop = Annotated[list[str] | None, _option(_SAMPLING, "A string that ends the text; may be given several times.")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of sequence.", rich_help_panel=_SAMPLING)]
 Seed = Annotated[int, _option(_SAMPLING, "Equal seeds give equal output; default 0.")]
 ShowTree = Annotated[bool, _option(_SHOWN, "Draw the last tree, with its accepted path.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else on standard output.", rich_help_panel=_SHOWN)]
@@ -66,6 +67,7 @@ def generate(
     min_p: MinP = None,
     max_tokens: MaxTokens = 256,
     stop: Stop = None,
+    ignore_eos: IgnoreEos = False,
     seed: Seed = 0,
     show_tree: ShowTree = False,
     as_json: AsJson = False,
@@ -79,7 +81,14 @@ def generate(
             commands.ModelChoice(model, dtype, device, revision),
             commands.speculative_config(model, method, draft_model, tree, budget, rule, extra=speculative_config),
             commands.given(
-                temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens, stop=stop, seed=seed
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                min_p=min_p,
+                max_tokens=max_tokens,
+                stop=stop,
+                ignore_eos=ignore_eos,
+                seed=seed,
             ),
             commands.Shown(chat=chat, tree=show_tree, json=as_json),
         )
@@ -106,6 +115,7 @@ def chat(
     min_p: MinP = None,
     max_tokens: MaxTokens = 256,
     stop: Stop = None,
+    ignore_eos: IgnoreEos = False,
     seed: Seed = 0,
     show_tree: ShowTree = False,
 ) -> None:
@@ -118,7 +128,14 @@ def chat(
             commands.ModelChoice(model, dtype, device, revision),
             commands.speculative_config(model, method, draft_model, tree, budget, rule, extra=speculative_config),
             commands.given(
-                temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens, stop=stop, seed=seed
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                min_p=min_p,
+                max_tokens=max_tokens,
+                stop=stop,
+                ignore_eos=ignore_eos,
+                seed=seed,
             ),
             commands.Shown(chat=True, tree=show_tree),
         )

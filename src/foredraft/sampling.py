@@ -53,13 +53,13 @@ class SamplingParams:
     """
 
     n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float | int = 1.0
+    top_p: float | int = 1.0
     top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    min_p: float | int = 0.0
+    repetition_penalty: float | int = 1.0
+    presence_penalty: float | int = 0.0
+    frequency_penalty: float | int = 0.0
     max_tokens: int | None = None
     min_tokens: int = 0
     stop: str | Sequence[str] | None = None
@@ -69,7 +69,7 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: dict[int, float | int] | None = None
     bad_words: Sequence[str] | None = None
     allowed_token_ids: Sequence[int] | None = None
     skip_special_tokens: bool = True
@@ -258,7 +258,7 @@ def _forbid_early(end_ids: list[int], first_len: int) -> PrefixProcessor:
     return process
 
 
-def _bias(bias: dict[int, float]) -> PrefixProcessor:
+def _bias(bias: dict[int, float | int]) -> PrefixProcessor:
     token_ids = list(bias)
 
     def process(committed_ids: Sequence[int], path_ids: Sequence[int], logits: Tensor) -> Tensor:
@@ -269,7 +269,7 @@ def _bias(bias: dict[int, float]) -> PrefixProcessor:
     return process
 
 
-def _penalise_repetition(penalty: float) -> PrefixProcessor:
+def _penalise_repetition(penalty: float | int) -> PrefixProcessor:
     def process(committed_ids: Sequence[int], path_ids: Sequence[int], logits: Tensor) -> Tensor:
         seen = torch.tensor(sorted({*committed_ids, *path_ids}), device=logits.device)
         logits = logits.clone()

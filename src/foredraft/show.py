@@ -23,7 +23,7 @@ from foredraft.tree import DraftTree
 STYLES = {"accepted": "green", "recovered": "yellow", "bonus": "cyan", "plain": "none"}
 """Colour by kind of token."""
 
-_MEANING = {"accepted": "drafted and accepted", "recovered": "drawn after a rejection", "bonus": "drawn after a whole path"}
+_LEGEND = {"accepted": "accepted drafts", "recovered": "recovered after a rejection", "bonus": "bonus after a whole path"}
 
 _INVISIBLE = {code: None for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\n\t"}
 """Control characters, which must not reach a terminal from a model."""
@@ -82,7 +82,7 @@ class Screen:
         self._out = Console(highlight=False)
         self._pieces = Pieces(tokenizer, sampling)
         if legend and self._out.is_terminal and self._out.color_system and not self._out.no_color:
-            _err().print(Text.assemble(*((f"{kind}: {said}   ", STYLES[kind]) for kind, said in _MEANING.items())))
+            _err().print(Text("  ").join(Text(said, STYLES[kind]) for kind, said in _LEGEND.items()))
 
     def update(self, completion: CompletionOutput, *, all_of_it: bool = False) -> None:
         """Prints what is new."""
@@ -155,7 +155,9 @@ def method_tables(tables: dict[str, list[dict[str, Any]]]) -> None:
         "rules": ("name", "guarantee", "trees"),
     }
     for title, rows in tables.items():
-        table = Table(*columns[title], "source", title=title, title_justify="left", title_style="bold")
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for column in (*columns[title], "source"):
+            table.add_column(column, overflow="fold")
         for row in rows:
             table.add_row(*(_cell(row, column) for column in columns[title]), row["source"])
         out.print(table)

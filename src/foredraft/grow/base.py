@@ -103,7 +103,7 @@ class Sapling:
         self.kept = list(nodes)
 
 
-def draft_sampling(sampling: SamplingParams, draft_temperature: float | None) -> SamplingParams:
+def draft_sampling(sampling: SamplingParams, draft_temperature: float | int | None) -> SamplingParams:
     """The parameters of the draft law: the request's truncation, at a temperature of its own.
 
     The law has its own temperature because at target temperature 0 it would be one-hot and every tree a chain.
@@ -121,7 +121,7 @@ class Options:
         draft_sampling: ``auto`` takes the most likely tokens at target temperature 0; ``sampled`` draws there too.
     """
 
-    draft_temperature: float | None = None
+    draft_temperature: float | int | None = None
     draft_sampling: str = "auto"
 
     def __post_init__(self) -> None:
@@ -201,8 +201,9 @@ def pack(trees: Sequence[Sapling], draft_probs: Float[Tensor, "r v"]) -> TreeBat
             place = {node: i for i, node in enumerate(chosen)} | {-1: -1}
             tokens += [tree.tokens[node] for node in chosen]
             parents += [place[tree.parents[node]] for node in chosen]
-        drawn += [tree.drawn[node] for node in chosen]
-        rows += [tree.rows[node] if tree.drawn[node] else -1 for node in chosen]
+        inner = {tree.parents[node] for node in chosen}
+        drawn += [tree.drawn[node] if node in inner else 0 for node in chosen]
+        rows += [tree.rows[node] if tree.drawn[node] and node in inner else -1 for node in chosen]
         offsets.append(len(tokens))
     return TreeBatch(
         tokens=np.asarray(tokens, np.int64),

@@ -82,7 +82,7 @@ class DySpecThreshold(Options):
         threshold: least value of a draw that is made; None is 1 / budget.
     """
 
-    threshold: float | None = None
+    threshold: float | int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

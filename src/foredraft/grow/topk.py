@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import nsmallest
 from typing import Any
 
 from foredraft.draws import Draws
@@ -49,7 +50,7 @@ class TopK(Options):
         layer = [0]
         for _ in range(min(self.draft_depth, tree.budget.depth) if k else 0):
             laws = yield layer
-            layer = best_nodes(tree, add_layer(tree, layer, tree.pick(layer, laws, k)), k)
+            layer = best_nodes(tree, add_layer(tree, layer, tree.pick(layer, laws, k), tree.budget.nodes), k)
         keep_best(tree)
 
 
@@ -64,7 +65,7 @@ class Opt(Options):
     Source: Wang et al., OPT-Tree (arXiv 2406.17276), Algorithm 1.
     """
 
-    delta: float = 0.2
+    delta: float | int = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,20 +87,25 @@ class Opt(Options):
         size, expected, layer = tree.budget.nodes, 0.0, [0]
         for _ in range(tree.budget.depth if size else 0):
             laws = yield layer
-            layer = best_nodes(tree, add_layer(tree, layer, tree.pick(layer, laws, size)), size)
+            layer = add_layer(tree, layer, tree.pick(layer, laws, size), size)
             before, expected = expected, sum(tree.values[node] for node in best_nodes(tree, range(1, len(tree.tokens)), size))
             if expected - before <= self.delta:
                 break
         keep_best(tree)
 
 
-def add_layer(tree: Sapling, layer: Sequence[int], picked: Sequence[Sequence[tuple[int, float]]]) -> list[int]:
-    """Adds the picked children of every node of `layer`; returns them."""
-    return [
-        tree.add(node, token, prob, Drawn.DETERMINISTIC)
-        for node, children in zip(layer, picked, strict=True)
-        for token, prob in children
+def add_layer(
+    tree: Sapling, layer: Sequence[int], picked: Sequence[Sequence[tuple[int, float]]], most: int
+) -> list[int]:
+    """Adds the `most` best of the picked children of `layer`, of equal ones the first; returns them in tree order. Worse ones
+    cannot be among the best `most` nodes of the tree, so they are never made."""
+    offered = [
+        (-tree.values[node] * prob, place, rank, node, token, prob)
+        for place, (node, children) in enumerate(zip(layer, picked, strict=True))
+        for rank, (token, prob) in enumerate(children)
     ]
+    best = sorted(nsmallest(most, offered), key=lambda one: one[1:3])
+    return [tree.add(node, token, prob, Drawn.DETERMINISTIC) for _, _, _, node, token, prob in best]
 
 
 def best_nodes(tree: Sapling, nodes: Sequence[int] | range, size: int) -> list[int]:

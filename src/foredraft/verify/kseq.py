@@ -66,15 +66,15 @@ def discount(law: Float[Tensor, " v"], draft: Float[Tensor, " v"], k: int) -> fl
     """
 
     target_probs, draft_probs = law.double().cpu().numpy(), draft.double().cpu().numpy()
-
-    def enough(rho: float) -> bool:
-        beta = float(np.minimum(draft_probs, target_probs / rho).sum())
-        return 1 - (1 - beta) ** k <= rho * beta
-
     low, high = 1.0, float(k)
-    if enough(low):
-        return low
-    for _ in range(40):  # to 1e-12 of k, from the valid side
-        middle = (low + high) / 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
+    rho = low
+    for _ in range(42):  # to 1e-12 of k
+        beta = float(np.minimum(draft_probs, target_probs / rho).sum())
+        if 1 - (1 - beta) ** k <= rho * beta:
+            high = rho
+        else:
+            low = rho
+        if high == 1.0:
+            break
+        rho = (low + high) / 2
     return high

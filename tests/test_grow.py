@@ -1,0 +1,247 @@
+"""Tree policies against references: the heap of DySpec, brute force, published figures."""
+
+from __future__ import annotations
+
+import heapq
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from exact import TableExpander, expected_tokens, tree_law
+
+from foredraft.draws import Draws
+from foredraft.grow import GROWERS
+from foredraft.grow.budget import Costs, best_paths, tree_values
+from foredraft.grow.dyspec import DySpec, DySpecThreshold
+from foredraft.grow.topk import Opt
+from foredraft.models.table import Law, random_law
+from foredraft.protocols import Budget
+from foredraft.sampling import SamplingParams
+from foredraft.tree import DraftTree, TreeBatch, ancestor_mask, bfs_order, dfs_order, heavy_path_order
+from foredraft.verify import RULES
+
+PREFIX = (0,)
+
+
+def grow(grower: Any, law: Law, vocab_size: int, budget: Budget, seed: int = 0, temperature: float = 1.0) -> DraftTree:
+    drafter = TableExpander(law, vocab_size, PREFIX)
+    return grower.grow(drafter, [None], [PREFIX[-1]], [budget], [SamplingParams(temperature=temperature)], [Draws(seed)])[0]
+
+
+def nodes_of(tree: DraftTree) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Every node as (address, tokens on its path): what a tree is, whatever the order it was made in."""
+    return {(tree.ranks[i], tuple(int(tree.tokens[j]) for j in tree.path_to(i))) for i in range(tree.num_nodes)}
+
+
+def heap_tree(law: Law, vocab_size: int, budget: Budget, seed: int) -> tuple[set[Any], list[float]]:
+    """Algorithm 1 of DySpec with its heap, one draw at a time; ties as in the package. Returns nodes and popped values."""
+    draws, popped, nodes = Draws(seed), [], {((), ())}
+    heap: list[Any] = [(-1.0, 1, (0,), ())]  # (-value of the draw, its depth, its address, tokens of its parent)
+    orders: dict[Any, Any] = {}
+    while heap and len(nodes) <= budget.nodes:
+        value, depth, address, path = heapq.heappop(heap)
+        if depth > budget.depth:
+            continue
+        parent, rank = address[:-1], address[-1]
+        probs = torch.from_numpy(law((*PREFIX, *path)))
+        if parent not in orders:
+            above = nodes_value[parent] if parent else 1.0
+            orders[parent] = (draws.order(probs, ("draft", parent, 0), vocab_size), above)
+        order, above = orders[parent]
+        if rank >= len(order):
+            continue
+        token = order[rank]
+        popped.append(-value)
+        nodes.add((address, (*path, token)))
+        spent = float(sum(float(probs[t]) for t in order[:rank]))
+        child = min(above * float(probs[token]), -value)
+        nodes_value[address] = child
+        following = min(-value, above * max(0.0, 1 - (spent + float(probs[token]))))
+        if rank + 1 < len(order):
+            heapq.heappush(heap, (-following, depth, (*parent, rank + 1), path))
+        heapq.heappush(heap, (-child, depth + 1, (*address, 0), (*path, token)))
+    return nodes, popped
+
+
+nodes_value: dict[Any, float] = {}
+
+
+def tied_law(vocab_size: int) -> Law:
+    """Every row uniform over a power of two of tokens: all priorities are equal many times over."""
+    row = np.zeros(vocab_size)
+    row[: 1 << (vocab_size.bit_length() - 1)] = 1 / (1 << (vocab_size.bit_length() - 1))
+    return lambda prefix: row
+
+
+@pytest.mark.parametrize("width", [1, 3, 8, 16])
+@pytest.mark.parametrize("nodes", [1, 5, 16, 64])
+def test_dyspec_is_the_tree_of_the_heap(nodes: int, width: int) -> None:
+    for seed in range(12):
+        for vocab_size, law in ((3, random_law(3, seed)), (12, random_law(12, seed, zeros=0.3)), (4, tied_law(4)), (6, tied_law(6))):
+            budget = Budget(nodes, 2 + seed % 5)
+            tree = grow(DySpec(width=width), law, vocab_size, budget, seed)
+            reference, popped = heap_tree(law, vocab_size, budget, seed)
+            assert nodes_of(tree) == reference
+            assert popped == sorted(popped, reverse=True)
+
+
+@pytest.mark.parametrize("nodes", [8, 64])
+def test_threshold_variant_at_the_last_popped_value_is_the_greedy_tree(nodes: int) -> None:
+    for seed in range(10):
+        law, budget = random_law(6, seed), Budget(nodes, 64)
+        reference, popped = heap_tree(law, 6, budget, seed)
+        tree = grow(DySpecThreshold(threshold=popped[-1] * (1 - 1e-9)), law, 6, budget, seed)
+        assert nodes_of(tree) == reference
+
+
+def test_dyspec_passes_do_not_grow_with_the_tree() -> None:
+    """Passes of the drafter, where the heap makes one call a node. The figures stand in docs/dyspec.md."""
+    law = random_law(64, 5, concentration=0.05)
+    for nodes in (16, 64, 256):
+        drafter = TableExpander(law, 64, PREFIX)
+        DySpec(width=16).grow(drafter, [None], [0], [Budget(nodes, 64)], [SamplingParams()], [Draws(1)])
+        assert drafter.num_passes <= 6 + nodes / 8
+        assert drafter.num_evaluated <= nodes + 1
+
+
+def test_tree_counts_and_expected_tokens_of_algorithm_1() -> None:
+    """Law 3 over 3 tokens, depth 3: 3, 7, 15 and 34 trees of 1 to 4 nodes, each size accepting more."""
+    draft, target = random_law(3, 3), random_law(3, 1003)
+    counts, expected = [], []
+    for nodes in range(1, 5):
+        trees = tree_law(DySpec(), draft, 3, Budget(nodes, 3), 1.0, PREFIX)
+        counts.append(len(trees))
+        expected.append(expected_tokens(trees, RULES["multiround"].rule, target, 1.0, PREFIX))
+    assert counts == [3, 7, 15, 34]
+    assert all(after > before + 1e-6 for before, after in zip(expected, expected[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "insertion", "dfs", "bfs", "heavy"),
+    [(256, 35.8, 22.8, 35.6, 21.4), (512, 133.6, 53.4, 114.4, 50.2), (1024, 485.0, 116.6, 347.4, 111.2), (2048, 1647.4, 270.6, 1084, 237.8)],
+)
+def test_block_counts_of_table_5(nodes: int, insertion: float, dfs: float, bfs: float, heavy: float) -> None:
+    """Non-empty 32 x 32 blocks of the mask of random recursive trees (DySpec, Table 5); means of 5, within 10 %."""
+    rng = np.random.default_rng(nodes)
+    counts = []
+    for _ in range(5):
+        parents = [-1, *(int(rng.integers(0, i)) for i in range(1, nodes))]
+        tree = TreeBatch.chains([[0] * nodes], [parents])[0]
+        mask = ancestor_mask(tree.parents)
+        orders = [list(range(nodes)), dfs_order(tree), bfs_order(tree), heavy_path_order(tree)]
+        counts.append([blocks(mask[np.ix_(order, order)]) for order in orders])
+    assert np.mean(counts, axis=0) == pytest.approx([insertion, dfs, bfs, heavy], rel=0.1)
+
+
+def blocks(mask: np.ndarray, size: int = 32) -> int:
+    return int(mask.reshape(len(mask) // size, size, -1, size).any(axis=(1, 3)).sum())
+
+
+def path_probs(law: Law, vocab_size: int, depth: int) -> dict[tuple[int, ...], float]:
+    """Probability of every path up to `depth`."""
+    probs, layer = {}, {(): 1.0}
+    for _ in range(depth):
+        layer = {(*path, t): p * float(law((*PREFIX, *path))[t]) for path, p in layer.items() for t in range(vocab_size)}
+        probs |= layer
+    return probs
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3, 4, 5])
+def test_opt_is_the_best_subtree(nodes: int) -> None:
+    """Brute force over every connected set of n nodes (OPT-Tree, Theorem 3.1)."""
+    for seed in range(5):
+        law = random_law(3, seed)
+        probs = path_probs(law, 3, 3)
+        best = max(
+            sum(probs[path] for path in chosen)
+            for chosen in combinations(probs, nodes)
+            if all(path[:-1] in chosen or len(path) == 1 for path in chosen)
+        )
+        tree = grow(Opt(delta=0.0, draft_temperature=1.0), law, 3, Budget(nodes, 3))
+        total = sum(probs[tuple(int(tree.tokens[j]) for j in tree.path_to(i))] for i in range(1, tree.num_nodes))
+        assert total == pytest.approx(best, abs=1e-12)
+
+
+SEQUOIA = (0.6, 0.2, 0.1, 0.05)
+
+
+@pytest.mark.parametrize(("nodes", "value"), [(2, 1.6), (4, 2.176), (8, 2.7456), (16, 3.30936), (32, 3.86849)])
+def test_sequoia_values(nodes: int, value: float) -> None:
+    """The published numbers of the programme; without a depth limit it equals greedy expansion by path product."""
+    budget = Budget(nodes - 1, nodes - 1)
+    assert tree_values(SEQUOIA, budget)[nodes - 1, :, nodes].max() == pytest.approx(value, abs=6e-6)
+    paths = best_paths(SEQUOIA, budget)
+    assert 1 + sum(np.prod([SEQUOIA[rank] for rank in path]) for path in paths) == pytest.approx(value, abs=6e-6)
+    assert len(set(paths)) == nodes - 1
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_sequoia_obeys_the_depth_limit(depth: int) -> None:
+    vector = (0.7, 0.4, 0.3)
+    paths = best_paths(vector, Budget(9, depth))
+    assert max(map(len, paths)) == depth
+    weights: dict[Any, float] = {}
+    layer = {(): 1.0}
+    for _ in range(depth):
+        layer = {(*path, rank): p * vector[rank] for path, p in layer.items() for rank in range(3)}
+        weights |= layer
+    assert sum(weights[path] for path in paths) == pytest.approx(sum(sorted(weights.values())[-9:]))
+
+
+def test_sequoia_with_costs_stops_where_it_no_longer_pays() -> None:
+    flat = Costs(draft=0.0, verify=((1, 1.0), (64, 1.0)))
+    steep = Costs(draft=0.0, verify=((1, 1.0), (2, 1.01), (3, 3.0), (64, 64.0)))
+    deep = Costs(draft=5.0, verify=((1, 1.0), (64, 1.0)))
+    assert len(best_paths(SEQUOIA, Budget(15, 15), flat)) == 15
+    assert best_paths(SEQUOIA, Budget(15, 15), steep) == [(0,)]
+    assert best_paths(SEQUOIA, Budget(15, 15), deep) == []
+
+
+def test_sequoia_without_a_vector_says_how_to_get_one() -> None:
+    with pytest.raises(ValueError, match="acceptance"):
+        grow(GROWERS["sequoia"].grower(), random_law(3, 0), 3, Budget(3, 3))
+
+
+@pytest.mark.parametrize("name", GROWERS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("budget", [Budget(0, 0), Budget(1, 1), Budget(7, 1), Budget(16, 3), Budget(300, 64)])
+def test_every_tree_is_well_formed_and_within_budget(name: str, temperature: float, budget: Budget) -> None:
+    options = {"acceptance": list(SEQUOIA)} if name == "sequoia" else {}
+    for vocab_size in (1, 2, 40):
+        tree = grow(GROWERS[name].grower(**options), random_law(vocab_size, 8, concentration=0.2), vocab_size, budget, 3, temperature)
+        assert tree.num_nodes <= budget.nodes + 1
+        assert tree.depths.max() <= budget.depth
+        assert tree.parents[0] == -1 and all(tree.parents[i] < i for i in range(1, tree.num_nodes))
+        assert tree.tokens[0] == PREFIX[-1]
+        for node, siblings in enumerate(tree.children):
+            assert (tree.law(node) is not None) == bool(siblings and tree.drawn[node])
+
+
+@pytest.mark.parametrize("name", [name for name in GROWERS if name != "chain"])
+def test_trees_branch_at_temperature_0(name: str) -> None:
+    options = {"acceptance": list(SEQUOIA)} if name == "sequoia" else {}
+    tree = grow(GROWERS[name].grower(**options), random_law(20, 1), 20, Budget(16, 8), temperature=0.0)
+    assert any(len(siblings) > 1 for siblings in tree.children)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("dyspec", {"width": 0}, "width"),
+        ("dyspec", {"draft_temperature": 0.0}, "draft_temperature"),
+        ("dyspec", {"draft_sampling": "maybe"}, "draft_sampling"),
+        ("dyspec-threshold", {"threshold": 1.5}, "threshold"),
+        ("branching", {"num_chains": 0}, "num_chains"),
+        ("branching", {"expansion": [2, 0]}, "expansion"),
+        ("static", {"paths": [[0, 0]]}, "parent"),
+        ("static", {"paths": [[1]]}, "siblings"),
+        ("sequoia", {"acceptance": [1.5]}, "acceptance"),
+        ("topk", {"topk": 0}, "topk"),
+        ("opt", {"delta": -1.0}, "delta"),
+    ],
+)
+def test_wrong_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GROWERS[name].grower(**options)

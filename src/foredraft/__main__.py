@@ -33,7 +33,7 @@ DraftModel = Annotated[str | None, _option(_DRAFT, "Directory or Hub id of the d
 Tree = Annotated[str | None, _option(_DRAFT, "How the tree grows: see `foredraft methods`; default dyspec.")]
 Budget = Annotated[int | None, _option(_DRAFT, "Nodes of the tree without its root, 1 to 1024; default 16.")]
 Rule = Annotated[str | None, _option(_DRAFT, "Acceptance rule; default: the best exact one for the tree.")]
-Config = Annotated[str | None, _option(_DRAFT, 'More keys of speculative_config, as JSON: \'{"draft_temperature": 0.8}\'.')]
+Config = Annotated[str | None, _option(_DRAFT, "More keys of speculative_config, as JSON: '{\"draft_temperature\": 0.8}'.")]
 Temperature = Annotated[float | None, _option(_SAMPLING, "0 is greedy; default: the model's own (mostly 1).")]
 TopP = Annotated[float | None, _option(_SAMPLING, "Keep the likeliest tokens with this mass, in (0, 1].")]
 TopK = Annotated[int | None, _option(_SAMPLING, "Keep this many of the likeliest tokens; 0 keeps all.")]
@@ -43,12 +43,12 @@ Stop = Annotated[list[str] | None, _option(_SAMPLING, "A string that ends the te
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of sequence.", rich_help_panel=_SAMPLING)]
 Seed = Annotated[int, _option(_SAMPLING, "Equal seeds give equal output; default 0.")]
 ShowTree = Annotated[bool, _option(_SHOWN, "Draw the last tree, with its accepted path.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else on standard output.", rich_help_panel=_SHOWN)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.", rich_help_panel=_SHOWN)]
 
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from standard input.")],
     *,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap PROMPT in the model's chat template.")] = False,
     model: Model = None,

@@ -75,9 +75,7 @@ def _json_object(text: str | None) -> dict[str, Any]:
     return found
 
 
-def generate(
-    prompt: str, choice: ModelChoice, config: dict[str, Any] | None, sampling: dict[str, Any], shown: Shown
-) -> int:
+def generate(prompt: str, choice: ModelChoice, config: dict[str, Any] | None, sampling: dict[str, Any], shown: Shown) -> int:
     """Runs ``foredraft generate``; returns its exit code."""
     text = sys.stdin.read() if prompt == "-" else prompt
     SamplingParams(**sampling)  # says what is wrong with them before anything is loaded
@@ -87,15 +85,14 @@ def generate(
         wrapped: Prompt = llm.chat_prompt([{"role": "user", "content": text}]) if shown.chat else text
         stream = llm.stream(wrapped, params)
     if shown.json:
-        output, code = _drain(stream)
-        print(json.dumps(_as_json(llm, output, choice, params, shown, text), ensure_ascii=False))
-        return code
-    return _show_answer(llm, stream, params, shown)[1]
+        outcome = _consume(stream, None)
+        found = {"prompt": text, **_result(outcome, shown), "seed": params.seed, "config": _config(llm, choice, params)}
+        print(json.dumps(found, ensure_ascii=False))
+        return outcome.code
+    return _show_answer(llm, stream, params, shown).code
 
 
-def chat(
-    system: str | None, choice: ModelChoice, config: dict[str, Any] | None, sampling: dict[str, Any], shown: Shown
-) -> int:
+def chat(system: str | None, choice: ModelChoice, config: dict[str, Any] | None, sampling: dict[str, Any], shown: Shown) -> int:
     """Runs ``foredraft chat`` until /exit or the end of input; returns its exit code."""
     SamplingParams(**sampling)
     with show.waiting("loading the model"):
@@ -138,9 +135,7 @@ def _load(choice: ModelChoice, config: dict[str, Any] | None, *, seed: int) -> L
     )
 
 
-def _turn(
-    llm: LLM, messages: list[dict[str, str]], line: str, params: SamplingParams, shown: Shown
-) -> list[dict[str, str]]:
+def _turn(llm: LLM, messages: list[dict[str, str]], line: str, params: SamplingParams, shown: Shown) -> list[dict[str, str]]:
     """One question and its answer; the conversation stays as it was where the model cannot take the question."""
     asked = [*messages, {"role": "user", "content": line}]
     try:
@@ -149,62 +144,73 @@ def _turn(
         show.note(f"error: {error}")
         show.note("hint: /reset forgets the conversation so far")
         return messages
-    answer, _ = _show_answer(llm, stream, params, shown)
+    answer = _show_answer(llm, stream, params, shown).completion
     return [*asked, {"role": "assistant", "content": answer.text if answer else ""}]
 
 
-def _show_answer(
-    llm: LLM, stream: Iterator[RequestOutput], params: SamplingParams, shown: Shown
-) -> tuple[CompletionOutput | None, int]:
-    """Prints an answer while it comes. Ctrl-C ends it and keeps what is there; the second value is then INTERRUPTED."""
-    screen = show.Screen(llm.tokenizer, params, legend=llm.speculation is not None)
-    completion, code = None, 0
+@dataclass(frozen=True)
+class _Outcome:
+    """What a run gave: the latest output, the latest completion that had a tree of drafts, and the exit code."""
+
+    output: RequestOutput | None
+    drawn: CompletionOutput | None
+    code: int
+
+    @property
+    def completion(self) -> CompletionOutput | None:
+        return self.output.outputs[0] if self.output else None
+
+
+def _consume(stream: Iterator[RequestOutput], screen: show.Screen | None) -> _Outcome:
+    """Follows a stream to its end, or to Ctrl-C, which ends it and keeps what is there."""
+    output, drawn, code = None, None, 0
     try:
-        with show.waiting("reading the prompt") as stop_waiting:
+        with show.waiting("generating") as stop_waiting:
             for output in stream:
-                stop_waiting()
-                completion = output.outputs[0]
-                screen.update(completion)
+                one = output.outputs[0]
+                if one.last_tree is not None and one.last_tree.num_nodes > 1:
+                    drawn = one
+                if screen is not None:
+                    stop_waiting()
+                    screen.update(one)
     except KeyboardInterrupt:
         code = INTERRUPTED
-    screen.finish(completion)
-    if completion is not None:
+    return _Outcome(output, drawn, code)
+
+
+def _show_answer(llm: LLM, stream: Iterator[RequestOutput], params: SamplingParams, shown: Shown) -> _Outcome:
+    """Prints an answer while it comes, then its tree if asked for, and its summary."""
+    screen = show.Screen(llm.tokenizer, params, legend=llm.speculation is not None)
+    outcome = _consume(stream, screen)
+    screen.finish(outcome.completion)
+    if outcome.completion is not None:
         if shown.tree:
-            show.print_tree(llm.tokenizer, completion)
-        show.note(show.summary(completion) + (" (interrupted)" if code else ""))
-    return completion, code
+            show.print_tree(llm.tokenizer, outcome.drawn)
+        show.note(show.summary(outcome.completion) + (" (interrupted)" if outcome.code else ""))
+    return outcome
 
 
-def _drain(stream: Iterator[RequestOutput]) -> tuple[RequestOutput | None, int]:
-    output = None
-    try:
-        with show.waiting("generating"):
-            for output in stream:  # noqa: B007 (the last one is wanted, also after Ctrl-C)
-                pass
-    except KeyboardInterrupt:
-        return output, INTERRUPTED
-    return output, 0
+def _result(outcome: _Outcome, shown: Shown) -> dict[str, Any]:
+    """The run in the object that ``--json`` prints; empty where Ctrl-C came before the first token."""
+    one = outcome.completion
+    found: dict[str, Any] = {
+        "text": one.text if one else "",
+        "token_ids": one.token_ids if one else [],
+        "kinds": one.kinds if one else [],
+        "finish_reason": one.finish_reason if one else None,
+        "stop_reason": one.stop_reason if one else None,
+        "metrics": asdict(one.metrics) if one else {},
+    }
+    if outcome.output is not None:
+        found["prompt_token_ids"] = outcome.output.prompt_token_ids
+    if shown.tree:
+        found["tree"] = tables.tree_as_dict(outcome.drawn)
+    return found
 
 
-def _as_json(
-    llm: LLM, output: RequestOutput | None, choice: ModelChoice, params: SamplingParams, shown: Shown, prompt: str
-) -> dict[str, Any]:
-    """The one object that ``--json`` prints."""
-    found: dict[str, Any] = {"prompt": prompt, "text": "", "token_ids": [], "kinds": [], "finish_reason": None}
-    if output is not None:
-        one = output.outputs[0]
-        found |= {
-            "prompt_token_ids": output.prompt_token_ids,
-            "text": one.text,
-            "token_ids": one.token_ids,
-            "kinds": one.kinds,
-            "finish_reason": one.finish_reason,
-            "stop_reason": one.stop_reason,
-            "metrics": asdict(one.metrics),
-        }
-        if shown.tree:
-            found["tree"] = tables.tree_as_dict(one)
-    return found | {"seed": params.seed, "config": {**asdict(choice), **_drafting(llm), "sampling": asdict(params)}}
+def _config(llm: LLM, choice: ModelChoice, params: SamplingParams) -> dict[str, Any]:
+    """What was run, in the object that ``--json`` prints."""
+    return {**asdict(choice), **_drafting(llm), "sampling": asdict(params)}
 
 
 def _drafting(llm: LLM) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from foredraft.cache import prefill
 from foredraft.draws import Draws
 from foredraft.metrics import StepRecord
 from foredraft.protocols import AcceptanceRule, Budget, Drafter, Pool, Target, Verdict
-from foredraft.sampling import PrefixProcessor, SamplingParams, TargetLaw
+from foredraft.sampling import PrefixProcessor, SamplingParams, TargetLaw, at_least_float32
 from foredraft.text import TextStream
 from foredraft.tree import DraftTree, TreeBatch
 
@@ -146,9 +146,13 @@ def speculative(
 
 def start(target: Target, pool: Pool, continuations: Sequence[Continuation]) -> None:
     """Gives every continuation a cache with its prompt except the root; equal prompts of one wave are run once."""
-    first: dict[tuple[int, ...], Continuation] = {}
+
+    def same(one: Continuation) -> tuple[int | None, ...]:
+        return one.sampling.prompt_logprobs, *one.token_ids
+
+    first: dict[tuple[int | None, ...], Continuation] = {}
     for one in continuations:
-        leader = first.setdefault(tuple(one.token_ids), one)
+        leader = first.setdefault(same(one), one)
         if leader is one:
             one.cache = pool.allocate()
     leaders = list(first.values())
@@ -159,7 +163,7 @@ def start(target: Target, pool: Pool, continuations: Sequence[Continuation]) -> 
         for one, chunks in zip(group if scored else [], logits, strict=False):
             _score_prompt(one, chunks)
     for one in continuations:
-        leader = first[tuple(one.token_ids)]
+        leader = first[same(one)]
         if leader is not one:
             one.cache, one.prompt_logprobs = pool.copy(leader.cache), leader.prompt_logprobs
 
@@ -181,10 +185,10 @@ def settle(one: Continuation, law: TargetLaw, tokens: Sequence[int], verdict: Ve
 def _end(one: Continuation, token: int) -> None:
     """Sets `finish_reason` and `stop_reason` if `token` ends the output."""
     num_output = len(one.token_ids) - one.num_prompt
-    stop_token = token in one.sampling.stop_token_ids
-    if token in one.eos_ids or stop_token:
-        one.finish_reason, one.stop_reason = "stop", token if stop_token else None
-        if one.sampling.include_stop_str_in_output or token in one.eos_ids and not one.sampling.skip_special_tokens:
+    is_eos = token in one.eos_ids
+    if is_eos or token in (one.sampling.stop_token_ids or ()):
+        one.finish_reason, one.stop_reason = "stop", None if is_eos else token
+        if one.sampling.include_stop_str_in_output:
             one.text.push(token, may_stop=False)
     else:
         stop = one.text.push(token, may_stop=num_output > one.sampling.min_tokens)
@@ -240,8 +244,8 @@ class Clock:
 
 
 def top_logprobs(logprobs: Float[Tensor, " v"], token: int, k: int, tokenizer: Any = None) -> dict[int, Logprob]:
-    """The `k` likeliest tokens and `token` itself, as vLLM returns them."""
-    best = logprobs.topk(k).indices.tolist() if k else []
+    """The `k` likeliest tokens (-1: all) and `token` itself, as vLLM returns them."""
+    best = logprobs.topk(k if k >= 0 else len(logprobs)).indices.tolist()
     own_rank = int((logprobs > logprobs[token]).sum()) + 1
     ranks = {token: own_rank} | {one: rank for rank, one in enumerate(best, start=1) if one != token}
     decode = (lambda ids: tokenizer.decode(ids)) if tokenizer is not None else lambda ids: None
@@ -253,7 +257,7 @@ def _score_prompt(one: Continuation, chunks: Sequence[Float[Tensor, "n v"]]) -> 
     if not chunks:
         return
     logits = torch.cat(list(chunks))
-    rows = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    rows = at_least_float32(logits).log_softmax(-1)
     k = one.sampling.prompt_logprobs or 0
     one.prompt_logprobs += [
         top_logprobs(row, token, k, one.tokenizer) for row, token in zip(rows, one.token_ids[1 : one.num_prompt], strict=True)

@@ -99,8 +99,8 @@ class Draws:
         if not total > 0:
             raise ValueError("cannot draw a token from a law without mass: every probability is zero or not a number")
         token = int(torch.searchsorted(cumulative, self.uniform(key) * total, right=True))
-        if token >= len(probs):  # u * total was rounded up to total
-            token = int(torch.nonzero(probs)[-1])
+        if token == len(probs) or not probs[token] > 0:  # u * total was rounded up to total, or a sum in blocks is not monotone
+            token = int(torch.nonzero(probs[: token + 1])[-1])
         return token
 
     def order(self, probs: Float[Tensor, " v"], key: Key, k: int) -> list[int]:

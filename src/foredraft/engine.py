@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from foredraft.decode import Continuation, Logprob, autoregressive, speculative
 from foredraft.draws import Draws, hash_seed
-from foredraft.metrics import Metrics, summarize
+from foredraft.metrics import Metrics, StepRecord, summarize
 from foredraft.protocols import AcceptanceRule, Budget, Drafter, Target
 from foredraft.sampling import SamplingParams, prefix_processors
 from foredraft.text import TextStream, bad_word_ids
@@ -25,7 +26,7 @@ class CompletionOutput:
         stop_reason: the stop string or stop token id that ended it; None at an end of sequence or at the length limit.
         logprobs: per token, the asked number of likeliest tokens and the token itself.
         kinds: per token ``accepted``, ``recovered``, ``bonus`` or ``plain``.
-        metrics: what its steps did.
+        records: what its steps did; `metrics` sums them up.
         last_tree, last_path: the tree of the latest step and its accepted nodes, to be shown; None where nothing is drafted.
     """
 
@@ -37,9 +38,14 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None
     cumulative_logprob: float | None
     kinds: list[str]
-    metrics: Metrics
-    last_tree: DraftTree | None = None
+    records: list[StepRecord] = field(repr=False)
+    last_tree: DraftTree | None = field(default=None, repr=False)
     last_path: list[int] = field(default_factory=list)
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        """What its steps did; computed when asked, since a stream gives an output a step."""
+        return summarize(self.records)
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,6 @@ class RequestOutput:
 
     Attributes:
         prompt: as given, if it was text.
-        metrics: over the steps of all outputs.
     """
 
     request_id: str
@@ -56,8 +61,12 @@ class RequestOutput:
     prompt_token_ids: list[int]
     prompt_logprobs: list[dict[int, Logprob] | None] | None
     outputs: list[CompletionOutput]
-    metrics: Metrics
     finished: bool
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        """Over the steps of all outputs."""
+        return summarize([record for one in self.outputs for record in one.records])
 
 
 @dataclass(eq=False)
@@ -72,14 +81,12 @@ class Request:
 
     def output(self) -> RequestOutput:
         """What there is so far."""
-        records = [record for one in self.continuations for record in one.records]
         return RequestOutput(
             request_id=str(self.number),
             prompt=self.prompt,
             prompt_token_ids=self.prompt_ids,
             prompt_logprobs=self.continuations[0].prompt_logprobs,
             outputs=[_completion(index, one) for index, one in enumerate(self.continuations)],
-            metrics=summarize(records),
             finished=all(one.finish_reason is not None for one in self.continuations),
         )
 
@@ -88,14 +95,14 @@ def _completion(index: int, one: Continuation) -> CompletionOutput:
     scored = one.sampling.logprobs is not None
     return CompletionOutput(
         index=index,
-        text=one.text.text,
+        text=one.text.text if one.finish_reason else one.text.settled,
         token_ids=one.output_ids,
         finish_reason=one.finish_reason,
         stop_reason=one.stop_reason,
         logprobs=list(one.logprobs) if scored else None,
         cumulative_logprob=one.cumulative_logprob if scored else None,
         kinds=list(one.kinds),
-        metrics=summarize(one.records),
+        records=list(one.records),
         last_tree=one.last_tree,
         last_path=list(one.last_path),
     )
@@ -129,7 +136,7 @@ class Engine:
         self.target, self.tokenizer, self.drafter = target, tokenizer, drafter
         self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
         self._rule, self._budget, self._seed = rule, budget, seed
-        self._eos_ids = frozenset(eos_ids)
+        self._eos_ids = frozenset(one for one in eos_ids if 0 <= one < target.vocab_size)
         self._pool = target.new_pool(max_num_seqs, max_model_len)
         self._num_requests = 0
 
@@ -182,11 +189,12 @@ class Engine:
             text=TextStream(
                 self.tokenizer,
                 sampling.stop_strings,
+                prompt_ids=request.prompt_ids,
                 include_stop=sampling.include_stop_str_in_output,
                 skip_special_tokens=sampling.skip_special_tokens,
             ),
             eos_ids=eos_ids,
-            processors=prefix_processors(sampling, num_prompt, {*self._eos_ids, *sampling.stop_token_ids}, words),
+            processors=prefix_processors(sampling, num_prompt, {*self._eos_ids, *(sampling.stop_token_ids or ())}, words),
             tokenizer=self.tokenizer,
         )
 
@@ -203,6 +211,7 @@ class Engine:
             "the prompt": prompt_ids,
             "allowed_token_ids": sampling.allowed_token_ids or (),
             "logit_bias": sampling.logit_bias or (),
+            "stop_token_ids": sampling.stop_token_ids or (),
         }
         for where, ids in named.items():
             wrong = [one for one in ids if not 0 <= one < vocab_size]

@@ -28,10 +28,10 @@ def tables() -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def tree_as_dict(completion: CompletionOutput) -> dict[str, Any] | None:
-    """The tree of the latest step as plain data; None where nothing is drafted."""
-    tree = completion.last_tree
-    if tree is None:
+def tree_as_dict(completion: CompletionOutput | None) -> dict[str, Any] | None:
+    """The tree of the latest step as plain data; None where nothing was drafted."""
+    tree = completion.last_tree if completion is not None else None
+    if completion is None or tree is None:
         return None
     return {"token_ids": tree.tokens.tolist(), "parents": tree.parents.tolist(), "accepted_path": completion.last_path}
 

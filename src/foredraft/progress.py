@@ -16,15 +16,19 @@ _DELAY_S = 2.0
 def progress_bar(label: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
     """Gives a function that reports how many of `total` are done more. The bar is on standard error, on terminals only."""
     columns = TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task, began = bar.add_task(label, total=total), monotonic()
+    console = Console(stderr=True)
+    bar = Progress(*columns, console=console, transient=True)
+    task, began, running = bar.add_task(label, total=total), monotonic(), False
 
     def advance(count: int) -> None:
+        nonlocal running
         bar.advance(task, count)
-        if shown and bar.console.is_terminal and monotonic() - began > _DELAY_S:
+        if shown and not running and console.is_terminal and monotonic() - began > _DELAY_S:
+            running = True
             bar.start()
 
     try:
         yield advance
     finally:
-        bar.stop()
+        if running:
+            bar.stop()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float
@@ -33,23 +33,24 @@ class SamplingParams:
         repetition_penalty: divides (multiplies, if negative) the logits of tokens seen in prompt or output, > 0.
         presence_penalty, frequency_penalty: subtracted for tokens of the output, once and per occurrence, in [-2, 2].
         max_tokens: most tokens to generate; None is to the end of the context.
-        min_tokens: no end of sequence, stop token or stop string before this many tokens.
+        min_tokens: no end of sequence, stop token or stop string among this many first tokens.
         stop: strings that end the output, cut exactly there.
         include_stop_str_in_output: keep the stop string in the text.
         stop_token_ids: token ids that end the output (they are kept in ``token_ids``, not in the text).
         ignore_eos: go on after the end of sequence.
         seed: makes the request reproducible by itself.
         n: outputs per prompt.
-        logprobs: give the log-probability of this many top tokens at each position, and of the one sampled. Raw: before
-            any of the transformations above, from the logits that the token itself was decided on.
+        logprobs: give the log-probability of this many top tokens at each position (-1: of all), and of the one sampled.
+            Raw: before any of the transformations above, from the logits that the token itself was decided on.
         prompt_logprobs: the same for the prompt.
         logit_bias: token id -> number added to its logit.
-        bad_words: strings that must not be generated.
+        bad_words: strings that must not be generated: not the last token that completes one within the output.
         allowed_token_ids: only these ids may be generated.
         skip_special_tokens: leave special tokens out of the text.
 
     Raises:
         ValueError: a value is out of range; the message says which values are allowed.
+        TypeError: a value is of another type.
     """
 
     n: int = 1
@@ -64,7 +65,7 @@ class SamplingParams:
     min_tokens: int = 0
     stop: str | Sequence[str] | None = None
     include_stop_str_in_output: bool = False
-    stop_token_ids: Sequence[int] = field(default_factory=list)
+    stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None
@@ -76,19 +77,29 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, allowed, said in _RANGES:
-            value = getattr(self, name)
-            if value is None:
+            value, kinds = getattr(self, name), int if "whole" in said else (int, float)
+            if value is None and name in _OPTIONAL:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise TypeError(f"{name} must be {said}, got {value!r}")
             if not allowed(value):
                 raise ValueError(f"{name} must be {said}, got {value}")
+        self._check_lists()
+
+    def _check_lists(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
         if any(not word for word in self.stop_strings):
             raise ValueError("stop must not contain an empty string")
+        if isinstance(self.bad_words, str):
+            raise TypeError(f"bad_words must be a list of strings, got {self.bad_words!r}")
+        if any(not word.strip() for word in self.bad_words or ()):
+            raise ValueError("bad_words must not contain an empty string")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ValueError("allowed_token_ids must name at least one token")
+        for token_id, bias in (self.logit_bias or {}).items():
+            if not bias < math.inf:
+                raise ValueError(f"logit_bias must be numbers below infinity, got {bias} for token id {token_id}")
 
     @property
     def stop_strings(self) -> list[str]:
@@ -106,17 +117,29 @@ class SamplingParams:
 _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
     ("temperature", lambda x: x >= 0 and math.isfinite(x), "0 (greedy) or above"),
     ("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1"),
-    ("top_k", lambda x: x >= -1 and x == int(x), "a whole number: 1 or above, or 0 (or -1) to keep all tokens"),
+    ("top_k", lambda x: x >= -1, "a whole number: 1 or above, or 0 (or -1) to keep all tokens"),
     ("min_p", lambda x: 0 <= x <= 1, "between 0 and 1"),
     ("repetition_penalty", lambda x: x > 0 and math.isfinite(x), "above 0"),
     ("presence_penalty", lambda x: -2 <= x <= 2, "between -2 and 2"),
     ("frequency_penalty", lambda x: -2 <= x <= 2, "between -2 and 2"),
-    ("max_tokens", lambda x: x >= 1 and x == int(x), "a whole number, at least 1 (or None for the rest of the context)"),
-    ("min_tokens", lambda x: x >= 0 and x == int(x), "a whole number, at least 0"),
-    ("n", lambda x: x >= 1 and x == int(x), "a whole number, at least 1"),
-    ("logprobs", lambda x: x >= 0 and x == int(x), "a whole number, at least 0"),
-    ("prompt_logprobs", lambda x: x >= 0 and x == int(x), "a whole number, at least 0"),
+    ("max_tokens", lambda x: x >= 1, "a whole number, at least 1 (or None for the rest of the context)"),
+    ("min_tokens", lambda x: x >= 0, "a whole number, at least 0"),
+    ("n", lambda x: x >= 1, "a whole number, at least 1"),
+    ("logprobs", lambda x: x >= -1, "a whole number, at least 0 (or -1 for the whole vocabulary)"),
+    ("prompt_logprobs", lambda x: x >= -1, "a whole number, at least 0 (or -1 for the whole vocabulary)"),
+    ("seed", lambda x: True, "a whole number"),
 ]
+
+_OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs", "seed")
+
+
+_LEAST_TEMPERATURE = 1e-30
+"""Nothing but ties is left at such a temperature, and below it float32 could not divide any more."""
+
+
+def at_least_float32(logits: Float[Tensor, "*n v"]) -> Float[Tensor, "*n v"]:
+    """The precision that laws are computed in."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def warp(logits: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor, "n v"]:
@@ -126,15 +149,15 @@ def warp(logits: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor
     """
     if sampling.temperature == 0:
         return one_hot(logits.argmax(-1), logits)
-    scaled = (logits if logits.dtype == torch.float64 else logits.float()) / sampling.temperature
+    precise = at_least_float32(logits)
+    scaled = (precise - precise.amax(-1, keepdim=True)) / max(sampling.temperature, _LEAST_TEMPERATURE)
     if sampling.min_p > 0:
-        floor = scaled.amax(-1, keepdim=True) + math.log(sampling.min_p)
-        scaled = scaled.masked_fill(scaled < floor, -math.inf)
+        scaled = scaled.masked_fill(scaled < math.log(sampling.min_p), -math.inf)
     if 0 < sampling.top_k < scaled.shape[-1]:
         least = scaled.topk(sampling.top_k, dim=-1).values[..., -1:]
         scaled = scaled.masked_fill(scaled < least, -math.inf)
     if sampling.top_p < 1:
-        probs, order = scaled.softmax(-1).sort(-1, descending=True, stable=True)
+        probs, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
         dropped = probs.cumsum(-1) - probs >= sampling.top_p
         scaled = scaled.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -math.inf)
     return scaled.softmax(-1)
@@ -186,13 +209,13 @@ class TargetLaw:
 
     def raw_logprobs(self, node: int) -> Float[Tensor, " v"]:
         """Log-probabilities of the model itself after `node`, before any transformation."""
-        logits = self._logits[node]
-        return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+        return at_least_float32(self._logits[node]).log_softmax(-1)
 
     def _processed(self, node: int) -> Tensor:
         logits = self._logits[node]
         if self._processors:
             assert self._tree is not None, "prefix processors need the tree"
+            logits = at_least_float32(logits)
             path_ids = [int(self._tree.tokens[i]) for i in self._tree.path_to(node)]
             for processor in self._processors:
                 logits = processor(self._committed_ids, path_ids, logits)
@@ -213,7 +236,7 @@ def prefix_processors(
     if sampling.allowed_token_ids is not None:
         processors.append(_allow(list(sampling.allowed_token_ids)))
     if bad_word_ids:
-        processors.append(_forbid_words(bad_word_ids))
+        processors.append(_forbid_words(bad_word_ids, num_prompt))
     if sampling.min_tokens > 0:
         processors.append(_forbid_early(sorted(set(end_ids)), num_prompt + sampling.min_tokens))
     if sampling.logit_bias:
@@ -234,11 +257,11 @@ def _allow(token_ids: list[int]) -> PrefixProcessor:
     return process
 
 
-def _forbid_words(words: Sequence[Sequence[int]]) -> PrefixProcessor:
+def _forbid_words(words: Sequence[Sequence[int]], num_prompt: int) -> PrefixProcessor:
     longest = max(len(word) for word in words)
 
     def process(committed_ids: Sequence[int], path_ids: Sequence[int], logits: Tensor) -> Tensor:
-        tail = [*committed_ids[-longest:], *path_ids]
+        tail = [*committed_ids[max(num_prompt, len(committed_ids) - longest) :], *path_ids]
         last = [word[-1] for word in words if len(word) == 1 or tail[1 - len(word) :] == list(word[:-1])]
         if last:
             logits = logits.clone()

@@ -3,6 +3,7 @@ as it is; legends, notes and progress go to standard error."""
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -86,9 +87,10 @@ class Screen:
 
     def update(self, completion: CompletionOutput, *, all_of_it: bool = False) -> None:
         """Prints what is new."""
-        for kind, piece in self._pieces.take(completion, all_of_it=all_of_it):
-            shown = piece.translate(_INVISIBLE) if self._out.is_terminal else piece
-            self._out.print(Segments([Segment(shown, Style.parse(STYLES[kind]))]), end="", crop=False)
+        with _uninterrupted():
+            for kind, piece in self._pieces.take(completion, all_of_it=all_of_it):
+                shown = piece.translate(_INVISIBLE) if self._out.is_terminal else piece
+                self._out.print(Segments([Segment(shown, Style.parse(STYLES[kind]))]), end="", crop=False)
 
     def finish(self, completion: CompletionOutput | None) -> None:
         """Prints what was held back, and ends the line."""
@@ -108,12 +110,12 @@ def summary(completion: CompletionOutput) -> str:
     )
 
 
-def print_tree(tokenizer: Any, completion: CompletionOutput) -> None:
-    """Draws the tree of the latest step, with its accepted path."""
-    if completion.last_tree is None or completion.last_tree.num_nodes == 1:
-        note("nothing was drafted in the last step")
-        return
-    Console(highlight=False).print(draw_tree(tokenizer, completion))
+def print_tree(tokenizer: Any, completion: CompletionOutput | None) -> None:
+    """Draws the tree of a completion's latest step, with its accepted path; None where no step had one."""
+    if completion is None:
+        note("nothing was drafted: there is no tree")
+    else:
+        Console(highlight=False).print(draw_tree(tokenizer, completion))
 
 
 def draw_tree(tokenizer: Any, completion: CompletionOutput) -> Tree:
@@ -196,6 +198,19 @@ def lines() -> Iterator[str]:
             yield input(typed).strip()
         except EOFError:
             return
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Puts Ctrl-C off to the end of the block, so that text is neither lost nor printed twice."""
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        raise KeyboardInterrupt
 
 
 @contextmanager

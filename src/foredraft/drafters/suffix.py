@@ -100,8 +100,8 @@ class SuffixDrafter:
     def __init__(
         self,
         suffix_decoding_max_tree_depth: int = 24,
-        suffix_decoding_max_spec_factor: float = 1.0,
-        suffix_decoding_min_token_prob: float = 0.1,
+        suffix_decoding_max_spec_factor: float | int = 1.0,
+        suffix_decoding_min_token_prob: float | int = 0.1,
     ):
         if suffix_decoding_max_tree_depth < 1 or suffix_decoding_max_spec_factor <= 0:
             raise ValueError("suffix_decoding_max_tree_depth must be at least 1 and suffix_decoding_max_spec_factor above 0")

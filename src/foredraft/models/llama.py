@@ -84,8 +84,7 @@ class LlamaTarget:
 
         self._embedding = take("model.embed_tokens.weight")
         self._norm = take("model.norm.weight")
-        tied = config.tie_word_embeddings or "lm_head.weight" not in weights
-        self._head = self._embedding if tied else take("lm_head.weight")
+        self._head = take("lm_head.weight") if "lm_head.weight" in weights else self._embedding
         self._layers = [_load_layer(i, config, take, fuse) for i in range(config.num_hidden_layers)]
         self._cos, self._sin = _rotary_tables(config, self.max_len, dtype, device)
 
@@ -151,7 +150,7 @@ class LlamaTarget:
             masks[window] = None if mask is None else mask.repeat(1, 1, group, 1)
         return masks
 
-    def _normed(self, hidden: Float[Tensor, "m d"], weight: Tensor) -> Float[Tensor, "m d"]:
+    def _normed(self, hidden: Float[Tensor, "*m d"], weight: Tensor) -> Float[Tensor, "*m d"]:
         return F.rms_norm(hidden, weight.shape, weight, self._eps)
 
     def _run_layer(
@@ -217,7 +216,7 @@ def _rope_type(config: PretrainedConfig) -> str:
 
 
 def _rotary_tables(
-    config: PretrainedConfig, length: int, dtype: torch.dtype, device: torch.device
+    config: Any, length: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Float[Tensor, "t e"], Float[Tensor, "t e"]]:
     """Cosines and sines of every position, computed in float32 as the published models do. The sign of the rotation's first
     half is folded into the sines, so that rotating is one roll."""

@@ -1,0 +1,42 @@
+# make demo and make test do everything, on a machine with Python 3.11 or later, git and make. The environment is .venv.
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types clean
+
+help:
+	@echo "make demo   generate with the bundled pair: speed-up, and how many tokens equal plain decoding"
+	@echo "make test   run the default test suite (make test ARGS='-m slow' for the long tests)"
+	@echo "make lint   ruff: rules and format"
+	@echo "make types  pyright"
+	@echo "make clean  remove the environment and caches"
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache build src/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Installed anew when what is to be installed changes, and not otherwise.
+$(STAMP): pyproject.toml constraints.txt
+	@for python in python3.11 python3 python; do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "$$python -m venv $(VENV)"; exec $$python -m venv $(VENV); fi; done; \
+	echo "error: foredraft needs Python 3.11 or later, and none was found as python3.11, python3 or python" >&2; \
+	echo "hint: install Python 3.11 and run make again" >&2; exit 1
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,89 @@
+"""Draft passes and evaluated nodes of DySpec's tree against its size, where the paper's heap makes one draft call a node.
+
+    python benchmarks/dyspec_passes.py --data ../shared/data/train --output benchmarks/dyspec-passes.jsonl
+
+The bundled drafter grows trees in the middle of answers of GSM8K's training part, sampled at temperature 1, with several widths (nodes
+expanded a pass). A last line per size counts whole levels: every frontier node of the tree expanded at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from foredraft.drafters.lm import LMDrafter
+from foredraft.draws import Draws
+from foredraft.grow.dyspec import DySpec
+from foredraft.llm import BUNDLED_DRAFTER, BUNDLED_TARGET
+from foredraft.models.loading import load_target, load_tokenizer
+from foredraft.progress import progress_bar
+from foredraft.protocols import Budget
+from foredraft.sampling import SamplingParams
+
+LEVELS = 1 << 20
+
+
+class CountingDrafter(LMDrafter):
+    """Counts its calls and the nodes they evaluate."""
+
+    passes = 0
+    evaluated = 0
+
+    def expand(self, states: Any, partial: Any, node_ids: Any) -> Any:
+        """As in `LMDrafter`."""
+        self.passes += 1
+        self.evaluated += len(node_ids)
+        return super().expand(states, partial, node_ids)
+
+
+def count(model: Any, prompts: list[list[int]], nodes: int, width: int) -> dict[str, Any]:
+    """Means over the prompts for one size and width."""
+    drafter = CountingDrafter(model, DySpec(width=width), model.vocab_size, 1)
+    sampling = [SamplingParams(temperature=1.0)]
+    depths = []
+    for number, prompt in enumerate(prompts):
+        state = drafter.start(prompt, None)
+        batch = drafter.propose([state], [Budget(nodes, 64)], sampling, [Draws(number)])
+        depths.append(int(batch[0].depths.max()))
+        drafter.finish(state)
+    return {
+        "nodes": nodes,
+        "width": "whole levels" if width == LEVELS else width,
+        "passes": drafter.passes / len(prompts),
+        "evaluated": drafter.evaluated / len(prompts),
+        "depth": float(np.mean(depths)),
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    model, tokenizer = load_target(BUNDLED_DRAFTER), load_tokenizer(BUNDLED_TARGET)
+    with gzip.open(args.data / "gsm8k_train.jsonl.gz", "rt", encoding="utf-8") as lines:
+        rows = [json.loads(next(lines)) for _ in range(args.prompts)]
+    halves = [row["answer"][: len(row["answer"]) // 2] for row in rows]
+    texts = [f"<|user|>\n{row['question']}\n<|assistant|>\n{half}" for row, half in zip(rows, halves, strict=True)]
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
+    plan = [(nodes, width) for nodes in (16, 64, 256, 768) for width in (1, 8, 16, LEVELS)]
+    results = []
+    with progress_bar("growing", len(plan)) as advance:
+        for nodes, width in plan:
+            results.append(count(model, prompts, nodes, width))
+            advance(1)
+    args.output.write_text("".join(json.dumps(row) + "\n" for row in results))
+    print("| nodes | width | passes | evaluated nodes | depth |\n|---|---|---|---|---|")
+    for row in results:
+        print(f"| {row['nodes']} | {row['width']} | {row['passes']:.1f} | {row['evaluated']:.1f} | {row['depth']:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

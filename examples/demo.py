@@ -1,0 +1,173 @@
+"""The bundled pair at work: plain decoding against speculative decoding, greedy, in bfloat16 and then in float64.
+
+    python examples/demo.py
+
+Exits with 1 if any float64 output differs from plain decoding.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from foredraft import LLM, CompletionOutput, SamplingParams, TreeBatch
+from foredraft.cache import prefill
+
+PROMPTS = [
+    "Name three things that a beginner should bring on a mountain walk, and say why.",
+    "Write a Python function that returns the largest number of a list.",
+    "Explain to a child how rain is made.",
+    "A farmer has 12 baskets with 8 apples each and sells 30 apples. How many are left?",
+    "What is the difference between a lake and a sea?",
+    "Write a short letter to a friend who moved to another city.",
+]
+PLAIN = {"method": "ar"}
+SAMPLING = SamplingParams(temperature=0, max_tokens=96)
+OUT = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt, decoded both ways; seconds include the prompt's own pass."""
+
+    prompt_ids: list[int]
+    plain: CompletionOutput
+    drafted: CompletionOutput
+    plain_s: float
+    drafted_s: float
+
+    @property
+    def num_identical(self) -> int:
+        """Tokens before the first difference."""
+        both = zip(self.plain.token_ids, self.drafted.token_ids, strict=False)
+        return next((i for i, (a, b) in enumerate(both) if a != b), min(len(self.plain.token_ids), len(self.drafted.token_ids)))
+
+    @property
+    def identical(self) -> bool:
+        """Whether the outputs are the same to the end."""
+        return self.plain.token_ids == self.drafted.token_ids
+
+    @property
+    def plain_ms(self) -> float:
+        """Milliseconds a token of plain decoding."""
+        return 1000 * self.plain_s / len(self.plain.token_ids)
+
+    @property
+    def drafted_ms(self) -> float:
+        """Milliseconds a token of speculative decoding."""
+        return 1000 * self.drafted_s / len(self.drafted.token_ids)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where two outputs part: what each chose, how far apart the two logits are, and how far rounding moves a logit."""
+
+    position: int
+    plain_token: str
+    drafted_token: str
+    margin: float
+    rounding: float
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether rounding alone explains it."""
+        return self.margin <= self.rounding
+
+
+def run(dtype: str) -> tuple[LLM, list[Pair]]:
+    """Every prompt both ways, interleaved, after a warm-up."""
+    plain, drafted = LLM(speculative_config=PLAIN, dtype=dtype), LLM(dtype=dtype)
+    for llm in (plain, drafted):
+        llm.generate("warm-up", SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
+    return plain, [_both(plain, drafted, prompt) for prompt in PROMPTS]
+
+
+def _both(plain: LLM, drafted: LLM, prompt: str) -> Pair:
+    began = perf_counter()
+    [first] = plain.chat([{"role": "user", "content": prompt}], SAMPLING)
+    between = perf_counter()
+    [second] = drafted.chat([{"role": "user", "content": prompt}], SAMPLING)
+    ended = perf_counter()
+    return Pair(first.prompt_token_ids, first.outputs[0], second.outputs[0], between - began, ended - between)
+
+
+@torch.inference_mode()
+def divergence(llm: LLM, pair: Pair) -> Divergence:
+    """The first difference of a pair. The rounding is measured on the text before it, scored in one forward and token by
+    token: the largest change of either of the two leading logits at any of its positions."""
+    at = pair.num_identical
+    ids, first = [*pair.prompt_ids, *pair.plain.token_ids[:at]], len(pair.prompt_ids) - 1
+    pool = llm.target.new_pool(2, llm.max_model_len)
+    at_once, stepwise = pool.allocate(), pool.allocate()
+    chain = llm.target.forward(TreeBatch.chains([ids]), [at_once]).logits[first:]
+    prefill(llm.target, pool, [stepwise], [ids[:first]])
+    rows = []
+    for token in ids[first:]:
+        rows.append(llm.target.forward(TreeBatch.chains([[token]]), [stepwise]).logits[0].clone())
+        pool.keep([stepwise], [[]])
+    single = torch.stack(rows)
+    leading = single.topk(2).indices
+    moved = (single.gather(1, leading).double() - chain.gather(1, leading).double()).abs().max()
+    tokens = pair.plain.token_ids[at], pair.drafted.token_ids[at]
+    margin = abs(float(single[-1, tokens[0]]) - float(single[-1, tokens[1]]))
+    return Divergence(at, *(repr(llm.tokenizer.decode([token])) for token in tokens), margin, float(moved))
+
+
+def show(pairs: list[Pair]) -> None:
+    """The table of a run and its paired speed-up."""
+    table = Table(box=SIMPLE)
+    table.add_column("plain output", no_wrap=True, min_width=18)
+    for title in ("identical", "plain ms", "drafted ms", "speed-up", "tokens/step"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for pair in pairs:
+        table.add_row(
+            " ".join(pair.plain.text.split())[:18],
+            f"{pair.num_identical} of {len(pair.plain.token_ids)}",
+            f"{pair.plain_ms:.2f}",
+            f"{pair.drafted_ms:.2f}",
+            f"{pair.plain_ms / pair.drafted_ms:.2f}",
+            f"{pair.drafted.metrics.acceptance_length:.2f}",
+        )
+    OUT.print(table)
+    ratio = median(pair.plain_ms / pair.drafted_ms for pair in pairs)
+    OUT.print(
+        f"Milliseconds a token, the prompt's pass included; tokens/step is acceptance_length. Median speed-up {ratio:.2f}."
+    )
+
+
+def explain(plain: LLM, pairs: list[Pair]) -> None:
+    """Every divergence of a run, with its margin."""
+    for number, pair in enumerate(pairs, start=1):
+        if pair.identical:
+            continue
+        found = divergence(plain, pair)
+        verdict = "a float tie" if found.is_tie else "NOT a float tie"
+        OUT.print(
+            f"Prompt {number} diverges at token {found.position}: {found.plain_token} (plain) or {found.drafted_token}; "
+            f"margin of the logits {found.margin:.4f}, rounding of this forward {found.rounding:.4f}: {verdict}."
+        )
+
+
+def main() -> int:
+    """Runs the demo; the exit code says whether every float64 output is identical."""
+    torch.set_num_threads(1)  # a model this small gains little from more, and loses much where other programs run
+    OUT.print(f"bfloat16, greedy, {SAMPLING.max_tokens} tokens at most, {torch.get_num_threads()} thread:")
+    plain, pairs = run("bfloat16")
+    show(pairs)
+    explain(plain, pairs)
+    _, exact = run("float64")
+    same = sum(pair.identical for pair in exact)
+    tokens = sum(pair.num_identical for pair in exact)
+    OUT.print(f"float64, the same prompts: {same} of {len(exact)} outputs identical to the end ({tokens} tokens).")
+    return 0 if same == len(exact) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

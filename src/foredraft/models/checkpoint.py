@@ -1,0 +1,177 @@
+"""A checkpoint on disk: finding it, reading its configuration, opening its tensors. Every fault is one `ModelError`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_PICKLES = (".bin", ".pt", ".pth")
+_HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "model*.safetensors"]
+
+
+class ModelError(ValueError):
+    """A model cannot be loaded; the message says what was given, what is allowed and what to do next."""
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a file, read when asked; on a CPU it stays mapped into memory."""
+
+    file: Any
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.file.get_slice(self.name).get_shape())
+
+    @property
+    def dtype_name(self) -> str:
+        """As safetensors calls it: F32, BF16, ..."""
+        return self.file.get_slice(self.name).get_dtype()
+
+    def read(self) -> Tensor:
+        return self.file.get_tensor(self.name)
+
+
+def resolve(source: Any, revision: str | None) -> Path:
+    """The directory meant by a path or a Hub id, which is downloaded unless it is in the local cache.
+
+    Raises:
+        ModelError: there is no such directory or repository.
+    """
+    if not isinstance(source, str | Path) or not str(source).strip():
+        raise ModelError(f"model must be a directory, a Hub id or a loaded PreTrainedModel, got {source!r}")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise ModelError(f"the directory {str(source)!r} is empty: it must hold config.json and {_SINGLE}")
+        if revision is not None:
+            raise ModelError(f"revision {revision!r} is for Hub ids only, but {str(source)!r} is a directory: leave it out")
+        return path
+    if path.exists():
+        raise ModelError(f"{str(source)!r} is a file: give the directory that holds config.json and {_SINGLE}")
+    if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+        raise ModelError(f"no directory {str(source)!r}: check the path, or give a Hub id such as 'owner/name'")
+    return _download(source, revision)
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    """A snapshot of a Hub repository, from the local cache where the network does not answer."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    at = f"{repo_id!r}" + (f" at revision {revision!r}" if revision else "")
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_HUB_FILES))
+    except GatedRepoError:
+        raise ModelError(f"access to {at} is restricted: accept its terms on the Hub and run `hf auth login`") from None
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise ModelError(f"no directory and no Hub model {at}: check the spelling, or run `hf auth login`") from None
+    except Exception as error:
+        raise ModelError(
+            f"{at} is no directory, and not in the local Hub cache, and the Hub cannot be reached ({type(error).__name__}): "
+            "give a directory, or download it first with `hf download`"
+        ) from None
+
+
+def read_config(path: Path) -> PretrainedConfig:
+    """The configuration in a directory.
+
+    Raises:
+        ModelError: it is missing or invalid, of a type that Transformers does not know, or needs code of the checkpoint.
+    """
+    given = read_json(path / "config.json")
+    model_type = given.get("model_type")
+    if not isinstance(model_type, str):
+        raise ModelError(f"config.json in {str(path)!r} names no model_type: give a Transformers checkpoint")
+    if model_type not in CONFIG_MAPPING:
+        if given.get("auto_map"):
+            raise ModelError(
+                f"model type {model_type!r} needs code from its checkpoint, which is never run: "
+                "choose a model that Transformers supports by itself"
+            )
+        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=1)
+        meant = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ModelError(f"unknown model_type {model_type!r} in config.json{meant}: a newer Transformers may know it")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"config.json in {str(path)!r} is not valid: {one_line(error)}; copy it again") from None
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ModelError: the file is missing, or is not a JSON object.
+    """
+    if not path.is_file():
+        raise ModelError(f"{str(path.parent)!r} holds no {path.name}: give the directory of a Transformers checkpoint")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{str(path)!r} is not JSON ({one_line(error)}): copy it again") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{str(path)!r} must be a JSON object, got a {type(content).__name__}: copy it again")
+    return content
+
+
+def open_weights(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the checkpoint in a directory, by name. Reads the headers only.
+
+    Raises:
+        ModelError: a file is missing, corrupt or cut off, or there are no safetensors.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in _weight_files(path):
+        try:
+            handle = safe_open(file, framework="pt")
+            tensors.update({name: StoredTensor(handle, name) for name in handle.keys()})  # noqa: SIM118 (not a mapping)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file.name} in {str(path)!r} is corrupt or cut off ({one_line(error)}): copy it again") from None
+    if not tensors:
+        raise ModelError(f"the weights in {str(path)!r} hold no tensor: copy them again")
+    return tensors
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / _INDEX
+    if index.is_file():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise ModelError(f"{_INDEX} in {str(path)!r} has no weight_map: copy it again")
+        files = [path / name for name in sorted(set(names.values()))]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise ModelError(f"{str(path)!r} lacks {', '.join(missing)}, named in {_INDEX}: copy the missing files")
+        return files
+    if (path / _SINGLE).is_file():
+        return [path / _SINGLE]
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
+    if pickles:
+        raise ModelError(
+            f"{str(path)!r} holds only pickled weights ({pickles[0]}), which can run code: convert them to safetensors with "
+            "AutoModelForCausalLM.from_pretrained(directory).save_pretrained(new_directory), if you trust them"
+        )
+    raise ModelError(f"{str(path)!r} holds no weights: it needs {_SINGLE} or {_INDEX} with its shards")
+
+
+def some(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - 2} more tensors" if len(names) > 2 else ""
+    return ", ".join(repr(name) for name in names[:2]) + more
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of a message that others wrote, kept short."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:400].rstrip(".:")

@@ -1,0 +1,268 @@
+"""Any other Transformers causal language model whose layers are softmax attention with rotary or learned positions.
+
+The model's own code runs; we hand it the positions of the nodes, a mask of ancestors, and our pool of keys and values behind
+the face of a `transformers.Cache`. What cannot branch with a tree is refused by name, the rest is tried at load.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from foredraft.cache import KVCache, KVPool, Layout, lay_out
+from foredraft.models.check import agree, refuse_unsupported
+from foredraft.protocols import Scores
+from foredraft.tree import Ids, TreeBatch
+
+
+class _KVShape(NamedTuple):
+    """Heads and head sizes of the keys and the values of one layer, which need not agree with the configuration."""
+
+    key: tuple[int, int]
+    value: tuple[int, int]
+
+
+class _TreeCache(Cache):
+    """The face of a `transformers.Cache` for one forward: `update` writes the new nodes into the pool, reads the slots."""
+
+    def __init__(self, pool: KVPool, layout: Layout, shapes: Sequence[_KVShape]):
+        super().__init__(layers=[])
+        self._pool, self._layout, self._shapes = pool, layout, shapes
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self._pool.write(layer_idx, self._layout, self._packed(key_states), self._packed(value_states))
+        key, value = self._pool.read(layer_idx, self._layout)
+        shape = self._shapes[layer_idx]
+        return key[:, : shape.key[0], :, : shape.key[1]], value[:, : shape.value[0], :, : shape.value[1]]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._layout.length - self._layout.width
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._layout.length, 0
+
+    def _packed(self, states: Float[Tensor, "b h n e"]) -> Float[Tensor, "m g f"]:
+        """States of the real nodes, filled up with zeros to the heads and head size of the pool."""
+        heads, size = states.shape[1], states.shape[3]
+        packed = self._layout.unpad(states.transpose(1, 2).flatten(2)).unflatten(1, (heads, size))
+        room = self._pool.kv.shape[3] - heads, self._pool.kv.shape[5] - size
+        return F.pad(packed, (0, room[1], 0, room[0])) if any(room) else packed
+
+
+class HFTarget:
+    """A Transformers causal language model behind the `Target` contract.
+
+    Weights are never written. The model is put into evaluation mode, its attention is set to sdpa or, where it does not support
+    that, eager, and its experts in float64 to eager; nothing else of it changes.
+
+    Args:
+        model: a loaded model, on one device.
+
+    Raises:
+        ValueError: the model has layers that cannot run over trees, or keeps no keys and values for some layer.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        refuse_unsupported(model.config)
+        self.model: Any = model.eval()
+        self.config: Any = model.config.get_text_config(decoder=True)
+        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
+        self.max_len: int = _max_len(self.config)
+        _choose_kernels(model, self.config)
+        self._windows = _windows(self.config)
+        self._layers = _decoder_layers(model, self.config.num_hidden_layers)
+        self._keeps_some_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        try:
+            self._probe()
+        except ValueError:
+            raise
+        except Exception as error:
+            kind = f"model type {self.config.model_type!r} in {self.dtype}"
+            raise ValueError(f"cannot run {kind} ({type(error).__name__}: {error})") from error
+
+    @torch.inference_mode()
+    def _probe(self) -> None:
+        """Runs one token to learn the shapes of keys and values, the vocabulary, and whether `head` is the model's head."""
+        cache = DynamicCache()
+        token_ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        with self._captured([-1]) as states:
+            logits = self.model(input_ids=token_ids, past_key_values=cache, use_cache=True).logits[0]
+        kept: list[Any] = [(getattr(one, "keys", None), getattr(one, "values", None)) for one in cache.layers]
+        if len(kept) != len(self._layers) or any(key is None or not key.numel() for key, _ in kept):
+            raise ValueError(
+                f"cannot run model type {self.config.model_type!r} over token trees: not every one of its {len(self._layers)} "
+                "layers keeps keys and values of its own; choose a model whose layers are all softmax attention"
+            )
+        self._shapes = [_KVShape((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3])) for k, v in kept]
+        self.vocab_size: int = logits.shape[-1]
+        self._has_head = agree(self._head(states[-1][0]), logits)
+
+    def new_pool(self, num_slots: int, max_len: int) -> KVPool:
+        """Caches for `num_slots` requests. `max_len` is advice: slots grow as they are used."""
+        return KVPool(
+            num_slots=num_slots,
+            num_layers=len(self._shapes),
+            num_heads=max(heads for shape in self._shapes for heads, _ in shape),
+            head_dim=max(size for shape in self._shapes for _, size in shape),
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    @torch.inference_mode()
+    def embed(self, token_ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+        """Input embeddings of the tokens alone: no learned positions."""
+        return self.model.get_input_embeddings()(token_ids)
+
+    @torch.inference_mode()
+    def head(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+        """Logits of final features (those after the last norm), with the model's scaling and soft capping.
+
+        Raises:
+            ValueError: the model does more between its last norm and its logits than we know of.
+        """
+        if not self._has_head:
+            raise ValueError(
+                f"the head of model type {self.config.model_type!r} cannot be run by itself: "
+                "choose a drafter that does not share the target's head"
+            )
+        return self._head(features)
+
+    def _head(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+        logits = self.model.get_output_embeddings()(features)
+        logits = logits * (getattr(self.config, "logit_scale", None) or 1.0)
+        logits = logits / (getattr(self.config, "logits_scaling", None) or 1.0)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        batch: TreeBatch,
+        caches: Sequence[KVCache],
+        rows: Ids | None = None,
+        *,
+        start: Sequence[int] | None = None,
+        feature_layers: Sequence[int] = (),
+    ) -> Scores:
+        """Runs the new nodes of every tree; see `foredraft.protocols.Target`.
+
+        Args:
+            feature_layers: states to return, side by side: 0 is the input of the first layer, i the state after i layers,
+                -1 the state after the final norm.
+        """
+        pool = caches[0].pool
+        layout = lay_out(batch, caches, start, self.device)
+        pool.reserve(layout.length)
+        new = slice(None) if rows is None else layout.rows_of(rows)
+        request, column = layout.request[new], layout.column[new]
+        kept, inverse = column.unique(return_inverse=True) if len(column) else (column.new_zeros(1), column)
+        some = self._keeps_some_logits and len(kept) < layout.width
+        with self._captured(feature_layers) as states:
+            logits = self.model(
+                input_ids=_padded(layout, layout.token_ids),
+                position_ids=_padded(layout, layout.positions),
+                attention_mask=self._masks(layout),
+                past_key_values=_TreeCache(pool, layout, self._shapes),
+                use_cache=True,
+                **({"logits_to_keep": kept} if some else {}),
+            ).logits
+        features = [layout.unpad(states[i]) for i in feature_layers]
+        return Scores(logits[request, inverse if some else column], torch.cat(features, dim=-1) if features else None)
+
+    @torch.inference_mode()
+    def plain(self, token_ids: Sequence[int]) -> Float[Tensor, "t v"]:
+        """Logits of a plain call of the model: no cache, no mask or positions of ours. What `forward` must agree with."""
+        return self.model(input_ids=torch.tensor([list(token_ids)], device=self.device), use_cache=False).logits[0]
+
+    def _masks(self, layout: Layout) -> Any:
+        """The mask of all layers, or one for each type of layer. Never None: the model would build a causal one."""
+        masks = {}
+        for kind, window in self._windows.items():
+            mask = layout.mask(self.dtype, self.device, window)
+            shape = len(layout.slots), 1, layout.width, layout.length
+            masks[kind] = torch.zeros(shape, dtype=self.dtype, device=self.device) if mask is None else mask
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    @contextmanager
+    def _captured(self, feature_layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        """Collects the asked states, [B, N, D], while the model runs."""
+        states: dict[int, Tensor] = {}
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            states[0] = args[0] if args else kwargs["hidden_states"]
+
+        def after(i: int) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                states[i] = output if isinstance(output, Tensor) else output[0]
+
+            return hook
+
+        handles = []
+        for i in set(feature_layers):
+            if i == 0:
+                handles.append(self._layers[0].register_forward_pre_hook(before, with_kwargs=True))
+            else:
+                module = self.model.get_decoder() if i == -1 else self._layers[i - 1]
+                handles.append(module.register_forward_hook(after(i)))
+        try:
+            yield states
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _padded(layout: Layout, values: Int[Tensor, " m"]) -> Int[Tensor, "b n"]:
+    """Whole numbers of the new nodes as a padded batch; padding is 0."""
+    padded = values.new_zeros(len(layout.slots), layout.width)
+    padded[layout.request, layout.column] = values
+    return padded
+
+
+def _windows(config: Any) -> dict[str, int | None]:
+    """The window of each type of layer. Without a list of layers, a window in the configuration is that of all of them."""
+    window = getattr(config, "sliding_window", None) or None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
+    return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
+
+
+def _max_len(config: Any) -> int:
+    """Length of the context. LongRoPE changes its frequencies, and with them what is cached, once any request of a batch is
+    longer than the original context, so that is where it ends."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    length = getattr(config, "max_position_embeddings", None)
+    if "longrope" in (rope.get("rope_type"), rope.get("type")):
+        length = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", length)
+    if not length:
+        raise ValueError(f"the configuration of model type {config.model_type!r} gives no max_position_embeddings")
+    return length
+
+
+def _choose_kernels(model: PreTrainedModel, config: Any) -> None:
+    """Sdpa if the model supports it, else eager, which alone can cap its scores (some versions of
+    Transformers give such models to sdpa, which leaves the cap out). Grouped experts know no float64."""
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    wanted = "sdpa" if model._supports_sdpa and not capped else "eager"
+    if config._attn_implementation not in (wanted, "eager"):
+        model.set_attn_implementation(wanted)
+    if model.dtype == torch.float64 and model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+
+
+def _decoder_layers(model: nn.Module, count: int) -> Sequence[nn.Module]:
+    """The stack of decoder layers: the outermost list of so many modules."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return list(module)
+    raise ValueError(f"cannot find the {count} decoder layers of {type(model).__name__}")

@@ -16,7 +16,6 @@ import torch
 import transformers
 
 from foredraft import DRAFTERS, GROWERS, LLM, SamplingParams
-from foredraft.metrics import summarize
 from foredraft.progress import progress_bar
 
 SETS = (("gsm8k_test.jsonl", "question"), ("mt_bench.jsonl", "turns"), ("humaneval.jsonl", "prompt"))
@@ -67,7 +66,10 @@ def run(drafter: str, tree: str | None, nodes: int, temperature: float, prompts:
 def table(rows: list[dict[str, Any]]) -> str:
     """Acceptance length by drafter and tree, a column per temperature and number of nodes."""
     columns = sorted({(row["temperature"], row["nodes"]) for row in rows})
-    lines = ["| drafter | tree | " + " | ".join(f"T={t:g}, {n} nodes" for t, n in columns) + " |", "|---|---|" + "---|" * len(columns)]
+    lines = [
+        "| drafter | tree | " + " | ".join(f"T={t:g}, {n} nodes" for t, n in columns) + " |",
+        "|---|---|" + "---|" * len(columns),
+    ]
     cells = {(row["drafter"], row["tree"], row["temperature"], row["nodes"]): row["acceptance_length"] for row in rows}
     for drafter, tree in dict.fromkeys((row["drafter"], row["tree"]) for row in rows):
         values = [f"{cells[drafter, tree, t, n]:.2f}" for t, n in columns]

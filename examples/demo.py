@@ -123,12 +123,12 @@ def divergence(llm: LLM, pair: Pair) -> Divergence:
 def show(pairs: list[Pair]) -> None:
     """The table of a run and its paired speed-up."""
     table = Table(box=SIMPLE)
-    table.add_column("plain output", no_wrap=True, min_width=18)
+    table.add_column("plain output", no_wrap=True)
     for title in ("identical", "plain ms", "drafted ms", "speed-up", "tokens/step"):
         table.add_column(title, justify="right", no_wrap=True)
     for pair in pairs:
         table.add_row(
-            " ".join(pair.plain.text.split())[:18],
+            " ".join(pair.plain.text.split())[:12],
             f"{pair.num_identical} of {len(pair.plain.token_ids)}",
             f"{pair.plain_ms:.2f}",
             f"{pair.drafted_ms:.2f}",

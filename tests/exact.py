@@ -124,7 +124,9 @@ def target_law_of(law: Callable[[tuple[int, ...]], np.ndarray], tree: DraftTree,
 Grown = dict[bytes, tuple[float, DraftTree, frozenset[Key]]]
 
 
-def tree_law(grower: Any, draft: Callable, vocab_size: int, budget: Budget, temperature: float, prefix: tuple[int, ...]) -> Grown:
+def tree_law(
+    grower: Any, draft: Callable, vocab_size: int, budget: Budget, temperature: float, prefix: tuple[int, ...]
+) -> Grown:
     """The law over distinct trees that a grower draws, with the keys it used."""
     trees: Grown = {}
 
@@ -142,12 +144,17 @@ def tree_law(grower: Any, draft: Callable, vocab_size: int, budget: Budget, temp
 
 
 def joint_law(
-    trees: Grown, rule: Callable[..., Verdict], target: Callable, vocab_size: int, length: int, temperature: float, prefix: tuple[int, ...]
+    trees: Grown,
+    rule: Callable[..., Verdict],
+    target: Callable,
+    vocab_size: int,
+    length: int,
+    temperature: float,
+    prefix: tuple[int, ...],
 ) -> np.ndarray:
     """The joint law of `length` tokens: what the rule emits on every tree, completed by the target."""
     emitted: dict[tuple[int, ...], float] = defaultdict(float)
     for prob, tree, keys in trees.values():
-
         law = target_law_of(target, tree, prefix, temperature)
 
         def run(draws: Any, tree: DraftTree = tree, law: TargetLaw = law) -> tuple[int, ...]:
@@ -160,7 +167,12 @@ def joint_law(
 
 
 def complete(
-    emitted: dict[tuple[int, ...], float], target: Callable, vocab_size: int, length: int, temperature: float, prefix: tuple[int, ...]
+    emitted: dict[tuple[int, ...], float],
+    target: Callable,
+    vocab_size: int,
+    length: int,
+    temperature: float,
+    prefix: tuple[int, ...],
 ) -> np.ndarray:
     """Spreads every emitted prefix over its completions by the target."""
     joint = np.zeros((vocab_size,) * length)

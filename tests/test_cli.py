@@ -23,7 +23,6 @@ from foredraft.drafters import DRAFTERS
 from foredraft.engine import CompletionOutput
 from foredraft.grow import GROWERS
 from foredraft.llm import BUNDLED_TARGET
-from foredraft.metrics import Metrics
 from foredraft.verify import RULES
 
 DATA = Path(__file__).parent / "data"
@@ -159,7 +158,7 @@ def test_version(run):
 
 
 def completion_of(text, token_ids, kinds, finish_reason=None):
-    return CompletionOutput(0, text, token_ids, finish_reason, None, None, None, kinds, Metrics())
+    return CompletionOutput(0, text, token_ids, finish_reason, None, None, None, kinds, [])
 
 
 def byte_tokenizer():

@@ -7,13 +7,13 @@ from itertools import product
 from typing import Any
 
 import pytest
-from exact import enumerate_branches
 
+from exact import enumerate_branches
 from foredraft.decode import Continuation, autoregressive, speculative
-from foredraft.draws import Draws
 from foredraft.drafters.lm import LMDrafter
 from foredraft.drafters.ngram import NgramDrafter
 from foredraft.drafters.suffix import SuffixDrafter
+from foredraft.draws import Draws
 from foredraft.grow import GROWERS
 from foredraft.models.table import Law, TableTarget, random_law
 from foredraft.protocols import Budget
@@ -27,7 +27,9 @@ TARGET = random_law(2, 11)
 DRAFT = random_law(2, 12)
 
 
-def new_continuation(draws: Draws, sampling: SamplingParams, eos: int | None, max_len: int = len(PROMPT) + LENGTH) -> Continuation:
+def new_continuation(
+    draws: Draws, sampling: SamplingParams, eos: int | None, max_len: int = len(PROMPT) + LENGTH
+) -> Continuation:
     return Continuation(
         token_ids=list(PROMPT),
         num_prompt=len(PROMPT),

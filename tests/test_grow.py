@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import heapq
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from exact import TableExpander, expected_tokens, tree_law
 
+from exact import TableExpander, expected_tokens, tree_law
 from foredraft.draws import Draws
 from foredraft.grow import GROWERS
 from foredraft.grow.budget import Costs, best_paths, tree_values
@@ -79,7 +79,12 @@ def tied_law(vocab_size: int) -> Law:
 @pytest.mark.parametrize("nodes", [1, 5, 16, 64])
 def test_dyspec_is_the_tree_of_the_heap(nodes: int, width: int) -> None:
     for seed in range(12):
-        for vocab_size, law in ((3, random_law(3, seed)), (12, random_law(12, seed, zeros=0.3)), (4, tied_law(4)), (6, tied_law(6))):
+        for vocab_size, law in (
+            (3, random_law(3, seed)),
+            (12, random_law(12, seed, zeros=0.3)),
+            (4, tied_law(4)),
+            (6, tied_law(6)),
+        ):
             budget = Budget(nodes, 2 + seed % 5)
             tree = grow(DySpec(width=width), law, vocab_size, budget, seed)
             reference, popped = heap_tree(law, vocab_size, budget, seed)
@@ -115,12 +120,17 @@ def test_tree_counts_and_expected_tokens_of_algorithm_1() -> None:
         counts.append(len(trees))
         expected.append(expected_tokens(trees, RULES["multiround"].rule, target, 1.0, PREFIX))
     assert counts == [3, 7, 15, 34]
-    assert all(after > before + 1e-6 for before, after in zip(expected, expected[1:], strict=False))
+    assert all(after > before + 1e-6 for before, after in pairwise(expected))
 
 
 @pytest.mark.parametrize(
     ("nodes", "insertion", "dfs", "bfs", "heavy"),
-    [(256, 35.8, 22.8, 35.6, 21.4), (512, 133.6, 53.4, 114.4, 50.2), (1024, 485.0, 116.6, 347.4, 111.2), (2048, 1647.4, 270.6, 1084, 237.8)],
+    [
+        (256, 35.8, 22.8, 35.6, 21.4),
+        (512, 133.6, 53.4, 114.4, 50.2),
+        (1024, 485.0, 116.6, 347.4, 111.2),
+        (2048, 1647.4, 270.6, 1084, 237.8),
+    ],
 )
 def test_block_counts_of_table_5(nodes: int, insertion: float, dfs: float, bfs: float, heavy: float) -> None:
     """Non-empty 32 x 32 blocks of the mask of random recursive trees (DySpec, Table 5); means of 5, within 10 %."""
@@ -210,7 +220,9 @@ def test_sequoia_without_a_vector_says_how_to_get_one() -> None:
 def test_every_tree_is_well_formed_and_within_budget(name: str, temperature: float, budget: Budget) -> None:
     options = {"acceptance": list(SEQUOIA)} if name == "sequoia" else {}
     for vocab_size in (1, 2, 40):
-        tree = grow(GROWERS[name].grower(**options), random_law(vocab_size, 8, concentration=0.2), vocab_size, budget, 3, temperature)
+        tree = grow(
+            GROWERS[name].grower(**options), random_law(vocab_size, 8, concentration=0.2), vocab_size, budget, 3, temperature
+        )
         assert tree.num_nodes <= budget.nodes + 1
         assert tree.depths.max() <= budget.depth
         assert tree.parents[0] == -1 and all(tree.parents[i] < i for i in range(1, tree.num_nodes))

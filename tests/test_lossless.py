@@ -7,15 +7,15 @@ enumeration of every branch of `Draws`. The same harness must fail on every plan
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from exact import Grown, joint_law, target_joint, tree_law
 
+from exact import Grown, joint_law, target_joint, tree_law
 from foredraft.draws import Draws
 from foredraft.grow import GROWERS
 from foredraft.grow.chain import Branching
@@ -67,7 +67,7 @@ def target_laws(vocab_size: int) -> list[Law]:
     return [random_law(vocab_size, 3), random_law(vocab_size, 4, zeros=0.3)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def grown(name: str, options: tuple, vocab_size: int, draft: int, nodes: int, sampled: bool) -> Grown:
     """The law over trees, sampled or (as at target temperature 0) of the most likely tokens."""
     grower = GROWERS[name].grower(**dict(options))
@@ -75,13 +75,16 @@ def grown(name: str, options: tuple, vocab_size: int, draft: int, nodes: int, sa
     return tree_law(grower, law, vocab_size, Budget(nodes, min(nodes, DEPTH)), float(sampled), PREFIX)
 
 
-@lru_cache(maxsize=None)
+@cache
 def answer(vocab_size: int, target: int, length: int, temperature: float) -> np.ndarray:
     return target_joint(target_laws(vocab_size)[target], vocab_size, length, temperature, PREFIX)
 
 
 def frozen(options: dict[str, Any]) -> tuple:
-    return tuple((key, tuple(map(tuple, value)) if key == "paths" else tuple(value) if isinstance(value, list) else value) for key, value in options.items())
+    return tuple(
+        (key, tuple(map(tuple, value)) if key == "paths" else tuple(value) if isinstance(value, list) else value)
+        for key, value in options.items()
+    )
 
 
 MODES = {1.0: (True,), 0.0: (True, False)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ COMBINATIONS = [
 ]
 
 
-@lru_cache(maxsize=None)
+@cache
 def chat_prompts() -> list[str]:
     rows = [json.loads(line) for line in (DATA / "prompts.jsonl").read_text().splitlines()]
     return [f"<|user|>\n{row['prompt']}\n<|assistant|>\n" for row in rows]
@@ -50,7 +50,7 @@ def token_ids(results: list[RequestOutput]) -> list[list[int]]:
     return [one.outputs[0].token_ids for one in results]
 
 
-@lru_cache(maxsize=None)
+@cache
 def plain(model: Path, num_prompts: int, max_tokens: int) -> list[list[int]]:
     prompts = STORY_PROMPTS if model == STORIES else chat_prompts()
     return token_ids(outputs(model, {"method": "ar"}, prompts[:num_prompts], max_tokens))
@@ -81,7 +81,9 @@ def test_200_tokens(target: Path, draft: Path, drafter: str, tree: str | None) -
         assert token_ids(results) == plain(target, len(prompts), 200)
 
 
-@pytest.mark.parametrize("config", [{"method": "ar"}, {"method": "lm", "model": OTHER_STORIES, "tree": "dyspec"}, {"method": "suffix"}])
+@pytest.mark.parametrize(
+    "config", [{"method": "ar"}, {"method": "lm", "model": OTHER_STORIES, "tree": "dyspec"}, {"method": "suffix"}]
+)
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_a_batch_is_what_each_prompt_is_alone(config: dict[str, Any], temperature: float) -> None:
     """Eight prompts of different lengths, three at a time, in ragged acceptance; sampled ones have seeds of their own."""
@@ -115,8 +117,13 @@ def test_acceptance_of_chains_is_the_overlap_of_the_laws() -> None:
     2 % is allowed, so that a correct rule fails in less than 1 % of seeds (the seed is fixed).
     """
     llm = LLM(STORIES, {"method": "lm", "model": OTHER_STORIES, "tree": "chain", "rule": "chain", "num_speculative_tokens": 1})
-    results = llm.generate(["Once", "The", "One day", "Tom", "Lily", "There"] * 8, SamplingParams(temperature=1, max_tokens=80, seed=7, ignore_eos=True))
-    results += llm.generate(["A", "She", "He", "Max", "Sam", "Mia"] * 8, SamplingParams(temperature=1, max_tokens=80, ignore_eos=True))
+    results = llm.generate(
+        ["Once", "The", "One day", "Tom", "Lily", "There"] * 8,
+        SamplingParams(temperature=1, max_tokens=80, seed=7, ignore_eos=True),
+    )
+    results += llm.generate(
+        ["A", "She", "He", "Max", "Sam", "Mia"] * 8, SamplingParams(temperature=1, max_tokens=80, ignore_eos=True)
+    )
     models = [AutoModelForCausalLM.from_pretrained(path) for path in (STORIES, OTHER_STORIES)]
     drafted = accepted = 0
     expected: list[float] = []

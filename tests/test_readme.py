@@ -78,7 +78,9 @@ def test_file_tree_names_every_module():
     missing = [str(one) for one in modules if one.name not in tree and one.name != "__init__.py"]
     assert not missing, f"the README's file tree lacks {missing}"
     named = set(re.findall(r"\b(\w+\.py)\b", tree))
-    there = {file.name for folder in ("src", "tests", "examples", "recipes") for file in (ROOT / folder).rglob("*.py")}
+    there = {
+        file.name for folder in ("src", "tests", "examples", "recipes", "benchmarks") for file in (ROOT / folder).rglob("*.py")
+    }
     assert named <= there, f"the README's file tree names files that do not exist: {named - there}"
 
 

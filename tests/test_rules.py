@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exact import enumerate_branches, expected_tokens, tree_law
 
+from exact import enumerate_branches, expected_tokens, tree_law
 from foredraft.draws import Draws
 from foredraft.grow import GROWERS
 from foredraft.models.table import Law
@@ -80,7 +80,10 @@ def law_of_rows(rows: np.ndarray, temperature: float = 1.0) -> TargetLaw:
 @pytest.mark.parametrize("rule", RULES)
 def test_root_alone_is_plain_sampling(rule: str) -> None:
     tree = make_tree([0], [-1], Drawn.DETERMINISTIC, None)
-    law = {verdict.next_token: prob for prob, verdict, _ in enumerate_branches(lambda d: RULES[rule].rule(tree, law_of_rows(TARGET[None]), d))}
+    law = {
+        verdict.next_token: prob
+        for prob, verdict, _ in enumerate_branches(lambda d: RULES[rule].rule(tree, law_of_rows(TARGET[None]), d))
+    }
     assert [law[token] for token in range(3)] == pytest.approx(TARGET.tolist())
 
 

@@ -86,9 +86,7 @@ class KVPool:
             more = max(length - have, _GROWTH, have // 2)
             self.kv = torch.cat([self.kv, self.kv.new_zeros(*self.kv.shape[:4], more, self.kv.shape[5])], dim=4)
 
-    def write(
-        self, layer: int, layout: Layout, key: Float[Tensor, "m h e"], value: Float[Tensor, "m h e"]
-    ) -> None:
+    def write(self, layer: int, layout: Layout, key: Float[Tensor, "m h e"], value: Float[Tensor, "m h e"]) -> None:
         """Stores the new nodes' keys and values of one layer."""
         if len(layout.slots) == 1:
             first = layout.first_place
@@ -154,9 +152,7 @@ class Layout:
     visible: Bool[np.ndarray, "b n t"]
     key_positions: Int[np.ndarray, "b t"]
 
-    def mask(
-        self, dtype: torch.dtype, device: torch.device, window: int | None = None
-    ) -> Float[Tensor, "b 1 n t"] | None:
+    def mask(self, dtype: torch.dtype, device: torch.device, window: int | None = None) -> Float[Tensor, "b 1 n t"] | None:
         """Additive attention mask; None if every query sees every key. `window` hides what lies that many positions back or
         more, where positions count depth, not node index."""
         visible = self.visible
@@ -189,9 +185,7 @@ class Layout:
         return states[self.request, self.column]
 
 
-def lay_out(
-    batch: TreeBatch, caches: Sequence[KVCache], start: Sequence[int] | None, device: torch.device
-) -> Layout:
+def lay_out(batch: TreeBatch, caches: Sequence[KVCache], start: Sequence[int] | None, device: torch.device) -> Layout:
     """Plans one forward of `batch`, whose first ``start[b]`` nodes per tree are in the cache already."""
     sizes = np.diff(batch.offsets)
     first = np.zeros(len(batch), np.int64) if start is None else np.asarray(start, np.int64)

@@ -1,6 +1,6 @@
 """The loop: plain decoding and speculative decoding, one screen each, around one forward of the target.
 
-    propose -> Target.forward -> law -> rule -> cache.keep -> observe -> cut at a stop -> StepRecord
+propose -> Target.forward -> law -> rule -> cache.keep -> observe -> cut at a stop -> StepRecord
 """
 
 from __future__ import annotations
@@ -213,9 +213,7 @@ def part(batch: TreeBatch, b: int) -> slice:
     return slice(int(batch.offsets[b]), int(batch.offsets[b + 1]))
 
 
-def record(
-    tree: DraftTree, verdict: Verdict, draft_s: float, verify_s: float, rule_s: float, cache_s: float
-) -> StepRecord:
+def record(tree: DraftTree, verdict: Verdict, draft_s: float, verify_s: float, rule_s: float, cache_s: float) -> StepRecord:
     """The record of one request's step."""
     return StepRecord(
         num_draft_tokens=tree.num_nodes - 1,

@@ -54,7 +54,7 @@ def _shift(words: Tensor, bits: int) -> Tensor:
     return (words >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _mix_tensor(words: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+def _mix_tensor(words: Int[Tensor, ...]) -> Int[Tensor, ...]:
     """`mix` on int64 tensors, whose products wrap as 64-bit words do."""
     words = (words ^ _shift(words, 30)) * _signed(_MIX1)
     words = (words ^ _shift(words, 27)) * _signed(_MIX2)
@@ -108,9 +108,7 @@ class Draws:
         return self.order_rows([self], probs[None], [key], k)[0]
 
     @staticmethod
-    def order_rows(
-        draws: Sequence[Draws], probs: Float[Tensor, "n v"], keys: Sequence[Key], k: int
-    ) -> list[list[int]]:
+    def order_rows(draws: Sequence[Draws], probs: Float[Tensor, "n v"], keys: Sequence[Key], k: int) -> list[list[int]]:
         """`order` of many rows at once; row i is drawn with ``draws[i]`` at ``keys[i]``.
 
         An exponential race, which is Gumbel-top-k: token t arrives at time -log(u_t) / probs[t], u_t addressed by t, and the

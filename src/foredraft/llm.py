@@ -178,10 +178,10 @@ class LLM:
                 raise ValueError("the prompt is empty: give at least one token")
             if self.tokenizer is None:
                 raise ValueError("this model has no tokenizer: give token ids, as a list or {'prompt_token_ids': [...]}")
-            return ids, list(self.tokenizer(ids)["input_ids"])
+            return ids, [int(one) for one in self.tokenizer(ids)["input_ids"]]
         if ids is None or not all(isinstance(one, int) for one in ids):
             raise TypeError(f"a prompt is a str, a list of token ids or {{'prompt_token_ids': [...]}}, got {prompt!r}")
-        return text, list(ids)
+        return text, [int(one) for one in ids]
 
     def _context(self, max_model_len: int | None) -> int:
         if max_model_len is None:

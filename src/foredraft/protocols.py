@@ -122,9 +122,7 @@ class Drafter(Protocol):
         """One tree a request, within its budget. Node 0 is the last committed token."""
         ...
 
-    def observe(
-        self, state: Any, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]
-    ) -> None:
+    def observe(self, state: Any, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]) -> None:
         """Tells what was committed: ``features[j]`` is the target's state at the node before ``tokens[j]``.
 
         tokens     path[0]  path[1]  ...  path[-1]   next

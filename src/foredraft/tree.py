@@ -156,9 +156,7 @@ class TreeBatch:
 
     def __getitem__(self, b: int) -> DraftTree:
         part = slice(int(self.offsets[b]), int(self.offsets[b + 1]))
-        return DraftTree(
-            self.tokens[part], self.parents[part], self.drawn[part], self.draft_row[part], self.draft_probs
-        )
+        return DraftTree(self.tokens[part], self.parents[part], self.drawn[part], self.draft_row[part], self.draft_probs)
 
     @staticmethod
     def chains(token_lists: Sequence[Sequence[int]], parents: Sequence[Sequence[int]] | None = None) -> TreeBatch:

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.cache import PREFILL_CHUNK, prefill
-from foredraft.draws import Draws
 from foredraft.drafters import Setting
+from foredraft.draws import Draws
 from foredraft.protocols import Budget, Grower, Target
 from foredraft.sampling import SamplingParams
 from foredraft.tree import Ids, TreeBatch

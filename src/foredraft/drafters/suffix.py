@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.draws import Draws
 from foredraft.drafters import Setting
+from foredraft.draws import Draws
 from foredraft.protocols import Budget
 from foredraft.sampling import SamplingParams
 from foredraft.tree import TreeBatch

@@ -43,7 +43,5 @@ GROWERS: dict[str, GrowerRow] = {
     "topk": GrowerRow(TopK, "expand", _D, "deterministic", False, "EAGLE-2 (arXiv 2406.16858), section 4"),
     "opt": GrowerRow(Opt, "expand", _D, "deterministic", False, "OPT-Tree (arXiv 2406.17276), Algorithm 1"),
     "dyspec": GrowerRow(DySpec, "expand", _W, "multiround", False, "DySpec (arXiv 2410.11744), Algorithm 1"),
-    "dyspec-threshold": GrowerRow(
-        DySpecThreshold, "expand", _W, "multiround", False, "DySpec (arXiv 2410.11744), Algorithm 2"
-    ),
+    "dyspec-threshold": GrowerRow(DySpecThreshold, "expand", _W, "multiround", False, "DySpec (arXiv 2410.11744), Algorithm 2"),
 }

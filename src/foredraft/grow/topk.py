@@ -94,9 +94,7 @@ class Opt(Options):
         keep_best(tree)
 
 
-def add_layer(
-    tree: Sapling, layer: Sequence[int], picked: Sequence[Sequence[tuple[int, float]]], most: int
-) -> list[int]:
+def add_layer(tree: Sapling, layer: Sequence[int], picked: Sequence[Sequence[tuple[int, float]]], most: int) -> list[int]:
     """Adds the `most` best of the picked children of `layer`, of equal ones the first; returns them in tree order. Worse ones
     cannot be among the best `most` nodes of the tree, so they are never made."""
     offered = [

@@ -59,9 +59,7 @@ class LlamaTarget:
         ValueError: the configuration asks for something this decoder does not do, or a weight is missing.
     """
 
-    def __init__(
-        self, config: PretrainedConfig, weights: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
-    ):
+    def __init__(self, config: PretrainedConfig, weights: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device):
         reason = unsupported(config)
         if reason:
             raise ValueError(f"cannot run this model with the Llama decoder: {reason}")

@@ -32,9 +32,7 @@ _D, _I, _W = Drawn.DETERMINISTIC, Drawn.IID, Drawn.WITHOUT_REPLACEMENT
 _EXACT = "exact in distribution"
 
 RULES: dict[str, RuleRow] = {
-    "chain": RuleRow(
-        chain, frozenset({_D, _I, _W}), True, _EXACT, "Leviathan et al. 2023 (arXiv 2211.17192), Algorithm 1"
-    ),
+    "chain": RuleRow(chain, frozenset({_D, _I, _W}), True, _EXACT, "Leviathan et al. 2023 (arXiv 2211.17192), Algorithm 1"),
     "multiround": RuleRow(
         multiround,
         frozenset({_D, _I, _W}),
@@ -49,9 +47,7 @@ RULES: dict[str, RuleRow] = {
         deterministic, frozenset({_D}), False, _EXACT, "EAGLE-2 (arXiv 2406.16858), verification of top-k candidates"
     ),
     "kseq": RuleRow(kseq, frozenset({_D, _I}), False, _EXACT, "SpecTr (arXiv 2310.15141), Algorithm 3 (K-SEQ), per token"),
-    "block": RuleRow(
-        block, frozenset({_D, _I, _W}), True, _EXACT, "Sun et al. 2024 (arXiv 2403.10444), block verification"
-    ),
+    "block": RuleRow(block, frozenset({_D, _I, _W}), True, _EXACT, "Sun et al. 2024 (arXiv 2403.10444), block verification"),
     "typical": RuleRow(
         typical,
         frozenset({_D, _I, _W}),

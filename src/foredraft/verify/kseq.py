@@ -10,7 +10,7 @@ from foredraft.draws import Draws
 from foredraft.protocols import Verdict
 from foredraft.sampling import TargetLaw
 from foredraft.tree import DraftTree, Drawn
-from foredraft.verify.multiround import test_children, require_drawn
+from foredraft.verify.multiround import require_drawn, test_children
 
 
 def kseq(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:

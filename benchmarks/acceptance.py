@@ -2,7 +2,7 @@
 
     python benchmarks/acceptance.py --data ../shared/data/eval --output benchmarks/acceptance-bundled.jsonl
 
-Prompts: the first 8 each of GSM8K test, MT-bench (first turns) and HumanEval, through the chat template. Prints a Markdown table.
+Prompts: the first 8 each of GSM8K test, MT-bench (first turns) and HumanEval, through the chat template. Prints a table.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of evaluation prompts")
     parser.add_argument("--each", type=int, default=8, help="prompts of each set")
     parser.add_argument("--max-tokens", type=int, default=128)

@@ -2,7 +2,7 @@
 
     python benchmarks/dyspec_passes.py --data ../shared/data/train --output benchmarks/dyspec-passes.jsonl
 
-The bundled drafter grows trees in the middle of answers of GSM8K's training part, sampled at temperature 1, with several widths (nodes
+The bundled drafter grows trees in the middle of answers of GSM8K's training part, sampled at temperature 1, with some widths (nodes
 expanded a pass). A last line per size counts whole levels: every frontier node of the tree expanded at once.
 """
 
@@ -62,7 +62,7 @@ def count(model: Any, prompts: list[list[int]], nodes: int, width: int) -> dict[
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--output", type=Path, required=True)

@@ -3,7 +3,7 @@
     python recipes/measure_acceptance.py --data ../shared/data/train --drafter src/foredraft/bundled/draft-lm
 
 At every position of the target's own continuations of training prompts, the drafter's law gives `RANKS` children and the rule
-that verifies such trees says which of them, if any, is accepted. Two vectors are written to ``acceptance.json`` in the drafter's
+that verifies such trees says which of them, if any, is accepted. Two vectors are written to ``acceptance.json`` in its
 directory: ``sampled`` (children drawn without replacement, texts at temperature 1) and ``greedy`` (the likeliest children,
 texts at temperature 0).
 
@@ -89,7 +89,7 @@ def measure(llm: LLM, drafter: Target, prompts: list[str], temperature: float, m
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--model", type=Path, default=BUNDLED_TARGET)
     parser.add_argument("--drafter", type=Path, default=BUNDLED_DRAFTER)
     parser.add_argument("--data", type=Path, required=True, help="folder of training text")

@@ -88,7 +88,7 @@ def frozen(options: dict[str, Any]) -> tuple:
 
 
 MODES = {1.0: (True,), 0.0: (True, False)}
-"""Target temperature -> whether the trees are sampled. Sampled trees under a greedy target are what ``draft_sampling="sampled"``
+"""Target temperature -> whether the trees are sampled. Sampled trees of a greedy target are what ``draft_sampling="sampled"``
 with ``draft_temperature=1`` grows, which is the same law over trees as at target temperature 1."""
 
 
@@ -367,5 +367,5 @@ def test_threshold_reversed_is_caught() -> None:
 )
 def test_tree_drawn_another_way_raises(tree: str, options: dict[str, Any], rule: str) -> None:
     trees = grown(tree, frozen(options), 3, 0, 3, True)
-    with pytest.raises(ValueError, match="exact for children|verifies chains"):
+    with pytest.raises(ValueError, match=r"exact for children|verifies chains"):
         joint_law(trees, RULES[rule].rule, target_laws(3)[0], 3, 4, 1.0, PREFIX)

@@ -64,7 +64,7 @@ class LLM:
         if speculative_config is None:
             speculative_config = {"method": "lm"} if bundled else {"method": "suffix"}
         speculation = parse(speculative_config)
-        self.target = load_target(model, dtype=dtype, device=device, revision=revision)
+        self.target: Any = load_target(model, dtype=dtype, device=device, revision=revision)
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model, revision=revision)
         defaults = load_generation_config(model, revision=revision)
         eos_ids = defaults.pop("eos_token_id")

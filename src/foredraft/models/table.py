@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache as memoize
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ Law = Callable[[tuple[int, ...]], Float[np.ndarray, " v"]]
 def random_law(vocab_size: int, seed: int, zeros: float = 0.0, concentration: float = 1.0) -> Law:
     """A distinct Dirichlet row for every prefix, a share `zeros` of whose entries is zero (never all)."""
 
-    @cache
+    @memoize
     def law(prefix: tuple[int, ...]) -> Float[np.ndarray, " v"]:
         rng = np.random.default_rng([seed, len(prefix), *prefix])
         row = rng.dirichlet(np.full(vocab_size, concentration))

@@ -88,7 +88,7 @@ def frozen(options: dict[str, Any]) -> tuple:
 
 
 MODES = {1.0: (True,), 0.0: (True, False)}
-"""Target temperature -> whether the trees are sampled. Sampled trees of a greedy target are what ``draft_sampling="sampled"``
+"""Target temperature -> whether the trees are sampled. Sampled trees of a greedy target: what ``draft_sampling="sampled"``
 with ``draft_temperature=1`` grows, which is the same law over trees as at target temperature 1."""
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/dyspec_passes.py --data ../shared/data/train --output benchmarks/dyspec-passes.jsonl
 
-The bundled drafter grows trees in the middle of answers of GSM8K's training part, sampled at temperature 1, with some widths (nodes
+The bundled drafter grows trees in the middle of answers of GSM8K's training part, at temperature 1, with some widths (nodes
 expanded a pass). A last line per size counts whole levels: every frontier node of the tree expanded at once.
 """
 

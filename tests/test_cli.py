@@ -164,7 +164,7 @@ def completion_of(text, token_ids, kinds, finish_reason=None):
 def byte_tokenizer():
     tokenizer = Tokenizer(models.BPE(vocab={f"<0x{i:02X}>": i for i in range(256)}, merges=[], byte_fallback=True))
     tokenizer.decoder = decoders.ByteFallback()
-    return type("Fast", (), {"_tokenizer": tokenizer})()
+    return type("Fast", (), {"backend_tokenizer": tokenizer})()
 
 
 def test_half_characters_belong_to_the_token_that_completes_them():

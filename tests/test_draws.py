@@ -48,7 +48,7 @@ def test_the_hash_is_splitmix64() -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_scalar_and_vectorised_numbers_are_the_same(seed: int) -> None:
-    """`order_rows` races with the numbers that `uniform` gives at index = token id: so the order can be recomputed from them."""
+    """`order_rows` races with the numbers that `uniform` gives at index = token id: the order can be recomputed from them."""
     draws, path = Draws(seed, 12), (0, 3, 1)
     probs = torch.from_numpy(np.random.default_rng(3).dirichlet(np.ones(200)))
     numbers = [draws.uniform(("draft", path, token)) + 2.0**-54 for token in range(200)]
@@ -88,7 +88,7 @@ def test_rows_of_a_batch_belong_to_their_own_draws() -> None:
 def test_every_part_of_the_address_counts() -> None:
     """20,160 different addresses give 20,160 different numbers (a collision of 53 bits: below 3e-8)."""
     paths = [(), *itertools.product(range(3)), *itertools.product(range(3), repeat=2), (0, 0, 0), (1, 2, 0)]
-    addresses = itertools.product(SEEDS[:4] + [-7, 99, 12345], range(10), ["draft", "accept", "next"], paths, range(6))
+    addresses = itertools.product([*SEEDS[:4], -7, 99, 12345], range(10), ["draft", "accept", "next"], paths, range(6))
     numbers = [Draws(seed, n).uniform((purpose, path, i)) for seed, n, purpose, path, i in addresses]
     assert len(set(numbers)) == len(numbers) == 7 * 10 * 3 * len(paths) * 6
 

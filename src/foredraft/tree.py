@@ -155,7 +155,7 @@ class TreeBatch:
         return len(self.offsets) - 1
 
     def __getitem__(self, b: int) -> DraftTree:
-        part = slice(int(self.offsets[b]), int(self.offsets[b + 1]))
+        part = slice(int(self.offsets[:-1][b]), int(self.offsets[1:][b]))
         return DraftTree(self.tokens[part], self.parents[part], self.drawn[part], self.draft_row[part], self.draft_probs)
 
     @staticmethod

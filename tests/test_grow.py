@@ -13,6 +13,7 @@ import torch
 from exact import TableExpander, expected_tokens, tree_law
 from foredraft.draws import Draws
 from foredraft.grow import GROWERS
+from foredraft.grow.base import GREEDY_DRAFT_TEMPERATURE
 from foredraft.grow.budget import Costs, best_paths, tree_values
 from foredraft.grow.dyspec import DySpec, DySpecThreshold
 from foredraft.grow.topk import Opt
@@ -257,3 +258,25 @@ def test_trees_branch_at_temperature_0(name: str) -> None:
 def test_wrong_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GROWERS[name].grower(**options)
+
+
+@pytest.mark.parametrize("nodes", [1, 4, 9, 30])
+def test_greedy_dyspec_has_the_largest_draft_mass(nodes: int) -> None:
+    for seed in range(6):
+        law, budget = random_law(5, seed, zeros=0.2), Budget(nodes, 4)
+        tree = grow(DySpec(width=2), law, 5, budget, seed, temperature=0.0)
+        best = grow(Opt(delta=0), law, 5, budget, seed, temperature=0.0)
+        masses = [mass(law, one) for one in (tree, best)]
+        assert masses[0] == pytest.approx(masses[1], abs=1e-12)
+
+
+def mass(law: Law, tree: DraftTree) -> float:
+    """Sum over the nodes of the draft probability of their paths, at the draft temperature of a greedy request."""
+    total, values = 0.0, {0: 1.0}
+    for node in range(1, tree.num_nodes):
+        parent = int(tree.parents[node])
+        above = [int(tree.tokens[i]) for i in tree.path_to(parent)]
+        probs = np.asarray(law((*PREFIX, *above)), np.float64) ** (1 / GREEDY_DRAFT_TEMPERATURE)
+        values[node] = values[parent] * float(probs[tree.tokens[node]] / probs.sum())
+        total += values[node]
+    return total

@@ -6,6 +6,8 @@ The value of *making* the i-th draw below node u is ``v(u) * (1 - S)``, S being 
 value of the node it gives is ``v(u) * p(token)``. The priority of a draw does not depend on the token it will give, and
 priorities never rise along the tree, so the nodes of the N highest priorities are those that the paper's heap pops one by
 one. Here the children of many nodes are drawn in one pass. Losslessness rests on deciding whether to draw without looking.
+Where nothing is sampled (temperature 0) the likeliest children are known beforehand, and a draw is worth what it will give,
+``v(u) * p(token)``: the tree of largest draft mass.
 """
 
 from __future__ import annotations
@@ -134,7 +136,8 @@ class _Priorities:
         tree, spent, made = self.tree, 0.0, []
         ceiling = tree.values[node]
         for token, prob in picked:
-            ceiling = min(ceiling, tree.values[node] * max(0.0, 1 - spent))
+            promise = max(0.0, 1 - spent) if tree.sampled else prob
+            ceiling = min(ceiling, tree.values[node] * promise)
             if ceiling < least:
                 break
             child = tree.add(node, token, prob, tree.way)

@@ -1,0 +1,293 @@
+"""The pool of keys and values, and where a step reads and writes in it, against naive references."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from foredraft.cache import PREFILL_CHUNK, KVCache, KVPool, Layout, lay_out, prefill
+from foredraft.models.table import TableTarget, random_law
+from foredraft.tree import TreeBatch, depths_of
+
+CPU = torch.device("cpu")
+LAYERS, HEADS, DIM = 2, 3, 4
+
+BUSHY = [-1, 0, 0, 1, 0, 2, 2, 5]
+
+
+def new_pool(num_slots: int) -> KVPool:
+    return KVPool(num_slots=num_slots, num_layers=LAYERS, num_heads=HEADS, head_dim=DIM, dtype=torch.float64, device=CPU)
+
+
+def trees(*shapes: list[int]) -> TreeBatch:
+    """Trees of these parents whose tokens are all different."""
+    numbers = iter(range(100, 200))
+    return TreeBatch.chains([[next(numbers) for _ in parents] for parents in shapes], shapes)
+
+
+def chain(length: int) -> list[int]:
+    return list(range(-1, length - 1))
+
+
+def run(
+    pool: KVPool, batch: TreeBatch, caches: list[KVCache], start: list[int] | None = None, seed: int = 0
+) -> tuple[Layout, Tensor]:
+    """Writes random keys and values [2, L, M, H, D] for the new nodes, as a forward does."""
+    layout = lay_out(batch, caches, start, CPU)
+    pool.reserve(layout.length)
+    shape = 2, LAYERS, len(layout.new), HEADS, DIM
+    written = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    for layer in range(LAYERS):
+        pool.write(layer, layout, written[0, layer], written[1, layer])
+    return layout, written
+
+
+def contents(cache: KVCache) -> Tensor:
+    """What a cache holds, [2, L, T, H, D]."""
+    return cache.pool.kv[:, :, cache.slot, :, : cache.length].transpose(2, 3).clone()
+
+
+def filled(pool: KVPool, length: int, seed: int = 0) -> KVCache:
+    cache = pool.allocate()
+    if length:
+        run(pool, trees(chain(length)), [cache], seed=seed)
+        pool.keep([cache], [range(1, length)])
+    return cache
+
+
+def test_slots_are_given_out_once_and_come_back() -> None:
+    pool = new_pool(3)
+    caches = [pool.allocate() for _ in range(3)]
+    assert sorted(cache.slot for cache in caches) == [0, 1, 2]
+    with pytest.raises(RuntimeError, match=r"all 3 slots .* max_num_seqs"):
+        pool.allocate()
+    with pytest.raises(RuntimeError, match="slots"):
+        pool.copy(caches[0])
+    pool.free(caches[1])
+    again = pool.allocate()
+    assert again.slot == caches[1].slot and again.length == 0
+
+
+@pytest.mark.parametrize("length", [0, 1, 5])
+def test_a_copy_is_independent(length: int) -> None:
+    pool = new_pool(2)
+    cache = filled(pool, length)
+    before = contents(cache)
+    copy = pool.copy(cache)
+    assert copy.slot != cache.slot and torch.equal(contents(copy), before)
+    run(pool, trees(chain(2)), [copy], seed=1)
+    pool.keep([copy], [[1]])
+    assert copy.length == length + 2 and torch.equal(contents(copy)[:, :, :length], before)
+    assert cache.length == length and torch.equal(contents(cache), before)
+
+
+def test_truncate_forgets_the_end() -> None:
+    pool = new_pool(1)
+    cache = filled(pool, 5)
+    before = contents(cache)
+    cache.truncate(5)
+    cache.truncate(2)
+    assert cache.length == 2 and torch.equal(contents(cache), before[:, :, :2])
+    for length in (3, -1):
+        with pytest.raises(ValueError, match=f"2 tokens to {length}"):
+            cache.truncate(length)
+
+
+def test_growing_keeps_the_contents() -> None:
+    pool = new_pool(2)
+    cache, other = filled(pool, 5), filled(pool, 3, seed=1)
+    before = contents(cache), contents(other)
+    for length in (0, 6, 300, 5000, 10):
+        pool.reserve(length)
+        assert pool.kv.shape[4] >= length
+        assert torch.equal(contents(cache), before[0]) and torch.equal(contents(other), before[1])
+
+
+PATHS = [[[]], [[1]], [[2, 5, 7]], [[], [4]], [[2, 6], [], [1, 3]], [[4], [2, 5, 7], [2, 5], [1]]]
+
+
+@pytest.mark.parametrize("context", [0, 1, 6])
+@pytest.mark.parametrize("paths", PATHS)
+def test_keep_is_node_0_and_the_path(paths: list[list[int]], context: int) -> None:
+    """Ragged paths over contexts of different lengths; a bystander's slot is left alone."""
+    pool = new_pool(len(paths) + 1)
+    bystander = filled(pool, 4, seed=50)
+    caches = [filled(pool, context + b, seed=b) for b in range(len(paths))][::-1]
+    expected = [contents(bystander)]
+    batch = trees(*[BUSHY] * len(paths))
+    before = [contents(cache) for cache in caches]
+    _, written = run(pool, batch, caches, seed=99)
+    for b, path in enumerate(paths):
+        nodes = batch.offsets[b] + np.array([0, *path])
+        expected.append(torch.cat([before[b], written[:, :, nodes]], dim=2))
+    pool.keep(caches, paths)
+    for cache, wanted in zip([bystander, *caches], expected, strict=True):
+        assert cache.length == wanted.shape[2] and torch.equal(contents(cache), wanted)
+
+
+@pytest.mark.parametrize("slots", [[0], [2], [0, 1, 2], [1, 2], [2, 0], [0, 2]])
+def test_reading_gives_what_was_written(slots: list[int]) -> None:
+    """Neighbouring slots and scattered ones, one request and several."""
+    pool = new_pool(3)
+    caches = {cache.slot: cache for cache in (filled(pool, length, seed=length) for length in (1, 2, 5))}
+    some = [caches[slot] for slot in slots]
+    batch = trees(*([[-1], BUSHY, [-1, 0, 0]][: len(some)]))
+    before = [contents(cache) for cache in some]
+    layout, written = run(pool, batch, some, seed=9)
+    for layer in range(LAYERS):
+        key, value = pool.read(layer, layout)
+        assert key.shape == value.shape == (len(slots), HEADS, layout.length, DIM)
+        for b, cache in enumerate(some):
+            nodes = slice(int(batch.offsets[b]), int(batch.offsets[b + 1]))
+            wanted = torch.cat([before[b], written[:, :, nodes]], dim=2)[:, layer]
+            assert torch.equal(key[b, :, : wanted.shape[1]], wanted[0].transpose(0, 1))
+            assert torch.equal(value[b, :, : wanted.shape[1]], wanted[1].transpose(0, 1))
+            assert wanted.shape[1] == cache.length + batch[b].num_nodes <= layout.length
+
+
+LAYOUTS = [
+    ([[-1]], [0], [0]),
+    ([[-1]], [3], [0]),
+    ([chain(3)], [0], [0]),
+    ([BUSHY], [4], [0]),
+    ([[-1], BUSHY], [5, 0], [0, 0]),
+    ([BUSHY, chain(3), [-1]], [2, 7, 0], [0, 0, 0]),
+    ([BUSHY], [4], [5]),
+    ([BUSHY, chain(3), [-1, 0, 0]], [2, 7, 0], [3, 0, 2]),
+    ([chain(3), BUSHY], [6, 1], [3, 7]),
+]
+"""Parents per request, lengths of their caches, nodes that were run before."""
+
+
+def cached(lengths: list[int]) -> list[KVCache]:
+    pool = new_pool(len(lengths))
+    return [filled(pool, length) for length in lengths]
+
+
+@pytest.mark.parametrize(("shapes", "lengths", "start"), LAYOUTS)
+def test_where_nodes_go(shapes: list[list[int]], lengths: list[int], start: list[int]) -> None:
+    batch, caches = trees(*shapes), cached(lengths)
+    layout = lay_out(batch, caches, None if not any(start) else start, CPU)
+    expected = [
+        (
+            batch.tokens[batch.offsets[b] + node],
+            lengths[b] + depth,
+            batch.offsets[b] + node,
+            b,
+            node - start[b],
+            lengths[b] + node,
+        )
+        for b, parents in enumerate(shapes)
+        for node, depth in list(enumerate(depths_of(np.array(parents))))[start[b] :]
+    ]
+    columns = (layout.token_ids, layout.positions, layout.new, layout.request, layout.column, layout.place)
+    assert list(zip(*(column.tolist() for column in columns), strict=True)) == expected
+    assert layout.slots == [cache.slot for cache in caches]
+    assert layout.slot.tolist() == [layout.slots[b] for b in layout.request.tolist()]
+    assert layout.width == max(len(p) - s for p, s in zip(shapes, start, strict=True))
+    assert layout.length == max(len(p) + n for p, n in zip(shapes, lengths, strict=True))
+    assert layout.rows_of(layout.new[::-1].copy()).tolist() == list(range(len(expected)))[::-1]
+
+
+def may_see(parents: list[int], length: int, node: int, place: int, window: int | None) -> bool:
+    """Brute force: the context and the node's ancestors, less than `window` positions away."""
+    path, at = [], node
+    while at >= 0:
+        path.append(at)
+        at = parents[at]
+    distances = {length + one: above for above, one in enumerate(path)}
+    distances |= {one: length - one + len(path) - 1 for one in range(length)}
+    return place in distances and (window is None or distances[place] < window)
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 4, 1000])
+@pytest.mark.parametrize(("shapes", "lengths", "start"), LAYOUTS)
+def test_the_mask_is_context_and_ancestors_within_the_window(
+    shapes: list[list[int]], lengths: list[int], start: list[int], window: int | None
+) -> None:
+    """A window counts depth: equal for siblings, whatever their number."""
+    layout = lay_out(trees(*shapes), cached(lengths), start, CPU)
+    mask = layout.mask(torch.float64, CPU, window)
+    if mask is None:
+        mask = torch.zeros(len(shapes), 1, layout.width, layout.length, dtype=torch.float64)
+    assert mask.shape == (len(shapes), 1, layout.width, layout.length)
+    assert set(mask.unique().tolist()) <= {0.0, -torch.inf}
+    for b, parents in enumerate(shapes):
+        for column, node in enumerate(range(start[b], len(parents))):
+            seen = [may_see(parents, lengths[b], node, place, window) for place in range(layout.length)]
+            assert (mask[b, 0, column] == 0).tolist() == seen
+    assert (mask == 0).any(-1).all(), "a row that sees nothing gives NaN"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "lengths", "window", "needs_mask"),
+    [
+        ([[-1]], [0], None, False),
+        ([[-1]], [9], None, False),
+        ([[-1]], [9], 10, False),
+        ([[-1]], [9], 9, True),
+        ([[-1], [-1]], [9, 9], None, False),
+        ([[-1], [-1]], [9, 8], None, True),
+        ([[-1, 0]], [9], None, True),
+    ],
+)
+def test_no_mask_where_everything_is_seen(shapes, lengths: list[int], window: int | None, needs_mask: bool) -> None:
+    mask = lay_out(trees(*shapes), cached(lengths), None, CPU).mask(torch.float32, CPU, window)
+    assert (mask is not None) == needs_mask
+
+
+@pytest.mark.parametrize(("shapes", "lengths", "start"), LAYOUTS)
+def test_padding_there_and_back(shapes: list[list[int]], lengths: list[int], start: list[int]) -> None:
+    layout = lay_out(trees(*shapes), cached(lengths), start, CPU)
+    states = torch.arange(1.0, 1 + len(layout.new) * HEADS * DIM).view(-1, HEADS, DIM)
+    padded = layout.pad(states)
+    assert padded.shape == (len(shapes), layout.width, HEADS, DIM)
+    done = 0
+    for b, parents in enumerate(shapes):
+        rows = len(parents) - start[b]
+        assert torch.equal(padded[b, :rows], states[done : done + rows]) and not padded[b, rows:].any()
+        done += rows
+    assert torch.equal(layout.unpad(padded.flatten(2)), states.flatten(1))
+
+
+@pytest.mark.parametrize("parts", [[0, 8], [0, 1, 8], [0, 3, 5, 8]])
+def test_a_tree_in_parts_is_the_tree_at_once(parts: list[int]) -> None:
+    """Nodes, parents of later nodes among them, run in several passes beside a request that is done at once."""
+    pool = new_pool(2)
+    caches = [filled(pool, 2), filled(pool, 3, seed=1)]
+    whole = lay_out(trees(BUSHY), caches[:1], None, CPU)
+    written = []
+    for first, last in pairwise(parts):
+        batch = trees(BUSHY[:last], [-1, 0])
+        layout, new = run(pool, batch, caches, [first, 0 if last == parts[1] else 2], seed=last)
+        mine = layout.request == 0
+        written.append(new[:, :, mine])
+        rows = slice(first, last)
+        np.testing.assert_array_equal(layout.visible[0, : last - first, : 2 + last], whole.visible[0, rows, : 2 + last])
+        assert layout.positions[mine].tolist() == whole.positions[rows].tolist()
+    before = contents(caches[0])
+    pool.keep(caches, [[2, 5, 7], [1]])
+    wanted = torch.cat([before, torch.cat(written, dim=2)[:, :, [0, 2, 5, 7]]], dim=2)
+    assert torch.equal(contents(caches[0]), wanted) and caches[1].length == 5
+
+
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("lengths", [[], [0], [1], [3, 0, 1], [PREFILL_CHUNK + 2, PREFILL_CHUNK, 2 * PREFILL_CHUNK + 1]])
+def test_prefill_in_chunks(lengths: list[int], scored: bool) -> None:
+    law = random_law(2, 0)
+    target = TableTarget(lambda prefix: law(prefix[-3:]), 2)
+    pool = target.new_pool(len(lengths), 0)
+    caches = [pool.allocate() for _ in lengths]
+    prompts = [[(b + i // 3) % 2 for i in range(length)] for b, length in enumerate(lengths)]
+    logits = prefill(target, pool, caches, prompts, scored=scored)
+    assert [cache.tokens for cache in caches] == prompts
+    assert target.num_forwards == -(-max(lengths, default=0) // PREFILL_CHUNK)
+    for prompt, chunks in zip(prompts, logits, strict=True):
+        rows = torch.cat(chunks).exp().numpy() if chunks else np.zeros((0, 2))
+        assert len(rows) == (len(prompt) if scored else 0)
+        for i, row in enumerate(rows):
+            np.testing.assert_allclose(row, law(tuple(prompt[: i + 1][-3:])), atol=1e-15)

@@ -1,12 +1,13 @@
 """Our own decoder for the Llama family: Llama, Mistral, Qwen2 and Qwen3 checkpoints, run over trees.
 
-Fused projections, rotary rows gathered once a step, one additive mask a step, keys and values sliced to the live length.
+Fused projections (packed where that is faster, see `foredraft.models.linear`), rotary rows gathered once a step, one additive mask
+a step, keys and values sliced to the live length.
 The arithmetic follows the published models; only the shape of the attention differs (ancestors instead of all before).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from foredraft.cache import KVCache, KVPool, Layout, lay_out
+from foredraft.models.linear import Linear, Norm, can_pack, make_linear, make_norm
 from foredraft.protocols import Scores
 from foredraft.tree import Ids, TreeBatch
 
@@ -30,20 +32,16 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights of one decoder layer; biases and q/k norms are None where the model has none."""
+    """One decoder layer; q/k norms are None where the model has none."""
 
-    input_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    out: Tensor
-    out_bias: Tensor | None
-    post_norm: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    input_norm: Norm
+    qkv: Linear
+    q_norm: Norm | None
+    k_norm: Norm | None
+    out: Linear
+    post_norm: Norm
+    gate_up: Linear
+    down: Linear
     window: int | None
 
 
@@ -54,12 +52,24 @@ class LlamaTarget:
         config: the model's Transformers configuration.
         weights: its state dict, under the names of the Transformers checkpoint.
         dtype, device: what it runs in.
+        packed: whether linear layers run on packed weights; None is wherever that works.
+
+    Attributes:
+        head: logits of final features (those after the last norm).
 
     Raises:
         ValueError: the configuration asks for something this decoder does not do, or a weight is missing.
     """
 
-    def __init__(self, config: PretrainedConfig, weights: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        packed: bool | None = None,
+    ):
         reason = unsupported(config)
         if reason:
             raise ValueError(f"cannot run this model with the Llama decoder: {reason}")
@@ -70,20 +80,12 @@ class LlamaTarget:
         self._heads: int = config.num_attention_heads
         self._kv_heads: int = config.num_key_value_heads or config.num_attention_heads
         self._head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self._eps: float = config.rms_norm_eps
-
-        def take(name: str) -> Tensor:
-            if name not in weights:
-                raise ValueError(f"the checkpoint lacks the tensor {name!r}: is it complete, and of type {config.model_type}?")
-            return weights[name].to(device=device, dtype=dtype)
-
-        def fuse(names: Sequence[str], kind: str) -> Tensor | None:
-            return torch.cat([take(f"{name}.{kind}") for name in names]) if f"{names[0]}.{kind}" in weights else None
-
-        self._embedding = take("model.embed_tokens.weight")
-        self._norm = take("model.norm.weight")
-        self._head = take("lm_head.weight") if "lm_head.weight" in weights else self._embedding
-        self._layers = [_load_layer(i, config, take, fuse) for i in range(config.num_hidden_layers)]
+        self.packed = can_pack(dtype, device) if packed is None else packed
+        read = Reader(config, weights, dtype, device, self.packed)
+        self._embedding = read.tensor("model.embed_tokens")
+        self._norm = read.norm("model.norm")
+        self.head: Linear = read.linear("lm_head") if "lm_head.weight" in weights else read.make(self._embedding)
+        self._layers = [_load_layer(i, config, read) for i in range(config.num_hidden_layers)]
         self._cos, self._sin = _rotary_tables(config, self.max_len, dtype, device)
 
     def new_pool(self, num_slots: int, max_len: int) -> KVPool:
@@ -100,10 +102,6 @@ class LlamaTarget:
     def embed(self, token_ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
         """Input embeddings."""
         return F.embedding(token_ids, self._embedding)
-
-    def head(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
-        """Logits of final features (those after the last norm)."""
-        return F.linear(features, self._head)
 
     @torch.inference_mode()
     def forward(
@@ -133,11 +131,11 @@ class LlamaTarget:
             if i + 1 in feature_layers:
                 states[i + 1] = hidden
         if -1 in feature_layers:
-            states[-1] = self._normed(hidden, self._norm)
+            states[-1] = self._norm(hidden)
         features = torch.cat([states[i] for i in feature_layers], dim=-1) if feature_layers else None
         if rows is not None:
             hidden = hidden[layout.rows_of(rows)]
-        return Scores(self.head(self._normed(hidden, self._norm)), features)
+        return Scores(self.head(self._norm(hidden)), features)
 
     def _masks(self, layout: Layout) -> dict[int | None, Tensor | None]:
         """One mask per kind of layer, its rows repeated for the query heads that share a key head."""
@@ -147,9 +145,6 @@ class LlamaTarget:
             mask = layout.mask(self.dtype, self.device, window)
             masks[window] = None if mask is None else mask.repeat(1, 1, group, 1)
         return masks
-
-    def _normed(self, hidden: Float[Tensor, "*m d"], weight: Tensor) -> Float[Tensor, "*m d"]:
-        return F.rms_norm(hidden, weight.shape, weight, self._eps)
 
     def _run_layer(
         self,
@@ -161,12 +156,10 @@ class LlamaTarget:
         layout: Layout,
         pool: KVPool,
     ) -> Float[Tensor, "m d"]:
-        qkv = F.linear(self._normed(hidden, layer.input_norm), layer.qkv, layer.qkv_bias)
-        qkv = qkv.view(len(hidden), -1, self._head_dim)
-        attended = self._attend(layer, index, qkv, rotation, mask, layout, pool)
-        hidden = hidden + F.linear(attended, layer.out, layer.out_bias)
-        gate, up = F.linear(self._normed(hidden, layer.post_norm), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-        return hidden + F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
+        qkv = layer.qkv(layer.input_norm(hidden)).view(len(hidden), -1, self._head_dim)
+        hidden = layer.out(self._attend(layer, index, qkv, rotation, mask, layout, pool), hidden)
+        gate, up = layer.gate_up(layer.post_norm(hidden)).chunk(2, dim=-1)
+        return layer.down(F.silu(gate).mul_(up), hidden)
 
     def _attend(
         self,
@@ -179,15 +172,14 @@ class LlamaTarget:
         pool: KVPool,
     ) -> Float[Tensor, "m he"]:
         queries, keys = self._heads, self._kv_heads
-        qk, value = qkv[:, : queries + keys], qkv[:, queries + keys :]
+        qk = qkv[:, : queries + keys]
         if layer.q_norm is not None and layer.k_norm is not None:
-            parts = self._normed(qk[:, :queries], layer.q_norm), self._normed(qk[:, queries:], layer.k_norm)
-            qk = torch.cat(parts, dim=1)
+            torch.cat([layer.q_norm(qk[:, :queries]), layer.k_norm(qk[:, queries:])], dim=1, out=qk)
         cos, sin = rotation
-        qk = qk * cos + qk.roll(self._head_dim // 2, dims=-1) * sin
-        pool.write(index, layout, qk[:, queries:], value)
+        torch.addcmul(qk * cos, qk.roll(self._head_dim // 2, dims=-1), sin, out=qk)
+        pool.write(index, layout, qkv[:, queries : queries + keys], qkv[:, queries + keys :])
         key, value = pool.read(index, layout)
-        query = layout.pad(qk[:, :queries])  # [B, N, H, E]
+        query = layout.pad(qkv[:, :queries])  # [B, N, H, E]
         size, width = query.shape[:2]
         query = query.view(size, width, keys, -1, self._head_dim).permute(0, 2, 3, 1, 4)
         query = query.reshape(size, keys, -1, self._head_dim)  # query heads that share a key head become rows
@@ -226,33 +218,60 @@ def _rotary_tables(
     return cos[0].to(device, dtype), sin[0].to(device, dtype)
 
 
-def _load_layer(
-    index: int,
-    config: PretrainedConfig,
-    take: Callable[[str], Tensor],
-    fuse: Callable[[Sequence[str], str], Tensor | None],
-) -> Layer:
+class Reader:
+    """Weights by name, turned into what runs them."""
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        packed: bool,
+    ):
+        self._config, self._weights, self._packed = config, weights, packed
+        self._to = {"dtype": dtype, "device": device}
+
+    def tensor(self, *names: str, kind: str = "weight") -> Tensor:
+        """The tensors called ``name.kind``, one below the other."""
+        for name in names:
+            if f"{name}.{kind}" not in self._weights:
+                raise ValueError(
+                    f"the checkpoint lacks the tensor '{name}.{kind}': is it complete, and of type {self._config.model_type}?"
+                )
+        found = [self._weights[f"{name}.{kind}"].to(**self._to) for name in names]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def linear(self, *names: str) -> Linear:
+        """Linear layers fused into one."""
+        has_bias = f"{names[0]}.bias" in self._weights
+        return self.make(self.tensor(*names), self.tensor(*names, kind="bias") if has_bias else None)
+
+    def make(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """A linear layer of given weights."""
+        return make_linear(weight, bias, packed=self._packed)
+
+    def norm(self, name: str) -> Norm:
+        """A norm."""
+        return make_norm(self.tensor(name), self._config.rms_norm_eps)
+
+    def norm_if_any(self, name: str) -> Norm | None:
+        """A norm that some models have."""
+        return self.norm(name) if f"{name}.weight" in self._weights else None
+
+
+def _load_layer(index: int, config: PretrainedConfig, read: Reader) -> Layer:
     at = f"model.layers.{index}"
-    qkv = [f"{at}.self_attn.{name}_proj" for name in "qkv"]
-    gate_up = [f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"]
     kinds: Any = getattr(config, "layer_types", None)
     slides = kinds[index] == "sliding_attention" if kinds else getattr(config, "use_sliding_window", True)
-    weight = fuse(qkv, "weight")
-    mlp = fuse(gate_up, "weight")
-    if weight is None or mlp is None:
-        raise ValueError(f"the checkpoint lacks the projections of layer {index}: is it complete?")
     return Layer(
-        input_norm=take(f"{at}.input_layernorm.weight"),
-        qkv=weight,
-        qkv_bias=fuse(qkv, "bias"),
-        q_norm=fuse([f"{at}.self_attn.q_norm"], "weight"),
-        k_norm=fuse([f"{at}.self_attn.k_norm"], "weight"),
-        out=take(f"{at}.self_attn.o_proj.weight"),
-        out_bias=fuse([f"{at}.self_attn.o_proj"], "bias"),
-        post_norm=take(f"{at}.post_attention_layernorm.weight"),
-        gate_up=mlp,
-        gate_up_bias=fuse(gate_up, "bias"),
-        down=take(f"{at}.mlp.down_proj.weight"),
-        down_bias=fuse([f"{at}.mlp.down_proj"], "bias"),
+        input_norm=read.norm(f"{at}.input_layernorm"),
+        qkv=read.linear(*(f"{at}.self_attn.{name}_proj" for name in "qkv")),
+        q_norm=read.norm_if_any(f"{at}.self_attn.q_norm"),
+        k_norm=read.norm_if_any(f"{at}.self_attn.k_norm"),
+        out=read.linear(f"{at}.self_attn.o_proj"),
+        post_norm=read.norm(f"{at}.post_attention_layernorm"),
+        gate_up=read.linear(f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"),
+        down=read.linear(f"{at}.mlp.down_proj"),
         window=getattr(config, "sliding_window", None) if slides else None,
     )

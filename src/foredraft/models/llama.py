@@ -1,7 +1,7 @@
 """Our own decoder for the Llama family: Llama, Mistral, Qwen2 and Qwen3 checkpoints, run over trees.
 
-Fused projections (packed where that is faster, see `foredraft.models.linear`), rotary rows gathered once a step, one additive mask
-a step, keys and values sliced to the live length.
+Fused projections (packed where that is faster, see `foredraft.models.linear`), rotary rows gathered once a step, one additive
+mask a step, keys and values sliced to the live length.
 The arithmetic follows the published models; only the shape of the attention differs (ancestors instead of all before).
 """
 

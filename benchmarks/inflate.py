@@ -1,0 +1,258 @@
+"""Makes a Llama-family checkpoint cost what a larger model costs, without changing its function.
+
+    python benchmarks/inflate.py [--model DIR] --params 350M --output DIR
+
+Hidden dimensions, heads, neurons and layers are added that reach nothing: dead hidden dimensions stay zero in the residual
+stream, so whatever reads them may be random; dead heads and neurons are random and end in columns of zeros; dead layers are
+random and end in matrices of zeros. A wider RMSNorm has a mean square that is smaller by the width factor f, which
+``weight / sqrt(f)`` and ``epsilon / f`` undo; f is a power of 4, so that both are exact in bfloat16 too. Every probability
+stays what it was, while a forward costs what the larger model costs: with it the speed of an engine can be measured at a
+realistic ratio of target to drafter and with real acceptance. Reports that use such a model say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from foredraft.llm import BUNDLED_TARGET
+from foredraft.models.checkpoint import open_weights, read_config
+from foredraft.models.llama import unsupported
+from foredraft.progress import progress_bar
+
+_STEP = 64
+"""Neurons are added in such steps, as real models have them."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Llama-family model: hidden size, layers, query heads, key heads, size of a head, neurons, vocabulary."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    neurons: int
+    vocab: int
+    tied: bool
+
+    @property
+    def attention(self) -> int:
+        """Weights of the projections of one attention layer."""
+        return self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
+
+    @property
+    def layer(self) -> int:
+        """Weights of one layer, without its norms."""
+        return self.attention + 3 * self.hidden * self.neurons
+
+    @property
+    def ends(self) -> int:
+        """Weights of embedding and head."""
+        return self.vocab * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def params(self) -> int:
+        """All weights, without norms and biases."""
+        return self.ends + self.layers * self.layer
+
+
+def shape_of(config: Any) -> Shape:
+    """The sizes of a model."""
+    heads = config.num_attention_heads
+    return Shape(
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=heads,
+        kv_heads=config.num_key_value_heads or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        neurons=config.intermediate_size,
+        vocab=config.vocab_size,
+        tied=config.tie_word_embeddings,
+    )
+
+
+def larger(base: Shape, params: int) -> Shape:
+    """A shape of about `params` weights: the widest one, in the proportions of `base`, that does not need fewer than half of
+    its layers; then the number of layers; then the neurons, which make up the difference.
+
+    Raises:
+        ValueError: `params` is less than `base` has.
+    """
+    if params < base.params:
+        raise ValueError(f"--params must be at least the model's own {base.params:,}, got {params:,}")
+    factor, wide = 1, base
+    while True:
+        factor *= 4
+        parts = {name: getattr(base, name) * factor for name in ("hidden", "heads", "kv_heads", "neurons")}
+        wider = Shape(**{**base.__dict__, **parts})
+        if params - wider.ends < wider.layer * base.layers / 2:
+            break
+        wide = wider
+    layers = max(base.layers, round((params - wide.ends) / wide.layer))
+    left = (params - wide.ends) / layers - wide.attention
+    neurons = max(base.neurons, round(left / (3 * wide.hidden) / _STEP) * _STEP)
+    return Shape(**{**wide.__dict__, "layers": layers, "neurons": neurons})
+
+
+class Inflater:
+    """Turns the tensors of a checkpoint into those of a larger one.
+
+    Args:
+        read: gives the tensor of a name, None if the checkpoint has none.
+        old, new: sizes before and after.
+        generator: of the random weights.
+    """
+
+    def __init__(self, read: Callable[[str], Tensor | None], old: Shape, new: Shape, generator: torch.Generator):
+        self._read, self._old, self._new, self._generator = read, old, new, generator
+        self._shrink = (new.hidden / old.hidden) ** -0.5
+
+    def parts(self) -> Iterator[dict[str, Tensor]]:
+        """The tensors, part by part: the ends, then layer by layer."""
+        yield self._ends()
+        for index in range(self._new.layers):
+            yield self._layer(index)
+
+    def _ends(self) -> dict[str, Tensor]:
+        found = {
+            "model.embed_tokens.weight": self._wide("model.embed_tokens.weight", self._new.vocab, self._new.hidden, zeros=True)
+        }
+        head = self._read("lm_head.weight")
+        if head is not None:
+            found["lm_head.weight"] = self._wide("lm_head.weight", self._new.vocab, self._new.hidden)
+        found["model.norm.weight"] = self._norm("model.norm.weight")
+        return found
+
+    def _layer(self, index: int) -> dict[str, Tensor]:
+        new, at = self._new, f"model.layers.{index}"
+        queries, keys = new.heads * new.head_dim, new.kv_heads * new.head_dim
+        found = {
+            f"{at}.{name}.weight": self._norm(f"{at}.{name}.weight") for name in ("input_layernorm", "post_attention_layernorm")
+        }
+        for name, rows in (("q", queries), ("k", keys), ("v", keys)):
+            found |= self._linear(f"{at}.self_attn.{name}_proj", rows, new.hidden)
+        found |= self._linear(f"{at}.self_attn.o_proj", new.hidden, queries, zeros=True)
+        for name in ("gate", "up"):
+            found |= self._linear(f"{at}.mlp.{name}_proj", new.neurons, new.hidden)
+        found |= self._linear(f"{at}.mlp.down_proj", new.hidden, new.neurons, zeros=True)
+        for name in ("q_norm", "k_norm"):  # over one head, whose size stays
+            norm = self._read(f"model.layers.{index % self._old.layers}.self_attn.{name}.weight")
+            if norm is not None:
+                found[f"{at}.self_attn.{name}.weight"] = norm.clone()
+        return found
+
+    def _linear(self, name: str, rows: int, columns: int, *, zeros: bool = False) -> dict[str, Tensor]:
+        found = {f"{name}.weight": self._wide(f"{name}.weight", rows, columns, zeros=zeros)}
+        alive = self._read(f"model.layers.0.{name.split('.', 3)[3]}.bias")
+        if alive is not None:
+            found[f"{name}.bias"] = self._wide(f"{name}.bias", rows, zeros=zeros)
+        return found
+
+    def _norm(self, name: str) -> Tensor:
+        """Live weights rescaled; dead ones scale zeros."""
+        weight = self._wide(name, self._new.hidden)
+        weight[: self._old.hidden] *= self._shrink
+        return weight
+
+    def _wide(self, name: str, *shape: int, zeros: bool = False) -> Tensor:
+        """The tensor in the corner of a larger one, which is random, or zero where it must reach nothing."""
+        old = self._read(name)
+        like = old if old is not None else self._read("model.embed_tokens.weight")
+        assert like is not None
+        wide = torch.zeros(shape, dtype=like.dtype)
+        if not zeros:
+            wide.normal_(0, 0.02, generator=self._generator)
+        if old is not None:
+            wide[tuple(slice(size) for size in old.shape)] = old
+        return wide
+
+
+def inflate(model: Path, params: int, output: Path, *, seed: int = 0) -> Shape:
+    """Writes the larger checkpoint to `output`, with tokenizer and generation config; returns its shape.
+
+    Raises:
+        ValueError: the model is of another family, or `params` is too small.
+    """
+    config, weights = read_config(model), open_weights(model)
+    reason = unsupported(config)
+    if reason:
+        raise ValueError(f"cannot inflate this model: {reason}")
+    old = shape_of(config)
+    new = larger(old, params)
+    output.mkdir(parents=True, exist_ok=True)
+    inflater = Inflater(
+        lambda name: weights[name].read() if name in weights else None, old, new, torch.Generator().manual_seed(seed)
+    )
+    files: dict[str, str] = {}
+    with progress_bar(f"inflating to {new.params / 1e6:.0f}M", new.layers + 1) as advance:
+        for number, part in enumerate(inflater.parts()):
+            file = f"model-{number + 1:05d}-of-{new.layers + 1:05d}.safetensors"
+            save_file(part, output / file, metadata={"format": "pt"})
+            files |= dict.fromkeys(part, file)
+            advance(1)
+    (output / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}, indent=1))
+    (output / "config.json").write_text(
+        json.dumps(larger_config(json.loads((model / "config.json").read_text()), old, new), indent=1)
+    )
+    for file in model.iterdir():
+        if (
+            file.suffix in (".json", ".jinja", ".model", ".txt")
+            and not (output / file.name).exists()
+            and "index" not in file.name
+        ):
+            shutil.copy(file, output)
+    return new
+
+
+def larger_config(config: dict[str, Any], old: Shape, new: Shape) -> dict[str, Any]:
+    """config.json of the larger model."""
+    changed = {
+        "hidden_size": new.hidden,
+        "num_hidden_layers": new.layers,
+        "num_attention_heads": new.heads,
+        "num_key_value_heads": new.kv_heads,
+        "head_dim": new.head_dim,
+        "intermediate_size": new.neurons,
+        "rms_norm_eps": config.get("rms_norm_eps", 1e-6) * old.hidden / new.hidden,
+    }
+    if config.get("layer_types"):
+        changed["layer_types"] = config["layer_types"] + ["full_attention"] * (new.layers - old.layers)
+    return {**config, **changed}
+
+
+def parse_params(text: str) -> int:
+    """``350M``, ``7B`` or a plain number."""
+    factor = {"M": 10**6, "B": 10**9}.get(text[-1:].upper(), 1)
+    return round(float(text.rstrip("mMbB")) * factor)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
+    parser.add_argument(
+        "--model", type=Path, default=BUNDLED_TARGET, help="a Llama-family directory; default: the bundled target"
+    )
+    parser.add_argument("--params", type=parse_params, required=True, help="for instance 110M, 350M or 7B")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    args = parser.parse_args()
+    try:
+        shape = inflate(args.model, args.params, args.output, seed=args.seed)
+    except ValueError as error:
+        parser.exit(1, f"error: {error}\n")
+    print(f"{args.output}: {shape.params / 1e6:.1f}M weights, {shape}")
+
+
+if __name__ == "__main__":
+    main()

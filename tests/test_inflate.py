@@ -1,0 +1,65 @@
+"""The inflated model: larger, and the same function, for our decoder and for Transformers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from inflate import inflate, larger, parse_params, shape_of
+
+from foredraft.models.loading import load_target
+from foredraft.tree import TreeBatch
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 60,
+    "max_position_embeddings": 64,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "llama tied, biases": LlamaConfig(**SIZES, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("params", [80_000, 700_000])
+def test_the_function_stays(name: str, params: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = AutoModelForCausalLM.from_config(CONFIGS[name]).double()
+    for parameter in small.parameters():  # norms and biases too
+        torch.nn.init.normal_(parameter, 0.3, 0.3)
+    small.save_pretrained(tmp_path / "small")
+    shape = inflate(tmp_path / "small", params, tmp_path / "large")
+    assert 0.75 * params < shape.params < 1.25 * params  # neurons come in steps of 64, which are coarse here
+    tokens = list(range(3, 40))
+    logits = []
+    for directory in ("small", "large"):
+        target = load_target(tmp_path / directory, dtype="float64", device="cpu")
+        cache = target.new_pool(1, 64).allocate()
+        logits.append(target.forward(TreeBatch.chains([tokens]), [cache]).logits)
+    assert (logits[0] - logits[1]).abs().max() < 1e-9
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "large", dtype=torch.float64)
+    with torch.inference_mode():
+        found = theirs(torch.tensor([tokens])).logits[0]
+    assert (logits[0] - found).abs().max() < 1e-5  # Transformers computes norms and rotations in float32
+
+
+def test_sizes() -> None:
+    base = shape_of(CONFIGS["llama"])
+    assert larger(base, base.params).layers == base.layers
+    assert larger(base, 16 * base.params).hidden == 4 * base.hidden
+    assert (parse_params("350M"), parse_params("1.5b"), parse_params("1000")) == (350_000_000, 1_500_000_000, 1000)
+    with pytest.raises(ValueError, match="at least the model's own"):
+        larger(base, base.params - 1)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from foredraft.drafters import DRAFTERS, DrafterRow
 from foredraft.errors import unknown_name
@@ -53,39 +54,58 @@ class Speculation:
         return _construct(cls, {**known, **self.grower_options})
 
 
-def parse(config: Mapping[str, Any]) -> Speculation | None:
+def parse(config: Any) -> Speculation | None:
     """Checks a config; None for the method that drafts nothing.
 
     Raises:
         ValueError: an unknown method, tree, rule or key (the nearest name is suggested), a budget out of range, a drafter
             that cannot grow such a tree, or a rule that is not exact for it.
-        TypeError: the config is not a mapping.
+        TypeError: the config is not a mapping, or a value in it is of another type.
     """
     if not isinstance(config, Mapping):
         raise TypeError(f"speculative_config must be a dict such as {{'method': 'lm', 'model': 'DIR'}}, got {config!r}")
-    method = config.get("method", "lm")
+    for key in ("method", "tree", "rule"):
+        if not isinstance(config.get(key), str | None):
+            raise TypeError(f"{key} must be a name, got {config[key]!r}; `foredraft methods` lists them")
+    method = config.get("method") or "lm"
     if method == PLAIN:
-        return None
+        return _check_unused(config)
     if method not in DRAFTERS:
         raise unknown_name("method", method, [*DRAFTERS, PLAIN])
     drafter = DRAFTERS[method]
     tree, grower = _choose_tree(method, drafter, config.get("tree"))
     allowed = [*_COMMON, *drafter.options, *(_option_names(grower.grower) if grower else [])]
+    what = f"method {method!r}" + (f" and tree {tree!r}" if tree else "")
     for key in config:
         if key not in allowed:
-            raise unknown_name(f"key of speculative_config for method {method!r}, tree {tree!r}:", key, allowed)
+            raise unknown_name(f"key of speculative_config for {what}:", key, allowed)
+    drafter_options = {key: config[key] for key in drafter.options if key in config}
+    _check_types(get_type_hints(drafter.load().__init__), drafter_options)
     grower_options = {key: value for key, value in config.items() if grower and key in _option_names(grower.grower)}
     if grower:
         _construct(grower.grower, grower_options)  # says now what is wrong with them
+    _check_depth({**drafter_options, **grower_options})
     return Speculation(
         drafter=method,
         tree=tree,
         rule_name=_choose_rule(method, drafter, tree, grower, config.get("rule")),
         budget=_budget(config.get("num_speculative_tokens")),
         model=config.get("model"),
-        drafter_options={key: config[key] for key in drafter.options if key in config},
+        drafter_options=drafter_options,
         grower_options=grower_options,
     )
+
+
+def _check_unused(config: Mapping[str, Any]) -> None:
+    """Plain decoding uses none of the keys, but a misspelt name is one mistake more than leaving them in."""
+    known = [*_COMMON, *(name for row in DRAFTERS.values() for name in row.options)]
+    known += dict.fromkeys(name for row in GROWERS.values() for name in _option_names(row.grower))
+    tables = {"tree": GROWERS, "rule": RULES}
+    for key, value in config.items():
+        if key not in known:
+            raise unknown_name("key of speculative_config:", key, known)
+        if value is not None and value not in tables.get(key, [value]):
+            raise unknown_name(key, value, tables[key])
 
 
 def _choose_tree(method: str, drafter: DrafterRow, tree: str | None) -> tuple[str | None, GrowerRow | None]:
@@ -110,7 +130,8 @@ def _choose_rule(method: str, drafter: DrafterRow, tree: str | None, grower: Gro
         raise unknown_name("rule", rule, fitting)
     if rule not in fitting:
         what = f"tree {tree!r}" if tree else f"the tree of method {method!r}"
-        raise ValueError(f"rule {rule!r} is not exact for {what}; rules that can be used with it: {', '.join(fitting)}")
+        named = [f"{name} (lossy)" if RULES[name].guarantee.startswith("lossy") else name for name in fitting]
+        raise ValueError(f"rule {rule!r} is not exact for {what}; rules that can be used with it: {', '.join(named)}")
     return rule
 
 
@@ -143,11 +164,45 @@ def _option_names(cls: type[Options]) -> list[str]:
     return [one.name for one in fields(cls)]
 
 
+def _check_depth(options: Mapping[str, Any]) -> None:
+    depths = {key: options.get(key) for key in ("draft_depth", "suffix_decoding_max_tree_depth")}
+    depths["expansion"] = len(options.get("expansion") or ())
+    depths["paths"] = max(map(len, options.get("paths") or ()), default=0)
+    for key, depth in depths.items():
+        if depth is not None and depth > MAX_DEPTH:
+            raise ValueError(f"{key} must be at most {MAX_DEPTH} deep, got {depth}")
+
+
 def _construct(cls: type[Options], options: Mapping[str, Any]) -> Options:
-    for one in fields(cls):
-        value, default = options.get(one.name), one.default
-        if isinstance(default, (int, float)) and default is not MISSING and value is not None:
-            wanted = bool if isinstance(default, bool) else (int, float)
-            if not isinstance(value, wanted) or (isinstance(default, int) and not isinstance(value, int)):
-                raise TypeError(f"{one.name} must be of type {type(default).__name__}, got {value!r}")
+    _check_types(get_type_hints(cls), options)
     return cls(**options)
+
+
+def _check_types(hints: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        if not _is_of(hints[name], value):
+            raise TypeError(f"{name} must be {_spell(hints[name])}, got {value!r}; `foredraft methods` lists every option")
+
+
+def _is_of(hint: Any, value: Any) -> bool:
+    """Whether a value from JSON is of an annotated type; a whole number is a number too, True and False are none."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_is_of(one, value) for one in inner)
+    if hint is Any or isinstance(value, bool):
+        return hint in (Any, bool)
+    if kind is None:
+        return isinstance(value, (int, float) if hint is float else hint)
+    if isinstance(value, str) or not isinstance(value, kind):
+        return False
+    return all(_is_of(inner[-1], one) for one in (value.values() if isinstance(value, Mapping) else value))
+
+
+def _spell(hint: Any) -> str:
+    """A type as one says it to a user."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return " or ".join(dict.fromkeys(_spell(one) for one in inner if one is not int or float not in inner))
+    if kind is not None:
+        return f"a list (each {_spell(inner[0])})" if issubclass(kind, Sequence) else "an object"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a string", type(None): "null"}[hint]

@@ -45,13 +45,17 @@ class DrafterRow(NamedTuple):
     chains_only: bool
     source: str
 
+    def load(self) -> Any:
+        """Its class."""
+        return getattr(import_module(self.module), self.cls)
+
     def build(self, setting: Setting, **options: Any) -> Drafter:
         """The drafter itself.
 
         Raises:
             ValueError: it cannot be built from `setting` and `options`.
         """
-        return getattr(import_module(self.module), self.cls).build(setting, **options)
+        return self.load().build(setting, **options)
 
 
 DRAFTERS: dict[str, DrafterRow] = {

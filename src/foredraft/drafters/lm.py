@@ -106,7 +106,7 @@ class LMDrafter:
         for b, node in zip(owners.tolist(), (node_ids - partial.offsets[owners]).tolist(), strict=True):
             _append(states[b], partial[b].tokens, partial[b].parents, node)
         some = [states[b] for b in live]
-        batch = TreeBatch.chains([state.tokens for state in some], [state.parents for state in some])
+        batch = TreeBatch.chains([self._known(state.tokens) for state in some], [state.parents for state in some])
         first = {b: int(batch.offsets[i]) for i, b in enumerate(live)}
         local = (node_ids - partial.offsets[owners]).tolist()
         rows = [first[b] + states[b].place[node] for b, node in zip(owners.tolist(), local, strict=True)]
@@ -139,9 +139,13 @@ class LMDrafter:
         for state in states:
             state.tokens, state.parents, state.place, state.path = [], [], {}, None
         late = [s for s in states if len(s.pending) > PREFILL_CHUNK and s.num_committed <= self.model.max_len]
-        prefill(self.model, self._pool, [state.cache for state in late], [state.pending[:-1] for state in late])
+        prefill(self.model, self._pool, [state.cache for state in late], [self._known(state.pending[:-1]) for state in late])
         for state in late:
             state.pending = state.pending[-1:]
+
+    def _known(self, tokens: Sequence[int]) -> list[int]:
+        """Ids that only the target has, in the padding of its vocabulary, read as token 0: that can cost no more than speed."""
+        return [token if token < self.model.vocab_size else 0 for token in tokens]
 
 
 def _append(state: LMState, tokens: Ids, parents: Ids, node: int) -> None:

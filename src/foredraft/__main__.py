@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import re
 import sys
+import threading
 from typing import Annotated, Any
 
 import typer
@@ -166,6 +168,7 @@ _UsageError: Any = typer.BadParameter.__base__
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits: 0, 1 (an error), 2 (usage) or 130 (interrupted). Never a traceback, unless the
     environment variable FOREDRAFT_TRACEBACK is set."""
+    hook, sys.unraisablehook = sys.unraisablehook, _repeat_interrupt
     try:
         code = app(arguments, prog_name="foredraft", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
@@ -175,8 +178,18 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if os.environ.get("FOREDRAFT_TRACEBACK"):
             raise
-        code = _report(error)
+        code = _report(error, arguments or sys.argv[1:])
+    finally:
+        sys.unraisablehook = hook
     sys.exit(code)
+
+
+def _repeat_interrupt(unraisable: Any) -> None:
+    """Python drops a Ctrl-C that comes while an object is being destroyed, and goes on: send it again a moment later."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _report_usage(error: Any) -> int:
@@ -190,16 +203,21 @@ def _report_usage(error: Any) -> int:
     return 2
 
 
-def _report(error: Exception) -> int:
-    """One line of what is wrong and, where the message goes on, one of what to do."""
-    if not isinstance(error, ValueError | TypeError | OSError):
-        _say("error", f"{type(error).__name__}: {error}")
-        _say("hint", "set FOREDRAFT_TRACEBACK=1 to see where it happened")
-        return 1
-    said, *more = re.split(r"\. (?=[A-Z])|; (?![^(]*\))", " ".join(str(error).split()), maxsplit=1)
+_ADVICE = re.compile(r"\. (?=[A-Z])|; (?![^(]*\))|: (?=(?:check|choose|convert|copy|give|it|load|measure|shorten|use)\b)")
+"""Where a message turns from what is wrong to what to do."""
+
+
+def _report(error: Exception, arguments: list[str]) -> int:
+    """One line of what is wrong, and one of what to do."""
+    said, hint = f"{type(error).__name__}: {error}", "set FOREDRAFT_TRACEBACK=1 to see where it happened"
+    if isinstance(error, ValueError | TypeError | OSError):
+        said, *more = _ADVICE.split(" ".join(str(error).split()), maxsplit=1)
+        if more:
+            hint = more[0]
+        elif isinstance(error, ValueError):
+            hint = f"`foredraft {arguments[0]} --help` says what each option allows"
     _say("error", said or type(error).__name__)
-    if more:
-        _say("hint", more[0])
+    _say("hint", hint)
     return 1
 
 

@@ -69,6 +69,10 @@ class LLM:
         defaults = load_generation_config(model, revision=revision)
         eos_ids = defaults.pop("eos_token_id")
         self._defaults = {key: value for key, value in defaults.items() if key in SamplingParams.names()}
+        try:
+            self.get_default_sampling_params()
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"the model's generation_config.json cannot be used: {error}; correct it or delete it") from None
         self.max_model_len = self._context(max_model_len)
         drafter = None
         if speculation is not None:
@@ -110,8 +114,10 @@ class LLM:
         Raises:
             ValueError: a prompt or its parameters do not fit; nothing has been generated then.
         """
-        if isinstance(prompts, str | Mapping) or (len(prompts) and isinstance(prompts[0], int)):
+        if isinstance(prompts, str | Mapping) or (_is_list(prompts) and prompts and isinstance(prompts[0], int)):
             prompts = [prompts]  # type: ignore[list-item]
+        if not _is_list(prompts):
+            raise _not_a_prompt(prompts)
         requests = self._requests(list(prompts), sampling_params)  # type: ignore[arg-type]
         total = sum(request.sampling.n for request in requests)
         with progress_bar("generating", total, shown=progress) as advance:
@@ -163,6 +169,8 @@ class LLM:
             sampling_params = self.get_default_sampling_params()
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(prompts)
+        if not _is_list(sampling_params) or not all(isinstance(one, SamplingParams) for one in sampling_params):
+            raise TypeError(f"sampling_params must be a SamplingParams or a list of them, got {sampling_params!r}")
         if len(sampling_params) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(sampling_params)} sampling_params: give one, or one per prompt")
         return [
@@ -178,9 +186,9 @@ class LLM:
                 raise ValueError("the prompt is empty: give at least one token")
             if self.tokenizer is None:
                 raise ValueError("this model has no tokenizer: give token ids, as a list or {'prompt_token_ids': [...]}")
-            return ids, [int(one) for one in self.tokenizer(ids)["input_ids"]]
-        if ids is None or not all(isinstance(one, int) for one in ids):
-            raise TypeError(f"a prompt is a str, a list of token ids or {{'prompt_token_ids': [...]}}, got {prompt!r}")
+            return ids, [int(one) for one in self.tokenizer(ids, verbose=False)["input_ids"]]  # we say if it is too long
+        if not _is_list(ids) or not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
+            raise _not_a_prompt(prompt)
         return text, [int(one) for one in ids]
 
     def _context(self, max_model_len: int | None) -> int:
@@ -219,6 +227,17 @@ def _measured(model: Any) -> dict[str, Any]:
         return {"acceptance": json.loads(path.read_text())}
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): measure it again or delete it") from None
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _not_a_prompt(given: Any) -> TypeError:
+    return TypeError(
+        f"a prompt is a str, a list of token ids (whole numbers) or {{'prompt_token_ids': [...]}}, got {given!r}. "
+        "Use .tolist() on an array or a tensor"
+    )
 
 
 def _check_count(name: str, value: int) -> None:

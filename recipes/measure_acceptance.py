@@ -87,6 +87,24 @@ def measure(llm: LLM, drafter: Target, prompts: list[str], temperature: float, m
     return [round(float(count) / positions, 5) for count in counts]
 
 
+def write_acceptance(
+    model: Path, drafter: Path, data: Path, *, num_prompts: int = 120, max_tokens: int = 96, seed: int = 0
+) -> None:
+    """Measures both vectors and writes them to the drafter's directory."""
+    llm = LLM(model, {"method": "ar"}, max_model_len=1024, max_num_seqs=16)
+    draft_model = load_target(drafter)
+    prompts = [p for p in read_prompts(data, num_prompts, seed) if len(p) < 1500]
+    vectors = {
+        name: measure(llm, draft_model, prompts, temperature, max_tokens)
+        for name, temperature in (("sampled", 1.0), ("greedy", 0.0))
+    }
+    out = drafter / "acceptance.json"
+    out.write_text(json.dumps(vectors, indent=1) + "\n")
+    for name, vector in vectors.items():
+        print(f"{name}: {' '.join(f'{p:.3f}' for p in vector[:8])} ... sum {sum(vector):.3f}")
+    print(f"written to {out}")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
@@ -97,18 +115,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    llm = LLM(args.model, {"method": "ar"}, max_model_len=1024, max_num_seqs=16)
-    drafter = load_target(args.drafter)
-    prompts = [p for p in read_prompts(args.data, args.prompts, args.seed) if len(p) < 1500]
-    vectors = {
-        name: measure(llm, drafter, prompts, temperature, args.max_tokens)
-        for name, temperature in (("sampled", 1.0), ("greedy", 0.0))
-    }
-    out = args.drafter / "acceptance.json"
-    out.write_text(json.dumps(vectors, indent=1) + "\n")
-    for name, vector in vectors.items():
-        print(f"{name}: {' '.join(f'{p:.3f}' for p in vector[:8])} ... sum {sum(vector):.3f}")
-    print(f"written to {out}")
+    write_acceptance(args.model, args.drafter, args.data, num_prompts=args.prompts, max_tokens=args.max_tokens, seed=args.seed)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import threading
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -142,6 +143,60 @@ def chat(
             commands.Shown(chat=True, tree=show_tree),
         )
     )
+
+
+@app.command()
+def bench(
+    *,
+    methods: Annotated[str, typer.Option(help="Comma-separated: drafter[:tree[:budget[:rule]]], or a peer.")],
+    prompts: Annotated[Path, typer.Option(help="A .jsonl (prompt, question, messages or turns) or .txt file.")],
+    model: Model = None,
+    draft_model: DraftModel = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many prompts.", show_default=False)] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded at once.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens with this mass.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens a prompt.")] = 128,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Prompts as they are, without the chat template.")] = False,
+    ignore_eos: IgnoreEos = False,
+    seed: Seed = 0,
+    vllm_python: Annotated[
+        str | None, typer.Option(help="Interpreter of an environment with vLLM.", show_default=False)
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for bench.jsonl and the plot.", show_default=False)] = None,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw speed-up and where the time goes (needs matplotlib).")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure methods against plain decoding: same prompts, same run, taking turns.
+
+    Peers on the same weights: transformers, transformers-assisted, vllm (with --vllm-python).
+    """
+    from foredraft.bench.command import BenchChoice
+    from foredraft.bench.command import bench as run
+
+    choice = BenchChoice(
+        methods,
+        prompts,
+        model=model,
+        draft_model=draft_model,
+        limit=limit,
+        batch_size=batch_size,
+        temperature=temperature,
+        top_p=top_p,
+        max_tokens=max_tokens,
+        dtype=dtype,
+        device=device,
+        raw=raw,
+        ignore_eos=ignore_eos,
+        seed=seed,
+        vllm_python=vllm_python,
+        output=output,
+        plot=plot,
+        json=as_json,
+    )
+    raise typer.Exit(run(choice))
 
 
 @app.command()

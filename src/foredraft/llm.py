@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -58,36 +59,51 @@ class LLM:
         revision: str | None = None,
     ):
         _check_count("max_num_seqs", max_num_seqs)
-        bundled = model is None
-        if bundled:
+        self._bundled = model is None
+        if self._bundled:
             model = BUNDLED_TARGET
-        if speculative_config is None:
-            speculative_config = {"method": "lm"} if bundled else {"method": "suffix"}
-        speculation = parse(speculative_config)
+        speculation = self._parse(speculative_config)
         self.target: Any = load_target(model, dtype=dtype, device=device, revision=revision)
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model, revision=revision)
         defaults = load_generation_config(model, revision=revision)
-        eos_ids = defaults.pop("eos_token_id")
+        self.eos_ids: list[int] = defaults.pop("eos_token_id")
         self._defaults = {key: value for key, value in defaults.items() if key in SamplingParams.names()}
         try:
             self.get_default_sampling_params()
         except (ValueError, TypeError) as error:
             raise ValueError(f"the model's generation_config.json cannot be used: {error}; correct it or delete it") from None
         self.max_model_len = self._context(max_model_len)
-        drafter = None
-        if speculation is not None:
-            drafter = self._drafter(speculation, bundled, max_num_seqs)
+        self.max_num_seqs, self._seed = max_num_seqs, seed
+        self._draft_models: dict[str, Any] = {}
+        self._speculate(speculation)
+
+    def with_speculation(self, speculative_config: Mapping[str, Any] | None) -> LLM:
+        """Another `LLM` on the same weights that drafts in another way; a draft model is loaded once for all of them.
+
+        Raises:
+            ValueError: the config is wrong.
+        """
+        other = copy(self)
+        other._speculate(self._parse(speculative_config))
+        return other
+
+    def _parse(self, config: Mapping[str, Any] | None) -> Speculation | None:
+        if config is None:
+            config = {"method": "lm"} if self._bundled else {"method": "suffix"}
+        return parse(config)
+
+    def _speculate(self, speculation: Speculation | None) -> None:
         self.speculation = speculation
         self.engine = Engine(
             self.target,
             tokenizer=self.tokenizer,
-            drafter=drafter,
+            drafter=self._drafter(speculation) if speculation else None,
             rule=speculation.rule if speculation else None,
             budget=speculation.budget if speculation else None,
             max_model_len=self.max_model_len,
-            max_num_seqs=max_num_seqs,
-            seed=seed,
-            eos_ids=eos_ids,
+            max_num_seqs=self.max_num_seqs,
+            seed=self._seed,
+            eos_ids=self.eos_ids,
         )
 
     def get_default_sampling_params(self) -> SamplingParams:
@@ -199,19 +215,25 @@ class LLM:
             raise ValueError(f"max_model_len {max_model_len} exceeds the model's context of {self.target.max_len}")
         return max_model_len
 
-    def _drafter(self, speculation: Speculation, bundled: bool, num_slots: int) -> Any:
+    def _drafter(self, speculation: Speculation) -> Any:
         model = speculation.model
-        if model is None and bundled and speculation.drafter == "lm":
+        if model is None and self._bundled and speculation.drafter == "lm":
             model = BUNDLED_DRAFTER
         setting = Setting(
             target=self.target,
             model=model,
-            load=lambda source: load_target(source, dtype=self.target.dtype, device=self.target.device),
+            load=self._draft_model,
             vocabulary=self._vocabulary,
             grower=speculation.grower(_measured(model)),
-            num_slots=num_slots,
+            num_slots=self.max_num_seqs,
         )
         return DRAFTERS[speculation.drafter].build(setting, **speculation.drafter_options)
+
+    def _draft_model(self, source: Any) -> Any:
+        key = str(source) if isinstance(source, str | Path) else str(id(source))
+        if key not in self._draft_models:
+            self._draft_models[key] = load_target(source, dtype=self.target.dtype, device=self.target.device)
+        return self._draft_models[key]
 
     def _vocabulary(self, model: Any) -> dict[str, int] | None:
         tokenizer = self.tokenizer if model is None else load_tokenizer(model)

@@ -20,6 +20,8 @@ DEFAULT_NODES = 16
 DEFAULT_TREE = "dyspec"
 PLAIN = "ar"
 """The method that drafts nothing."""
+AUTO = "auto"
+"""A tree and a budget chosen from measured costs."""
 
 _COMMON = ("method", "model", "tree", "num_speculative_tokens", "rule")
 

@@ -1,0 +1,169 @@
+"""``foredraft bench``: loads, measures, reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from foredraft.bench import report, tasks
+from foredraft.bench.peers import PEERS, Peer
+from foredraft.bench.run import Contender, Ours, measure, parse_method
+from foredraft.llm import BUNDLED_DRAFTER, BUNDLED_TARGET, LLM
+from foredraft.progress import progress_bar
+from foredraft.sampling import SamplingParams
+from foredraft.speculation import PLAIN, parse
+
+_WIDTH = 140
+"""Columns of the table where there is no terminal."""
+
+
+@dataclass(frozen=True)
+class BenchChoice:
+    """What the command line said; see ``foredraft bench --help``."""
+
+    methods: str
+    prompts: Path
+    model: str | None = None
+    draft_model: str | None = None
+    limit: int | None = None
+    batch_size: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_tokens: int = 128
+    dtype: str = "auto"
+    device: str | None = None
+    raw: bool = False
+    ignore_eos: bool = False
+    vllm_python: str | None = None
+    output: Path | None = None
+    plot: bool = False
+    json: bool = False
+    seed: int = 0
+
+
+def bench(choice: BenchChoice) -> int:
+    """Runs the benchmark; returns the exit code.
+
+    Raises:
+        ValueError: a method, a file or a value is wrong; nothing has been measured then.
+    """
+    names = _names(choice)
+    sampling = SamplingParams(
+        temperature=choice.temperature,
+        top_p=choice.top_p,
+        max_tokens=choice.max_tokens,
+        ignore_eos=choice.ignore_eos,
+        seed=choice.seed,
+    )
+    read = tasks.read_prompts(choice.prompts, choice.limit)
+    plain = LLM(choice.model, {"method": PLAIN}, dtype=choice.dtype, device=choice.device, max_num_seqs=choice.batch_size)
+    prompts = tasks.encode(plain, read, raw=choice.raw)
+    fitting = [ids for ids in prompts if len(ids) + choice.max_tokens <= plain.max_model_len]
+    if not fitting:
+        raise ValueError(f"no prompt leaves room for {choice.max_tokens} tokens in a context of {plain.max_model_len}")
+    warm_up = tasks.encode(plain, tasks.WARM_UP, raw=choice.raw)
+    with ExitStack() as stack:
+        contenders = [_contender(name, plain, choice, warm_up, sampling, stack) for name in names]
+        rounds = []
+        with progress_bar("measuring", len(fitting)) as advance:
+            for outcome in measure(contenders, fitting, sampling, batch_size=choice.batch_size, warm_up=warm_up):
+                rounds.append(outcome)
+                advance(choice.batch_size)
+    rows = report.rows_of(contenders, rounds, choice.temperature)
+    _show(rows, _environment(plain, choice, len(prompts) - len(fitting)), choice)
+    return 0
+
+
+def _names(choice: BenchChoice) -> list[str]:
+    """The methods, plain decoding first, checked before anything is loaded."""
+    names = [one.strip() for one in choice.methods.split(",") if one.strip()]
+    for name in names:
+        if name not in PEERS:
+            parse(parse_method(name, choice.draft_model))
+        elif name == "vllm" and choice.vllm_python is None:
+            raise ValueError("method 'vllm' runs in an environment of its own: give its interpreter as --vllm-python")
+        elif name == "transformers-assisted" and choice.draft_model is None and choice.model is not None:
+            raise ValueError("method 'transformers-assisted' needs a draft model: give its directory as --draft-model")
+    return list(dict.fromkeys([PLAIN, *names]))
+
+
+def _contender(
+    name: str, plain: LLM, choice: BenchChoice, warm_up: Sequence[list[int]], sampling: SamplingParams, stack: ExitStack
+) -> Contender:
+    if name not in PEERS:
+        return Ours(name, plain if name == PLAIN else plain.with_speculation(parse_method(name, choice.draft_model)))
+    bundled = choice.model is None
+    peer = Peer(
+        name,
+        str(BUNDLED_TARGET if bundled else choice.model),
+        str(BUNDLED_DRAFTER) if bundled and choice.draft_model is None else choice.draft_model,
+        dtype=str(plain.target.dtype).removeprefix("torch."),
+        device=str(plain.target.device),
+        max_len=plain.max_model_len,
+        eos_ids=plain.eos_ids,
+        tuning=warm_up,
+        sampling=sampling,
+        python=choice.vllm_python if name == "vllm" and choice.vllm_python else sys.executable,
+    )
+    stack.callback(peer.close)
+    return peer
+
+
+def _environment(plain: LLM, choice: BenchChoice, num_left_out: int) -> dict[str, Any]:
+    """What the figures hang on."""
+    device = plain.target.device
+    return {
+        "command": "foredraft " + " ".join(sys.argv[1:]),
+        "prompts": choice.prompts.name,
+        "prompts_left_out": num_left_out,
+        "batch_size": choice.batch_size,
+        "max_tokens": choice.max_tokens,
+        "top_p": choice.top_p,
+        "dtype": str(plain.target.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("foredraft", "torch", "transformers")},
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _show(rows: Sequence[dict[str, Any]], environment: dict[str, Any], choice: BenchChoice) -> None:
+    lines = [json.dumps(row) for row in ({**row, **environment} for row in rows)]
+    if choice.json:
+        print("\n".join(lines))
+    else:
+        out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _WIDTH)
+        out.print(report.table_of(rows))
+        out.print(f"{rows[0]['num_prompts']} prompts of {environment['prompts']}, temperature {choice.temperature:g}, ", end="")
+        out.print(
+            f"{environment['dtype']}, {environment['threads']} threads, {rows[0]['looping_share']:.0%} of plain outputs loop"
+        )
+    if choice.output is not None:
+        choice.output.mkdir(parents=True, exist_ok=True)
+        (choice.output / "bench.jsonl").write_text("\n".join(lines) + "\n")
+    if choice.plot:
+        folder = choice.output or Path()
+        report.plot(
+            rows, folder / "bench.svg", f"{environment['prompts']}, temperature {choice.temperature:g}, {environment['dtype']}"
+        )

@@ -1,0 +1,149 @@
+"""What a benchmark found: rows of figures with intervals, a table, JSON lines, plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from rich.box import SIMPLE
+from rich.table import Table
+
+from foredraft.bench.run import Contender, Outcome
+from foredraft.bench.tasks import is_looping
+from foredraft.metrics import summarize
+from foredraft.speculation import PLAIN
+
+_RESAMPLES = 2000
+_SPLIT = ("draft_s", "verify_s", "rule_s", "cache_s")
+
+
+def rows_of(contenders: Sequence[Contender], rounds: Sequence[dict[str, Outcome]], temperature: float) -> list[dict[str, Any]]:
+    """One row a contender; speed-ups are against plain decoding of the same rounds."""
+    plain = [one[PLAIN] for one in rounds]
+    quiet = [i for i, one in enumerate(plain) if not any(map(is_looping, one.token_ids))]
+    outputs = [ids for one in plain for ids in one.token_ids]
+    looping = sum(map(is_looping, outputs)) / len(outputs)
+    rows = []
+    for contender in contenders:
+        outcomes = [one[contender.name] for one in rounds]
+        ratio, low, high = speedup(plain, outcomes)
+        row = {"name": contender.name, **contender.setting, "temperature": temperature}
+        row |= _counts(outcomes)
+        row |= {"speedup": ratio, "speedup_low": low, "speedup_high": high}
+        if quiet and len(quiet) < len(plain):
+            row["speedup_not_looping"] = speedup([plain[i] for i in quiet], [outcomes[i] for i in quiet])[0]
+        row["looping_share"] = looping
+        rows.append({key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()})
+    return rows
+
+
+def _counts(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    seconds, num_tokens = sum(one.seconds for one in outcomes), sum(one.num_tokens for one in outcomes)
+    found: dict[str, Any] = {
+        "num_prompts": sum(len(one.token_ids) for one in outcomes),
+        "num_tokens": num_tokens,
+        "ms_per_token": 1000 * seconds / max(num_tokens, 1),
+        "tokens_per_s": num_tokens / seconds,
+    }
+    records = [record for one in outcomes for request in one.records for record in request]
+    if records:
+        metrics = summarize(records)
+        found |= {
+            "num_steps": metrics.num_steps,
+            "acceptance_length": metrics.acceptance_length,
+            "acceptance_rate": metrics.acceptance_rate,
+            "joint_acceptance_rate": [round(rate, 4) for rate in metrics.joint_acceptance_rate],
+        }
+        split = {name: sum(getattr(one, name) for one in outcomes) for name in _SPLIT}
+        found |= {**split, "other_s": seconds - sum(split.values())}
+        found["peak_memory_mb"] = max(one.peak_bytes or 0 for one in outcomes) / 2**20
+    return found
+
+
+def speedup(plain: Sequence[Outcome], outcomes: Sequence[Outcome]) -> tuple[float, float, float]:
+    """Ratio of seconds a token, plain over this, with the ends of its 95 % bootstrap interval over batches of prompts.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13: the percentile interval.
+    """
+    parts = np.array([[a.seconds, a.num_tokens, b.seconds, b.num_tokens] for a, b in zip(plain, outcomes, strict=True)])
+    picks = np.random.default_rng(0).integers(len(parts), size=(_RESAMPLES, len(parts)))
+    ratios = _ratio(parts[picks].sum(axis=1))
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(_ratio(parts.sum(axis=0))), float(low), float(high)
+
+
+def _ratio(sums: Float[np.ndarray, "*n 4"]) -> Float[np.ndarray, "*n"]:
+    return (sums[..., 0] / sums[..., 1]) / (sums[..., 2] / sums[..., 3])
+
+
+def table_of(rows: Sequence[dict[str, Any]]) -> Table:
+    """The rows as people read them."""
+    table = Table(box=SIMPLE)
+    for name in (
+        "method",
+        "setting",
+        "ms/token",
+        "speed-up",
+        "95 %",
+        "accepted+1",
+        "draft",
+        "verify",
+        "rule",
+        "cache",
+        "other",
+    ):
+        table.add_column(name, justify="left" if name in ("method", "setting") else "right", no_wrap=True)
+    for row in rows:
+        seconds = sum(row[name] for name in (*_SPLIT, "other_s")) if "other_s" in row else 0.0
+        shares = [f"{row[name] / seconds:.0%}" if seconds else "" for name in (*_SPLIT, "other_s")]
+        length = f"{row['acceptance_length']:.2f}" if "acceptance_length" in row else ""
+        interval = f"{row['speedup_low']:.2f} to {row['speedup_high']:.2f}"
+        table.add_row(
+            row["name"], setting_of(row), f"{row['ms_per_token']:.2f}", f"{row['speedup']:.2f}", interval, length, *shares
+        )
+    return table
+
+
+def setting_of(row: dict[str, Any]) -> str:
+    """What was chosen for a method, in short."""
+    if "method" in row:
+        return " ".join(str(row[key]) for key in ("tree", "budget", "rule") if row[key] is not None)
+    known = ("threads", "num_assistant_tokens", "confidence")
+    return " ".join(f"{key.replace('num_assistant_tokens', 'drafts')} {row[key]:g}" for key in known if key in row)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Speed-up with intervals, and where the time goes, side by side.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("plots need matplotlib: pip install 'foredraft[plot]'") from None
+    figure = Figure(figsize=(11, 0.4 * len(rows) + 1.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    names = [row["name"] for row in rows]
+    values = np.array([row["speedup"] for row in rows])
+    errors = np.abs(np.array([[row["speedup_low"], row["speedup_high"]] for row in rows]).T - values)
+    left.barh(names, values, xerr=errors, color="#4c78a8", error_kw={"ecolor": "#333333", "capsize": 2})
+    left.axvline(1.0, color="#333333", linewidth=0.8)
+    left.set_xlabel("speed-up against plain decoding (95 % interval)")
+    left.invert_yaxis()
+    _plot_split(right, rows, names)
+    figure.suptitle(title)
+    figure.savefig(path)
+
+
+def _plot_split(axes: Any, rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
+    done = np.zeros(len(rows))
+    for part in (*_SPLIT, "other_s"):
+        widths = np.array([1000 * row.get(part, 0.0) / row["num_tokens"] for row in rows])
+        axes.barh(names, widths, left=done, label=part.removesuffix("_s"))
+        done += widths
+    axes.set_xlabel("milliseconds a token")
+    axes.legend(fontsize="small")

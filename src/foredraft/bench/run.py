@@ -1,0 +1,151 @@
+"""The measurement: methods take turns on every batch of prompts, after a warm-up, and one counter counts all tokens."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+
+from foredraft.llm import LLM
+from foredraft.metrics import StepRecord
+from foredraft.sampling import SamplingParams
+from foredraft.speculation import AUTO, PLAIN
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One batch by one method.
+
+    Attributes:
+        seconds: from the prompts to the last token, the prompts' own pass included.
+        token_ids: of every output.
+        records: of every output's steps; empty for a peer.
+        prefill_s, draft_s, verify_s, rule_s, cache_s: where the seconds went, as far as known.
+        peak_bytes: the most memory the process (the device, on CUDA) held meanwhile; None for a peer.
+    """
+
+    seconds: float
+    token_ids: list[list[int]]
+    records: list[list[StepRecord]] = field(default_factory=list, repr=False)
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    rule_s: float = 0.0
+    cache_s: float = 0.0
+    peak_bytes: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.token_ids))
+
+
+class Contender(Protocol):
+    """Whatever can be measured."""
+
+    name: str
+    setting: dict[str, Any]
+
+    def run(self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]) -> Outcome:
+        """Generates for a batch."""
+        ...
+
+
+def parse_method(text: str, draft_model: str | None) -> dict[str, Any]:
+    """The speculative config of ``drafter[:tree[:budget[:rule]]]``. What is wrong with the names is said by the config.
+
+    Raises:
+        ValueError: there are more than four parts, or the budget is no number.
+    """
+    drafter, *rest = text.split(":")
+    if len(rest) > 3 or not drafter:
+        raise ValueError(f"a method is drafter[:tree[:budget[:rule]]], for instance lm:dyspec:16, got {text!r}")
+    tree, budget, rule = [part or None for part in [*rest, *[""] * (3 - len(rest))]]
+    if budget is not None and budget != AUTO and not budget.isdigit():
+        raise ValueError(f"the budget of method {text!r} must be a whole number or {AUTO!r}, got {budget!r}")
+    config: dict[str, Any] = {"method": drafter}
+    if drafter != PLAIN:
+        config |= {"model": draft_model} if draft_model is not None and drafter == "lm" else {}
+        config |= {"tree": tree} if tree else {}
+        config |= {"num_speculative_tokens": budget if budget == AUTO else int(budget)} if budget else {}
+        config |= {"rule": rule} if rule else {}
+    return config
+
+
+class Ours:
+    """A method of this package, on weights that all methods share."""
+
+    def __init__(self, name: str, llm: LLM):
+        self.name, self._llm = name, llm
+        one = llm.speculation
+        self.setting: dict[str, Any] = {
+            "method": one.drafter if one else PLAIN,
+            "tree": one.tree if one else None,
+            "budget": one.budget.nodes if one else None,
+            "rule": one.rule_name if one else None,
+        }
+
+    def run(self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]) -> Outcome:
+        """See `Contender`."""
+        device = self._llm.target.device
+        with peak_memory(device) as peak:
+            began = perf_counter()
+            outputs = [one.outputs[0] for one in self._llm.generate(list(prompts), list(sampling))]
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = perf_counter() - began
+        longest = max(outputs, key=lambda one: len(one.records)).metrics  # took part in every step of the batch
+        return Outcome(
+            seconds,
+            [one.token_ids for one in outputs],
+            [one.records for one in outputs],
+            longest.draft_s,
+            longest.verify_s,
+            longest.rule_s,
+            longest.cache_s,
+            peak[0],
+        )
+
+
+@contextlib.contextmanager
+def peak_memory(device: torch.device) -> Iterator[list[int]]:
+    """Gives a list that holds, at the end, the most bytes held meanwhile: of the device on CUDA, else of the process."""
+    found = [0]
+    status = Path("/proc/self/status")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the high-water mark
+    yield found
+    if device.type == "cuda":
+        found[0] = torch.cuda.max_memory_allocated(device)
+    elif status.is_file():
+        found[0] = next(int(row.split()[1]) * 1024 for row in status.read_text().splitlines() if row.startswith("VmHWM"))
+
+
+def measure(
+    contenders: Sequence[Contender],
+    prompts: Sequence[list[int]],
+    sampling: SamplingParams,
+    *,
+    batch_size: int,
+    warm_up: Sequence[list[int]],
+) -> Iterator[dict[str, Outcome]]:
+    """Yields, batch by batch, what every contender made of it. They take turns in an order that moves on by one a batch."""
+    for one in contenders:
+        one.run(list(warm_up)[:batch_size], _seeded(sampling, 0, min(batch_size, len(warm_up))))
+    for number, first in enumerate(range(0, len(prompts), batch_size)):
+        batch = list(prompts[first : first + batch_size])
+        turn = number % len(contenders)
+        order = [*contenders[turn:], *contenders[:turn]]
+        yield {one.name: one.run(batch, _seeded(sampling, first, len(batch))) for one in order}
+
+
+def _seeded(sampling: SamplingParams, first: int, count: int) -> list[SamplingParams]:
+    """Each prompt has its own seed, the same for every method."""
+    given = {name: getattr(sampling, name) for name in SamplingParams.names()}
+    return [SamplingParams(**{**given, "seed": (sampling.seed or 0) + first + i}) for i in range(count)]

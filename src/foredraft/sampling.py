@@ -7,8 +7,10 @@ length, bias, penalties), then temperature, min-p, top-k, top-p. Temperature 0 i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -84,6 +86,9 @@ class SamplingParams:
                 raise TypeError(f"{name} must be {said}, got {value!r}")
             if not allowed(value):
                 raise ValueError(f"{name} must be {said}, got {value}")
+        for name, fits, said in _KINDS:
+            if getattr(self, name) is not None and not fits(getattr(self, name)):
+                raise TypeError(f"{name} must be {said}, got {getattr(self, name)!r}")
         self._check_lists()
 
     def _check_lists(self) -> None:
@@ -91,8 +96,6 @@ class SamplingParams:
             raise ValueError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
         if any(not word for word in self.stop_strings):
             raise ValueError("stop must not contain an empty string")
-        if isinstance(self.bad_words, str):
-            raise TypeError(f"bad_words must be a list of strings, got {self.bad_words!r}")
         if any(not word.strip() for word in self.bad_words or ()):
             raise ValueError("bad_words must not contain an empty string")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
@@ -133,8 +136,26 @@ _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
 _OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs", "seed")
 
 
-_LEAST_TEMPERATURE = 1e-30
-"""Nothing but ties is left at such a temperature, and below it float32 could not divide any more."""
+def _many(kind: type, values: Any) -> bool:
+    if isinstance(values, str) or not isinstance(values, Collection):
+        return False
+    return all(issubclass(one, kind) and one is not bool for one in set(map(type, values)))  # fast for a list of all tokens
+
+
+_KINDS: list[tuple[str, Callable[[Any], bool], str]] = [
+    ("stop", lambda x: isinstance(x, str) or _many(str, x), "a string or a list of strings"),
+    ("bad_words", lambda x: _many(str, x), "a list of strings"),
+    ("stop_token_ids", lambda x: _many(Integral, x), "a list of token ids"),
+    ("allowed_token_ids", lambda x: _many(Integral, x), "a list of token ids"),
+    (
+        "logit_bias",
+        lambda x: isinstance(x, Mapping) and _many(Integral, x) and _many(Real, x.values()),
+        "a dictionary of token ids and numbers",
+    ),
+]
+
+_LEAST_TEMPERATURE, _MOST_TEMPERATURE = 1e-30, 1e30
+"""Nothing but ties is left at the least, nothing but equal shares at the most; beyond them float32 could not divide."""
 
 
 def at_least_float32(logits: Float[Tensor, "*n v"]) -> Float[Tensor, "*n v"]:
@@ -149,8 +170,9 @@ def warp(logits: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor
     """
     if sampling.temperature == 0:
         return one_hot(logits.argmax(-1), logits)
+    temperature = min(max(sampling.temperature, _LEAST_TEMPERATURE), _MOST_TEMPERATURE)
     precise = at_least_float32(logits)
-    scaled = (precise - precise.amax(-1, keepdim=True)) / max(sampling.temperature, _LEAST_TEMPERATURE)
+    scaled = (precise - precise.amax(-1, keepdim=True)) / temperature
     if sampling.min_p > 0:
         scaled = scaled.masked_fill(scaled < math.log(sampling.min_p), -math.inf)
     if 0 < sampling.top_k < scaled.shape[-1]:
@@ -201,7 +223,7 @@ class TargetLaw:
 
     def rows(self, nodes: Sequence[int]) -> list[Float[Tensor, " v"]]:
         """`row` of several nodes, those not computed yet in one go."""
-        missing = [node for node in nodes if node not in self._rows]
+        missing = [node for node in dict.fromkeys(nodes) if node not in self._rows]
         if missing:
             logits = torch.stack([self._processed(node) for node in missing])
             self._rows.update(zip(missing, warp(logits, self._sampling), strict=True))

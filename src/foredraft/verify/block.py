@@ -34,7 +34,7 @@ def block(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
         ratio = min(1.0, ratio * float(laws[node - 1][token]) / (1.0 if draft is None else float(draft[token])))
         left = laws[node] if node == last else _excess(tree, node, laws[node], ratio)
         excess = float(left.sum())
-        accept_prob = ratio if node == last else excess / (excess + 1 - ratio) if excess > 0 else float(ratio == 1)
+        accept_prob = ratio if node == last else excess / (excess + (1 - ratio)) if excess > 0 else float(ratio == 1)
         if draws.bernoulli(accept_prob, ("accept", tree.ranks[node], 0)):
             accepted, law = node, left if excess > 0 else laws[node]
     if not law.sum() > 0:  # target and draft agree to rounding at the root: rejecting everything had no probability

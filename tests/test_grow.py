@@ -280,3 +280,7 @@ def mass(law: Law, tree: DraftTree) -> float:
         values[node] = values[parent] * float(probs[tree.tokens[node]] / probs.sum())
         total += values[node]
     return total
+
+
+def test_sequoia_fills_its_budget_where_later_ranks_are_never_accepted() -> None:
+    assert len(best_paths([0.5, 0.2, 0.1, 0.0, 0.0], Budget(12, 4))) == 12

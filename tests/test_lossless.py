@@ -337,9 +337,9 @@ def test_threshold_reversed_is_caught() -> None:
     """The paper prints "while v < t". Such a tree decides without looking, so its law is right, but it never drafts."""
 
     class Reversed(DySpecThreshold):
-        def _policy(self, tree: Any) -> Any:
+        def policy(self, tree: Any) -> Any:
             if tree.values[0] < self.least(tree.budget.nodes):
-                yield from super()._policy(tree)
+                yield from super().policy(tree)
             tree.keep_only([0])
 
     budget, law = Budget(30, DEPTH), random_law(2, 1)

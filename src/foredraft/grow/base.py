@@ -6,9 +6,9 @@ and so on. `grow_batch` runs the policies of a batch in step, so that each round
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -124,33 +124,52 @@ class Options:
     draft_temperature: float | int | None = None
     draft_sampling: str = "auto"
 
+    can_sample: ClassVar[bool] = True
+    """Whether it draws at all; policies that only ever take the likeliest tokens do not."""
+
     def __post_init__(self) -> None:
         if self.draft_temperature is not None and not self.draft_temperature > 0:
             raise ValueError(f"draft_temperature must be above 0 (or None), got {self.draft_temperature}")
         if self.draft_sampling not in ("auto", "sampled"):
             raise ValueError(f"draft_sampling must be 'auto' or 'sampled', got {self.draft_sampling!r}")
 
+    def samples(self, sampling: SamplingParams) -> bool:
+        """Whether the children of a request's trees are drawn (else they are the likeliest tokens)."""
+        return self.can_sample and (self.draft_sampling == "sampled" or sampling.temperature > 0)
+
+    def policy(self, tree: Sapling) -> Policy:
+        """Grows one tree; every policy has its own."""
+        raise NotImplementedError
+
+    def grow(
+        self,
+        drafter: Expander,
+        states: Sequence[Any],
+        roots: Sequence[int],
+        budgets: Sequence[Budget],
+        sampling: Sequence[SamplingParams],
+        draws: Sequence[Draws],
+    ) -> TreeBatch:
+        """One tree a request by this policy; see `foredraft.protocols.Grower`."""
+        return grow_batch([self] * len(states), drafter, states, roots, budgets, sampling, draws)
+
 
 def grow_batch(
-    policy: Callable[[Sapling], Policy],
-    options: Options,
+    growers: Sequence[Options],
     drafter: Expander,
     states: Sequence[Any],
     roots: Sequence[int],
     budgets: Sequence[Budget],
     sampling: Sequence[SamplingParams],
     draws: Sequence[Draws],
-    *,
-    can_sample: bool = True,
 ) -> TreeBatch:
-    """Grows one tree a request by `policy`, one drafter call per round for the whole batch."""
-    always = options.draft_sampling == "sampled"
+    """Grows one tree a request, each by its own policy, with one drafter call per round for the whole batch."""
     trees = [
-        Sapling(root, budget, draw, can_sample and (always or one.temperature > 0))
-        for root, budget, draw, one in zip(roots, budgets, draws, sampling, strict=True)
+        Sapling(root, budget, draw, grower.samples(one))
+        for grower, root, budget, draw, one in zip(growers, roots, budgets, draws, sampling, strict=True)
     ]
-    laws = [draft_sampling(one, options.draft_temperature) for one in sampling]
-    policies = [policy(tree) for tree in trees]
+    laws = [draft_sampling(one, grower.draft_temperature) for grower, one in zip(growers, sampling, strict=True)]
+    policies = [grower.policy(tree) for grower, tree in zip(growers, trees, strict=True)]
     wanted = [_advance(one, None) for one in policies]
     passes: list[Laws] = []
     num_rows = 0

@@ -44,7 +44,7 @@ def tree_values(acceptance: tuple[float, ...], budget: Budget) -> Float[np.ndarr
     for depth in range(1, budget.depth + 1):
         below = table[depth - 1].max(axis=0)
         for b in range(1, ranks + 1):
-            fewer, gain = table[depth, b - 1], acceptance[b - 1] * below
+            fewer, gain = table[depth, b - 1], _scaled(below, acceptance[b - 1])
             for m in range(b + 1, size + 1):
                 table[depth, b, m] = (fewer[1:m] + gain[m - 1 : 0 : -1]).max()
     return table
@@ -72,12 +72,18 @@ def best_paths(acceptance: Sequence[float], budget: Budget, costs: Costs | None 
     return sorted(_unfold(table, vector, depth, size), key=lambda path: (len(path), path))
 
 
+def _scaled(values: Float[np.ndarray, " m"], prob: float) -> Float[np.ndarray, " m"]:
+    """Times `prob`, where minus infinity stays what it is: a rank that is never accepted may still have children."""
+    return np.multiply(values, prob, out=np.full_like(values, -np.inf), where=np.isfinite(values))
+
+
 def _unfold(table: Float[np.ndarray, "l b m"], acceptance: tuple[float, ...], depth: int, size: int) -> list[Path]:
     """The tree that `table` promises: the root's children are split off from the last to the first."""
     paths: list[Path] = []
     b = int(table[depth, :, size].argmax())
     while b > 0:
-        sums = table[depth, b - 1, 1:size] + acceptance[b - 1] * table[depth - 1].max(axis=0)[size - 1 : 0 : -1]
+        below = table[depth - 1].max(axis=0)
+        sums = table[depth, b - 1, 1:size] + _scaled(below, acceptance[b - 1])[size - 1 : 0 : -1]
         rest = int(sums.argmax()) + 1
         paths.append((b - 1,))
         paths += [(b - 1, *path) for path in _unfold(table, acceptance, depth - 1, size - rest)]

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.draws import Draws
-from foredraft.grow.base import Options, Policy, Sapling, grow_batch
-from foredraft.protocols import Budget, Expander
-from foredraft.sampling import SamplingParams
-from foredraft.tree import Drawn, TreeBatch
+from foredraft.grow.base import Options, Policy, Sapling
+from foredraft.protocols import Budget
+from foredraft.tree import Drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,18 +20,7 @@ class Chain(Options):
     Source: Leviathan et al. 2023 (arXiv 2211.17192).
     """
 
-    def grow(
-        self,
-        drafter: Expander,
-        states: Sequence[Any],
-        roots: Sequence[int],
-        budgets: Sequence[Budget],
-        sampling: Sequence[SamplingParams],
-        draws: Sequence[Draws],
-    ) -> TreeBatch:
-        return grow_batch(self._policy, self, drafter, states, roots, budgets, sampling, draws)
-
-    def _policy(self, tree: Sapling) -> Policy:
+    def policy(self, tree: Sapling) -> Policy:
         node = 0
         for _ in range(min(tree.budget)):
             laws = yield [node]
@@ -68,18 +54,7 @@ class Branching(Options):
         if self.expansion is not None and (not self.expansion or min(self.expansion) < 1):
             raise ValueError(f"expansion must list a number of draws, at least 1, for every depth; got {self.expansion}")
 
-    def grow(
-        self,
-        drafter: Expander,
-        states: Sequence[Any],
-        roots: Sequence[int],
-        budgets: Sequence[Budget],
-        sampling: Sequence[SamplingParams],
-        draws: Sequence[Draws],
-    ) -> TreeBatch:
-        return grow_batch(self._policy, self, drafter, states, roots, budgets, sampling, draws)
-
-    def _policy(self, tree: Sapling) -> Policy:
+    def policy(self, tree: Sapling) -> Policy:
         left = tree.budget.nodes
         layer = {0: 1}  # node -> how many draws reached it
         for num_draws in self._expansion(tree.budget)[: tree.budget.depth]:

@@ -14,13 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from foredraft.draws import Draws
-from foredraft.grow.base import Options, Policy, Sapling, grow_batch
-from foredraft.protocols import Budget, Expander
-from foredraft.sampling import SamplingParams
-from foredraft.tree import TreeBatch
+from foredraft.grow.base import Options, Policy, Sapling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +34,7 @@ class DySpec(Options):
         if self.width < 1:
             raise ValueError(f"width must be at least 1, got {self.width}")
 
-    def grow(
-        self,
-        drafter: Expander,
-        states: Sequence[Any],
-        roots: Sequence[int],
-        budgets: Sequence[Budget],
-        sampling: Sequence[SamplingParams],
-        draws: Sequence[Draws],
-    ) -> TreeBatch:
-        return grow_batch(self._policy, self, drafter, states, roots, budgets, sampling, draws)
-
-    def _policy(self, tree: Sapling) -> Policy:
+    def policy(self, tree: Sapling) -> Policy:
         size = tree.budget.nodes
         draws = _Priorities(tree)
         expanded: set[int] = set()
@@ -91,18 +75,7 @@ class DySpecThreshold(Options):
         if self.threshold is not None and not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must be above 0 and at most 1 (or None), got {self.threshold}")
 
-    def grow(
-        self,
-        drafter: Expander,
-        states: Sequence[Any],
-        roots: Sequence[int],
-        budgets: Sequence[Budget],
-        sampling: Sequence[SamplingParams],
-        draws: Sequence[Draws],
-    ) -> TreeBatch:
-        return grow_batch(self._policy, self, drafter, states, roots, budgets, sampling, draws)
-
-    def _policy(self, tree: Sapling) -> Policy:
+    def policy(self, tree: Sapling) -> Policy:
         size = tree.budget.nodes
         draws = _Priorities(tree)
         kept, layer = [0], [0]

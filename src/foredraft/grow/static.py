@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from foredraft.draws import Draws
-from foredraft.grow.base import Options, Policy, Sapling, grow_batch
+from foredraft.grow.base import Options, Policy, Sapling
 from foredraft.grow.budget import Costs, Path, best_paths
-from foredraft.protocols import Budget, Expander
-from foredraft.sampling import SamplingParams
-from foredraft.tree import TreeBatch
 
 TYPICAL_ACCEPTANCE = tuple(0.55 * 0.45**rank for rank in range(10))
 """Acceptance by sibling rank that the default shapes are made for: 0.55 for the first child, as small drafters reach it,
@@ -30,6 +26,8 @@ class Static(Options):
 
     paths: Sequence[Sequence[int]] | None = None
 
+    can_sample: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         given = {tuple(path) for path in self.paths or ()}
@@ -42,18 +40,7 @@ class Static(Options):
                     f"{[list(one) for one in missing] or 'ranks of 0 or above'}"
                 )
 
-    def grow(
-        self,
-        drafter: Expander,
-        states: Sequence[Any],
-        roots: Sequence[int],
-        budgets: Sequence[Budget],
-        sampling: Sequence[SamplingParams],
-        draws: Sequence[Draws],
-    ) -> TreeBatch:
-        return grow_batch(self._policy, self, drafter, states, roots, budgets, sampling, draws, can_sample=False)
-
-    def _policy(self, tree: Sapling) -> Policy:
+    def policy(self, tree: Sapling) -> Policy:
         if self.paths is None:
             return fill(tree, best_paths(TYPICAL_ACCEPTANCE, tree.budget))
         paths = sorted((tuple(path) for path in self.paths), key=lambda path: (len(path), path))
@@ -89,18 +76,7 @@ class Sequoia(Options):
             return {key: tuple(self.acceptance[key]) for key in ("sampled", "greedy") if key in self.acceptance}
         return {"sampled": tuple(self.acceptance), "greedy": tuple(self.acceptance)}
 
-    def grow(
-        self,
-        drafter: Expander,
-        states: Sequence[Any],
-        roots: Sequence[int],
-        budgets: Sequence[Budget],
-        sampling: Sequence[SamplingParams],
-        draws: Sequence[Draws],
-    ) -> TreeBatch:
-        return grow_batch(self._policy, self, drafter, states, roots, budgets, sampling, draws)
-
-    def _policy(self, tree: Sapling) -> Policy:
+    def policy(self, tree: Sapling) -> Policy:
         vectors = self._vectors()
         if not vectors:
             raise ValueError(

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
-from typing import Any
+from typing import ClassVar
 
-from foredraft.draws import Draws
-from foredraft.grow.base import Options, Policy, Sapling, grow_batch
-from foredraft.protocols import Budget, Expander
-from foredraft.sampling import SamplingParams
-from foredraft.tree import Drawn, TreeBatch
+from foredraft.grow.base import Options, Policy, Sapling
+from foredraft.tree import Drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,23 +26,14 @@ class TopK(Options):
     topk: int = 10
     draft_depth: int = 6
 
+    can_sample: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.topk < 1 or self.draft_depth < 1:
             raise ValueError(f"topk and draft_depth must be at least 1, got {self.topk}, {self.draft_depth}")
 
-    def grow(
-        self,
-        drafter: Expander,
-        states: Sequence[Any],
-        roots: Sequence[int],
-        budgets: Sequence[Budget],
-        sampling: Sequence[SamplingParams],
-        draws: Sequence[Draws],
-    ) -> TreeBatch:
-        return grow_batch(self._policy, self, drafter, states, roots, budgets, sampling, draws, can_sample=False)
-
-    def _policy(self, tree: Sapling) -> Policy:
+    def policy(self, tree: Sapling) -> Policy:
         k = min(self.topk, tree.budget.nodes)
         layer = [0]
         for _ in range(min(self.draft_depth, tree.budget.depth) if k else 0):
@@ -67,23 +55,14 @@ class Opt(Options):
 
     delta: float | int = 0.2
 
+    can_sample: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.delta <= 1:
             raise ValueError(f"delta must be between 0 and 1, got {self.delta}")
 
-    def grow(
-        self,
-        drafter: Expander,
-        states: Sequence[Any],
-        roots: Sequence[int],
-        budgets: Sequence[Budget],
-        sampling: Sequence[SamplingParams],
-        draws: Sequence[Draws],
-    ) -> TreeBatch:
-        return grow_batch(self._policy, self, drafter, states, roots, budgets, sampling, draws, can_sample=False)
-
-    def _policy(self, tree: Sapling) -> Policy:
+    def policy(self, tree: Sapling) -> Policy:
         size, expected, layer = tree.budget.nodes, 0.0, [0]
         for _ in range(tree.budget.depth if size else 0):
             laws = yield layer

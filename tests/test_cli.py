@@ -110,7 +110,20 @@ def test_stop_string_inside_an_accepted_path_cuts_exactly_there(run):
     whole = plain_text(max_tokens=80).text
     stop = whole[22:25]
     expected = plain_text(max_tokens=80, stop=stop)
-    given = ["--model", TARGET, "--draft-model", TARGET, "--temperature", 0, "--max-tokens", 80, "--tree", "chain"]
+    given = [
+        "--model",
+        TARGET,
+        "--draft-model",
+        TARGET,
+        "--temperature",
+        0,
+        "--max-tokens",
+        80,
+        "--tree",
+        "chain",
+        "--budget",
+        8,
+    ]
     code, out, _ = run("generate", STORY, *given, "--stop", stop, "--json")
     found = json.loads(out)
     assert code == 0
@@ -273,12 +286,26 @@ def broken(tmp_path):
             (directory / "config.json").unlink()
         elif how == "pickle":
             weights.rename(directory / "pytorch_model.bin")
+        elif how == "tokenizer":
+            (directory / "tokenizer.json").write_text("{")
+        elif how == "sampling":
+            (directory / "generation_config.json").write_text('{"top_p": 0}')
+        elif how == "permuted":
+            tokenizer = json.loads((directory / "tokenizer.json").read_text())
+            vocabulary = tokenizer["model"]["vocab"]
+            vocabulary["C"], vocabulary["N"] = vocabulary["N"], vocabulary["C"]
+            (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
         elif how == "empty":
             shutil.rmtree(directory)
             directory.mkdir()
         return directory
 
     return damage
+
+
+def assert_two_lines(err, said):
+    assert said in err
+    assert re.fullmatch(r"error: .+\nhint: .+\n", err)
 
 
 @pytest.mark.parametrize(
@@ -297,8 +324,22 @@ def test_damaged_model(run, broken, how, said, option):
     others = ["--model", TARGET] if option == "--draft-model" else []
     code, out, err = run("generate", STORY, option, broken(how), *others)
     assert (code, out) == (1, "")
-    assert err.startswith("error: ")
-    assert said in err
+    assert_two_lines(err, said)
+
+
+@pytest.mark.parametrize(
+    ("option", "how", "said"),
+    [
+        ("--model", "tokenizer", "cannot read the tokenizer"),
+        ("--model", "sampling", "generation_config.json cannot be used: top_p must be above 0 and at most 1, got 0"),
+        ("--draft-model", "permuted", "vocabulary mismatch: 2 token ids stand for other tokens"),
+    ],
+)
+def test_damaged_files_beside_the_weights(run, broken, option, how, said):
+    others = ["--model", TARGET] if option == "--draft-model" else []
+    code, out, err = run("generate", STORY, option, broken(how), *others)
+    assert (code, out) == (1, "")
+    assert_two_lines(err, said)
 
 
 MODEL = ["--model", TARGET]
@@ -321,7 +362,7 @@ LM = [*MODEL, "--draft-model", OTHER]
         ([STORY, *MODEL, "--stop", ""], "stop must not contain an empty string"),
         ([STORY, *MODEL, "--method", "ngrm"], "unknown method 'ngrm'\nhint: Did you mean 'ngram'?"),
         ([STORY, *LM, "--tree", "dyspek"], "unknown tree 'dyspek'\nhint: Did you mean 'dyspec'?"),
-        ([STORY, *LM, "--rule", "multiroud"], "unknown rule 'multiroud'\nhint: Did you mean 'multiround'?"),
+        ([STORY, *LM, "--tree", "dyspec", "--rule", "multiroud"], "unknown rule 'multiroud'\nhint: Did you mean 'multiround'?"),
         ([STORY, *LM, "--tree", "dyspec", "--rule", "multiround-iid"], "rule 'multiround-iid' is not exact for tree 'dyspec'"),
         ([STORY, *LM, "--tree", "topk", "--rule", "block"], "rule 'block' is not exact for tree 'topk'"),
         ([STORY, *MODEL, "--method", "suffix", "--tree", "topk"], "method 'suffix' cannot grow tree 'topk'"),
@@ -333,16 +374,30 @@ LM = [*MODEL, "--draft-model", OTHER]
         ([STORY, *MODEL, "--dtype", "bfloat61"], "unknown dtype 'bfloat61'"),
         ([STORY, *MODEL, "--device", "quantum"], "device 'quantum' cannot be used"),
         ([STORY, *LM, "--speculative-config", "{"], "--speculative-config is not JSON"),
-        ([STORY, *LM, "--speculative-config", '{"wdth": 2}'], "Did you mean 'width'?"),
+        ([STORY, *LM, "--tree", "dyspec", "--speculative-config", '{"wdth": 2}'], "Did you mean 'width'?"),
         ([STORY, *MODEL, "--chat"], "no chat template"),
+        (["-", *MODEL], "the prompt is empty"),
+        ([STORY, *MODEL, "--max-tokens", -1], "max_tokens must be a whole number, at least 1"),
+        ([STORY, *MODEL, "--top-k", -2], "top_k must be a whole number"),
+        ([STORY, *MODEL, "--method", "zzz"], "unknown method 'zzz'\nhint: Allowed: lm, ngram, suffix, ar"),
+        ([STORY, *MODEL, "--method", "ar", "--tree", "dyspek"], "unknown tree 'dyspek'\nhint: Did you mean 'dyspec'?"),
+        ([STORY, *LM, "--tree", "chain", "--rule", "deterministic"], "hint: rules that can be used with it: chain, multiround"),
+        ([STORY, *MODEL, "--method", "suffix", "--rule", "chain"], "not exact for the tree of method 'suffix'"),
+        ([STORY, *LM, "--budget", -1], "between 1 and 1024, got -1\nhint: To draft nothing use method 'ar'"),
+        ([STORY, *LM, "--speculative-config", "[1]"], "must be a JSON object"),
+        ([STORY, *LM, "--speculative-config", '{"method": ["lm"]}'], "method must be a name, got ['lm']"),
+        (
+            [STORY, *LM, "--speculative-config", '{"num_speculative_tokens": "4"}'],
+            "num_speculative_tokens must be a whole number",
+        ),
+        ([STORY, *LM, "--tree", "topk", "--speculative-config", '{"draft_depth": 65}'], "draft_depth must be at most 64 deep"),
+        ([STORY, *LM, "--tree", "branching", "--speculative-config", '{"expansion": 3}'], "expansion must be a list"),
     ],
 )
 def test_bad_input(run, arguments, said):
     code, out, err = run("generate", *arguments)
     assert (code, out) == (1, "")
-    assert err.startswith("error: ")
-    assert said in err
-    assert len(err.splitlines()) <= 2
+    assert_two_lines(err, said)
 
 
 @pytest.mark.parametrize(
@@ -371,7 +426,7 @@ def test_a_bug_is_one_line_too(run, monkeypatch):
     assert "FOREDRAFT_TRACEBACK=1" in err
 
 
-# --- as a process: pipes and Ctrl-C
+# --- as a process: pipes, other people's warnings, and Ctrl-C
 
 
 def start(*arguments, **options):
@@ -379,6 +434,14 @@ def start(*arguments, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, "-m", "foredraft", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, bufsize=0, **options)
+
+
+@pytest.mark.parametrize("arguments", [["x" * 300], ["", "--method", "suffix"]])
+def test_a_process_says_nothing_else(arguments):
+    """Neither Transformers' warning about a long text nor anything at exit."""
+    out, err = (process := start("generate", *arguments, *MODEL)).communicate(timeout=120)
+    assert (process.returncode, out) == (1, b"")
+    assert_two_lines(err.decode(), "the prompt ")
 
 
 LONG = ["--model", BUNDLED_TARGET, "--method", "suffix", "--temperature", 1, "--max-tokens", 2000, "--ignore-eos"]
@@ -405,6 +468,35 @@ def test_interrupt_keeps_the_text_and_exits_with_130():
     llm = LLM(str(BUNDLED_TARGET), {"method": "suffix"})
     sampling = SamplingParams(temperature=1.0, seed=0, ignore_eos=True, max_tokens=len(out))
     assert llm.generate(STORY, sampling)[0].outputs[0].text.startswith(out.removesuffix("\n"))
+
+
+DROPPED = """
+import signal, sys
+from foredraft import __main__, llm
+
+class Interrupted:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+def stream(self, *arguments, begin=llm.LLM.stream):
+    for number, output in enumerate(begin(self, *arguments)):
+        yield output
+        if number == 5:
+            Interrupted()
+
+llm.LLM.stream = stream
+__main__.main(sys.argv[1:])
+"""
+
+
+def test_an_interrupt_while_an_object_is_destroyed_is_not_lost():
+    """Python reports an exception in ``__del__`` and goes on; Ctrl-C must end the run all the same, and say nothing else."""
+    command = [sys.executable, "-c", DROPPED, "generate", STORY, *map(str, LONG)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    assert done.returncode == 130
+    assert done.stdout.strip()
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.endswith("(interrupted)\n")
 
 
 def test_interrupt_in_a_chat_stops_the_answer_only():

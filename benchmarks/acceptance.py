@@ -52,7 +52,7 @@ def run(drafter: str, tree: str | None, nodes: int, temperature: float, prompts:
         "drafter": drafter,
         "tree": tree or "own",
         "nodes": nodes,
-        "rule": llm.speculation.rule_name if llm.speculation else None,
+        "rule": llm.drafting(sampling)["rule"],
         "temperature": temperature,
         "num_prompts": len(prompts),
         "num_tokens": sum(len(one.outputs[0].token_ids) for one in outputs),

@@ -25,8 +25,8 @@ from distill.save import provenance, save, write_json
 from distill.student import evaluate, new_student
 from distill.train import train
 from foredraft import LLM
+from foredraft.bench.calibrate import CalibrateChoice, calibrate
 from foredraft.llm import BUNDLED_TARGET
-from measure_acceptance import write_acceptance
 
 
 class Size(NamedTuple):
@@ -38,7 +38,7 @@ class Size(NamedTuple):
     prompts: int
 
 
-FULL = Size(documents=None, tokens=1_500_000, steps=1123, prompts=120)
+FULL = Size(documents=None, tokens=1_500_000, steps=1123, prompts=40)
 SMOKE = Size(documents=150, tokens=10_000, steps=4, prompts=4)
 
 
@@ -57,7 +57,7 @@ def distill(target: Path, data: Path, out: Path, work: Path, size: Size, seed: i
     held_out = evaluate(saved, llm.target, [row for row in rows if row.held_out])
     about = provenance(target, student, rows, size.steps, training)
     write_json(out / "provenance.json", about | {"held_out": held_out, "seed": seed})
-    write_acceptance(target, out, data, num_prompts=size.prompts)
+    calibrate(CalibrateChoice(model=str(target), draft_model=str(out), limit=size.prompts))
 
 
 def main() -> None:

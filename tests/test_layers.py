@@ -16,7 +16,7 @@ LAYERS = [  # lowest first; modules of one line may import each other
     {"models", "grow", "verify"},
     {"drafters"},
     {"decode"},
-    {"speculation", "engine"},
+    {"speculation", "engine", "auto"},
     {"llm"},
     {"train", "theory", "bench", "export"},
     {"serve"},

@@ -9,7 +9,7 @@ import pytest
 from foredraft.drafters import DRAFTERS
 from foredraft.grow import GROWERS
 from foredraft.protocols import Budget
-from foredraft.speculation import MAX_DEPTH, MAX_NODES, fitting_rules, parse
+from foredraft.speculation import AUTO, MAX_DEPTH, MAX_NODES, fitting_rules, parse
 from foredraft.tree import Drawn
 from foredraft.verify import RULES
 
@@ -26,13 +26,32 @@ def refusal(config: Any, kind: type[Exception] = ValueError) -> str:
     return said
 
 
-def test_defaults() -> None:
+def test_what_is_left_out_is_to_be_chosen() -> None:
     found = parse({})
     assert found is not None
-    assert (found.drafter, found.tree, found.rule_name, found.budget) == ("lm", "dyspec", "multiround", Budget(16, 16))
+    assert (found.drafter, found.tree, found.rule_name, found.budget, found.is_open) == ("lm", AUTO, None, None, True)
     assert (found.model, found.drafter_options, found.grower_options) == (None, {}, {})
+    assert found.trees == [name for name, row in GROWERS.items() if row.needs == "expand"]
     assert parse({"method": None, "tree": None, "rule": None, "num_speculative_tokens": None}) == found
-    assert found.rule is RULES["multiround"].rule
+    assert parse({"tree": "auto", "num_speculative_tokens": "auto"}) == found
+
+
+@pytest.mark.parametrize("tree", GROWERS)
+def test_whatever_tree_is_chosen_its_rule_is_exact(tree: str) -> None:
+    open_one, named = parse({}), parse({"tree": tree, "num_speculative_tokens": 4})
+    assert open_one is not None and named is not None
+    assert open_one.rule_for(tree) is named.rule_for(tree) is RULES[GROWERS[tree].rule].rule
+    assert GROWERS[tree].rule in EXACT & set(fitting_rules(GROWERS[tree]))
+    assert (named.trees, named.is_open) == ([tree], False)
+
+
+def test_everything_given() -> None:
+    found = parse(
+        {"method": "lm", "model": "DIR", "tree": "topk", "topk": 3, "num_speculative_tokens": 5, "rule": "multiround"}
+    )
+    assert found is not None
+    assert (found.drafter, found.model, found.tree, found.rule_name) == ("lm", "DIR", "topk", "multiround")
+    assert (found.budget, found.drafter_options, found.grower_options) == (Budget(5, 5), {}, {"topk": 3})
 
 
 def test_plain_decoding_drafts_nothing() -> None:
@@ -54,7 +73,7 @@ def test_without_a_rule_a_drafters_own_tree_has_the_deterministic_one(method: st
     found = parse({"method": method})
     assert found is not None
     assert (found.tree, found.rule_name) == (None, "deterministic")
-    assert found.grower({"acceptance": [0.5]}) is None
+    assert found.grower(None, {"acceptance": [0.5]}) is None
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -91,9 +110,9 @@ def test_every_own_tree_with_every_rule(method: str, rule: str) -> None:
         ({"method": "LM"}, "unknown method 'LM'. Allowed: "),
         ({"tree": "dyspec_threshold"}, "unknown tree 'dyspec_threshold'. Did you mean 'dyspec-threshold'?"),
         ({"method": "suffix", "tree": "chian"}, "unknown tree 'chian'. Did you mean 'chain'?"),
-        ({"rule": "multi-round"}, "unknown rule 'multi-round'. Did you mean 'multiround'? Allowed: multiround, typical"),
-        ({"rule": ""}, "unknown rule ''. Allowed: "),
-        ({"num_speculative_token": 4}, "method 'lm' and tree 'dyspec': 'num_speculative_token'. Did you mean 'num_speculat"),
+        ({"rule": "multi-round"}, "unknown rule 'multi-round'. Did you mean 'multiround'? Allowed: chain, multiround"),
+        ({"tree": "dyspec", "rule": ""}, "unknown rule ''. Allowed: multiround, typical"),
+        ({"num_speculative_token": 4}, "method 'lm': 'num_speculative_token'. Did you mean 'num_speculative_tokens'?"),
         ({"tree": "topk", "top_k": 3}, "tree 'topk': 'top_k'. Did you mean 'topk'?"),
         (
             {"tree": "chain", "num_chains": 3},
@@ -104,7 +123,7 @@ def test_every_own_tree_with_every_rule(method: str, rule: str) -> None:
         ({"method": "ar", "draft_dept": 3}, "unknown key of speculative_config: 'draft_dept'. Did you mean 'draft_depth'?"),
         ({"method": "ar", "tree": "dyspek"}, "unknown tree 'dyspek'. Did you mean 'dyspec'?"),
         ({"method": "ar", "rule": "blok"}, "unknown rule 'blok'. Did you mean 'block'?"),
-        ({3: 4}, "unknown key of speculative_config for method 'lm' and tree 'dyspec': 3. Allowed: method, model, "),
+        ({3: 4}, "unknown key of speculative_config for method 'lm': 3. Allowed: method, model, "),
         (
             {"method": "ngram", "tree": "chain"},
             "method 'ngram' cannot grow tree 'chain'; it makes its own tree: leave 'tree' out",
@@ -158,9 +177,9 @@ def test_depth_64_is_allowed_and_65_is_not(config: dict[str, Any], key: str) -> 
         ({"method": ["lm"]}, "method must be a name, got ['lm']"),
         ({"tree": {"chain": 1}}, "tree must be a name, got {'chain': 1}"),
         ({"rule": 3}, "rule must be a name, got 3"),
-        ({"num_speculative_tokens": "8"}, "num_speculative_tokens must be a whole number, got '8'"),
-        ({"num_speculative_tokens": 8.0}, "num_speculative_tokens must be a whole number, got 8.0"),
-        ({"num_speculative_tokens": True}, "num_speculative_tokens must be a whole number, got True"),
+        ({"num_speculative_tokens": "8"}, "num_speculative_tokens must be a whole number or 'auto', got '8'"),
+        ({"num_speculative_tokens": 8.0}, "num_speculative_tokens must be a whole number or 'auto', got 8.0"),
+        ({"num_speculative_tokens": True}, "num_speculative_tokens must be a whole number or 'auto', got True"),
         ({"draft_temperature": "hot"}, "draft_temperature must be a number or null, got 'hot'"),
         ({"draft_sampling": 1}, "draft_sampling must be a string, got 1"),
         ({"tree": "topk", "topk": None}, "topk must be a whole number, got None"),
@@ -199,7 +218,7 @@ def test_numbers_out_of_range(config: dict[str, Any], said: str) -> None:
 def test_what_was_measured_fills_only_what_was_left_open() -> None:
     measured = {"acceptance": [0.7, 0.2], "else": 1}
     chosen = [parse({"tree": "sequoia", **more}) for more in ({}, {"acceptance": [0.5, 0.0]})]
-    assert [one.grower(measured).acceptance for one in chosen if one] == [[0.7, 0.2], [0.5, 0.0]]
+    assert [one.grower("sequoia", measured).acceptance for one in chosen if one] == [[0.7, 0.2], [0.5, 0.0]]
     other = parse({"tree": "chain"})
     assert other is not None
-    assert other.grower(measured) == GROWERS["chain"].grower()
+    assert other.grower("chain", measured) == GROWERS["chain"].grower()

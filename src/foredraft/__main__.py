@@ -33,8 +33,8 @@ Device = Annotated[str | None, _option(_MODEL, "cpu, cuda, cuda:1, ...; default:
 Revision = Annotated[str | None, _option(_MODEL, "Branch, tag or commit, of a Hub id.")]
 Method = Annotated[str | None, _option(_DRAFT, "Drafter: lm, ngram, suffix; ar drafts nothing (plain decoding).")]
 DraftModel = Annotated[str | None, _option(_DRAFT, "Directory or Hub id of the draft model, for method lm.")]
-Tree = Annotated[str | None, _option(_DRAFT, "How the tree grows: see `foredraft methods`; default dyspec.")]
-Budget = Annotated[int | None, _option(_DRAFT, "Nodes of the tree without its root, 1 to 1024; default 16.")]
+Tree = Annotated[str | None, _option(_DRAFT, "How the tree grows: see `foredraft methods`; default auto, the fastest.")]
+Budget = Annotated[str | None, _option(_DRAFT, "Nodes of the tree without its root, 1 to 1024; default auto, the fastest.")]
 Rule = Annotated[str | None, _option(_DRAFT, "Acceptance rule; default: the best exact one for the tree.")]
 Config = Annotated[str | None, _option(_DRAFT, "More keys of speculative_config, as JSON: '{\"draft_temperature\": 0.8}'.")]
 Temperature = Annotated[float | None, _option(_SAMPLING, "0 is greedy; default: the model's own (mostly 1).")]
@@ -197,6 +197,35 @@ def bench(
         json=as_json,
     )
     raise typer.Exit(run(choice))
+
+
+@app.command()
+def calibrate(
+    *,
+    model: Model = None,
+    method: Annotated[str, typer.Option(help="Drafter: lm, ngram or suffix.")] = "lm",
+    draft_model: DraftModel = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Training prompts; default: some that come along.", show_default=False)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many prompts.", show_default=False)] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens a prompt.")] = 64,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="File for a plot, .svg or .png (needs matplotlib).", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a drafter: acceptance by rank and depth, tokens a step of every tree, and what a step costs here.
+
+    The first two are written beside the drafter (or to the user's cache) and make the automatic choice of tree and size better.
+    """
+    from foredraft.bench.calibrate import PROMPTS, CalibrateChoice
+    from foredraft.bench.calibrate import command as run
+
+    choice = CalibrateChoice(model, method, draft_model, prompts or PROMPTS, limit, max_tokens, dtype, device)
+    raise typer.Exit(run(choice, plot=plot, as_json=as_json))
 
 
 @app.command()

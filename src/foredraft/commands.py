@@ -13,6 +13,7 @@ from foredraft import show
 from foredraft.engine import CompletionOutput, RequestOutput
 from foredraft.llm import LLM, Prompt
 from foredraft.sampling import SamplingParams
+from foredraft.speculation import AUTO
 
 INTERRUPTED = 130
 """The exit code of a process that Ctrl-C ended: 128 and the number of the signal."""
@@ -47,7 +48,7 @@ def speculative_config(
     method: str | None,
     draft_model: str | None,
     tree: str | None,
-    budget: int | None,
+    budget: str | None,
     rule: str | None,
     *,
     extra: str | None = None,
@@ -55,9 +56,12 @@ def speculative_config(
     """The speculative config of the command line; None where nothing was said, which leaves the choice to `LLM`.
 
     Raises:
-        ValueError: `extra` is not a JSON object.
+        ValueError: `extra` is not a JSON object, or the budget is no number.
     """
-    named = given(method=method, model=draft_model, tree=tree, num_speculative_tokens=budget, rule=rule)
+    if budget not in (None, AUTO) and not budget.lstrip("-").isdigit():
+        raise ValueError(f"--budget must be a whole number or {AUTO}, got {budget!r}")
+    nodes = int(budget) if budget not in (None, AUTO) else budget
+    named = given(method=method, model=draft_model, tree=tree, num_speculative_tokens=nodes, rule=rule)
     config = {**_json_object(extra), **named}
     if not config:
         return None
@@ -210,19 +214,12 @@ def _result(outcome: _Outcome, shown: Shown) -> dict[str, Any]:
 
 def _config(llm: LLM, choice: ModelChoice, params: SamplingParams) -> dict[str, Any]:
     """What was run, in the object that ``--json`` prints."""
-    return {**asdict(choice), **_drafting(llm), "sampling": asdict(params)}
+    return {**asdict(choice), **_drafting(llm, params), "sampling": asdict(params)}
 
 
-def _drafting(llm: LLM) -> dict[str, Any]:
-    speculation = llm.speculation
-    if speculation is None:
+def _drafting(llm: LLM, params: SamplingParams) -> dict[str, Any]:
+    one = llm.speculation
+    if one is None:
         return {"method": "ar"}
-    return {
-        "method": speculation.drafter,
-        "draft_model": None if speculation.model is None else str(speculation.model),
-        "tree": speculation.tree,
-        "budget": speculation.budget.nodes,
-        "rule": speculation.rule_name,
-        **speculation.drafter_options,
-        **speculation.grower_options,
-    }
+    given = {**one.drafter_options, **one.grower_options}
+    return {**llm.drafting(params), "draft_model": None if one.model is None else str(one.model), **given}

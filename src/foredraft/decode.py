@@ -5,7 +5,7 @@ propose -> Target.forward -> law -> rule -> cache.keep -> observe -> cut at a st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -21,6 +21,9 @@ from foredraft.protocols import AcceptanceRule, Budget, Drafter, Pool, Target, V
 from foredraft.sampling import PrefixProcessor, SamplingParams, TargetLaw, at_least_float32
 from foredraft.text import TextStream
 from foredraft.tree import DraftTree, TreeBatch
+
+Steps = Generator[list["Continuation"], None, None]
+"""After every step of a batch, the outputs that took part."""
 
 
 class Logprob(NamedTuple):
@@ -42,6 +45,7 @@ class Continuation:
         draws: the output's random numbers.
         eos_ids: ends of sequence (empty where they are ignored).
         processors: what of `sampling` depends on the prefix.
+        max_nodes: its trees have at most so many nodes below the root, whatever the budget allows.
         text: the output's text so far.
         kinds: per output token ``accepted``, ``recovered``, ``bonus``, or ``plain`` where nothing was drafted.
         last_tree, last_path: of the latest step, to be shown.
@@ -56,6 +60,7 @@ class Continuation:
     eos_ids: frozenset[int] = frozenset()
     processors: Sequence[PrefixProcessor] = ()
     tokenizer: Any = None
+    max_nodes: int | None = None
     cache: Any = None
     draft_state: Any = None
     records: list[StepRecord] = field(default_factory=list)
@@ -78,8 +83,13 @@ class Continuation:
         """Tokens that may still be generated."""
         return self.max_len - len(self.token_ids)
 
+    def limit(self, budget: Budget) -> Budget:
+        """The part of a budget that this output can use."""
+        nodes = budget.nodes if self.max_nodes is None else min(budget.nodes, self.max_nodes)
+        return Budget(nodes, max(0, min(budget.depth, nodes, self.room - 1)))
 
-def autoregressive(target: Target, pool: Pool, continuations: Sequence[Continuation]) -> Iterator[list[Continuation]]:
+
+def autoregressive(target: Target, pool: Pool, continuations: Sequence[Continuation]) -> Steps:
     """Plain decoding: one forward a token. Yields those that took part after every step; see `speculative`."""
     start(target, pool, continuations)
     while running := [one for one in continuations if one.finish_reason is None]:
@@ -107,7 +117,7 @@ def speculative(
     drafter: Drafter,
     rule: AcceptanceRule,
     budget: Budget,
-) -> Iterator[list[Continuation]]:
+) -> Steps:
     """Speculative decoding of a batch with ragged acceptance. Yields those that took part after every step.
 
     Guarantee: with an exact rule every output has the law of plain decoding, whatever the drafter proposes.
@@ -123,7 +133,7 @@ def speculative(
     while running := [one for one in continuations if one.finish_reason is None]:
         clock, caches = Clock(), [one.cache for one in running]
         draws = [one.draws.at(len(one.token_ids)) for one in running]
-        budgets = [Budget(budget.nodes, max(0, min(budget.depth, one.room - 1))) for one in running]
+        budgets = [one.limit(budget) for one in running]
         batch = drafter.propose([one.draft_state for one in running], budgets, [one.sampling for one in running], draws)
         draft_s = clock.lap()
         scores = target.forward(batch, caches, feature_layers=drafter.feature_layers)

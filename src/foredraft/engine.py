@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -114,6 +114,7 @@ class Engine:
     Args:
         tokenizer: for texts and stop strings; None where only token ids are used.
         drafter, rule, budget: None for plain decoding.
+        max_nodes: for a request, most nodes of its trees, where that is less than the budget; None is the budget.
         max_model_len: longest prompt and output together.
         max_num_seqs: outputs decoded at once.
         seed: of requests that have none of their own.
@@ -128,6 +129,7 @@ class Engine:
         drafter: Drafter | None = None,
         rule: AcceptanceRule | None = None,
         budget: Budget | None = None,
+        max_nodes: Callable[[SamplingParams], int] | None = None,
         max_model_len: int,
         max_num_seqs: int,
         seed: int = 0,
@@ -135,7 +137,7 @@ class Engine:
     ):
         self.target, self.tokenizer, self.drafter = target, tokenizer, drafter
         self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
-        self._rule, self._budget, self._seed = rule, budget, seed
+        self._rule, self._budget, self._max_nodes, self._seed = rule, budget, max_nodes, seed
         self._eos_ids = frozenset(one for one in eos_ids if 0 <= one < target.vocab_size)
         self._pool = target.new_pool(max_num_seqs, max_model_len)
         self._num_requests = 0
@@ -196,6 +198,7 @@ class Engine:
             eos_ids=eos_ids,
             processors=prefix_processors(sampling, num_prompt, {*self._eos_ids, *(sampling.stop_token_ids or ())}, words),
             tokenizer=self.tokenizer,
+            max_nodes=self._max_nodes(sampling) if self._max_nodes else None,
         )
 
     def _check(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:

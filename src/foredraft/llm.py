@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
@@ -10,12 +9,16 @@ from typing import Any
 
 import torch
 
+from foredraft.auto import SAMPLE_TEXT, Choice, Chooser, read_calibration
 from foredraft.drafters import DRAFTERS, Setting
 from foredraft.engine import Engine, Request, RequestOutput
+from foredraft.grow import ByTemperature
 from foredraft.models.loading import load_generation_config, load_target, load_tokenizer
 from foredraft.progress import progress_bar
+from foredraft.protocols import Budget
 from foredraft.sampling import SamplingParams
-from foredraft.speculation import Speculation, parse
+from foredraft.speculation import MAX_DEPTH, PLAIN, Speculation, parse
+from foredraft.verify import for_sampled
 
 BUNDLED = Path(__file__).parent / "bundled"
 BUNDLED_TARGET = BUNDLED / "chat-14m"
@@ -32,12 +35,13 @@ class LLM:
         model: a directory, a Hub id, or a loaded `PreTrainedModel`. None is the bundled pair.
         speculative_config: ``{"method": ..., "model": ..., "tree": ..., "num_speculative_tokens": ..., "rule": ...}`` and the
             options of the method and the tree; ``{"method": "ar"}`` drafts nothing. None is the bundled drafter for the
-            bundled target, and method ``suffix``, which needs no weights, for any other.
+            bundled target, and method ``suffix``, which needs no weights, for any other. Without ``tree`` or
+            ``num_speculative_tokens`` (or with ``"auto"``) the fastest is chosen from measurements, see `foredraft.auto`.
         tokenizer: a Transformers tokenizer, where `model` is a loaded one.
         dtype: ``auto`` (the checkpoint's), ``bfloat16``, ``float16``, ``float32`` or ``float64``.
         device: None is CUDA where there is a device, else the CPU.
         max_model_len: longest prompt and output together; None is the model's context.
-        max_num_seqs: outputs decoded at once; more wait.
+        max_num_seqs: outputs decoded at once; more wait. An automatic choice of the tree is made for 1 to so many.
         seed: of requests without a seed of their own.
         revision: of a Hub id.
 
@@ -93,18 +97,62 @@ class LLM:
         return parse(config)
 
     def _speculate(self, speculation: Speculation | None) -> None:
+        """Builds the engine; what the config leaves open is chosen from measurements first."""
         self.speculation = speculation
+        self.choices: dict[str, Choice] = {}
+        drafter, rule, budget, nodes = None, None, None, {"greedy": 0, "sampled": 0}
+        if speculation is not None and speculation.is_open:
+            self.choices = self._choose(speculation)
+        if speculation is not None and (not self.choices or any(one.nodes for one in self.choices.values())):
+            trees = {kind: self.choices[kind].tree if self.choices else speculation.tree for kind in nodes}
+            nodes = {kind: self._nodes(speculation, kind) for kind in nodes}
+            budget = Budget(max(nodes.values()), min(max(nodes.values()), MAX_DEPTH))
+            rule = speculation.rule_for(trees["sampled"])
+            if trees["sampled"] != trees["greedy"] and speculation.rule_name is None:
+                rule = for_sampled(rule)
+            drafter = self._drafter(speculation, trees["greedy"], trees["sampled"])
         self.engine = Engine(
             self.target,
             tokenizer=self.tokenizer,
-            drafter=self._drafter(speculation) if speculation else None,
-            rule=speculation.rule if speculation else None,
-            budget=speculation.budget if speculation else None,
+            drafter=drafter,
+            rule=rule,
+            budget=budget,
+            max_nodes=lambda sampling: nodes["sampled" if sampling.temperature > 0 else "greedy"],
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             seed=self._seed,
             eos_ids=self.eos_ids,
         )
+
+    def drafting(self, sampling: SamplingParams) -> dict[str, Any]:
+        """How a request is drafted: method, tree, budget (0 where it is decoded plainly) and rule, as they were chosen."""
+        one = self.speculation
+        if one is None:
+            return {"method": PLAIN, "tree": None, "budget": None, "rule": None}
+        kind = "sampled" if sampling.temperature > 0 else "greedy"
+        tree = self.choices[kind].tree if self.choices else one.tree
+        return {"method": one.drafter, "tree": tree, "budget": self._nodes(one, kind), "rule": one.rule_name_for(tree)}
+
+    def _nodes(self, speculation: Speculation, kind: str) -> int:
+        return speculation.budget.nodes if speculation.budget else self.choices[kind].nodes
+
+    def _choose(self, speculation: Speculation) -> dict[str, Choice]:
+        """Tree and size for greedy and for sampled requests, from steps timed on this machine (kept in the user's cache)."""
+        chooser = Chooser(
+            target=self.target,
+            speculation=speculation,
+            build=lambda tree: self._drafter(speculation, tree, tree),
+            measured=self._measured(speculation).get("tokens_per_step", {}),
+            max_num_seqs=self.max_num_seqs,
+            prompt=self._sample_prompt(),
+        )
+        return chooser.choose()
+
+    def _sample_prompt(self) -> list[int]:
+        """A prompt to time steps on."""
+        if self.tokenizer is None:
+            return [1 + i % (self.target.vocab_size - 1) for i in range(16)]
+        return list(self.tokenizer(SAMPLE_TEXT)["input_ids"])[: self.max_model_len // 2]
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The sampling that the model's ``generation_config.json`` asks for."""
@@ -215,19 +263,33 @@ class LLM:
             raise ValueError(f"max_model_len {max_model_len} exceeds the model's context of {self.target.max_len}")
         return max_model_len
 
-    def _drafter(self, speculation: Speculation) -> Any:
-        model = speculation.model
-        if model is None and self._bundled and speculation.drafter == "lm":
-            model = BUNDLED_DRAFTER
+    def _drafter(self, speculation: Speculation, greedy: str | None, sampled: str | None) -> Any:
+        """The drafter of a config, growing one tree for greedy requests and one for sampled ones."""
+        measured = self._measured(speculation)
+        grower = speculation.grower(sampled, measured)
+        if greedy != sampled:
+            grower = ByTemperature(speculation.grower(greedy, measured), grower)
         setting = Setting(
             target=self.target,
-            model=model,
+            model=self.draft_source,
             load=self._draft_model,
             vocabulary=self._vocabulary,
-            grower=speculation.grower(_measured(model)),
+            grower=grower,
             num_slots=self.max_num_seqs,
         )
         return DRAFTERS[speculation.drafter].build(setting, **speculation.drafter_options)
+
+    @property
+    def draft_source(self) -> Any:
+        """The draft model as it was given, or the bundled one; None where there is none."""
+        one = self.speculation
+        if one is not None and one.model is None and self._bundled and one.drafter == "lm":
+            return BUNDLED_DRAFTER
+        return one.model if one else None
+
+    def _measured(self, speculation: Speculation) -> dict[str, Any]:
+        """What calibration found out about the drafter."""
+        return read_calibration(self.draft_source, self.target, speculation.drafter)
 
     def _draft_model(self, source: Any) -> Any:
         key = str(source) if isinstance(source, str | Path) else str(id(source))
@@ -238,17 +300,6 @@ class LLM:
     def _vocabulary(self, model: Any) -> dict[str, int] | None:
         tokenizer = self.tokenizer if model is None else load_tokenizer(model)
         return None if tokenizer is None else tokenizer.get_vocab()
-
-
-def _measured(model: Any) -> dict[str, Any]:
-    """What was measured for a drafter and stands in its directory: the acceptance by sibling rank."""
-    path = Path(model) / "acceptance.json" if isinstance(model, str | Path) else None
-    if path is None or not path.is_file():
-        return {}
-    try:
-        return {"acceptance": json.loads(path.read_text())}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): measure it again or delete it") from None
 
 
 def _is_list(value: Any) -> bool:

@@ -16,8 +16,6 @@ from foredraft.verify import RULES, RuleRow
 
 MAX_NODES = 1024
 MAX_DEPTH = 64
-DEFAULT_NODES = 16
-DEFAULT_TREE = "dyspec"
 PLAIN = "ar"
 """The method that drafts nothing."""
 AUTO = "auto"
@@ -31,27 +29,47 @@ class Speculation:
     """A checked speculative config.
 
     Attributes:
-        drafter, tree, rule_name: names in DRAFTERS, GROWERS (None where the drafter makes its own tree) and RULES.
+        drafter: name in DRAFTERS.
+        tree: name in GROWERS; `AUTO` is to be chosen; None where the drafter makes its own tree.
+        rule_name: name in RULES; None is the best exact one for the tree that will be chosen.
+        budget: None is to be chosen.
         drafter_options, grower_options: the config's other keys.
     """
 
     drafter: str
     tree: str | None
-    rule_name: str
-    budget: Budget
+    rule_name: str | None
+    budget: Budget | None
     model: Any
     drafter_options: Mapping[str, Any]
     grower_options: Mapping[str, Any]
 
     @property
-    def rule(self) -> AcceptanceRule:
-        return RULES[self.rule_name].rule
+    def trees(self) -> list[str | None]:
+        """The trees to choose from."""
+        if self.tree != AUTO:
+            return [self.tree]
+        able = [name for name, row in GROWERS.items() if row.needs == DRAFTERS[self.drafter].gives]
+        return [name for name in able if self.rule_name in (None, *fitting_rules(GROWERS[name]))]
 
-    def grower(self, defaults: Mapping[str, Any]) -> Any:
-        """The grower; `defaults`, measured for the drafter at hand, fill options that the user left open."""
-        if self.tree is None:
+    @property
+    def is_open(self) -> bool:
+        """Whether anything is left to choose."""
+        return self.tree == AUTO or self.budget is None
+
+    def rule_name_for(self, tree: str | None) -> str:
+        """The rule for trees of one of `trees`."""
+        return self.rule_name or (GROWERS[tree].rule if tree else "deterministic")
+
+    def rule_for(self, tree: str | None) -> AcceptanceRule:
+        """The same, itself."""
+        return RULES[self.rule_name_for(tree)].rule
+
+    def grower(self, tree: str | None, defaults: Mapping[str, Any]) -> Any:
+        """The policy of a tree; `defaults`, measured for the drafter at hand, fill options that the user left open."""
+        if tree is None:
             return None
-        cls = GROWERS[self.tree].grower
+        cls = GROWERS[tree].grower
         known = {key: value for key, value in defaults.items() if key in _option_names(cls)}
         return _construct(cls, {**known, **self.grower_options})
 
@@ -75,23 +93,25 @@ def parse(config: Any) -> Speculation | None:
     if method not in DRAFTERS:
         raise unknown_name("method", method, [*DRAFTERS, PLAIN])
     drafter = DRAFTERS[method]
-    tree, grower = _choose_tree(method, drafter, config.get("tree"))
-    allowed = [*_COMMON, *drafter.options, *(_option_names(grower.grower) if grower else [])]
-    what = f"method {method!r}" + (f" and tree {tree!r}" if tree else "")
+    nodes = config.get("num_speculative_tokens")
+    tree, grower = _named_tree(method, drafter, config.get("tree"))
+    policy = grower.grower if grower else Options if tree == AUTO else None
+    allowed = [*_COMMON, *drafter.options, *(_option_names(policy) if policy else [])]
+    what = f"method {method!r}" + (f" and tree {tree!r}" if grower else "")
     for key in config:
         if key not in allowed:
             raise unknown_name(f"key of speculative_config for {what}:", key, allowed)
     drafter_options = {key: config[key] for key in drafter.options if key in config}
     _check_types(get_type_hints(drafter.load().__init__), drafter_options)
-    grower_options = {key: value for key, value in config.items() if grower and key in _option_names(grower.grower)}
-    if grower:
-        _construct(grower.grower, grower_options)  # says now what is wrong with them
+    grower_options = {key: value for key, value in config.items() if policy and key in _option_names(policy)}
+    if policy:
+        _construct(policy, grower_options)  # says now what is wrong with them
     _check_depth({**drafter_options, **grower_options})
     return Speculation(
         drafter=method,
         tree=tree,
-        rule_name=_choose_rule(method, drafter, tree, grower, config.get("rule")),
-        budget=_budget(config.get("num_speculative_tokens")),
+        rule_name=_named_rule(method, drafter, tree, grower, config.get("rule")),
+        budget=None if nodes in (None, AUTO) else _budget(nodes),
         model=config.get("model"),
         drafter_options=drafter_options,
         grower_options=grower_options,
@@ -110,26 +130,27 @@ def _check_unused(config: Mapping[str, Any]) -> None:
             raise unknown_name(key, value, tables[key])
 
 
-def _choose_tree(method: str, drafter: DrafterRow, tree: str | None) -> tuple[str | None, GrowerRow | None]:
+def _named_tree(method: str, drafter: DrafterRow, tree: str | None) -> tuple[str | None, GrowerRow | None]:
     fitting = [name for name, row in GROWERS.items() if row.needs == drafter.gives]
-    if tree is not None and tree not in GROWERS:
-        raise unknown_name("tree", tree, fitting or GROWERS)
-    if tree is not None and tree not in fitting:
+    if tree in (None, AUTO):
+        return (AUTO, None) if fitting else (None, None)
+    if tree not in GROWERS:
+        raise unknown_name("tree", tree, [*(fitting or GROWERS), AUTO])
+    if tree not in fitting:
         can = f"it can grow {', '.join(fitting)}" if fitting else "it makes its own tree: leave 'tree' out"
         raise ValueError(f"method {method!r} cannot grow tree {tree!r}; {can}")
-    if not fitting:
-        return None, None
-    tree = tree or DEFAULT_TREE
     return tree, GROWERS[tree]
 
 
-def _choose_rule(method: str, drafter: DrafterRow, tree: str | None, grower: GrowerRow | None, rule: str | None) -> str:
-    """The named rule, or the best exact one for how the tree is drawn."""
-    fitting = fitting_rules(grower or drafter)
+def _named_rule(method: str, drafter: DrafterRow, tree: str | None, grower: GrowerRow | None, rule: str | None) -> str | None:
+    """The named rule, or the best exact one for how the tree is drawn; None where the tree is not known yet."""
+    fitting = fitting_rules(grower or drafter) if tree != AUTO else list(RULES)
+    if rule is not None and rule not in RULES:
+        raise unknown_name("rule", rule, fitting)
+    if tree == AUTO:
+        return rule
     if rule is None:
         return grower.rule if grower else "deterministic"
-    if rule not in RULES:
-        raise unknown_name("rule", rule, fitting)
     if rule not in fitting:
         what = f"tree {tree!r}" if tree else f"the tree of method {method!r}"
         named = [f"{name} (lossy)" if RULES[name].guarantee.startswith("lossy") else name for name in fitting]
@@ -150,10 +171,8 @@ def fits(rule: RuleRow, drawn: Drawn, chains_only: bool) -> bool:
 
 
 def _budget(nodes: Any) -> Budget:
-    if nodes is None:
-        nodes = DEFAULT_NODES
     if isinstance(nodes, bool) or not isinstance(nodes, int):
-        raise TypeError(f"num_speculative_tokens must be a whole number, got {nodes!r}")
+        raise TypeError(f"num_speculative_tokens must be a whole number or {AUTO!r}, got {nodes!r}")
     if not 1 <= nodes <= MAX_NODES:
         raise ValueError(
             f"num_speculative_tokens (--budget) must be between 1 and {MAX_NODES}, got {nodes}. "

@@ -102,7 +102,7 @@ def _contender(
     name: str, plain: LLM, choice: BenchChoice, warm_up: Sequence[list[int]], sampling: SamplingParams, stack: ExitStack
 ) -> Contender:
     if name not in PEERS:
-        return Ours(name, plain if name == PLAIN else plain.with_speculation(parse_method(name, choice.draft_model)))
+        return Ours(name, plain if name == PLAIN else plain.with_speculation(parse_method(name, choice.draft_model)), sampling)
     bundled = choice.model is None
     peer = Peer(
         name,

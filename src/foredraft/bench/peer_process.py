@@ -28,11 +28,10 @@ class Transformers:
         from transformers import AutoModelForCausalLM
 
         self._torch, self._device = torch, device
-        load = {"dtype": getattr(torch, dtype), "local_files_only": True}
-        self._model = AutoModelForCausalLM.from_pretrained(model, **load).to(device).eval()
-        self._assistant = None
-        if draft_model:
-            self._assistant = AutoModelForCausalLM.from_pretrained(draft_model, **load).to(device).eval()
+        load: dict[str, Any] = {"dtype": getattr(torch, dtype), "local_files_only": True}
+        auto: Any = AutoModelForCausalLM
+        self._model = auto.from_pretrained(model, **load).to(device).eval()
+        self._assistant = auto.from_pretrained(draft_model, **load).to(device).eval() if draft_model else None
 
     @property
     def settings(self) -> list[dict[str, Any]]:
@@ -77,7 +76,7 @@ class VLLM:
     """vLLM's offline `LLM`."""
 
     def __init__(self, model: str, draft_model: str | None, dtype: str, device: str, max_len: int):
-        import vllm
+        import vllm  # pyright: ignore[reportMissingImports]
 
         self._vllm = vllm
         self._llm = vllm.LLM(model, dtype=dtype, max_model_len=max_len, enable_prefix_caching=False, disable_log_stats=True)

@@ -121,11 +121,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("plots need matplotlib: pip install 'foredraft[plot]'") from None
-    figure = Figure(figsize=(11, 0.4 * len(rows) + 1.6), layout="constrained")
+    figure = new_figure(11, 0.4 * len(rows) + 1.6)
     left, right = figure.subplots(1, 2, sharey=True)
     names = [row["name"] for row in rows]
     values = np.array([row["speedup"] for row in rows])
@@ -137,6 +133,19 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     _plot_split(right, rows, names)
     figure.suptitle(title)
     figure.savefig(path)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure, in inches.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("plots need matplotlib: pip install 'foredraft[plot]'") from None
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _plot_split(axes: Any, rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:

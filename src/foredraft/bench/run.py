@@ -78,15 +78,9 @@ def parse_method(text: str, draft_model: str | None) -> dict[str, Any]:
 class Ours:
     """A method of this package, on weights that all methods share."""
 
-    def __init__(self, name: str, llm: LLM):
+    def __init__(self, name: str, llm: LLM, sampling: SamplingParams):
         self.name, self._llm = name, llm
-        one = llm.speculation
-        self.setting: dict[str, Any] = {
-            "method": one.drafter if one else PLAIN,
-            "tree": one.tree if one else None,
-            "budget": one.budget.nodes if one else None,
-            "rule": one.rule_name if one else None,
-        }
+        self.setting = llm.drafting(sampling)
 
     def run(self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]) -> Outcome:
         """See `Contender`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from foredraft.grow.base import ByTemperature as ByTemperature
 from foredraft.grow.base import Options
 from foredraft.grow.chain import Branching, Chain
 from foredraft.grow.dyspec import DySpec, DySpecThreshold

@@ -232,3 +232,24 @@ def pack(trees: Sequence[Sapling], draft_probs: Float[Tensor, "r v"]) -> TreeBat
         offsets=np.asarray(offsets, np.int64),
         draft_probs=draft_probs,
     )
+
+
+@dataclass(frozen=True)
+class ByTemperature:
+    """One policy for greedy requests and one for sampled ones."""
+
+    greedy: Options
+    sampled: Options
+
+    def grow(
+        self,
+        drafter: Expander,
+        states: Sequence[Any],
+        roots: Sequence[int],
+        budgets: Sequence[Budget],
+        sampling: Sequence[SamplingParams],
+        draws: Sequence[Draws],
+    ) -> TreeBatch:
+        """See `foredraft.protocols.Grower`."""
+        growers = [self.sampled if one.temperature > 0 else self.greedy for one in sampling]
+        return grow_batch(growers, drafter, states, roots, budgets, sampling, draws)

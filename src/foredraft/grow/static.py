@@ -81,7 +81,7 @@ class Sequoia(Options):
         if not vectors:
             raise ValueError(
                 "tree 'sequoia' needs a measured acceptance vector by sibling rank: give it as the config key 'acceptance' "
-                "(for instance [0.6, 0.15, 0.07]), or use a drafter directory that holds an acceptance.json"
+                "(for instance [0.6, 0.15, 0.07]), or measure it with `foredraft calibrate`"
             )
         vector = vectors.get("sampled" if tree.sampled else "greedy") or next(iter(vectors.values()))
         costs = None

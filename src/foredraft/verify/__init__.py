@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from foredraft.protocols import AcceptanceRule
-from foredraft.tree import Drawn
+from foredraft.draws import Draws
+from foredraft.protocols import AcceptanceRule, Verdict
+from foredraft.sampling import TargetLaw
+from foredraft.tree import DraftTree, Drawn
 from foredraft.verify.block import block
 from foredraft.verify.chain import chain
 from foredraft.verify.kseq import kseq
@@ -56,3 +58,12 @@ RULES: dict[str, RuleRow] = {
         "Medusa (arXiv 2401.10774), section 2.3.1, typical acceptance",
     ),
 }
+
+
+def for_sampled(rule: AcceptanceRule) -> AcceptanceRule:
+    """`rule` for trees in which anything was sampled, `multiround`, which is exact for every tree, for all others."""
+
+    def choose(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
+        return (rule if tree.drawn.any() else multiround)(tree, target_law, draws)
+
+    return choose

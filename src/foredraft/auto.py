@@ -1,0 +1,317 @@
+"""The choice of tree, size and depth from what was measured: tokens a step, and seconds a step on this machine.
+
+Tokens a step come from ``calibration.json`` in the drafter's directory (or from the user's cache), measured on training text
+by `foredraft calibrate`; without one, from a typical acceptance by sibling rank. Seconds a step are measured once on the
+machine at hand, by running real steps, and kept in the user's cache. The choice is made once an engine, separately for greedy
+and for sampled requests, and never looks at the requests in flight, so that an output does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, prod
+from pathlib import Path
+from statistics import geometric_mean, median
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+
+import foredraft
+from foredraft.decode import Continuation, autoregressive, speculative
+from foredraft.draws import Draws
+from foredraft.grow.budget import best_paths
+from foredraft.grow.static import TYPICAL_ACCEPTANCE
+from foredraft.protocols import AcceptanceRule, Budget, Drafter, Target
+from foredraft.sampling import SamplingParams
+from foredraft.speculation import AUTO, MAX_DEPTH, Speculation
+from foredraft.text import TextStream
+from foredraft.tree import TreeBatch
+
+SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Numbers of nodes worth trying: each costs noticeably more than the one before."""
+
+SAMPLE_TEXT = (
+    "Once upon a time there was a baker in a small town by the sea. Every morning he got up at four, lit the oven and made "
+    "forty loaves of bread. One day a stranger came into the shop and asked for something that the baker had never heard of."
+)
+"""Steps are timed on the continuation of this text."""
+
+_log = logging.getLogger("foredraft")
+
+_WARM_STEPS, _TIMED_STEPS = 2, 7
+"""The first step runs the prompt through the drafter, and the second is still cold."""
+
+_TRIED_TREES, _TYPICAL_SIZE = 3, 8
+"""Only the trees of most tokens a step at a typical size are timed."""
+
+_WORSE = 0.92
+"""Growing a tree further is given up once the predicted speed fell to this share of the best."""
+
+
+class Candidate(NamedTuple):
+    """One way to draft: a tree (None where the drafter makes its own) and its largest number of nodes."""
+
+    tree: str | None
+    nodes: int
+
+
+class Choice(NamedTuple):
+    """What was chosen, and why.
+
+    Attributes:
+        tree, nodes: nodes are 0 where plain decoding is faster than every candidate.
+        tokens_per_step: of the candidate.
+        slowdown: a step's time in steps of plain decoding, measured on this machine: the geometric mean over one request and
+            as many as the engine takes.
+        speedup: the quotient of the two: what is predicted against plain decoding.
+    """
+
+    tree: str | None
+    nodes: int
+    tokens_per_step: float
+    slowdown: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Chooses for one engine; see the module's text.
+
+    Attributes:
+        build: gives the drafter that grows a tree.
+        measured: kind of request -> tree -> number of nodes -> tokens a step.
+        prompt: whose continuation is timed.
+    """
+
+    target: Target
+    speculation: Speculation
+    build: Callable[[str | None], Drafter]
+    measured: Mapping[str, Any]
+    max_num_seqs: int
+    prompt: Sequence[int]
+
+    def choose(self) -> dict[str, Choice]:
+        """The choice for ``greedy`` and for ``sampled`` requests."""
+        facts = [self._facts(), self.measured, self.speculation, self.max_num_seqs]
+        found = recalled("choice", facts, lambda: {kind: self._choose(kind) for kind in ("greedy", "sampled")})
+        choices = {kind: Choice(*one) for kind, one in found.items()}
+        if not any(one.nodes for one in choices.values()):
+            _log.warning("drafting does not pay with method %r on this machine: decoding is plain", self.speculation.drafter)
+        return choices
+
+    def _facts(self) -> dict[str, Any]:
+        """What the times hang on."""
+        config = getattr(self.target.config, "to_dict", dict)()
+        device = getattr(self.target, "device", "cpu")
+        return {
+            "target": [config.get(key) for key in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")],
+            "dtype": str(getattr(self.target, "dtype", None)),
+            "device": str(device),
+            "machine": [platform.node(), platform.machine(), os.cpu_count(), torch.get_num_threads()],
+            "versions": [torch.__version__, foredraft.__version__],
+        }
+
+    def _choose(self, kind: str) -> Choice:
+        sampling = SamplingParams(temperature=0.0 if kind == "greedy" else 1.0)
+        batches = sorted({1, self.max_num_seqs})
+        plain = [step_seconds(self.target, None, None, 0, self.prompt, sampling, count) for count in batches]
+        drafters = {tree: self.build(tree) for tree in self._trees(kind)}
+
+        def slowdown(candidate: Candidate) -> float:
+            drafter = drafters[candidate.tree] if candidate.tree else Full()
+            rule = self.speculation.rule_for(candidate.tree)
+            steps = [
+                step_seconds(self.target, drafter, rule, candidate.nodes, self.prompt, sampling, count) for count in batches
+            ]
+            return geometric_mean(step / alone for step, alone in zip(steps, plain, strict=True))
+
+        sizes = [self.speculation.budget.nodes] if self.speculation.budget else SIZES
+        return choose(
+            drafters,
+            sizes,
+            lambda candidate: tokens_per_step(self.measured.get(kind), candidate),
+            slowdown,
+            fallback=self.speculation.budget is None,
+        )
+
+    def _trees(self, kind: str) -> list[str | None]:
+        """The trees worth timing: of those that can be grown the one or two that draft most."""
+        trees = [tree for tree in self.speculation.trees if tree != "sequoia" or self.measured]
+        if self.speculation.tree != AUTO:
+            return self.speculation.trees
+        curves = self.measured.get(kind) or {}
+        known = [tree for tree in trees if tree in curves]
+        best = sorted(known, key=lambda tree: -(tokens_per_step(curves, Candidate(tree, _TYPICAL_SIZE)) or 0))[:_TRIED_TREES]
+        return best or ["opt" if kind == "greedy" else "chain"]
+
+
+class Full:
+    """Drafts a chain of any token, as long as it may be: what a step of a drafter without weights costs that found a match."""
+
+    feature_layers: Sequence[int] = ()
+
+    def start(self, tokens: Sequence[int], features: Any) -> list[int]:
+        """The state is the last token."""
+        return [tokens[-1]]
+
+    def propose(self, states: Sequence[list[int]], budgets: Sequence[Budget], sampling: Any, draws: Any) -> TreeBatch:
+        """Chains of the last token."""
+        return TreeBatch.chains([state * (1 + min(budget)) for state, budget in zip(states, budgets, strict=True)])
+
+    def observe(self, state: list[int], tokens: Sequence[int], features: Any, path: Sequence[int]) -> None:
+        """Follows the last token."""
+        state[0] = tokens[-1]
+
+    def finish(self, state: list[int]) -> None:
+        """Nothing is held."""
+
+
+def step_seconds(
+    target: Target,
+    drafter: Drafter | None,
+    rule: AcceptanceRule | None,
+    nodes: int,
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    num_seqs: int,
+) -> float:
+    """Median seconds of a step with `num_seqs` requests of one prompt; plain decoding without a drafter."""
+    pool = target.new_pool(num_seqs, target.max_len)
+    run = [
+        Continuation(list(prompt), len(prompt), target.max_len, sampling, Draws(b), TextStream(None)) for b in range(num_seqs)
+    ]
+    if drafter is None:
+        steps = autoregressive(target, pool, run)
+    else:
+        assert rule is not None
+        steps = speculative(target, pool, run, drafter, rule, Budget(nodes, min(nodes, MAX_DEPTH)))
+    times, began = [], perf_counter()
+    for number, _ in enumerate(steps):
+        now = perf_counter()
+        if number >= _WARM_STEPS:
+            times.append(now - began)
+        if len(times) == _TIMED_STEPS:
+            break
+        began = perf_counter()
+    steps.close()
+    for one in run:
+        if drafter is not None and one.draft_state is not None:
+            drafter.finish(one.draft_state)
+    return median(times) if times else inf
+
+
+def choose(
+    trees: Iterable[str | None],
+    sizes: Sequence[int],
+    tokens_per_step: Callable[[Candidate], float | None],
+    slowdown: Callable[[Candidate], float],
+    *,
+    fallback: bool,
+) -> Choice:
+    """The candidate of most tokens a second; plain decoding if none beats it and `fallback`.
+
+    `slowdown` is a step's time in plain steps.
+
+    Sizes of a tree are tried upwards until they no longer pay, so that few steps have to be measured.
+    """
+    trees = list(trees)
+    best = Choice(trees[0], 0, 1.0, 1.0, 1.0 if fallback else 0.0)
+    for tree in trees:
+        top = 0.0
+        for nodes in sizes:
+            candidate = Candidate(tree, nodes)
+            tokens = tokens_per_step(candidate)
+            if tokens is None:
+                continue
+            cost = slowdown(candidate)
+            speedup = tokens / cost
+            if speedup > best.speedup:
+                best = Choice(tree, nodes, tokens, cost, speedup)
+            if speedup < _WORSE * top:
+                break
+            top = max(top, speedup)
+    return best
+
+
+def tokens_per_step(measured: Mapping[str, Mapping[str, float]] | None, candidate: Candidate) -> float | None:
+    """Tokens a step of a candidate: measured (interpolated between the sizes that were), or for a typical drafter.
+
+    Args:
+        measured: tree -> number of nodes (as a string, from JSON) -> tokens a step; ``own`` is a drafter's own tree.
+
+    Returns:
+        None if other trees were measured but not this one.
+    """
+    if not measured:
+        paths = best_paths(TYPICAL_ACCEPTANCE, Budget(candidate.nodes, candidate.nodes))
+        return 1 + sum(prod(TYPICAL_ACCEPTANCE[rank] for rank in path) for path in paths)
+    curve = measured.get(candidate.tree or "own")
+    if not curve:
+        return None
+    points = sorted((int(nodes), tokens) for nodes, tokens in curve.items())
+    below = max((one for one in points if one[0] <= candidate.nodes), default=points[0])
+    above = min((one for one in points if one[0] >= candidate.nodes), default=points[-1])
+    if above[0] == below[0]:
+        return below[1]
+    share = (candidate.nodes - below[0]) / (above[0] - below[0])
+    return below[1] + share * (above[1] - below[1])
+
+
+def calibration_file(model: Any, target: Target, drafter: str) -> Path:
+    """Where the calibration of a drafter is kept: in its directory, else in the user's cache, by target."""
+    if isinstance(model, str | Path) and Path(model).is_dir():
+        return Path(model) / "calibration.json"
+    config = getattr(target.config, "to_dict", dict)()
+    key = hashlib.sha256(json.dumps([config, str(model)], sort_keys=True, default=str).encode()).hexdigest()[:20]
+    return cache_folder() / f"calibration-{drafter}-{key}.json"
+
+
+def read_calibration(model: Any, target: Target, drafter: str) -> dict[str, Any]:
+    """What `foredraft calibrate` found out about a drafter; nothing if it was not asked.
+
+    Raises:
+        ValueError: the file is not valid JSON.
+    """
+    path = calibration_file(model, target, drafter)
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): measure it again or delete it") from None
+
+
+def cache_folder() -> Path:
+    """Where measurements are kept: ``$FOREDRAFT_CACHE``, else ``foredraft`` in the user's cache folder."""
+    given = os.environ.get("FOREDRAFT_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foredraft"
+
+
+def recalled(kind: str, facts: Any, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was measured before under equal `facts`; else what `measure` gives, kept for the next time.
+
+    A cache that cannot be read or written is as good as none.
+    """
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
+    file = cache_folder() / f"{kind}-{key}.json"
+    try:
+        return json.loads(file.read_text())["found"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = measure()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps({"facts": facts, "found": found}, default=str, indent=1))
+        part.replace(file)
+    except OSError:
+        pass
+    return found

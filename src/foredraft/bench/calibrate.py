@@ -1,0 +1,267 @@
+"""``foredraft calibrate``: what a drafter's tokens are worth, on training text, and what a step costs on this machine.
+
+Acceptance by sibling rank (and by depth) and tokens a step of every tree and size do not depend on the machine: they are
+written to ``calibration.json`` in the drafter's directory, or to the user's cache where the drafter has none. Costs are
+measured anew on every machine and kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from foredraft.auto import SAMPLE_TEXT, calibration_file
+from foredraft.bench import tasks
+from foredraft.bench.report import new_figure
+from foredraft.cache import prefill
+from foredraft.drafters import DRAFTERS
+from foredraft.draws import Draws
+from foredraft.grow import GROWERS
+from foredraft.grow.base import GREEDY_DRAFT_TEMPERATURE
+from foredraft.llm import BUNDLED, LLM
+from foredraft.progress import progress_bar
+from foredraft.protocols import Target
+from foredraft.sampling import SamplingParams, TargetLaw, warp
+from foredraft.tree import DraftTree, Drawn, TreeBatch
+from foredraft.verify import RULES
+
+PROMPTS = BUNDLED / "calibration.jsonl"
+"""Prompts of training sets, so that whatever is tuned on them is not tuned on what is reported."""
+
+RANKS = 32
+DEPTHS = 8
+SIZES = (2, 4, 8, 16, 32, 64)
+_GAIN = 1.01
+TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}
+COST_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class CalibrateChoice:
+    """What the command line said; see ``foredraft calibrate --help``."""
+
+    model: str | None = None
+    method: str = "lm"
+    draft_model: str | None = None
+    prompts: Path = PROMPTS
+    limit: int | None = None
+    max_tokens: int = 64
+    dtype: str = "auto"
+    device: str | None = None
+
+
+def calibrate(choice: CalibrateChoice) -> tuple[Path, dict[str, Any]]:
+    """Measures acceptance and tokens a step, and writes them. Returns where, and what.
+
+    Raises:
+        ValueError: the model, the drafter or the prompts cannot be read.
+    """
+    config: dict[str, Any] = {"method": choice.method} | ({"model": choice.draft_model} if choice.draft_model else {})
+    read = tasks.read_prompts(choice.prompts, choice.limit)
+    plain = LLM(choice.model, {"method": "ar"}, dtype=choice.dtype, device=choice.device, max_num_seqs=8)
+    drafting = plain.with_speculation({**config, "num_speculative_tokens": 1})
+    prompts = [ids for ids in tasks.encode(plain, read, raw=False) if len(ids) + choice.max_tokens <= plain.max_model_len]
+    found: dict[str, Any] = {"prompts": choice.prompts.name, "num_prompts": len(prompts), "max_tokens": choice.max_tokens}
+    model = getattr(drafting.engine.drafter, "model", None)
+    file = calibration_file(drafting.draft_source, plain.target, choice.method)
+    if model is not None:
+        found["acceptance_by_depth"] = {
+            kind: by_depth(accepted_ranks(plain, model, prompts, temperature, choice.max_tokens))
+            for kind, temperature in TEMPERATURES.items()
+        }
+        found["acceptance"] = {kind: rows[0] for kind, rows in found["acceptance_by_depth"].items()}
+        write(file, found)  # the trees of sequoia need it
+    found["tokens_per_step"] = tokens_per_step(plain, config, prompts, choice.max_tokens)
+    write(file, found)
+    return file, found
+
+
+def write(file: Path, found: dict[str, Any]) -> None:
+    """Writes a calibration.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found, indent=1) + "\n")
+    except OSError as error:
+        raise ValueError(f"cannot write {str(file)!r} ({error.strerror}): copy the drafter to a folder of your own") from None
+
+
+def tokens_per_step(plain: LLM, config: dict[str, Any], prompts: Sequence[list[int]], max_tokens: int) -> dict[str, Any]:
+    """Kind of request -> tree -> number of nodes -> acceptance length, by decoding with each."""
+    trees = [name for name, row in GROWERS.items() if row.needs == DRAFTERS[config["method"]].gives] or [None]
+    plan = [(kind, tree) for kind in TEMPERATURES for tree in trees]
+    found: dict[str, Any] = {kind: {} for kind in TEMPERATURES}
+    with progress_bar("tokens a step", len(plan)) as advance:
+        for kind, tree in plan:
+            curve: dict[str, float] = {}
+            for nodes in SIZES:
+                llm = plain.with_speculation({**config, "num_speculative_tokens": nodes} | ({"tree": tree} if tree else {}))
+                curve[str(nodes)] = acceptance_length(llm, prompts, TEMPERATURES[kind], max_tokens)
+                if len(curve) > 1 and curve[str(nodes)] < _GAIN * curve[str(nodes // 2)]:
+                    break  # larger trees of this kind gain nothing
+            found[kind][tree or "own"] = curve
+            advance(1)
+    return found
+
+
+def acceptance_length(llm: LLM, prompts: Sequence[list[int]], temperature: float, max_tokens: int) -> float:
+    """Tokens a step over all prompts."""
+    metrics = [
+        one.metrics for one in llm.generate(list(prompts), SamplingParams(temperature=temperature, max_tokens=max_tokens))
+    ]
+    return round(1 + sum(one.num_accepted_tokens for one in metrics) / sum(one.num_steps for one in metrics), 4)
+
+
+def accepted_ranks(
+    plain: LLM, drafter: Target, prompts: Sequence[list[int]], temperature: float, max_tokens: int
+) -> list[list[int]]:
+    """For every position of the target's own continuations, the rank of the child that is accepted there; -1 for none."""
+    sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
+    found = []
+    with progress_bar(f"acceptance, temperature {temperature:g}", len(prompts)) as advance:
+        for number, result in enumerate(plain.generate(list(prompts), sampling)):
+            ids = result.prompt_token_ids + result.outputs[0].token_ids
+            target_logits, draft_logits = (all_logits(model, ids[:-1]) for model in (plain.target, drafter))
+            places = range(len(result.prompt_token_ids) - 1, len(ids) - 1)
+            draws = [Draws(number).at(place) for place in places]
+            rows = zip(target_logits[places.start :], draft_logits[places.start :], draws, strict=True)
+            found.append([accepted_rank(target, draft, sampling, draw) for target, draft, draw in rows])
+            advance(1)
+    return found
+
+
+def by_depth(ranks: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Share of each rank at depth 1, 2, ...: depth d counts the positions before which d - 1 were accepted in a row."""
+    rows = []
+    for depth in range(DEPTHS):
+        at = [text[i] for text in ranks for i in range(depth, len(text)) if all(rank >= 0 for rank in text[i - depth : i])]
+        counts = np.bincount([rank for rank in at if rank >= 0], minlength=RANKS)
+        rows.append([round(float(count) / max(len(at), 1), 5) for count in counts])
+    return rows
+
+
+def all_logits(model: Target, token_ids: list[int]) -> Float[Tensor, "n v"]:
+    """Logits after every token of a text."""
+    pool = model.new_pool(1, len(token_ids))
+    [chunks] = prefill(model, pool, [pool.allocate()], [token_ids], scored=True)
+    return torch.cat(chunks).float()
+
+
+def accepted_rank(target: Float[Tensor, " v"], draft: Float[Tensor, " w"], sampling: SamplingParams, draws: Draws) -> int:
+    """Which of `RANKS` children of one node the multi-round rule accepts; -1 for none.
+
+    Source: Sequoia (arXiv 2402.12374), section 4.1, the acceptance vector.
+    """
+    law = warp(draft[None, : len(target)], SamplingParams(temperature=sampling.temperature or GREEDY_DRAFT_TEMPERATURE))
+    if sampling.temperature:
+        tokens, drawn = draws.order(law[0], ("draft", (), 0), RANKS), Drawn.WITHOUT_REPLACEMENT
+    else:
+        tokens, drawn = law[0].topk(min(RANKS, law.shape[1])).indices.tolist(), Drawn.DETERMINISTIC
+    size = len(tokens) + 1
+    row = np.full(size, -1)
+    row[0] = 0 if drawn else -1
+    tree = DraftTree(np.array([0, *tokens]), np.array([-1] + [0] * len(tokens)), np.full(size, int(drawn)), row, law)
+    path = RULES["multiround"].rule(tree, TargetLaw(target.expand(size, -1), sampling), draws).path
+    return path[0] - 1 if path else -1
+
+
+def cost_curve(target: Target, prompt: Sequence[int], sizes: Sequence[int] = COST_SIZES) -> dict[str, float]:
+    """Seconds of a forward against the number of nodes of its tree, behind a prompt."""
+    pool = target.new_pool(1, target.max_len)
+    cache = pool.allocate()
+    prefill(target, pool, [cache], [list(prompt)])
+    return {str(size): _seconds(target, cache, list(_star(prompt[-1], size))) for size in sizes}
+
+
+def _star(token: int, size: int) -> Iterator[tuple[int, int]]:
+    """A tree of `size` nodes, (token, parent): a chain and its leaves."""
+    for node in range(size):
+        yield token, -1 if node == 0 else (node - 1) // 2
+
+
+def _seconds(target: Target, cache: Any, nodes: Sequence[tuple[int, int]], repeats: int = 9) -> float:
+    tokens, parents = zip(*nodes, strict=True)
+    batch, times = TreeBatch.chains([tokens], [parents]), []
+    for _ in range(repeats):
+        began = perf_counter()
+        target.forward(batch, [cache])
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(perf_counter() - began)
+    return median(times[2:])
+
+
+def sample_prompt(llm: LLM) -> list[int]:
+    """A prompt to time forwards behind."""
+    return list(llm.tokenizer(SAMPLE_TEXT)["input_ids"]) if llm.tokenizer is not None else list(range(1, 33))
+
+
+def command(choice: CalibrateChoice, *, plot: Path | None, as_json: bool) -> int:
+    """Runs ``foredraft calibrate``; returns the exit code."""
+    file, found = calibrate(choice)
+    llm = LLM(
+        choice.model,
+        {"method": choice.method} | ({"model": choice.draft_model} if choice.draft_model else {}),
+        dtype=choice.dtype,
+        device=choice.device,
+        max_num_seqs=1,
+    )
+    models = {"target": llm.target, "drafter": getattr(llm.engine.drafter, "model", None)}
+    costs = {name: cost_curve(model, sample_prompt(llm)) for name, model in models.items() if model is not None}
+    chosen = {kind: llm.drafting(SamplingParams(temperature=t)) for kind, t in TEMPERATURES.items()}
+    if as_json:
+        print(json.dumps({**found, "seconds": costs, "chosen": chosen, "file": str(file)}))
+    else:
+        _show(found, costs, chosen)
+        Console(highlight=False, soft_wrap=True).print(f"acceptance and tokens a step are in {file}")
+    if plot is not None:
+        _plot(found, costs, plot)
+    return 0
+
+
+def _show(found: dict[str, Any], costs: dict[str, Any], chosen: dict[str, Any]) -> None:
+    out = Console(highlight=False, soft_wrap=True)
+    for kind, curves in found["tokens_per_step"].items():
+        table = Table("tree", *(f"{size} nodes" for size in SIZES), title=f"tokens a step, {kind}", box=SIMPLE)
+        for tree, curve in curves.items():
+            table.add_row(tree, *(f"{curve[str(size)]:.2f}" if str(size) in curve else "" for size in SIZES))
+        out.print(table)
+    table = Table("model", *(f"{size}" for size in COST_SIZES), title="milliseconds of a forward of so many tokens", box=SIMPLE)
+    for name, curve in costs.items():
+        table.add_row(name, *(f"{1000 * seconds:.2f}" for seconds in curve.values()))
+    out.print(table)
+    for kind, one in chosen.items():
+        what = (
+            f"{one['tree'] or one['method']}, {one['budget']} nodes, rule {one['rule']}" if one["budget"] else "plain decoding"
+        )
+        out.print(f"chosen for {kind} requests, one at a time: {what}")
+
+
+def _plot(found: dict[str, Any], costs: dict[str, Any], path: Path) -> None:
+    figure = new_figure(11, 4)
+    left, right = figure.subplots(1, 2)
+    for kind, rows in found.get("acceptance", {}).items():
+        left.plot(range(1, len(rows) + 1), rows, label=kind)
+    left.set(xlabel="sibling rank", ylabel="probability that it is the accepted one", yscale="log")
+    for name, curve in costs.items():
+        right.plot([int(size) for size in curve], [1000 * seconds for seconds in curve.values()], marker="o", label=name)
+    right.set(xlabel="tokens in a forward", ylabel="milliseconds", xscale="log", yscale="log")
+    left.legend()
+    right.legend()
+    figure.savefig(path)

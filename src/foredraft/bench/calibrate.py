@@ -254,7 +254,7 @@ def _show(found: dict[str, Any], costs: dict[str, Any], chosen: dict[str, Any]) 
 
 
 def _plot(found: dict[str, Any], costs: dict[str, Any], path: Path) -> None:
-    figure = new_figure(11, 4)
+    figure = new_figure(11.0, 4.0)
     left, right = figure.subplots(1, 2)
     for kind, rows in found.get("acceptance", {}).items():
         left.plot(range(1, len(rows) + 1), rows, label=kind)

@@ -70,13 +70,12 @@ def speedup(plain: Sequence[Outcome], outcomes: Sequence[Outcome]) -> tuple[floa
     """
     parts = np.array([[a.seconds, a.num_tokens, b.seconds, b.num_tokens] for a, b in zip(plain, outcomes, strict=True)])
     picks = np.random.default_rng(0).integers(len(parts), size=(_RESAMPLES, len(parts)))
-    ratios = _ratio(parts[picks].sum(axis=1))
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return float(_ratio(parts.sum(axis=0))), float(low), float(high)
+    low, high = np.quantile(_ratio(parts[picks].sum(axis=1)), [0.025, 0.975])
+    return float(_ratio(parts.sum(axis=0)[None])[0]), float(low), float(high)
 
 
-def _ratio(sums: Float[np.ndarray, "*n 4"]) -> Float[np.ndarray, "*n"]:
-    return (sums[..., 0] / sums[..., 1]) / (sums[..., 2] / sums[..., 3])
+def _ratio(sums: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:
+    return (sums[:, 0] / sums[:, 1]) / (sums[:, 2] / sums[:, 3])
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> Table:
@@ -121,7 +120,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    figure = new_figure(11, 0.4 * len(rows) + 1.6)
+    figure = new_figure(11.0, 0.4 * len(rows) + 1.6)
     left, right = figure.subplots(1, 2, sharey=True)
     names = [row["name"] for row in rows]
     values = np.array([row["speedup"] for row in rows])

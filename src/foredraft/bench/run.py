@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -43,6 +43,7 @@ class Outcome:
         return sum(map(len, self.token_ids))
 
 
+@runtime_checkable
 class Contender(Protocol):
     """Whatever can be measured."""
 

@@ -1,0 +1,127 @@
+"""The automatic choice: the fastest candidate by what was measured, the same output whatever it is."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from foredraft import LLM, SamplingParams, auto
+from foredraft.auto import Candidate, Choice, choose, recalled, tokens_per_step
+from foredraft.grow import GROWERS
+from foredraft.speculation import AUTO
+
+DATA = Path(__file__).parent / "data"
+PAIR = sorted(path.parent for path in DATA.glob("*/config.json"))
+PROMPTS = ["The cat sat on", "Once upon a time there was", "She said", "It was a dark night and the children"]
+
+
+def test_the_most_tokens_a_second_win() -> None:
+    tokens = {("a", 2): 1.5, ("a", 4): 2.0, ("a", 8): 2.2, ("b", 2): 1.8, ("b", 4): 2.1, ("b", 8): 2.6}
+    cost = {2: 1.1, 4: 1.2, 8: 1.9}
+    asked = []
+
+    def slowdown(candidate: Candidate) -> float:
+        asked.append(candidate)
+        return cost[candidate.nodes]
+
+    best = choose(["a", "b"], (2, 4, 8), lambda one: tokens[one.tree or "", one.nodes], slowdown, fallback=True)
+    assert best == Choice("b", 4, 2.1, 1.2, 2.1 / 1.2)
+    assert len(asked) == 6
+
+
+def test_sizes_are_given_up_once_they_cost_more_than_they_bring() -> None:
+    asked = []
+
+    def slowdown(candidate: Candidate) -> float:
+        asked.append(candidate.nodes)
+        return float(candidate.nodes)
+
+    choose(["a"], (1, 2, 4, 8, 16), lambda one: 1.5, slowdown, fallback=True)
+    assert asked == [1, 2]
+
+
+@pytest.mark.parametrize(("fallback", "nodes"), [(True, 0), (False, 4)])
+def test_plain_decoding_where_nothing_pays(fallback: bool, nodes: int) -> None:
+    best = choose(["a"], (4,), lambda one: 1.2, lambda one: 1.3, fallback=fallback)
+    assert best.nodes == nodes
+
+
+def test_a_tree_that_was_not_measured_is_left_out() -> None:
+    measured = {"a": {"2": 1.5, "4": 2.0}}
+    assert tokens_per_step(measured, Candidate("b", 2)) is None
+    assert [tokens_per_step(measured, Candidate("a", nodes)) for nodes in (1, 2, 3, 4, 9)] == [1.5, 1.5, 1.75, 2.0, 2.0]
+    assert tokens_per_step({"own": {"4": 1.7}}, Candidate(None, 4)) == 1.7
+    typical = [tokens_per_step(None, Candidate("x", nodes)) or 0 for nodes in (1, 2, 4, 8, 16)]
+    assert typical == sorted(typical)
+    assert typical[0] == pytest.approx(1.55)
+
+
+def test_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOREDRAFT_CACHE", str(tmp_path / "cache"))
+    calls: list[int] = []
+
+    def measure() -> dict[str, Any]:
+        calls.append(1)
+        return {"x": 1.5}
+
+    assert [recalled("kind", {"a": 1}, measure) for _ in range(3)] == [{"x": 1.5}] * 3
+    assert len(calls) == 1
+    recalled("kind", {"a": 2}, measure)
+    assert len(calls) == 2
+    for file in (tmp_path / "cache").iterdir():
+        file.write_text("{")
+    recalled("kind", {"a": 1}, measure)
+    assert len(calls) == 3
+    monkeypatch.setenv("FOREDRAFT_CACHE", "/proc/nothing/can/be/written/here")
+    assert recalled("kind", {"a": 1}, measure) == {"x": 1.5}
+
+
+def fixed(monkeypatch: pytest.MonkeyPatch, greedy: Choice, sampled: Choice) -> None:
+    """Stands in for the measurement."""
+    monkeypatch.setattr(auto.Chooser, "choose", lambda self: {"greedy": greedy, "sampled": sampled})
+
+
+TREES = [name for name in GROWERS if name != "sequoia"]
+
+
+@pytest.mark.parametrize("sampled", TREES)
+def test_a_batch_of_greedy_and_sampled_requests_is_each_alone(monkeypatch: pytest.MonkeyPatch, sampled: str) -> None:
+    greedy = TREES[(TREES.index(sampled) + 3) % len(TREES)]
+    fixed(monkeypatch, Choice(greedy, 3, 2.0, 1.0, 2.0), Choice(sampled, 5, 2.0, 1.0, 2.0))
+    llm = LLM(PAIR[0], {"model": str(PAIR[1])}, dtype="float64")
+    sampling = [SamplingParams(temperature=i % 2, seed=i, max_tokens=12) for i in range(4)]
+    together = llm.generate(PROMPTS, sampling)
+    alone = [llm.generate(prompt, one)[0] for prompt, one in zip(PROMPTS, sampling, strict=True)]
+    assert [one.outputs[0].token_ids for one in together] == [one.outputs[0].token_ids for one in alone]
+    most = [max(record.num_draft_tokens for record in one.outputs[0].records) for one in together]
+    assert most[0] <= 3 < max(most[1], most[3]) <= 5
+    plain = llm.with_speculation({"method": "ar"}).generate(PROMPTS[::2], sampling[::2])
+    assert [one.outputs[0].token_ids for one in together[::2]] == [one.outputs[0].token_ids for one in plain]
+    rules = [llm.drafting(one)["rule"] for one in sampling[:2]]
+    assert rules == [GROWERS[greedy].rule, GROWERS[sampled].rule]
+
+
+def test_plain_decoding_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(auto, "choose", lambda trees, *rest, **more: Choice(next(iter(trees)), 0, 1.0, 1.0, 1.0))
+    monkeypatch.setattr(auto, "recalled", lambda kind, facts, measure: measure())
+    with caplog.at_level(logging.WARNING, "foredraft"):
+        llm = LLM(PAIR[0], {"model": str(PAIR[1])}, dtype="float64")
+        llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=4))
+    assert [one.getMessage() for one in caplog.records] == [
+        "drafting does not pay with method 'lm' on this machine: decoding is plain"
+    ]
+    assert llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=4))[0].outputs[0].kinds == ["plain"] * 4
+
+
+@pytest.mark.parametrize("method", ["lm", "suffix"])
+def test_it_is_really_measured(method: str) -> None:
+    model = {"model": str(PAIR[1])} if method == "lm" else {}
+    llm = LLM(PAIR[0], {"method": method, "num_speculative_tokens": AUTO, **model}, max_num_seqs=2)
+    for kind, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        chosen = llm.drafting(SamplingParams(temperature=temperature))
+        assert chosen["budget"] == llm.choices[kind].nodes
+        assert 0 < llm.choices[kind].slowdown < 1000
+    assert llm.generate("The cat", SamplingParams(max_tokens=8, ignore_eos=True))[0].outputs[0].token_ids

@@ -1,0 +1,189 @@
+"""The ruler: prompts, methods, intervals, and a whole run on the small pair."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from foredraft.__main__ import main
+from foredraft.bench.calibrate import by_depth
+from foredraft.bench.report import speedup
+from foredraft.bench.run import Outcome, parse_method
+from foredraft.bench.tasks import is_looping, read_prompts
+
+DATA = Path(__file__).parent / "data"
+PAIR = sorted(path.parent for path in DATA.glob("*/config.json"))
+FIELDS = ["method", "tree", "budget", "rule", "temperature", "num_prompts", "num_tokens", "ms_per_token", "acceptance_length"]
+FIELDS += ["acceptance_rate", "joint_acceptance_rate", "speedup", "speedup_low", "speedup_high"]
+FIELDS += ["draft_s", "verify_s", "rule_s", "cache_s", "other_s"]
+
+
+@pytest.mark.parametrize(
+    ("text", "config"),
+    [
+        ("ar", {"method": "ar"}),
+        ("suffix", {"method": "suffix"}),
+        ("suffix::8", {"method": "suffix", "num_speculative_tokens": 8}),
+        ("lm:dyspec:16", {"method": "lm", "model": "D", "tree": "dyspec", "num_speculative_tokens": 16}),
+        ("lm:chain:4:block", {"method": "lm", "model": "D", "tree": "chain", "num_speculative_tokens": 4, "rule": "block"}),
+        ("lm:opt:auto", {"method": "lm", "model": "D", "tree": "opt", "num_speculative_tokens": "auto"}),
+    ],
+)
+def test_methods(text: str, config: dict[str, Any]) -> None:
+    assert parse_method(text, "D") == config
+
+
+@pytest.mark.parametrize("text", ["lm:chain:4:block:x", "lm:chain:four", ":chain"])
+def test_methods_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="method"):
+        parse_method(text, None)
+
+
+def test_prompts(tmp_path: Path) -> None:
+    rows = [{"prompt": "a"}, {"question": "b"}, {"turns": ["c", "d"]}, {"messages": [{"role": "user", "content": "e"}]}]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    assert read_prompts(file) == ["a", "b", "c", rows[3]["messages"]]
+    assert read_prompts(file, 2) == ["a", "c"]
+    (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
+    assert read_prompts(tmp_path / "prompts.txt", 9) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("", "is empty"), ("{", "not JSON"), ('{"x": 1}', "no prompt"), ("[]", "no prompt")]
+)
+def test_prompts_that_are_none(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        read_prompts(file)
+    with pytest.raises(ValueError, match="is not a file"):
+        read_prompts(tmp_path / "missing.jsonl")
+
+
+def test_loops() -> None:
+    assert not is_looping([])
+    assert not is_looping(list(range(100)))
+    assert is_looping(list(range(10)) * 10)
+
+
+def test_the_interval_holds_the_ratio() -> None:
+    """Of 200 runs with a true ratio of 2, 95 % of the intervals hold it; fewer than 170 have a chance below 1e-6."""
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(200):
+        plain = [Outcome(float(s), [[0] * 10]) for s in rng.gamma(50, 2 / 50, size=40)]
+        ours = [Outcome(float(s), [[0] * 10]) for s in rng.gamma(50, 1 / 50, size=40)]
+        ratio, low, high = speedup(plain, ours)
+        assert low <= ratio <= high
+        held += low <= 2 <= high
+    assert held >= 170
+
+
+def test_acceptance_by_depth() -> None:
+    rows = by_depth([[0, 0, 1, -1, 0], [-1, 2]])
+    assert rows[0][:3] == pytest.approx([3 / 7, 1 / 7, 1 / 7], abs=1e-5)
+    assert rows[1][:3] == pytest.approx([1 / 3, 1 / 3, 0], abs=1e-5)
+    assert rows[2][:3] == pytest.approx([0, 1 / 2, 0], abs=1e-5)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main([str(one) for one in arguments])
+    said = capsys.readouterr()
+    return int(ended.value.code or 0), said.out, said.err
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.txt"
+    file.write_text("The cat sat on the mat\nOnce upon a time there was a dog\nMy mother\n")
+    return file
+
+
+def test_a_run(capsys: pytest.CaptureFixture[str], prompts: Path, tmp_path: Path) -> None:
+    given = ["--model", PAIR[0], "--draft-model", PAIR[1], "--prompts", prompts, "--max-tokens", 8, "--dtype", "float32"]
+    methods = "lm:topk:4,suffix::3,lm:chain:2"
+    code, out, err = run(capsys, "bench", "--methods", methods, *given, "--json", "--output", tmp_path / "out", "--plot")
+    assert code == 0, err
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["name"] for row in rows] == ["ar", *methods.split(",")]
+    for row in rows:
+        assert set(FIELDS) <= row.keys()
+        assert (row["num_prompts"], row["temperature"]) == (3, 0.0)
+        assert row["num_tokens"] == rows[0]["num_tokens"]
+        assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
+        parts = sum(row[key] for key in ("draft_s", "verify_s", "rule_s", "cache_s", "other_s"))
+        assert parts == pytest.approx(row["ms_per_token"] * row["num_tokens"] / 1000, rel=0.01)
+    assert rows[0]["speedup"] == 1
+    assert rows[0]["acceptance_length"] == 1 < rows[1]["acceptance_length"]
+    assert [json.loads(line) for line in (tmp_path / "out" / "bench.jsonl").read_text().splitlines()] == rows
+    assert "<svg" in (tmp_path / "out" / "bench.svg").read_text()
+    code, out, _ = run(capsys, "bench", "--methods", "lm:opt:3", *given, "--batch-size", 2, "--temperature", 1)
+    assert code == 0
+    assert "lm:opt:3" in out
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--methods", "lm:dispec:4"], "Did you mean 'dyspec'?"),
+        (["--methods", "vllm"], "--vllm-python"),
+        (["--methods", "transformers-assisted", "--model", PAIR[0]], "--draft-model"),
+        (["--methods", "ar", "--prompts", "missing.txt"], "is not a file"),
+        (["--methods", "ar", "--top-p", 0], "top_p"),
+    ],
+)
+def test_bad_input(capsys: pytest.CaptureFixture[str], prompts: Path, given: list[Any], said: str) -> None:
+    given = given if "--prompts" in given else [*given, "--prompts", prompts]
+    code, out, err = run(capsys, "bench", *given)
+    assert (code, out) == (1, "")
+    assert said in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_peers(capsys: pytest.CaptureFixture[str], prompts: Path) -> None:
+    given = [
+        "--model",
+        PAIR[0],
+        "--draft-model",
+        PAIR[1],
+        "--prompts",
+        prompts,
+        "--max-tokens",
+        6,
+        "--dtype",
+        "float32",
+        "--json",
+    ]
+    code, out, _ = run(capsys, "bench", "--methods", "transformers,transformers-assisted", *given)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [row["num_tokens"] for row in rows] == [rows[0]["num_tokens"]] * 3
+    assert rows[1]["threads"] >= 1
+
+
+def test_calibrate(capsys: pytest.CaptureFixture[str], prompts: Path, tmp_path: Path) -> None:
+    drafter = tmp_path / "drafter"
+    drafter.mkdir()
+    for file in PAIR[1].iterdir():
+        (drafter / file.name).symlink_to(file)
+    given = ["--model", PAIR[0], "--draft-model", drafter, "--prompts", prompts, "--limit", 1, "--max-tokens", 4]
+    code, out, err = run(capsys, "calibrate", *given, "--json", "--plot", tmp_path / "plot.svg")
+    assert code == 0, err
+    found = json.loads(out)
+    kept = json.loads((drafter / "calibration.json").read_text())
+    assert kept == {key: found[key] for key in kept}
+    assert 0 <= sum(kept["acceptance"]["sampled"]) <= 1
+    assert all(
+        1 <= length <= 5
+        for curves in kept["tokens_per_step"].values()
+        for curve in curves.values()
+        for length in curve.values()
+    )
+    assert all(seconds > 0 for seconds in found["seconds"]["target"].values())
+    assert "<svg" in (tmp_path / "plot.svg").read_text()

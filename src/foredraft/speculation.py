@@ -126,7 +126,7 @@ def _check_unused(config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         if key not in known:
             raise unknown_name("key of speculative_config:", key, known)
-        if value is not None and value not in tables.get(key, [value]):
+        if value not in (None, AUTO) and value not in tables.get(key, [value]):
             raise unknown_name(key, value, tables[key])
 
 

@@ -383,6 +383,7 @@ LM = [*MODEL, "--draft-model", OTHER]
         ([STORY, *MODEL, "--method", "ar", "--tree", "dyspek"], "unknown tree 'dyspek'\nhint: Did you mean 'dyspec'?"),
         ([STORY, *LM, "--tree", "chain", "--rule", "deterministic"], "hint: rules that can be used with it: chain, multiround"),
         ([STORY, *MODEL, "--method", "suffix", "--rule", "chain"], "not exact for the tree of method 'suffix'"),
+        ([STORY, *LM, "--budget", "many"], "--budget must be a whole number or auto, got 'many'"),
         ([STORY, *LM, "--budget", -1], "between 1 and 1024, got -1\nhint: To draft nothing use method 'ar'"),
         ([STORY, *LM, "--speculative-config", "[1]"], "must be a JSON object"),
         ([STORY, *LM, "--speculative-config", '{"method": ["lm"]}'], "method must be a name, got ['lm']"),
@@ -405,7 +406,7 @@ def test_bad_input(run, arguments, said):
     [
         (["generate"], "Missing argument 'PROMPT'"),
         (["generate", STORY, "--metod", "lm"], "--method"),
-        (["generate", STORY, "--budget", "many"], "valid integer"),
+        (["generate", STORY, "--seed", "many"], "valid integer"),
         (["generate", STORY, "more"], "unexpected extra argument"),
         (["generat", STORY], "generat"),
     ],

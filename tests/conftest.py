@@ -3,7 +3,18 @@
 import os
 import tempfile
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
 os.environ["FOREDRAFT_CACHE"] = tempfile.mkdtemp(prefix="foredraft-tests-")  # nothing measured by a test outlives it
+
+
+@pytest.fixture(autouse=True)
+def _few_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The automatic choice times few steps: what it chooses does not matter to a test, and checked types make steps slow."""
+    from foredraft import auto
+
+    monkeypatch.setattr(auto, "SIZES", (4,))
+    monkeypatch.setattr(auto, "_TIMED_STEPS", 2)
+    monkeypatch.setattr(auto, "_TRIED_TREES", 1)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from foredraft.__main__ import main
+from foredraft.bench import calibrate
 from foredraft.bench.calibrate import by_depth
 from foredraft.bench.report import speedup
 from foredraft.bench.run import Outcome, parse_method
@@ -167,7 +168,8 @@ def test_peers(capsys: pytest.CaptureFixture[str], prompts: Path) -> None:
     assert rows[1]["threads"] >= 1
 
 
-def test_calibrate(capsys: pytest.CaptureFixture[str], prompts: Path, tmp_path: Path) -> None:
+def test_calibrate(capsys: pytest.CaptureFixture[str], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "SIZES", (2, 4))
     drafter = tmp_path / "drafter"
     drafter.mkdir()
     for file in PAIR[1].iterdir():

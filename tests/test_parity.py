@@ -82,7 +82,12 @@ def test_200_tokens(target: Path, draft: Path, drafter: str, tree: str | None) -
 
 
 @pytest.mark.parametrize(
-    "config", [{"method": "ar"}, {"method": "lm", "model": OTHER_STORIES, "tree": "dyspec"}, {"method": "suffix"}]
+    "config",
+    [
+        {"method": "ar"},
+        {"method": "lm", "model": OTHER_STORIES, "tree": "dyspec", "num_speculative_tokens": 8},
+        {"method": "suffix", "num_speculative_tokens": 8},  # an automatic choice would depend on max_num_seqs
+    ],
 )
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_a_batch_is_what_each_prompt_is_alone(config: dict[str, Any], temperature: float) -> None:

@@ -260,7 +260,7 @@ def top_logprobs(logprobs: Float[Tensor, " v"], token: int, k: int, tokenizer: A
     return {one: Logprob(float(logprobs[one]), rank, decode([one])) for one, rank in ranks.items()}
 
 
-def _score_prompt(one: Continuation, chunks: Sequence[Float[Tensor, "n v"]]) -> None:
+def _score_prompt(one: Continuation, chunks: Sequence[Float[Tensor, "_ v"]]) -> None:
     one.prompt_logprobs = [None]
     if not chunks:
         return

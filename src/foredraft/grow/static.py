@@ -68,6 +68,17 @@ class Sequoia(Options):
         for vector in self._vectors().values():
             if not vector or min(vector) < 0 or max(vector) > 1:
                 raise ValueError(f"acceptance must hold probabilities by sibling rank, got {list(vector)}")
+        if self.costs is not None:
+            self._costs()  # says now what is wrong with them
+
+    def _costs(self) -> Costs | None:
+        if self.costs is None:
+            return None
+        try:
+            return Costs(float(self.costs["draft"]), tuple((int(m), float(s)) for m, s in self.costs["verify"]))
+        except (KeyError, TypeError, ValueError):
+            example = '{"draft": 0.001, "verify": [[1, 0.02], [16, 0.03]]}'
+            raise ValueError(f"costs must be seconds as in {example}, got {dict(self.costs)}") from None
 
     def _vectors(self) -> dict[str, tuple[float, ...]]:
         if self.acceptance is None:
@@ -84,10 +95,7 @@ class Sequoia(Options):
                 "(for instance [0.6, 0.15, 0.07]), or measure it with `foredraft calibrate`"
             )
         vector = vectors.get("sampled" if tree.sampled else "greedy") or next(iter(vectors.values()))
-        costs = None
-        if self.costs is not None:
-            costs = Costs(self.costs["draft"], tuple((int(m), float(s)) for m, s in self.costs["verify"]))
-        return fill(tree, best_paths(vector, tree.budget, costs))
+        return fill(tree, best_paths(vector, tree.budget, self._costs()))
 
 
 def fill(tree: Sapling, paths: Sequence[Path]) -> Policy:

@@ -11,10 +11,11 @@ import pytest
 from foredraft import LLM, SamplingParams, auto
 from foredraft.auto import Candidate, Choice, choose, recalled, tokens_per_step
 from foredraft.grow import GROWERS
-from foredraft.speculation import AUTO
+from foredraft.speculation import AUTO, Way
 
 DATA = Path(__file__).parent / "data"
 PAIR = sorted(path.parent for path in DATA.glob("*/config.json"))
+A, B = Way("lm", "a"), Way("lm", "b")
 PROMPTS = ["The cat sat on", "Once upon a time there was", "She said", "It was a dark night and the children"]
 
 
@@ -27,8 +28,8 @@ def test_the_most_tokens_a_second_win() -> None:
         asked.append(candidate)
         return cost[candidate.nodes]
 
-    best = choose(["a", "b"], (2, 4, 8), lambda one: tokens[one.tree or "", one.nodes], slowdown, fallback=True)
-    assert best == Choice("b", 4, 2.1, 1.2, 2.1 / 1.2)
+    best = choose([A, B], (2, 4, 8), lambda one: tokens[one.way.tree or "", one.nodes], slowdown, fallback=True)
+    assert best == Choice(B, 4, 2.1, 1.2, 2.1 / 1.2)
     assert len(asked) == 6
 
 
@@ -39,22 +40,22 @@ def test_sizes_are_given_up_once_they_cost_more_than_they_bring() -> None:
         asked.append(candidate.nodes)
         return float(candidate.nodes)
 
-    choose(["a"], (1, 2, 4, 8, 16), lambda one: 1.5, slowdown, fallback=True)
+    choose([A], (1, 2, 4, 8, 16), lambda one: 1.5, slowdown, fallback=True)
     assert asked == [1, 2]
 
 
 @pytest.mark.parametrize(("fallback", "nodes"), [(True, 0), (False, 4)])
 def test_plain_decoding_where_nothing_pays(fallback: bool, nodes: int) -> None:
-    best = choose(["a"], (4,), lambda one: 1.2, lambda one: 1.3, fallback=fallback)
+    best = choose([A], (4,), lambda one: 1.2, lambda one: 1.3, fallback=fallback)
     assert best.nodes == nodes
 
 
 def test_a_tree_that_was_not_measured_is_left_out() -> None:
     measured = {"a": {"2": 1.5, "4": 2.0}}
-    assert tokens_per_step(measured, Candidate("b", 2)) is None
-    assert [tokens_per_step(measured, Candidate("a", nodes)) for nodes in (1, 2, 3, 4, 9)] == [1.5, 1.5, 1.75, 2.0, 2.0]
-    assert tokens_per_step({"own": {"4": 1.7}}, Candidate(None, 4)) == 1.7
-    typical = [tokens_per_step(None, Candidate("x", nodes)) or 0 for nodes in (1, 2, 4, 8, 16)]
+    assert tokens_per_step(measured, Candidate(B, 2)) is None
+    assert [tokens_per_step(measured, Candidate(A, nodes)) for nodes in (1, 2, 3, 4, 9)] == [1.5, 1.5, 1.75, 2.0, 2.0]
+    assert tokens_per_step({"suffix": {"4": 1.7}}, Candidate(Way("suffix", None), 4)) == 1.7
+    typical = [tokens_per_step(None, Candidate(A, nodes)) or 0 for nodes in (1, 2, 4, 8, 16)]
     assert typical == sorted(typical)
     assert typical[0] == pytest.approx(1.55)
 
@@ -90,7 +91,7 @@ TREES = [name for name in GROWERS if name != "sequoia"]
 @pytest.mark.parametrize("sampled", TREES)
 def test_a_batch_of_greedy_and_sampled_requests_is_each_alone(monkeypatch: pytest.MonkeyPatch, sampled: str) -> None:
     greedy = TREES[(TREES.index(sampled) + 3) % len(TREES)]
-    fixed(monkeypatch, Choice(greedy, 3, 2.0, 1.0, 2.0), Choice(sampled, 5, 2.0, 1.0, 2.0))
+    fixed(monkeypatch, Choice(Way("lm", greedy), 3, 2.0, 1.0, 2.0), Choice(Way("lm", sampled), 5, 2.0, 1.0, 2.0))
     llm = LLM(PAIR[0], {"model": str(PAIR[1])}, dtype="float64")
     sampling = [SamplingParams(temperature=i % 2, seed=i, max_tokens=12) for i in range(4)]
     together = llm.generate(PROMPTS, sampling)
@@ -125,3 +126,18 @@ def test_it_is_really_measured(method: str) -> None:
         assert chosen["budget"] == llm.choices[kind].nodes
         assert 0 < llm.choices[kind].slowdown < 1000
     assert llm.generate("The cat", SamplingParams(max_tokens=8, ignore_eos=True))[0].outputs[0].token_ids
+
+
+def test_two_drafters_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy requests by suffix, sampled ones by the draft model: each is what it is alone with its drafter."""
+    fixed(monkeypatch, Choice(Way("suffix", None), 6, 2.0, 1.0, 2.0), Choice(Way("lm", "sequoia"), 5, 2.0, 1.0, 2.0))
+    llm = LLM(dtype="float64", max_model_len=128)
+    sampling = [SamplingParams(temperature=i % 2, seed=i, max_tokens=16) for i in range(4)]
+    together = [one.outputs[0] for one in llm.generate(PROMPTS, sampling)]
+    assert [llm.drafting(one)["method"] for one in sampling[:2]] == ["suffix", "lm"]
+    parts = [{"method": "suffix", "num_speculative_tokens": 6}, {"tree": "sequoia", "num_speculative_tokens": 5}]
+    alone = [llm.with_speculation(part) for part in parts]
+    for i, (prompt, one) in enumerate(zip(PROMPTS, sampling, strict=True)):
+        output = alone[i % 2].generate(prompt, one)[0].outputs[0]
+        assert output.token_ids == together[i].token_ids
+        assert [record.num_draft_tokens for record in output.records] == [r.num_draft_tokens for r in together[i].records]

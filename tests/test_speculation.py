@@ -9,7 +9,7 @@ import pytest
 from foredraft.drafters import DRAFTERS
 from foredraft.grow import GROWERS
 from foredraft.protocols import Budget
-from foredraft.speculation import AUTO, MAX_DEPTH, MAX_NODES, fitting_rules, parse
+from foredraft.speculation import AUTO, MAX_DEPTH, MAX_NODES, Way, fitting_rules, parse
 from foredraft.tree import Drawn
 from foredraft.verify import RULES
 
@@ -31,7 +31,7 @@ def test_what_is_left_out_is_to_be_chosen() -> None:
     assert found is not None
     assert (found.drafter, found.tree, found.rule_name, found.budget, found.is_open) == ("lm", AUTO, None, None, True)
     assert (found.model, found.drafter_options, found.grower_options) == (None, {}, {})
-    assert found.trees == [name for name, row in GROWERS.items() if row.needs == "expand"]
+    assert found.ways(has_model=True) == [Way("lm", name) for name, row in GROWERS.items() if row.needs == "expand"]
     assert parse({"method": None, "tree": None, "rule": None, "num_speculative_tokens": None}) == found
     assert parse({"tree": "auto", "num_speculative_tokens": "auto"}) == found
 
@@ -42,7 +42,28 @@ def test_whatever_tree_is_chosen_its_rule_is_exact(tree: str) -> None:
     assert open_one is not None and named is not None
     assert open_one.rule_for(tree) is named.rule_for(tree) is RULES[GROWERS[tree].rule].rule
     assert GROWERS[tree].rule in EXACT & set(fitting_rules(GROWERS[tree]))
-    assert (named.trees, named.is_open) == ([tree], False)
+    assert (named.ways(has_model=True), named.is_open) == ([Way("lm", tree)], False)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_with_a_rule_only_its_trees_are_chosen_from(rule: str) -> None:
+    found = parse({"rule": rule})
+    assert found is not None
+    trees = [way.tree for way in found.ways(has_model=True)]
+    assert trees
+    assert trees == [name for name in GROWERS if rule in fitting_rules(GROWERS[name])]
+    assert {found.rule_for(tree) for tree in trees} == {RULES[rule].rule}
+
+
+def test_the_method_can_be_chosen_too() -> None:
+    found = parse({"method": "auto"})
+    assert found is not None
+    free = [Way("ngram", None), Way("suffix", None)]
+    assert found.ways(has_model=False) == free
+    assert found.ways(has_model=True) == [*(Way("lm", tree) for tree in GROWERS), *free]
+    only = parse({"method": "auto", "rule": "block"})
+    assert only is not None
+    assert only.ways(has_model=True) == [Way("lm", "chain"), Way("ngram", None)]
 
 
 def test_everything_given() -> None:
@@ -107,7 +128,7 @@ def test_every_own_tree_with_every_rule(method: str, rule: str) -> None:
 @pytest.mark.parametrize(
     ("config", "near"),
     [
-        ({"method": "ngrm"}, "unknown method 'ngrm'. Did you mean 'ngram'? Allowed: lm, ngram, suffix, ar"),
+        ({"method": "ngrm"}, "unknown method 'ngrm'. Did you mean 'ngram'? Allowed: lm, ngram, suffix, auto, ar"),
         ({"method": "LM"}, "unknown method 'LM'. Allowed: "),
         ({"tree": "dyspec_threshold"}, "unknown tree 'dyspec_threshold'. Did you mean 'dyspec-threshold'?"),
         ({"method": "suffix", "tree": "chian"}, "unknown tree 'chian'. Did you mean 'chain'?"),

@@ -30,7 +30,7 @@ from foredraft.grow.budget import best_paths
 from foredraft.grow.static import TYPICAL_ACCEPTANCE
 from foredraft.protocols import AcceptanceRule, Budget, Drafter, Target
 from foredraft.sampling import SamplingParams
-from foredraft.speculation import AUTO, MAX_DEPTH, Speculation
+from foredraft.speculation import MAX_DEPTH, Speculation, Way
 from foredraft.text import TextStream
 from foredraft.tree import TreeBatch
 
@@ -49,16 +49,16 @@ _WARM_STEPS, _TIMED_STEPS = 2, 7
 """The first step runs the prompt through the drafter, and the second is still cold."""
 
 _TRIED_TREES, _TYPICAL_SIZE = 3, 8
-"""Only the trees of most tokens a step at a typical size are timed."""
+"""Only so many trees are timed, those of most tokens a step at a typical size."""
 
 _WORSE = 0.92
 """Growing a tree further is given up once the predicted speed fell to this share of the best."""
 
 
 class Candidate(NamedTuple):
-    """One way to draft: a tree (None where the drafter makes its own) and its largest number of nodes."""
+    """A way to draft and its largest number of nodes."""
 
-    tree: str | None
+    way: Way
     nodes: int
 
 
@@ -66,14 +66,14 @@ class Choice(NamedTuple):
     """What was chosen, and why.
 
     Attributes:
-        tree, nodes: nodes are 0 where plain decoding is faster than every candidate.
+        way, nodes: nodes are 0 where plain decoding is faster than every candidate.
         tokens_per_step: of the candidate.
         slowdown: a step's time in steps of plain decoding, measured on this machine: the geometric mean over one request and
             as many as the engine takes.
         speedup: the quotient of the two: what is predicted against plain decoding.
     """
 
-    tree: str | None
+    way: Way
     nodes: int
     tokens_per_step: float
     slowdown: float
@@ -85,14 +85,16 @@ class Chooser:
     """Chooses for one engine; see the module's text.
 
     Attributes:
-        build: gives the drafter that grows a tree.
-        measured: kind of request -> tree -> number of nodes -> tokens a step.
+        has_model: whether there is a draft model.
+        build: gives the drafter of a way.
+        measured: kind of request -> tree (a drafter's name, where it makes its own) -> number of nodes -> tokens a step.
         prompt: whose continuation is timed.
     """
 
     target: Target
     speculation: Speculation
-    build: Callable[[str | None], Drafter]
+    has_model: bool
+    build: Callable[[Way], Drafter]
     measured: Mapping[str, Any]
     max_num_seqs: int
     prompt: Sequence[int]
@@ -101,7 +103,7 @@ class Chooser:
         """The choice for ``greedy`` and for ``sampled`` requests."""
         facts = [self._facts(), self.measured, self.speculation, self.max_num_seqs]
         found = recalled("choice", facts, lambda: {kind: self._choose(kind) for kind in ("greedy", "sampled")})
-        choices = {kind: Choice(*one) for kind, one in found.items()}
+        choices = {kind: Choice(Way(*one[0]), *one[1:]) for kind, one in found.items()}
         if not any(one.nodes for one in choices.values()):
             _log.warning("drafting does not pay with method %r on this machine: decoding is plain", self.speculation.drafter)
         return choices
@@ -122,34 +124,42 @@ class Chooser:
         sampling = SamplingParams(temperature=0.0 if kind == "greedy" else 1.0)
         batches = sorted({1, self.max_num_seqs})
         plain = [step_seconds(self.target, None, None, 0, self.prompt, sampling, count) for count in batches]
-        drafters = {tree: self.build(tree) for tree in self._trees(kind)}
+        drafters = {way: self.build(way) for way in self._worth_timing(kind)}
 
         def slowdown(candidate: Candidate) -> float:
-            drafter = drafters[candidate.tree] if candidate.tree else Full()
-            rule = self.speculation.rule_for(candidate.tree)
-            steps = [
-                step_seconds(self.target, drafter, rule, candidate.nodes, self.prompt, sampling, count) for count in batches
-            ]
-            return geometric_mean(step / alone for step, alone in zip(steps, plain, strict=True))
+            way = candidate.way
+            drafter = drafters[way] if way.tree else Full()
+            rule = self.speculation.rule_for(way.tree)
+            timed = [step_seconds(self.target, drafter, rule, candidate.nodes, self.prompt, sampling, b) for b in batches]
+            return geometric_mean(step / alone for step, alone in zip(timed, plain, strict=True))
 
-        sizes = [self.speculation.budget.nodes] if self.speculation.budget else SIZES
         return choose(
             drafters,
-            sizes,
+            [self.speculation.budget.nodes] if self.speculation.budget else SIZES,
             lambda candidate: tokens_per_step(self.measured.get(kind), candidate),
             slowdown,
             fallback=self.speculation.budget is None,
         )
 
-    def _trees(self, kind: str) -> list[str | None]:
-        """The trees worth timing: of those that can be grown the one or two that draft most."""
-        trees = [tree for tree in self.speculation.trees if tree != "sequoia" or self.measured]
-        if self.speculation.tree != AUTO:
-            return self.speculation.trees
+    def _worth_timing(self, kind: str) -> list[Way]:
+        """Of the ways that were measured those of most tokens a step, and every drafter that costs nothing; if none was
+        measured, a tree that needs no measurement."""
+        ways = self.speculation.ways(has_model=self.has_model)
         curves = self.measured.get(kind) or {}
-        known = [tree for tree in trees if tree in curves]
-        best = sorted(known, key=lambda tree: -(tokens_per_step(curves, Candidate(tree, _TYPICAL_SIZE)) or 0))[:_TRIED_TREES]
-        return best or ["opt" if kind == "greedy" else "chain"]
+        if not curves:
+            usual = Way("lm", "opt" if kind == "greedy" else "chain")
+            return [usual] if usual in ways else ways[:1]
+        known = [way for way in ways if curve_name(way) in curves]
+        grown = sorted((way for way in known if way.tree), key=lambda way: -(self._tokens(curves, way)))
+        return grown[:_TRIED_TREES] + [way for way in known if not way.tree] or ways[:1]
+
+    def _tokens(self, curves: Mapping[str, Any], way: Way) -> float:
+        return tokens_per_step(curves, Candidate(way, _TYPICAL_SIZE)) or 0.0
+
+
+def curve_name(way: Way) -> str:
+    """Under which name a way's tokens a step are kept."""
+    return way.tree or way.drafter
 
 
 class Full:
@@ -208,7 +218,7 @@ def step_seconds(
 
 
 def choose(
-    trees: Iterable[str | None],
+    ways: Iterable[Way],
     sizes: Sequence[int],
     tokens_per_step: Callable[[Candidate], float | None],
     slowdown: Callable[[Candidate], float],
@@ -217,23 +227,22 @@ def choose(
 ) -> Choice:
     """The candidate of most tokens a second; plain decoding if none beats it and `fallback`.
 
-    `slowdown` is a step's time in plain steps.
-
-    Sizes of a tree are tried upwards until they no longer pay, so that few steps have to be measured.
+    `slowdown` is a step's time in plain steps. Sizes are tried upwards until they no longer pay, so that few steps have to be
+    timed.
     """
-    trees = list(trees)
-    best = Choice(trees[0], 0, 1.0, 1.0, 1.0 if fallback else 0.0)
-    for tree in trees:
+    ways = list(ways)
+    best = Choice(ways[0], 0, 1.0, 1.0, 1.0 if fallback else 0.0)
+    for way in ways:
         top = 0.0
         for nodes in sizes:
-            candidate = Candidate(tree, nodes)
+            candidate = Candidate(way, nodes)
             tokens = tokens_per_step(candidate)
             if tokens is None:
                 continue
             cost = slowdown(candidate)
             speedup = tokens / cost
             if speedup > best.speedup:
-                best = Choice(tree, nodes, tokens, cost, speedup)
+                best = Choice(way, nodes, tokens, cost, speedup)
             if speedup < _WORSE * top:
                 break
             top = max(top, speedup)
@@ -244,15 +253,15 @@ def tokens_per_step(measured: Mapping[str, Mapping[str, float]] | None, candidat
     """Tokens a step of a candidate: measured (interpolated between the sizes that were), or for a typical drafter.
 
     Args:
-        measured: tree -> number of nodes (as a string, from JSON) -> tokens a step; ``own`` is a drafter's own tree.
+        measured: tree, or a drafter's name -> number of nodes (as a string, from JSON) -> tokens a step.
 
     Returns:
-        None if other trees were measured but not this one.
+        None if others were measured but not this one.
     """
     if not measured:
         paths = best_paths(TYPICAL_ACCEPTANCE, Budget(candidate.nodes, candidate.nodes))
         return 1 + sum(prod(TYPICAL_ACCEPTANCE[rank] for rank in path) for path in paths)
-    curve = measured.get(candidate.tree or "own")
+    curve = measured.get(curve_name(candidate.way))
     if not curve:
         return None
     points = sorted((int(nodes), tokens) for nodes, tokens in curve.items())

@@ -11,13 +11,14 @@ import torch
 
 from foredraft.auto import SAMPLE_TEXT, Choice, Chooser, read_calibration
 from foredraft.drafters import DRAFTERS, Setting
+from foredraft.drafters.mixed import MixedDrafter
 from foredraft.engine import Engine, Request, RequestOutput
 from foredraft.grow import ByTemperature
 from foredraft.models.loading import load_generation_config, load_target, load_tokenizer
 from foredraft.progress import progress_bar
 from foredraft.protocols import Budget
 from foredraft.sampling import SamplingParams
-from foredraft.speculation import MAX_DEPTH, PLAIN, Speculation, parse
+from foredraft.speculation import AUTO, MAX_DEPTH, PLAIN, Speculation, Way, parse
 from foredraft.verify import for_sampled
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -93,7 +94,7 @@ class LLM:
 
     def _parse(self, config: Mapping[str, Any] | None) -> Speculation | None:
         if config is None:
-            config = {"method": "lm"} if self._bundled else {"method": "suffix"}
+            config = {"method": AUTO} if self._bundled else {"method": "suffix"}
         return parse(config)
 
     def _speculate(self, speculation: Speculation | None) -> None:
@@ -104,13 +105,13 @@ class LLM:
         if speculation is not None and speculation.is_open:
             self.choices = self._choose(speculation)
         if speculation is not None and (not self.choices or any(one.nodes for one in self.choices.values())):
-            trees = {kind: self.choices[kind].tree if self.choices else speculation.tree for kind in nodes}
+            ways = {kind: self._way(speculation, kind) for kind in nodes}
             nodes = {kind: self._nodes(speculation, kind) for kind in nodes}
             budget = Budget(max(nodes.values()), min(max(nodes.values()), MAX_DEPTH))
-            rule = speculation.rule_for(trees["sampled"])
-            if trees["sampled"] != trees["greedy"] and speculation.rule_name is None:
+            rule = speculation.rule_for(ways["sampled"].tree)
+            if ways["sampled"] != ways["greedy"] and speculation.rule_name is None:
                 rule = for_sampled(rule)
-            drafter = self._drafter(speculation, trees["greedy"], trees["sampled"])
+            drafter = self._drafter(speculation, ways["greedy"], ways["sampled"])
         self.engine = Engine(
             self.target,
             tokenizer=self.tokenizer,
@@ -130,18 +131,23 @@ class LLM:
         if one is None:
             return {"method": PLAIN, "tree": None, "budget": None, "rule": None}
         kind = "sampled" if sampling.temperature > 0 else "greedy"
-        tree = self.choices[kind].tree if self.choices else one.tree
-        return {"method": one.drafter, "tree": tree, "budget": self._nodes(one, kind), "rule": one.rule_name_for(tree)}
+        way = self._way(one, kind)
+        rule = one.rule_name_for(way.tree)
+        return {"method": way.drafter, "tree": way.tree, "budget": self._nodes(one, kind), "rule": rule}
+
+    def _way(self, speculation: Speculation, kind: str) -> Way:
+        return self.choices[kind].way if self.choices else Way(speculation.drafter, speculation.tree)
 
     def _nodes(self, speculation: Speculation, kind: str) -> int:
         return speculation.budget.nodes if speculation.budget else self.choices[kind].nodes
 
     def _choose(self, speculation: Speculation) -> dict[str, Choice]:
-        """Tree and size for greedy and for sampled requests, from steps timed on this machine (kept in the user's cache)."""
+        """How greedy and sampled requests are drafted, from steps timed on this machine (kept in the user's cache)."""
         chooser = Chooser(
             target=self.target,
             speculation=speculation,
-            build=lambda tree: self._drafter(speculation, tree, tree),
+            has_model=self.draft_source is not None,
+            build=lambda way: self._drafter(speculation, way, way),
             measured=self._measured(speculation).get("tokens_per_step", {}),
             max_num_seqs=self.max_num_seqs,
             prompt=self._sample_prompt(),
@@ -263,12 +269,15 @@ class LLM:
             raise ValueError(f"max_model_len {max_model_len} exceeds the model's context of {self.target.max_len}")
         return max_model_len
 
-    def _drafter(self, speculation: Speculation, greedy: str | None, sampled: str | None) -> Any:
-        """The drafter of a config, growing one tree for greedy requests and one for sampled ones."""
+    def _drafter(self, speculation: Speculation, greedy: Way, sampled: Way) -> Any:
+        """The drafter of a config, with one way for greedy requests and one for sampled ones."""
+        if greedy.drafter != sampled.drafter:
+            parts = [self._drafter(speculation, way, way) for way in (greedy, sampled)]
+            return MixedDrafter(*parts)
         measured = self._measured(speculation)
-        grower = speculation.grower(sampled, measured)
+        grower = speculation.grower(sampled.tree, measured)
         if greedy != sampled:
-            grower = ByTemperature(speculation.grower(greedy, measured), grower)
+            grower = ByTemperature(speculation.grower(greedy.tree, measured), grower)
         setting = Setting(
             target=self.target,
             model=self.draft_source,
@@ -277,19 +286,22 @@ class LLM:
             grower=grower,
             num_slots=self.max_num_seqs,
         )
-        return DRAFTERS[speculation.drafter].build(setting, **speculation.drafter_options)
+        return DRAFTERS[sampled.drafter].build(setting, **speculation.drafter_options)
 
     @property
     def draft_source(self) -> Any:
         """The draft model as it was given, or the bundled one; None where there is none."""
         one = self.speculation
-        if one is not None and one.model is None and self._bundled and one.drafter == "lm":
+        if one is not None and one.model is None and self._bundled and one.drafter in ("lm", AUTO):
             return BUNDLED_DRAFTER
         return one.model if one else None
 
     def _measured(self, speculation: Speculation) -> dict[str, Any]:
         """What calibration found out about the drafter."""
-        return read_calibration(self.draft_source, self.target, speculation.drafter)
+        source = self.draft_source
+        if source is None and self._bundled:
+            source = BUNDLED_DRAFTER  # its calibration has the drafters without weights too
+        return read_calibration(source, self.target, speculation.drafter)
 
     def _draft_model(self, source: Any) -> Any:
         key = str(source) if isinstance(source, str | Path) else str(id(source))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from foredraft.drafters import DRAFTERS, DrafterRow
 from foredraft.errors import unknown_name
@@ -24,12 +24,19 @@ AUTO = "auto"
 _COMMON = ("method", "model", "tree", "num_speculative_tokens", "rule")
 
 
+class Way(NamedTuple):
+    """A drafter and the tree that it grows (None: its own)."""
+
+    drafter: str
+    tree: str | None
+
+
 @dataclass(frozen=True)
 class Speculation:
     """A checked speculative config.
 
     Attributes:
-        drafter: name in DRAFTERS.
+        drafter: name in DRAFTERS; `AUTO` is to be chosen.
         tree: name in GROWERS; `AUTO` is to be chosen; None where the drafter makes its own tree.
         rule_name: name in RULES; None is the best exact one for the tree that will be chosen.
         budget: None is to be chosen.
@@ -44,18 +51,23 @@ class Speculation:
     drafter_options: Mapping[str, Any]
     grower_options: Mapping[str, Any]
 
-    @property
-    def trees(self) -> list[str | None]:
-        """The trees to choose from."""
+    def ways(self, *, has_model: bool) -> list[Way]:
+        """What there is to choose from; without a draft model only drafters that need none."""
+        names = [self.drafter] if self.drafter != AUTO else [name for name in DRAFTERS if has_model or name != "lm"]
+        return [Way(name, tree) for name in names for tree in self._trees(DRAFTERS[name])]
+
+    def _trees(self, drafter: DrafterRow) -> list[str | None]:
+        able = [name for name, row in GROWERS.items() if row.needs == drafter.gives]
+        if not able:
+            return [None] if self.tree in (None, AUTO) and self.rule_name in (None, *fitting_rules(drafter)) else []
         if self.tree != AUTO:
             return [self.tree]
-        able = [name for name, row in GROWERS.items() if row.needs == DRAFTERS[self.drafter].gives]
         return [name for name in able if self.rule_name in (None, *fitting_rules(GROWERS[name]))]
 
     @property
     def is_open(self) -> bool:
         """Whether anything is left to choose."""
-        return self.tree == AUTO or self.budget is None
+        return AUTO in (self.drafter, self.tree) or self.budget is None
 
     def rule_name_for(self, tree: str | None) -> str:
         """The rule for trees of one of `trees`."""
@@ -90,9 +102,9 @@ def parse(config: Any) -> Speculation | None:
     method = config.get("method") or "lm"
     if method == PLAIN:
         return _check_unused(config)
-    if method not in DRAFTERS:
-        raise unknown_name("method", method, [*DRAFTERS, PLAIN])
-    drafter = DRAFTERS[method]
+    if method not in (*DRAFTERS, AUTO):
+        raise unknown_name("method", method, [*DRAFTERS, AUTO, PLAIN])
+    drafter = DRAFTERS["lm" if method == AUTO else method]  # the most that can be asked for
     nodes = config.get("num_speculative_tokens")
     tree, grower = _named_tree(method, drafter, config.get("tree"))
     policy = grower.grower if grower else Options if tree == AUTO else None

@@ -173,3 +173,22 @@ class TreeBatch:
             offsets=np.cumsum([0, *lengths], dtype=np.int64),
             draft_probs=torch.empty(0, 0),
         )
+
+    @staticmethod
+    def interleaved(places: Sequence[Sequence[int]], batches: Sequence[TreeBatch]) -> TreeBatch:
+        """One batch of several; tree i of ``batches[k]`` becomes tree ``places[k][i]``."""
+        rows = np.cumsum([0, *(len(batch.draft_probs) for batch in batches)])
+        order = sorted((place, k, i) for k, some in enumerate(places) for i, place in enumerate(some))
+        trees = [batches[k][i] for _, k, i in order]
+        shifts = [int(rows[k]) for _, k, _ in order]
+        laws = [batch.draft_probs for batch in batches if len(batch.draft_probs)]
+        return TreeBatch(
+            tokens=np.concatenate([tree.tokens for tree in trees]),
+            parents=np.concatenate([tree.parents for tree in trees]),
+            drawn=np.concatenate([tree.drawn for tree in trees]),
+            draft_row=np.concatenate(
+                [np.where(tree.draft_row < 0, -1, tree.draft_row + shift) for tree, shift in zip(trees, shifts, strict=True)]
+            ),
+            offsets=np.cumsum([0, *(tree.num_nodes for tree in trees)], dtype=np.int64),
+            draft_probs=torch.cat(laws) if laws else torch.empty(0, 0),
+        )

@@ -103,19 +103,24 @@ def write(file: Path, found: dict[str, Any]) -> None:
 
 
 def tokens_per_step(plain: LLM, config: dict[str, Any], prompts: Sequence[list[int]], max_tokens: int) -> dict[str, Any]:
-    """Kind of request -> tree -> number of nodes -> acceptance length, by decoding with each."""
-    trees = [name for name, row in GROWERS.items() if row.needs == DRAFTERS[config["method"]].gives] or [None]
-    plan = [(kind, tree) for kind in TEMPERATURES for tree in trees]
+    """Kind of request -> tree -> number of nodes -> acceptance length, by decoding with each.
+
+    With a draft model the drafters that need none are measured too: what it is worth can only be said beside them.
+    """
+    trees = [{**config, "tree": name} for name, row in GROWERS.items() if row.needs == DRAFTERS[config["method"]].gives]
+    free = [{"method": name} for name, row in DRAFTERS.items() if row.gives == "own tree"]
+    ways = [*trees, *free] if trees else [config]
+    plan = [(kind, way) for kind in TEMPERATURES for way in ways]
     found: dict[str, Any] = {kind: {} for kind in TEMPERATURES}
     with progress_bar("tokens a step", len(plan)) as advance:
-        for kind, tree in plan:
+        for kind, way in plan:
             curve: dict[str, float] = {}
             for nodes in SIZES:
-                llm = plain.with_speculation({**config, "num_speculative_tokens": nodes} | ({"tree": tree} if tree else {}))
+                llm = plain.with_speculation({**way, "num_speculative_tokens": nodes})
                 curve[str(nodes)] = acceptance_length(llm, prompts, TEMPERATURES[kind], max_tokens)
                 if len(curve) > 1 and curve[str(nodes)] < _GAIN * curve[str(nodes // 2)]:
                     break  # larger trees of this kind gain nothing
-            found[kind][tree or "own"] = curve
+            found[kind][way.get("tree", way["method"])] = curve
             advance(1)
     return found
 

@@ -328,3 +328,10 @@ def test_without_arguments_the_bundled_pair() -> None:
     assert result.outputs[0].text
     other = LLM(str(TARGET))
     assert other.speculation is not None and other.speculation.drafter == "suffix"
+
+
+@pytest.mark.parametrize("tree", ["dyspec", "topk"])
+def test_trees_branch_at_temperature_0(tree: str) -> None:
+    llm = LLM(speculative_config={"tree": tree, "num_speculative_tokens": 16}, dtype="float32", max_num_seqs=2)
+    outputs = llm.generate(["The old lighthouse", "def add(a, b):"], SamplingParams(temperature=0, max_tokens=24))
+    assert all(one.metrics.branched_rate >= 0.5 for one in outputs)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from exact import enumerate_branches, expected_tokens, tree_law
+from exact import TableExpander, enumerate_branches, expected_tokens, tree_law
 from foredraft.draws import Draws
 from foredraft.grow import GROWERS
-from foredraft.models.table import Law
+from foredraft.models.table import Law, random_law
 from foredraft.protocols import Budget
 from foredraft.sampling import SamplingParams, TargetLaw
 from foredraft.tree import DraftTree, Drawn
@@ -126,3 +126,30 @@ def test_exhausted_draft_law_returns_at_once() -> None:
     rows = np.array([[0.0, 0.0, 1.0]] * 3)
     verdict = RULES["multiround"].rule(tree, law_of_rows(rows), Draws(1))
     assert (verdict.path, verdict.next_token) == ([], 2)
+
+
+@pytest.mark.parametrize(
+    ("tree", "options", "rule"),
+    [
+        ("dyspec", {}, "multiround"),
+        ("sequoia", {"acceptance": [0.5, 0.3, 0.1]}, "multiround"),
+        ("branching", {"num_chains": 3}, "multiround-iid"),
+        ("branching", {"expansion": [3, 2], "merge": True}, "kseq"),
+        ("topk", {}, "deterministic"),
+        ("topk", {}, "kseq"),
+        ("chain", {}, "chain"),
+        ("chain", {}, "block"),
+    ],
+)
+def test_certain_laws_give_the_verdict_of_the_rule_itself(tree: str, options: dict[str, Any], rule: str) -> None:
+    """`follow` takes over at temperature 0; at temperature 1 the same one-hot rows go through the rule."""
+    rng, paths = np.random.default_rng(1), set()
+    for seed in range(150):
+        drafter = TableExpander(random_law(3, seed % 9), 3, (0,))
+        grower = GROWERS[tree].grower(**options)
+        [grown] = [grower.grow(drafter, [None], [0], [Budget(6, 3)], [SamplingParams()], [Draws(seed)])[0]]
+        rows = np.eye(3)[rng.integers(3, size=grown.num_nodes)]
+        fast, plain = (RULES[rule].rule(grown, law_of_rows(rows, temperature=t), Draws(seed)) for t in (0.0, 1.0))
+        assert fast == plain
+        paths.add((len(fast.path), fast.kind))
+    assert len(paths) >= 3

@@ -135,7 +135,7 @@ class Layout:
         width: N, the most new nodes of any request.
         length: positions read per slot, the longest request's.
         visible: which positions of its slot each padded query may attend to.
-        key_positions: token position that each place of a slot holds.
+        lengths, depths: committed positions of each request, and the depth of each of its nodes.
     """
 
     token_ids: Int[Tensor, " m"]
@@ -150,7 +150,16 @@ class Layout:
     width: int
     length: int
     visible: Bool[np.ndarray, "b n t"]
-    key_positions: Int[np.ndarray, "b t"]
+    lengths: list[int]
+    depths: list[Int[np.ndarray, " _"]]
+
+    @property
+    def key_positions(self) -> Int[np.ndarray, "b t"]:
+        """The token position that each place of a slot holds."""
+        positions = np.tile(np.arange(self.length), (len(self.lengths), 1))
+        for row, length, depths in zip(positions, self.lengths, self.depths, strict=True):
+            row[length : length + len(depths)] = length + depths
+        return positions
 
     def mask(self, dtype: torch.dtype, device: torch.device, window: int | None = None) -> Float[Tensor, "b 1 n t"] | None:
         """Additive attention mask; None if every query sees every key. `window` hides what lies that many positions back or
@@ -192,18 +201,15 @@ def lay_out(batch: TreeBatch, caches: Sequence[KVCache], start: Sequence[int] | 
     lengths = np.asarray([cache.length for cache in caches], np.int64)
     width, length = int((sizes - first).max()), int((lengths + sizes).max())
     visible = np.zeros((len(batch), width, length), dtype=bool)
-    key_positions = np.tile(np.arange(length), (len(batch), 1))
-    nodes, positions = [], []
+    nodes, depths = [], []
     for b, size in enumerate(sizes.tolist()):
         parents = batch.parents[batch.offsets[b] : batch.offsets[b + 1]]
-        depths = depths_of(parents)
-        rows = size - first[b]
-        visible[b, :, : lengths[b]] = True
-        visible[b, rows:, 0] = True  # padding rows attend to something, or softmax gives NaN
-        visible[b, :rows, lengths[b] : lengths[b] + size] = ancestor_mask(parents)[first[b] :]
-        key_positions[b, lengths[b] : lengths[b] + size] = lengths[b] + depths
+        begin, end = int(lengths[b]), int(lengths[b]) + size
+        visible[b, :, :begin] = True
+        visible[b, size - first[b] :, 0] = True  # padding rows attend to something, or softmax gives NaN
+        visible[b, : size - first[b], begin:end] = ancestor_mask(parents)[first[b] :]
         nodes.append(np.arange(first[b], size))
-        positions.append(lengths[b] + depths[first[b] :])
+        depths.append(depths_of(parents))
     request = np.repeat(np.arange(len(batch)), sizes - first)
     local = np.concatenate(nodes)
     new = local + batch.offsets[request]
@@ -214,7 +220,7 @@ def lay_out(batch: TreeBatch, caches: Sequence[KVCache], start: Sequence[int] | 
 
     return Layout(
         token_ids=tensor(batch.tokens[new]),
-        positions=tensor(np.concatenate(positions)),
+        positions=tensor(np.concatenate([one[f:] for one, f in zip(depths, first, strict=True)]) + lengths[request]),
         new=new,
         request=tensor(request),
         column=tensor(local - first[request]),
@@ -225,7 +231,8 @@ def lay_out(batch: TreeBatch, caches: Sequence[KVCache], start: Sequence[int] | 
         width=width,
         length=length,
         visible=visible,
-        key_positions=key_positions,
+        lengths=lengths.tolist(),
+        depths=depths,
     )
 
 

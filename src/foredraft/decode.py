@@ -100,7 +100,8 @@ def autoregressive(target: Target, pool: Pool, continuations: Sequence[Continuat
         for b, one in enumerate(running):
             law = law_of(one, scores.logits[b : b + 1], None)
             draws = one.draws.at(len(one.token_ids))
-            verdicts.append((law, Verdict([], draws.categorical(law.row(0), ("next", (), 0)), "plain")))
+            token = law.token(0) if law.is_certain else draws.categorical(law.row(0), ("next", (), 0))
+            verdicts.append((law, Verdict([], token, "plain")))
         rule_s = clock.lap()
         pool.keep([one.cache for one in running], [[]] * len(running))
         cache_s = clock.lap()

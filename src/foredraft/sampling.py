@@ -216,6 +216,21 @@ class TargetLaw:
         self._committed_ids = committed_ids
         self._processors = processors
         self._rows: dict[int, Tensor] = {}
+        self._likeliest: list[int] | None = None
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether every row is one-hot, as at temperature 0; then `token` says where, without a row."""
+        return self._sampling.temperature == 0
+
+    def token(self, node: int) -> int:
+        """The one token that can follow `node` where the law `is_certain`."""
+        assert self.is_certain
+        if self._processors:
+            return int(self._processed(node).argmax(-1))
+        if self._likeliest is None:
+            self._likeliest = self._logits.argmax(-1).tolist()
+        return self._likeliest[node]
 
     def row(self, node: int) -> Float[Tensor, " v"]:
         """Probabilities of the token after `node`."""

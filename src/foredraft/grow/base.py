@@ -82,16 +82,14 @@ class Sapling:
         """
         if k <= 0:
             return [[] for _ in nodes]
-        if self.sampled:
-            keys = [("draft", self.ranks[node], 0) for node in nodes]
-            tokens = self.draws.order_rows([self.draws] * len(nodes), laws, keys, k)
-        else:
-            tokens = laws.topk(min(k, laws.shape[1])).indices.tolist()
-        picked = []
-        for row, law in zip(tokens, laws, strict=True):
-            probs = law[row].tolist()
-            picked.append([(token, prob) for token, prob in zip(row, probs, strict=True) if prob > 0])
-        return picked
+        if not self.sampled:
+            best = laws.topk(min(k, laws.shape[1]))
+            return _positive(best.indices.tolist(), best.values.tolist())
+        keys = [("draft", self.ranks[node], 0) for node in nodes]
+        tokens = self.draws.order_rows([self.draws] * len(nodes), laws, keys, k)
+        if len({len(row) for row in tokens}) > 1:
+            return _positive(tokens, [law[row].tolist() for law, row in zip(laws, tokens, strict=True)])
+        return _positive(tokens, laws.gather(1, torch.tensor(tokens, device=laws.device)).tolist())
 
     @property
     def way(self) -> Drawn:
@@ -101,6 +99,11 @@ class Sapling:
     def keep_only(self, nodes: Sequence[int]) -> None:
         """Restricts the tree to `nodes` (the root among them, parents before children, siblings in draw order)."""
         self.kept = list(nodes)
+
+
+def _positive(tokens: Sequence[Sequence[int]], probs: Sequence[Sequence[float]]) -> list[list[tuple[int, float]]]:
+    """Pairs of token and probability, without those that have none."""
+    return [[(token, prob) for token, prob in zip(*row, strict=True) if prob > 0] for row in zip(tokens, probs, strict=True)]
 
 
 def draft_sampling(sampling: SamplingParams, draft_temperature: float | int | None) -> SamplingParams:

@@ -9,6 +9,7 @@ from foredraft.draws import Draws
 from foredraft.protocols import Verdict
 from foredraft.sampling import TargetLaw, one_hot
 from foredraft.tree import DraftTree
+from foredraft.verify.certain import follow
 from foredraft.verify.multiround import require_chain
 
 
@@ -26,6 +27,8 @@ def block(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
         ValueError: the tree branches.
     """
     require_chain(tree, "block")
+    if certain := follow(tree, target_law):
+        return certain
     last = tree.num_nodes - 1
     laws = target_law.rows(range(last + 1))
     accepted, law, ratio = 0, laws[0] if last == 0 else _excess(tree, 0, laws[0], 1.0), 1.0

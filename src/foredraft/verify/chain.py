@@ -6,6 +6,7 @@ from foredraft.draws import Draws
 from foredraft.protocols import Verdict
 from foredraft.sampling import TargetLaw
 from foredraft.tree import DraftTree
+from foredraft.verify.certain import follow
 from foredraft.verify.multiround import require_chain, subtract
 
 
@@ -19,6 +20,8 @@ def chain(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
         ValueError: the tree branches.
     """
     require_chain(tree, "chain")
+    if certain := follow(tree, target_law):
+        return certain
     path = list(range(1, tree.num_nodes))
     for node in path:
         parent, token = node - 1, int(tree.tokens[node])

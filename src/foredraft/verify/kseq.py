@@ -10,6 +10,7 @@ from foredraft.draws import Draws
 from foredraft.protocols import Verdict
 from foredraft.sampling import TargetLaw
 from foredraft.tree import DraftTree, Drawn
+from foredraft.verify.certain import follow
 from foredraft.verify.multiround import require_drawn, test_children
 
 
@@ -27,6 +28,8 @@ def kseq(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
         ValueError: siblings were drawn without replacement.
     """
     require_drawn(tree, {Drawn.DETERMINISTIC, Drawn.IID}, "kseq")
+    if certain := follow(tree, target_law):
+        return certain
     path, node = [], 0
     while tree.children[node]:
         law = target_law.row(node)

@@ -20,6 +20,7 @@ from foredraft.draws import Draws
 from foredraft.protocols import Verdict
 from foredraft.sampling import TargetLaw
 from foredraft.tree import DraftTree, Drawn
+from foredraft.verify.certain import follow
 
 
 def multiround(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
@@ -28,6 +29,8 @@ def multiround(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
     Guarantee: exact in distribution.
     Source: DySpec, Algorithm 3 (with a uniform number where the paper prints a normal one).
     """
+    if certain := follow(tree, target_law):
+        return certain
     path, node, residual = [], 0, target_law.row(0)
     while tree.children[node]:
         child, residual = test_children(tree, node, residual, draws)

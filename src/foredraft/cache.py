@@ -90,7 +90,7 @@ class KVPool:
         """Stores the new nodes' keys and values of one layer."""
         if len(layout.slots) == 1:
             first = layout.first_place
-            there = self.kv[:, layer, layout.slots[0], :, first : first + len(key)]
+            there = self.kv[:, layer, layout.slots[0], :, first : first + layout.count]
             there[0], there[1] = key.transpose(0, 1), value.transpose(0, 1)
         else:
             self.kv[0, layer].index_put_((layout.slot[:, None], self._heads, layout.place[:, None]), key)
@@ -127,7 +127,7 @@ class Layout:
 
     Attributes:
         token_ids, positions: of the new nodes; a node's position is its cache length plus its depth.
-        new: packed index of each new node.
+        new: packed index of each new node; there are `count` of them.
         request, column: new node m stands in row ``request[m]``, column ``column[m]`` of the padded [B, N] batch.
         slot, place: where its key and value are written.
         slots: slot of each request.
@@ -141,6 +141,7 @@ class Layout:
     token_ids: Int[Tensor, " m"]
     positions: Int[Tensor, " m"]
     new: Int[np.ndarray, " m"]
+    count: int
     request: Int[Tensor, " m"]
     column: Int[Tensor, " m"]
     slot: Int[Tensor, " m"]
@@ -181,7 +182,7 @@ class Layout:
 
     def pad(self, states: Float[Tensor, "m h e"]) -> Float[Tensor, "b n h e"]:
         """New nodes to the padded batch."""
-        if len(self.slots) * self.width == len(states):
+        if len(self.slots) * self.width == self.count:
             return states.view(len(self.slots), self.width, *states.shape[1:])
         padded = states.new_zeros(len(self.slots), self.width, *states.shape[1:])
         padded[self.request, self.column] = states
@@ -189,7 +190,7 @@ class Layout:
 
     def unpad(self, states: Float[Tensor, "b n d"]) -> Float[Tensor, "m d"]:
         """The padded batch back to new nodes."""
-        if len(self.slots) * self.width == len(self.token_ids):
+        if len(self.slots) * self.width == self.count:
             return states.flatten(0, 1)
         return states[self.request, self.column]
 
@@ -222,6 +223,7 @@ def lay_out(batch: TreeBatch, caches: Sequence[KVCache], start: Sequence[int] | 
         token_ids=tensor(batch.tokens[new]),
         positions=tensor(np.concatenate([one[f:] for one, f in zip(depths, first, strict=True)]) + lengths[request]),
         new=new,
+        count=len(new),
         request=tensor(request),
         column=tensor(local - first[request]),
         slot=tensor(slots[request]),

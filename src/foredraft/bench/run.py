@@ -69,7 +69,7 @@ def parse_method(text: str, draft_model: str | None) -> dict[str, Any]:
         raise ValueError(f"the budget of method {text!r} must be a whole number or {AUTO!r}, got {budget!r}")
     config: dict[str, Any] = {"method": drafter}
     if drafter != PLAIN:
-        config |= {"model": draft_model} if draft_model is not None and drafter == "lm" else {}
+        config |= {"model": draft_model} if draft_model is not None and drafter in ("lm", AUTO) else {}
         config |= {"tree": tree} if tree else {}
         config |= {"num_speculative_tokens": budget if budget == AUTO else int(budget)} if budget else {}
         config |= {"rule": rule} if rule else {}

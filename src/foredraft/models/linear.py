@@ -79,7 +79,7 @@ def make_norm(weight: Float[Tensor, " d"], eps: float) -> Norm:
     mirrored = mirrored_norm(weight, eps) if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" else None
 
     def run(x: Tensor) -> Tensor:
-        if mirrored is not None and x.dim() == 2 and len(x) <= _FEW_ROWS:
+        if mirrored is not None and x.dim() == 2 and x.shape[0] <= _FEW_ROWS:
             return mirrored(x)
         return F.rms_norm(x, shape, weight, eps)
 
@@ -88,9 +88,10 @@ def make_norm(weight: Float[Tensor, " d"], eps: float) -> Norm:
 
 def mirrored_norm(weight: Float[Tensor, " d"], eps: float) -> Norm:
     """RMSNorm by the layer norm of ``[x, -x]``, whose mean is 0 and whose variance is the mean square of x."""
-    size, doubled = len(weight), torch.cat([weight, weight])
+    size, doubled = weight.shape[0], torch.cat([weight, weight])
+    shape = [2 * size]
 
     def run(x: Tensor) -> Tensor:
-        return F.layer_norm(torch.cat([x, -x], dim=-1), (2 * size,), doubled, None, eps)[:, :size]
+        return torch.layer_norm(torch.cat([x, -x], dim=-1), shape, doubled, None, eps)[:, :size]
 
     return run

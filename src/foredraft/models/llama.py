@@ -29,8 +29,8 @@ FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary scalings whose tables do not depend on the current length."""
 
-_WIDE, LEAST_ROWS = 1 << 21, 4
-"""Packed weights that do not fit a core's cache are read faster by 3 to 6 rows than by one."""
+_LEAST_ROWS = ((1 << 21, 6), (1 << 18, 4), (0, 1))
+"""(weights of a projection, rows): packed weights that do not stay in a cache are read faster by a few rows than by one."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ class LlamaTarget:
         self._norm = read.norm("model.norm")
         self.head: Linear = read.linear("lm_head") if "lm_head.weight" in weights else read.make(self._embedding)
         self._layers = [_load_layer(i, config, read) for i in range(config.num_hidden_layers)]
-        wide = self.packed and config.hidden_size * config.intermediate_size >= _WIDE
-        self._least_rows = LEAST_ROWS if wide else 1
+        size = config.hidden_size * config.intermediate_size if self.packed else 0
+        self._least_rows = next(rows for least, rows in _LEAST_ROWS if size >= least)
         self._cos, self._sin = _rotary_tables(config, self.max_len, dtype, device)
 
     def new_pool(self, num_slots: int, max_len: int) -> KVPool:
@@ -137,7 +137,7 @@ class LlamaTarget:
                 states[i + 1] = hidden
         if -1 in feature_layers:
             states[-1] = self._norm(hidden)
-        count = len(layout.token_ids)
+        count = layout.count
         features = torch.cat([states[i][:count] for i in feature_layers], dim=-1) if feature_layers else None
         hidden = hidden[:count] if rows is None else hidden[layout.rows_of(rows)]
         return Scores(self.head(self._norm(hidden)), features)
@@ -153,7 +153,7 @@ class LlamaTarget:
 
     def _padded(self, states: Float[Tensor, "m d"]) -> Float[Tensor, "n d"]:
         """At least as many rows as the packed kernels are fast with; what is added is computed and never looked at."""
-        missing = self._least_rows - len(states)
+        missing = self._least_rows - states.shape[0]
         return states if missing <= 0 else torch.cat([states, states[:1].expand(missing, -1)])
 
     def _run_layer(
@@ -166,7 +166,7 @@ class LlamaTarget:
         layout: Layout,
         pool: KVPool,
     ) -> Float[Tensor, "m d"]:
-        qkv = layer.qkv(layer.input_norm(hidden))[: len(layout.token_ids)].unflatten(1, (-1, self._head_dim))
+        qkv = layer.qkv(layer.input_norm(hidden))[: layout.count].view(layout.count, -1, self._head_dim)
         hidden = layer.out(self._padded(self._attend(layer, index, qkv, rotation, mask, layout, pool)), hidden)
         gate, up = layer.gate_up(layer.post_norm(hidden)).chunk(2, dim=-1)
         return layer.down(F.silu(gate).mul_(up), hidden)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from foredraft import LLM, SamplingParams, auto
-from foredraft.auto import Candidate, Choice, choose, recalled, tokens_per_step
+from foredraft.auto import Candidate, Choice, choose, tokens_per_step
+from foredraft.calibration import recalled
 from foredraft.grow import GROWERS
 from foredraft.speculation import AUTO, Way
 

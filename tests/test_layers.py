@@ -10,9 +10,9 @@ import foredraft
 ROOT = Path(foredraft.__file__).parent
 
 LAYERS = [  # lowest first; modules of one line may import each other
-    {"errors", "tree", "draws", "sampling", "metrics", "text", "progress"},
+    {"errors", "tree", "draws", "sampling", "processors", "metrics", "text", "prompts", "progress"},
     {"protocols"},
-    {"cache"},
+    {"cache", "calibration"},
     {"models", "grow", "verify"},
     {"drafters"},
     {"decode"},

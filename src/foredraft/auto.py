@@ -8,22 +8,20 @@ and for sampled requests, and never looks at the requests in flight, so that an 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, prod
-from pathlib import Path
-from statistics import geometric_mean, median
+from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
 
 import foredraft
+from foredraft.calibration import recalled
 from foredraft.decode import Continuation, autoregressive, speculative
 from foredraft.draws import Draws
 from foredraft.grow.budget import best_paths
@@ -34,7 +32,7 @@ from foredraft.speculation import MAX_DEPTH, Speculation, Way
 from foredraft.text import TextStream
 from foredraft.tree import TreeBatch
 
-SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+SIZES = (2, 4, 6, 8, 12, 16, 32, 64)
 """Numbers of nodes worth trying: each costs noticeably more than the one before."""
 
 SAMPLE_TEXT = (
@@ -45,10 +43,10 @@ SAMPLE_TEXT = (
 
 _log = logging.getLogger("foredraft")
 
-_WARM_STEPS, _TIMED_STEPS = 2, 7
-"""The first step runs the prompt through the drafter, and the second is still cold."""
+_WARM_STEPS, _TIMED_STEPS = 1, 5
+"""The first step runs the prompt through the drafter."""
 
-_TRIED_TREES, _TYPICAL_SIZE = 3, 8
+_TRIED_TREES, _TYPICAL_SIZE = 2, 8
 """Only so many trees are timed, those of most tokens a step at a typical size."""
 
 _WORSE = 0.92
@@ -68,8 +66,7 @@ class Choice(NamedTuple):
     Attributes:
         way, nodes: nodes are 0 where plain decoding is faster than every candidate.
         tokens_per_step: of the candidate.
-        slowdown: a step's time in steps of plain decoding, measured on this machine: the geometric mean over one request and
-            as many as the engine takes.
+        slowdown: a step's time in steps of plain decoding, measured on this machine.
         speedup: the quotient of the two: what is predicted against plain decoding.
     """
 
@@ -88,6 +85,7 @@ class Chooser:
         has_model: whether there is a draft model.
         build: gives the drafter of a way.
         measured: kind of request -> tree (a drafter's name, where it makes its own) -> number of nodes -> tokens a step.
+        num_seqs: requests in a step.
         prompt: whose continuation is timed.
     """
 
@@ -96,12 +94,12 @@ class Chooser:
     has_model: bool
     build: Callable[[Way], Drafter]
     measured: Mapping[str, Any]
-    max_num_seqs: int
+    num_seqs: int
     prompt: Sequence[int]
 
     def choose(self) -> dict[str, Choice]:
         """The choice for ``greedy`` and for ``sampled`` requests."""
-        facts = [self._facts(), self.measured, self.speculation, self.max_num_seqs]
+        facts = [self._facts(), self.measured, self.speculation, self.num_seqs]
         found = recalled("choice", facts, lambda: {kind: self._choose(kind) for kind in ("greedy", "sampled")})
         choices = {kind: Choice(Way(*one[0]), *one[1:]) for kind, one in found.items()}
         if not any(one.nodes for one in choices.values()):
@@ -122,16 +120,14 @@ class Chooser:
 
     def _choose(self, kind: str) -> Choice:
         sampling = SamplingParams(temperature=0.0 if kind == "greedy" else 1.0)
-        batches = sorted({1, self.max_num_seqs})
-        plain = [step_seconds(self.target, None, None, 0, self.prompt, sampling, count) for count in batches]
+        plain = step_seconds(self.target, None, None, 0, self.prompt, sampling, self.num_seqs)
         drafters = {way: self.build(way) for way in self._worth_timing(kind)}
 
         def slowdown(candidate: Candidate) -> float:
             way = candidate.way
             drafter = drafters[way] if way.tree else Full()
             rule = self.speculation.rule_for(way.tree)
-            timed = [step_seconds(self.target, drafter, rule, candidate.nodes, self.prompt, sampling, b) for b in batches]
-            return geometric_mean(step / alone for step, alone in zip(timed, plain, strict=True))
+            return step_seconds(self.target, drafter, rule, candidate.nodes, self.prompt, sampling, self.num_seqs) / plain
 
         return choose(
             drafters,
@@ -271,56 +267,3 @@ def tokens_per_step(measured: Mapping[str, Mapping[str, float]] | None, candidat
         return below[1]
     share = (candidate.nodes - below[0]) / (above[0] - below[0])
     return below[1] + share * (above[1] - below[1])
-
-
-def calibration_file(model: Any, target: Target, drafter: str) -> Path:
-    """Where the calibration of a drafter is kept: in its directory, else in the user's cache, by target."""
-    if isinstance(model, str | Path) and Path(model).is_dir():
-        return Path(model) / "calibration.json"
-    config = getattr(target.config, "to_dict", dict)()
-    key = hashlib.sha256(json.dumps([config, str(model)], sort_keys=True, default=str).encode()).hexdigest()[:20]
-    return cache_folder() / f"calibration-{drafter}-{key}.json"
-
-
-def read_calibration(model: Any, target: Target, drafter: str) -> dict[str, Any]:
-    """What `foredraft calibrate` found out about a drafter; nothing if it was not asked.
-
-    Raises:
-        ValueError: the file is not valid JSON.
-    """
-    path = calibration_file(model, target, drafter)
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): measure it again or delete it") from None
-
-
-def cache_folder() -> Path:
-    """Where measurements are kept: ``$FOREDRAFT_CACHE``, else ``foredraft`` in the user's cache folder."""
-    given = os.environ.get("FOREDRAFT_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foredraft"
-
-
-def recalled(kind: str, facts: Any, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What was measured before under equal `facts`; else what `measure` gives, kept for the next time.
-
-    A cache that cannot be read or written is as good as none.
-    """
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
-    file = cache_folder() / f"{kind}-{key}.json"
-    try:
-        return json.loads(file.read_text())["found"]
-    except (OSError, ValueError, KeyError, TypeError):
-        found = measure()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps({"facts": facts, "found": found}, default=str, indent=1))
-        part.replace(file)
-    except OSError:
-        pass
-    return found

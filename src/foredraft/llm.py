@@ -9,24 +9,25 @@ from typing import Any
 
 import torch
 
-from foredraft.auto import SAMPLE_TEXT, Choice, Chooser, read_calibration
+from foredraft.auto import SAMPLE_TEXT, Choice, Chooser
+from foredraft.calibration import read_calibration
 from foredraft.drafters import DRAFTERS, Setting
 from foredraft.drafters.mixed import MixedDrafter
 from foredraft.engine import Engine, Request, RequestOutput
 from foredraft.grow import ByTemperature
 from foredraft.models.loading import load_generation_config, load_target, load_tokenizer
 from foredraft.progress import progress_bar
+from foredraft.prompts import Prompt, encode, is_list, not_a_prompt
 from foredraft.protocols import Budget
 from foredraft.sampling import SamplingParams
 from foredraft.speculation import AUTO, MAX_DEPTH, PLAIN, Speculation, Way, parse
 from foredraft.verify import for_sampled
 
+DEFAULT_NUM_SEQS = 8
+
 BUNDLED = Path(__file__).parent / "bundled"
 BUNDLED_TARGET = BUNDLED / "chat-14m"
 BUNDLED_DRAFTER = BUNDLED / "draft-lm"
-
-Prompt = str | Sequence[int] | Mapping[str, Any]
-"""A text, a list of token ids, or ``{"prompt_token_ids": [...]}`` or ``{"prompt": "..."}``."""
 
 
 class LLM:
@@ -42,7 +43,8 @@ class LLM:
         dtype: ``auto`` (the checkpoint's), ``bfloat16``, ``float16``, ``float32`` or ``float64``.
         device: None is CUDA where there is a device, else the CPU.
         max_model_len: longest prompt and output together; None is the model's context.
-        max_num_seqs: outputs decoded at once; more wait. An automatic choice of the tree is made for 1 to so many.
+        max_num_seqs: outputs decoded at once; more wait. An automatic choice of the tree is made for so many. None is room
+            for 8, with the choice made for one at a time.
         seed: of requests without a seed of their own.
         revision: of a Hub id.
 
@@ -59,11 +61,12 @@ class LLM:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         max_model_len: int | None = None,
-        max_num_seqs: int = 8,
+        max_num_seqs: int | None = None,
         seed: int = 0,
         revision: str | None = None,
     ):
-        _check_count("max_num_seqs", max_num_seqs)
+        if max_num_seqs is not None:
+            _check_count("max_num_seqs", max_num_seqs)
         self._bundled = model is None
         if self._bundled:
             model = BUNDLED_TARGET
@@ -78,7 +81,8 @@ class LLM:
         except (ValueError, TypeError) as error:
             raise ValueError(f"the model's generation_config.json cannot be used: {error}; correct it or delete it") from None
         self.max_model_len = self._context(max_model_len)
-        self.max_num_seqs, self._seed = max_num_seqs, seed
+        self.max_num_seqs, self._seed = max_num_seqs or DEFAULT_NUM_SEQS, seed
+        self._usual_num_seqs = max_num_seqs or 1
         self._draft_models: dict[str, Any] = {}
         self._speculate(speculation)
 
@@ -94,7 +98,7 @@ class LLM:
 
     def _parse(self, config: Mapping[str, Any] | None) -> Speculation | None:
         if config is None:
-            config = {"method": AUTO} if self._bundled else {"method": "suffix"}
+            config = {"method": "lm"} if self._bundled else {"method": "suffix"}
         return parse(config)
 
     def _speculate(self, speculation: Speculation | None) -> None:
@@ -149,7 +153,7 @@ class LLM:
             has_model=self.draft_source is not None,
             build=lambda way: self._drafter(speculation, way, way),
             measured=self._measured(speculation).get("tokens_per_step", {}),
-            max_num_seqs=self.max_num_seqs,
+            num_seqs=self._usual_num_seqs,
             prompt=self._sample_prompt(),
         )
         return chooser.choose()
@@ -184,10 +188,10 @@ class LLM:
         Raises:
             ValueError: a prompt or its parameters do not fit; nothing has been generated then.
         """
-        if isinstance(prompts, str | Mapping) or (_is_list(prompts) and prompts and isinstance(prompts[0], int)):
+        if isinstance(prompts, str | Mapping) or (is_list(prompts) and prompts and isinstance(prompts[0], int)):
             prompts = [prompts]  # type: ignore[list-item]
-        if not _is_list(prompts):
-            raise _not_a_prompt(prompts)
+        if not is_list(prompts):
+            raise not_a_prompt(prompts)
         requests = self._requests(list(prompts), sampling_params)  # type: ignore[arg-type]
         total = sum(request.sampling.n for request in requests)
         with progress_bar("generating", total, shown=progress) as advance:
@@ -239,27 +243,12 @@ class LLM:
             sampling_params = self.get_default_sampling_params()
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(prompts)
-        if not _is_list(sampling_params) or not all(isinstance(one, SamplingParams) for one in sampling_params):
+        if not is_list(sampling_params) or not all(isinstance(one, SamplingParams) for one in sampling_params):
             raise TypeError(f"sampling_params must be a SamplingParams or a list of them, got {sampling_params!r}")
         if len(sampling_params) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(sampling_params)} sampling_params: give one, or one per prompt")
-        return [
-            self.engine.add(*self._encode(prompt), sampling) for prompt, sampling in zip(prompts, sampling_params, strict=True)
-        ]
-
-    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        text, ids = None, prompt
-        if isinstance(prompt, Mapping):
-            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids", prompt.get("prompt"))
-        if isinstance(ids, str):
-            if not ids:
-                raise ValueError("the prompt is empty: give at least one token")
-            if self.tokenizer is None:
-                raise ValueError("this model has no tokenizer: give token ids, as a list or {'prompt_token_ids': [...]}")
-            return ids, [int(one) for one in self.tokenizer(ids, verbose=False)["input_ids"]]  # we say if it is too long
-        if not _is_list(ids) or not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
-            raise _not_a_prompt(prompt)
-        return text, [int(one) for one in ids]
+        pairs = zip(prompts, sampling_params, strict=True)
+        return [self.engine.add(*encode(prompt, self.tokenizer), sampling) for prompt, sampling in pairs]
 
     def _context(self, max_model_len: int | None) -> int:
         if max_model_len is None:
@@ -312,17 +301,6 @@ class LLM:
     def _vocabulary(self, model: Any) -> dict[str, int] | None:
         tokenizer = self.tokenizer if model is None else load_tokenizer(model)
         return None if tokenizer is None else tokenizer.get_vocab()
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
-def _not_a_prompt(given: Any) -> TypeError:
-    return TypeError(
-        f"a prompt is a str, a list of token ids (whole numbers) or {{'prompt_token_ids': [...]}}, got {given!r}. "
-        "Use .tolist() on an array or a tensor"
-    )
 
 
 def _check_count(name: str, value: int) -> None:

@@ -23,10 +23,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from foredraft.auto import SAMPLE_TEXT, calibration_file
+from foredraft.auto import SAMPLE_TEXT
 from foredraft.bench import tasks
 from foredraft.bench.report import new_figure
 from foredraft.cache import prefill
+from foredraft.calibration import calibration_file
 from foredraft.drafters import DRAFTERS
 from foredraft.draws import Draws
 from foredraft.grow import GROWERS

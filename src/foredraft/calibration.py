@@ -1,0 +1,65 @@
+"""What was measured, kept: calibrations of drafters, and times of this machine in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from foredraft.protocols import Target
+
+
+def calibration_file(model: Any, target: Target, drafter: str) -> Path:
+    """Where the calibration of a drafter is kept: in its directory, else in the user's cache, by target."""
+    if isinstance(model, str | Path) and Path(model).is_dir():
+        return Path(model) / "calibration.json"
+    config = getattr(target.config, "to_dict", dict)()
+    key = hashlib.sha256(json.dumps([config, str(model)], sort_keys=True, default=str).encode()).hexdigest()[:20]
+    return cache_folder() / f"calibration-{drafter}-{key}.json"
+
+
+def read_calibration(model: Any, target: Target, drafter: str) -> dict[str, Any]:
+    """What `foredraft calibrate` found out about a drafter; nothing if it was not asked.
+
+    Raises:
+        ValueError: the file is not valid JSON.
+    """
+    path = calibration_file(model, target, drafter)
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): measure it again or delete it") from None
+
+
+def cache_folder() -> Path:
+    """Where measurements are kept: ``$FOREDRAFT_CACHE``, else ``foredraft`` in the user's cache folder."""
+    given = os.environ.get("FOREDRAFT_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foredraft"
+
+
+def recalled(kind: str, facts: Any, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was measured before under equal `facts`; else what `measure` gives, kept for the next time.
+
+    A cache that cannot be read or written is as good as none.
+    """
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
+    file = cache_folder() / f"{kind}-{key}.json"
+    try:
+        return json.loads(file.read_text())["found"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = measure()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps({"facts": facts, "found": found}, default=str, indent=1))
+        part.replace(file)
+    except OSError:
+        pass
+    return found

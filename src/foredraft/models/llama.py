@@ -82,7 +82,7 @@ class LlamaTarget:
         self.dtype, self.device = dtype, device
         self._heads: int = config.num_attention_heads
         self._kv_heads: int = config.num_key_value_heads or config.num_attention_heads
-        self._head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._head_dim = head_dim_of(config)
         self.packed = can_pack(dtype, device) if packed is None else packed
         read = Reader(config, weights, dtype, device, self.packed)
         self._embedding = read.tensor("model.embed_tokens")
@@ -210,6 +210,18 @@ def unsupported(config: PretrainedConfig) -> str | None:
     return None
 
 
+def head_dim_of(config: Any) -> int:
+    """Entries of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def window_of(config: Any, index: int) -> int | None:
+    """How many tokens a token sees in a layer, itself included; None is all."""
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds[index] == "sliding_attention" if kinds else getattr(config, "use_sliding_window", True)
+    return getattr(config, "sliding_window", None) if slides else None
+
+
 def _rope_type(config: PretrainedConfig) -> str:
     rope = getattr(config, "rope_parameters", None) or {}
     return rope.get("rope_type", "default")
@@ -252,10 +264,17 @@ class Reader:
         found = [self._weights[f"{name}.{kind}"].to(**self._to) for name in names]
         return found[0] if len(found) == 1 else torch.cat(found)
 
+    def has(self, name: str, kind: str = "weight") -> bool:
+        """Whether there is a tensor called ``name.kind``."""
+        return f"{name}.{kind}" in self._weights
+
+    def bias(self, *names: str) -> Tensor | None:
+        """The biases of linear layers fused into one; None where they have none."""
+        return self.tensor(*names, kind="bias") if self.has(names[0], "bias") else None
+
     def linear(self, *names: str) -> Linear:
         """Linear layers fused into one."""
-        has_bias = f"{names[0]}.bias" in self._weights
-        return self.make(self.tensor(*names), self.tensor(*names, kind="bias") if has_bias else None)
+        return self.make(self.tensor(*names), self.bias(*names))
 
     def make(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """A linear layer of given weights."""
@@ -267,13 +286,11 @@ class Reader:
 
     def norm_if_any(self, name: str) -> Norm | None:
         """A norm that some models have."""
-        return self.norm(name) if f"{name}.weight" in self._weights else None
+        return self.norm(name) if self.has(name) else None
 
 
 def _load_layer(index: int, config: PretrainedConfig, read: Reader) -> Layer:
     at = f"model.layers.{index}"
-    kinds: Any = getattr(config, "layer_types", None)
-    slides = kinds[index] == "sliding_attention" if kinds else getattr(config, "use_sliding_window", True)
     return Layer(
         input_norm=read.norm(f"{at}.input_layernorm"),
         qkv=read.linear(*(f"{at}.self_attn.{name}_proj" for name in "qkv")),
@@ -283,5 +300,5 @@ def _load_layer(index: int, config: PretrainedConfig, read: Reader) -> Layer:
         post_norm=read.norm(f"{at}.post_attention_layernorm"),
         gate_up=read.linear(f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"),
         down=read.linear(f"{at}.mlp.down_proj"),
-        window=getattr(config, "sliding_window", None) if slides else None,
+        window=window_of(config, index),
     )

@@ -27,6 +27,7 @@ from foredraft.models.checkpoint import ModelError as ModelError
 from foredraft.models.checkpoint import StoredTensor, one_line, open_weights, read_config, read_json, resolve, some
 from foredraft.models.hf import HFTarget
 from foredraft.models.llama import LlamaTarget, unsupported
+from foredraft.models.native import NativeTarget, can_run
 from foredraft.protocols import Target
 
 _DTYPES = {
@@ -200,8 +201,8 @@ def _dtype_of(config: PretrainedConfig, weights: Mapping[str, StoredTensor]) -> 
 
 def _llama(
     config: PretrainedConfig, weights: Mapping[str, Tensor | StoredTensor], dtype: torch.dtype, device: torch.device
-) -> LlamaTarget:
-    """Our decoder, after every tensor it needs was found with the shape that the configuration asks for."""
+) -> LlamaTarget | NativeTarget:
+    """Our decoder, the compiled one where it runs, after every tensor was found in the shape that config.json asks for."""
     with torch.device("meta"):
         expected = AutoModelForCausalLM.from_config(config).state_dict()
     weights = _tied(weights) if config.tie_word_embeddings else weights
@@ -217,7 +218,8 @@ def _llama(
                 "weights and configuration are not of the same model"
             )
     try:
-        return LlamaTarget(config, {name: _read(weights[name]) for name in expected}, dtype, device)
+        found = {name: _read(weights[name]) for name in expected}
+        return NativeTarget(config, found) if can_run(config, dtype, device) else LlamaTarget(config, found, dtype, device)
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"cannot load the model: {one_line(error)}") from None
 

@@ -1,0 +1,69 @@
+"""Compiles `decoder.c` once with the machine's own C compiler, and keeps the result in the user's cache."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+from foredraft.calibration import cache_folder
+
+SOURCE = Path(__file__).with_name("decoder.c")
+
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
+"""No contraction and no fast math: equal rows must give equal bits, however the compiler unrolls."""
+
+_log = logging.getLogger("foredraft")
+
+
+@cache
+def decoder() -> ctypes.CDLL | None:
+    """The compiled decoder; None where it cannot run: no AVX-512 BF16, or no C compiler (``$CC``, cc, gcc or clang).
+
+    An empty ``$FOREDRAFT_CC`` forbids it; otherwise that is the compiler.
+    """
+    command = compiler()
+    if "avx512_bf16" not in cpu_flags() or command is None:
+        return None
+    try:
+        return ctypes.CDLL(str(_built(command)))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        _log.warning("cannot compile the fast decoder (%s), so the slower one runs", said.strip().splitlines()[-1])
+        return None
+
+
+def compiler() -> list[str] | None:
+    """The C compiler's command."""
+    if (given := os.environ.get("FOREDRAFT_CC")) is not None:
+        return shlex.split(given) or None
+    named = [os.environ.get("CC", ""), "cc", "gcc", "clang"]
+    return next((shlex.split(one) for one in named if one and shutil.which(shlex.split(one)[0])), None)
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """What the processor can do, in Linux's words."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":")[1] for line in lines if line.startswith("flags")), "").split())
+
+
+def _built(command: list[str]) -> Path:
+    facts = [SOURCE.read_text(), *command, *_FLAGS, *sorted(cpu_flags())]
+    name = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:20]
+    file = cache_folder() / f"decoder-{name}.so"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")
+        subprocess.run([*command, *_FLAGS, str(SOURCE), "-o", str(part), "-lm"], check=True, capture_output=True, text=True)
+        part.replace(file)
+    return file

@@ -1,0 +1,605 @@
+/* A decoder of the Llama family in bfloat16 over packed trees, for CPUs with AVX-512 BF16. Called by native.py.
+
+   A step of a few tokens is bound by reading the weights. So they lie as they are read, each 64 bytes that come from memory serve
+   all rows of the step, and nothing else is done per layer than what the model asks for.
+
+   Every number depends on its own row and what that row may see, never on the other rows, on where a node stands in its tree or
+   on the number of threads: sums run over the inner dimension, or over visible tokens by their position, in one fixed order. A
+   token scored in a tree therefore has bit for bit the logits that it has when it is decoded alone.
+
+   Rounded to bfloat16 are the inputs of every matrix product, keys, values and the probabilities' inputs; all else is float32. */
+
+#include <immintrin.h>
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#ifndef __AVX512BF16__
+#error "needs AVX-512 BF16"
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef uint16_t bf16;
+
+/* ---- what native.py passes: the same fields in the same order stand there ------------------------------------------------ */
+
+typedef struct {
+    const bf16 *weight; /* [out / 32][in / 2][32][2], out padded with zeros to a multiple of 32 */
+    const bf16 *bias;   /* [out] or NULL */
+    int64_t out, in;
+} Linear;
+
+typedef struct {
+    const bf16 *input_norm, *q_norm, *k_norm, *post_norm; /* q_norm, k_norm: [head_dim] or NULL */
+    Linear qkv, output, gate, up, down;
+    int64_t window; /* tokens that a token sees, itself included */
+} Layer;
+
+typedef struct {
+    int64_t hidden, heads, kv_heads, head_dim, mlp, num_layers;
+    float eps, rotary_scale;
+    const float *frequencies; /* [head_dim / 2] */
+    const bf16 *embedding;    /* [vocabulary][hidden], or NULL: the head's weight */
+    const Layer *layers;
+    const bf16 *norm;
+    Linear head;
+} Model;
+
+typedef struct {
+    int64_t num_trees;
+    const int64_t *tokens, *parents, *offsets; /* of a TreeBatch */
+    const int64_t *lengths, *slots, *first;    /* per tree: committed tokens, slot in the pool, nodes run before */
+    int64_t num_rows;
+    const int64_t *rows; /* new nodes whose logits are wanted, counted in packed order */
+    float *logits;       /* [num_rows][vocabulary] */
+    int64_t num_features;
+    const int64_t *feature_layers; /* 0: embedding, i: after i layers, -1: after the last norm */
+    bf16 *features;                /* [new nodes][num_features * hidden] */
+    bf16 *keys, *values;           /* the pool, [layers][slots][kv_heads][positions][head_dim] */
+    int64_t layer_stride, slot_stride, head_stride;
+    int64_t threads;
+} Step;
+
+/* ---- a team of threads that take work from a counter ---------------------------------------------------------------------- */
+
+enum { MOST_THREADS = 64, SPINS_BEFORE_YIELD = 4000, SPINS_BEFORE_SLEEP = 40000 };
+
+typedef struct {
+    int id, threads;
+    long phase;
+} Worker;
+
+typedef void Task(void *job, Worker *me); /* what every thread runs */
+
+static struct {
+    pthread_mutex_t busy, lock;
+    pthread_cond_t wake;
+    pid_t owner;           /* threads do not survive a fork */
+    int size;              /* threads there are, the caller's own included */
+    atomic_long order;     /* 256 * number of the job + threads that take part */
+    atomic_int sleeping, arrived;
+    atomic_long released;
+    atomic_long next[2];   /* work not taken yet, of even and of odd phases */
+    long seen[MOST_THREADS]; /* the order of each thread's birth, which is not for it */
+    Task *task;
+    void *job;
+} team = {.busy = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+
+static void wait_all(int threads) {
+    if (threads == 1) return;
+    long released = atomic_load(&team.released);
+    if (atomic_fetch_add(&team.arrived, 1) == threads - 1) {
+        atomic_store(&team.arrived, 0);
+        atomic_store(&team.released, released + 1);
+        return;
+    }
+    for (long spins = 0; atomic_load_explicit(&team.released, memory_order_acquire) == released; spins++)
+        spins < SPINS_BEFORE_YIELD ? _mm_pause() : (void)sched_yield();
+}
+
+/* The next piece of this phase, for whichever thread comes first; which one that is changes no result. */
+INLINE long take(Worker *me) { return atomic_fetch_add_explicit(&team.next[me->phase & 1], 1, memory_order_relaxed); }
+
+/* Ends a phase. The last one of a job ends what the job lies in: nothing of it may be read afterwards. */
+static void end_phase(Worker *me) {
+    if (me->id == 0) atomic_store(&team.next[(me->phase + 1) & 1], 0); /* everyone left that phase at the last barrier */
+    wait_all(me->threads);
+    me->phase++;
+}
+
+#define EACH(i, count, me) for (long i = take(me), _n = (count); i < _n; i = take(me))
+
+static void *stand_by(void *id) {
+    long seen = team.seen[(intptr_t)id];
+    for (;;) {
+        for (int spins = 0; atomic_load(&team.order) == seen && spins < SPINS_BEFORE_SLEEP; spins++) _mm_pause();
+        if (atomic_load(&team.order) == seen) {
+            pthread_mutex_lock(&team.lock);
+            atomic_fetch_add(&team.sleeping, 1);
+            while (atomic_load(&team.order) == seen) pthread_cond_wait(&team.wake, &team.lock);
+            atomic_fetch_sub(&team.sleeping, 1);
+            pthread_mutex_unlock(&team.lock);
+        }
+        seen = atomic_load(&team.order);
+        Worker me = {.id = (int)(intptr_t)id, .threads = (int)(seen & 255)};
+        if (me.id < me.threads) team.task(team.job, &me);
+    }
+    return NULL;
+}
+
+/* Threads for a job: as many as asked for and can be had. */
+static int enlist(int wanted) {
+    if (team.owner != getpid()) {
+        team.owner = getpid(), team.size = 1;
+        atomic_store(&team.order, 0), atomic_store(&team.sleeping, 0), atomic_store(&team.arrived, 0);
+    }
+    if (wanted > MOST_THREADS) wanted = MOST_THREADS;
+    for (pthread_t thread; team.size < wanted; team.size++) {
+        team.seen[team.size] = atomic_load(&team.order);
+        if (pthread_create(&thread, NULL, stand_by, (void *)(intptr_t)team.size)) break;
+        pthread_detach(thread);
+    }
+    return wanted < team.size ? wanted : team.size;
+}
+
+static void run_job(Task *task, void *job, int64_t wanted) {
+    pthread_mutex_lock(&team.busy);
+    Worker me = {.id = 0, .threads = enlist((int)wanted)};
+    atomic_store(&team.next[0], 0);
+    team.task = task, team.job = job;
+    if (me.threads > 1) {
+        long order = (atomic_load(&team.order) / 256 + 1) * 256 + me.threads;
+        pthread_mutex_lock(&team.lock);
+        atomic_store(&team.order, order);
+        if (atomic_load(&team.sleeping)) pthread_cond_broadcast(&team.wake);
+        pthread_mutex_unlock(&team.lock);
+    }
+    task(job, &me);
+    pthread_mutex_unlock(&team.busy);
+}
+
+/* ---- numbers --------------------------------------------------------------------------------------------------------------- */
+
+INLINE __m512 widen(const bf16 *x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
+}
+
+INLINE void narrow(bf16 *to, __m512 x) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x)); }
+
+INLINE __m512bh pairs(const bf16 *x) { return (__m512bh)_mm512_loadu_si512(x); }
+
+INLINE float float_of(bf16 x) {
+    union { uint32_t bits; float value; } one = {.bits = (uint32_t)x << 16};
+    return one.value;
+}
+
+/* e^x: 2^n times a polynomial in the remainder, relative error below 1e-6. */
+INLINE __m512 exponential(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-104.0f));
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.0f / 720);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+static void normalize(const float *x, const bf16 *weight, bf16 *out, int64_t size, float eps) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < size; i += 16) {
+        __m512 v = _mm512_loadu_ps(x + i);
+        sum = _mm512_fmadd_ps(v, v, sum);
+    }
+    __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(sum) / (float)size + eps));
+    for (int64_t i = 0; i < size; i += 16)
+        narrow(out + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), scale), widen(weight + i)));
+}
+
+/* ---- linear layers --------------------------------------------------------------------------------------------------------- */
+
+enum { TILE = 32, MOST_ROWS = 12 };
+
+/* 32 outputs of n rows, n a constant: 2 n sums stay in registers, each weight is loaded once for all rows. */
+INLINE void products_of(const int n, const bf16 *x, int64_t stride, const bf16 *w, int64_t size, float (*out)[TILE]) {
+    __m512 low[MOST_ROWS], high[MOST_ROWS];
+#pragma GCC unroll 12
+    for (int m = 0; m < n; m++) low[m] = high[m] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < size; i += 2, w += 2 * TILE) {
+        __m512bh first = pairs(w), second = pairs(w + TILE);
+#pragma GCC unroll 12
+        for (int m = 0; m < n; m++) {
+            int32_t pair;
+            memcpy(&pair, x + m * stride + i, sizeof pair);
+            __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+            low[m] = _mm512_dpbf16_ps(low[m], first, both);
+            high[m] = _mm512_dpbf16_ps(high[m], second, both);
+        }
+    }
+#pragma GCC unroll 12
+    for (int m = 0; m < n; m++) _mm512_storeu_ps(out[m], low[m]), _mm512_storeu_ps(out[m] + 16, high[m]);
+}
+
+static void products(int n, const bf16 *x, const Linear *layer, int64_t tile, float (*out)[TILE]) {
+    const int64_t size = layer->in;
+    const bf16 *w = layer->weight + tile * TILE * size;
+    switch (n) {
+#define CASE(N) case N: products_of(N, x, size, w, size, out); break;
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#undef CASE
+    }
+    if (layer->bias == NULL) return;
+    for (int m = 0; m < n; m++)
+        for (int64_t o = 0; o < TILE && tile * TILE + o < layer->out; o++) out[m][o] += float_of(layer->bias[tile * TILE + o]);
+}
+
+/* Rows are run in groups of about equal size, at most MOST_ROWS each. */
+INLINE int64_t group_of(int64_t rows) {
+    int64_t groups = (rows + MOST_ROWS - 1) / MOST_ROWS;
+    return groups ? (rows + groups - 1) / groups : 1;
+}
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+INLINE int64_t tiles_of(const Linear *layer) { return (layer->out + TILE - 1) / TILE; }
+
+/* y = x W^T + b, or y += that. */
+static void linear(Worker *me, const Linear *layer, const bf16 *x, int64_t rows, float *y, int add) {
+    float out[MOST_ROWS][TILE];
+    EACH(tile, tiles_of(layer), me)
+        for (int64_t row = 0, group = group_of(rows); row < rows; row += group) {
+            int64_t n = least(group, rows - row), width = least(TILE, layer->out - tile * TILE);
+            products((int)n, x + row * layer->in, layer, tile, out);
+            for (int64_t m = 0; m < n; m++) {
+                float *to = y + (row + m) * layer->out + tile * TILE;
+                for (int64_t o = 0; o < width; o++) to[o] = add ? to[o] + out[m][o] : out[m][o];
+            }
+        }
+    end_phase(me);
+}
+
+/* silu(gate) * up */
+static void gated(Worker *me, const Linear *gate, const Linear *up, const bf16 *x, int64_t rows, bf16 *y) {
+    float g[MOST_ROWS][TILE], u[MOST_ROWS][TILE];
+    EACH(tile, tiles_of(gate), me)
+        for (int64_t row = 0, group = group_of(rows); row < rows; row += group) {
+            int64_t n = least(group, rows - row);
+            products((int)n, x + row * gate->in, gate, tile, g);
+            products((int)n, x + row * up->in, up, tile, u);
+            for (int64_t m = 0; m < n; m++)
+                for (int64_t o = 0; o < TILE; o += 16) {
+                    __m512 v = _mm512_loadu_ps(g[m] + o), e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), v));
+                    v = _mm512_div_ps(v, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+                    narrow(y + (row + m) * gate->out + tile * TILE + o, _mm512_mul_ps(v, _mm512_loadu_ps(u[m] + o)));
+                }
+        }
+    end_phase(me);
+}
+
+/* ---- a step ---------------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const Model *model;
+    const Step *step;
+    int64_t count;                 /* new nodes, M */
+    int64_t *tree, *node, *depth;  /* of each new node; depth of every node, by packed index */
+    float *states, *qkv, *rotary;  /* [M][hidden], [M][heads + 2 kv_heads][head_dim], [M][head_dim]: cosines, then sines */
+    bf16 *normed, *query, *mixed, *act, *last; /* [M][hidden], [M][heads][head_dim] twice, [M][mlp], [rows][hidden] */
+    float *weights;                /* [threads][MOST_HEADS][room]: scores and probabilities of one row */
+    int64_t room;                  /* most visible tokens, a multiple of 16 */
+} Job;
+
+static void embed(const Model *m, int64_t token, float *out) {
+    if (m->embedding) {
+        for (int64_t i = 0; i < m->hidden; i += 16) _mm512_storeu_ps(out + i, widen(m->embedding + token * m->hidden + i));
+        return;
+    }
+    const bf16 *w = m->head.weight + token / TILE * TILE * m->hidden + token % TILE * 2;
+    for (int64_t i = 0; i < m->hidden; i += 2, w += 2 * TILE) out[i] = float_of(w[0]), out[i + 1] = float_of(w[1]);
+}
+
+static void begin(Job *job, Worker *me) {
+    const Model *m = job->model;
+    const Step *s = job->step;
+    const int64_t half = m->head_dim / 2;
+    EACH(row, job->count, me) {
+        int64_t tree = job->tree[row], at = s->offsets[tree] + job->node[row];
+        float *cosines = job->rotary + row * m->head_dim, position = (float)(s->lengths[tree] + job->depth[at]);
+        embed(m, s->tokens[at], job->states + row * m->hidden);
+        for (int64_t i = 0; i < half; i++) {
+            float angle = position * m->frequencies[i];
+            cosines[i] = cosf(angle) * m->rotary_scale, cosines[half + i] = sinf(angle) * m->rotary_scale;
+        }
+    }
+    end_phase(me);
+}
+
+static void normalize_rows(Job *job, Worker *me, const bf16 *weight) {
+    const int64_t size = job->model->hidden;
+    EACH(row, job->count, me) normalize(job->states + row * size, weight, job->normed + row * size, size, job->model->eps);
+    end_phase(me);
+}
+
+/* One head of one row: norm if there is one, then the rotation. */
+static void rotate(const Model *m, float *x, const bf16 *norm, const float *cosines, bf16 *out) {
+    const int64_t half = m->head_dim / 2;
+    if (norm) {
+        normalize(x, norm, out, m->head_dim, m->eps);
+        for (int64_t i = 0; i < m->head_dim; i += 16) _mm512_storeu_ps(x + i, widen(out + i));
+    }
+    for (int64_t i = 0; i < half; i += 16) {
+        __m512 a = _mm512_loadu_ps(x + i), b = _mm512_loadu_ps(x + half + i);
+        __m512 c = _mm512_loadu_ps(cosines + i), s = _mm512_loadu_ps(cosines + half + i);
+        narrow(out + i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
+        narrow(out + half + i, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
+    }
+}
+
+/* Where the pool holds a head's keys or values of one slot, [positions][head_dim]. */
+INLINE bf16 *stored(const Step *s, bf16 *pool, int64_t layer, int64_t tree, int64_t head) {
+    return pool + layer * s->layer_stride + s->slots[tree] * s->slot_stride + head * s->head_stride;
+}
+
+static void store(Job *job, Worker *me, int64_t index) {
+    const Model *m = job->model;
+    const Step *s = job->step;
+    const Layer *layer = m->layers + index;
+    const int64_t heads = m->heads, kv = m->kv_heads, size = m->head_dim;
+    EACH(row, job->count, me) {
+        float *x = job->qkv + row * (heads + 2 * kv) * size, *cosines = job->rotary + row * size;
+        int64_t tree = job->tree[row], place = (s->lengths[tree] + job->node[row]) * size;
+        for (int64_t h = 0; h < heads; h++)
+            rotate(m, x + h * size, layer->q_norm, cosines, job->query + (row * heads + h) * size);
+        for (int64_t h = 0; h < kv; h++) {
+            rotate(m, x + (heads + h) * size, layer->k_norm, cosines, stored(s, s->keys, index, tree, h) + place);
+            bf16 *value = stored(s, s->values, index, tree, h) + place;
+            for (int64_t i = 0; i < size; i += 16) narrow(value + i, _mm512_loadu_ps(x + (heads + kv + h) * size + i));
+        }
+    }
+    end_phase(me);
+}
+
+/* The sums of 16 vectors; each is added up in the same order. */
+INLINE __m512 sums_of(const __m512 *x) {
+    __m512 four[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(x[4 * i], x[4 * i + 1]), _mm512_unpackhi_ps(x[4 * i], x[4 * i + 1]));
+        __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(x[4 * i + 2], x[4 * i + 3]), _mm512_unpackhi_ps(x[4 * i + 2], x[4 * i + 3]));
+        __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+        four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
+    }
+    __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x44), _mm512_shuffle_f32x4(four[0], four[1], 0xEE));
+    __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x44), _mm512_shuffle_f32x4(four[2], four[3], 0xEE));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+}
+
+enum { MOST_HEADS = 8 };
+
+/* What a row may see, by position: committed tokens from `from` on, then its path from the root, itself last. */
+typedef struct {
+    int64_t from, committed, count; /* the first `committed` of `count` tokens stand one after another */
+    const int64_t *path;            /* places of the others */
+} View;
+
+INLINE const bf16 *entry(const View *view, const bf16 *pool, int64_t i, int64_t size) {
+    return pool + (i < view->committed ? view->from + i : view->path[i - view->committed]) * size;
+}
+
+INLINE __mmask16 there(const View *view, int64_t i) {
+    return (__mmask16)(view->count - i >= 16 ? 0xFFFF : (1 << (view->count - i)) - 1);
+}
+
+/* Products of a head's query with the keys of its view; size is a constant where that is faster. */
+INLINE void scores_of(const int64_t size, const View *view, const bf16 *query, const bf16 *keys, float *scores) {
+    const __m512 scale = _mm512_set1_ps(1.0f / sqrtf((float)size));
+    for (int64_t i = 0; i < view->count; i += 16) {
+        __m512 sums[16];
+        const int64_t n = least(16, view->count - i);
+        for (int64_t j = 0; j < 16; j++) sums[j] = _mm512_setzero_ps();
+        for (int64_t j = 0; j < n; j++) {
+            const bf16 *key = entry(view, keys, i + j, size);
+            for (int64_t d = 0; d < size; d += 32) sums[j] = _mm512_dpbf16_ps(sums[j], pairs(query + d), pairs(key + d));
+        }
+        _mm512_storeu_ps(scores + i, _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), there(view, i), sums_of(sums), scale));
+    }
+}
+
+static void softmax(const View *view, float *scores) {
+    __m512 highest = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+    for (int64_t i = 0; i < view->count; i += 16) highest = _mm512_max_ps(highest, _mm512_loadu_ps(scores + i));
+    highest = _mm512_set1_ps(_mm512_reduce_max_ps(highest));
+    for (int64_t i = 0; i < view->count; i += 16) {
+        __m512 e = _mm512_maskz_mov_ps(there(view, i), exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + i), highest)));
+        total = _mm512_add_ps(total, e);
+        _mm512_storeu_ps(scores + i, e);
+    }
+    __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
+    for (int64_t i = 0; i < view->count; i += 16) _mm512_storeu_ps(scores + i, _mm512_mul_ps(_mm512_loadu_ps(scores + i), share));
+}
+
+/* 32 entries of the values' weighted sums, for n heads, a constant; weights [n][room], out [n][size]. */
+INLINE void mixtures_of(const int n, const View *view, const float *weights, int64_t room, const bf16 *values, int64_t size, bf16 *out) {
+    __m512 low[MOST_HEADS], high[MOST_HEADS];
+#pragma GCC unroll 8
+    for (int h = 0; h < n; h++) low[h] = high[h] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < view->count; i++) {
+        const bf16 *value = entry(view, values, i, size);
+        __m512 first = widen(value), second = widen(value + 16);
+#pragma GCC unroll 8
+        for (int h = 0; h < n; h++) {
+            __m512 weight = _mm512_set1_ps(weights[h * room + i]);
+            low[h] = _mm512_fmadd_ps(weight, first, low[h]);
+            high[h] = _mm512_fmadd_ps(weight, second, high[h]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int h = 0; h < n; h++) narrow(out + h * size, low[h]), narrow(out + h * size + 16, high[h]);
+}
+
+/* Attention of n heads that share keys and values; query and out [n][size]. */
+static void attend_heads(
+    int n, const View *view, const bf16 *query, const bf16 *keys, const bf16 *values, int64_t size, float *weights, int64_t room,
+    bf16 *out
+) {
+    for (int h = 0; h < n; h++) {
+        float *scores = weights + h * room;
+        if (size == 64) scores_of(64, view, query + h * size, keys, scores);
+        else if (size == 128) scores_of(128, view, query + h * size, keys, scores);
+        else scores_of(size, view, query + h * size, keys, scores);
+        softmax(view, scores);
+    }
+    for (int64_t d = 0; d < size; d += 32) switch (n) {
+#define CASE(N) case N: mixtures_of(N, view, weights, room, values + d, size, out + d); break;
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#undef CASE
+        }
+}
+
+static void attend_row(Job *job, Worker *me, int64_t index, int64_t row, int64_t kv) {
+    const Model *m = job->model;
+    const Step *s = job->step;
+    const int64_t size = m->head_dim, group = m->heads / m->kv_heads, tree = job->tree[row], length = s->lengths[tree];
+    const int64_t *parents = s->parents + s->offsets[tree];
+    const int64_t depth = job->depth[s->offsets[tree] + job->node[row]], seen = length + depth + 1;
+    int64_t hidden = seen > m->layers[index].window ? seen - m->layers[index].window : 0; /* the window has slid past them */
+    int64_t path[depth + 1], above = depth + 1;
+    for (int64_t node = job->node[row]; node >= 0; node = parents[node]) path[--above] = length + node;
+    View view = {.from = least(hidden, length), .committed = length - least(hidden, length), .count = seen - hidden};
+    view.path = path + (hidden - view.from);
+    const bf16 *keys = stored(s, s->keys, index, tree, kv), *values = stored(s, s->values, index, tree, kv);
+    float *weights = job->weights + me->id * MOST_HEADS * job->room;
+    for (int64_t h = 0; h < group; h += MOST_HEADS) {
+        int64_t at = (row * m->heads + kv * group + h) * size;
+        int n = (int)least(MOST_HEADS, group - h);
+        attend_heads(n, &view, job->query + at, keys, values, size, weights, job->room, job->mixed + at);
+    }
+}
+
+static void attend(Job *job, Worker *me, int64_t index) {
+    const int64_t kv = job->model->kv_heads;
+    EACH(part, job->count * kv, me) attend_row(job, me, index, part / kv, part % kv);
+    end_phase(me);
+}
+
+/* Features of the layers that ended just now. */
+static void save_features(Job *job, Worker *me, int64_t layer) {
+    const int64_t size = job->model->hidden, width = job->step->num_features * size;
+    for (int64_t f = 0; f < job->step->num_features; f++) {
+        if (job->step->feature_layers[f] != layer) continue;
+        EACH(row, job->count, me) {
+            bf16 *to = job->step->features + row * width + f * size;
+            if (layer < 0) memcpy(to, job->normed + row * size, size * sizeof(bf16));
+            else for (int64_t i = 0; i < size; i += 16) narrow(to + i, _mm512_loadu_ps(job->states + row * size + i));
+        }
+        end_phase(me);
+    }
+}
+
+static void score(Job *job, Worker *me) {
+    const int64_t size = job->model->hidden;
+    normalize_rows(job, me, job->model->norm);
+    save_features(job, me, -1);
+    EACH(i, job->step->num_rows, me)
+        memcpy(job->last + i * size, job->normed + job->step->rows[i] * size, size * sizeof(bf16));
+    end_phase(me);
+    linear(me, &job->model->head, job->last, job->step->num_rows, job->step->logits, 0);
+}
+
+static void run(void *given, Worker *me) {
+    Job *job = given;
+    const Model *m = job->model;
+    begin(job, me);
+    save_features(job, me, 0);
+    for (int64_t i = 0; i < m->num_layers; i++) {
+        const Layer *layer = m->layers + i;
+        normalize_rows(job, me, layer->input_norm);
+        linear(me, &layer->qkv, job->normed, job->count, job->qkv, 0);
+        store(job, me, i);
+        attend(job, me, i);
+        linear(me, &layer->output, job->mixed, job->count, job->states, 1);
+        normalize_rows(job, me, layer->post_norm);
+        gated(me, &layer->gate, &layer->up, job->normed, job->count, job->act);
+        linear(me, &layer->down, job->act, job->count, job->states, 1);
+        save_features(job, me, i + 1);
+    }
+    score(job, me);
+}
+
+/* ---- memory ---------------------------------------------------------------------------------------------------------------- */
+
+/* Cuts the next array off a block; with no block, only adds up how much is needed. */
+static void *cut(char *block, size_t *used, int64_t count, size_t size) {
+    void *here = block ? block + *used : NULL;
+    *used += ((size_t)count * size + 63) / 64 * 64;
+    return here;
+}
+
+static size_t lay_out(Job *job, char *block, int64_t num_nodes) {
+    const Model *m = job->model;
+    const int64_t n = job->count, q = m->heads * m->head_dim;
+    size_t used = 0;
+    job->tree = cut(block, &used, n, sizeof(int64_t));
+    job->node = cut(block, &used, n, sizeof(int64_t));
+    job->depth = cut(block, &used, num_nodes, sizeof(int64_t));
+    job->states = cut(block, &used, n * m->hidden, sizeof(float));
+    job->qkv = cut(block, &used, n * (q + 2 * m->kv_heads * m->head_dim), sizeof(float));
+    job->rotary = cut(block, &used, n * m->head_dim, sizeof(float));
+    job->normed = cut(block, &used, n * m->hidden, sizeof(bf16));
+    job->query = cut(block, &used, n * q, sizeof(bf16));
+    job->mixed = cut(block, &used, n * q, sizeof(bf16));
+    job->act = cut(block, &used, n * m->mlp, sizeof(bf16));
+    job->last = cut(block, &used, job->step->num_rows * m->hidden, sizeof(bf16));
+    job->weights = cut(block, &used, least(MOST_THREADS, job->step->threads) * MOST_HEADS * job->room, sizeof(float));
+    return used;
+}
+
+/* One forward. Returns 0, or 1 where there is no memory. */
+int foredraft_forward(const Model *model, const Step *step) {
+    const int64_t num_nodes = step->offsets[step->num_trees];
+    Job job = {.model = model, .step = step};
+    for (int64_t b = 0; b < step->num_trees; b++) {
+        int64_t size = step->offsets[b + 1] - step->offsets[b], seen = step->lengths[b] + size;
+        job.count += size - step->first[b];
+        if (seen > job.room) job.room = (seen + 15) / 16 * 16;
+    }
+    char *block = aligned_alloc(64, lay_out(&job, NULL, num_nodes) + 64);
+    if (block == NULL) return 1;
+    lay_out(&job, block, num_nodes);
+    for (int64_t b = 0, row = 0; b < step->num_trees; b++)
+        for (int64_t at = step->offsets[b], node = 0; at < step->offsets[b + 1]; at++, node++) {
+            job.depth[at] = step->parents[at] < 0 ? 0 : job.depth[step->offsets[b] + step->parents[at]] + 1;
+            if (node >= step->first[b]) job.tree[row] = b, job.node[row++] = node;
+        }
+    run_job(run, &job, step->threads);
+    free(block);
+    return 0;
+}
+
+typedef struct {
+    const Linear *layer;
+    const bf16 *x;
+    int64_t rows;
+    float *y;
+} Product;
+
+static void run_product(void *given, Worker *me) {
+    Product *job = given;
+    linear(me, job->layer, job->x, job->rows, job->y, 0);
+}
+
+/* One linear layer, x [rows][in] to y [rows][out]. */
+void foredraft_linear(const Linear *layer, const bf16 *x, int64_t rows, float *y, int64_t threads) {
+    Product job = {.layer = layer, .x = x, .rows = rows, .y = y};
+    run_job(run_product, &job, threads);
+}

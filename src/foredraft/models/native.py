@@ -1,0 +1,275 @@
+"""The Llama family in bfloat16 on a CPU, by `decoder.c`: weights laid out as they are read, one call a forward.
+
+What a node gets does not depend on what else is in the step, bit for bit: a tree gives the very logits of plain decoding. The
+torch decoder (`foredraft.models.llama`) computes the same and runs everywhere else; a test equates the two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from foredraft.cache import KVCache, KVPool
+from foredraft.models.compiled import decoder
+from foredraft.models.llama import Reader, head_dim_of, window_of
+from foredraft.protocols import Scores
+from foredraft.tree import Ids, TreeBatch
+
+_TILE = 32
+"""Outputs of a linear layer whose weights stand side by side; every width but the vocabulary's must be a multiple of it."""
+
+_NO_WINDOW = 1 << 62
+
+_ONE_THREAD_BYTES = 8 << 20
+"""Models up to this size run on one thread: a second one saves at most a tenth of a step of 0.1 ms (3 MB of weights, two
+cores), and when it is late the step waits for it."""
+
+_LINE, _BLOCK = 64, 64 << 20
+"""Bytes that are read at once, and bytes asked of the system at once; what is not written costs nothing."""
+
+_at, _whole, _real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (("weight", _at), ("bias", _at), ("outputs", _whole), ("inputs", _whole))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _at) for name in ("input_norm", "q_norm", "k_norm", "post_norm")),
+        *((name, _Linear) for name in ("qkv", "output", "gate", "up", "down")),
+        ("window", _whole),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        *((name, _whole) for name in ("hidden", "heads", "kv_heads", "head_dim", "mlp", "num_layers")),
+        *((name, _real) for name in ("eps", "rotary_scale")),
+        *((name, _at) for name in ("frequencies", "embedding", "layers", "norm")),
+        ("head", _Linear),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("num_trees", _whole),
+        *((name, _at) for name in ("tokens", "parents", "offsets", "lengths", "slots", "first")),
+        ("num_rows", _whole),
+        *((name, _at) for name in ("rows", "logits")),
+        ("num_features", _whole),
+        *((name, _at) for name in ("feature_layers", "features", "keys", "values")),
+        *((name, _whole) for name in ("layer_stride", "slot_stride", "head_stride", "threads")),
+    )
+
+
+def can_run(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this decoder runs a model that `foredraft.models.llama` runs: in bfloat16 on a CPU, with even widths."""
+    widths = (config.hidden_size, config.intermediate_size, head_dim_of(config))
+    fits = dtype == torch.bfloat16 and device.type == "cpu" and all(width % _TILE == 0 for width in widths)
+    return fits and decoder() is not None
+
+
+class NativeTarget:
+    """A Llama-family model behind the `Target` contract; see `can_run` and the module's text.
+
+    Args:
+        config: the model's Transformers configuration.
+        weights: its state dict, under the names of the Transformers checkpoint.
+        threads: None is what torch uses, or one for a very small model.
+
+    Raises:
+        ValueError: a weight is missing.
+    """
+
+    dtype, device = torch.bfloat16, torch.device("cpu")
+
+    def __init__(self, config: PretrainedConfig, weights: Mapping[str, Tensor], *, threads: int | None = None):
+        library = decoder()
+        assert library is not None, "ask can_run first"
+        self.config = config
+        self.vocab_size: int = config.vocab_size
+        self.max_len: int = config.max_position_embeddings
+        self._forward, self._linear = library.foredraft_forward, library.foredraft_linear
+        self._memory = _Memory()
+        self._model = self._describe(config, Reader(config, weights, self.dtype, self.device, packed=False))
+        self._threads = threads or (torch.get_num_threads() if self._memory.num_bytes > _ONE_THREAD_BYTES else 1)
+
+    def new_pool(self, num_slots: int, max_len: int) -> KVPool:
+        """Caches for `num_slots` requests. `max_len` is advice: slots grow as they are used."""
+        return KVPool(
+            num_slots=num_slots,
+            num_layers=self._model.num_layers,
+            num_heads=self._model.kv_heads,
+            head_dim=self._model.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def embed(self, token_ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+        """Input embeddings."""
+        if self._embedding is not None:
+            return self._embedding[token_ids]
+        return self._head[token_ids // _TILE, :, token_ids % _TILE].flatten(1)
+
+    def head(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+        """Logits (float32) of final features, those after the last norm."""
+        x = features.to(self.dtype).contiguous()
+        logits = torch.empty(len(x), self.vocab_size)
+        self._linear(
+            ctypes.byref(self._model.head), _at(x.data_ptr()), _whole(len(x)), _at(logits.data_ptr()), _whole(self._threads)
+        )
+        return logits
+
+    def forward(
+        self,
+        batch: TreeBatch,
+        caches: Sequence[KVCache],
+        rows: Ids | None = None,
+        *,
+        start: Sequence[int] | None = None,
+        feature_layers: Sequence[int] = (),
+    ) -> Scores:
+        """Runs the new nodes of every tree; see `foredraft.protocols.Target`. Logits are float32.
+
+        Args:
+            feature_layers: states to return, side by side: 0 is the embedding, i the state after i layers, -1 the state
+                after the final norm.
+        """
+        pool, num_trees = caches[0].pool, len(batch)
+        lengths = np.asarray([cache.length for cache in caches], np.int64)
+        slots = np.asarray([cache.slot for cache in caches], np.int64)
+        first = np.zeros(num_trees, np.int64) if start is None else np.asarray(start, np.int64)
+        sizes = batch.offsets[1:] - batch.offsets[:-1]
+        pool.reserve(int((lengths + sizes).max()))
+        count = int(sizes.sum() - first.sum())
+        wanted = np.arange(count) if rows is None else _among_new(rows, batch.offsets, first)
+        logits = torch.empty(len(wanted), self.vocab_size)
+        features = torch.empty(count, len(feature_layers) * self._model.hidden, dtype=self.dtype) if feature_layers else None
+        layers = np.asarray(feature_layers, np.int64)
+        arrays = [np.ascontiguousarray(one, np.int64) for one in (batch.tokens, batch.parents, batch.offsets)]
+        _, layer_stride, slot_stride, head_stride, _, _ = pool.kv.stride()
+        step = _Step(
+            num_trees,
+            *(one.ctypes.data for one in (*arrays, lengths, slots, first)),
+            len(wanted),
+            wanted.ctypes.data,
+            logits.data_ptr(),
+            len(layers),
+            layers.ctypes.data,
+            None if features is None else features.data_ptr(),
+            pool.kv[0].data_ptr(),
+            pool.kv[1].data_ptr(),
+            layer_stride,
+            slot_stride,
+            head_stride,
+            self._threads,
+        )
+        if self._forward(ctypes.byref(self._model), ctypes.byref(step)):
+            raise MemoryError(f"no memory for a step of {count} tokens")
+        return Scores(logits, features)
+
+    def _describe(self, config: PretrainedConfig, read: Reader) -> _Model:
+        """The model as `decoder.c` wants it."""
+        tied = not read.has("lm_head")
+        head = read.tensor("model.embed_tokens" if tied else "lm_head")
+        self._embedding = None if tied else self._memory.put(read.tensor("model.embed_tokens"))
+        self._head = self._memory.put(blocked(head))
+        rotary: Any = LlamaRotaryEmbedding(config=config)  # type: ignore[arg-type]
+        frequencies = self._memory.put(rotary.inv_freq.float().contiguous())
+        layers = (_Layer * config.num_hidden_layers)(*(self._layer(config, read, i) for i in range(config.num_hidden_layers)))
+        self._layers = layers  # lives as long as the model, which points to it
+        return _Model(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads or config.num_attention_heads,
+            head_dim_of(config),
+            config.intermediate_size,
+            config.num_hidden_layers,
+            config.rms_norm_eps,
+            rotary.attention_scaling,
+            frequencies.data_ptr(),
+            None if self._embedding is None else self._embedding.data_ptr(),
+            ctypes.addressof(layers),
+            self._memory.put(read.tensor("model.norm")).data_ptr(),
+            _Linear(self._head.data_ptr(), None, *head.shape),
+        )
+
+    def _layer(self, config: PretrainedConfig, read: Reader, index: int) -> _Layer:
+        at = f"model.layers.{index}"
+
+        def norm(name: str) -> int | None:
+            return self._memory.put(read.tensor(f"{at}.{name}")).data_ptr() if read.has(f"{at}.{name}") else None
+
+        def linear(*names: str) -> _Linear:
+            full = [f"{at}.{name}_proj" for name in names]
+            weight, bias = read.tensor(*full), read.bias(*full)
+            laid_out = self._memory.put(blocked(weight))
+            return _Linear(laid_out.data_ptr(), None if bias is None else self._memory.put(bias).data_ptr(), *weight.shape)
+
+        return _Layer(
+            norm("input_layernorm"),
+            norm("self_attn.q_norm"),
+            norm("self_attn.k_norm"),
+            norm("post_attention_layernorm"),
+            linear(*(f"self_attn.{name}" for name in "qkv")),
+            linear("self_attn.o"),
+            linear("mlp.gate"),
+            linear("mlp.up"),
+            linear("mlp.down"),
+            window_of(config, index) or _NO_WINDOW,
+        )
+
+
+class _Memory:
+    """Keeps tensors one after another on huge pages, where the system has them: streaming weights then misses few of the
+    processor's page entries, which makes a step of twelve rows a fifth faster."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._blocks: list[Tensor] = []
+        self._used = 0
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """A copy of `tensor`, alive as long as this."""
+        size = -(-tensor.nbytes // _LINE) * _LINE
+        if not self._blocks or self._used + size > self._blocks[-1].nbytes:
+            self._blocks.append(_pages(max(size, _BLOCK)))
+            self._used = 0
+        place = self._blocks[-1][self._used : self._used + tensor.nbytes]
+        self._used += size
+        self.num_bytes += size
+        return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def _pages(num_bytes: int) -> Tensor:
+    memory = mmap.mmap(-1, num_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def blocked(weight: Float[Tensor, "o i"]) -> Float[Tensor, "t half 32 2"]:
+    """A weight in the order in which it is read: for 32 outputs, two entries of each of them after another."""
+    outputs, inputs = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % _TILE))
+    return padded.view(-1, _TILE, inputs // 2, 2).transpose(1, 2).contiguous()
+
+
+def _among_new(
+    rows: Int[np.ndarray, " r"], offsets: Int[np.ndarray, " b1"], first: Int[np.ndarray, " b"]
+) -> Int[np.ndarray, " r"]:
+    """Where the packed nodes `rows` stand among the new nodes, of which each tree lacks its first ones."""
+    trees = np.searchsorted(offsets, rows, side="right") - 1
+    return np.asarray(rows, np.int64) - np.cumsum(first)[trees]

@@ -22,7 +22,7 @@ import torch
 
 import foredraft
 from foredraft.calibration import recalled
-from foredraft.decode import Continuation, autoregressive, speculative
+from foredraft.decode import Continuation, autoregressive, paced, speculative
 from foredraft.draws import Draws
 from foredraft.grow.budget import best_paths
 from foredraft.grow.static import TYPICAL_ACCEPTANCE
@@ -199,7 +199,7 @@ def step_seconds(
         assert rule is not None
         steps = speculative(target, pool, run, drafter, rule, Budget(nodes, min(nodes, MAX_DEPTH)))
     times, began = [], perf_counter()
-    for number, _ in enumerate(steps):
+    for number, _ in enumerate(paced(target, steps)):
         now = perf_counter()
         if number >= _WARM_STEPS:
             times.append(now - began)

@@ -155,6 +155,23 @@ def speculative(
         yield running
 
 
+def paced(target: Target, steps: Steps) -> Steps:
+    """`steps`, with torch on one thread while a target with threads of its own is at work.
+
+    Its threads and torch's would wait for each other's processors; what torch does between forwards is small.
+    """
+    while True:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1 if target.has_own_threads else before)
+        try:
+            running = next(steps, None)
+        finally:
+            torch.set_num_threads(before)
+        if running is None:
+            return
+        yield running
+
+
 def start(target: Target, pool: Pool, continuations: Sequence[Continuation]) -> None:
     """Gives every continuation a cache with its prompt except the root; equal prompts of one wave are run once."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from foredraft.decode import Continuation, Logprob, autoregressive, speculative
+from foredraft.decode import Continuation, Logprob, autoregressive, paced, speculative
 from foredraft.draws import Draws, hash_seed
 from foredraft.metrics import Metrics, StepRecord, summarize
 from foredraft.processors import prefix_processors
@@ -163,10 +163,11 @@ class Engine:
             wave, waiting = waiting[: self.max_num_seqs], waiting[self.max_num_seqs :]
             try:
                 if self.drafter is None:
-                    yield from autoregressive(self.target, self._pool, wave)
+                    steps = autoregressive(self.target, self._pool, wave)
                 else:
                     assert self._rule is not None and self._budget is not None
-                    yield from speculative(self.target, self._pool, wave, self.drafter, self._rule, self._budget)
+                    steps = speculative(self.target, self._pool, wave, self.drafter, self._rule, self._budget)
+                yield from paced(self.target, steps)
             finally:
                 self._release(wave)
 

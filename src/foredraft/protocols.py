@@ -76,8 +76,13 @@ class Pool(Protocol):
 
 @runtime_checkable
 class Target(Protocol):
-    """A model whose law is preserved. It never samples, never warps logits and knows no drafter and no rule."""
+    """A model whose law is preserved. It never samples, never warps logits and knows no drafter and no rule.
 
+    Attributes:
+        has_own_threads: whether its forward runs on threads that are not torch's.
+    """
+
+    has_own_threads: bool
     vocab_size: int
     max_len: int
     config: Any

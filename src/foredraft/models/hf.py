@@ -73,6 +73,8 @@ class HFTarget:
         ValueError: the model has layers that cannot run over trees, or keeps no keys and values for some layer.
     """
 
+    has_own_threads = False
+
     def __init__(self, model: PreTrainedModel):
         refuse_unsupported(model.config)
         self.model: Any = model.eval()

@@ -64,6 +64,8 @@ class LlamaTarget:
         ValueError: the configuration asks for something this decoder does not do, or a weight is missing.
     """
 
+    has_own_threads = False
+
     def __init__(
         self,
         config: PretrainedConfig,

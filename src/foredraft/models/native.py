@@ -92,7 +92,7 @@ class NativeTarget:
         ValueError: a weight is missing.
     """
 
-    dtype, device = torch.bfloat16, torch.device("cpu")
+    dtype, device, has_own_threads = torch.bfloat16, torch.device("cpu"), True
 
     def __init__(self, config: PretrainedConfig, weights: Mapping[str, Tensor], *, threads: int | None = None):
         library = decoder()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache as memoize
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -86,6 +86,8 @@ class TableTarget:
         max_len: length of the context.
         num_forwards: calls of `forward` so far.
     """
+
+    has_own_threads: ClassVar[bool] = False
 
     law: Law
     vocab_size: int

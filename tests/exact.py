@@ -82,7 +82,9 @@ class Branches(Draws):
             left[order[-1]] = 0
         return order
 
-    def order_rows(self, draws: Sequence[Any], probs: Tensor, keys: Sequence[Key], k: int) -> list[list[int]]:  # type: ignore[override]
+    def order_rows(  # type: ignore[override]
+        self, draws: Sequence[Any], probs: Tensor, keys: Sequence[Key], k: int, token_ids: Tensor | None = None
+    ) -> list[list[int]]:
         return [one.order(row, key, k) for one, row, key in zip(draws, probs, keys, strict=True)]
 
 
@@ -136,7 +138,7 @@ def tree_law(
         return grower.grow(drafter, [None], [prefix[-1]], [budget], [sampling], [draws])[0]
 
     for prob, tree, replay in enumerate_branches(run):
-        laws = b"".join(tree.draft_probs[int(row)].numpy().tobytes() if row >= 0 else b"-" for row in tree.draft_row)
+        laws = b"".join(b"-" if (row := tree.law(node)) is None else row.numpy().tobytes() for node in range(tree.num_nodes))
         key = b"|".join([tree.tokens.tobytes(), tree.parents.tobytes(), tree.drawn.tobytes(), laws])
         before, _, keys = trees.get(key, (0.0, tree, frozenset()))
         trees[key] = (before + prob, tree, keys | replay.asked)

@@ -13,7 +13,7 @@ import torch
 from exact import TableExpander, expected_tokens, tree_law
 from foredraft.draws import Draws
 from foredraft.grow import GROWERS
-from foredraft.grow.base import GREEDY_DRAFT_TEMPERATURE
+from foredraft.grow.base import GREEDY_DRAFT_TEMPERATURE, LARGE_CUT, LARGE_VOCABULARY
 from foredraft.grow.budget import Costs, best_paths, tree_values
 from foredraft.grow.dyspec import DySpec, DySpecThreshold
 from foredraft.grow.topk import Opt
@@ -284,3 +284,44 @@ def mass(law: Law, tree: DraftTree) -> float:
 
 def test_sequoia_fills_its_budget_where_later_ranks_are_never_accepted() -> None:
     assert len(best_paths([0.5, 0.2, 0.1, 0.0, 0.0], Budget(12, 4))) == 12
+
+
+@pytest.mark.parametrize("name", ["dyspec", "branching", "chain"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_laws_over_a_large_vocabulary_are_cut(name: str, temperature: float) -> None:
+    """To the 64 likeliest tokens, and the row that a rule is given is the law that was drawn from, over all tokens."""
+    vocab_size = LARGE_VOCABULARY + 1
+    logits = torch.randn(vocab_size, generator=torch.Generator().manual_seed(0)) * 3
+
+    class Drafter:
+        def __init__(self) -> None:
+            self.vocab_size = vocab_size
+
+        def expand(self, states, partial, node_ids):
+            return logits.expand(len(node_ids), -1)
+
+    sampling = SamplingParams(temperature=temperature)
+    [tree] = GROWERS[name].grower().grow(Drafter(), [None], [5], [Budget(8, 8)], [sampling], [Draws(3)])
+    likeliest = logits.topk(LARGE_CUT).indices
+    assert set(tree.tokens[1:].tolist()) <= set(likeliest.tolist())
+    drawn = [node for node, siblings in enumerate(tree.children) if siblings and tree.drawn[node]]
+    assert bool(drawn) == bool(temperature)
+    for node in drawn:
+        law = tree.law(node)
+        assert law.shape == (vocab_size,)
+        assert tree.draft_probs.shape[1] == LARGE_CUT
+        torch.testing.assert_close(law[likeliest], logits[likeliest].softmax(-1))
+        assert law.sum() == pytest.approx(1, abs=1e-5)
+        assert int((law > 0).sum()) == LARGE_CUT
+
+
+@pytest.mark.parametrize(
+    ("given", "vocab_size", "entries"), [(None, 100, 100), (None, 10**5, 64), (0, 10**5, 10**5), (7, 5, 5)]
+)
+def test_cut(given: int | None, vocab_size: int, entries: int) -> None:
+    assert DySpec(draft_top_k=given).cut(vocab_size) == entries
+
+
+def test_a_negative_cut_is_refused() -> None:
+    with pytest.raises(ValueError, match="draft_top_k must be at least 0"):
+        DySpec(draft_top_k=-1)

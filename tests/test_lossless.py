@@ -43,6 +43,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("topk", {"topk": 2, "draft_depth": 3}),
     ("opt", {"delta": 0.05}),
     ("dyspec", {}),
+    ("dyspec", {"draft_top_k": 2}),
+    ("branching", {"num_chains": 2, "draft_top_k": 2}),
     ("dyspec-threshold", {}),
 ]
 ONLY_SMALL: list[tuple[str, dict[str, Any]]] = [  # more options, at V = 2 in the default suite

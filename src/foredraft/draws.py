@@ -108,23 +108,26 @@ class Draws:
         return self.order_rows([self], probs[None], [key], k)[0]
 
     @staticmethod
-    def order_rows(draws: Sequence[Draws], probs: Float[Tensor, "n v"], keys: Sequence[Key], k: int) -> list[list[int]]:
-        """`order` of many rows at once; row i is drawn with ``draws[i]`` at ``keys[i]``.
+    def order_rows(
+        draws: Sequence[Draws],
+        probs: Float[Tensor, "n k"],
+        keys: Sequence[Key],
+        k: int,
+        token_ids: Int[Tensor, "n k"] | None = None,
+    ) -> list[list[int]]:
+        """`order` of many rows at once; row i is drawn with ``draws[i]`` at ``keys[i]``. Returns entries of the rows, which are
+        the tokens unless `token_ids` says which token each entry is.
 
         An exponential race, which is Gumbel-top-k: token t arrives at time -log(u_t) / probs[t], u_t addressed by t, and the
         first k arrivals are the draws. Computed in float64.
         """
         starts = [_signed(one._start(key)) for one, key in zip(draws, keys, strict=True)]
-        words = torch.tensor(starts, device=probs.device)[:, None] + _token_words(probs.shape[1], probs.device)
+        entries = torch.arange(probs.shape[1], device=probs.device) if token_ids is None else token_ids
+        words = torch.tensor(starts, device=probs.device)[:, None] + (entries + 1) * _signed(_GOLDEN)
         uniform = (_shift(_mix_tensor(words), 11).double() + 0.5) * 2.0**-53
         arrival = uniform.log_().neg_().div_(probs)
-        times, tokens = arrival.topk(min(k, probs.shape[1]), largest=False)
+        times, drawn = arrival.topk(min(k, probs.shape[1]), largest=False)
         return [
-            [token for time, token in zip(*row, strict=True) if time < float("inf")]
-            for row in zip(times.tolist(), tokens.tolist(), strict=True)
+            [entry for time, entry in zip(*row, strict=True) if time < float("inf")]
+            for row in zip(times.tolist(), drawn.tolist(), strict=True)
         ]
-
-
-@lru_cache(maxsize=8)
-def _token_words(vocab_size: int, device: torch.device) -> Int[Tensor, " v"]:
-    return (torch.arange(vocab_size, device=device) + 1) * _signed(_GOLDEN)

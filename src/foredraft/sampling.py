@@ -157,6 +157,9 @@ _KINDS: list[tuple[str, Callable[[Any], bool], str]] = [
 _LEAST_TEMPERATURE, _MOST_TEMPERATURE = 1e-30, 1e30
 """Nothing but ties is left at the least, nothing but equal shares at the most; beyond them float32 could not divide."""
 
+_SAFE_TEMPERATURE = 1e-3
+"""From here on no logit that a model gives leaves float32 when it is divided; the softmax itself takes off the largest."""
+
 
 def at_least_float32(logits: Float[Tensor, "*n v"]) -> Float[Tensor, "*n v"]:
     """The precision that laws are computed in."""
@@ -171,8 +174,11 @@ def warp(logits: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor
     if sampling.temperature == 0:
         return one_hot(logits.argmax(-1), logits)
     temperature = min(max(sampling.temperature, _LEAST_TEMPERATURE), _MOST_TEMPERATURE)
-    precise = at_least_float32(logits)
-    scaled = (precise - precise.amax(-1, keepdim=True)) / temperature
+    scaled = at_least_float32(logits)
+    if temperature < _SAFE_TEMPERATURE or sampling.min_p > 0:
+        scaled = scaled - scaled.amax(-1, keepdim=True)
+    if temperature != 1:
+        scaled = scaled / temperature
     if sampling.min_p > 0:
         scaled = scaled.masked_fill(scaled < math.log(sampling.min_p), -math.inf)
     if 0 < sampling.top_k < scaled.shape[-1]:

@@ -40,14 +40,18 @@ class DraftTree:
         parents: parent of each node, ``parents[0] == -1`` and ``parents[i] < i``. Siblings stand in draw order.
         drawn: per *parent* node, how its children were drawn (a `Drawn` value; of no meaning for a leaf).
         draft_row: per *parent* node, the row of `draft_probs` its children were drawn from, -1 where nothing was drawn.
-        draft_probs: the draft laws after every transformation (temperature, truncation).
+        draft_probs: the draft laws after every transformation (temperature, truncation); entry j of a row is token j.
+        draft_ids: where laws are cut to some tokens, the token of each entry; all others have probability 0.
+        vocab_size: needed only with `draft_ids`.
     """
 
     tokens: Ids
     parents: Ids
     drawn: Ids
     draft_row: Ids
-    draft_probs: Float[Tensor, "r v"]
+    draft_probs: Float[Tensor, "r k"]
+    draft_ids: Int[Tensor, "r k"] | None = None
+    vocab_size: int = 0
 
     @property
     def num_nodes(self) -> int:
@@ -84,9 +88,14 @@ class DraftTree:
         return path[::-1]
 
     def law(self, node: int) -> Float[Tensor, " v"] | None:
-        """The law that the children of `node` were drawn from; None where nothing was drawn."""
+        """The law that the children of `node` were drawn from, over the whole vocabulary; None where nothing was drawn."""
         row = int(self.draft_row[node])
-        return None if row < 0 else self.draft_probs[row]
+        if row < 0:
+            return None
+        probs = self.draft_probs[row]
+        if self.draft_ids is None:
+            return probs
+        return probs.new_zeros(self.vocab_size).scatter_(0, self.draft_ids[row], probs)
 
 
 def depths_of(parents: Ids) -> Ids:
@@ -141,6 +150,7 @@ class TreeBatch:
     Attributes:
         tokens, parents, drawn, draft_row: as in `DraftTree`, concatenated (`parents` stay local to their tree,
             `draft_row` points into the common `draft_probs`).
+        draft_probs, draft_ids, vocab_size: as in `DraftTree`.
         offsets: tree b holds the packed nodes ``offsets[b]`` to ``offsets[b + 1] - 1``.
     """
 
@@ -149,14 +159,17 @@ class TreeBatch:
     drawn: Ids
     draft_row: Ids
     offsets: Int[np.ndarray, " b1"]
-    draft_probs: Float[Tensor, "r v"]
+    draft_probs: Float[Tensor, "r k"]
+    draft_ids: Int[Tensor, "r k"] | None = None
+    vocab_size: int = 0
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __getitem__(self, b: int) -> DraftTree:
         part = slice(int(self.offsets[:-1][b]), int(self.offsets[1:][b]))
-        return DraftTree(self.tokens[part], self.parents[part], self.drawn[part], self.draft_row[part], self.draft_probs)
+        laws = self.draft_probs, self.draft_ids, self.vocab_size
+        return DraftTree(self.tokens[part], self.parents[part], self.drawn[part], self.draft_row[part], *laws)
 
     @staticmethod
     def chains(token_lists: Sequence[Sequence[int]], parents: Sequence[Sequence[int]] | None = None) -> TreeBatch:
@@ -176,19 +189,18 @@ class TreeBatch:
 
     @staticmethod
     def interleaved(places: Sequence[Sequence[int]], batches: Sequence[TreeBatch]) -> TreeBatch:
-        """One batch of several; tree i of ``batches[k]`` becomes tree ``places[k][i]``."""
-        rows = np.cumsum([0, *(len(batch.draft_probs) for batch in batches)])
+        """One batch of several; tree i of ``batches[k]`` becomes tree ``places[k][i]``. At most one of them has laws."""
         order = sorted((place, k, i) for k, some in enumerate(places) for i, place in enumerate(some))
         trees = [batches[k][i] for _, k, i in order]
-        shifts = [int(rows[k]) for _, k, _ in order]
-        laws = [batch.draft_probs for batch in batches if len(batch.draft_probs)]
+        sampled = next((batch for batch in batches if len(batch.draft_probs)), batches[0])
+        assert all(batch is sampled or not len(batch.draft_probs) for batch in batches)
         return TreeBatch(
             tokens=np.concatenate([tree.tokens for tree in trees]),
             parents=np.concatenate([tree.parents for tree in trees]),
             drawn=np.concatenate([tree.drawn for tree in trees]),
-            draft_row=np.concatenate(
-                [np.where(tree.draft_row < 0, -1, tree.draft_row + shift) for tree, shift in zip(trees, shifts, strict=True)]
-            ),
+            draft_row=np.concatenate([tree.draft_row for tree in trees]),
             offsets=np.cumsum([0, *(tree.num_nodes for tree in trees)], dtype=np.int64),
-            draft_probs=torch.cat(laws) if laws else torch.empty(0, 0),
+            draft_probs=sampled.draft_probs,
+            draft_ids=sampled.draft_ids,
+            vocab_size=sampled.vocab_size,
         )

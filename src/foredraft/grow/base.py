@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from foredraft.draws import Draws
@@ -20,11 +20,40 @@ from foredraft.protocols import Budget, Expander
 from foredraft.sampling import SamplingParams, warp
 from foredraft.tree import Drawn, TreeBatch
 
-Laws = Float[Tensor, "n v"]
+
+@dataclass(frozen=True)
+class Laws:
+    """Draft laws of some nodes, a row each.
+
+    Attributes:
+        token_ids: where laws are cut to their likeliest tokens, the token of each entry, likeliest first; else entry j is
+            token j.
+    """
+
+    probs: Float[Tensor, "n k"]
+    token_ids: Int[Tensor, "n k"] | None = None
+
+    def __getitem__(self, rows: slice) -> Laws:
+        return Laws(self.probs[rows], None if self.token_ids is None else self.token_ids[rows])
+
+    def tokens(self, row: int, entries: list[int]) -> list[int]:
+        """The tokens of some entries of a row."""
+        return entries if self.token_ids is None else self.token_ids[row, entries].tolist()
+
+    @staticmethod
+    def joined(parts: Sequence[Laws]) -> Laws:
+        """The rows of all parts, which are cut alike."""
+        ids = [part.token_ids for part in parts if part.token_ids is not None]
+        return Laws(torch.cat([part.probs for part in parts]), torch.cat(ids) if ids else None)
+
+
 Policy = Generator[list[int], Laws, None]
 
 GREEDY_DRAFT_TEMPERATURE = 0.6
 """Draft temperature where the request is greedy: the draft temperature of DySpec's and Sequoia's experiments."""
+
+LARGE_VOCABULARY, LARGE_CUT = 8192, 64
+"""Beyond so many tokens whole laws would cost more than the draft model itself; the likeliest few carry nearly all mass."""
 
 
 @dataclass
@@ -82,14 +111,22 @@ class Sapling:
         """
         if k <= 0:
             return [[] for _ in nodes]
+        if not self.sampled and laws.token_ids is not None:
+            return _positive(laws.token_ids[:, :k].tolist(), laws.probs[:, :k].tolist())
         if not self.sampled:
-            best = laws.topk(min(k, laws.shape[1]))
+            best = laws.probs.topk(min(k, laws.probs.shape[1]))
             return _positive(best.indices.tolist(), best.values.tolist())
         keys = [("draft", self.ranks[node], 0) for node in nodes]
-        tokens = self.draws.order_rows([self.draws] * len(nodes), laws, keys, k)
-        if len({len(row) for row in tokens}) > 1:
-            return _positive(tokens, [law[row].tolist() for law, row in zip(laws, tokens, strict=True)])
-        return _positive(tokens, laws.gather(1, torch.tensor(tokens, device=laws.device)).tolist())
+        entries = self.draws.order_rows([self.draws] * len(nodes), laws.probs, keys, k, laws.token_ids)
+        tokens = [laws.tokens(row, some) for row, some in enumerate(entries)]
+        return _positive(tokens, [law[some].tolist() for law, some in zip(laws.probs, entries, strict=True)])
+
+    def draw(self, node: int, laws: Laws, k: int) -> list[int]:
+        """Adds `k` independent draws below `node`, whose law is the only one of `laws`; returns the new nodes."""
+        law = laws.probs[0]
+        entries = [self.draws.categorical(law, ("draft", self.ranks[node], i)) for i in range(k)]
+        pairs = zip(laws.tokens(0, entries), law[entries].tolist(), strict=True)
+        return [self.add(node, token, prob, Drawn.IID) for token, prob in pairs]
 
     @property
     def way(self) -> Drawn:
@@ -122,10 +159,12 @@ class Options:
     Attributes:
         draft_temperature: temperature of the draft law; None is the request's, or 0.6 where the request is greedy.
         draft_sampling: ``auto`` takes the most likely tokens at target temperature 0; ``sampled`` draws there too.
+        draft_top_k: the draft law is cut to so many of its likeliest tokens; 0 keeps all, None cuts large vocabularies to 64.
     """
 
     draft_temperature: float | int | None = None
     draft_sampling: str = "auto"
+    draft_top_k: int | None = None
 
     can_sample: ClassVar[bool] = True
     """Whether it draws at all; policies that only ever take the likeliest tokens do not."""
@@ -135,6 +174,13 @@ class Options:
             raise ValueError(f"draft_temperature must be above 0 (or None), got {self.draft_temperature}")
         if self.draft_sampling not in ("auto", "sampled"):
             raise ValueError(f"draft_sampling must be 'auto' or 'sampled', got {self.draft_sampling!r}")
+        if self.draft_top_k is not None and self.draft_top_k < 0:
+            raise ValueError(f"draft_top_k must be at least 0 (or None), got {self.draft_top_k}")
+
+    def cut(self, vocab_size: int) -> int:
+        """Entries of a draft law."""
+        usual = LARGE_CUT if vocab_size > LARGE_VOCABULARY else 0
+        return min(vocab_size, (usual if self.draft_top_k is None else self.draft_top_k) or vocab_size)
 
     def samples(self, sampling: SamplingParams) -> bool:
         """Whether the children of a request's trees are drawn (else they are the likeliest tokens)."""
@@ -175,13 +221,14 @@ def grow_batch(
     policies = [grower.policy(tree) for grower, tree in zip(growers, trees, strict=True)]
     wanted = [_advance(one, None) for one in policies]
     passes: list[Laws] = []
-    num_rows = 0
+    num_rows, sampled = 0, any(tree.sampled for tree in trees)
     while any(wanted):
-        partial = pack(trees, torch.empty(0, 0))
+        partial = pack(trees)
         node_ids = np.concatenate([np.asarray(w, np.int64) + partial.offsets[b] for b, w in enumerate(wanted)])
         logits = drafter.expand(states, partial, node_ids)
-        probs = _warp_batch(logits, laws, wanted)
-        passes.append(probs)
+        found = _warp_batch(logits, laws, wanted, max(grower.cut(logits.shape[1]) for grower in growers))
+        if sampled:  # what nothing is drawn from need not be kept
+            passes.append(found)
         done = 0
         for b, nodes in enumerate(wanted):
             if nodes:
@@ -189,10 +236,10 @@ def grow_batch(
                     trees[b].rows[node] = num_rows + done + i
                 trees[b].num_passes += 1
                 trees[b].num_evaluated += len(nodes)
-                wanted[b] = _advance(policies[b], probs[done : done + len(nodes)])
+                wanted[b] = _advance(policies[b], found[done : done + len(nodes)])
                 done += len(nodes)
         num_rows += done
-    return pack(trees, torch.cat(passes) if passes else torch.empty(0, 0))
+    return pack(trees, Laws.joined(passes) if passes else None, drafter.vocab_size)
 
 
 def _advance(policy: Policy, laws: Laws | None) -> list[int]:
@@ -203,15 +250,20 @@ def _advance(policy: Policy, laws: Laws | None) -> list[int]:
         return []
 
 
-def _warp_batch(logits: Laws, laws: Sequence[SamplingParams], wanted: Sequence[Sequence[int]]) -> Laws:
+def _warp_batch(
+    logits: Float[Tensor, "n v"], laws: Sequence[SamplingParams], wanted: Sequence[Sequence[int]], cut: int
+) -> Laws:
+    token_ids = None
+    if cut < logits.shape[1]:
+        logits, token_ids = logits.topk(cut)
     if all(law == laws[0] for law in laws[1:]):
-        return warp(logits, laws[0])
+        return Laws(warp(logits, laws[0]), token_ids)
     parts = logits.split([len(nodes) for nodes in wanted])
-    return torch.cat([warp(part, law) for part, law in zip(parts, laws, strict=True)])
+    return Laws(torch.cat([warp(part, law) for part, law in zip(parts, laws, strict=True)]), token_ids)
 
 
-def pack(trees: Sequence[Sapling], draft_probs: Float[Tensor, "r v"]) -> TreeBatch:
-    """The trees as a batch, restricted to what they keep. Rows of laws that nothing was sampled from are dropped."""
+def pack(trees: Sequence[Sapling], laws: Laws | None = None, vocab_size: int = 0) -> TreeBatch:
+    """The trees as a batch, restricted to what they keep. Rows of laws that nothing was sampled from are not pointed to."""
     tokens, parents, drawn, rows, offsets = [], [], [], [], [0]
     for tree in trees:
         if tree.kept is None:
@@ -233,7 +285,9 @@ def pack(trees: Sequence[Sapling], draft_probs: Float[Tensor, "r v"]) -> TreeBat
         drawn=np.asarray(drawn, np.int64),
         draft_row=np.asarray(rows, np.int64),
         offsets=np.asarray(offsets, np.int64),
-        draft_probs=draft_probs,
+        draft_probs=torch.empty(0, 0) if laws is None else laws.probs,
+        draft_ids=None if laws is None else laws.token_ids,
+        vocab_size=vocab_size,
     )
 
 

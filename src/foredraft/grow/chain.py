@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxtyping import Float
-from torch import Tensor
-
-from foredraft.grow.base import Options, Policy, Sapling
+from foredraft.grow.base import Laws, Options, Policy, Sapling
 from foredraft.protocols import Budget
 from foredraft.tree import Drawn
 
@@ -24,7 +21,7 @@ class Chain(Options):
         node = 0
         for _ in range(min(tree.budget)):
             laws = yield [node]
-            [node] = _draw(tree, node, laws[0], 1)
+            [node] = _draw(tree, node, laws, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +60,8 @@ class Branching(Options):
                 break
             laws = yield list(layer)
             reached: dict[int, int] = {}
-            for (node, count), law in zip(layer.items(), laws, strict=True):
-                children = _draw(tree, node, law, count * num_draws)
+            for row, (node, count) in enumerate(layer.items()):
+                children = _draw(tree, node, laws[row : row + 1], count * num_draws)
                 left -= len(children)
                 for child in children:
                     first = child
@@ -90,10 +87,9 @@ def _cut_to(layer: dict[int, int], num_draws: int, left: int) -> dict[int, int]:
     return fitting
 
 
-def _draw(tree: Sapling, node: int, law: Float[Tensor, " v"], k: int) -> list[int]:
-    """`k` independent draws below `node`; the k most likely tokens where nothing is sampled."""
-    if not tree.sampled:
-        [picked] = tree.pick([node], law[None], k)
-        return [tree.add(node, token, prob, Drawn.DETERMINISTIC) for token, prob in picked]
-    tokens = [tree.draws.categorical(law, ("draft", tree.ranks[node], i)) for i in range(k)]
-    return [tree.add(node, token, float(law[token]), Drawn.IID) for token in tokens]
+def _draw(tree: Sapling, node: int, laws: Laws, k: int) -> list[int]:
+    """`k` independent draws below `node`; the k most likely tokens where nothing is sampled. `laws` is its law alone."""
+    if tree.sampled:
+        return tree.draw(node, laws, k)
+    [picked] = tree.pick([node], laws, k)
+    return [tree.add(node, token, prob, Drawn.DETERMINISTIC) for token, prob in picked]

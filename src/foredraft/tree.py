@@ -11,6 +11,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import torch
@@ -179,8 +180,8 @@ class TreeBatch:
         lengths = [len(tokens) for tokens in token_lists]
         total = sum(lengths)
         return TreeBatch(
-            tokens=np.fromiter((t for tokens in token_lists for t in tokens), np.int64, total),
-            parents=np.fromiter((p for one in parents for p in one), np.int64, total),
+            tokens=np.fromiter(chain.from_iterable(token_lists), np.int64, total),
+            parents=np.fromiter(chain.from_iterable(parents), np.int64, total),
             drawn=np.zeros(total, dtype=np.int64),
             draft_row=np.full(total, -1, dtype=np.int64),
             offsets=np.cumsum([0, *lengths], dtype=np.int64),

@@ -101,16 +101,17 @@ class LMDrafter:
     def expand(self, states: Sequence[LMState], partial: TreeBatch, node_ids: Ids) -> Float[Tensor, "n v"]:
         """Draft logits after the packed nodes `node_ids` of the growing trees, in one pass of the draft model."""
         owners = np.searchsorted(partial.offsets, node_ids, side="right") - 1
-        live = sorted(set(owners.tolist()))
+        places, tokens, parents = node_ids - partial.offsets[owners], partial.tokens[node_ids], partial.parents[node_ids]
+        nodes = list(zip(owners.tolist(), places.tolist(), tokens.tolist(), parents.tolist(), strict=True))
+        live = sorted({b for b, *_ in nodes})
         start = [len(states[b].tokens) for b in live]
-        for b, node in zip(owners.tolist(), (node_ids - partial.offsets[owners]).tolist(), strict=True):
-            _append(states[b], partial[b].tokens, partial[b].parents, node)
+        for b, *node in nodes:
+            _append(states[b], *node)
         some = [states[b] for b in live]
         batch = TreeBatch.chains([self._known(state.tokens) for state in some], [state.parents for state in some])
         first = {b: int(batch.offsets[i]) for i, b in enumerate(live)}
-        local = (node_ids - partial.offsets[owners]).tolist()
-        rows = [first[b] + states[b].place[node] for b, node in zip(owners.tolist(), local, strict=True)]
-        scores = self.model.forward(batch, [state.cache for state in some], np.asarray(rows), start=start)
+        rows = np.array([first[b] + states[b].place[place] for b, place, *_ in nodes])
+        scores = self.model.forward(batch, [state.cache for state in some], rows, start=start)
         return fit_vocabulary(scores.logits, self.vocab_size)
 
     def observe(
@@ -145,10 +146,11 @@ class LMDrafter:
 
     def _known(self, tokens: Sequence[int]) -> list[int]:
         """Ids that only the target has, in the padding of its vocabulary, read as token 0: that can cost no more than speed."""
-        return [token if token < self.model.vocab_size else 0 for token in tokens]
+        size = self.model.vocab_size
+        return [token if token < size else 0 for token in tokens]
 
 
-def _append(state: LMState, tokens: Ids, parents: Ids, node: int) -> None:
+def _append(state: LMState, node: int, token: int, parent: int) -> None:
     """Adds a node to what is run; before the first one, the pending tokens whose last is the root."""
     if not state.tokens:
         state.tokens = list(state.pending)
@@ -156,14 +158,16 @@ def _append(state: LMState, tokens: Ids, parents: Ids, node: int) -> None:
         state.place = {0: len(state.pending) - 1}
     if node:
         state.place[node] = len(state.tokens)
-        state.parents.append(state.place[int(parents[node])])
-        state.tokens.append(int(tokens[node]))
+        state.parents.append(state.place[parent])
+        state.tokens.append(token)
 
 
 def fit_vocabulary(logits: Float[Tensor, "n v"], vocab_size: int) -> Float[Tensor, "n w"]:
     """Logits over exactly `vocab_size` tokens: padding is cut off, missing tokens are never drafted."""
     missing = vocab_size - logits.shape[-1]
-    if missing <= 0:
+    if missing == 0:
+        return logits
+    if missing < 0:
         return logits[..., :vocab_size]
     return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
 

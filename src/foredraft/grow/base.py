@@ -52,7 +52,7 @@ Policy = Generator[list[int], Laws, None]
 GREEDY_DRAFT_TEMPERATURE = 0.6
 """Draft temperature where the request is greedy: the draft temperature of DySpec's and Sequoia's experiments."""
 
-LARGE_VOCABULARY, LARGE_CUT = 8192, 64
+LARGE_VOCABULARY, LARGE_CUT = 8192, 256
 """Beyond so many tokens whole laws would cost more than the draft model itself; the likeliest few carry nearly all mass."""
 
 
@@ -159,7 +159,7 @@ class Options:
     Attributes:
         draft_temperature: temperature of the draft law; None is the request's, or 0.6 where the request is greedy.
         draft_sampling: ``auto`` takes the most likely tokens at target temperature 0; ``sampled`` draws there too.
-        draft_top_k: the draft law is cut to so many of its likeliest tokens; 0 keeps all, None cuts large vocabularies to 64.
+        draft_top_k: the draft law is cut to so many of its likeliest tokens; 0 keeps all, None cuts large vocabularies to 256.
     """
 
     draft_temperature: float | int | None = None

@@ -8,13 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from foredraft.__main__ import main
 from foredraft.bench import calibrate
+from foredraft.bench.bandwidth import reading
 from foredraft.bench.calibrate import by_depth
 from foredraft.bench.report import speedup
 from foredraft.bench.run import Outcome, parse_method
 from foredraft.bench.tasks import is_looping, read_prompts
+from foredraft.metrics import StepRecord
+from foredraft.models.hf import HFTarget
+from foredraft.models.loading import load_target
+from foredraft.models.table import TableTarget, random_law
 
 DATA = Path(__file__).parent / "data"
 PAIR = sorted(path.parent for path in DATA.glob("*/config.json"))
@@ -189,3 +195,29 @@ def test_calibrate(capsys: pytest.CaptureFixture[str], prompts: Path, tmp_path: 
     )
     assert all(seconds > 0 for seconds in found["seconds"]["target"].values())
     assert "<svg" in (tmp_path / "plot.svg").read_text()
+
+
+def test_reading_counts_the_steps_of_a_batch_once() -> None:
+    record = StepRecord(0, 0, 0, "plain")
+    batch = Outcome(9.0, [[1, 2, 3], [1]], [[record] * 3, [record]], verify_s=0.5)
+    target = TableTarget(random_law(2, 0), 2)
+    target.num_weight_bytes = 10**8
+    found = reading(target, [batch, batch], bandwidth=3e9)
+    assert found == {"weights_mb": 100.0, "read_gb_per_s": 0.6, "bandwidth_gb_per_s": 3.0, "bandwidth_share": 0.2}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_that_a_step_reads(tied: bool) -> None:
+    """An embedding of its own is only looked up; a tied one is the head, which is read."""
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        tie_word_embeddings=tied,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    layer = 32 * (4 * 32 + 3 * 32) + 2 * 32
+    expected = 4 * (layer + 32 + 40 * 32)
+    assert load_target(model).num_weight_bytes == HFTarget(model).num_weight_bytes == expected

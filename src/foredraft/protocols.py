@@ -80,9 +80,11 @@ class Target(Protocol):
 
     Attributes:
         has_own_threads: whether its forward runs on threads that are not torch's.
+        num_weight_bytes: of the weights that every forward reads, which is all but an embedding apart from the head.
     """
 
     has_own_threads: bool
+    num_weight_bytes: int
     vocab_size: int
     max_len: int
     config: Any

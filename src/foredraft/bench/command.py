@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from foredraft.bench import report, tasks
+from foredraft.bench.bandwidth import read_bandwidth, reading
 from foredraft.bench.peers import PEERS, Peer
 from foredraft.bench.run import Contender, Ours, measure, parse_method
 from foredraft.llm import BUNDLED_DRAFTER, BUNDLED_TARGET, LLM
@@ -73,6 +74,7 @@ def bench(choice: BenchChoice) -> int:
     if not fitting:
         raise ValueError(f"no prompt leaves room for {choice.max_tokens} tokens in a context of {plain.max_model_len}")
     warm_up = tasks.encode(plain, tasks.WARM_UP, raw=choice.raw)
+    bandwidth = read_bandwidth(plain.target.device)
     with ExitStack() as stack:
         contenders = [_contender(name, plain, choice, warm_up, sampling, stack) for name in names]
         rounds = []
@@ -81,6 +83,7 @@ def bench(choice: BenchChoice) -> int:
                 rounds.append(outcome)
                 advance(choice.batch_size)
     rows = report.rows_of(contenders, rounds, choice.temperature)
+    rows[0] |= reading(plain.target, [one[PLAIN] for one in rounds], bandwidth)
     _show(rows, _environment(plain, choice, len(prompts) - len(fitting)), choice)
     return 0
 
@@ -159,6 +162,8 @@ def _show(rows: Sequence[dict[str, Any]], environment: dict[str, Any], choice: B
         out.print(
             f"{environment['dtype']}, {environment['threads']} threads, {rows[0]['looping_share']:.0%} of plain outputs loop"
         )
+        out.print("plain decoding reads {weights_mb} MB of weights a step, {read_gb_per_s} GB/s: ".format_map(rows[0]), end="")
+        out.print("{bandwidth_share:.0%} of the {bandwidth_gb_per_s} GB/s that this machine reads".format_map(rows[0]))
     if choice.output is not None:
         choice.output.mkdir(parents=True, exist_ok=True)
         (choice.output / "bench.jsonl").write_text("\n".join(lines) + "\n")

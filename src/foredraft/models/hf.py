@@ -83,6 +83,11 @@ class HFTarget:
         self.device: torch.device = model.device
         self.max_len: int = _max_len(self.config)
         _choose_kernels(model, self.config)
+        embedding: Any = model.get_input_embeddings()
+        head: Any = model.get_output_embeddings()
+        self.num_weight_bytes = sum(one.nbytes for one in model.parameters())
+        if embedding.weight is not head.weight:
+            self.num_weight_bytes -= embedding.weight.nbytes
         self._windows = _windows(self.config)
         self._layers = _decoder_layers(model, self.config.num_hidden_layers)
         self._keeps_some_logits = "logits_to_keep" in inspect.signature(model.forward).parameters

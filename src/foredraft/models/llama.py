@@ -88,6 +88,9 @@ class LlamaTarget:
         self.packed = can_pack(dtype, device) if packed is None else packed
         read = Reader(config, weights, dtype, device, self.packed)
         self._embedding = read.tensor("model.embed_tokens")
+        self.num_weight_bytes = sum(one.numel() for one in weights.values()) * dtype.itemsize
+        if "lm_head.weight" in weights:
+            self.num_weight_bytes -= self._embedding.nbytes
         self._norm = read.norm("model.norm")
         self.head: Linear = read.linear("lm_head") if "lm_head.weight" in weights else read.make(self._embedding)
         self._layers = [_load_layer(i, config, read) for i in range(config.num_hidden_layers)]

@@ -107,6 +107,7 @@ class NativeTarget:
         self._forward, self._linear = library.foredraft_forward, library.foredraft_linear
         self._memory = _Memory()
         self._model = self._describe(config, Reader(config, weights, self.dtype, self.device, packed=False))
+        self.num_weight_bytes = self._memory.num_bytes - (0 if self._embedding is None else self._embedding.nbytes)
         self._threads = threads or (torch.get_num_threads() if self._memory.num_bytes > _ONE_THREAD_BYTES else 1)
 
     def new_pool(self, num_slots: int, max_len: int) -> KVPool:

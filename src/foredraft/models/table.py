@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache as memoize
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +87,8 @@ class TableTarget:
         num_forwards: calls of `forward` so far.
     """
 
-    has_own_threads: ClassVar[bool] = False
+    has_own_threads = False
+    num_weight_bytes = 0
 
     law: Law
     vocab_size: int

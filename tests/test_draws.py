@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from foredraft import compiled, draws
 from foredraft.draws import Draws, hash_seed, mix
 
 SEEDS = [0, 1, -1, 7, 2**63, 2**64 - 1, -(2**63), 10**30]
@@ -227,3 +228,25 @@ def test_seeds_are_taken_modulo_2_to_the_64() -> None:
     key = ("next", (), 0)
     assert Draws(-1).uniform(key) == Draws(2**64 - 1).uniform(key)
     assert len({Draws(seed).uniform(key) for seed in (-3, -2, -1, 0, 1, 2, 3)}) == 7
+
+
+@pytest.mark.skipif(compiled.library() is None, reason="needs a CPU with AVX-512 BF16 and a C compiler")
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 100, 4096])
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 4096])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_compiled_race_is_the_plain_one(size: int, count: int, sparse: bool) -> None:
+    """The same entries in the same order, at times equal to the last bits; zeros never arrive; addressed by token."""
+    generator = torch.Generator().manual_seed(size)
+    probs = (4 * torch.randn(6, size, generator=generator)).softmax(-1)
+    probs[1, ::2] = 0
+    probs[2] = 0
+    probs[3] = torch.nn.functional.one_hot(torch.tensor(size // 2), size)
+    probs[4] = 1e-40  # as small as float32 can be
+    token_ids = torch.randperm(10**6, generator=generator)[: 6 * size].view(6, size) if sparse else None
+    starts = [Draws(i, 9)._start(("draft", (i,), 0)) for i in range(6)]
+    count = min(count, size)
+    plain = draws._race(starts, probs, count, token_ids)
+    found = draws._race_compiled(compiled.library(), starts, probs, count, token_ids)
+    torch.testing.assert_close(found.times, plain.times, rtol=1e-14, atol=0)
+    arrived = plain.times < float("inf")
+    assert torch.equal(found.entries[arrived], plain.entries[arrived])

@@ -10,6 +10,7 @@ import foredraft
 ROOT = Path(foredraft.__file__).parent
 
 LAYERS = [  # lowest first; modules of one line may import each other
+    {"folders", "compiled"},
     {"errors", "tree", "draws", "sampling", "processors", "metrics", "text", "prompts", "progress"},
     {"protocols"},
     {"cache", "calibration"},

@@ -11,14 +11,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from foredraft import LLM, SamplingParams
-from foredraft.models import compiled
+from foredraft import LLM, SamplingParams, compiled
 from foredraft.models.llama import LlamaTarget
 from foredraft.models.loading import load_target
 from foredraft.models.native import NativeTarget, blocked, can_run
 from foredraft.tree import TreeBatch
 
-pytestmark = pytest.mark.skipif(compiled.decoder() is None, reason="needs a CPU with AVX-512 BF16 and a C compiler")
+pytestmark = pytest.mark.skipif(compiled.library() is None, reason="needs a CPU with AVX-512 BF16 and a C compiler")
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {
@@ -201,7 +200,7 @@ def test_without_a_compiler_torch_runs(
     monkeypatch.setenv("FOREDRAFT_CC", command)
     monkeypatch.setenv("FOREDRAFT_CACHE", str(tmp_path))
     with caplog.at_level(logging.WARNING, "foredraft"):
-        assert compiled.decoder.__wrapped__() is None
+        assert compiled.library.__wrapped__() is None
     assert len(caplog.records) == (1 if command else 0)
     assert not list(tmp_path.iterdir())
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from foredraft.folders import cache_folder
 from foredraft.protocols import Target
 
 
@@ -34,14 +35,6 @@ def read_calibration(model: Any, target: Target, drafter: str) -> dict[str, Any]
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): measure it again or delete it") from None
-
-
-def cache_folder() -> Path:
-    """Where measurements are kept: ``$FOREDRAFT_CACHE``, else ``foredraft`` in the user's cache folder."""
-    given = os.environ.get("FOREDRAFT_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foredraft"
 
 
 def recalled(kind: str, facts: Any, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

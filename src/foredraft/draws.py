@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from ctypes import CDLL, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from foredraft.compiled import library
 
 Key = tuple[str, tuple[int, ...], int]
 """(purpose, path of sibling ranks from the root, index)."""
@@ -121,13 +125,44 @@ class Draws:
         An exponential race, which is Gumbel-top-k: token t arrives at time -log(u_t) / probs[t], u_t addressed by t, and the
         first k arrivals are the draws. Computed in float64.
         """
-        starts = [_signed(one._start(key)) for one, key in zip(draws, keys, strict=True)]
-        entries = torch.arange(probs.shape[1], device=probs.device) if token_ids is None else token_ids
-        words = torch.tensor(starts, device=probs.device)[:, None] + (entries + 1) * _signed(_GOLDEN)
-        uniform = (_shift(_mix_tensor(words), 11).double() + 0.5) * 2.0**-53
-        arrival = uniform.log_().neg_().div_(probs)
-        times, drawn = arrival.topk(min(k, probs.shape[1]), largest=False)
+        starts = [one._start(key) for one, key in zip(draws, keys, strict=True)]
+        code = library() if probs.dtype == torch.float32 and probs.device.type == "cpu" else None
+        count = min(k, probs.shape[1])
+        found = (
+            _race(starts, probs, count, token_ids) if code is None else _race_compiled(code, starts, probs, count, token_ids)
+        )
         return [
             [entry for time, entry in zip(*row, strict=True) if time < float("inf")]
-            for row in zip(times.tolist(), drawn.tolist(), strict=True)
+            for row in zip(found.times.tolist(), found.entries.tolist(), strict=True)
         ]
+
+
+class _Arrivals(NamedTuple):
+    """The first arrivals of each row in order, and which entries they are; infinite times where there are no more."""
+
+    times: Float[Tensor, "n c"]
+    entries: Int[Tensor, "n c"]
+
+
+def _race(starts: Sequence[int], probs: Float[Tensor, "n k"], count: int, token_ids: Int[Tensor, "n k"] | None) -> _Arrivals:
+    """On every device and in every dtype."""
+    ids = torch.arange(probs.shape[1], device=probs.device) if token_ids is None else token_ids
+    begin = torch.tensor([_signed(start) for start in starts], device=probs.device)
+    words = _mix_tensor(begin[:, None] + (ids + 1) * _signed(_GOLDEN))
+    uniform = (_shift(words, 11).double() + 0.5) * 2.0**-53
+    return _Arrivals(*uniform.log_().neg_().div_(probs).topk(count, largest=False))
+
+
+def _race_compiled(
+    code: CDLL, starts: Sequence[int], probs: Float[Tensor, "n k"], count: int, token_ids: Int[Tensor, "n k"] | None
+) -> _Arrivals:
+    """The twin of `_race` by `compiled/draws.c`, which takes few logarithms."""
+    probs, token_ids = probs.contiguous(), None if token_ids is None else token_ids.contiguous()
+    times = torch.empty(len(starts), count, dtype=torch.float64)
+    entries = torch.empty(len(starts), count, dtype=torch.int64)
+    for row, start in enumerate(starts):
+        given = probs[row].data_ptr(), None if token_ids is None else token_ids[row].data_ptr()
+        found = times[row].data_ptr(), entries[row].data_ptr()
+        sizes = c_int64(probs.shape[1]), c_int64(count)
+        code.foredraft_race(c_uint64(start), *map(c_void_p, given), *sizes, *map(c_void_p, found))
+    return _Arrivals(times, entries)

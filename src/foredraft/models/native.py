@@ -1,4 +1,4 @@
-"""The Llama family in bfloat16 on a CPU, by `decoder.c`: weights laid out as they are read, one call a forward.
+"""The Llama family in bfloat16 on a CPU, by `compiled/decoder.c`: weights laid out as they are read, one call a forward.
 
 What a node gets does not depend on what else is in the step, bit for bit: a tree gives the very logits of plain decoding. The
 torch decoder (`foredraft.models.llama`) computes the same and runs everywhere else; a test equates the two.
@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from foredraft.cache import KVCache, KVPool
-from foredraft.models.compiled import decoder
+from foredraft.compiled import library
 from foredraft.models.llama import Reader, head_dim_of, window_of
 from foredraft.protocols import Scores
 from foredraft.tree import Ids, TreeBatch
@@ -81,7 +81,7 @@ def can_run(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) 
     """Whether this decoder runs a model that `foredraft.models.llama` runs: in bfloat16 on a CPU, with even widths."""
     widths = (config.hidden_size, config.intermediate_size, head_dim_of(config))
     fits = dtype == torch.bfloat16 and device.type == "cpu" and all(width % _TILE == 0 for width in widths)
-    return fits and decoder() is not None
+    return fits and library() is not None
 
 
 class NativeTarget:
@@ -99,12 +99,12 @@ class NativeTarget:
     dtype, device, has_own_threads = torch.bfloat16, torch.device("cpu"), True
 
     def __init__(self, config: PretrainedConfig, weights: Mapping[str, Tensor], *, threads: int | None = None):
-        library = decoder()
-        assert library is not None, "ask can_run first"
+        code = library()
+        assert code is not None, "ask can_run first"
         self.config = config
         self.vocab_size: int = config.vocab_size
         self.max_len: int = config.max_position_embeddings
-        self._forward, self._linear = library.foredraft_forward, library.foredraft_linear
+        self._forward, self._linear = code.foredraft_forward, code.foredraft_linear
         self._memory = _Memory()
         self._model = self._describe(config, Reader(config, weights, self.dtype, self.device, packed=False))
         self.num_weight_bytes = self._memory.num_bytes - (0 if self._embedding is None else self._embedding.nbytes)

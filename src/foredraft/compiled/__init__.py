@@ -1,4 +1,4 @@
-"""Compiles `decoder.c` once with the machine's own C compiler, and keeps the result in the user's cache."""
+"""C code, compiled once with the machine's own compiler and kept in the user's cache; where it cannot run, torch does."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-from foredraft.calibration import cache_folder
+from foredraft.folders import cache_folder
 
-SOURCE = Path(__file__).with_name("decoder.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("decoder.c", "draws.c"))
 
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 """No contraction and no fast math: equal rows must give equal bits, however the compiler unrolls."""
@@ -23,8 +23,8 @@ _log = logging.getLogger("foredraft")
 
 
 @cache
-def decoder() -> ctypes.CDLL | None:
-    """The compiled decoder; None where it cannot run: no AVX-512 BF16, or no C compiler (``$CC``, cc, gcc or clang).
+def library() -> ctypes.CDLL | None:
+    """The compiled code; None where it cannot run: no AVX-512 BF16, or no C compiler (``$CC``, cc, gcc or clang).
 
     An empty ``$FOREDRAFT_CC`` forbids it; otherwise that is the compiler.
     """
@@ -35,7 +35,7 @@ def decoder() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(_built(command)))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
-        _log.warning("cannot compile the fast decoder (%s), so the slower one runs", said.strip().splitlines()[-1])
+        _log.warning("cannot compile the fast decoder (%s), so torch runs, which is slower", said.strip().splitlines()[-1])
         return None
 
 
@@ -58,12 +58,13 @@ def cpu_flags() -> frozenset[str]:
 
 
 def _built(command: list[str]) -> Path:
-    facts = [SOURCE.read_text(), *command, *_FLAGS, *sorted(cpu_flags())]
+    facts = [*(source.read_text() for source in SOURCES), *command, *_FLAGS, *sorted(cpu_flags())]
     name = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:20]
-    file = cache_folder() / f"decoder-{name}.so"
+    file = cache_folder() / f"compiled-{name}.so"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, *_FLAGS, str(SOURCE), "-o", str(part), "-lm"], check=True, capture_output=True, text=True)
+        command = [*command, *_FLAGS, *map(str, SOURCES), "-o", str(part), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True)
         part.replace(file)
     return file

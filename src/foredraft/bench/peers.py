@@ -1,4 +1,4 @@
-"""Other engines on the same weights: Transformers' `generate`, its assisted generation, vLLM. Each in a process of its own."""
+"""Other engines on the same weights, each in its own process: Transformers plain and assisted, vLLM plain and with n-grams."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from typing import Any
 from foredraft.bench.run import Outcome
 from foredraft.sampling import SamplingParams
 
-PEERS = ("transformers", "transformers-assisted", "vllm")
+VLLM_PEERS = ("vllm", "vllm-ngram")
+PEERS = ("transformers", "transformers-assisted", *VLLM_PEERS)
 
 _REST_S = 0.2
 """A pause after a peer's run: the threads of OpenMP go on spinning for a while and would disturb who comes next."""

@@ -110,8 +110,14 @@ def setting_of(row: dict[str, Any]) -> str:
     """What was chosen for a method, in short."""
     if "method" in row:
         return " ".join(str(row[key]) for key in ("tree", "budget", "rule") if row[key] is not None)
-    known = ("threads", "num_assistant_tokens", "confidence")
-    return " ".join(f"{key.replace('num_assistant_tokens', 'drafts')} {row[key]:g}" for key in known if key in row)
+    known = {
+        "threads": "threads",
+        "num_assistant_tokens": "drafts",
+        "num_speculative_tokens": "drafts",
+        "confidence": "confidence",
+    }
+    said = [f"{short} {row[key]:g}" for key, short in known.items() if key in row]
+    return " ".join([*said, *(["compiled" if row["compiled"] else "eager"] if "compiled" in row else [])])
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:

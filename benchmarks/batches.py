@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import product
 from time import perf_counter
 from typing import Any
 
@@ -25,8 +26,10 @@ from foredraft.llm import BUNDLED_TARGET
 from foredraft.progress import progress_bar
 
 METHODS = ("ar", "lm:dyspec:8", "auto")
-COLUMNS = ("batch", "method", "sampling", "tree", "budget", "step_ms", "tokens_per_step", "tokens_per_s")
-COLUMNS += ("peak_mib", "moved_bytes_per_step", "moved_nodes_per_step")
+COLUMNS = (
+    *("batch", "method", "sampling", "tree", "budget", "step_ms", "tokens_per_step", "tokens_per_s"),
+    *("peak_mib", "moved_bytes_per_step", "moved_nodes_per_step"),
+)
 
 
 def moved_nodes(paths: Sequence[Sequence[int]]) -> int:
@@ -163,8 +166,10 @@ def main() -> None:
         plain = LLM(args.model or BUNDLED_TARGET, {"method": "ar"}, dtype=args.dtype, device=args.device, max_num_seqs=size)
         prompts = read_prompts(plain, size + args.rounds)
         plan = [prompts[first : first + size] for first in range(args.rounds + 1)]
-        every = [(name, plain.with_speculation(config_of(name, args.draft_model))) for name in METHODS]
-        methods = [Method(name, law, size, llm) for name, llm in every for law in args.laws]
+        methods = [  # each has caches of its own
+            Method(name, law, size, plain.with_speculation(config_of(name, args.draft_model)))
+            for name, law in product(METHODS, args.laws)
+        ]
         measure(methods, plan, args.max_tokens, args.minutes / len(args.batches))
         rows += [one.row() for one in methods]
         device = plain.target.device

@@ -99,7 +99,8 @@ class Setting:
             running = self.llm.engine.run([request])
             next(running)
             for _ in range(num_steps):
-                target.take(), draft.take()
+                target.take()
+                draft.take()
                 began = perf_counter()
                 if next(running, None) is None:
                     break

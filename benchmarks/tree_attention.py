@@ -90,7 +90,7 @@ def visible_blocks(visible: np.ndarray) -> np.ndarray:
     rows, columns = (-(-size // BLOCK) for size in visible.shape)
     padded = np.zeros((rows * BLOCK, columns * BLOCK), bool)
     padded[: visible.shape[0], : visible.shape[1]] = visible
-    return padded.reshape(rows, BLOCK, columns, BLOCK).any(axis=(1, 3))
+    return np.any(padded.reshape(rows, BLOCK, columns, BLOCK), axis=(1, 3))
 
 
 def skipping(case: Case) -> Callable[[], Tensor]:
@@ -221,9 +221,11 @@ def main() -> None:
     parser = arguments(__doc__, models=False, minutes=2.5)
     parser.add_argument("--nodes", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--prefixes", type=int, nargs="+", default=[128, 1024])
-    parser.add_argument("--rounds", type=int, default=3, help="trees of each kind")
-    parser.add_argument("--repeats", type=int, default=3, help="times each is timed on a tree")
+    parser.add_argument("--rounds", type=int, default=5, help="trees of each kind")
+    parser.add_argument("--repeats", type=int, default=1, help="times each is timed on a tree")
+    parser.add_argument("--threads", type=int, help="1 is steadier where others use the cores too")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     if any(size % BLOCK for size in (*args.nodes, *args.prefixes)):
         parser.error(f"--nodes and --prefixes must be multiples of {BLOCK}")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -128,7 +128,6 @@ def _contender(
 
 def _environment(plain: LLM, choice: BenchChoice, num_left_out: int) -> dict[str, Any]:
     """What the figures hang on."""
-    device = plain.target.device
     return {
         "command": "foredraft " + " ".join(sys.argv[1:]),
         "prompts": choice.prompts.name,
@@ -137,6 +136,13 @@ def _environment(plain: LLM, choice: BenchChoice, num_left_out: int) -> dict[str
         "max_tokens": choice.max_tokens,
         "top_p": choice.top_p,
         "dtype": str(plain.target.dtype).removeprefix("torch."),
+        **machine(plain.target.device),
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The machine and the versions that figures hang on."""
+    return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),

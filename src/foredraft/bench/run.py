@@ -109,17 +109,28 @@ class Ours:
 def peak_memory(device: torch.device) -> Iterator[list[int]]:
     """Gives a list that holds, at the end, the most bytes held meanwhile: of the device on CUDA, else of the process."""
     found = [0]
-    status = Path("/proc/self/status")
+    forget_peak(device)
+    yield found
+    found[0] = peak_bytes(device)
+
+
+def forget_peak(device: torch.device) -> None:
+    """Makes `peak_bytes` start anew."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the high-water mark
-    yield found
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most bytes held since `forget_peak`: of the device on CUDA, else of the process; 0 where that is not known."""
     if device.type == "cuda":
-        found[0] = torch.cuda.max_memory_allocated(device)
-    elif status.is_file():
-        found[0] = next(int(row.split()[1]) * 1024 for row in status.read_text().splitlines() if row.startswith("VmHWM"))
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return 0
+    return next(int(row.split()[1]) * 1024 for row in status.read_text().splitlines() if row.startswith("VmHWM"))
 
 
 def measure(

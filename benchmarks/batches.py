@@ -1,0 +1,181 @@
+"""Batches of requests, plain and speculative: time of a step, tokens a second, peak memory, and what the cache moves.
+
+    python benchmarks/batches.py --output benchmarks/batches-14m.jsonl
+    python benchmarks/batches.py --model build/chat-350m --output benchmarks/batches-350m.jsonl
+
+The first round warms up; the memory above what the loaded models hold is that of this round, whose caches grow from nothing.
+In later rounds methods take turns on other prompts; only steps after the first, which runs the prompts, and in which every
+request takes part are counted. Bytes moved are the keys and values of accepted nodes that `keep` puts in another place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import product
+from time import perf_counter
+from typing import Any
+
+from measuring import LAWS, arguments, drafting, held_bytes, median, read_prompts, report, rotated, rounded, rounds, synchronize
+
+from foredraft import LLM
+from foredraft.bench.run import peak_bytes
+from foredraft.cache import KVPool
+from foredraft.llm import BUNDLED_TARGET
+from foredraft.progress import progress_bar
+
+METHODS = ("ar", "lm:dyspec:8", "auto")
+COLUMNS = (
+    *("batch", "method", "sampling", "tree", "budget", "step_ms", "tokens_per_step", "tokens_per_s"),
+    *("peak_mib", "moved_bytes_per_step", "moved_nodes_per_step"),
+)
+
+
+def moved_nodes(paths: Sequence[Sequence[int]]) -> int:
+    """How many nodes of the accepted paths change their place when they are kept."""
+    return sum(node != place for path in paths for place, node in enumerate(path, start=1))
+
+
+def node_bytes(pool: KVPool) -> int:
+    """Bytes of the keys and values of one node: 2 * layers * heads * head size * size of an entry."""
+    two, layers, _, heads, _, head_dim = pool.kv.shape
+    return two * layers * heads * head_dim * pool.kv.element_size()
+
+
+@dataclass
+class Moved:
+    """What all pools moved since the last `take`."""
+
+    nodes: int = 0
+    bytes: int = 0
+
+    def take(self) -> tuple[int, int]:
+        """Nodes and bytes; it starts anew."""
+        found = self.nodes, self.bytes
+        self.nodes = self.bytes = 0
+        return found
+
+
+@contextmanager
+def counted_moves() -> Iterator[Moved]:
+    """Counts what every `KVPool.keep` moves meanwhile."""
+    moved, keep = Moved(), KVPool.keep
+
+    def run(self: KVPool, caches: Sequence[Any], paths: Sequence[Sequence[int]]) -> None:
+        nodes = moved_nodes(paths)
+        moved.nodes += nodes
+        moved.bytes += nodes * node_bytes(self)
+        keep(self, caches, paths)
+
+    KVPool.keep = run  # type: ignore[method-assign]
+    try:
+        yield moved
+    finally:
+        KVPool.keep = keep  # type: ignore[method-assign]
+
+
+@dataclass(eq=False)
+class Method:
+    """One method at one batch size and law, and what was found."""
+
+    name: str
+    law: str
+    batch: int
+    llm: LLM
+    peak: int = 0
+    steps: list[dict[str, float]] = field(default_factory=list)
+
+    def run(self, prompts: Sequence[list[int]], num_tokens: int) -> list[dict[str, float]]:
+        """Generates for a batch; its full steps after the first."""
+        sampling = replace(LAWS[self.law], max_tokens=num_tokens, ignore_eos=True)
+        engine, found, size = self.llm.engine, [], 0
+        requests = [engine.add(None, prompt, replace(sampling, seed=i)) for i, prompt in enumerate(prompts)]
+        with counted_moves() as moved:
+            began = perf_counter()
+            for number, running in enumerate(engine.run(requests)):
+                synchronize(self.llm.target.device)
+                seconds, (nodes, moved_bytes) = perf_counter() - began, moved.take()
+                before, size = size, sum(len(request.continuations[0].token_ids) for request in requests)
+                if number and len(running) == len(requests):
+                    found.append({"seconds": seconds, "tokens": size - before, "nodes": nodes, "bytes": moved_bytes})
+                began = perf_counter()
+        return found
+
+    def row(self) -> dict[str, Any]:
+        """Its figures; memory in MiB."""
+        sums = {name: sum(step[name] for step in self.steps) for name in self.steps[0]}
+        chosen = self.llm.drafting(LAWS[self.law])
+        return rounded(
+            {
+                "batch": self.batch,
+                "method": self.name,
+                "sampling": self.law,
+                **{name: chosen[name] for name in ("tree", "budget")},
+                "num_steps": len(self.steps),
+                "step_ms": 1000 * median([step["seconds"] for step in self.steps]),
+                "tokens_per_step": sums["tokens"] / len(self.steps) / self.batch,
+                "tokens_per_s": sums["tokens"] / sums["seconds"],
+                "peak_mib": self.peak / 2**20,
+                "moved_bytes_per_step": sums["bytes"] / len(self.steps),
+                "moved_nodes_per_step": sums["nodes"] / len(self.steps),
+            }
+        )
+
+
+def config_of(name: str, draft_model: str) -> dict[str, Any]:
+    """The speculative config of a method's name."""
+    if name == "ar":
+        return {"method": "ar"}
+    if name == "auto":
+        return {"method": "auto", "model": draft_model}
+    _, tree, nodes = name.split(":")
+    return drafting(draft_model, tree, int(nodes))
+
+
+def warm_up(methods: Sequence[Method], prompts: Sequence[list[int]], num_tokens: int, advance: Callable[[int], None]) -> None:
+    """The first round, which finds the peaks of memory above what is held before each run."""
+    for one in methods:
+        device = one.llm.target.device
+        base = held_bytes(device)
+        one.run(prompts, num_tokens)
+        one.peak = peak_bytes(device) - base
+        advance(1)
+
+
+def measure(methods: Sequence[Method], plan: Sequence[Sequence[list[int]]], num_tokens: int, minutes: float) -> None:
+    """All rounds of one batch size."""
+    with progress_bar(f"batch of {methods[0].batch}", len(plan) * len(methods)) as advance:
+        warm_up(methods, plan[0], num_tokens, advance)
+        for number in rounds(len(plan) - 1, minutes):
+            for one in rotated(methods, number):
+                one.steps += one.run(plan[1 + number], num_tokens)
+                advance(1)
+
+
+def main() -> None:
+    """Command line."""
+    parser = arguments(__doc__, minutes=3.0)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--laws", nargs="+", choices=list(LAWS), default=["0", "1"])
+    parser.add_argument("--rounds", type=int, default=2, help="rounds after the first")
+    parser.add_argument("--max-tokens", type=int, default=48)
+    args = parser.parse_args()
+    rows, device = [], None
+    for size in args.batches:
+        plain = LLM(args.model or BUNDLED_TARGET, {"method": "ar"}, dtype=args.dtype, device=args.device, max_num_seqs=size)
+        prompts = read_prompts(plain, size + args.rounds)
+        plan = [prompts[first : first + size] for first in range(args.rounds + 1)]
+        methods = [  # each has caches of its own
+            Method(name, law, size, plain.with_speculation(config_of(name, args.draft_model)))
+            for name, law in product(METHODS, args.laws)
+        ]
+        measure(methods, plan, args.max_tokens, args.minutes / len(args.batches))
+        rows += [one.row() for one in methods]
+        device = plain.target.device
+    assert device is not None
+    report(args.output, rows, COLUMNS, device=device, dtype=args.dtype)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Shapes of token trees to measure on: random recursive ones, DySpec's and chains, and orders of their nodes.
+
+Source: DySpec (arXiv 2410.11744), appendix C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from measuring import read_prompts
+
+from foredraft import LLM
+from foredraft.drafters.lm import LMDrafter
+from foredraft.draws import Draws
+from foredraft.grow.base import Policy, Sapling
+from foredraft.grow.dyspec import DySpec
+from foredraft.llm import BUNDLED_DRAFTER
+from foredraft.models.loading import load_target
+from foredraft.protocols import Budget
+from foredraft.sampling import SamplingParams
+from foredraft.tree import DraftTree, TreeBatch, bfs_order, dfs_order, heavy_path_order
+
+ORDERS: dict[str, Callable[[DraftTree], Sequence[int]]] = {
+    "insertion": lambda tree: range(tree.num_nodes),
+    "breadth first": bfs_order,
+    "depth first": dfs_order,
+    "heavy path": heavy_path_order,
+}
+
+
+def tree_of(parents: Sequence[int]) -> DraftTree:
+    """A tree of a shape; its tokens mean nothing."""
+    return TreeBatch.chains([[0] * len(parents)], [parents])[0]
+
+
+def random_tree(nodes: int, seed: int) -> DraftTree:
+    """A uniform random recursive tree."""
+    rng = np.random.default_rng(seed)
+    return tree_of([-1, *(int(rng.integers(node)) for node in range(1, nodes))])
+
+
+def reordered(tree: DraftTree, order: Sequence[int]) -> DraftTree:
+    """The same tree with its nodes in another order, parents before children."""
+    place = {node: i for i, node in enumerate(order)} | {-1: -1}
+    return tree_of([place[int(tree.parents[node])] for node in order])
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeapOrder(DySpec):
+    """DySpec that notes its trees in the order in which the paper's heap pops their nodes."""
+
+    trees: list[DraftTree] = field(default_factory=list)
+
+    def policy(self, tree: Sapling) -> Policy:
+        """See `DySpec`."""
+        yield from super().policy(tree)
+        assert tree.kept is not None
+        priority, left = {0: 2.0}, dict(enumerate(tree.values))
+        for node in range(1, len(tree.tokens)):  # a draw is worth what the earlier ones below its parent left
+            parent = tree.parents[node]
+            priority[node] = min(priority[parent], left[parent])
+            left[parent] -= tree.values[node]
+        order = sorted(tree.kept, key=lambda node: (-priority[node], node))
+        place = {node: i for i, node in enumerate(order)} | {-1: -1}
+        self.trees.append(tree_of([place[tree.parents[node]] for node in order]))
+
+
+def grown_trees(nodes: int, count: int) -> list[DraftTree]:
+    """DySpec's trees of the bundled drafter after training prompts; they are smaller where its law has too little mass."""
+    grower, plain = HeapOrder(), LLM(None, {"method": "ar"})
+    model = load_target(BUNDLED_DRAFTER)
+    drafter = LMDrafter(model, grower, model.vocab_size, 1)
+    for number, prompt in enumerate(read_prompts(plain, count)):
+        state = drafter.start(prompt, None)
+        drafter.propose([state], [Budget(nodes - 1, 64)], [SamplingParams(temperature=0.6)], [Draws(number)])
+        drafter.finish(state)
+    return grower.trees
+
+
+def all_trees(sizes: Sequence[int], count: int) -> Iterator[tuple[tuple[str, int], list[DraftTree]]]:
+    """Trees by kind and size, so many of each."""
+    for nodes in sizes:
+        yield ("random", nodes), [random_tree(nodes, seed) for seed in range(count)]
+        yield ("dyspec", nodes), grown_trees(nodes, count)
+        yield ("chain", nodes), [tree_of(range(-1, nodes - 1))] * count

@@ -1,0 +1,93 @@
+"""The parts of the measurements that could be wrong without anyone seeing it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from batches import counted_moves, moved_nodes, node_bytes
+from measuring import rounds, table
+from tree_attention import BLOCK, case_of, dense, skipping, visible_blocks
+from tree_shapes import ORDERS, HeapOrder, random_tree, reordered
+
+from foredraft.cache import KVPool
+from foredraft.draws import Draws
+from foredraft.grow.base import Sapling
+from foredraft.protocols import Budget
+from foredraft.tree import ancestor_mask
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("nodes", [64, 100])
+def test_skipping_hidden_blocks_changes_nothing(order: str, nodes: int) -> None:
+    tree = random_tree(nodes, 1)
+    case = case_of(reordered(tree, ORDERS[order](tree)), 2 * BLOCK, torch.float32, torch.device("cpu"))
+    assert (dense(case)() - skipping(case)()).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_order_is_the_same_tree(order: str) -> None:
+    tree = random_tree(70, 2)
+    places = list(ORDERS[order](tree))
+    assert (reordered(tree, places).parents[1:] < np.arange(1, 70)).all()
+    assert (ancestor_mask(reordered(tree, places).parents) == ancestor_mask(tree.parents)[np.ix_(places, places)]).all()
+
+
+def test_blocks_are_those_of_the_paper() -> None:
+    """DySpec, table 5: 36 blocks in insertion order and 22.5 depth first, at 256 nodes; means of random trees."""
+    found = {"insertion": [], "depth first": []}
+    for seed in range(10):
+        tree = random_tree(256, seed)
+        for order, counts in found.items():
+            mask = ancestor_mask(reordered(tree, ORDERS[order](tree)).parents)
+            counts.append(int(visible_blocks(mask).sum()))
+    assert abs(np.mean(found["insertion"]) - 36) < 1
+    assert abs(np.mean(found["depth first"]) - 22.5) < 2
+
+
+def test_heap_order_is_that_of_one_draw_at_a_time() -> None:
+    laws = torch.randn(500, 6, generator=torch.Generator().manual_seed(0)).mul(2).softmax(-1)  # a law a node: no ties
+    sapling, grower = Sapling(0, Budget(9, 9), Draws(3), True), HeapOrder()
+    policy = grower.policy(sapling)
+    wanted = next(policy)
+    with pytest.raises(StopIteration):
+        while True:
+            wanted = policy.send(laws[wanted])
+    heap, popped = [(1.0, 0)], []  # (value of the next draw below a node, the node)
+    children = {node: [i for i, parent in enumerate(sapling.parents) if parent == node] for node in range(len(sapling.parents))}
+    while len(popped) < 9:
+        value, node = max(heap)
+        heap.remove((value, node))
+        child = children[node][sum(sapling.parents[one] == node for one in popped)]
+        popped.append(child)
+        heap += [(value - sapling.values[child], node), (sapling.values[child], child)]
+    [tree] = grower.trees
+    place = {node: i for i, node in enumerate([0, *popped])}
+    assert tree.parents.tolist() == [-1, *(place[sapling.parents[node]] for node in popped)]
+
+
+def test_moves_are_counted() -> None:
+    pool = KVPool(num_slots=2, num_layers=3, num_heads=2, head_dim=4, dtype=torch.bfloat16, device=torch.device("cpu"))
+    pool.reserve(16)
+    caches = [pool.allocate(), pool.allocate()]
+    paths = [[1, 2, 5], [3]]
+    assert moved_nodes(paths) == 2
+    with counted_moves() as moved:
+        pool.keep(caches, paths)
+    pool.keep(caches, paths)
+    assert moved.take() == (2, 2 * node_bytes(pool))
+    assert node_bytes(pool) == 2 * 3 * 2 * 4 * 2
+
+
+def test_rounds_and_tables() -> None:
+    assert list(rounds(3, 1.0)) == [0, 1, 2]
+    assert list(rounds(3, 0.0)) == [0]
+    assert table([{"a": 1.23456, "b": None}, {"a": 2345.6, "b": "x"}], ["a", "b"]).splitlines()[2:] == [
+        "| 1.23 | - |",
+        "| 2346 | x |",
+    ]

@@ -17,7 +17,7 @@ from tree_shapes import ORDERS, HeapOrder, random_tree, reordered
 
 from foredraft.cache import KVPool
 from foredraft.draws import Draws
-from foredraft.grow.base import Sapling
+from foredraft.grow.base import Laws, Sapling
 from foredraft.protocols import Budget
 from foredraft.tree import ancestor_mask
 
@@ -57,7 +57,7 @@ def test_heap_order_is_that_of_one_draw_at_a_time() -> None:
     wanted = next(policy)
     with pytest.raises(StopIteration):
         while True:
-            wanted = policy.send(laws[wanted])
+            wanted = policy.send(Laws(laws[wanted]))
     heap, popped = [(1.0, 0)], []  # (value of the next draw below a node, the node)
     children = {node: [i for i, parent in enumerate(sapling.parents) if parent == node] for node in range(len(sapling.parents))}
     while len(popped) < 9:

@@ -93,22 +93,27 @@ def autoregressive(target: Target, pool: Pool, continuations: Sequence[Continuat
     """Plain decoding: one forward a token. Yields those that took part after every step; see `speculative`."""
     start(target, pool, continuations)
     while running := [one for one in continuations if one.finish_reason is None]:
-        clock = Clock()
-        scores = target.forward(TreeBatch.chains([one.token_ids[-1:] for one in running]), [one.cache for one in running])
-        verify_s = clock.lap()
-        verdicts = []
-        for b, one in enumerate(running):
-            law = law_of(one, scores.logits[b : b + 1], None)
-            draws = one.draws.at(len(one.token_ids))
-            token = law.token(0) if law.is_certain else draws.categorical(law.row(0), ("next", (), 0))
-            verdicts.append((law, Verdict([], token, "plain")))
-        rule_s = clock.lap()
-        pool.keep([one.cache for one in running], [[]] * len(running))
-        cache_s = clock.lap()
-        for one, (law, verdict) in zip(running, verdicts, strict=True):
-            settle(one, law, [verdict.next_token], verdict)
-            one.records.append(StepRecord(0, 0, 0, "plain", verify_s=verify_s, rule_s=rule_s, cache_s=cache_s))
+        decode_one(target, pool, running)
         yield running
+
+
+def decode_one(target: Target, pool: Pool, running: Sequence[Continuation]) -> None:
+    """One step of plain decoding."""
+    clock = Clock()
+    scores = target.forward(TreeBatch.chains([one.token_ids[-1:] for one in running]), [one.cache for one in running])
+    verify_s = clock.lap()
+    verdicts = []
+    for b, one in enumerate(running):
+        law = law_of(one, scores.logits[b : b + 1], None)
+        draws = one.draws.at(len(one.token_ids))
+        token = law.token(0) if law.is_certain else draws.categorical(law.row(0), ("next", (), 0))
+        verdicts.append((law, Verdict([], token, "plain")))
+    rule_s = clock.lap()
+    pool.keep([one.cache for one in running], [[]] * len(running))
+    cache_s = clock.lap()
+    for one, (law, verdict) in zip(running, verdicts, strict=True):
+        settle(one, law, [verdict.next_token], verdict)
+        one.records.append(StepRecord(0, 0, 0, "plain", verify_s=verify_s, rule_s=rule_s, cache_s=cache_s))
 
 
 def speculative(
@@ -132,27 +137,34 @@ def speculative(
     for one in continuations:
         one.draft_state = drafter.start(one.token_ids, None)
     while running := [one for one in continuations if one.finish_reason is None]:
-        clock, caches = Clock(), [one.cache for one in running]
-        draws = [one.draws.at(len(one.token_ids)) for one in running]
-        budgets = [one.limit(budget) for one in running]
-        batch = drafter.propose([one.draft_state for one in running], budgets, [one.sampling for one in running], draws)
-        draft_s = clock.lap()
-        scores = target.forward(batch, caches, feature_layers=drafter.feature_layers)
-        verify_s = clock.lap()
-        trees = [batch[b] for b in range(len(running))]
-        laws = [law_of(one, scores.logits[part(batch, b)], trees[b]) for b, one in enumerate(running)]
-        verdicts = [rule(*arguments) for arguments in zip(trees, laws, draws, strict=True)]
-        rule_s = clock.lap()
-        pool.keep(caches, [verdict.path for verdict in verdicts])
-        cache_s = clock.lap()
-        for b, (one, tree, law, verdict) in enumerate(zip(running, trees, laws, verdicts, strict=True)):
-            tokens = [*tree.tokens[verdict.path].tolist(), verdict.next_token]
-            features = None if scores.features is None else scores.features[part(batch, b)][[0, *verdict.path]]
-            drafter.observe(one.draft_state, tokens, features, verdict.path)
-            settle(one, law, tokens, verdict)
-            one.last_tree, one.last_path = tree, verdict.path
-            one.records.append(record(tree, verdict, draft_s, verify_s, rule_s, cache_s))
+        draft_and_verify(target, pool, running, drafter, rule, budget)
         yield running
+
+
+def draft_and_verify(
+    target: Target, pool: Pool, running: Sequence[Continuation], drafter: Drafter, rule: AcceptanceRule, budget: Budget
+) -> None:
+    """One step of speculative decoding; its logits do not outlive it."""
+    clock, caches = Clock(), [one.cache for one in running]
+    draws = [one.draws.at(len(one.token_ids)) for one in running]
+    budgets = [one.limit(budget) for one in running]
+    batch = drafter.propose([one.draft_state for one in running], budgets, [one.sampling for one in running], draws)
+    draft_s = clock.lap()
+    scores = target.forward(batch, caches, feature_layers=drafter.feature_layers)
+    verify_s = clock.lap()
+    trees = [batch[b] for b in range(len(running))]
+    laws = [law_of(one, scores.logits[part(batch, b)], trees[b]) for b, one in enumerate(running)]
+    verdicts = [rule(*arguments) for arguments in zip(trees, laws, draws, strict=True)]
+    rule_s = clock.lap()
+    pool.keep(caches, [verdict.path for verdict in verdicts])
+    cache_s = clock.lap()
+    for b, (one, tree, law, verdict) in enumerate(zip(running, trees, laws, verdicts, strict=True)):
+        tokens = [*tree.tokens[verdict.path].tolist(), verdict.next_token]
+        features = None if scores.features is None else scores.features[part(batch, b)][[0, *verdict.path]]
+        drafter.observe(one.draft_state, tokens, features, verdict.path)
+        settle(one, law, tokens, verdict)
+        one.last_tree, one.last_path = tree, verdict.path
+        one.records.append(record(tree, verdict, draft_s, verify_s, rule_s, cache_s))
 
 
 def paced(target: Target, steps: Steps) -> Steps:

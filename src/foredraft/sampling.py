@@ -13,7 +13,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foredraft.tree import DraftTree
@@ -169,7 +169,7 @@ def at_least_float32(logits: Float[Tensor, "*n v"]) -> Float[Tensor, "*n v"]:
 def warp(logits: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor, "n v"]:
     """Probabilities after temperature, min-p, top-k and top-p; one-hot at temperature 0. Float32 at least.
 
-    Ties at the edge of top-k are all kept; top-p keeps the token that crosses the mass.
+    Ties at the edge of top-k are all kept; top-p keeps the token that crosses the mass, the first of equal ones.
     """
     if sampling.temperature == 0:
         return one_hot(logits.argmax(-1), logits)
@@ -185,10 +185,25 @@ def warp(logits: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor
         least = scaled.topk(sampling.top_k, dim=-1).values[..., -1:]
         scaled = scaled.masked_fill(scaled < least, -math.inf)
     if sampling.top_p < 1:
-        probs, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        dropped = probs.cumsum(-1) - probs >= sampling.top_p
-        scaled = scaled.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -math.inf)
+        probs = scaled.softmax(-1)
+        scaled = scaled.masked_fill(~likeliest_of_mass(probs, sampling.top_p), -math.inf)
     return scaled.softmax(-1)
+
+
+_FEW = 256
+"""So many likeliest tokens mostly hold the mass of top-p: to find them takes a tenth of the time of sorting all."""
+
+
+def likeliest_of_mass(probs: Float[Tensor, "n v"], mass: float) -> Bool[Tensor, "n v"]:
+    """The likeliest tokens of each row, up to the one with which they reach `mass`; of equal ones the first."""
+    few = probs.topk(min(_FEW, probs.shape[-1])).values
+    enough = few.sum(-1) >= mass * (1 + 1e-6)  # whichever way it is added up
+    found = few if bool(enough.all()) else probs.sort(dim=-1, descending=True).values
+    count = (found.cumsum(-1) - found < mass).sum(-1, keepdim=True)
+    least = found.gather(-1, count - 1)
+    kept, equal = probs > least, probs == least
+    wanted = count - kept.sum(-1, keepdim=True)
+    return kept | (equal & (equal.cumsum(-1) <= wanted))
 
 
 def likeliest(logits: Float[Tensor, "n v"]) -> list[int]:

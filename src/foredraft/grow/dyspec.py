@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from heapq import nsmallest
 
 from foredraft.grow.base import Options, Policy, Sapling
 
@@ -125,5 +126,7 @@ class _Priorities:
         return -self.priority[node], self.tree.depths[node], self.tree.ranks[node]
 
     def best(self, size: int) -> list[int]:
-        """The `size` draws of highest priority, best first."""
-        return sorted(self.priority, key=self.rank)[:size]
+        """The `size` draws of highest priority, best first. The others can never come back, and are forgotten."""
+        best = nsmallest(size, self.priority, key=self.rank)
+        self.priority = {node: self.priority[node] for node in best}
+        return best

@@ -66,7 +66,8 @@ class Bench:
     def length(self, name: str, grower: Options, nodes: int, temperature: float) -> dict[str, Any]:
         """Tokens a step of one tree."""
         rule = "block" if name == "chain" else "multiround"
-        how = {"nodes": nodes, "temperature": temperature, "max_tokens": self.max_tokens // 2 if nodes > 256 else self.max_tokens}
+        max_tokens = self.max_tokens // 2 if nodes > 256 else self.max_tokens
+        how = {"nodes": nodes, "temperature": temperature, "max_tokens": max_tokens}
         began = perf_counter()
         found = walk(self.llm, self.model, grower, RULES[rule].rule, self.prompts, **how)
         head = {"experiment": "length", "tree": name, **how, "rule": rule}
@@ -107,7 +108,10 @@ def binned(found: Trials) -> dict[str, Any]:
 
 
 def plan(bench: Bench) -> list[tuple[str, Options, int, float]]:
-    """Trees to be measured, small ones first: name, grower, nodes, temperature. The width changes DySpec's passes, not its tree."""
+    """Trees to be measured, small ones first: name, grower, nodes, temperature.
+
+    The width changes DySpec's passes, not its tree.
+    """
     runs: list[tuple[str, Options, int, float]] = []
     for temperature in TEMPERATURES:
         acceptance = bench.trained(temperature)

@@ -114,6 +114,14 @@ class Acceptance:
         place = np.clip(np.searchsorted(EDGES, conditional(probs), side="right") - 1, 0, len(EDGES) - 2)
         return self.share[group, place], self.mean[group]
 
+    def reach_only(self) -> Acceptance:
+        """With draws valued as the paper does, by the probability that they are reached."""
+        return Acceptance(self.share, np.ones_like(self.mean))
+
+    def rank_only(self) -> Acceptance:
+        """Without a look at the draft probability: Sequoia's tree, found by DySpec."""
+        return Acceptance(np.repeat(self.mean[:, None], self.share.shape[1], axis=1), self.mean)
+
 
 @dataclass
 class _Judged:

@@ -123,6 +123,8 @@ def plan(bench: Bench) -> list[tuple[str, Options, int, float]]:
             runs.append(("sequoia", Sequoia(acceptance=bench.vector), nodes, temperature))
         if temperature == 1:
             runs += [("dyspec, draft at 0.6", DySpec(draft_temperature=0.6), n, temperature) for n in (16, 64)]
+            for name, part in (("reach", acceptance.reach_only()), ("rank", acceptance.rank_only())):
+                runs += [(f"dyspec, calibrated, {name} only", Calibrated(acceptance=part), n, temperature) for n in (16, 64)]
         for nodes, (chains, depth) in SHAPES.items():
             runs.append(("branching", Branching(num_chains=chains, draft_depth=depth), nodes, temperature))
             if nodes < 768:

@@ -28,6 +28,10 @@ STYLES = {
     "chain": ("C7", ".-"),
 }
 
+PROMISED = ("dyspec", "dyspec, calibrated", "dyspec, draft at 0.6", "sequoia")
+"""Trees whose nodes' values add up to a number of tokens: siblings drawn with replacement may be equal, and count once."""
+VARIANTS = ("dyspec", "dyspec, calibrated, reach only", "dyspec, calibrated, rank only", "dyspec, calibrated", "sequoia")
+
 
 def hypothesis(rows: Rows) -> Any:
     """Acceptance against draft probability, a panel for every way of drafting."""
@@ -69,7 +73,7 @@ def length(rows: Rows) -> Any:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("tokens a step")
-    figure.axes[-1].legend(fontsize=7.5)
+    figure.axes[1].legend(fontsize=7.5, loc="upper left")
     return figure
 
 
@@ -118,14 +122,18 @@ def hypothesis_table(rows: Rows) -> str:
     return table(head, lines)
 
 
-def pivot(rows: Rows, cell: Callable[[dict[str, Any]], str], skip: Sequence[str] = ("chain",)) -> str:
+def pivot(rows: Rows, trees: Sequence[str], cell: Callable[[dict[str, Any]], str]) -> str:
     """A line for every tree, a column for every temperature and size."""
-    rows = [row for row in rows if row["tree"] not in skip]
+    rows = [row for row in rows if row["tree"] in trees]
     columns = sorted({(row["temperature"], row["nodes"]) for row in rows})
     cells = {(row["tree"], row["temperature"], row["nodes"]): cell(row) for row in rows}
-    trees = [tree for tree in STYLES if any(row["tree"] == tree for row in rows)]
     lines = [[tree, *(cells.get((tree, *column), "") for column in columns)] for tree in trees]
     return table(["tree", *(f"T={t:g}, {n}" for t, n in columns)], lines)
+
+
+def tokens(row: dict[str, Any]) -> str:
+    """Tokens a step with the standard error."""
+    return f"{row['tokens_per_step']:.2f} ± {row['standard_error']:.2f}"
 
 
 def offload_table(rows: Rows) -> str:
@@ -154,12 +162,15 @@ def main() -> None:
     rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()]
     parts = {name: [row for row in rows if row.get("experiment") == name] for name in ("hypothesis", "length", "offload")}
     args.output.mkdir(parents=True, exist_ok=True)
-    hypothesis(parts["hypothesis"]).savefig(args.output / "dyspec-hypothesis.png", dpi=90)
-    length(parts["length"]).savefig(args.output / "dyspec-length.png", dpi=90)
-    promise(parts["length"]).savefig(args.output / "dyspec-promise.png", dpi=90)
+    hypothesis(parts["hypothesis"]).savefig(args.output / "dyspec-hypothesis.png", dpi=75)
+    length(parts["length"]).savefig(args.output / "dyspec-length.png", dpi=75)
+    promise(parts["length"]).savefig(args.output / "dyspec-promise.png", dpi=75)
     print(hypothesis_table(parts["hypothesis"]), end="\n\n")
-    print(pivot(parts["length"], lambda row: f"{row['tokens_per_step']:.2f} ± {row['standard_error']:.2f}"), end="\n\n")
-    print(pivot(parts["length"], lambda row: f"{row['promised_per_step']:.2f} / {row['tokens_per_step']:.2f}"), end="\n\n")
+    lengths = parts["length"]
+    print(pivot(lengths, [tree for tree in STYLES if tree != "chain"], tokens), end="\n\n")
+    print(pivot(lengths, ["chain"], tokens), end="\n\n")
+    print(pivot(lengths, PROMISED, lambda row: f"{row['promised_per_step']:.2f} / {row['tokens_per_step']:.2f}"), end="\n\n")
+    print(pivot([row for row in lengths if row["temperature"] == 1 and row["nodes"] < 256], VARIANTS, tokens), end="\n\n")
     print(offload_table(parts["offload"]), end="\n\n")
     print("chains:", {(r["temperature"], r["nodes"]): r["over_plain"] for r in parts["offload"] if r["tree"] == "chain"})
 

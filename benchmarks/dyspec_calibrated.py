@@ -140,8 +140,8 @@ class _Judged:
         return getattr(self.tree, name)
 
     def pick(self, nodes: Sequence[int], laws: torch.Tensor, k: int) -> list[list[tuple[int, float]]]:
-        """As in `Sapling`, with probabilities that lead DySpec by worth."""
-        picked = self.tree.pick(nodes, laws, k)
+        """As in `Sapling`, with probabilities that lead DySpec by worth; no more children than were measured."""
+        picked = self.tree.pick(nodes, laws, min(k, RANKS))
         return [self._judge(node, children) for node, children in zip(nodes, picked, strict=True)]
 
     def _judge(self, node: int, children: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

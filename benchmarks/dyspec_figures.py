@@ -73,7 +73,8 @@ def length(rows: Rows) -> Any:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("tokens a step")
-    figure.axes[1].legend(fontsize=7.5, loc="upper left")
+    handles, labels = figure.axes[-1].get_legend_handles_labels()
+    figure.axes[1].legend(handles, labels, fontsize=7.5, loc="upper left")
     return figure
 
 
@@ -138,7 +139,8 @@ def tokens(row: dict[str, Any]) -> str:
 
 def offload_table(rows: Rows) -> str:
     """Speed over plain decoding and over the best chain."""
-    head = ["tree", "nodes", "draft passes a step", *(f"T={t:g}" for t in sorted({row["temperature"] for row in rows}))]
+    temperatures = sorted({row["temperature"] for row in rows})
+    head = ["tree", "nodes", "draft passes a step", *(f"T={t:g}" for t in temperatures)]
     lines: dict[tuple[str, ...], dict[float, dict[str, Any]]] = {}
     for row in rows:
         if row["tree"] in ("dyspec", "sequoia", "branching", "dyspec, calibrated") and row["nodes"] > 16:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from numpy.lib.stride_tricks import sliding_window_view
 
 from foredraft.protocols import Budget
 
@@ -44,9 +45,9 @@ def tree_values(acceptance: tuple[float, ...], budget: Budget) -> Float[np.ndarr
     for depth in range(1, budget.depth + 1):
         below = table[depth - 1].max(axis=0)
         for b in range(1, ranks + 1):
-            fewer, gain = table[depth, b - 1], _scaled(below, acceptance[b - 1])
-            for m in range(b + 1, size + 1):
-                table[depth, b, m] = (fewer[1:m] + gain[m - 1 : 0 : -1]).max()
+            gain = np.concatenate([np.full(size, -np.inf), _scaled(below, acceptance[b - 1])])
+            shifted = sliding_window_view(gain[::-1], size + 1)[::-1]  # [m, y]: gain of m - y nodes
+            table[depth, b] = (table[depth, b - 1] + shifted).max(axis=1)
     return table
 
 
@@ -55,10 +56,15 @@ def best_paths(acceptance: Sequence[float], budget: Budget, costs: Costs | None 
 
     With `costs`, size and depth are those of the highest value per second instead of the largest allowed.
     """
+    return _best_paths(tuple(float(p) for p in acceptance), budget, costs)
+
+
+@lru_cache(maxsize=256)
+def _best_paths(vector: tuple[float, ...], budget: Budget, costs: Costs | None) -> list[Path]:
     if budget.nodes < 1 or budget.depth < 1:
         return []
-    vector = tuple(float(p) for p in acceptance)
-    table = tree_values(vector, budget)
+    deep = min(budget.nodes, 1 << (budget.depth - 1).bit_length())  # at the end of an output every step is less deep
+    table = tree_values(vector, Budget(budget.nodes, deep))[: budget.depth + 1]
     value = table.max(axis=1)  # [depth, size]
     depth, size = budget.depth, int(np.isfinite(value[budget.depth]).nonzero()[0].max())
     if costs is not None:

@@ -1,0 +1,228 @@
+"""Tokens a step of large trees at the price of small ones: the target runs only where a rule looks, on the accepted path.
+
+A rule asks for the target's law at the root, then at the child that it accepted, and so on. `walk` decodes as
+`foredraft.decode` does, with the same random numbers, but runs the target on demand, one node after another, instead of on
+the whole tree: a tree of 768 nodes costs a few rows. The tokens are the same; only the target's time, which is not measured
+here, is another. Trees are not cut where an output is about to end, so that short outputs say what trees of full size do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from foredraft import LLM
+from foredraft.cache import prefill
+from foredraft.drafters.lm import LMDrafter
+from foredraft.draws import Draws, hash_seed
+from foredraft.grow import Options
+from foredraft.grow.base import Policy, Sapling, grow_batch
+from foredraft.protocols import AcceptanceRule, Budget, Target
+from foredraft.sampling import SamplingParams, likeliest, warp
+from foredraft.speculation import MAX_DEPTH
+from foredraft.tree import DraftTree, TreeBatch
+
+SEQS = 8
+DEPTHS = 64
+
+
+class PathLaw:
+    """The target's law along one path of a tree, run when it is asked for; in place of `TargetLaw`."""
+
+    def __init__(self, target: Target, cache: Any, tree: DraftTree, sampling: SamplingParams):
+        self._target, self._cache, self._tree, self._sampling = target, cache, tree, sampling
+        self._logits: dict[int, torch.Tensor] = {}
+
+    @property
+    def is_certain(self) -> bool:
+        """As in `TargetLaw`."""
+        return self._sampling.temperature == 0
+
+    def token(self, node: int) -> int:
+        """As in `TargetLaw`."""
+        return likeliest(self._run(node))[0]
+
+    def row(self, node: int) -> torch.Tensor:
+        """As in `TargetLaw`."""
+        return warp(self._run(node), self._sampling)[0]
+
+    def rows(self, nodes: Sequence[int]) -> list[torch.Tensor]:
+        """As in `TargetLaw`; a chain's nodes from the root on, in one pass."""
+        chain = TreeBatch.chains([self._tree.tokens[list(nodes)].tolist()])
+        return list(warp(self._target.forward(chain, [self._cache]).logits, self._sampling))
+
+    def _run(self, node: int) -> torch.Tensor:
+        if node not in self._logits:
+            path = [0, *self._tree.path_to(node)]
+            assert all(one in self._logits for one in path[:-1]), "a rule asks for a node after its parent"
+            last = len(path) - 1
+            chain = TreeBatch.chains([self._tree.tokens[path].tolist()])
+            scores = self._target.forward(chain, [self._cache], np.array([last]), start=[last])
+            self._logits[node] = scores.logits
+        return self._logits[node]
+
+
+class CountingDrafter(LMDrafter):
+    """Counts its passes, request by request, and the nodes they evaluate."""
+
+    passes = 0
+    evaluated = 0
+
+    def expand(self, states: Any, partial: Any, node_ids: Any) -> Any:
+        """As in `LMDrafter`."""
+        owners = np.searchsorted(partial.offsets, node_ids, side="right")
+        self.passes += len(set(owners.tolist()))
+        self.evaluated += len(node_ids)
+        return super().expand(states, partial, node_ids)
+
+
+@dataclass
+class Watched:
+    """A grower whose saplings can be looked at after they have grown: they know what the draft law promised."""
+
+    grower: Options
+    saplings: list[Sapling] = field(default_factory=list)
+
+    @property
+    def draft_temperature(self) -> float | int | None:
+        """The grower's."""
+        return self.grower.draft_temperature
+
+    def samples(self, sampling: SamplingParams) -> bool:
+        """The grower's."""
+        return self.grower.samples(sampling)
+
+    def policy(self, tree: Sapling) -> Policy:
+        """The grower's."""
+        self.saplings.append(tree)
+        return self.grower.policy(tree)
+
+    def grow(self, drafter: Any, states: Any, roots: Any, budgets: Any, sampling: Any, draws: Any) -> TreeBatch:
+        """As in `foredraft.protocols.Grower`."""
+        self.saplings = []
+        return grow_batch([self] * len(states), drafter, states, roots, budgets, sampling, draws)  # type: ignore[list-item]
+
+
+@dataclass
+class Tally:
+    """What a walk found.
+
+    Attributes:
+        nodes, inner: nodes of all trees, and those that have children.
+        squares: sum of the squares of accepted nodes a step, for the standard error.
+        promised: by depth, what the nodes' draft probabilities add up to; the same for first children only.
+        accepted: by depth, accepted nodes; the same for those that are first children, as are all their ancestors.
+        width: by depth, nodes.
+    """
+
+    steps: int = 0
+    squares: int = 0
+    nodes: int = 0
+    inner: int = 0
+    passes: int = 0
+    evaluated: int = 0
+    promised: np.ndarray = field(default_factory=lambda: np.zeros((2, DEPTHS + 1)))
+    accepted: np.ndarray = field(default_factory=lambda: np.zeros((2, DEPTHS + 1)))
+    width: np.ndarray = field(default_factory=lambda: np.zeros(DEPTHS + 1))
+
+    def add(self, tree: DraftTree, sapling: Sapling, path: Sequence[int]) -> None:
+        """Counts a step."""
+        kept = range(tree.num_nodes) if sapling.kept is None else sapling.kept
+        values = np.array([sapling.values[node] for node in kept])
+        first = np.array([not any(rank) for rank in tree.ranks])
+        self.steps += 1
+        self.squares += len(path) ** 2
+        self.nodes += tree.num_nodes - 1
+        self.inner += sum(map(bool, tree.children))
+        self.width += np.bincount(tree.depths, minlength=DEPTHS + 1)
+        for row, chosen in enumerate((np.ones_like(first), first)):
+            self.promised[row] += np.bincount(tree.depths, weights=values * chosen, minlength=DEPTHS + 1)
+            self.accepted[row] += np.bincount(tree.depths[path], weights=chosen[path], minlength=DEPTHS + 1)
+
+    def row(self) -> dict[str, Any]:
+        """Means a step."""
+        mean = float(self.accepted[0].sum()) / self.steps
+        return {
+            "steps": self.steps,
+            "tokens_per_step": round(1 + mean, 4),
+            "standard_error": round(math.sqrt(max(0.0, self.squares / self.steps - mean**2) / self.steps), 4),
+            "promised_per_step": round(1 + float(self.promised[0, 1:].sum()) / self.steps, 4),
+            "nodes_per_step": round(self.nodes / self.steps, 2),
+            "inner_nodes": round(self.inner / self.steps, 2),
+            "draft_passes": round(self.passes / self.steps, 3),
+            "evaluated_nodes": round(self.evaluated / self.steps, 2),
+            "depth_mean": round(float(self.width @ np.arange(DEPTHS + 1)) / max(self.nodes, 1), 2),
+            "by_depth": {
+                name: [round(float(x) / self.steps, 4) for x in values[1:9]]
+                for name, values in (
+                    ("promised", self.promised[0]),
+                    ("accepted", self.accepted[0]),
+                    ("promised_first", self.promised[1]),
+                    ("accepted_first", self.accepted[1]),
+                    ("nodes", self.width),
+                )
+            },
+        }
+
+
+def walk(llm: LLM, model: Target, grower: Options, rule: AcceptanceRule, prompts: Sequence[list[int]], **how: Any) -> Tally:
+    """Decodes the prompts in waves; `how` is the number of nodes, the temperature and max_tokens."""
+    tally, watched = Tally(), Watched(grower)
+    drafter = CountingDrafter(model, watched, llm.target.vocab_size, SEQS)
+    numbered = list(enumerate(prompts))
+    for begin in range(0, len(numbered), SEQS):
+        Wave(llm, drafter, rule, tally, **how).run(numbered[begin : begin + SEQS])
+    tally.passes, tally.evaluated = drafter.passes, drafter.evaluated
+    return tally
+
+
+@dataclass
+class Wave:
+    """Some prompts decoded side by side."""
+
+    llm: LLM
+    drafter: CountingDrafter
+    rule: AcceptanceRule
+    tally: Tally
+    nodes: int
+    temperature: float
+    max_tokens: int
+
+    def run(self, numbered: Sequence[tuple[int, list[int]]]) -> None:
+        """Decodes to the end; prompt i has the random numbers of the i-th request of an `LLM`."""
+        pool = self.llm.target.new_pool(SEQS, self.llm.max_model_len)
+        sampling = SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens)
+        running = []
+        for number, prompt in numbered:
+            cache = pool.allocate()
+            prefill(self.llm.target, pool, [cache], [prompt[:-1]])
+            draws = Draws(hash_seed(hash_seed(0, number), 0))
+            running.append((list(prompt), len(prompt) + self.max_tokens, cache, draws, self.drafter.start(prompt, None)))
+        while running:
+            self._step(running, pool, sampling)
+            done = [one for one in running if one[0][-1] in self.llm.eos_ids or len(one[0]) >= one[1]]
+            running = [one for one in running if one not in done]
+            for one in done:
+                self.drafter.finish(one[4])
+
+    def _step(self, running: Sequence[Any], pool: Any, sampling: SamplingParams) -> None:
+        draws = [draw.at(len(tokens)) for tokens, _, _, draw, _ in running]
+        budgets = [Budget(self.nodes, min(MAX_DEPTH, self.nodes))] * len(running)
+        states = [one[4] for one in running]
+        batch = self.drafter.propose(states, budgets, [sampling] * len(running), draws)
+        for b, (tokens, most, cache, _, state) in enumerate(running):
+            tree = batch[b]
+            tree_law = PathLaw(self.llm.target, cache, tree, sampling)
+            verdict = self.rule(tree, tree_law, draws[b])  # type: ignore[arg-type]
+            grown = self.drafter.grower.saplings[b]  # type: ignore[attr-defined]
+            self.tally.add(tree, grown, verdict.path)
+            new = [*tree.tokens[verdict.path].tolist(), verdict.next_token]
+            pool.keep([cache], [list(range(1, len(verdict.path) + 1))])
+            self.drafter.observe(state, new, None, verdict.path)
+            ends = [i + 1 for i, token in enumerate(new) if token in self.llm.eos_ids]
+            tokens += new[: min([len(new), most - len(tokens), *ends[:1]])]

@@ -18,11 +18,28 @@ import torch
 from torch import Tensor
 
 from foredraft.draws import Draws, Key
+from foredraft.grow.acceptance import PROB_EDGES, RANK_EDGES
 from foredraft.protocols import Budget, Verdict
 from foredraft.sampling import SamplingParams, TargetLaw
 from foredraft.tree import DraftTree, TreeBatch
 
 T = TypeVar("T")
+
+
+def any_table(seed: int = 0) -> dict[str, Any]:
+    """Some measured acceptance, as a draft model's calibration has it."""
+    rng = np.random.default_rng(seed)
+    shape = len(RANK_EDGES), len(PROB_EDGES)
+    return {
+        kind: {"share": rng.random(shape).tolist(), "mean": rng.random(shape[0]).tolist()} for kind in ("sampled", "greedy")
+    }
+
+
+MEASURED: dict[str, dict[str, Any]] = {
+    "sequoia": {"acceptance": [0.7, 0.15, 0.05]},
+    "dyspec-calibrated": {"acceptance_by_prob": any_table()},
+}
+"""Options that a tree cannot do without, as a calibration would give them."""
 
 
 class Replay:

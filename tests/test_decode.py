@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from exact import enumerate_branches
+from exact import MEASURED, enumerate_branches
 from foredraft.decode import Continuation, autoregressive, speculative
 from foredraft.drafters.lm import LMDrafter
 from foredraft.drafters.ngram import NgramDrafter
@@ -96,6 +96,7 @@ CASES = [
     ("branching", {"expansion": [2, 1], "merge": True}, "multiround-iid"),
     ("dyspec", {}, "multiround"),
     ("dyspec-threshold", {}, "multiround"),
+    ("dyspec-calibrated", MEASURED["dyspec-calibrated"], "multiround"),
     ("sequoia", {"acceptance": [0.6, 0.3]}, "multiround"),
     ("topk", {"topk": 2}, "deterministic"),
     ("opt", {}, "deterministic"),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from exact import MEASURED
 from foredraft.drafters import DRAFTERS
 from foredraft.drafters.lm import LMDrafter, check_tokens, check_vocabulary, fit_vocabulary
 from foredraft.drafters.ngram import NgramDrafter
@@ -164,9 +165,7 @@ def draft_model() -> Any:
 
 
 def lm_drafter(tree: str = "dyspec", vocab_size: int = 105, **options: Any) -> LMDrafter:
-    if tree == "sequoia":
-        options["acceptance"] = [0.6, 0.2, 0.1]
-    return LMDrafter(draft_model(), GROWERS[tree].grower(**options), vocab_size, 3)
+    return LMDrafter(draft_model(), GROWERS[tree].grower(**(MEASURED.get(tree, {}) | options)), vocab_size, 3)
 
 
 def assert_same_tree(one: DraftTree, other: DraftTree) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import json
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from exact import TableExpander, expected_tokens, tree_law
+from exact import MEASURED, TableExpander, any_table, expected_tokens, tree_law
 from foredraft.draws import Draws
 from foredraft.grow import GROWERS
+from foredraft.grow.acceptance import PROB_EDGES, AcceptanceTable, Trial, as_drafted
 from foredraft.grow.base import GREEDY_DRAFT_TEMPERATURE, LARGE_CUT, LARGE_VOCABULARY
 from foredraft.grow.budget import Costs, best_paths, tree_values
 from foredraft.grow.dyspec import DySpec, DySpecThreshold
@@ -219,7 +221,7 @@ def test_sequoia_without_a_vector_says_how_to_get_one() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("budget", [Budget(0, 0), Budget(1, 1), Budget(7, 1), Budget(16, 3), Budget(300, 64)])
 def test_every_tree_is_well_formed_and_within_budget(name: str, temperature: float, budget: Budget) -> None:
-    options = {"acceptance": list(SEQUOIA)} if name == "sequoia" else {}
+    options = MEASURED.get(name, {})
     for vocab_size in (1, 2, 40):
         tree = grow(
             GROWERS[name].grower(**options), random_law(vocab_size, 8, concentration=0.2), vocab_size, budget, 3, temperature
@@ -234,7 +236,7 @@ def test_every_tree_is_well_formed_and_within_budget(name: str, temperature: flo
 
 @pytest.mark.parametrize("name", [name for name in GROWERS if name != "chain"])
 def test_trees_branch_at_temperature_0(name: str) -> None:
-    options = {"acceptance": list(SEQUOIA)} if name == "sequoia" else {}
+    options = MEASURED.get(name, {})
     tree = grow(GROWERS[name].grower(**options), random_law(20, 1), 20, Budget(16, 8), temperature=0.0)
     assert any(len(siblings) > 1 for siblings in tree.children)
 
@@ -243,6 +245,8 @@ def test_trees_branch_at_temperature_0(name: str) -> None:
     ("name", "options", "message"),
     [
         ("dyspec", {"width": 0}, "width"),
+        ("dyspec-calibrated", {"width": 0}, "width"),
+        ("dyspec-calibrated", {"acceptance_by_prob": {"sampled": {"share": [[0.5]], "mean": [0.5]}}}, "acceptance_by_prob"),
         ("dyspec", {"draft_temperature": 0.0}, "draft_temperature"),
         ("dyspec", {"draft_sampling": "maybe"}, "draft_sampling"),
         ("dyspec-threshold", {"threshold": 1.5}, "threshold"),
@@ -325,3 +329,48 @@ def test_cut(given: int | None, vocab_size: int, entries: int) -> None:
 def test_a_negative_cut_is_refused() -> None:
     with pytest.raises(ValueError, match="draft_top_k must be at least 0"):
         DySpec(draft_top_k=-1)
+
+
+def test_the_calibrated_tree_without_a_table_says_how_to_get_one() -> None:
+    with pytest.raises(ValueError, match="foredraft calibrate"):
+        grow(GROWERS["dyspec-calibrated"].grower(), random_law(3, 0), 3, Budget(3, 3))
+
+
+def test_worth_by_measured_acceptance() -> None:
+    """The first child of probability .5 is accepted with .6, the second, of .25 / .5, with .4 where it is tested."""
+    table = AcceptanceTable(np.zeros((7, 13)), np.array([0.5, 0.25, 0, 0, 0, 0, 0]))
+    table.share[0, 8], table.share[1, 8] = 0.6, 0.4
+    assert PROB_EDGES[8] == 0.5
+    np.testing.assert_allclose(table.worth([0.5, 0.25], sampled=False), ([0.6, 0.16], [0.6, 0.16]))
+    np.testing.assert_allclose(table.worth([0.5, 0.25], sampled=True), ([1.0, 0.4 * 0.5], [0.6, 0.16]))
+    assert as_drafted([0.5, 0.25], sampled=True) == ([1.0, 0.5], [0.5, 0.25])
+    assert as_drafted([0.5, 0.25], sampled=False) == ([0.5, 0.25], [0.5, 0.25])
+
+
+def test_a_table_from_trials() -> None:
+    """Shares are drawn to the mean of their ranks as if by 20 trials; written and read again it is the same table."""
+    trials = [Trial(0, 0.55, True)] * 30 + [Trial(0, 0.55, False)] * 10 + [Trial(0, 0.005, False)] * 40 + [Trial(20, 0.3, True)]
+    table = AcceptanceTable.measured(trials)
+    assert table.mean == pytest.approx([30 / 80, 0, 0, 0, 0, 0, 1])
+    assert table.share[0, 8] == pytest.approx((30 + 20 * 30 / 80) / 60)
+    assert table.share[0, 0] == pytest.approx(20 * 30 / 80 / 60)
+    assert table.share[6, 5] == pytest.approx(1)
+    again = AcceptanceTable.read(json.loads(json.dumps(table.written())))
+    np.testing.assert_allclose(again.share, table.share, atol=1e-4)
+
+
+def test_the_calibrated_tree_follows_the_table() -> None:
+    """Where first children are always accepted it is a chain; where all ranks are alike and unlikely, a star."""
+    sure = {"share": np.eye(7, 1) * np.ones((7, 13)), "mean": np.eye(1, 7)[0]}
+    never = {"share": np.full((7, 13), 0.01), "mean": np.full(7, 0.01)}
+    for table, depth in ((sure, 6), (never, 1)):
+        options = {"acceptance_by_prob": {"sampled": {key: value.tolist() for key, value in table.items()}}}
+        tree = grow(GROWERS["dyspec-calibrated"].grower(**options), random_law(20, 1), 20, Budget(6, 6))
+        assert tree.depths.max() == depth
+
+
+def test_worth_never_looks_at_a_token_before_it_is_drawn() -> None:
+    """What a draw promises depends on its rank and on the earlier siblings only."""
+    table = AcceptanceTable.read(any_table()["sampled"])
+    one, other = (table.worth([0.4, 0.3, last], sampled=True).promises for last in (0.01, 0.25))
+    assert one == other

@@ -6,6 +6,7 @@ enumeration of every branch of `Draws`. The same harness must fail on every plan
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from exact import Grown, joint_law, target_joint, tree_law
+from exact import MEASURED, Grown, joint_law, target_joint, tree_law
 from foredraft.draws import Draws
 from foredraft.grow import GROWERS
 from foredraft.grow.chain import Branching
@@ -45,6 +46,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("dyspec", {}),
     ("dyspec", {"draft_top_k": 2}),
     ("branching", {"num_chains": 2, "draft_top_k": 2}),
+    ("dyspec-calibrated", MEASURED["dyspec-calibrated"]),
     ("dyspec-threshold", {}),
 ]
 ONLY_SMALL: list[tuple[str, dict[str, Any]]] = [  # more options, at V = 2 in the default suite
@@ -58,7 +60,8 @@ MORE_BUDGETS = {2: 7, 3: 6, 4: 4}
 
 
 def variant_name(variant: tuple[str, dict[str, Any]]) -> str:
-    return variant[0] + "".join(f"-{key}{value}" for key, value in variant[1].items()).replace(" ", "")
+    said = {key: "" if isinstance(value, dict) else value for key, value in variant[1].items()}
+    return variant[0] + "".join(f"-{key}{value}" for key, value in said.items()).replace(" ", "")
 
 
 def draft_laws(vocab_size: int) -> list[Law]:
@@ -70,9 +73,9 @@ def target_laws(vocab_size: int) -> list[Law]:
 
 
 @cache
-def grown(name: str, options: tuple, vocab_size: int, draft: int, nodes: int, sampled: bool) -> Grown:
+def grown(name: str, options: str, vocab_size: int, draft: int, nodes: int, sampled: bool) -> Grown:
     """The law over trees, sampled or (as at target temperature 0) of the most likely tokens."""
-    grower = GROWERS[name].grower(**dict(options))
+    grower = GROWERS[name].grower(**json.loads(options))
     law = draft_laws(vocab_size)[draft]
     return tree_law(grower, law, vocab_size, Budget(nodes, min(nodes, DEPTH)), float(sampled), PREFIX)
 
@@ -82,11 +85,9 @@ def answer(vocab_size: int, target: int, length: int, temperature: float) -> np.
     return target_joint(target_laws(vocab_size)[target], vocab_size, length, temperature, PREFIX)
 
 
-def frozen(options: dict[str, Any]) -> tuple:
-    return tuple(
-        (key, tuple(map(tuple, value)) if key == "paths" else tuple(value) if isinstance(value, list) else value)
-        for key, value in options.items()
-    )
+def frozen(options: dict[str, Any]) -> str:
+    """The options as something that a cache can look up."""
+    return json.dumps(options)
 
 
 MODES = {1.0: (True,), 0.0: (True, False)}

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from exact import MEASURED
 from foredraft import LLM, RequestOutput, SamplingParams
 from foredraft.drafters import DRAFTERS
 from foredraft.grow import GROWERS
@@ -20,7 +21,6 @@ from foredraft.llm import BUNDLED_DRAFTER, BUNDLED_TARGET
 DATA = Path(__file__).parent / "data"
 STORIES, OTHER_STORIES = DATA / "babyllama-105", DATA / "babyllama-105-b"
 STORY_PROMPTS = ["Once upon a time", "Tom", "One day, a girl named Sue went to the park with her red ball and"]
-GROWER_OPTIONS: dict[str, dict[str, Any]] = {"sequoia": {"acceptance": [0.7, 0.15, 0.05]}}
 COMBINATIONS = [
     (drafter, tree)
     for drafter, row in DRAFTERS.items()
@@ -37,7 +37,7 @@ def chat_prompts() -> list[str]:
 def config_of(drafter: str, tree: str | None, draft_model: Path, nodes: int = 8) -> dict[str, Any]:
     config: dict[str, Any] = {"method": drafter, "num_speculative_tokens": nodes}
     if tree is not None:
-        config |= {"tree": tree, "model": draft_model, **GROWER_OPTIONS.get(tree, {})}
+        config |= {"tree": tree, "model": draft_model, **MEASURED.get(tree, {})}
     return config
 
 

@@ -31,6 +31,7 @@ from foredraft.calibration import calibration_file
 from foredraft.drafters import DRAFTERS
 from foredraft.draws import Draws
 from foredraft.grow import GROWERS
+from foredraft.grow.acceptance import AcceptanceTable, Trial, conditional
 from foredraft.grow.base import GREEDY_DRAFT_TEMPERATURE
 from foredraft.llm import BUNDLED, LLM
 from foredraft.progress import progress_bar
@@ -79,12 +80,11 @@ def calibrate(choice: CalibrateChoice) -> tuple[Path, dict[str, Any]]:
     model = getattr(drafting.engine.drafter, "model", None)
     file = calibration_file(drafting.draft_source, plain.target, choice.method)
     if model is not None:
-        found["acceptance_by_depth"] = {
-            kind: by_depth(accepted_ranks(plain, model, prompts, temperature, choice.max_tokens))
-            for kind, temperature in TEMPERATURES.items()
-        }
+        trials = {kind: all_trials(plain, model, prompts, t, choice.max_tokens) for kind, t in TEMPERATURES.items()}
+        found["acceptance_by_depth"] = {kind: by_depth(accepted_ranks(texts)) for kind, texts in trials.items()}
         found["acceptance"] = {kind: rows[0] for kind, rows in found["acceptance_by_depth"].items()}
-        write(file, found)  # the trees of sequoia need it
+        found["acceptance_by_prob"] = {kind: table_of(texts).written() for kind, texts in trials.items()}
+        write(file, found)  # the trees of sequoia and dyspec-calibrated need it
     found["tokens_per_step"] = tokens_per_step(plain, config, prompts, choice.max_tokens)
     write(file, found)
     return file, found
@@ -134,10 +134,10 @@ def acceptance_length(llm: LLM, prompts: Sequence[list[int]], temperature: float
     return round(1 + sum(one.num_accepted_tokens for one in metrics) / sum(one.num_steps for one in metrics), 4)
 
 
-def accepted_ranks(
+def all_trials(
     plain: LLM, drafter: Target, prompts: Sequence[list[int]], temperature: float, max_tokens: int
-) -> list[list[int]]:
-    """For every position of the target's own continuations, the rank of the child that is accepted there; -1 for none."""
+) -> list[list[list[Trial]]]:
+    """For every position of the target's own continuations, what the rule made of the children that were offered there."""
     sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
     found = []
     with progress_bar(f"acceptance, temperature {temperature:g}", len(prompts)) as advance:
@@ -147,9 +147,19 @@ def accepted_ranks(
             places = range(len(result.prompt_token_ids) - 1, len(ids) - 1)
             draws = [Draws(number).at(place) for place in places]
             rows = zip(target_logits[places.start :], draft_logits[places.start :], draws, strict=True)
-            found.append([accepted_rank(target, draft, sampling, draw) for target, draft, draw in rows])
+            found.append([offer_children(target, draft, sampling, draw) for target, draft, draw in rows])
             advance(1)
     return found
+
+
+def accepted_ranks(texts: Sequence[Sequence[Sequence[Trial]]]) -> list[list[int]]:
+    """At every position the rank of the child that is accepted; -1 for none."""
+    return [[some[-1].rank if some and some[-1].accepted else -1 for some in text] for text in texts]
+
+
+def table_of(texts: Sequence[Sequence[Sequence[Trial]]]) -> AcceptanceTable:
+    """Acceptance by rank and draft probability, over all positions."""
+    return AcceptanceTable.measured([trial for text in texts for some in text for trial in some])
 
 
 def by_depth(ranks: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -169,8 +179,10 @@ def all_logits(model: Target, token_ids: list[int]) -> Float[Tensor, "n v"]:
     return torch.cat(chunks).float()
 
 
-def accepted_rank(target: Float[Tensor, " v"], draft: Float[Tensor, " w"], sampling: SamplingParams, draws: Draws) -> int:
-    """Which of `RANKS` children of one node the multi-round rule accepts; -1 for none.
+def offer_children(
+    target: Float[Tensor, " v"], draft: Float[Tensor, " w"], sampling: SamplingParams, draws: Draws
+) -> list[Trial]:
+    """Offers up to `RANKS` children of one node to the multi-round rule: those that it tests, an accepted one last.
 
     Source: Sequoia (arXiv 2402.12374), section 4.1, the acceptance vector.
     """
@@ -184,7 +196,9 @@ def accepted_rank(target: Float[Tensor, " v"], draft: Float[Tensor, " w"], sampl
     row[0] = 0 if drawn else -1
     tree = DraftTree(np.array([0, *tokens]), np.array([-1] + [0] * len(tokens)), np.full(size, int(drawn)), row, law)
     path = RULES["multiround"].rule(tree, TargetLaw(target.expand(size, -1), sampling), draws).path
-    return path[0] - 1 if path else -1
+    tested = path[0] if path else len(tokens)
+    probs = conditional(law[0][tokens].tolist())[:tested].tolist()
+    return [Trial(rank, prob, bool(path) and rank == tested - 1) for rank, prob in enumerate(probs)]
 
 
 def cost_curve(target: Target, prompt: Sequence[int], sizes: Sequence[int] = COST_SIZES) -> dict[str, float]:

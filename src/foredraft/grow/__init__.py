@@ -7,7 +7,7 @@ from typing import NamedTuple
 from foredraft.grow.base import ByTemperature as ByTemperature
 from foredraft.grow.base import Options
 from foredraft.grow.chain import Branching, Chain
-from foredraft.grow.dyspec import DySpec, DySpecThreshold
+from foredraft.grow.dyspec import DySpec, DySpecCalibrated, DySpecThreshold
 from foredraft.grow.static import Sequoia, Static
 from foredraft.grow.topk import Opt, TopK
 from foredraft.tree import Drawn
@@ -44,5 +44,13 @@ GROWERS: dict[str, GrowerRow] = {
     "topk": GrowerRow(TopK, "expand", _D, "deterministic", False, "EAGLE-2 (arXiv 2406.16858), section 4"),
     "opt": GrowerRow(Opt, "expand", _D, "deterministic", False, "OPT-Tree (arXiv 2406.17276), Algorithm 1"),
     "dyspec": GrowerRow(DySpec, "expand", _W, "multiround", False, "DySpec (arXiv 2410.11744), Algorithm 1"),
+    "dyspec-calibrated": GrowerRow(
+        DySpecCalibrated,
+        "expand",
+        _W,
+        "multiround",
+        False,
+        "DySpec, Algorithm 1, with acceptance measured as in Sequoia, section 4.1",
+    ),
     "dyspec-threshold": GrowerRow(DySpecThreshold, "expand", _W, "multiround", False, "DySpec (arXiv 2410.11744), Algorithm 2"),
 }

@@ -12,11 +12,17 @@ Where nothing is sampled (temperature 0) the likeliest children are known before
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from heapq import nsmallest
+from typing import Any
 
+from foredraft.grow.acceptance import AcceptanceTable, Worth, as_drafted
 from foredraft.grow.base import Options, Policy, Sapling
+
+Judge = Callable[[Sequence[float], bool], Worth]
+"""(draft probabilities of siblings in draw order, whether they were drawn) -> what they are worth."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,30 +38,69 @@ class DySpec(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.width < 1:
-            raise ValueError(f"width must be at least 1, got {self.width}")
+        _check_width(self.width)
 
     def policy(self, tree: Sapling) -> Policy:
-        size = tree.budget.nodes
-        draws = _Priorities(tree)
-        expanded: set[int] = set()
-        best: list[int] = []
-        while size:
-            least = draws.priority[best[-1]] if len(best) == size else 0.0
-            frontier = [
-                node
-                for node in [0, *best]
-                if node not in expanded and tree.depths[node] < tree.budget.depth and tree.values[node] >= least
-            ]
-            frontier = sorted(frontier, key=lambda node: -tree.values[node])[: self.width]
-            if not frontier:
-                break
-            laws = yield frontier
-            expanded.update(frontier)
-            for node, picked in zip(frontier, tree.pick(frontier, laws, size), strict=True):
-                draws.add_children(node, picked, least)
-            best = draws.best(size)
-        tree.keep_only([0, *sorted(best, key=lambda node: (tree.depths[node], tree.ranks[node]))])
+        return greedy(tree, self.width, as_drafted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DySpecCalibrated(Options):
+    """The greedy tree by measured acceptance: a draw is made where acceptance, not draft probability, promises most.
+
+    DySpec takes the draft probability of a child for the chance that it is accepted. At temperature 1 a first child is accepted
+    far more often than that, and a second one tested far less often (`docs/dyspec.md`), so its trees are too flat.
+
+    Attributes:
+        acceptance_by_prob: `sampled` and `greedy`, each as `foredraft calibrate` writes it; see `AcceptanceTable`.
+        width: as in `DySpec`.
+    """
+
+    acceptance_by_prob: Mapping[str, Any] | None = None
+    width: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_width(self.width)
+        _ = self.tables  # says now what is wrong with them
+
+    @cached_property
+    def tables(self) -> dict[str, AcceptanceTable]:
+        """By kind of request."""
+        return {kind: AcceptanceTable.read(given) for kind, given in (self.acceptance_by_prob or {}).items()}
+
+    def policy(self, tree: Sapling) -> Policy:
+        kind = "sampled" if tree.sampled else "greedy"
+        if kind not in self.tables:
+            raise ValueError(
+                f"tree 'dyspec-calibrated' needs the measured acceptance of {kind} requests: give it as the config key "
+                "'acceptance_by_prob', or measure it with `foredraft calibrate`"
+            )
+        return greedy(tree, self.width, self.tables[kind].worth)
+
+
+def greedy(tree: Sapling, width: int, judge: Judge) -> Policy:
+    """Grows the tree of the draws of highest priority, `width` of the best frontier nodes a pass."""
+    size = tree.budget.nodes
+    draws = _Priorities(tree, judge)
+    expanded: set[int] = set()
+    best: list[int] = []
+    while size:
+        least = draws.priority[best[-1]] if len(best) == size else 0.0
+        frontier = [
+            node
+            for node in [0, *best]
+            if node not in expanded and tree.depths[node] < tree.budget.depth and tree.values[node] >= least
+        ]
+        frontier = sorted(frontier, key=lambda node: -tree.values[node])[:width]
+        if not frontier:
+            break
+        laws = yield frontier
+        expanded.update(frontier)
+        for node, picked in zip(frontier, tree.pick(frontier, laws, size), strict=True):
+            draws.add_children(node, picked, least)
+        best = draws.best(size)
+    tree.keep_only([0, *sorted(best, key=lambda node: (tree.depths[node], tree.ranks[node]))])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +123,7 @@ class DySpecThreshold(Options):
 
     def policy(self, tree: Sapling) -> Policy:
         size = tree.budget.nodes
-        draws = _Priorities(tree)
+        draws = _Priorities(tree, as_drafted)
         kept, layer = [0], [0]
         for _ in range(tree.budget.depth):
             left = size + 1 - len(kept)
@@ -98,26 +143,30 @@ class DySpecThreshold(Options):
         return self.threshold if self.threshold is not None else 1 / max(size, 1)
 
 
+def _check_width(width: int) -> None:
+    if width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
+
+
 @dataclass
 class _Priorities:
     """The value of having made each draw, in float64 (in float32 ``1 - S`` is not monotone and would orphan nodes)."""
 
     tree: Sapling
+    judge: Judge
     priority: dict[int, float] = field(default_factory=dict)
 
     def add_children(self, node: int, picked: Sequence[tuple[int, float]], least: float) -> list[int]:
         """Makes the draws below `node`, in draw order, up to the first whose priority is below `least`."""
-        tree, spent, made = self.tree, 0.0, []
-        ceiling = tree.values[node]
-        for token, prob in picked:
-            promise = max(0.0, 1 - spent) if tree.sampled else prob
+        tree, made, ceiling = self.tree, [], self.tree.values[node]
+        promises, values = self.judge([prob for _, prob in picked], tree.sampled) if picked else ((), ())
+        for (token, _), promise, value in zip(picked, promises, values, strict=True):
             ceiling = min(ceiling, tree.values[node] * promise)
             if ceiling < least:
                 break
-            child = tree.add(node, token, prob, tree.way)
+            child = tree.add(node, token, value, tree.way)
             self.priority[child] = ceiling
             tree.values[child] = min(tree.values[child], ceiling)
-            spent += prob
             made.append(child)
         return made
 

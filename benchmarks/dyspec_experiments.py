@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import transformers
 from acceptance import read_prompts
-from dyspec_calibrated import EDGES, Acceptance, Calibrated, Trials, Way, own_way, trials
+from dyspec_calibrated import Trials, Way, calibrated, own_way, rank_only, reach_only, table_of, trials
 from dyspec_walk import walk
 
 from foredraft import LLM, SamplingParams
@@ -28,6 +28,7 @@ from foredraft.bench import tasks
 from foredraft.bench.calibrate import PROMPTS
 from foredraft.calibration import read_calibration
 from foredraft.grow import Branching, Chain, DySpec, Options, Sequoia
+from foredraft.grow.acceptance import PROB_EDGES, AcceptanceTable
 from foredraft.llm import BUNDLED_DRAFTER
 from foredraft.models.loading import load_target
 from foredraft.progress import progress_bar
@@ -57,11 +58,11 @@ class Bench:
         sampling = SamplingParams(temperature=temperature, max_tokens=64)
         return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
 
-    def trained(self, temperature: float) -> Acceptance:
+    def trained(self, temperature: float) -> AcceptanceTable:
         """Acceptance on training prompts."""
         way = own_way(temperature, DySpec())
         train = tasks.encode(self.llm, tasks.read_prompts(PROMPTS), raw=False)
-        return Acceptance.of(trials(self.llm, self.model, self.texts(train, temperature), [way])[way])
+        return table_of(trials(self.llm, self.model, self.texts(train, temperature), [way])[way])
 
     def length(self, name: str, grower: Options, nodes: int, temperature: float) -> dict[str, Any]:
         """Tokens a step of one tree."""
@@ -90,9 +91,9 @@ def hypothesis(bench: Bench) -> list[dict[str, Any]]:
 
 def binned(found: Trials) -> dict[str, Any]:
     """Count, share accepted and mean probability in every bin, and the correlation over all children."""
-    place = np.clip(np.searchsorted(EDGES, found.probs, side="right") - 1, 0, len(EDGES) - 2)
-    counts = np.bincount(place, minlength=len(EDGES) - 1)
-    sums = [np.bincount(place, weights=values, minlength=len(EDGES) - 1) for values in (found.accepted, found.probs)]
+    place = np.searchsorted(PROB_EDGES, found.probs, side="right") - 1
+    counts = np.bincount(place, minlength=len(PROB_EDGES))
+    sums = [np.bincount(place, weights=values, minlength=len(PROB_EDGES)) for values in (found.accepted, found.probs)]
     shares, means = (np.divide(one, counts, out=np.zeros(len(counts)), where=counts > 0) for one in sums)
     return {
         "tested": len(found.probs),
@@ -101,7 +102,7 @@ def binned(found: Trials) -> dict[str, Any]:
         "correlation": round(float(np.corrcoef(found.probs, found.accepted)[0, 1]), 4),
         "bins": [
             {"from": float(low), "tested": int(n), "accepted": round(float(share), 4), "prob": round(float(prob), 4)}
-            for low, n, share, prob in zip(EDGES, counts, shares, means, strict=False)
+            for low, n, share, prob in zip(PROB_EDGES, counts, shares, means, strict=True)
             if n
         ],
     }
@@ -119,12 +120,12 @@ def plan(bench: Bench) -> list[tuple[str, Options, int, float]]:
             width = max(8, nodes // 8)
             runs.append(("dyspec", DySpec(width=width), nodes, temperature))
             if nodes < (256 if temperature == 0 else 768):
-                runs.append(("dyspec, calibrated", Calibrated(width=width, acceptance=acceptance), nodes, temperature))
+                runs.append(("dyspec, calibrated", calibrated(acceptance, width), nodes, temperature))
             runs.append(("sequoia", Sequoia(acceptance=bench.vector), nodes, temperature))
         if temperature == 1:
             runs += [("dyspec, draft at 0.6", DySpec(draft_temperature=0.6), n, temperature) for n in (16, 64)]
-            for name, part in (("reach", acceptance.reach_only()), ("rank", acceptance.rank_only())):
-                runs += [(f"dyspec, calibrated, {name} only", Calibrated(acceptance=part), n, temperature) for n in (16, 64)]
+            for name, part in (("reach", reach_only(acceptance)), ("rank", rank_only(acceptance))):
+                runs += [(f"dyspec, calibrated, {name} only", calibrated(part), n, temperature) for n in (16, 64)]
         for nodes, (chains, depth) in SHAPES.items():
             runs.append(("branching", Branching(num_chains=chains, draft_depth=depth), nodes, temperature))
             if nodes < 768:

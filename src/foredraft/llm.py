@@ -36,7 +36,7 @@ class LLM:
     Args:
         model: a directory, a Hub id, or a loaded `PreTrainedModel`. None is the bundled pair.
         speculative_config: ``{"method": ..., "model": ..., "tree": ..., "num_speculative_tokens": ..., "rule": ...}`` and the
-            options of the method and the tree; ``{"method": "ar"}`` drafts nothing. None is the bundled drafter for the
+            options of the method and the tree; ``{"method": "ar"}`` drafts nothing. None is method ``auto`` for the
             bundled target, and method ``suffix``, which needs no weights, for any other. Without ``tree`` or
             ``num_speculative_tokens`` (or with ``"auto"``) the fastest is chosen from measurements, see `foredraft.auto`.
         tokenizer: a Transformers tokenizer, where `model` is a loaded one.
@@ -98,7 +98,7 @@ class LLM:
 
     def _parse(self, config: Mapping[str, Any] | None) -> Speculation | None:
         if config is None:
-            config = {"method": "lm"} if self._bundled else {"method": "suffix"}
+            config = {"method": AUTO if self._bundled else "suffix"}
         return parse(config)
 
     def _speculate(self, speculation: Speculation | None) -> None:

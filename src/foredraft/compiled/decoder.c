@@ -66,103 +66,88 @@ typedef struct {
     int64_t threads;
 } Step;
 
-/* ---- a team of threads that take work from a counter ---------------------------------------------------------------------- */
+/* ---- a team of threads --------------------------------------------------------------------------------------------------- */
 
 enum { MOST_THREADS = 64, SPINS_BEFORE_YIELD = 4000, SPINS_BEFORE_SLEEP = 40000 };
 
-typedef struct {
-    int id, threads;
-    long phase;
-} Worker;
+/* One piece of a phase, on thread `id`. Which thread that is changes no result. */
+typedef void Piece(const void *given, int64_t piece, int id);
 
-typedef void Task(void *job, Worker *me); /* what every thread runs */
-
+/* The caller works through the phases of a forward one by one; the others only ever help with the pieces of the current one. So a
+   phase waits for pieces that someone has begun, never for a thread that the system gave no processor. */
 static struct {
     pthread_mutex_t busy, lock;
     pthread_cond_t wake;
-    pid_t owner;           /* threads do not survive a fork */
-    int size;              /* threads there are, the caller's own included */
-    atomic_long order;     /* 256 * number of the job + threads that take part */
-    atomic_int sleeping, arrived;
-    atomic_long released;
-    atomic_long next[2];   /* work not taken yet, of even and of odd phases */
-    long seen[MOST_THREADS]; /* the order of each thread's birth, which is not for it */
-    Task *task;
-    void *job;
+    pid_t owner;            /* threads do not survive a fork */
+    int size;               /* threads there are, the caller's own included */
+    atomic_int sleeping;
+    atomic_ulong offer;     /* pieces of the current phase << 32 | those taken; all taken: nothing to do */
+    atomic_long done;
+    Piece *piece;
+    const void *given;
 } team = {.busy = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
 
-static void wait_all(int threads) {
-    if (threads == 1) return;
-    long released = atomic_load(&team.released);
-    if (atomic_fetch_add(&team.arrived, 1) == threads - 1) {
-        atomic_store(&team.arrived, 0);
-        atomic_store(&team.released, released + 1);
-        return;
+INLINE int has_more(uint64_t offer) { return (uint32_t)offer < offer >> 32; }
+
+/* Takes pieces while there are any. Whoever holds one keeps the phase from ending, so that what it reads stays what it is. */
+static void help(int id) {
+    while (has_more(atomic_load(&team.offer))) {
+        uint64_t taken = atomic_fetch_add(&team.offer, 1);
+        if (!has_more(taken)) return;
+        team.piece(team.given, (uint32_t)taken, id);
+        atomic_fetch_add(&team.done, 1);
     }
-    for (long spins = 0; atomic_load_explicit(&team.released, memory_order_acquire) == released; spins++)
-        spins < SPINS_BEFORE_YIELD ? _mm_pause() : (void)sched_yield();
 }
-
-/* The next piece of this phase, for whichever thread comes first; which one that is changes no result. */
-INLINE long take(Worker *me) { return atomic_fetch_add_explicit(&team.next[me->phase & 1], 1, memory_order_relaxed); }
-
-/* Ends a phase. The last one of a job ends what the job lies in: nothing of it may be read afterwards. */
-static void end_phase(Worker *me) {
-    if (me->id == 0) atomic_store(&team.next[(me->phase + 1) & 1], 0); /* everyone left that phase at the last barrier */
-    wait_all(me->threads);
-    me->phase++;
-}
-
-#define EACH(i, count, me) for (long i = take(me), _n = (count); i < _n; i = take(me))
 
 static void *stand_by(void *id) {
-    long seen = team.seen[(intptr_t)id];
     for (;;) {
-        for (int spins = 0; atomic_load(&team.order) == seen && spins < SPINS_BEFORE_SLEEP; spins++) _mm_pause();
-        if (atomic_load(&team.order) == seen) {
+        for (int spins = 0; !has_more(atomic_load(&team.offer)) && spins < SPINS_BEFORE_SLEEP; spins++) _mm_pause();
+        if (!has_more(atomic_load(&team.offer))) {
             pthread_mutex_lock(&team.lock);
             atomic_fetch_add(&team.sleeping, 1);
-            while (atomic_load(&team.order) == seen) pthread_cond_wait(&team.wake, &team.lock);
+            while (!has_more(atomic_load(&team.offer))) pthread_cond_wait(&team.wake, &team.lock);
             atomic_fetch_sub(&team.sleeping, 1);
             pthread_mutex_unlock(&team.lock);
         }
-        seen = atomic_load(&team.order);
-        Worker me = {.id = (int)(intptr_t)id, .threads = (int)(seen & 255)};
-        if (me.id < me.threads) team.task(team.job, &me);
+        help((int)(intptr_t)id);
     }
     return NULL;
 }
 
-/* Threads for a job: as many as asked for and can be had. */
-static int enlist(int wanted) {
+/* Runs the pieces 0 to count - 1 of a phase, with the help of the whole team if `threads` is more than one. */
+static void parallel(int64_t threads, Piece *piece, const void *given, int64_t count) {
+    if (threads == 1 || count == 1) {
+        for (int64_t i = 0; i < count; i++) piece(given, i, 0);
+        return;
+    }
+    team.piece = piece, team.given = given;
+    atomic_store(&team.done, 0);
+    atomic_store(&team.offer, (uint64_t)count << 32);
+    if (atomic_load(&team.sleeping)) {
+        pthread_mutex_lock(&team.lock);
+        pthread_cond_broadcast(&team.wake);
+        pthread_mutex_unlock(&team.lock);
+    }
+    help(0);
+    for (long spins = 0; atomic_load(&team.done) < count; spins++) spins < SPINS_BEFORE_YIELD ? _mm_pause() : (void)sched_yield();
+}
+
+/* Takes the team for a forward. Returns how many threads there are for it: as many as asked for and can be had. */
+static int64_t enlist(int64_t wanted) {
+    pthread_mutex_lock(&team.busy);
     if (team.owner != getpid()) {
         team.owner = getpid(), team.size = 1;
-        atomic_store(&team.order, 0), atomic_store(&team.sleeping, 0), atomic_store(&team.arrived, 0);
+        atomic_store(&team.sleeping, 0), atomic_store(&team.offer, 0);
     }
     if (wanted > MOST_THREADS) wanted = MOST_THREADS;
     for (pthread_t thread; team.size < wanted; team.size++) {
-        team.seen[team.size] = atomic_load(&team.order);
         if (pthread_create(&thread, NULL, stand_by, (void *)(intptr_t)team.size)) break;
         pthread_detach(thread);
     }
     return wanted < team.size ? wanted : team.size;
 }
 
-static void run_job(Task *task, void *job, int64_t wanted) {
-    pthread_mutex_lock(&team.busy);
-    Worker me = {.id = 0, .threads = enlist((int)wanted)};
-    atomic_store(&team.next[0], 0);
-    team.task = task, team.job = job;
-    if (me.threads > 1) {
-        long order = (atomic_load(&team.order) / 256 + 1) * 256 + me.threads;
-        pthread_mutex_lock(&team.lock);
-        atomic_store(&team.order, order);
-        if (atomic_load(&team.sleeping)) pthread_cond_broadcast(&team.wake);
-        pthread_mutex_unlock(&team.lock);
-    }
-    task(job, &me);
-    pthread_mutex_unlock(&team.busy);
-}
+static void dismiss(void) { pthread_mutex_unlock(&team.busy); }
 
 /* ---- numbers --------------------------------------------------------------------------------------------------------------- */
 
@@ -253,37 +238,58 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 INLINE int64_t tiles_of(const Linear *layer) { return (layer->out + TILE - 1) / TILE; }
 
-/* y = x W^T + b, or y += that. */
-static void linear(Worker *me, const Linear *layer, const bf16 *x, int64_t rows, float *y, int add) {
+typedef struct {
+    const Linear *layer, *other;
+    const bf16 *x;
+    int64_t rows;
+    float *y;
+    bf16 *act;
+    int add;
+} Product;
+
+static void linear_tile(const void *given, int64_t tile, int id) {
+    const Product *job = given;
+    const Linear *layer = job->layer;
     float out[MOST_ROWS][TILE];
-    EACH(tile, tiles_of(layer), me)
-        for (int64_t row = 0, group = group_of(rows); row < rows; row += group) {
-            int64_t n = least(group, rows - row), width = least(TILE, layer->out - tile * TILE);
-            products((int)n, x + row * layer->in, layer, tile, out);
-            for (int64_t m = 0; m < n; m++) {
-                float *to = y + (row + m) * layer->out + tile * TILE;
-                for (int64_t o = 0; o < width; o++) to[o] = add ? to[o] + out[m][o] : out[m][o];
-            }
+    (void)id;
+    for (int64_t row = 0, group = group_of(job->rows); row < job->rows; row += group) {
+        int64_t n = least(group, job->rows - row), width = least(TILE, layer->out - tile * TILE);
+        products((int)n, job->x + row * layer->in, layer, tile, out);
+        for (int64_t m = 0; m < n; m++) {
+            float *to = job->y + (row + m) * layer->out + tile * TILE;
+            for (int64_t o = 0; o < width; o++) to[o] = job->add ? to[o] + out[m][o] : out[m][o];
         }
-    end_phase(me);
+    }
 }
 
-/* silu(gate) * up */
-static void gated(Worker *me, const Linear *gate, const Linear *up, const bf16 *x, int64_t rows, bf16 *y) {
+/* y = x W^T + b, or y += that. */
+static void linear(int64_t threads, const Linear *layer, const bf16 *x, int64_t rows, float *y, int add) {
+    Product job = {.layer = layer, .x = x, .rows = rows, .y = y, .add = add};
+    parallel(threads, linear_tile, &job, tiles_of(layer));
+}
+
+static void gated_tile(const void *given, int64_t tile, int id) {
+    const Product *job = given;
+    const Linear *gate = job->layer, *up = job->other;
     float g[MOST_ROWS][TILE], u[MOST_ROWS][TILE];
-    EACH(tile, tiles_of(gate), me)
-        for (int64_t row = 0, group = group_of(rows); row < rows; row += group) {
-            int64_t n = least(group, rows - row);
-            products((int)n, x + row * gate->in, gate, tile, g);
-            products((int)n, x + row * up->in, up, tile, u);
-            for (int64_t m = 0; m < n; m++)
-                for (int64_t o = 0; o < TILE; o += 16) {
-                    __m512 v = _mm512_loadu_ps(g[m] + o), e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), v));
-                    v = _mm512_div_ps(v, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
-                    narrow(y + (row + m) * gate->out + tile * TILE + o, _mm512_mul_ps(v, _mm512_loadu_ps(u[m] + o)));
-                }
-        }
-    end_phase(me);
+    (void)id;
+    for (int64_t row = 0, group = group_of(job->rows); row < job->rows; row += group) {
+        int64_t n = least(group, job->rows - row);
+        products((int)n, job->x + row * gate->in, gate, tile, g);
+        products((int)n, job->x + row * up->in, up, tile, u);
+        for (int64_t m = 0; m < n; m++)
+            for (int64_t o = 0; o < TILE; o += 16) {
+                __m512 v = _mm512_loadu_ps(g[m] + o), e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), v));
+                v = _mm512_div_ps(v, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+                narrow(job->act + (row + m) * gate->out + tile * TILE + o, _mm512_mul_ps(v, _mm512_loadu_ps(u[m] + o)));
+            }
+    }
+}
+
+/* act = silu(gate) * up */
+static void gated(int64_t threads, const Linear *gate, const Linear *up, const bf16 *x, int64_t rows, bf16 *act) {
+    Product job = {.layer = gate, .other = up, .x = x, .rows = rows, .act = act};
+    parallel(threads, gated_tile, &job, tiles_of(gate));
 }
 
 /* ---- a step ---------------------------------------------------------------------------------------------------------------- */
@@ -291,6 +297,7 @@ static void gated(Worker *me, const Linear *gate, const Linear *up, const bf16 *
 typedef struct {
     const Model *model;
     const Step *step;
+    int64_t threads;
     int64_t count;                 /* new nodes, M */
     int64_t *tree, *node, *depth;  /* of each new node; depth of every node, by packed index */
     float *states, *qkv, *rotary;  /* [M][hidden], [M][heads + 2 kv_heads][head_dim], [M][head_dim]: cosines, then sines */
@@ -298,6 +305,13 @@ typedef struct {
     float *weights;                /* [threads][MOST_HEADS][room]: scores and probabilities of one row */
     int64_t room;                  /* most visible tokens, a multiple of 16 */
 } Job;
+
+/* A phase of a job: which layer, or which norm. */
+typedef struct {
+    const Job *job;
+    int64_t index;
+    const bf16 *weight;
+} Phase;
 
 static void embed(const Model *m, int64_t token, float *out) {
     if (m->embedding) {
@@ -308,26 +322,31 @@ static void embed(const Model *m, int64_t token, float *out) {
     for (int64_t i = 0; i < m->hidden; i += 2, w += 2 * TILE) out[i] = float_of(w[0]), out[i + 1] = float_of(w[1]);
 }
 
-static void begin(Job *job, Worker *me) {
+static void begin_row(const void *given, int64_t row, int id) {
+    const Job *job = ((const Phase *)given)->job;
     const Model *m = job->model;
     const Step *s = job->step;
-    const int64_t half = m->head_dim / 2;
-    EACH(row, job->count, me) {
-        int64_t tree = job->tree[row], at = s->offsets[tree] + job->node[row];
-        float *cosines = job->rotary + row * m->head_dim, position = (float)(s->lengths[tree] + job->depth[at]);
-        embed(m, s->tokens[at], job->states + row * m->hidden);
-        for (int64_t i = 0; i < half; i++) {
-            float angle = position * m->frequencies[i];
-            cosines[i] = cosf(angle) * m->rotary_scale, cosines[half + i] = sinf(angle) * m->rotary_scale;
-        }
+    const int64_t half = m->head_dim / 2, tree = job->tree[row], at = s->offsets[tree] + job->node[row];
+    float *cosines = job->rotary + row * m->head_dim, position = (float)(s->lengths[tree] + job->depth[at]);
+    (void)id;
+    embed(m, s->tokens[at], job->states + row * m->hidden);
+    for (int64_t i = 0; i < half; i++) {
+        float angle = position * m->frequencies[i];
+        cosines[i] = cosf(angle) * m->rotary_scale, cosines[half + i] = sinf(angle) * m->rotary_scale;
     }
-    end_phase(me);
 }
 
-static void normalize_rows(Job *job, Worker *me, const bf16 *weight) {
+static void normalize_row(const void *given, int64_t row, int id) {
+    const Phase *phase = given;
+    const Job *job = phase->job;
     const int64_t size = job->model->hidden;
-    EACH(row, job->count, me) normalize(job->states + row * size, weight, job->normed + row * size, size, job->model->eps);
-    end_phase(me);
+    (void)id;
+    normalize(job->states + row * size, phase->weight, job->normed + row * size, size, job->model->eps);
+}
+
+static void normalize_rows(const Job *job, const bf16 *weight) {
+    Phase phase = {.job = job, .weight = weight};
+    parallel(job->threads, normalize_row, &phase, job->count);
 }
 
 /* One head of one row: norm if there is one, then the rotation. */
@@ -350,23 +369,22 @@ INLINE bf16 *stored(const Step *s, bf16 *pool, int64_t layer, int64_t tree, int6
     return pool + layer * s->layer_stride + s->slots[tree] * s->slot_stride + head * s->head_stride;
 }
 
-static void store(Job *job, Worker *me, int64_t index) {
+static void store_row(const void *given, int64_t row, int id) {
+    const Job *job = ((const Phase *)given)->job;
+    const int64_t index = ((const Phase *)given)->index;
     const Model *m = job->model;
     const Step *s = job->step;
     const Layer *layer = m->layers + index;
     const int64_t heads = m->heads, kv = m->kv_heads, size = m->head_dim;
-    EACH(row, job->count, me) {
-        float *x = job->qkv + row * (heads + 2 * kv) * size, *cosines = job->rotary + row * size;
-        int64_t tree = job->tree[row], place = (s->lengths[tree] + job->node[row]) * size;
-        for (int64_t h = 0; h < heads; h++)
-            rotate(m, x + h * size, layer->q_norm, cosines, job->query + (row * heads + h) * size);
-        for (int64_t h = 0; h < kv; h++) {
-            rotate(m, x + (heads + h) * size, layer->k_norm, cosines, stored(s, s->keys, index, tree, h) + place);
-            bf16 *value = stored(s, s->values, index, tree, h) + place;
-            for (int64_t i = 0; i < size; i += 16) narrow(value + i, _mm512_loadu_ps(x + (heads + kv + h) * size + i));
-        }
+    float *x = job->qkv + row * (heads + 2 * kv) * size, *cosines = job->rotary + row * size;
+    int64_t tree = job->tree[row], place = (s->lengths[tree] + job->node[row]) * size;
+    (void)id;
+    for (int64_t h = 0; h < heads; h++) rotate(m, x + h * size, layer->q_norm, cosines, job->query + (row * heads + h) * size);
+    for (int64_t h = 0; h < kv; h++) {
+        rotate(m, x + (heads + h) * size, layer->k_norm, cosines, stored(s, s->keys, index, tree, h) + place);
+        bf16 *value = stored(s, s->values, index, tree, h) + place;
+        for (int64_t i = 0; i < size; i += 16) narrow(value + i, _mm512_loadu_ps(x + (heads + kv + h) * size + i));
     }
-    end_phase(me);
 }
 
 /* The sums of 16 vectors; each is added up in the same order. */
@@ -466,8 +484,12 @@ static void attend_heads(
         }
 }
 
-static void attend_row(Job *job, Worker *me, int64_t index, int64_t row, int64_t kv) {
+/* Part i: row i / kv_heads, and the query heads of key head i % kv_heads. */
+static void attend_part(const void *given, int64_t part, int id) {
+    const Job *job = ((const Phase *)given)->job;
+    const int64_t index = ((const Phase *)given)->index;
     const Model *m = job->model;
+    const int64_t row = part / m->kv_heads, kv = part % m->kv_heads;
     const Step *s = job->step;
     const int64_t size = m->head_dim, group = m->heads / m->kv_heads, tree = job->tree[row], length = s->lengths[tree];
     const int64_t *parents = s->parents + s->offsets[tree];
@@ -478,7 +500,7 @@ static void attend_row(Job *job, Worker *me, int64_t index, int64_t row, int64_t
     View view = {.from = least(hidden, length), .committed = length - least(hidden, length), .count = seen - hidden};
     view.path = path + (hidden - view.from);
     const bf16 *keys = stored(s, s->keys, index, tree, kv), *values = stored(s, s->values, index, tree, kv);
-    float *weights = job->weights + me->id * MOST_HEADS * job->room;
+    float *weights = job->weights + id * MOST_HEADS * job->room;
     for (int64_t h = 0; h < group; h += MOST_HEADS) {
         int64_t at = (row * m->heads + kv * group + h) * size;
         int n = (int)least(MOST_HEADS, group - h);
@@ -486,54 +508,49 @@ static void attend_row(Job *job, Worker *me, int64_t index, int64_t row, int64_t
     }
 }
 
-static void attend(Job *job, Worker *me, int64_t index) {
-    const int64_t kv = job->model->kv_heads;
-    EACH(part, job->count * kv, me) attend_row(job, me, index, part / kv, part % kv);
-    end_phase(me);
+static void feature_row(const void *given, int64_t row, int id) {
+    const Phase *phase = given;
+    const Job *job = phase->job;
+    const int64_t size = job->model->hidden;
+    bf16 *to = job->step->features + (row * job->step->num_features + phase->index) * size;
+    (void)id;
+    if (job->step->feature_layers[phase->index] < 0) memcpy(to, job->normed + row * size, size * sizeof(bf16));
+    else for (int64_t i = 0; i < size; i += 16) narrow(to + i, _mm512_loadu_ps(job->states + row * size + i));
 }
 
 /* Features of the layers that ended just now. */
-static void save_features(Job *job, Worker *me, int64_t layer) {
-    const int64_t size = job->model->hidden, width = job->step->num_features * size;
+static void save_features(const Job *job, int64_t layer) {
     for (int64_t f = 0; f < job->step->num_features; f++) {
-        if (job->step->feature_layers[f] != layer) continue;
-        EACH(row, job->count, me) {
-            bf16 *to = job->step->features + row * width + f * size;
-            if (layer < 0) memcpy(to, job->normed + row * size, size * sizeof(bf16));
-            else for (int64_t i = 0; i < size; i += 16) narrow(to + i, _mm512_loadu_ps(job->states + row * size + i));
-        }
-        end_phase(me);
+        Phase phase = {.job = job, .index = f};
+        if (job->step->feature_layers[f] == layer) parallel(job->threads, feature_row, &phase, job->count);
     }
 }
 
-static void score(Job *job, Worker *me) {
-    const int64_t size = job->model->hidden;
-    normalize_rows(job, me, job->model->norm);
-    save_features(job, me, -1);
-    EACH(i, job->step->num_rows, me)
-        memcpy(job->last + i * size, job->normed + job->step->rows[i] * size, size * sizeof(bf16));
-    end_phase(me);
-    linear(me, &job->model->head, job->last, job->step->num_rows, job->step->logits, 0);
-}
-
-static void run(void *given, Worker *me) {
-    Job *job = given;
+static void run(const Job *job) {
     const Model *m = job->model;
-    begin(job, me);
-    save_features(job, me, 0);
+    const Step *s = job->step;
+    Phase phase = {.job = job};
+    parallel(job->threads, begin_row, &phase, job->count);
+    save_features(job, 0);
     for (int64_t i = 0; i < m->num_layers; i++) {
         const Layer *layer = m->layers + i;
-        normalize_rows(job, me, layer->input_norm);
-        linear(me, &layer->qkv, job->normed, job->count, job->qkv, 0);
-        store(job, me, i);
-        attend(job, me, i);
-        linear(me, &layer->output, job->mixed, job->count, job->states, 1);
-        normalize_rows(job, me, layer->post_norm);
-        gated(me, &layer->gate, &layer->up, job->normed, job->count, job->act);
-        linear(me, &layer->down, job->act, job->count, job->states, 1);
-        save_features(job, me, i + 1);
+        phase.index = i;
+        normalize_rows(job, layer->input_norm);
+        linear(job->threads, &layer->qkv, job->normed, job->count, job->qkv, 0);
+        parallel(job->threads, store_row, &phase, job->count);
+        parallel(job->threads, attend_part, &phase, job->count * m->kv_heads);
+        linear(job->threads, &layer->output, job->mixed, job->count, job->states, 1);
+        normalize_rows(job, layer->post_norm);
+        gated(job->threads, &layer->gate, &layer->up, job->normed, job->count, job->act);
+        linear(job->threads, &layer->down, job->act, job->count, job->states, 1);
+        save_features(job, i + 1);
     }
-    score(job, me);
+    normalize_rows(job, m->norm);
+    save_features(job, -1);
+    if (s->num_rows == 0) return;
+    for (int64_t i = 0; i < s->num_rows; i++)
+        memcpy(job->last + i * m->hidden, job->normed + s->rows[i] * m->hidden, m->hidden * sizeof(bf16));
+    linear(job->threads, &m->head, job->last, s->num_rows, s->logits, 0);
 }
 
 /* ---- memory ---------------------------------------------------------------------------------------------------------------- */
@@ -560,7 +577,7 @@ static size_t lay_out(Job *job, char *block, int64_t num_nodes) {
     job->mixed = cut(block, &used, n * q, sizeof(bf16));
     job->act = cut(block, &used, n * m->mlp, sizeof(bf16));
     job->last = cut(block, &used, job->step->num_rows * m->hidden, sizeof(bf16));
-    job->weights = cut(block, &used, least(MOST_THREADS, job->step->threads) * MOST_HEADS * job->room, sizeof(float));
+    job->weights = cut(block, &used, team.size * MOST_HEADS * job->room, sizeof(float));
     return used;
 }
 
@@ -573,33 +590,26 @@ int foredraft_forward(const Model *model, const Step *step) {
         job.count += size - step->first[b];
         if (seen > job.room) job.room = (seen + 15) / 16 * 16;
     }
+    job.threads = enlist(step->threads);
     char *block = aligned_alloc(64, lay_out(&job, NULL, num_nodes) + 64);
-    if (block == NULL) return 1;
+    if (block == NULL) {
+        dismiss();
+        return 1;
+    }
     lay_out(&job, block, num_nodes);
     for (int64_t b = 0, row = 0; b < step->num_trees; b++)
         for (int64_t at = step->offsets[b], node = 0; at < step->offsets[b + 1]; at++, node++) {
             job.depth[at] = step->parents[at] < 0 ? 0 : job.depth[step->offsets[b] + step->parents[at]] + 1;
             if (node >= step->first[b]) job.tree[row] = b, job.node[row++] = node;
         }
-    run_job(run, &job, step->threads);
+    run(&job);
+    dismiss();
     free(block);
     return 0;
 }
 
-typedef struct {
-    const Linear *layer;
-    const bf16 *x;
-    int64_t rows;
-    float *y;
-} Product;
-
-static void run_product(void *given, Worker *me) {
-    Product *job = given;
-    linear(me, job->layer, job->x, job->rows, job->y, 0);
-}
-
 /* One linear layer, x [rows][in] to y [rows][out]. */
 void foredraft_linear(const Linear *layer, const bf16 *x, int64_t rows, float *y, int64_t threads) {
-    Product job = {.layer = layer, .x = x, .rows = rows, .y = y};
-    run_job(run_product, &job, threads);
+    linear(enlist(threads), layer, x, rows, y, 0);
+    dismiss();
 }

@@ -223,7 +223,7 @@ def grow_batch(
     passes: list[Laws] = []
     num_rows, sampled = 0, any(tree.sampled for tree in trees)
     while any(wanted):
-        partial = pack(trees)
+        partial = TreeBatch.chains([tree.tokens for tree in trees], [tree.parents for tree in trees])
         node_ids = np.concatenate([np.asarray(w, np.int64) + partial.offsets[b] for b, w in enumerate(wanted)])
         logits = drafter.expand(states, partial, node_ids)
         found = _warp_batch(logits, laws, wanted, max(grower.cut(logits.shape[1]) for grower in growers))
@@ -262,7 +262,7 @@ def _warp_batch(
     return Laws(torch.cat([warp(part, law) for part, law in zip(parts, laws, strict=True)]), token_ids)
 
 
-def pack(trees: Sequence[Sapling], laws: Laws | None = None, vocab_size: int = 0) -> TreeBatch:
+def pack(trees: Sequence[Sapling], laws: Laws | None, vocab_size: int) -> TreeBatch:
     """The trees as a batch, restricted to what they keep. Rows of laws that nothing was sampled from are not pointed to."""
     tokens, parents, drawn, rows, offsets = [], [], [], [], [0]
     for tree in trees:

@@ -1,0 +1,51 @@
+"""The tables of docs/performance.md: Markdown of what `foredraft bench --output` wrote.
+
+python benchmarks/tables.py benchmarks/350m-greedy.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from foredraft.bench.report import setting_of
+
+SPLIT = ("draft_s", "verify_s", "rule_s", "cache_s", "other_s")
+HEAD = (
+    "method",
+    "chosen",
+    "ms a token",
+    "speed-up (95 %)",
+    "not looping",
+    "tokens a step",
+    "draft / verify / rest, ms a token",
+)
+
+
+def row_of(row: dict[str, Any]) -> list[str]:
+    """One line of the table."""
+    cells = [f"`{row['name']}`", setting_of(row), f"{row['ms_per_token']:.2f}"]
+    cells += [f"{row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"]
+    cells += [f"{row['speedup_not_looping']:.2f}" if "speedup_not_looping" in row else ""]
+    if "other_s" not in row:
+        return [*cells, "", ""]
+    draft, verify, *rest = (1000 * row[name] / row["num_tokens"] for name in SPLIT)
+    return [*cells, f"{row['acceptance_length']:.2f}", f"{draft:.2f} / {verify:.2f} / {sum(rest):.2f}"]
+
+
+def main() -> None:
+    """Prints every file's table under its command."""
+    for path in map(Path, sys.argv[1:]):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        plain = rows[0]
+        print(f"\n`{plain['command']}` (`{path}`)\n")
+        print(f"{plain['num_prompts']} prompts, {plain['looping_share']:.0%} of the plain outputs loop.", end=" ")
+        print("Plain decoding reads {weights_mb} MB a step at {read_gb_per_s} GB/s,".format_map(plain), end=" ")
+        print("{bandwidth_share:.0%} of the measured {bandwidth_gb_per_s} GB/s.\n".format_map(plain))
+        print("\n".join("| " + " | ".join(cells) + " |" for cells in [HEAD, ["---"] * len(HEAD), *map(row_of, rows)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -27,12 +27,11 @@ T = TypeVar("T")
 
 
 def any_table(seed: int = 0) -> dict[str, Any]:
-    """Some measured acceptance, as a draft model's calibration has it."""
+    """Some measured acceptance, as a draft model's calibration has it: later siblings are accepted less often."""
     rng = np.random.default_rng(seed)
-    shape = len(RANK_EDGES), len(PROB_EDGES)
-    return {
-        kind: {"share": rng.random(shape).tolist(), "mean": rng.random(shape[0]).tolist()} for kind in ("sampled", "greedy")
-    }
+    scale = 1 / np.arange(1, len(RANK_EDGES) + 1)
+    tables = [(rng.uniform(0.2, 0.6, (len(RANK_EDGES), len(PROB_EDGES))) * scale[:, None], 0.4 * scale) for _ in range(2)]
+    return {kind: {"share": s.tolist(), "mean": m.tolist()} for kind, (s, m) in zip(("sampled", "greedy"), tables, strict=True)}
 
 
 MEASURED: dict[str, dict[str, Any]] = {

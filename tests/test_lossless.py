@@ -46,7 +46,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("dyspec", {}),
     ("dyspec", {"draft_top_k": 2}),
     ("branching", {"num_chains": 2, "draft_top_k": 2}),
-    ("dyspec-calibrated", MEASURED["dyspec-calibrated"]),
+    ("dyspec-calibrated", {"width": 1, **MEASURED["dyspec-calibrated"]}),  # wider, it draws too many orders to visit
     ("dyspec-threshold", {}),
 ]
 ONLY_SMALL: list[tuple[str, dict[str, Any]]] = [  # more options, at V = 2 in the default suite
@@ -130,9 +130,13 @@ def test_more_options_are_exact(name: str, options: dict[str, Any], rule: str) -
         assert worst_error(name, options, RULES[rule].rule, 2, nodes) < TOLERANCE, f"{nodes} nodes"
 
 
+# not the calibrated tree, which follows any table: at one node more its orders are too many to visit
+LARGER = [variant for variant in VARIANTS + ONLY_SMALL if variant[0] != "dyspec-calibrated"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("vocab_size", BUDGETS)
-@pytest.mark.parametrize(("name", "options", "rule"), pairs(VARIANTS + ONLY_SMALL))
+@pytest.mark.parametrize(("name", "options", "rule"), pairs(LARGER))
 def test_larger_pair_is_exact(name: str, options: dict[str, Any], rule: str, vocab_size: int) -> None:
     for nodes in range(1, MORE_BUDGETS[vocab_size] + 1):
         assert worst_error(name, options, RULES[rule].rule, vocab_size, nodes) < TOLERANCE, f"{nodes} nodes"

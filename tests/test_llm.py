@@ -323,7 +323,7 @@ def test_default_sampling_is_the_generation_configs(tmp_path: Path) -> None:
 
 def test_without_arguments_the_bundled_pair() -> None:
     llm = LLM()
-    assert llm.speculation is not None and llm.speculation.drafter == "lm"
+    assert llm.speculation is not None and llm.speculation.drafter == "auto"
     [result] = llm.chat([{"role": "user", "content": "Hi"}], SamplingParams(temperature=0, max_tokens=8))
     assert result.outputs[0].text
     other = LLM(str(TARGET))

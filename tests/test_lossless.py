@@ -153,7 +153,7 @@ def test_sampled_trees_of_a_greedy_target_are_those_of_temperature_1() -> None:
     law, budget = draft_laws(3)[0], Budget(3, 3)
     greedy = GROWERS["dyspec"].grower(draft_sampling="sampled", draft_temperature=1.0)
     at_0 = tree_law(greedy, law, 3, budget, 0.0, PREFIX)
-    at_1 = grown("dyspec", (), 3, 0, 3, True)
+    at_1 = grown("dyspec", frozen({}), 3, 0, 3, True)
     assert {key: round(prob, 12) for key, (prob, _, _) in at_0.items()} == {
         key: round(prob, 12) for key, (prob, _, _) in at_1.items()
     }

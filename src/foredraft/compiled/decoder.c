@@ -7,7 +7,7 @@
    on the number of threads: sums run over the inner dimension, or over visible tokens by their position, in one fixed order. A
    token scored in a tree therefore has bit for bit the logits that it has when it is decoded alone.
 
-   Rounded to bfloat16 are the inputs of every matrix product, keys, values and the probabilities' inputs; all else is float32. */
+   Rounded to bfloat16 are the inputs of every linear layer, queries, keys and values; all else is float32. */
 
 #include <immintrin.h>
 #include <math.h>

@@ -52,6 +52,11 @@ def test_methods_that_are_none(text: str) -> None:
         parse_method(text, None)
 
 
+def test_a_budget_in_the_place_of_the_tree_is_told() -> None:
+    with pytest.raises(ValueError, match="Leave that place empty: ngram::8"):
+        parse_method("ngram:8", None)
+
+
 def test_prompts(tmp_path: Path) -> None:
     rows = [{"prompt": "a"}, {"question": "b"}, {"turns": ["c", "d"]}, {"messages": [{"role": "user", "content": "e"}]}]
     file = tmp_path / "prompts.jsonl"

@@ -65,6 +65,8 @@ def parse_method(text: str, draft_model: str | None) -> dict[str, Any]:
     if len(rest) > 3 or not drafter:
         raise ValueError(f"a method is drafter[:tree[:budget[:rule]]], for instance lm:dyspec:16, got {text!r}")
     tree, budget, rule = [part or None for part in [*rest, *[""] * (3 - len(rest))]]
+    if tree is not None and tree.isdigit():
+        raise ValueError(f"method {text!r} has a number in the place of its tree. Leave that place empty: {drafter}::{tree}")
     if budget is not None and budget != AUTO and not budget.isdigit():
         raise ValueError(f"the budget of method {text!r} must be a whole number or {AUTO!r}, got {budget!r}")
     config: dict[str, Any] = {"method": drafter}

@@ -279,11 +279,11 @@ def test_prefill_in_chunks(lengths: list[int], scored: bool) -> None:
     pool = target.new_pool(len(lengths), 0)
     caches = [pool.allocate() for _ in lengths]
     prompts = [[(b + i // 3) % 2 for i in range(length)] for b, length in enumerate(lengths)]
-    logits = prefill(target, pool, caches, prompts, scored=scored)
+    found = prefill(target, pool, caches, prompts, scored=scored)
     assert [cache.tokens for cache in caches] == prompts
     assert target.num_forwards == -(-max(lengths, default=0) // PREFILL_CHUNK)
-    for prompt, chunks in zip(prompts, logits, strict=True):
-        rows = torch.cat(chunks).exp().numpy() if chunks else np.zeros((0, 2))
+    for prompt, chunks in zip(prompts, found, strict=True):
+        rows = torch.cat([scores.logits for scores in chunks]).exp().numpy() if chunks else np.zeros((0, 2))
         assert len(rows) == (len(prompt) if scored else 0)
         for i, row in enumerate(rows):
             np.testing.assert_allclose(row, law(tuple(prompt[: i + 1][-3:])), atol=1e-15)

@@ -160,8 +160,10 @@ def test_n_outputs_are_requests_with_derived_seeds(method: str, slots: int) -> N
 
 
 @methods
-def test_n_outputs_share_one_prefill(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = model(method)
+@pytest.mark.parametrize("slots", [8, 2, 1])
+def test_n_outputs_share_one_prefill(method: str, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also over several waves."""
+    llm = model(method, slots)
     forward, sizes = llm.target.forward, list[int]()
 
     def counted(batch: TreeBatch, *arguments: Any, **options: Any) -> Any:
@@ -172,6 +174,42 @@ def test_n_outputs_share_one_prefill(method: str, monkeypatch: pytest.MonkeyPatc
     prompt = list(range(3, 60))
     llm.generate([prompt, prompt], replace(SAMPLED, n=3, max_tokens=2))
     assert sizes.count(56) == 1
+
+
+@pytest.mark.parametrize("slots", [3, 1])
+def test_a_drafter_gets_the_features_of_every_committed_token(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Aligned rows: of the prompt except its last token at the start, then of the node before every new token."""
+    llm = LLM(str(TARGET), CONFIGS["tree"], dtype="float64", max_num_seqs=slots)
+    drafter, layers = llm.engine.drafter, (1, -1)
+    seen: list[list[torch.Tensor]] = []
+    start, observe = drafter.start, drafter.observe
+
+    def started(tokens: list[int], features: torch.Tensor | None) -> Any:
+        state = start(tokens, None)
+        assert (features is None) == (len(tokens) == 1)
+        seen.append([] if features is None else [features])
+        state.seen = seen[-1]
+        return state
+
+    def observed(state: Any, tokens: list[int], features: torch.Tensor, path: list[int]) -> None:
+        assert len(features) == len(tokens) == len(path) + 1
+        state.seen.append(features)
+        observe(state, tokens, None, path)
+
+    monkeypatch.setattr(drafter, "feature_layers", layers)
+    monkeypatch.setattr(drafter, "start", started)
+    monkeypatch.setattr(drafter, "observe", observed)
+    prompts = [llm.tokenizer(STORY)["input_ids"], [7]]
+    found = llm.generate(prompts, replace(SAMPLED, n=2))
+    assert len(seen) == 4
+    rows = iter(seen)
+    for result in found:
+        for output in result.outputs:
+            ids = [*result.prompt_token_ids, *output.token_ids]
+            features = torch.cat(next(rows))[: len(ids) - 1]
+            pool = llm.target.new_pool(1, len(ids))
+            alone = llm.target.forward(TreeBatch.chains([ids[:-1]]), [pool.allocate()], feature_layers=layers).features
+            torch.testing.assert_close(features, alone, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", ["all accepted", "tree"])

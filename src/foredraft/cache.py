@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from foredraft.protocols import Pool, Target
+from foredraft.protocols import Pool, Scores, Target
 from foredraft.tree import Ids, TreeBatch, ancestor_mask, depths_of
 
 _GROWTH = 256
@@ -243,20 +243,29 @@ PREFILL_CHUNK = 512
 
 
 def prefill(
-    target: Target, pool: Pool, caches: Sequence[Any], token_lists: Sequence[Sequence[int]], *, scored: bool = False
-) -> list[list[Float[Tensor, "n v"]]]:
+    target: Target,
+    pool: Pool,
+    caches: Sequence[Any],
+    token_lists: Sequence[Sequence[int]],
+    *,
+    scored: bool = False,
+    feature_layers: Sequence[int] = (),
+) -> list[list[Scores]]:
     """Runs and commits a chain of tokens per cache, in chunks.
 
     Returns:
-        For each request the logits of its tokens, a tensor per chunk, where `scored`; else empty lists.
+        For each request the scores of its tokens, one per chunk: logits of all of them where `scored`, else of none;
+        features where `feature_layers` names any.
     """
-    logits: list[list[Tensor]] = [[] for _ in caches]
+    found: list[list[Scores]] = [[] for _ in caches]
     for first in range(0, max(map(len, token_lists), default=0), PREFILL_CHUNK):
         live = [b for b, tokens in enumerate(token_lists) if len(tokens) > first]
         chunk = TreeBatch.chains([list(token_lists[b][first : first + PREFILL_CHUNK]) for b in live])
         some = [caches[b] for b in live]
-        scores = target.forward(chunk, some, None if scored else np.empty(0, np.int64))
+        scores = target.forward(chunk, some, None if scored else np.empty(0, np.int64), feature_layers=feature_layers)
         pool.keep(some, [range(1, int(size)) for size in np.diff(chunk.offsets)])
-        for i, b in enumerate(live if scored else []):
-            logits[b].append(scores.logits[chunk.offsets[i] : chunk.offsets[i + 1]])
-    return logits
+        for i, b in enumerate(live):
+            mine = slice(int(chunk.offsets[i]), int(chunk.offsets[i + 1]))
+            features = None if scores.features is None else scores.features[mine]
+            found[b].append(Scores(scores.logits[mine] if scored else scores.logits, features))
+    return found

@@ -48,6 +48,7 @@ class Continuation:
         max_nodes: its trees have at most so many nodes below the root, whatever the budget allows.
         text: the output's text so far.
         kinds: per output token ``accepted``, ``recovered``, ``bonus``, or ``plain`` where nothing was drafted.
+        cache, prompt_features: of the target; kept from an output with the same prompt where there was one before.
         last_tree, last_path: of the latest step, to be shown.
     """
 
@@ -62,6 +63,7 @@ class Continuation:
     tokenizer: Any = None
     max_nodes: int | None = None
     cache: Any = None
+    prompt_features: Float[Tensor, "m d"] | None = None
     draft_state: Any = None
     records: list[StepRecord] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
@@ -72,6 +74,11 @@ class Continuation:
     stop_reason: int | str | None = None
     last_tree: DraftTree | None = None
     last_path: list[int] = field(default_factory=list)
+
+    @property
+    def prompt_key(self) -> tuple[int | None, ...]:
+        """Equal for outputs that can share what was computed of their prompt."""
+        return self.sampling.prompt_logprobs, *self.token_ids[: self.num_prompt]
 
     @property
     def output_ids(self) -> list[int]:
@@ -133,9 +140,9 @@ def speculative(
         continuations: new ones; they are changed in place until each has a `finish_reason`.
         budget: largest tree; cut where the context or `max_tokens` ends earlier.
     """
-    start(target, pool, continuations)
+    start(target, pool, continuations, drafter.feature_layers)
     for one in continuations:
-        one.draft_state = drafter.start(one.token_ids, None)
+        one.draft_state = drafter.start(one.token_ids, one.prompt_features)
     while running := [one for one in continuations if one.finish_reason is None]:
         draft_and_verify(target, pool, running, drafter, rule, budget)
         yield running
@@ -184,28 +191,46 @@ def paced(target: Target, steps: Steps) -> Steps:
         yield running
 
 
-def start(target: Target, pool: Pool, continuations: Sequence[Continuation]) -> None:
-    """Gives every continuation a cache with its prompt except the root; equal prompts of one wave are run once."""
+def start(target: Target, pool: Pool, continuations: Sequence[Continuation], feature_layers: Sequence[int] = ()) -> None:
+    """Gives every continuation a cache with its prompt except the root, and the features of these tokens if layers are named.
 
-    def same(one: Continuation) -> tuple[int | None, ...]:
-        return one.sampling.prompt_logprobs, *one.token_ids
-
+    Equal prompts are run once; one that comes with a cache was run before.
+    """
     first: dict[tuple[int | None, ...], Continuation] = {}
     for one in continuations:
-        leader = first.setdefault(same(one), one)
-        if leader is one:
-            one.cache = pool.allocate()
-    leaders = list(first.values())
+        first.setdefault(one.prompt_key, one)
+    new = [one for one in first.values() if one.cache is None or (feature_layers and one.prompt_features is None)]
+    for one in new:
+        one.cache = pool.allocate() if one.cache is None else one.cache
+        one.cache.truncate(0)
     for scored in (False, True):  # logits of prompts only where they are asked for
-        group = [one for one in leaders if (one.sampling.prompt_logprobs is not None) == scored]
+        group = [one for one in new if (one.sampling.prompt_logprobs is not None) == scored]
         prompts = [one.token_ids[:-1] for one in group]
-        logits = prefill(target, pool, [one.cache for one in group], prompts, scored=scored)
-        for one, chunks in zip(group if scored else [], logits, strict=False):
-            _score_prompt(one, chunks)
+        caches = [one.cache for one in group]
+        found = prefill(target, pool, caches, prompts, scored=scored, feature_layers=feature_layers)
+        for one, chunks in zip(group, found, strict=True):
+            features = [scores.features for scores in chunks if scores.features is not None]
+            one.prompt_features = torch.cat(features) if features else None
+            if scored:
+                _score_prompt(one, [scores.logits for scores in chunks])
     for one in continuations:
-        leader = first[same(one)]
+        leader = first[one.prompt_key]
         if leader is not one:
-            one.cache, one.prompt_logprobs = pool.copy(leader.cache), leader.prompt_logprobs
+            one.cache = pool.copy(leader.cache)
+            one.prompt_features, one.prompt_logprobs = leader.prompt_features, leader.prompt_logprobs
+
+
+def hand_over(wave: Sequence[Continuation], next_wave: Sequence[Continuation]) -> None:
+    """Gives the caches of prompts that come again to the first output of the next wave that has them."""
+    heirs: dict[tuple[int | None, ...], Continuation] = {}
+    for one in next_wave:
+        heirs.setdefault(one.prompt_key, one)
+    for one in wave:
+        heir = heirs.pop(one.prompt_key, None)
+        if heir is not None:
+            one.cache.truncate(one.num_prompt - 1)
+            heir.cache, one.cache = one.cache, None
+            heir.prompt_features, heir.prompt_logprobs = one.prompt_features, one.prompt_logprobs
 
 
 def settle(one: Continuation, law: TargetLaw, tokens: Sequence[int], verdict: Verdict) -> None:

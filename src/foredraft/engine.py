@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from foredraft.decode import Continuation, Logprob, autoregressive, paced, speculative
+from foredraft.decode import Continuation, Logprob, Steps, autoregressive, hand_over, paced, speculative
 from foredraft.draws import Draws, hash_seed
 from foredraft.metrics import Metrics, StepRecord, summarize
 from foredraft.processors import prefix_processors
@@ -158,27 +158,30 @@ class Engine:
 
     def run(self, requests: Sequence[Request]) -> Iterator[list[Continuation]]:
         """Runs requests to their end; yields the outputs that took part after every step. Closing it early frees all."""
-        waiting = [one for request in requests for one in request.continuations]
-        while waiting:
-            wave, waiting = waiting[: self.max_num_seqs], waiting[self.max_num_seqs :]
-            try:
-                # where nothing is drafted both loops give the same outputs, and the plain one sooner
-                if self.drafter is None or all(one.max_nodes == 0 for one in wave):
-                    steps = autoregressive(self.target, self._pool, wave)
-                else:
-                    assert self._rule is not None and self._budget is not None
-                    steps = speculative(self.target, self._pool, wave, self.drafter, self._rule, self._budget)
-                yield from paced(self.target, steps)
-            finally:
+        every = [one for request in requests for one in request.continuations]
+        try:
+            for first in range(0, len(every), self.max_num_seqs):
+                wave, next_wave = every[first:][: self.max_num_seqs], every[first + self.max_num_seqs :][: self.max_num_seqs]
+                yield from paced(self.target, self._steps(wave))
+                hand_over(wave, next_wave)
                 self._release(wave)
+        finally:
+            self._release(every)
 
-    def _release(self, wave: Sequence[Continuation]) -> None:
-        for one in wave:
+    def _steps(self, wave: Sequence[Continuation]) -> Steps:
+        # where nothing is drafted both loops give the same outputs, and the plain one sooner
+        if self.drafter is None or all(one.max_nodes == 0 for one in wave):
+            return autoregressive(self.target, self._pool, wave)
+        assert self._rule is not None and self._budget is not None
+        return speculative(self.target, self._pool, wave, self.drafter, self._rule, self._budget)
+
+    def _release(self, continuations: Sequence[Continuation]) -> None:
+        for one in continuations:
             if one.cache is not None:
                 self._pool.free(one.cache)
             if one.draft_state is not None and self.drafter is not None:
                 self.drafter.finish(one.draft_state)
-            one.cache = one.draft_state = None
+            one.cache = one.draft_state = one.prompt_features = None
 
     def _continuation(self, request: Request, seed: int) -> Continuation:
         sampling, num_prompt = request.sampling, len(request.prompt_ids)

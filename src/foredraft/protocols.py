@@ -116,7 +116,8 @@ class Drafter(Protocol):
     feature_layers: Sequence[int]
 
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> Any:
-        """The state of a new request; ``features[j]`` is the target's state at ``tokens[j]`` (the root has none)."""
+        """The state of a new request; ``features[j]`` is the target's state at ``tokens[j]`` (the root has none, and a prompt
+        of one token has None, as has a drafter that names no layers)."""
         ...
 
     def propose(

@@ -176,7 +176,7 @@ def all_logits(model: Target, token_ids: list[int]) -> Float[Tensor, "n v"]:
     """Logits after every token of a text."""
     pool = model.new_pool(1, len(token_ids))
     [chunks] = prefill(model, pool, [pool.allocate()], [token_ids], scored=True)
-    return torch.cat(chunks).float()
+    return torch.cat([scores.logits for scores in chunks]).float()
 
 
 def offer_children(

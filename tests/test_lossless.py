@@ -138,6 +138,8 @@ LARGER = [variant for variant in VARIANTS + ONLY_SMALL if variant[0] != "dyspec-
 @pytest.mark.parametrize("vocab_size", BUDGETS)
 @pytest.mark.parametrize(("name", "options", "rule"), pairs(LARGER))
 def test_larger_pair_is_exact(name: str, options: dict[str, Any], rule: str, vocab_size: int) -> None:
+    if name == "dyspec" and vocab_size == 4:  # wider passes draw in vain too, and there are 24 orders a node
+        options = {**options, "width": 1}
     for nodes in range(1, MORE_BUDGETS[vocab_size] + 1):
         assert worst_error(name, options, RULES[rule].rule, vocab_size, nodes) < TOLERANCE, f"{nodes} nodes"
 

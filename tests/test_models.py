@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -91,8 +93,22 @@ def make_targets(name: str, dtype: torch.dtype = torch.float32):
     model = make_model(name, dtype)
     targets = [HFTarget(model)]
     if name in LLAMA_FAMILY:
-        targets.append(LlamaTarget(model.config, model.state_dict(), dtype, torch.device("cpu")))
+        own, graphed = (LlamaTarget(model.config, model.state_dict(), dtype, torch.device("cpu")) for _ in range(2))
+        graphed.graphs = replace(graphed.make_graphs(replayed), seen_before=0)
+        targets += [own, graphed]
     return model, targets
+
+
+def replayed(run):
+    """Stands in for the capture of a CUDA graph: runs again, into the tensors of the first time."""
+    outputs = run()
+
+    def again():
+        for kept, new in zip(outputs, run(), strict=True):
+            if kept is not None:
+                kept.copy_(new)
+
+    return outputs, again
 
 
 def plain(model, tokens):
@@ -227,6 +243,44 @@ def test_dtypes(name, dtype):
         scores = target.forward(TreeBatch.chains([tokens], [PARENTS]), [prefilled(target, pool, prompt)])
         assert scores.logits.dtype == dtype
         assert_close(scores.logits, wanted, tolerance)
+
+
+@pytest.mark.parametrize("name", ["llama-bias", "qwen3", "mistral"])
+@pytest.mark.parametrize("num_seqs", [1, 3])
+def test_graphs_are_reused_and_change_nothing(name, num_seqs, monkeypatch):
+    """Many steps of random trees, whole or in two parts, with lengths that pass the ends of buckets."""
+    monkeypatch.setattr("foredraft.models.graphs.LENGTH_STEP", 16)
+    model, captured = make_model(name, torch.float64), []
+
+    def capture(run):
+        captured.append(run)
+        return replayed(run)
+
+    targets = [LlamaTarget(model.config, model.state_dict(), torch.float64, torch.device("cpu")) for _ in range(2)]
+    targets[1].graphs = targets[1].make_graphs(capture)
+    pools = [one.new_pool(num_seqs, 64) for one in targets]
+    caches = [[pool.allocate() for _ in range(num_seqs)] for pool in pools]
+    rng, num_steps, longest = np.random.default_rng(0), 60, 0
+    for _ in range(num_steps):
+        sizes = rng.integers(1, 9, num_seqs).tolist()
+        parents = [[-1, *(int(rng.integers(i)) for i in range(1, size))] for size in sizes]
+        tokens = [rng.integers(VOCAB, size=size).tolist() for size in sizes]
+        begin = [int(rng.integers(1, size)) if size > 1 else 0 for size in sizes]
+        batch = TreeBatch.chains(tokens, parents)
+        part = TreeBatch.chains(*([one[:k] for one, k in zip(many, begin, strict=True)] for many in (tokens, parents)))
+        found = []
+        for target, pool, mine in zip(targets, pools, caches, strict=True):
+            if all(begin):
+                target.forward(part, mine)
+            found.append(target.forward(batch, mine, start=begin if all(begin) else None, feature_layers=(1, -1)))
+            pool.keep(mine, [batch[b].path_to(size - 1) for b, size in enumerate(sizes)])
+            longest = max(longest, *(cache.length for cache in mine))
+            for cache in mine:
+                cache.truncate(min(cache.length, 40))
+        for kept, wanted in zip(found[1], found[0], strict=True):
+            assert_close(kept, wanted, 1e-10)
+    assert longest > 40
+    assert 0 < len(captured) < num_steps / 2
 
 
 def test_sizes_and_context():

@@ -88,8 +88,8 @@ class KVPool:
 
     def write(self, layer: int, layout: Layout, key: Float[Tensor, "m h e"], value: Float[Tensor, "m h e"]) -> None:
         """Stores the new nodes' keys and values of one layer."""
-        if len(layout.slots) == 1:
-            first = layout.first_place
+        first = layout.first_place
+        if first is not None and len(layout.slots) == 1:
             there = self.kv[:, layer, layout.slots[0], :, first : first + layout.count]
             there[0], there[1] = key.transpose(0, 1), value.transpose(0, 1)
         else:
@@ -131,7 +131,7 @@ class Layout:
         request, column: new node m stands in row ``request[m]``, column ``column[m]`` of the padded [B, N] batch.
         slot, place: where its key and value are written.
         slots: slot of each request.
-        first_place: ``place[0]``.
+        first_place: ``place[0]``; None where it is not known before the step runs.
         width: N, the most new nodes of any request.
         length: positions read per slot, the longest request's.
         visible: which positions of its slot each padded query may attend to.
@@ -147,12 +147,17 @@ class Layout:
     slot: Int[Tensor, " m"]
     place: Int[Tensor, " m"]
     slots: list[int]
-    first_place: int
+    first_place: int | None
     width: int
     length: int
     visible: Bool[np.ndarray, "b n t"]
     lengths: list[int]
     depths: list[Int[np.ndarray, " _"]]
+
+    @property
+    def ends(self) -> list[int]:
+        """The first place behind each request's tree."""
+        return [length + len(depths) for length, depths in zip(self.lengths, self.depths, strict=True)]
 
     @property
     def key_positions(self) -> Int[np.ndarray, "b t"]:

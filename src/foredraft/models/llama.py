@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from foredraft.cache import KVCache, KVPool, Layout, lay_out
+from foredraft.models.graphs import Capture, Graphs, Masks, cuda_capture
 from foredraft.models.linear import Linear, Norm, can_pack, make_linear, make_norm
 from foredraft.protocols import Scores
 from foredraft.tree import Ids, TreeBatch
@@ -59,6 +60,7 @@ class LlamaTarget:
 
     Attributes:
         head: logits of final features (those after the last norm).
+        graphs: its forwards of fixed shape, on CUDA; None elsewhere.
 
     Raises:
         ValueError: the configuration asks for something this decoder does not do, or a weight is missing.
@@ -97,6 +99,11 @@ class LlamaTarget:
         size = config.hidden_size * config.intermediate_size if self.packed else 0
         self._least_rows = next(rows for least, rows in _LEAST_ROWS if size >= least)
         self._cos, self._sin = _rotary_tables(config, self.max_len, dtype, device)
+        self.graphs = self.make_graphs(cuda_capture()) if device.type == "cuda" else None
+
+    def make_graphs(self, capture: Capture) -> Graphs:
+        """Forwards of fixed shape of this model."""
+        return Graphs(self._compute, capture, self._heads // self._kv_heads, self.dtype)
 
     def new_pool(self, num_slots: int, max_len: int) -> KVPool:
         """Caches for `num_slots` requests. `max_len` is advice: slots grow as they are used."""
@@ -133,6 +140,14 @@ class LlamaTarget:
         layout = lay_out(batch, caches, start, self.device)
         pool.reserve(layout.length)
         masks = self._masks(layout)
+        found = self.graphs(layout, pool, masks, feature_layers) if self.graphs is not None else None
+        if found is None:
+            return self._compute(layout, pool, masks, feature_layers, rows)
+        return found if rows is None else Scores(found.logits[layout.rows_of(rows)], found.features)
+
+    def _compute(
+        self, layout: Layout, pool: KVPool, masks: Masks, feature_layers: Sequence[int], rows: Ids | None = None
+    ) -> Scores:
         rotation = self._cos[layout.positions][:, None], self._sin[layout.positions][:, None]
         hidden = self._padded(self.embed(layout.token_ids))
         states = {0: hidden}
@@ -147,7 +162,7 @@ class LlamaTarget:
         hidden = hidden[:count] if rows is None else hidden[layout.rows_of(rows)]
         return Scores(self.head(self._norm(hidden)), features)
 
-    def _masks(self, layout: Layout) -> dict[int | None, Tensor | None]:
+    def _masks(self, layout: Layout) -> Masks:
         """One mask per kind of layer, its rows repeated for the query heads that share a key head."""
         group = self._heads // self._kv_heads
         masks: dict[int | None, Tensor | None] = {}

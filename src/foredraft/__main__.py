@@ -209,7 +209,7 @@ def calibrate(
         Path | None, typer.Option(help="Training prompts; default: some that come along.", show_default=False)
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many prompts.", show_default=False)] = None,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens a prompt.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens a prompt.")] = 128,
     dtype: Dtype = "auto",
     device: Device = None,
     plot: Annotated[

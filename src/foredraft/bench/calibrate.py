@@ -60,7 +60,7 @@ class CalibrateChoice:
     draft_model: str | None = None
     prompts: Path = PROMPTS
     limit: int | None = None
-    max_tokens: int = 64
+    max_tokens: int = 128
     dtype: str = "auto"
     device: str | None = None
 

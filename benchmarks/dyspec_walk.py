@@ -97,6 +97,10 @@ class Watched:
         """The grower's."""
         return self.grower.samples(sampling)
 
+    def cut(self, vocab_size: int) -> int:
+        """The grower's."""
+        return self.grower.cut(vocab_size)
+
     def policy(self, tree: Sapling) -> Policy:
         """The grower's."""
         self.saplings.append(tree)

@@ -17,4 +17,4 @@ def _few_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(auto, "SIZES", (4,))
     monkeypatch.setattr(auto, "_TIMED_STEPS", 2)
-    monkeypatch.setattr(auto, "_TRIED_TREES", 1)
+    monkeypatch.setattr(auto, "TRIED_TREES", 1)

@@ -13,7 +13,8 @@ from foredraft import LLM, SamplingParams, auto
 from foredraft.auto import Candidate, Choice, choose, tokens_per_step
 from foredraft.calibration import recalled
 from foredraft.grow import GROWERS
-from foredraft.speculation import AUTO, Way
+from foredraft.models.table import TableTarget, random_law
+from foredraft.speculation import AUTO, Way, parse
 
 DATA = Path(__file__).parent / "data"
 PAIR = sorted(path.parent for path in DATA.glob("*/config.json"))
@@ -53,7 +54,7 @@ def test_plain_decoding_where_nothing_pays(fallback: bool, nodes: int) -> None:
 
 
 def test_a_tree_that_was_not_measured_is_left_out() -> None:
-    measured = {"a": {"2": 1.5, "4": 2.0}}
+    measured = {"lm:a": {"2": 1.5, "4": 2.0}}
     assert tokens_per_step(measured, Candidate(B, 2)) is None
     assert [tokens_per_step(measured, Candidate(A, nodes)) for nodes in (1, 2, 3, 4, 9)] == [1.5, 1.5, 1.75, 2.0, 2.0]
     assert tokens_per_step({"suffix": {"4": 1.7}}, Candidate(Way("suffix", None), 4)) == 1.7
@@ -143,3 +144,31 @@ def test_two_drafters_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
         output = alone[i % 2].generate(prompt, one)[0].outputs[0]
         assert output.token_ids == together[i].token_ids
         assert [record.num_draft_tokens for record in output.records] == [r.num_draft_tokens for r in together[i].records]
+
+
+def test_a_drafter_that_asks_another_costs_what_calibration_saw_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of its steps draft with the model (2 seconds), half look up (1 second); a plain step takes 1."""
+    curve = {"4": 3.0}
+    measured = {
+        "tokens_per_step": {"greedy": {"lm:dyspec": curve, "lm-lookup:dyspec": {"4": 3.3}, "ngram": curve}},
+        "drafted_share": {"greedy": {"lm-lookup:dyspec": {"4": 0.5}}},
+    }
+    speculation = parse({"method": "auto"})
+    assert speculation is not None
+
+    def seconds(target: Any, drafter: Any, *rest: Any) -> float:
+        return 2.0 if drafter == "grown" else 1.1 if drafter else 1.0
+
+    monkeypatch.setattr(auto, "SIZES", (4,))
+    monkeypatch.setattr(auto, "step_seconds", seconds)
+    build: Any = lambda way: "grown"  # noqa: E731
+    chooser = auto.Chooser(TableTarget(random_law(2, 0), 2), speculation, True, build, measured, 1, [1])
+    slow = chooser._choose("greedy")
+    assert (slow.way, slow.speedup) == (Way("ngram", None), pytest.approx(3.0 / 1.1))
+    measured["tokens_per_step"]["greedy"]["lm-lookup:dyspec"] = {"4": 4.5}
+    fast = chooser._choose("greedy")
+    assert (fast.way, fast.slowdown, fast.speedup) == (
+        Way("lm-lookup", "dyspec"),
+        pytest.approx(1.55),
+        pytest.approx(4.5 / 1.55),
+    )

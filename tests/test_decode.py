@@ -11,6 +11,7 @@ import pytest
 from exact import MEASURED, enumerate_branches
 from foredraft.decode import Continuation, autoregressive, speculative
 from foredraft.drafters.lm import LMDrafter
+from foredraft.drafters.lookup_first import LookupFirst
 from foredraft.drafters.ngram import NgramDrafter
 from foredraft.drafters.suffix import SuffixDrafter
 from foredraft.draws import Draws
@@ -117,6 +118,22 @@ def test_law_of_four_tokens(tree: str, options: dict[str, Any], rule: str, nodes
 def test_law_of_drafters_without_weights(make: Any, eos: int | None) -> None:
     law = law_of(make, "deterministic", 3, SamplingParams(temperature=1.0), eos)
     assert_equal_laws(law, answer(eos))
+
+
+@pytest.mark.parametrize("eos", [None, 1])
+@pytest.mark.parametrize(("tree", "rule"), [("chain", "block"), ("dyspec", "multiround")])
+def test_law_of_a_draft_model_behind_a_lookup(tree: str, rule: str, eos: int | None) -> None:
+    """Who drafts hangs on the tokens so far, which changes nothing of their law."""
+    asked = []
+
+    def make() -> LookupFirst:
+        asked.append(LookupFirst(lm_drafter(tree, {}), lookup_min_match=1))
+        return asked[-1]
+
+    law = law_of(make, rule, 2, SamplingParams(temperature=1.0), eos)
+    assert_equal_laws(law, answer(eos))
+    assert sum(one.num_looked_up for one in asked) > 0
+    assert sum(one.num_drafted for one in asked) > 0
 
 
 def test_a_draft_equal_to_the_target_is_accepted_whole() -> None:

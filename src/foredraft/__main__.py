@@ -31,7 +31,7 @@ Model = Annotated[str | None, _option(_MODEL, "Directory or Hub id of the model;
 Dtype = Annotated[str, _option(_MODEL, "auto (the checkpoint's), bfloat16, float16, float32 or float64.")]
 Device = Annotated[str | None, _option(_MODEL, "cpu, cuda, cuda:1, ...; default: CUDA where there is a device.")]
 Revision = Annotated[str | None, _option(_MODEL, "Branch, tag or commit, of a Hub id.")]
-Method = Annotated[str | None, _option(_DRAFT, "Drafter: lm, ngram, suffix; ar drafts nothing (plain decoding).")]
+Method = Annotated[str | None, _option(_DRAFT, "Drafter: lm, lm-lookup, ngram, suffix, auto; ar is plain decoding.")]
 DraftModel = Annotated[str | None, _option(_DRAFT, "Directory or Hub id of the draft model, for method lm.")]
 Tree = Annotated[str | None, _option(_DRAFT, "How the tree grows: see `foredraft methods`; default auto, the fastest.")]
 Budget = Annotated[str | None, _option(_DRAFT, "Nodes of the tree without its root, 1 to 1024; default auto, the fastest.")]
@@ -203,7 +203,7 @@ def bench(
 def calibrate(
     *,
     model: Model = None,
-    method: Annotated[str, typer.Option(help="Drafter: lm, ngram or suffix.")] = "lm",
+    method: Annotated[str, typer.Option(help="Drafter: lm (with lm-lookup), ngram or suffix.")] = "lm",
     draft_model: DraftModel = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Training prompts; default: some that come along.", show_default=False)

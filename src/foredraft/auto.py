@@ -13,6 +13,7 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache as memoize
 from math import inf, prod
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ import torch
 import foredraft
 from foredraft.calibration import recalled
 from foredraft.decode import Continuation, autoregressive, paced, speculative
+from foredraft.drafters import DRAFTERS
 from foredraft.draws import Draws
 from foredraft.grow.budget import best_paths
 from foredraft.grow.static import TYPICAL_ACCEPTANCE
@@ -45,7 +47,7 @@ _log = logging.getLogger("foredraft")
 _WARM_STEPS, _TIMED_STEPS = 1, 8
 """The first step runs the prompt through the drafter."""
 
-_TRIED_TREES, _TYPICAL_SIZE = 2, 8
+TRIED_TREES, TYPICAL_SIZE = 2, 8
 """Only so many trees are timed, those of most tokens a step at a typical size."""
 
 _WORSE = 0.92
@@ -83,7 +85,8 @@ class Chooser:
     Attributes:
         has_model: whether there is a draft model.
         build: gives the drafter of a way.
-        measured: kind of request -> tree (a drafter's name, where it makes its own) -> number of nodes -> tokens a step.
+        measured: a calibration: under ``tokens_per_step`` kind of request -> `curve_name` -> number of nodes -> tokens a step;
+            under ``drafted_share`` the same -> share of the steps in which the drafter it asks was asked.
         num_seqs: requests in a step.
         prompt: whose continuation is timed.
     """
@@ -120,18 +123,30 @@ class Chooser:
     def _choose(self, kind: str) -> Choice:
         sampling = SamplingParams(temperature=0.0 if kind == "greedy" else 1.0)
         plain = step_seconds(self.target, None, None, 0, self.prompt, sampling, self.num_seqs)
-        drafters = {way: self.build(way) for way in self._worth_timing(kind)}
+        ways = self._worth_timing(kind)
+        drafters: dict[Way, Drafter] = {}
 
-        def slowdown(candidate: Candidate) -> float:
-            way = candidate.way
+        @memoize
+        def seconds(way: Way, nodes: int) -> float:
+            if way.tree and way not in drafters:
+                drafters[way] = self.build(way)
             drafter = drafters[way] if way.tree else Full()
             rule = self.speculation.rule_for(way.tree)
-            return step_seconds(self.target, drafter, rule, candidate.nodes, self.prompt, sampling, self.num_seqs) / plain
+            return step_seconds(self.target, drafter, rule, nodes, self.prompt, sampling, self.num_seqs)
+
+        def slowdown(candidate: Candidate) -> float:
+            """Where a drafter asks another, steps with a lookup and steps of that other, as often as calibration saw them."""
+            way, nodes = candidate
+            asked = DRAFTERS[way.drafter].asks
+            if asked is None:
+                return seconds(way, nodes) / plain
+            share = self._drafted_share(kind, candidate)
+            return (share * seconds(Way(asked, way.tree), nodes) + (1 - share) * seconds(LOOKUP, nodes)) / plain
 
         return choose(
-            drafters,
+            ways,
             [self.speculation.budget.nodes] if self.speculation.budget else SIZES,
-            lambda candidate: tokens_per_step(self.measured.get(kind), candidate),
+            lambda candidate: tokens_per_step(self._curves(kind), candidate),
             slowdown,
             fallback=self.speculation.budget is None,
         )
@@ -140,21 +155,32 @@ class Chooser:
         """Of the ways that were measured those of most tokens a step, and every drafter that costs nothing; if none was
         measured, a tree that needs no measurement."""
         ways = self.speculation.ways(has_model=self.has_model)
-        curves = self.measured.get(kind) or {}
+        curves = self._curves(kind)
         if not curves:
-            usual = Way("lm", "opt" if kind == "greedy" else "chain")
-            return [usual] if usual in ways else ways[:1]
+            usual = [way for way in ways if way.tree == ("opt" if kind == "greedy" else "chain")]
+            return usual[-1:] or ways[:1]
         known = [way for way in ways if curve_name(way) in curves]
         grown = sorted((way for way in known if way.tree), key=lambda way: -(self._tokens(curves, way)))
-        return grown[:_TRIED_TREES] + [way for way in known if not way.tree] or ways[:1]
+        return grown[:TRIED_TREES] + [way for way in known if not way.tree] or ways[:1]
+
+    def _curves(self, kind: str) -> Mapping[str, Any]:
+        return self.measured.get("tokens_per_step", {}).get(kind) or {}
+
+    def _drafted_share(self, kind: str, candidate: Candidate) -> float:
+        shares = self.measured.get("drafted_share", {}).get(kind) or {}
+        return tokens_per_step(shares, candidate) or 1.0 if shares else 1.0
 
     def _tokens(self, curves: Mapping[str, Any], way: Way) -> float:
-        return tokens_per_step(curves, Candidate(way, _TYPICAL_SIZE)) or 0.0
+        return tokens_per_step(curves, Candidate(way, TYPICAL_SIZE)) or 0.0
 
 
 def curve_name(way: Way) -> str:
     """Under which name a way's tokens a step are kept."""
-    return way.tree or way.drafter
+    return f"{way.drafter}:{way.tree}" if way.tree else way.drafter
+
+
+LOOKUP = Way("ngram", None)
+"""What a step costs in which a lookup drafted."""
 
 
 class Full:
@@ -251,7 +277,7 @@ def tokens_per_step(measured: Mapping[str, Mapping[str, float]] | None, candidat
     """Tokens a step of a candidate: measured (interpolated between the sizes that were), or for a typical drafter.
 
     Args:
-        measured: tree, or a drafter's name -> number of nodes (as a string, from JSON) -> tokens a step.
+        measured: `curve_name` -> number of nodes (as a string, from JSON) -> tokens a step.
 
     Returns:
         None if others were measured but not this one.

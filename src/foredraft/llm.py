@@ -152,7 +152,7 @@ class LLM:
             speculation=speculation,
             has_model=self.draft_source is not None,
             build=lambda way: self._drafter(speculation, way, way),
-            measured=self._measured(speculation).get("tokens_per_step", {}),
+            measured=self._measured(speculation),
             num_seqs=self._usual_num_seqs,
             prompt=self._sample_prompt(),
         )
@@ -281,7 +281,7 @@ class LLM:
     def draft_source(self) -> Any:
         """The draft model as it was given, or the bundled one; None where there is none."""
         one = self.speculation
-        if one is not None and one.model is None and self._bundled and one.drafter in ("lm", AUTO):
+        if one is not None and one.model is None and self._bundled and one.needs_model:
             return BUNDLED_DRAFTER
         return one.model if one else None
 
@@ -290,7 +290,7 @@ class LLM:
         source = self.draft_source
         if source is None and self._bundled:
             source = BUNDLED_DRAFTER  # its calibration has the drafters without weights too
-        return read_calibration(source, self.target, speculation.drafter)
+        return read_calibration(source, self.target, speculation.calibrated)
 
     def _draft_model(self, source: Any) -> Any:
         key = str(source) if isinstance(source, str | Path) else str(id(source))

@@ -53,7 +53,11 @@ class Speculation:
 
     def ways(self, *, has_model: bool) -> list[Way]:
         """What there is to choose from; without a draft model only drafters that need none."""
-        names = [self.drafter] if self.drafter != AUTO else [name for name in DRAFTERS if has_model or name != "lm"]
+        names = (
+            [self.drafter]
+            if self.drafter != AUTO
+            else [name for name, row in DRAFTERS.items() if has_model or row.gives == "own tree"]
+        )
         return [Way(name, tree) for name in names for tree in self._trees(DRAFTERS[name])]
 
     def _trees(self, drafter: DrafterRow) -> list[str | None]:
@@ -63,6 +67,17 @@ class Speculation:
         if self.tree != AUTO:
             return [self.tree]
         return [name for name in able if self.rule_name in (None, *fitting_rules(GROWERS[name]))]
+
+    @property
+    def calibrated(self) -> str:
+        """The drafter whose calibration says what there is to know."""
+        name = "lm" if self.drafter == AUTO else self.drafter
+        return DRAFTERS[name].asks or name
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether a draft model is of use."""
+        return self.drafter == AUTO or DRAFTERS[self.drafter].gives == "expand"
 
     @property
     def is_open(self) -> bool:

@@ -189,12 +189,10 @@ class TreeBatch:
         )
 
     @staticmethod
-    def interleaved(places: Sequence[Sequence[int]], batches: Sequence[TreeBatch]) -> TreeBatch:
-        """One batch of several; tree i of ``batches[k]`` becomes tree ``places[k][i]``. At most one of them has laws."""
-        order = sorted((place, k, i) for k, some in enumerate(places) for i, place in enumerate(some))
-        trees = [batches[k][i] for _, k, i in order]
-        sampled = next((batch for batch in batches if len(batch.draft_probs)), batches[0])
-        assert all(batch is sampled or not len(batch.draft_probs) for batch in batches)
+    def joined(trees: Sequence[DraftTree]) -> TreeBatch:
+        """One batch of trees; those that have laws share one table of them."""
+        sampled = next((tree for tree in trees if len(tree.draft_probs)), trees[0])
+        assert all(tree.draft_probs is sampled.draft_probs or not len(tree.draft_probs) for tree in trees)
         return TreeBatch(
             tokens=np.concatenate([tree.tokens for tree in trees]),
             parents=np.concatenate([tree.parents for tree in trees]),

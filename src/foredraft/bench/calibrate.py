@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,12 +23,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from foredraft.auto import SAMPLE_TEXT
+from foredraft.auto import SAMPLE_TEXT, TRIED_TREES, TYPICAL_SIZE, curve_name
 from foredraft.bench import tasks
 from foredraft.bench.report import new_figure
 from foredraft.cache import prefill
 from foredraft.calibration import calibration_file
 from foredraft.drafters import DRAFTERS
+from foredraft.drafters.lookup_first import LookupFirst
 from foredraft.draws import Draws
 from foredraft.grow import GROWERS
 from foredraft.grow.acceptance import AcceptanceTable, Trial, conditional
@@ -37,6 +38,7 @@ from foredraft.llm import BUNDLED, LLM
 from foredraft.progress import progress_bar
 from foredraft.protocols import Target
 from foredraft.sampling import SamplingParams, TargetLaw, warp
+from foredraft.speculation import Way
 from foredraft.tree import DraftTree, Drawn, TreeBatch
 from foredraft.verify import RULES
 
@@ -85,7 +87,7 @@ def calibrate(choice: CalibrateChoice) -> tuple[Path, dict[str, Any]]:
         found["acceptance"] = {kind: rows[0] for kind, rows in found["acceptance_by_depth"].items()}
         found["acceptance_by_prob"] = {kind: table_of(texts).written() for kind, texts in trials.items()}
         write(file, found)  # the trees of sequoia and dyspec-calibrated need it
-    found["tokens_per_step"] = tokens_per_step(plain, config, prompts, choice.max_tokens)
+    found |= tokens_per_step(plain, config, prompts, choice.max_tokens)
     write(file, found)
     return file, found
 
@@ -104,26 +106,70 @@ def write(file: Path, found: dict[str, Any]) -> None:
 
 
 def tokens_per_step(plain: LLM, config: dict[str, Any], prompts: Sequence[list[int]], max_tokens: int) -> dict[str, Any]:
-    """Kind of request -> tree -> number of nodes -> acceptance length, by decoding with each.
+    """``tokens_per_step``: kind of request -> way -> number of nodes -> acceptance length, by decoding with each; and the same
+    of ``drafted_share`` for drafters that look up first, with the best trees.
 
     With a draft model the drafters that need none are measured too: what it is worth can only be said beside them.
     """
-    trees = [{**config, "tree": name} for name, row in GROWERS.items() if row.needs == DRAFTERS[config["method"]].gives]
-    free = [{"method": name} for name, row in DRAFTERS.items() if row.gives == "own tree"]
-    ways = [*trees, *free] if trees else [config]
-    plan = [(kind, way) for kind in TEMPERATURES for way in ways]
-    found: dict[str, Any] = {kind: {} for kind in TEMPERATURES}
-    with progress_bar("tokens a step", len(plan)) as advance:
-        for kind, way in plan:
-            curve: dict[str, float] = {}
-            for nodes in SIZES:
-                llm = plain.with_speculation({**way, "num_speculative_tokens": nodes})
-                curve[str(nodes)] = acceptance_length(llm, prompts, TEMPERATURES[kind], max_tokens)
-                if len(curve) > 1 and curve[str(nodes)] < _GAIN * curve[str(nodes // 2)]:
-                    break  # larger trees of this kind gain nothing
-            found[kind][way.get("tree", way["method"])] = curve
-            advance(1)
+    method = config["method"]
+    trees = [Way(method, name) for name, row in GROWERS.items() if row.needs == DRAFTERS[method].gives]
+    free = [Way(name, None) for name, row in DRAFTERS.items() if row.gives == "own tree"]
+    asking = [name for name, row in DRAFTERS.items() if row.asks == method]
+    ways = [*trees, *free] if trees else [Way(method, None)]
+    found: dict[str, Any] = {"tokens_per_step": {}, "drafted_share": {}}
+    with progress_bar("tokens a step", len(TEMPERATURES) * (len(ways) + TRIED_TREES * len(asking))) as advance:
+
+        def curves(some: Sequence[Way], temperature: float) -> dict[str, list[Point]]:
+            points = {}
+            for way in some:
+                points[curve_name(way)] = list(curve(plain, config, way, prompts, temperature, max_tokens))
+                advance(1)
+            return points
+
+        for kind, temperature in TEMPERATURES.items():
+            pure = curves(ways, temperature)
+            best = sorted(trees, key=lambda way: -at_most(pure[curve_name(way)], TYPICAL_SIZE).acceptance_length)
+            mixed = curves([Way(name, way.tree) for name in asking for way in best[:TRIED_TREES]], temperature)
+            found["tokens_per_step"][kind] = {
+                name: {str(one.nodes): one.acceptance_length for one in points} for name, points in (pure | mixed).items()
+            }
+            found["drafted_share"][kind] = {
+                name: {str(one.nodes): one.drafted_share for one in points} for name, points in mixed.items()
+            }
     return found
+
+
+class Point(NamedTuple):
+    """What a size of tree gave; `drafted_share` is 1 for drafters that ask no other."""
+
+    nodes: int
+    acceptance_length: float
+    drafted_share: float
+
+
+def at_most(points: Sequence[Point], nodes: int) -> Point:
+    """The largest measured size up to `nodes`."""
+    return max((one for one in points if one.nodes <= nodes), key=lambda one: one.nodes)
+
+
+def curve(
+    plain: LLM, config: dict[str, Any], way: Way, prompts: Sequence[list[int]], temperature: float, max_tokens: int
+) -> Iterator[Point]:
+    """Sizes upwards, until a larger tree of this kind gains nothing."""
+    before = 0.0
+    for nodes in SIZES:
+        tree = {"tree": way.tree} if way.tree else {}
+        model = {"model": config["model"]} if way.tree and "model" in config else {}
+        llm = plain.with_speculation({"method": way.drafter, **model, **tree, "num_speculative_tokens": nodes})
+        length = acceptance_length(llm, prompts, temperature, max_tokens)
+        drafter = llm.engine.drafter
+        share = 1.0
+        if isinstance(drafter, LookupFirst):
+            share = round(drafter.num_drafted / (drafter.num_drafted + drafter.num_looked_up), 4)
+        yield Point(nodes, length, share)
+        if length < _GAIN * before:
+            return
+        before = length
 
 
 def acceptance_length(llm: LLM, prompts: Sequence[list[int]], temperature: float, max_tokens: int) -> float:

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from foredraft.drafters import DRAFTERS
 from foredraft.llm import LLM
 from foredraft.metrics import StepRecord
 from foredraft.sampling import SamplingParams
@@ -71,7 +72,8 @@ def parse_method(text: str, draft_model: str | None) -> dict[str, Any]:
         raise ValueError(f"the budget of method {text!r} must be a whole number or {AUTO!r}, got {budget!r}")
     config: dict[str, Any] = {"method": drafter}
     if drafter != PLAIN:
-        config |= {"model": draft_model} if draft_model is not None and drafter in ("lm", AUTO) else {}
+        has_model = drafter == AUTO or (drafter in DRAFTERS and DRAFTERS[drafter].gives == "expand")
+        config |= {"model": draft_model} if draft_model is not None and has_model else {}
         config |= {"tree": tree} if tree else {}
         config |= {"num_speculative_tokens": budget if budget == AUTO else int(budget)} if budget else {}
         config |= {"rule": rule} if rule else {}

@@ -36,6 +36,7 @@ class DrafterRow(NamedTuple):
         gives: ``expand`` (the law after any path), ``slots`` (laws of the next positions) or ``own tree``.
         options: config keys of its own.
         chains_only: for ``own tree``: whether it never branches.
+        asks: the drafter that it asks where it finds nothing itself.
     """
 
     module: str
@@ -44,6 +45,7 @@ class DrafterRow(NamedTuple):
     options: Sequence[str]
     chains_only: bool
     source: str
+    asks: str | None = None
 
     def load(self) -> Any:
         """Its class."""
@@ -61,6 +63,15 @@ class DrafterRow(NamedTuple):
 DRAFTERS: dict[str, DrafterRow] = {
     "lm": DrafterRow(
         "foredraft.drafters.lm", "LMDrafter", "expand", (), False, "Leviathan et al. 2023 (arXiv 2211.17192): a small model"
+    ),
+    "lm-lookup": DrafterRow(
+        "foredraft.drafters.lookup_first",
+        "LookupFirst",
+        "expand",
+        ("lookup_min_match",),
+        False,
+        "a small model, and lookup where the text repeats itself, as in SAM decoding (arXiv 2411.10666)",
+        asks="lm",
     ),
     "ngram": DrafterRow(
         "foredraft.drafters.ngram",

@@ -120,7 +120,7 @@ class LMDrafter:
         """Follows the committed tokens through what was run. Equal tokens on equal paths have equal keys and values, so the
         tokens alone tell what to keep, also where a tree holds one token twice."""
         state.num_committed += len(tokens)
-        if not state.tokens:
+        if not state.tokens or state.path is not None:  # nothing was drafted by this drafter since it was told last
             state.pending += tokens
             return
         at = len(state.pending) - 1

@@ -11,7 +11,7 @@ from torch import Tensor
 from foredraft.draws import Draws
 from foredraft.protocols import Budget, Drafter
 from foredraft.sampling import SamplingParams
-from foredraft.tree import TreeBatch
+from foredraft.tree import DraftTree, TreeBatch
 
 
 class MixedState(NamedTuple):
@@ -52,14 +52,17 @@ class MixedDrafter:
         draws: Sequence[Draws],
     ) -> TreeBatch:
         """One tree a request, each by its own drafter."""
-        parts: list[tuple[list[int], TreeBatch]] = []
+        trees: dict[int, DraftTree] = {}
         for drafter, name in ((self._greedy, "greedy"), (self._sampled, "sampled")):
             mine = [b for b, one in enumerate(sampling) if (one.temperature > 0) == (name == "sampled")]
             if mine:
                 own = [getattr(states[b], name) for b in mine]
                 given = ([of[b] for b in mine] for of in (budgets, sampling, draws))
-                parts.append((mine, drafter.propose(own, *given)))  # type: ignore[arg-type]
-        return parts[0][1] if len(parts) == 1 else TreeBatch.interleaved(*zip(*parts, strict=True))
+                batch = drafter.propose(own, *given)  # type: ignore[arg-type]
+                if len(mine) == len(states):
+                    return batch
+                trees |= {b: batch[i] for i, b in enumerate(mine)}
+        return TreeBatch.joined([trees[b] for b in range(len(states))])
 
     def observe(
         self, state: MixedState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]

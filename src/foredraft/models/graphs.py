@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -116,9 +117,10 @@ class Graphs:
     def _room_for(self, shape: Shape, layout: Layout, masks: Masks) -> Graph:
         """Empty inputs: every tree as wide as the widest, every mask there."""
         count, device = len(shape.slots) * shape.width, layout.token_ids.device
-        names = ("token_ids", "positions", "slot", "place")
+        names = ("token_ids", "positions", "slot", "place", "request", "column")
         ids = {name: torch.zeros(count, dtype=torch.int64, device=device) for name in names}
-        fixed = replace(layout, **ids, count=count, width=shape.width, length=shape.length, first_place=None)
+        unused = {"new": np.arange(count), "visible": np.zeros((len(shape.slots), 0, 0), bool), "first_place": None}
+        fixed = replace(layout, **ids, **unused, count=count, width=shape.width, length=shape.length)
         size = len(shape.slots), 1, self.group * shape.width, shape.length
         rooms = {window: torch.empty(size, dtype=self.dtype, device=device) for window in masks}
         return Graph(fixed, rooms)

@@ -16,5 +16,6 @@ def _few_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     from foredraft import auto
 
     monkeypatch.setattr(auto, "SIZES", (4,))
-    monkeypatch.setattr(auto, "_TIMED_STEPS", 2)
+    monkeypatch.setattr(auto, "_LEAST_STEPS", 2)
+    monkeypatch.setattr(auto, "_MOST_STEPS", 2)
     monkeypatch.setattr(auto, "TRIED_TREES", 1)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pytest
 
 from exact import MEASURED
 from foredraft import LLM, SamplingParams, auto
-from foredraft.auto import Candidate, Choice, choose, tokens_per_step
+from foredraft.auto import Candidate, Choice, Full, choose, tokens_per_step
 from foredraft.calibration import recalled
+from foredraft.drafters.ngram import NgramDrafter
 from foredraft.grow import GROWERS
 from foredraft.models.table import TableTarget, random_law
 from foredraft.speculation import AUTO, Way, parse
+from foredraft.verify import RULES
 
 DATA = Path(__file__).parent / "data"
 PAIR = sorted(path.parent for path in DATA.glob("*/config.json"))
@@ -156,12 +159,9 @@ def test_a_drafter_that_asks_another_costs_what_calibration_saw_of_both(monkeypa
     speculation = parse({"method": "auto"})
     assert speculation is not None
 
-    def seconds(target: Any, drafter: Any, *rest: Any) -> float:
-        return 2.0 if drafter == "grown" else 1.1 if drafter else 1.0
-
     monkeypatch.setattr(auto, "SIZES", (4,))
-    monkeypatch.setattr(auto, "step_seconds", seconds)
-    build: Any = lambda way: "grown"  # noqa: E731
+    monkeypatch.setattr(auto, "slowdown_of", lambda timed, plain: 1.1 if isinstance(timed.drafter, Full) else 2.0)
+    build: Any = lambda way: NgramDrafter()  # noqa: E731
     chooser = auto.Chooser(TableTarget(random_law(2, 0), 2), speculation, True, build, measured, 1, [1])
     slow = chooser._choose("greedy")
     assert (slow.way, slow.speedup) == (Way("ngram", None), pytest.approx(3.0 / 1.1))
@@ -172,3 +172,17 @@ def test_a_drafter_that_asks_another_costs_what_calibration_saw_of_both(monkeypa
         pytest.approx(1.55),
         pytest.approx(4.5 / 1.55),
     )
+
+
+def test_slower_steps_are_slower_than_plain_ones() -> None:
+    """A drafter that waits makes steps slower, by what it waits."""
+    target = TableTarget(random_law(2, 0), 2, max_len=4000)
+    plain = auto.Timed(target, None, None, 0, [1], SamplingParams(temperature=0), 2)
+
+    class Slow(Full):
+        def propose(self, *arguments: Any) -> Any:
+            sleep(0.01)
+            return super().propose(*arguments)
+
+    slow = auto.Timed(target, Slow(), RULES["deterministic"].rule, 2, [1], SamplingParams(temperature=0), 2)
+    assert auto.slowdown_of(slow, plain) > 2

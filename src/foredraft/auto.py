@@ -11,10 +11,11 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache as memoize
 from math import inf, prod
+from statistics import fmean
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ SAMPLE_TEXT = (
 
 _log = logging.getLogger("foredraft")
 
-_WARM_STEPS, _TIMED_STEPS = 1, 8
+_WARM_STEPS, _LEAST_STEPS, _MOST_STEPS, _ENOUGH_S = 2, 8, 48, 0.4
 """The first step runs the prompt through the drafter."""
 
 TRIED_TREES, TYPICAL_SIZE = 2, 8
@@ -122,26 +123,26 @@ class Chooser:
 
     def _choose(self, kind: str) -> Choice:
         sampling = SamplingParams(temperature=0.0 if kind == "greedy" else 1.0)
-        plain = step_seconds(self.target, None, None, 0, self.prompt, sampling, self.num_seqs)
+        plain = Timed(self.target, None, None, 0, self.prompt, sampling, self.num_seqs)
         ways = self._worth_timing(kind)
         drafters: dict[Way, Drafter] = {}
 
         @memoize
-        def seconds(way: Way, nodes: int) -> float:
+        def slower(way: Way, nodes: int) -> float:
             if way.tree and way not in drafters:
                 drafters[way] = self.build(way)
             drafter = drafters[way] if way.tree else Full()
             rule = self.speculation.rule_for(way.tree)
-            return step_seconds(self.target, drafter, rule, nodes, self.prompt, sampling, self.num_seqs)
+            return slowdown_of(Timed(self.target, drafter, rule, nodes, self.prompt, sampling, self.num_seqs), plain)
 
         def slowdown(candidate: Candidate) -> float:
             """Where a drafter asks another, steps with a lookup and steps of that other, as often as calibration saw them."""
             way, nodes = candidate
             asked = DRAFTERS[way.drafter].asks
             if asked is None:
-                return seconds(way, nodes) / plain
+                return slower(way, nodes)
             share = self._drafted_share(kind, candidate)
-            return (share * seconds(Way(asked, way.tree), nodes) + (1 - share) * seconds(LOOKUP, nodes)) / plain
+            return share * slower(Way(asked, way.tree), nodes) + (1 - share) * slower(LOOKUP, nodes)
 
         return choose(
             ways,
@@ -204,41 +205,67 @@ class Full:
         """Nothing is held."""
 
 
-def step_seconds(
-    target: Target,
-    drafter: Drafter | None,
-    rule: AcceptanceRule | None,
-    nodes: int,
-    prompt: Sequence[int],
-    sampling: SamplingParams,
-    num_seqs: int,
-) -> float:
-    """Least seconds of a step with `num_seqs` requests of one prompt; plain decoding without a drafter.
+def slowdown_of(timed: Timed, plain: Timed) -> float:
+    """A step's seconds in steps of plain decoding. Both take turns, since the machine's speed drifts; the slowest quarter of
+    each is left out, where other work came in between.
 
-    The least of some, because other work on the machine only ever adds.
+    At least `_LEAST_STEPS` of each are timed, and more for fast models, up to `_MOST_STEPS` in `_ENOUGH_S` seconds.
     """
-    pool = target.new_pool(num_seqs, target.max_len)
-    run = [
-        Continuation(list(prompt), len(prompt), target.max_len, sampling, Draws(b), TextStream(None)) for b in range(num_seqs)
-    ]
-    if drafter is None:
-        steps = autoregressive(target, pool, run)
-    else:
-        assert rule is not None
-        steps = speculative(target, pool, run, drafter, rule, Budget(nodes, min(nodes, MAX_DEPTH)))
-    times, began = [], perf_counter()
-    for number, _ in enumerate(paced(target, steps)):
-        now = perf_counter()
-        if number >= _WARM_STEPS:
-            times.append(now - began)
-        if len(times) == _TIMED_STEPS:
-            break
-        began = perf_counter()
-    steps.close()
-    for one in run:
-        if drafter is not None and one.draft_state is not None:
-            drafter.finish(one.draft_state)
-    return min(times, default=inf)
+    pair = [one.steps() for one in (timed, plain)]
+    seconds: list[list[float]] = [[], []]
+    try:
+        for number in range(_WARM_STEPS + _MOST_STEPS):
+            for steps, times in zip(pair, seconds, strict=True):
+                began = perf_counter()
+                if next(steps, None) is None:
+                    return inf if not times else _ratio(seconds)
+                if number >= _WARM_STEPS:
+                    times.append(perf_counter() - began)
+            if number >= _WARM_STEPS + _LEAST_STEPS and sum(map(sum, seconds)) > _ENOUGH_S:
+                break
+        return _ratio(seconds)
+    finally:
+        for steps in pair:
+            steps.close()
+
+
+def _ratio(seconds: Sequence[Sequence[float]]) -> float:
+    kept = [sorted(times)[: max(1, len(times) * 3 // 4)] for times in seconds]
+    return fmean(kept[0]) / fmean(kept[1])
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What is timed: `num_seqs` requests of one prompt; plain decoding without a drafter."""
+
+    target: Target
+    drafter: Drafter | None
+    rule: AcceptanceRule | None
+    nodes: int
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    num_seqs: int
+
+    def steps(self) -> Iterator[Any]:
+        """Step after step, until closed."""
+        pool = self.target.new_pool(self.num_seqs, self.target.max_len)
+        run = [
+            Continuation(list(self.prompt), len(self.prompt), self.target.max_len, self.sampling, Draws(b), TextStream(None))
+            for b in range(self.num_seqs)
+        ]
+        if self.drafter is None:
+            steps = autoregressive(self.target, pool, run)
+        else:
+            assert self.rule is not None
+            budget = Budget(self.nodes, min(self.nodes, MAX_DEPTH))
+            steps = speculative(self.target, pool, run, self.drafter, self.rule, budget)
+        try:
+            yield from paced(self.target, steps)
+        finally:
+            steps.close()
+            for one in run:
+                if self.drafter is not None and one.draft_state is not None:
+                    self.drafter.finish(one.draft_state)
 
 
 def choose(

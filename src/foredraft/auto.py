@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache as memoize
 from math import inf, prod
@@ -246,7 +246,7 @@ class Timed:
     sampling: SamplingParams
     num_seqs: int
 
-    def steps(self) -> Iterator[Any]:
+    def steps(self) -> Generator[Any, None, None]:
         """Step after step, until closed."""
         pool = self.target.new_pool(self.num_seqs, self.target.max_len)
         run = [

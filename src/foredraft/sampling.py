@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -198,12 +199,19 @@ def likeliest_of_mass(probs: Float[Tensor, "n v"], mass: float) -> Bool[Tensor, 
     """The likeliest tokens of each row, up to the one with which they reach `mass`; of equal ones the first."""
     few = probs.topk(min(_FEW, probs.shape[-1])).values
     enough = few.sum(-1) >= mass * (1 + 1e-6)  # whichever way it is added up
-    found = few if bool(enough.all()) else probs.sort(dim=-1, descending=True).values
+    found = few if bool(enough.all()) else _descending(probs)
     count = (found.cumsum(-1) - found < mass).sum(-1, keepdim=True)
     least = found.gather(-1, count - 1)
     kept, equal = probs > least, probs == least
     wanted = count - kept.sum(-1, keepdim=True)
     return kept | (equal & (equal.cumsum(-1) <= wanted))
+
+
+def _descending(probs: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
+    """Every row sorted; on a CPU by numpy, whose vectorised sort is much faster than torch's."""
+    if probs.device.type != "cpu":
+        return probs.sort(dim=-1, descending=True).values
+    return torch.from_numpy(np.sort(probs.numpy(), axis=-1)[:, ::-1].copy())
 
 
 def likeliest(logits: Float[Tensor, "n v"]) -> list[int]:

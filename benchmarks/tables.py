@@ -35,6 +35,33 @@ def row_of(row: dict[str, Any]) -> list[str]:
     return [*cells, f"{row['acceptance_length']:.2f}", f"{draft:.2f} / {verify:.2f} / {sum(rest):.2f}"]
 
 
+MANY = 12
+"""From so many methods on, a line a tree and a column a budget says more than a line a method."""
+
+
+def full(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """A line a method."""
+    return [list(HEAD), ["---"] * len(HEAD), *map(row_of, rows)]
+
+
+def by_budget(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Tokens a step and speed-up of every tree at every budget; the automatic choice last."""
+    cells = {(row["method"], row["tree"], row["budget"]): row for row in rows if row["name"] not in ("ar", "auto")}
+    budgets = sorted({budget for *_, budget in cells})
+    lines = [["method", *(f"{budget} nodes" for budget in budgets)], ["---"] * (1 + len(budgets))]
+    for method, tree in dict.fromkeys(key[:2] for key in cells):
+        found = [cells.get((method, tree, budget)) for budget in budgets]
+        said = [f"{row['acceptance_length']:.2f} / {row['speedup']:.2f}" if row else "" for row in found]
+        lines.append([f"`{method}:{tree}`" if tree else f"`{method}`", *said])
+    for row in rows:
+        if row["name"] == "auto":
+            interval = f"{row['speedup_low']:.2f} to {row['speedup_high']:.2f}"
+            chosen = f"{row['method']} {setting_of(row)}"
+            said = f"{row['acceptance_length']:.2f} / {row['speedup']:.2f} ({interval}): {chosen}"
+            lines.append(["`auto`", said, *[""] * (len(budgets) - 1)])
+    return lines
+
+
 def main() -> None:
     """Prints every file's table under its command."""
     for path in map(Path, sys.argv[1:]):
@@ -44,7 +71,8 @@ def main() -> None:
         print(f"{plain['num_prompts']} prompts, {plain['looping_share']:.0%} of the plain outputs loop.", end=" ")
         print("Plain decoding reads {weights_mb} MB a step at {read_gb_per_s} GB/s,".format_map(plain), end=" ")
         print("{bandwidth_share:.0%} of the measured {bandwidth_gb_per_s} GB/s.\n".format_map(plain))
-        print("\n".join("| " + " | ".join(cells) + " |" for cells in [HEAD, ["---"] * len(HEAD), *map(row_of, rows)]))
+        lines = full(rows) if len(rows) <= MANY else by_budget(rows)
+        print("\n".join("| " + " | ".join(cells) + " |" for cells in lines))
 
 
 if __name__ == "__main__":

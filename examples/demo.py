@@ -14,13 +14,12 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from foredraft import LLM, CompletionOutput, SamplingParams, TreeBatch
-from foredraft.cache import prefill
+from foredraft import LLM, CompletionOutput, SamplingParams
+from foredraft.audit.greedy import divergence, num_identical
 
 PROMPTS = [
     "Name three things that a beginner should bring on a mountain walk, and say why.",
@@ -50,8 +49,7 @@ class Pair:
     @property
     def num_identical(self) -> int:
         """Tokens before the first difference."""
-        both = zip(self.plain.token_ids, self.drafted.token_ids, strict=False)
-        return next((i for i, (a, b) in enumerate(both) if a != b), min(len(self.plain.token_ids), len(self.drafted.token_ids)))
+        return num_identical(self.plain.token_ids, self.drafted.token_ids)
 
     @property
     def identical(self) -> bool:
@@ -67,22 +65,6 @@ class Pair:
     def drafted_ms(self) -> float:
         """Milliseconds a token of speculative decoding."""
         return 1000 * self.drafted_s / len(self.drafted.token_ids)
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """Where two outputs part: what each chose, how far apart the two logits are, and how far rounding moves a logit."""
-
-    position: int
-    plain_token: str
-    drafted_token: str
-    margin: float
-    rounding: float
-
-    @property
-    def is_tie(self) -> bool:
-        """Whether rounding alone explains it."""
-        return self.margin <= self.rounding
 
 
 def run(dtype: str, config: dict[str, Any]) -> tuple[LLM, list[Pair]]:
@@ -103,28 +85,6 @@ def _both(plain: LLM, drafted: LLM, prompt: str) -> Pair:
     [second] = drafted.chat([{"role": "user", "content": prompt}], SAMPLING)
     ended = perf_counter()
     return Pair(first.prompt_token_ids, first.outputs[0], second.outputs[0], between - began, ended - between)
-
-
-@torch.inference_mode()
-def divergence(llm: LLM, pair: Pair) -> Divergence:
-    """The first difference of a pair. The rounding is measured on the text before it, scored in one forward and token by
-    token: the largest change of either of the two leading logits at any of its positions."""
-    at = pair.num_identical
-    ids, first = [*pair.prompt_ids, *pair.plain.token_ids[:at]], len(pair.prompt_ids) - 1
-    pool = llm.target.new_pool(2, llm.max_model_len)
-    at_once, stepwise = pool.allocate(), pool.allocate()
-    chain = llm.target.forward(TreeBatch.chains([ids]), [at_once]).logits[first:]
-    prefill(llm.target, pool, [stepwise], [ids[:first]])
-    rows = []
-    for token in ids[first:]:
-        rows.append(llm.target.forward(TreeBatch.chains([[token]]), [stepwise]).logits[0].clone())
-        pool.keep([stepwise], [[]])
-    single = torch.stack(rows)
-    leading = single.topk(2).indices
-    moved = (single.gather(1, leading).double() - chain.gather(1, leading).double()).abs().max()
-    tokens = pair.plain.token_ids[at], pair.drafted.token_ids[at]
-    margin = abs(float(single[-1, tokens[0]]) - float(single[-1, tokens[1]]))
-    return Divergence(at, *(repr(llm.tokenizer.decode([token])) for token in tokens), margin, float(moved))
 
 
 def show(pairs: list[Pair]) -> None:
@@ -152,12 +112,13 @@ def show(pairs: list[Pair]) -> None:
 def explain(plain: LLM, pairs: list[Pair]) -> None:
     """Every divergence of a run, with its margin."""
     for number, pair in enumerate(pairs, start=1):
-        if pair.identical:
+        found = divergence(plain, pair.prompt_ids, pair.plain.token_ids, pair.drafted.token_ids)
+        if found is None:
             continue
-        found = divergence(plain, pair)
+        plain_token, drafted_token = (repr(plain.tokenizer.decode([one])) for one in (found.plain_token, found.drafted_token))
         verdict = "a float tie" if found.is_tie else "NOT a float tie"
         OUT.print(
-            f"Prompt {number} diverges at token {found.position}: {found.plain_token} (plain) or {found.drafted_token}; "
+            f"Prompt {number} diverges at token {found.position}: {plain_token} (plain) or {drafted_token}; "
             f"margin of the logits {found.margin:.4f}, rounding of this forward {found.rounding:.4f}: {verdict}."
         )
 

@@ -19,7 +19,7 @@ LAYERS = [  # lowest first; modules of one line may import each other
     {"decode"},
     {"speculation", "engine", "auto"},
     {"llm"},
-    {"train", "theory", "bench", "export"},
+    {"train", "theory", "bench", "audit", "export"},
     {"serve"},
     {"show", "methods", "commands", "__main__"},
 ]

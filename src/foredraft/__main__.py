@@ -228,6 +228,167 @@ def calibrate(
     raise typer.Exit(run(choice, plot=plot, as_json=as_json))
 
 
+theory = typer.Typer(name="theory", help="What speculative decoding costs and gains, computed exactly.", no_args_is_help=True)
+app.add_typer(theory)
+
+LawP = Annotated[str | None, typer.Option("--p", help="Draft law, as numbers: 0.5,0.3,0.2.", show_default=False)]
+LawQ = Annotated[str | None, typer.Option("--q", help="Target law.", show_default=False)]
+LawFile = Annotated[Path | None, typer.Option("--laws", help='JSON: {"draft": ..., "target": ...}.', show_default=False)]
+States = Annotated[int | None, typer.Option(help="Random non-stationary chains over so many states.", show_default=False)]
+LawSeed = Annotated[int, typer.Option("--seed", help="Of random chains and simulated runs.")]
+Horizon = Annotated[int, typer.Option(help="Tokens to be generated.")]
+PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw the figure: a .png or .svg file.", show_default=False)]
+
+
+@theory.command("rejections")
+def theory_rejections(
+    *,
+    p: LawP = None,
+    q: LawQ = None,
+    laws: LawFile = None,
+    states: States = None,
+    seed: LawSeed = 0,
+    horizon: Horizon = 50,
+    drafts: Annotated[str, typer.Option(help="Independent drafts M, or inf.")] = "1",
+    lookahead: Annotated[int | None, typer.Option(help="Tokens a round drafts; default: to the horizon.")] = None,
+    bonus: Annotated[bool, typer.Option(help="With a lookahead: whether accepted rounds emit one more token.")] = True,
+    simulate: Annotated[int, typer.Option(help="Simulated runs.")] = 0,
+    plot: PlotFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Expected rejections: Theorems 1 to 3 of Yin et al., their limit, and what a finite lookahead changes."""
+    from foredraft.theory import command
+
+    given = command.Laws(p, q, laws, states, seed)
+    more: dict[str, Any] = {"lookahead": lookahead, "bonus": bonus, "runs": simulate, "plot": plot, "as_json": as_json}
+    raise typer.Exit(command.rejections(given, horizon=horizon, drafts=drafts, **more))
+
+
+@theory.command("batch")
+def theory_batch(
+    *,
+    p: LawP = None,
+    q: LawQ = None,
+    laws: LawFile = None,
+    states: States = None,
+    seed: LawSeed = 0,
+    horizon: Horizon = 50,
+    drafts: Annotated[int, typer.Option(help="Most drafts M.")] = 8,
+    plot: PlotFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """What 1 to M drafts save, up to the limit; with --p and --q, what rules accept beside what any rule can."""
+    from foredraft.theory import command
+
+    given = command.Laws(p, q, laws, states, seed)
+    raise typer.Exit(command.batch(given, horizon=horizon, most=drafts, plot=plot, as_json=as_json))
+
+
+@theory.command("tradeoff")
+def theory_tradeoff(
+    *,
+    p: LawP = None,
+    q: LawQ = None,
+    epsilon: Annotated[str, typer.Option(help="Sizes of over-acceptance.")] = "0,0.05,0.1,0.2,0.4",
+    plot: PlotFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Quality against rejections: Theorems 4 and 5 of Yin et al."""
+    from foredraft.theory import command
+
+    raise typer.Exit(command.tradeoff(command.Laws(p, q), epsilons=epsilon, plot=plot, as_json=as_json))
+
+
+@theory.command("speedup")
+def theory_speedup(
+    *,
+    acceptance: Annotated[str, typer.Option(help="Of a token once those before it were accepted; one, or one per depth.")],
+    draft_cost: Annotated[float, typer.Option(help="A draft pass, in steps of plain decoding.")] = 0.05,
+    verify_cost: Annotated[str, typer.Option(help="A target step in plain ones: 1.1, or by tokens 1:1,8:1.2,64:4.")] = "1",
+    longest: Annotated[int, typer.Option(help="Longest chain.")] = 16,
+    plot: PlotFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tokens a step and speed-up of chains of every length, and the acceptance from which they pay."""
+    from foredraft.theory import command
+
+    how: dict[str, Any] = {"draft_cost": draft_cost, "verify_cost": verify_cost, "longest": longest}
+    raise typer.Exit(command.speedups(acceptance=acceptance, **how, plot=plot, as_json=as_json))
+
+
+@theory.command("predict")
+def theory_predict(
+    *,
+    prompts: Annotated[Path, typer.Option(help="A .jsonl (prompt, question, messages or turns) or .txt file.")],
+    model: Model = None,
+    draft_model: Annotated[
+        str | None,
+        typer.Option("--drafter", "--draft-model", help="Directory or Hub id of the draft model."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many prompts.", show_default=False)] = None,
+    temperature: Annotated[float, typer.Option(help="Above 0.")] = 1.0,
+    lookahead: Annotated[int, typer.Option(help="Tokens that a round drafts.")] = 4,
+    drafts: Annotated[str, typer.Option(help="Numbers of drafts M.")] = "1,2,4,8",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens a text.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Texts a prompt.")] = 1,
+    dtype: Dtype = "auto",
+    raw: Annotated[bool, typer.Option("--raw", help="Prompts as they are, without the chat template.")] = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Rejections predicted from the two models' laws, beside what the engine counted on the same texts."""
+    from foredraft.theory import command
+    from foredraft.theory.predict import Wanted
+
+    counts = [int(one) for one in command.numbers(drafts, "--drafts")]
+    what = Wanted(model, draft_model, prompts, limit, temperature, lookahead, counts, max_tokens, repeats, dtype, raw, seed)
+    raise typer.Exit(command.predicted(what, as_json=as_json))
+
+
+@app.command()
+def audit(
+    *,
+    model: Model = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    method: Method = None,
+    draft_model: DraftModel = None,
+    tree: Tree = None,
+    budget: Budget = "8",
+    rule: Rule = None,
+    epsilon: Annotated[float | None, _option(_DRAFT, "Of rules tolerance and uno.")] = None,
+    speculative_config: Config = None,
+    temperature: Annotated[float, typer.Option(help="0 leaves the greedy part alone.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens with this mass.")] = 1.0,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A .jsonl or .txt file; default: some that come along.", show_default=False)
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many prompts.")] = 40,
+    samples: Annotated[int, typer.Option(min=1, help="Sampled outputs a prompt.")] = 4,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Most tokens an output.")] = 96,
+    seed: Seed = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Prompts as they are, without the chat template.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder for audit.json and audit.md.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prove, as far as it can be proved, that a configuration is lossless: exit code 0 if it is, 1 if not.
+
+    Enumeration of the rule on small vocabularies, greedy output against plain decoding, sampled output against the target's
+    law, and a planted bias that must be found.
+    """
+    from foredraft import commands
+    from foredraft.audit.command import AuditChoice
+    from foredraft.audit.command import command as run
+
+    named = method or ("lm" if draft_model or tree or model is None else "suffix")
+    grown = tree or ("dyspec" if named == "lm" and rule is None else None)
+    config = commands.speculative_config(model, named, draft_model, grown, budget, rule, extra=speculative_config)
+    if epsilon is not None:
+        config = {**(config or {}), "epsilon": epsilon}
+    choice = AuditChoice(config, model, prompts, limit, samples, temperature, top_p, max_tokens, dtype, device, seed, raw)
+    raise typer.Exit(run(choice, output=output, as_json=as_json))
+
+
 @app.command()
 def methods(*, as_json: AsJson = False) -> None:
     """List every drafter, tree and rule, with its guarantee and source."""

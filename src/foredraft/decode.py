@@ -286,6 +286,7 @@ def record(tree: DraftTree, verdict: Verdict, draft_s: float, verify_s: float, r
         depth=int(tree.depths.max()),
         kind=verdict.kind,
         branched=any(len(siblings) > 1 for siblings in tree.children),
+        tv_bounds=verdict.tv_bounds,
         draft_s=draft_s,
         verify_s=verify_s,
         rule_s=rule_s,

@@ -138,7 +138,7 @@ class Engine:
     ):
         self.target, self.tokenizer, self.drafter = target, tokenizer, drafter
         self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
-        self._rule, self._budget, self._max_nodes, self._seed = rule, budget, max_nodes, seed
+        self.rule, self._budget, self._max_nodes, self._seed = rule, budget, max_nodes, seed
         self._eos_ids = frozenset(one for one in eos_ids if 0 <= one < target.vocab_size)
         self._pool = target.new_pool(max_num_seqs, max_model_len)
         self._num_requests = 0
@@ -172,8 +172,8 @@ class Engine:
         # where nothing is drafted both loops give the same outputs, and the plain one sooner
         if self.drafter is None or all(one.max_nodes == 0 for one in wave):
             return autoregressive(self.target, self._pool, wave)
-        assert self._rule is not None and self._budget is not None
-        return speculative(self.target, self._pool, wave, self.drafter, self._rule, self._budget)
+        assert self.rule is not None and self._budget is not None
+        return speculative(self.target, self._pool, wave, self.drafter, self.rule, self._budget)
 
     def _release(self, continuations: Sequence[Continuation]) -> None:
         for one in continuations:

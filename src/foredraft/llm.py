@@ -152,7 +152,7 @@ class LLM:
             speculation=speculation,
             has_model=self.draft_source is not None,
             build=lambda way: self._drafter(speculation, way, way),
-            measured=self._measured(speculation),
+            measured=self.measured(speculation),
             num_seqs=self._usual_num_seqs,
             prompt=self._sample_prompt(),
         )
@@ -263,7 +263,7 @@ class LLM:
         if greedy.drafter != sampled.drafter:
             parts = [self._drafter(speculation, way, way) for way in (greedy, sampled)]
             return MixedDrafter(*parts)
-        measured = self._measured(speculation)
+        measured = self.measured(speculation)
         grower = speculation.grower(sampled.tree, measured)
         if greedy != sampled:
             grower = ByTemperature(speculation.grower(greedy.tree, measured), grower)
@@ -285,7 +285,7 @@ class LLM:
             return BUNDLED_DRAFTER
         return one.model if one else None
 
-    def _measured(self, speculation: Speculation) -> dict[str, Any]:
+    def measured(self, speculation: Speculation) -> dict[str, Any]:
         """What calibration found out about the drafter."""
         source = self.draft_source
         if source is None and self._bundled:

@@ -68,5 +68,6 @@ def _rule(name: str) -> dict[str, Any]:
         "drawn": [one.name.lower() for one in Drawn if one in row.drawn],
         "chains_only": row.chains_only,
         "trees": [tree for tree, grower in GROWERS.items() if fits(row, grower.drawn, grower.chains_only)],
+        "options": list(row.options),
         "source": row.source,
     }

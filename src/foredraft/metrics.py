@@ -16,6 +16,7 @@ class StepRecord:
         depth: depth of the tree, the most that could be accepted.
         kind: what the last token of the step was, ``recovered`` or ``bonus``.
         branched: whether any node of the tree had two or more children.
+        tv_bounds: of a lossy rule; see `foredraft.protocols.Verdict`.
         draft_s, verify_s, rule_s, cache_s: seconds of the batched step that this request was part of.
     """
 
@@ -24,6 +25,7 @@ class StepRecord:
     depth: int
     kind: str
     branched: bool = False
+    tv_bounds: Sequence[float] = ()
     draft_s: float = 0.0
     verify_s: float = 0.0
     rule_s: float = 0.0
@@ -40,6 +42,9 @@ class Metrics:
         joint_acceptance_rate: element k: the share of all steps in which more than k tokens were accepted.
         conditional_acceptance_rate: element k: of the steps that accepted k tokens and whose tree went deeper, the share
             that accepted one more.
+        tv_bound_mean, tv_bound_max: over all tokens, how far their law may be from the target's (total variation); 0 for an
+            exact rule.
+        num_saved_rejections: expected rejections that rule ``tolerance`` saved: the sum of the bounds (Theorem 5).
     """
 
     num_steps: int = 0
@@ -50,6 +55,9 @@ class Metrics:
     joint_acceptance_rate: list[float] = field(default_factory=list)
     conditional_acceptance_rate: list[float] = field(default_factory=list)
     branched_rate: float = 0.0
+    tv_bound_mean: float = 0.0
+    tv_bound_max: float = 0.0
+    num_saved_rejections: float = 0.0
     draft_s: float = 0.0
     verify_s: float = 0.0
     rule_s: float = 0.0
@@ -63,6 +71,7 @@ def summarize(records: Sequence[StepRecord]) -> Metrics:
     accepted = [record.num_accepted_tokens for record in records]
     drafted = sum(record.num_draft_tokens for record in records)
     deepest = max(record.depth for record in records)
+    bounds = [bound for record in records for bound in record.tv_bounds]
     return Metrics(
         num_steps=len(records),
         num_draft_tokens=drafted,
@@ -72,6 +81,9 @@ def summarize(records: Sequence[StepRecord]) -> Metrics:
         joint_acceptance_rate=[sum(a > k for a in accepted) / len(records) for k in range(deepest)],
         conditional_acceptance_rate=[_conditional(records, k) for k in range(deepest)],
         branched_rate=sum(record.branched for record in records) / len(records),
+        tv_bound_mean=sum(bounds) / (sum(accepted) + len(records)),
+        tv_bound_max=max(bounds, default=0.0),
+        num_saved_rejections=float(sum(bounds)),
         draft_s=sum(record.draft_s for record in records),
         verify_s=sum(record.verify_s for record in records),
         rule_s=sum(record.rule_s for record in records),

@@ -37,13 +37,14 @@ class Verdict:
         path: accepted nodes from below the root downwards.
         next_token: the token after them, drawn from the target's law or its residual.
         kind: ``recovered`` if the last node of the path had children, else ``bonus``.
-        tv_bound: for a lossy rule, a bound of the total variation distance between this step's law and the target's.
+        tv_bounds: of a lossy rule, per emitted token a bound of the total variation distance between the law that it had
+            after its prefix and the target's; empty where all are 0.
     """
 
     path: list[int]
     next_token: int
     kind: str
-    tv_bound: float = 0.0
+    tv_bounds: Sequence[float] = ()
 
 
 @runtime_checkable

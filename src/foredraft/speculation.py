@@ -40,7 +40,7 @@ class Speculation:
         tree: name in GROWERS; `AUTO` is to be chosen; None where the drafter makes its own tree.
         rule_name: name in RULES; None is the best exact one for the tree that will be chosen.
         budget: None is to be chosen.
-        drafter_options, grower_options: the config's other keys.
+        drafter_options, grower_options, rule_options: the config's other keys.
     """
 
     drafter: str
@@ -50,6 +50,7 @@ class Speculation:
     model: Any
     drafter_options: Mapping[str, Any]
     grower_options: Mapping[str, Any]
+    rule_options: Mapping[str, Any]
 
     def ways(self, *, has_model: bool) -> list[Way]:
         """What there is to choose from; without a draft model only drafters that need none."""
@@ -90,7 +91,7 @@ class Speculation:
 
     def rule_for(self, tree: str | None) -> AcceptanceRule:
         """The same, itself."""
-        return RULES[self.rule_name_for(tree)].rule
+        return RULES[self.rule_name_for(tree)].with_options(**self.rule_options)
 
     def grower(self, tree: str | None, defaults: Mapping[str, Any]) -> Any:
         """The policy of a tree; `defaults`, measured for the drafter at hand, fill options that the user left open."""
@@ -123,7 +124,8 @@ def parse(config: Any) -> Speculation | None:
     nodes = config.get("num_speculative_tokens")
     tree, grower = _named_tree(method, drafter, config.get("tree"))
     policy = grower.grower if grower else Options if tree == AUTO else None
-    allowed = [*_COMMON, *drafter.options, *(_option_names(policy) if policy else [])]
+    of_rule = RULES[config["rule"]].options if config.get("rule") in RULES else ()
+    allowed = [*_COMMON, *drafter.options, *(_option_names(policy) if policy else []), *of_rule]
     what = f"method {method!r}" + (f" and tree {tree!r}" if grower else "")
     for key in config:
         if key not in allowed:
@@ -142,13 +144,22 @@ def parse(config: Any) -> Speculation | None:
         model=config.get("model"),
         drafter_options=drafter_options,
         grower_options=grower_options,
+        rule_options=_rule_options({key: config[key] for key in of_rule if key in config}),
     )
+
+
+def _rule_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    _check_types({"epsilon": float}, options)
+    if options.get("epsilon", 0) < 0:
+        raise ValueError(f"epsilon must be 0 (lossless) or more, got {options['epsilon']}")
+    return options
 
 
 def _check_unused(config: Mapping[str, Any]) -> None:
     """Plain decoding uses none of the keys, but a misspelt name is one mistake more than leaving them in."""
     known = [*_COMMON, *(name for row in DRAFTERS.values() for name in row.options)]
     known += dict.fromkeys(name for row in GROWERS.values() for name in _option_names(row.grower))
+    known += dict.fromkeys(name for row in RULES.values() for name in row.options)
     tables = {"tree": GROWERS, "rule": RULES}
     for key, value in config.items():
         if key not in known:

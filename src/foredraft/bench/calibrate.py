@@ -218,7 +218,7 @@ def by_depth(ranks: Sequence[Sequence[int]]) -> list[list[float]]:
     return rows
 
 
-def all_logits(model: Target, token_ids: list[int]) -> Float[Tensor, "n v"]:
+def all_logits(model: Target, token_ids: Sequence[int]) -> Float[Tensor, "n v"]:
     """Logits after every token of a text."""
     pool = model.new_pool(1, len(token_ids))
     [chunks] = prefill(model, pool, [pool.allocate()], [token_ids], scored=True)

@@ -149,7 +149,7 @@ def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("plots need matplotlib: pip install 'foredraft[plot]'") from None
+        raise ValueError("plots need matplotlib: pip install 'foredraft[plots]'") from None
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -31,18 +31,17 @@ class DySpec(Options):
 
     Attributes:
         width: how many of the best frontier nodes are expanded a pass; 1 is the paper's sequential order. The tree is the
-            same for every width. More nodes a pass cost fewer passes and some nodes evaluated in vain. None is an eighth of
-            the budget, but at least 8.
+            same for every width. More nodes a pass cost fewer passes and some nodes evaluated in vain.
     """
 
-    width: int | None = None
+    width: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_width(self.width)
 
     def policy(self, tree: Sapling) -> Policy:
-        return greedy(tree, self.width or usual_width(tree), as_drafted)
+        return greedy(tree, self.width, as_drafted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,7 @@ class DySpecCalibrated(Options):
     """
 
     acceptance_by_prob: Mapping[str, Any] | None = None
-    width: int | None = None
+    width: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,12 +76,7 @@ class DySpecCalibrated(Options):
                 f"tree 'dyspec-calibrated' needs the measured acceptance of {kind} requests: give it as the config key "
                 "'acceptance_by_prob', or measure it with `foredraft calibrate`"
             )
-        return greedy(tree, self.width or usual_width(tree), self.tables[kind].worth)
-
-
-def usual_width(tree: Sapling) -> int:
-    """Nodes a pass that keep the number of passes small for every budget."""
-    return max(8, tree.budget.nodes // 8)
+        return greedy(tree, self.width, self.tables[kind].worth)
 
 
 def greedy(tree: Sapling, width: int, judge: Judge) -> Policy:
@@ -149,8 +143,8 @@ class DySpecThreshold(Options):
         return self.threshold if self.threshold is not None else 1 / max(size, 1)
 
 
-def _check_width(width: int | None) -> None:
-    if width is not None and width < 1:
+def _check_width(width: int) -> None:
+    if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 from foredraft.draws import Draws
 from foredraft.protocols import AcceptanceRule, Verdict
@@ -11,7 +13,7 @@ from foredraft.tree import DraftTree, Drawn
 from foredraft.verify.block import block
 from foredraft.verify.chain import chain
 from foredraft.verify.kseq import kseq
-from foredraft.verify.lossy import typical
+from foredraft.verify.lossy import tolerance, typical, uno
 from foredraft.verify.multiround import deterministic, multiround, multiround_iid
 
 
@@ -21,6 +23,7 @@ class RuleRow(NamedTuple):
     Attributes:
         drawn: kinds of draws it is made for.
         chains_only: whether it needs a tree without branches.
+        options: config keys of its own, arguments of the rule.
     """
 
     rule: AcceptanceRule
@@ -28,6 +31,11 @@ class RuleRow(NamedTuple):
     chains_only: bool
     guarantee: str
     source: str
+    options: Sequence[str] = ()
+
+    def with_options(self, **options: Any) -> AcceptanceRule:
+        """The rule with some of its options given."""
+        return partial(self.rule, **options) if options else self.rule
 
 
 _D, _I, _W = Drawn.DETERMINISTIC, Drawn.IID, Drawn.WITHOUT_REPLACEMENT
@@ -56,6 +64,22 @@ RULES: dict[str, RuleRow] = {
         False,
         "lossy: accepts any token above an entropy-dependent threshold; equal to greedy decoding at temperature 0",
         "Medusa (arXiv 2401.10774), section 2.3.1, typical acceptance",
+    ),
+    "tolerance": RuleRow(
+        tolerance,
+        frozenset({_D, _I, _W}),
+        True,
+        "lossy: over-accepts by epsilon; the output carries a bound of the distance of every token's law",
+        "Yin et al. 2024 (arXiv 2411.00841), section 4, Decoding-OPT",
+        ("epsilon",),
+    ),
+    "uno": RuleRow(
+        uno,
+        frozenset({_D, _I, _W}),
+        True,
+        "lossy, also at epsilon 0: over-accepts by epsilon and redraws from the target's law; a comparison",
+        "Yin et al. 2024 (arXiv 2411.00841), section 4.3, Decoding-UNO",
+        ("epsilon",),
     ),
 }
 

@@ -1,0 +1,212 @@
+"""Exact laws by enumeration: a `Draws` that replays every branch.
+
+First the drafts are enumerated into a law over distinct trees, then the rule is enumerated on each tree. That factorisation is
+valid only if the rule uses no number that the drafting used, so the double keeps the keys asked while drafting, and raises when
+one is asked twice or when the rule asks one of them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foredraft.draws import Draws, Key
+from foredraft.protocols import Budget, Verdict
+from foredraft.sampling import SamplingParams, TargetLaw
+from foredraft.tree import DraftTree, TreeBatch
+
+T = TypeVar("T")
+
+
+class Replay:
+    """One walk through the choices: `script` says which option to take at each, the first one beyond its end."""
+
+    def __init__(self, script: list[int], forbidden: frozenset[Key]):
+        self.script, self.forbidden = script, forbidden
+        self.num_options: list[int] = []
+        self.asked: set[Key] = set()
+        self.prob = 1.0
+
+    def ask(self, key: Key) -> None:
+        if key in self.asked:
+            raise AssertionError(f"the random number at {key} was asked twice")
+        if key in self.forbidden:
+            raise AssertionError(f"the rule asked {key}, which the drafting used")
+        self.asked.add(key)
+
+    def choose(self, weights: Sequence[float]) -> int:
+        """One of the options of positive weight."""
+        place = len(self.num_options)
+        possible = [i for i, weight in enumerate(weights) if weight > 0]
+        if place == len(self.script):
+            self.script.append(0)
+        self.num_options.append(len(possible))
+        chosen = possible[self.script[place]]
+        self.prob *= weights[chosen]
+        return chosen
+
+
+@dataclass(frozen=True)
+class Branches(Draws):
+    """A `Draws` whose answers are the branches of a choice; `enumerate_branches` visits them all."""
+
+    replay: Replay = field(kw_only=True)
+
+    def at(self, num_committed: int) -> Branches:
+        return replace(self, num_committed=num_committed)
+
+    def _ask(self, key: Key) -> None:
+        self.replay.ask((f"{self.num_committed}:{key[0]}", key[1], key[2]))
+
+    def bernoulli(self, prob: float, key: Key) -> bool:
+        self._ask(key)
+        prob = min(1.0, prob)
+        return self.replay.choose([1 - prob, prob]) == 1
+
+    def categorical(self, probs: Tensor, key: Key) -> int:
+        self._ask(key)
+        return self.replay.choose((probs.double() / probs.double().sum()).tolist())
+
+    def order(self, probs: Tensor, key: Key, k: int) -> list[int]:
+        self._ask(key)
+        left, order = probs.double().clone(), []
+        while len(order) < k and left.sum() > 0:
+            order.append(self.replay.choose((left / left.sum()).tolist()))
+            left[order[-1]] = 0
+        return order
+
+    def order_rows(  # type: ignore[override]
+        self, draws: Sequence[Any], probs: Tensor, keys: Sequence[Key], k: int, token_ids: Tensor | None = None
+    ) -> list[list[int]]:
+        return [one.order(row, key, k) for one, row, key in zip(draws, probs, keys, strict=True)]
+
+
+def enumerate_branches(run: Callable[[Any], T], forbidden: frozenset[Key] = frozenset()) -> Iterator[tuple[float, T, Replay]]:
+    """Every outcome of `run(draws)` with its probability: depth-first over the choices, by running it again and again."""
+    script: list[int] = []
+    while True:
+        replay = Replay(script, forbidden)
+        result = run(Branches(0, replay=replay))
+        yield replay.prob, result, replay
+        while script and script[-1] + 1 == replay.num_options[len(script) - 1]:
+            script.pop()
+        if not script:
+            return
+        script[-1] += 1
+
+
+class TableExpander:
+    """A drafter for growers: draft logits straight from a law of the whole prefix."""
+
+    def __init__(self, law: Callable[[tuple[int, ...]], np.ndarray], vocab_size: int, prefix: tuple[int, ...]):
+        self.law, self.vocab_size, self.prefix = law, vocab_size, prefix
+        self.num_passes = self.num_evaluated = 0
+
+    def expand(self, states: Sequence[Any], partial: TreeBatch, node_ids: np.ndarray) -> Tensor:
+        self.num_passes += 1
+        self.num_evaluated += len(node_ids)
+        tree = partial[0]
+        rows = [self.law((*self.prefix, *(int(tree.tokens[i]) for i in tree.path_to(int(node))))) for node in node_ids]
+        return torch.from_numpy(np.stack(rows)).log()
+
+
+def target_law_of(law: Callable[[tuple[int, ...]], np.ndarray], tree: DraftTree, prefix: tuple[int, ...], temperature: float):
+    """The target's law on a tree, from a law of the whole prefix."""
+    rows = [law((*prefix, *(int(tree.tokens[i]) for i in tree.path_to(node)))) for node in range(tree.num_nodes)]
+    return TargetLaw(torch.from_numpy(np.stack(rows)).log(), SamplingParams(temperature=temperature))
+
+
+Grown = dict[bytes, tuple[float, DraftTree, frozenset[Key]]]
+
+
+def tree_law(
+    grower: Any, draft: Callable, vocab_size: int, budget: Budget, temperature: float, prefix: tuple[int, ...]
+) -> Grown:
+    """The law over distinct trees that a grower draws, with the keys it used."""
+    trees: Grown = {}
+
+    def run(draws: Any) -> DraftTree:
+        drafter = TableExpander(draft, vocab_size, prefix)
+        sampling = SamplingParams(temperature=temperature)
+        return grower.grow(drafter, [None], [prefix[-1]], [budget], [sampling], [draws])[0]
+
+    for prob, tree, replay in enumerate_branches(run):
+        laws = b"".join(b"-" if (row := tree.law(node)) is None else row.numpy().tobytes() for node in range(tree.num_nodes))
+        key = b"|".join([tree.tokens.tobytes(), tree.parents.tobytes(), tree.drawn.tobytes(), laws])
+        before, _, keys = trees.get(key, (0.0, tree, frozenset()))
+        trees[key] = (before + prob, tree, keys | replay.asked)
+    return trees
+
+
+def joint_law(
+    trees: Grown,
+    rule: Callable[..., Verdict],
+    target: Callable,
+    vocab_size: int,
+    length: int,
+    temperature: float,
+    prefix: tuple[int, ...],
+) -> np.ndarray:
+    """The joint law of `length` tokens: what the rule emits on every tree, completed by the target."""
+    emitted: dict[tuple[int, ...], float] = defaultdict(float)
+    for prob, tree, keys in trees.values():
+        law = target_law_of(target, tree, prefix, temperature)
+
+        def run(draws: Any, tree: DraftTree = tree, law: TargetLaw = law) -> tuple[int, ...]:
+            verdict = rule(tree, law, draws)
+            return (*tree.tokens[verdict.path].tolist(), verdict.next_token)
+
+        for share, tokens, _ in enumerate_branches(run, keys):
+            emitted[tokens] += prob * share
+    return complete(emitted, target, vocab_size, length, temperature, prefix)
+
+
+def complete(
+    emitted: dict[tuple[int, ...], float],
+    target: Callable,
+    vocab_size: int,
+    length: int,
+    temperature: float,
+    prefix: tuple[int, ...],
+) -> np.ndarray:
+    """Spreads every emitted prefix over its completions by the target."""
+    joint = np.zeros((vocab_size,) * length)
+    for tokens in product(range(vocab_size), repeat=length):
+        for cut in range(length + 1):
+            if tokens[:cut] in emitted:
+                joint[tokens] += emitted[tokens[:cut]] * chain_prob(target, tokens, cut, temperature, prefix)
+    return joint
+
+
+def chain_prob(target: Callable, tokens: tuple[int, ...], start: int, temperature: float, prefix: tuple[int, ...]) -> float:
+    """The target's probability of ``tokens[start:]`` after ``tokens[:start]``."""
+    prob = 1.0
+    for i in range(start, len(tokens)):
+        row = target((*prefix, *tokens[:i]))
+        prob *= float(row.argmax() == tokens[i]) if temperature == 0 else row[tokens[i]]
+    return prob
+
+
+def target_joint(target: Callable, vocab_size: int, length: int, temperature: float, prefix: tuple[int, ...]) -> np.ndarray:
+    """The answer: the target's own joint law of `length` tokens."""
+    probs = [chain_prob(target, tokens, 0, temperature, prefix) for tokens in product(range(vocab_size), repeat=length)]
+    return np.array(probs).reshape((vocab_size,) * length)
+
+
+def expected_tokens(
+    trees: Grown, rule: Callable[..., Verdict], target: Callable, temperature: float, prefix: tuple[int, ...]
+) -> float:
+    """Expected tokens of one step, the recovered or bonus token included."""
+    total = 0.0
+    for prob, tree, keys in trees.values():
+        law = target_law_of(target, tree, prefix, temperature)
+        for share, verdict, _ in enumerate_branches(lambda draws, tree=tree, law=law: rule(tree, law, draws), keys):
+            total += prob * share * (len(verdict.path) + 1)
+    return total

@@ -1,0 +1,289 @@
+"""``foredraft theory``: what each command computes, as JSON or as a table, and its figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from math import inf
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from foredraft.theory import figures
+from foredraft.theory.chains import Pair, checked_law, iid_pair, random_pair, read_pair, total_variation
+from foredraft.theory.rejections import (
+    batch_rejections,
+    lookahead_rejections,
+    rejections_by_position,
+    speculative_rejections,
+    speedup,
+)
+from foredraft.theory.simulate import simulated_rejections
+from foredraft.theory.speedup import best_length, break_even_acceptance, chain_speedup, chain_tokens
+from foredraft.theory.tradeoff import check_epsilon, curve
+from foredraft.theory.transport import multiround_without_replacement, reached, with_replacement, without_replacement
+
+_SMALL = 12
+"""Tokens up to which every order of draws without replacement is visited."""
+
+
+class Laws(NamedTuple):
+    """Where the laws come from: two laws as numbers, a file, or random chains over some states."""
+
+    p: str | None = None
+    q: str | None = None
+    file: Path | None = None
+    states: int | None = None
+    seed: int = 0
+
+    def pair(self, horizon: int) -> Pair:
+        """The chains.
+
+        Raises:
+            ValueError: not exactly one source was given, or it holds no laws.
+        """
+        given = [(self.p or self.q) is not None, self.file is not None, self.states is not None]
+        if sum(given) != 1 or (self.p is None) != (self.q is None):
+            raise ValueError("give the laws once: --p and --q (0.5,0.5), --laws FILE, or --states N for random ones")
+        if self.file is not None:
+            return read_pair(self.file)
+        if self.states is not None:
+            return random_pair(self.states, max(horizon, 1), self.seed)
+        return iid_pair(*self.rows())
+
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """The two laws given as numbers.
+
+        Raises:
+            ValueError: they were not given, or are no laws over the same vocabulary.
+        """
+        if self.p is None or self.q is None:
+            raise ValueError("this needs one pair of laws: --p 0.5,0.3,0.2 --q 0.2,0.3,0.5")
+        p, q = (checked_law(numbers(text, f"--{name}"), name) for name, text in (("p", self.p), ("q", self.q)))
+        if len(p) != len(q):
+            raise ValueError(f"p has {len(p)} tokens and q {len(q)}: they must be laws over the same vocabulary")
+        return p, q
+
+
+def numbers(text: str, what: str) -> list[float]:
+    """Numbers separated by commas.
+
+    Raises:
+        ValueError: one of them is none.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{what} must be numbers separated by commas, got {text!r}") from None
+
+
+def whole_or_inf(text: str) -> float | int:
+    """A number of drafts.
+
+    Raises:
+        ValueError: it is neither a whole number nor ``inf``.
+    """
+    try:
+        return inf if text == "inf" else int(text)
+    except ValueError:
+        raise ValueError(f"--drafts must be a whole number or inf, got {text!r}") from None
+
+
+def rejections(
+    laws: Laws,
+    *,
+    horizon: int,
+    drafts: str,
+    lookahead: int | None,
+    bonus: bool,
+    runs: int,
+    plot: Path | None,
+    as_json: bool,
+) -> int:
+    """Expected rejections beside the bound, the limit of many drafts, and what a finite lookahead changes."""
+    pair, count = laws.pair(horizon), whole_or_inf(drafts)
+    pair.require_support()
+    expected = batch_rejections(pair, horizon, count)
+    found: dict[str, Any] = {
+        "horizon": horizon,
+        "drafts": "inf" if count == inf else int(count),
+        "expected_rejections": _round(expected),
+        "by_position": [_round(one) for one in rejections_by_position(pair, horizon, count)],
+        "one_draft": _round(speculative_rejections(pair, horizon)),
+        "limit": _round(batch_rejections(pair, horizon, inf)),
+        "speedup": _round(speedup(horizon, expected)),
+    }
+    if lookahead is not None:
+        if count == inf:
+            raise ValueError("a finite lookahead needs a finite number of drafts")
+        rounds = lookahead_rejections(pair, horizon, lookahead, drafts=int(count), bonus=bonus)
+        found["lookahead"] = {"length": lookahead, "bonus": bonus, **{key: _round(v) for key, v in rounds._asdict().items()}}
+    if runs:
+        if count == inf:
+            raise ValueError("simulated runs need a finite number of drafts")
+        means = simulated_rejections(pair, horizon, int(count), runs, laws.seed)
+        found["simulated"] = {"runs": runs, "mean": means[-1].value, "standard_error": means[-1].error}
+    if plot is not None:
+        figures.save(figures.rejections(pair, horizon, runs or figures.RUNS, laws.seed), plot)
+    _report(found, as_json)
+    return 0
+
+
+def batch(laws: Laws, *, horizon: int, most: int, plot: Path | None, as_json: bool) -> int:
+    """Expected rejections of 1 to `most` drafts, and what the batch gains."""
+    if most < 1:
+        raise ValueError(f"the number of drafts M must be a whole number of at least 1, got {most}")
+    pair = laws.pair(horizon)
+    pair.require_support()
+    one = speculative_rejections(pair, horizon)
+    rows = [(m, batch_rejections(pair, horizon, m)) for m in (*range(1, most + 1), inf)]
+    found = {
+        "horizon": horizon,
+        "by_drafts": [
+            {"drafts": "inf" if m == inf else m, "expected_rejections": _round(value), "improvement": _round(one - value)}
+            for m, value in rows
+        ],
+    }
+    if laws.p is not None:
+        found["acceptance"] = _acceptance(*laws.rows(), most)
+    if plot is not None:
+        figures.save(figures.improvement(), plot)
+    _report(found, as_json)
+    return 0
+
+
+def _acceptance(p: np.ndarray, q: np.ndarray, most: int) -> list[dict[str, Any]]:
+    """What rules accept at one node, beside what any rule can."""
+    rows = []
+    for k in range(1, min(most, int((p > 0).sum())) + 1):
+        bounds = without_replacement(p, q, k)
+        row = {"k": k, **{name: _round(value) for name, value in reached(p, q, k).items()}}
+        if len(p) <= _SMALL:
+            row["multiround"] = _round(multiround_without_replacement(p, q, k))
+        row |= {"optimum_iid": _round(with_replacement(p, q, k)), "optimum_without_replacement": [_round(x) for x in bounds]}
+        rows.append(row)
+    return rows
+
+
+def tradeoff(laws: Laws, *, epsilons: str, plot: Path | None, as_json: bool) -> int:
+    """Rejections against loss of over-acceptance, with the best residual and with a redraw."""
+    p, q = laws.rows()
+    sizes = numbers(epsilons, "--epsilon")
+    for size in sizes:
+        check_epsilon(size)
+    points = curve(p, q, sizes)
+    found = {
+        "total_variation": _round(float(total_variation(p[None], q[None])[0])),
+        "points": [
+            {
+                "epsilon": size,
+                "reject": _round(opt.reject),
+                "loss": _round(opt.loss),
+                "loss_uno": _round(uno.loss),
+            }
+            for size, opt, uno in zip(sizes, points["opt"], points["uno"], strict=True)
+        ],
+    }
+    if plot is not None:
+        figures.save(figures.tradeoff(p, q, sizes), plot)
+    _report(found, as_json)
+    return 0
+
+
+def speedups(
+    *, acceptance: str, draft_cost: float | int, verify_cost: str, longest: int, plot: Path | None, as_json: bool
+) -> int:
+    """Tokens a step and speed-up of chains of every length."""
+    rates, verify = numbers(acceptance, "--acceptance"), verify_costs(verify_cost)
+    if draft_cost < 0 or longest < 1:
+        raise ValueError("--draft-cost must be 0 or more and --longest at least 1")
+    best = best_length(rates, draft_cost, verify, longest)
+    found = {
+        "best_length": best.length,
+        "best_speedup": _round(best.speedup),
+        "by_length": [
+            {
+                "length": k,
+                "tokens_per_step": _round(chain_tokens(rates, k)),
+                "speedup": _round(chain_speedup(rates, k, draft_cost, verify)),
+                "break_even_acceptance": _round(break_even_acceptance(k, draft_cost, verify)),
+            }
+            for k in range(1, longest + 1)
+        ],
+    }
+    if plot is not None:
+        figures.save(figures.speedup(draft_cost, verify, longest), plot)
+    _report(found, as_json)
+    return 0
+
+
+def predicted(wanted: Any, *, as_json: bool) -> int:
+    """Prediction against run on real models."""
+    from foredraft.theory.predict import predict
+
+    found = predict(wanted)
+    rows = [
+        {
+            **one._asdict(),
+            "ratio": one.counted / one.predicted if one.predicted else 1.0,
+            "z": (one.counted - one.predicted) / one.standard_error if one.standard_error else 0.0,
+        }
+        for one in found.compared
+    ]
+    _report({**found._asdict(), "compared": rows}, as_json)
+    return 0
+
+
+def verify_costs(text: str) -> Any:
+    """A cost curve in plain steps from ``1:1,8:1.2``; one number costs the same for every tree.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    from foredraft.theory.speedup import interpolated
+
+    try:
+        points = (
+            {int(a): float(b) for a, b in (part.split(":") for part in text.split(","))} if ":" in text else {1: float(text)}
+        )
+    except ValueError:
+        raise ValueError(f"--verify-cost must be a number or NODES:COST,NODES:COST, got {text!r}") from None
+    return interpolated(points)
+
+
+def _round(value: float | None) -> float | None:
+    """Twelve digits, which is what the recursions are good for."""
+    return None if value is None else round(float(value), 12)
+
+
+def _report(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found))
+        return
+    out = Console(highlight=False, soft_wrap=True)
+    for key, value in found.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            out.print(_table(key, value))
+        else:
+            out.print(f"{key.replace('_', ' ')}: {_say(value)}")
+
+
+def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(*(key.replace("_", " ") for key in rows[0]), title=title.replace("_", " "), box=SIMPLE)
+    for row in rows:
+        table.add_row(*(_say(value) for value in row.values()))
+    return table
+
+
+def _say(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return ", ".join(_say(one) for one in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {_say(one)}" for key, one in value.items())
+    return str(value)

@@ -1,0 +1,119 @@
+"""The figures of ``foredraft theory``, after those of Yin et al. (arXiv 2411.00841)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from foredraft.bench.report import new_figure
+from foredraft.theory.chains import Pair, Row
+from foredraft.theory.rejections import batch_rejections, rejections_by_position
+from foredraft.theory.simulate import simulated_rejections
+from foredraft.theory.speedup import Cost, chain_speedup
+from foredraft.theory.tradeoff import curve, front
+
+RUNS = 5000
+_SCALE = (1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 48)
+_SHADES = 201
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a figure, in the format of the file's ending.
+
+    Raises:
+        ValueError: the ending is neither .png nor .svg, or the file cannot be written.
+    """
+    if path.suffix not in (".png", ".svg"):
+        raise ValueError(f"figures are written as .png or .svg, got {str(path)!r}")
+    try:
+        figure.savefig(path, dpi=144)
+    except OSError as error:
+        raise ValueError(f"cannot write {str(path)!r} ({error.strerror})") from None
+
+
+def rejections(pair: Pair, horizon: int, runs: int, seed: int) -> Any:
+    """Figure 2: counted rejections against theory over N, for one draft, for 4 and 5, and the scaling in M with its limit."""
+    figure = new_figure(13.0, 4.0)
+    left, middle, right = figure.subplots(1, 3)
+    for axes, counts in ((left, (1,)), (middle, (4, 5))):
+        for m in counts:
+            theory = np.cumsum(rejections_by_position(pair, horizon, m))
+            means = simulated_rejections(pair, horizon, m, runs, seed + m)
+            places = np.arange(1, horizon + 1)
+            axes.plot(places, theory, label=f"theory, {m} draft{'s' if m > 1 else ''}")
+            some = slice(max(horizon // 12, 1) - 1, None, max(horizon // 12, 1))
+            bars = [3 * one.error for one in means]
+            axes.errorbar(
+                places[some], [one.value for one in means][some], yerr=bars[some], fmt="o", ms=3, label=f"{runs} runs, 3 s.e."
+            )
+        axes.set(xlabel="tokens N", ylabel="rejections")
+        axes.legend(fontsize="small")
+    limit = batch_rejections(pair, horizon, inf)
+    right.plot(_SCALE, [batch_rejections(pair, horizon, m) for m in _SCALE], label="theory")
+    means = [simulated_rejections(pair, horizon, m, runs, seed + 100 + m)[-1] for m in _SCALE]
+    right.errorbar(
+        _SCALE, [m.value for m in means], yerr=[3 * m.error for m in means], fmt="o", ms=3, label=f"{runs} runs, 3 s.e."
+    )
+    right.axhline(limit, ls="--", c="grey", label="limit of many drafts")
+    right.set(xlabel="drafts M", ylabel=f"rejections in {horizon} tokens", xscale="log")
+    right.legend(fontsize="small")
+    return figure
+
+
+def improvement() -> Any:
+    """Figure 3: what a retry among M drafts takes off the rejections of one step, for uniform and for Bernoulli laws."""
+    figure = new_figure(9.0, 4.0)
+    left, right = figure.subplots(1, 2)
+    shares = np.linspace(0, 1, _SHADES)
+    for m in (2, 4, 8, 32):
+        left.plot(shares, uniform_gain(shares, m), label=f"M = {m}")
+        right.plot(shares, bernoulli_gain(shares, 0.0 * shares + 0.1, m), label=f"M = {m}")
+    left.set(title="p uniform on V tokens, q on V' of them", xlabel="V' / V", ylabel="improvement of a step")
+    right.set(title="p = Ber(u), q = Ber(0.1)", xlabel="u", ylabel="improvement of a step")
+    left.legend(fontsize="small")
+    right.legend(fontsize="small")
+    return figure
+
+
+def uniform_gain(share: np.ndarray, drafts: int) -> np.ndarray:
+    """TV - prod TV for p uniform on V tokens and q uniform on a share r of them: (1 - r) - (1 - r)^M."""
+    return (1 - share) - (1 - share) ** drafts
+
+
+def bernoulli_gain(u: np.ndarray, v: np.ndarray, drafts: int) -> np.ndarray:
+    """TV - prod TV for p = Ber(u), q = Ber(v): (u - v)(1 - u^(M - 1)) where u >= v, and by symmetry below."""
+    high = (u - v) * (1 - u ** (drafts - 1))
+    low = (v - u) * (1 - (1 - u) ** (drafts - 1))
+    return np.where(u >= v, high, low)
+
+
+def tradeoff(p: Row, q: Row, epsilons: Sequence[float]) -> Any:
+    """The Pareto line with the points of both rules."""
+    figure = new_figure(5.5, 4.0)
+    axes = figure.subplots()
+    line = front(p, q, 2)
+    axes.plot([one.reject for one in line], [one.loss for one in line], c="grey", label="Pareto front (Theorem 5)")
+    for name, points in curve(p, q, epsilons).items():
+        axes.plot([one.reject for one in points], [one.loss for one in points], "o", label=name.upper())
+    axes.set(xlabel="probability of a rejection", ylabel="loss (total variation)")
+    axes.legend()
+    return figure
+
+
+def speedup(draft_cost: float | int, verify: Cost, longest: int) -> Any:
+    """Speed-up of chains against their length, for several acceptances."""
+    figure = new_figure(5.5, 4.0)
+    axes = figure.subplots()
+    lengths = range(1, longest + 1)
+    for rate in (0.5, 0.6, 0.7, 0.8, 0.9):
+        axes.plot(
+            lengths, [chain_speedup(rate, k, draft_cost, verify) for k in lengths], marker=".", label=f"acceptance {rate}"
+        )
+    axes.axhline(1.0, ls="--", c="grey")
+    axes.set(xlabel="draft length", ylabel="speed-up")
+    axes.legend(fontsize="small")
+    return figure

@@ -1,0 +1,233 @@
+"""Prediction against run on real models: rejections and target calls from measured laws, beside what the engine counted.
+
+Text of the target's law passes through the recursion of `lookahead_rejections` as a single path. Given the emitted text,
+the place of each token in its round and whether it replaced a rejected draft are random with probabilities that the two laws
+at its prefix give: at token x a fresh retry has failed with ``fail last(x) / q(x)``, a single test with ``[q - p]+(x) / q(x)``.
+Their sum is the conditional expectation of the count given the text, so that the difference to what the engine counted on the
+same text has mean 0 and a small variance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from foredraft.bench import tasks
+from foredraft.bench.calibrate import all_logits
+from foredraft.engine import CompletionOutput
+from foredraft.grow.base import draft_sampling
+from foredraft.llm import LLM
+from foredraft.progress import progress_bar
+from foredraft.sampling import SamplingParams, warp
+from foredraft.theory.chains import Rows, total_variation
+from foredraft.theory.rejections import Place, Rounds, retry
+from foredraft.theory.transport import with_replacement
+
+_OPTIMA = 200
+"""Positions at which the optimum over all rules is looked at."""
+
+
+class Along(NamedTuple):
+    """What the two laws say along one text, position by position.
+
+    Attributes:
+        first, later: probability that the token replaced rejected drafts, where M are retried, and where one is tested.
+        distance: TV(p, q).
+        fail: probability that all M fail.
+    """
+
+    first: Float[np.ndarray, " t"]
+    later: Float[np.ndarray, " t"]
+    distance: Float[np.ndarray, " t"]
+    fail: Float[np.ndarray, " t"]
+
+
+def along(p: Rows, q: Rows, tokens: Sequence[int], drafts: int) -> Along:
+    """The probabilities at the tokens of a text, whose laws are the rows of p and q."""
+    fail, last = retry(p, q, drafts)
+    at = np.arange(len(q)), np.asarray(tokens)
+    prob = q[at]
+    return Along(fail * last[at] / prob, np.maximum(prob - p[at], 0.0) / prob, total_variation(p, q), fail)
+
+
+def rounds_along(text: Along, lookahead: int, *, bonus: bool = True) -> Rounds:
+    """Expected rejections and target calls given the text; see `lookahead_rejections`."""
+    place, horizon = Place(lookahead, bonus, False), len(text.first)
+    weights = {0: 1.0}
+    rejections = calls = 0.0
+    for n in range(horizon):
+        calls += weights.get(0, 0.0)
+        following: dict[int, float] = {}
+        for accepted, weight in weights.items():
+            tested = place.is_tested(accepted, horizon - n)
+            rejected = weight * float((text.first if accepted == 0 else text.later)[n]) if tested else 0.0
+            rejections += rejected
+            for then, share in ((0, rejected), (place.after(accepted, horizon - n), weight - rejected)):
+                following[then] = following.get(then, 0.0) + share
+        weights = following
+    return Rounds(rejections, calls)
+
+
+class Compared(NamedTuple):
+    """Prediction and count of one number of drafts, over all texts.
+
+    Attributes:
+        predicted, counted: rejections.
+        standard_error: of their difference, over texts.
+        plain_theorem: Theorem 1 or 3 on the same texts: drafts to the horizon, no bonus token.
+        predicted_length, counted_length: tokens a step.
+        first_acceptance, optimum: of the first position of a round, by this rule and by the best lossless rule with M
+            independent drafts, at sampled positions.
+    """
+
+    drafts: int
+    predicted: float
+    counted: float
+    standard_error: float
+    plain_theorem: float
+    predicted_length: float
+    counted_length: float
+    first_acceptance: float
+    optimum: float
+
+
+class Prediction(NamedTuple):
+    """What `predict` found.
+
+    Attributes:
+        distance: mean TV(p, q) over all positions.
+        by_position: the same over blocks of 16 output tokens.
+    """
+
+    temperature: float
+    lookahead: int
+    num_texts: int
+    num_tokens: int
+    distance: float
+    by_position: list[float]
+    compared: list[Compared]
+
+
+class Wanted(NamedTuple):
+    """What to predict, on what."""
+
+    model: str | None
+    draft_model: str | None
+    prompts: Path
+    limit: int | None
+    temperature: float
+    lookahead: int
+    drafts: Sequence[int]
+    max_tokens: int
+    repeats: int
+    dtype: str
+    raw: bool
+    seed: int
+
+
+def predict(wanted: Wanted) -> Prediction:
+    """Runs the engine with M drafts of `lookahead` tokens and predicts its rejections from the two laws along its own texts.
+
+    Raises:
+        ValueError: temperature 0 (nothing is random there), fewer than one draft or repeat, or models or prompts that cannot
+            be read.
+    """
+    if not wanted.temperature > 0:
+        raise ValueError("prediction needs a temperature above 0: at 0 every rejection is certain or impossible")
+    if wanted.repeats < 1 or not wanted.drafts or min(wanted.drafts) < 1 or wanted.lookahead < 1:
+        raise ValueError("drafts, lookahead and repeats must be at least 1")
+    model = {"model": wanted.draft_model} if wanted.draft_model else {}
+    plain = LLM(wanted.model, {"method": "ar"}, dtype=wanted.dtype, max_num_seqs=8, seed=wanted.seed)
+    read = tasks.read_prompts(wanted.prompts, wanted.limit)
+    encoded = tasks.encode(plain, read, raw=wanted.raw or plain.tokenizer.chat_template is None)
+    prompts = [ids for ids in encoded if len(ids) + wanted.max_tokens <= plain.max_model_len] * wanted.repeats
+    sampling = SamplingParams(temperature=wanted.temperature, max_tokens=wanted.max_tokens, ignore_eos=True)
+    compared, distances = [], np.zeros(wanted.max_tokens)
+    with progress_bar("predicting", len(wanted.drafts) * len(prompts)) as advance:
+        for drafts in wanted.drafts:
+            llm = plain.with_speculation({"method": "lm", **model, **_tree(drafts, wanted.lookahead)})
+            texts = []
+            for result in llm.generate(prompts, sampling):
+                p, q = laws_of(llm, result.prompt_token_ids, result.outputs[0].token_ids, sampling)
+                texts.append(compare(p, q, result.outputs[0], drafts, wanted.lookahead))
+                distances += texts[-1].text.distance / len(prompts) / len(wanted.drafts)
+                advance(1)
+            compared.append(summed(drafts, texts))
+    blocks = [float(one.mean()) for one in np.array_split(distances, max(1, wanted.max_tokens // 16))]
+    num_texts = len(prompts)
+    return Prediction(
+        wanted.temperature,
+        wanted.lookahead,
+        num_texts,
+        num_texts * wanted.max_tokens,
+        float(distances.mean()),
+        blocks,
+        compared,
+    )
+
+
+def _tree(drafts: int, lookahead: int) -> dict[str, Any]:
+    """Algorithm 4's tree and rule; with one draft, Algorithm 1's."""
+    if drafts == 1:
+        return {"tree": "chain", "rule": "chain", "num_speculative_tokens": lookahead}
+    shape = {"num_chains": drafts, "draft_depth": lookahead, "num_speculative_tokens": drafts * lookahead}
+    return {"tree": "branching", "rule": "multiround-iid", **shape}
+
+
+def laws_of(llm: LLM, prompt: Sequence[int], output: Sequence[int], sampling: SamplingParams) -> tuple[Rows, Rows]:
+    """Draft and target law at every output token, by one forward each."""
+    ids = [*prompt, *output]
+    places = slice(len(prompt) - 1, len(ids) - 1)
+    drafter: Any = llm.engine.drafter
+    draft_logits, target_logits = (all_logits(model, ids[:-1])[places] for model in (drafter.model, llm.target))
+    draft = warp(draft_logits[:, : llm.target.vocab_size].double(), draft_sampling(sampling, drafter.grower.draft_temperature))
+    return draft.numpy(), warp(target_logits.double(), sampling).numpy()
+
+
+class OneText(NamedTuple):
+    """One text: prediction and count."""
+
+    text: Along
+    predicted: Rounds
+    plain: float
+    counted: int
+    steps: int
+    optimum: float
+
+
+def compare(p: Rows, q: Rows, output: CompletionOutput, drafts: int, lookahead: int) -> OneText:
+    """Predicts one output of the engine."""
+    text = along(p, q, output.token_ids, drafts)
+    counted = sum(record.kind == "recovered" for record in output.records)
+    some = np.linspace(0, len(p) - 1, min(len(p), max(1, _OPTIMA // len(p) + 4))).astype(int)
+    optimum = float(np.mean([with_replacement(p[i], q[i], drafts) for i in some]))
+    return OneText(
+        text,
+        rounds_along(text, lookahead),
+        rounds_along(text, len(p), bonus=False).rejections,
+        counted,
+        len(output.records),
+        optimum,
+    )
+
+
+def summed(drafts: int, texts: Sequence[OneText]) -> Compared:
+    """All texts together."""
+    differences = np.array([one.counted - one.predicted.rejections for one in texts])
+    tokens = sum(len(one.text.first) for one in texts)
+    return Compared(
+        drafts=drafts,
+        predicted=sum(one.predicted.rejections for one in texts),
+        counted=float(sum(one.counted for one in texts)),
+        standard_error=float(differences.std(ddof=1)) * sqrt(len(texts)) if len(texts) > 1 else float("nan"),
+        plain_theorem=sum(one.plain for one in texts),
+        predicted_length=tokens / sum(one.predicted.target_calls for one in texts),
+        counted_length=tokens / sum(one.steps for one in texts),
+        first_acceptance=float(np.mean([1 - one.text.fail.mean() for one in texts])),
+        optimum=float(np.mean([one.optimum for one in texts])),
+    )

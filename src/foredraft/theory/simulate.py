@@ -1,0 +1,64 @@
+"""Running the algorithms on Markov chains, all runs at once: the points beside the theory's lines."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from foredraft.theory.chains import Pair, Rows, residual
+from foredraft.theory.rejections import check_drafts
+
+
+class Mean(NamedTuple):
+    """A mean over independent runs and its standard error."""
+
+    value: float
+    error: float
+
+
+def simulated_rejections(pair: Pair, horizon: int, drafts: int, runs: int, seed: int) -> list[Mean]:
+    """Rejections up to each position n = 1 to `horizon` of Algorithm 4 (Algorithm 1 with one draft), counted.
+
+    Drafts to the horizon and no bonus token, so that only a rejection begins a new retry among `drafts` tokens.
+    Source: Yin et al. (arXiv 2411.00841), Algorithms 1 and 4.
+
+    Raises:
+        ValueError: drafts, runs or horizon are below 1.
+    """
+    check_drafts(drafts)
+    if runs < 2:
+        raise ValueError(f"a standard error needs at least 2 runs, got {runs}")
+    rng = np.random.default_rng(seed)
+    last, fresh, count = np.zeros(runs, np.int64), np.ones(runs, bool), np.zeros(runs)
+    found = []
+    for p, q in pair.steps(horizon):
+        draft, left = p[last], q[last]
+        token, accepted = np.zeros(runs, np.int64), np.zeros(runs, bool)
+        for m in range(drafts):
+            trying = ~accepted if m == 0 else ~accepted & fresh
+            if not trying.any():
+                break
+            drawn = sample(draft, rng)
+            ratio = _at(left, drawn) / _at(draft, drawn)
+            wins = trying & (rng.random(runs) < ratio)
+            token, accepted = np.where(wins, drawn, token), accepted | wins
+            loses = trying & ~wins
+            left = np.where(loses[:, None], residual(draft, left), left)
+        token = np.where(accepted, token, sample(left, rng))
+        count, fresh, last = count + ~accepted, ~accepted, token
+        found.append(Mean(float(count.mean()), float(count.std(ddof=1)) / sqrt(runs)))
+    return found
+
+
+def sample(laws: Rows, rng: np.random.Generator) -> Int[np.ndarray, " s"]:
+    """One token from every row."""
+    bounds = laws.cumsum(-1)
+    levels = rng.random(len(laws))[:, None] * bounds[:, -1:]
+    return (bounds <= levels).sum(-1).clip(max=laws.shape[1] - 1)
+
+
+def _at(laws: Rows, tokens: Int[np.ndarray, " s"]) -> Float[np.ndarray, " s"]:
+    return laws[np.arange(len(laws)), tokens]

@@ -113,7 +113,7 @@ def test_every_tree_with_every_rule(tree: str, rule: str) -> None:
         said = refusal({"tree": tree, "rule": rule})
         assert said.startswith(f"rule {rule!r} is not exact for tree {tree!r}; rules that can be used with it: ")
         assert [one.removesuffix(" (lossy)") for one in said.split(": ")[1].split(", ")] == fitting_rules(GROWERS[tree])
-        assert said.endswith("typical (lossy)")
+        assert "typical (lossy)" in said
 
 
 @pytest.mark.parametrize("method", OWN_TREE)

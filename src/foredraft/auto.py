@@ -51,6 +51,9 @@ _WARM_STEPS, _LEAST_STEPS, _MOST_STEPS, _ENOUGH_S = 2, 8, 48, 0.4
 TRIED_TREES, TYPICAL_SIZE = 2, 8
 """Only so many trees are timed, those of most tokens a step at a typical size."""
 
+_MODEL_MARGIN = 1.1
+"""A draft model has to promise so much more than plain decoding or lookup: its costs are larger, and vary with the text."""
+
 _WORSE = 0.92
 """Growing a tree further is given up once the predicted speed fell to this share of the best."""
 
@@ -283,6 +286,7 @@ def choose(
     """
     ways = list(ways)
     best = Choice(ways[0], 0, 1.0, 1.0, 1.0 if fallback else 0.0)
+    top_score = best.speedup
     for way in ways:
         top = 0.0
         for nodes in sizes:
@@ -292,8 +296,9 @@ def choose(
                 continue
             cost = slowdown(candidate)
             speedup = tokens / cost
-            if speedup > best.speedup:
-                best = Choice(way, nodes, tokens, cost, speedup)
+            score = speedup / (_MODEL_MARGIN if way.tree else 1.0)
+            if score > top_score:
+                best, top_score = Choice(way, nodes, tokens, cost, speedup), score
             if speedup < _WORSE * top:
                 break
             top = max(top, speedup)

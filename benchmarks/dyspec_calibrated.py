@@ -60,9 +60,9 @@ def test_children(target: torch.Tensor, draft: torch.Tensor, way: Way, draws: Dr
     tree = DraftTree(np.array([0, *tokens]), np.array([-1] + [0] * len(tokens)), np.full(size, int(drawn)), row, law)
     laws = TargetLaw(target.expand(size, -1), SamplingParams(temperature=way.temperature))
     path = RULES["multiround"].rule(tree, laws, draws).path
-    probs = law[0][tokens].tolist()
+    probs = conditional(law[0][tokens].double().numpy())
     tested = path[0] if path else len(tokens)
-    return [(rank, prob, rank == tested - 1 and bool(path)) for rank, prob in enumerate(conditional(probs)[:tested].tolist())]
+    return [(rank, prob, rank == tested - 1 and bool(path)) for rank, prob in enumerate(probs[:tested].tolist())]
 
 
 def table_of(found: Trials) -> AcceptanceTable:

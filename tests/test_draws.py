@@ -231,6 +231,22 @@ def test_seeds_are_taken_modulo_2_to_the_64() -> None:
 
 
 @pytest.mark.skipif(compiled.library() is None, reason="needs a CPU with AVX-512 BF16 and a C compiler")
+@pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 4096])
+def test_the_compiled_token_is_the_plain_one(size: int) -> None:
+    """For numbers all over [0, 1), the ends too; never a token of zero probability, nor one of a law without mass."""
+    generator = torch.Generator().manual_seed(size)
+    probs = (3 * torch.randn(4, size, generator=generator)).softmax(-1)
+    probs[1, size // 2 :] = 0
+    probs[2, : size // 2] = 0
+    probs[3] = 0
+    uniforms = [0.0, 2.0**-53, 0.5, 1 - 2.0**-53, *torch.rand(50, generator=generator, dtype=torch.float64).tolist()]
+    for law, uniform in itertools.product(probs, uniforms):
+        token = draws._categorical(law, uniform)
+        assert draws._categorical_compiled(compiled.library(), law, uniform) == token
+        assert law[token] > 0 if law.sum() > 0 else token == -1
+
+
+@pytest.mark.skipif(compiled.library() is None, reason="needs a CPU with AVX-512 BF16 and a C compiler")
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 100, 4096])
 @pytest.mark.parametrize("count", [1, 2, 5, 8, 4096])
 @pytest.mark.parametrize("sparse", [False, True])

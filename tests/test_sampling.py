@@ -20,6 +20,8 @@ from transformers import (
 )
 
 from exact import enumerate_branches
+import foredraft.sampling as laws
+from foredraft import compiled
 from foredraft.decode import Continuation, autoregressive, speculative
 from foredraft.drafters.lm import LMDrafter
 from foredraft.grow import GROWERS
@@ -161,6 +163,25 @@ def test_warp_is_the_naive_law(options: dict[str, Any], vocab_size: int) -> None
     single = warp(logits.float(), sampling)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(compiled.library() is None, reason="needs a CPU with AVX-512 BF16 and a C compiler")
+@pytest.mark.parametrize("vocab_size", [1, 2, 15, 16, 17, 1000, 40000])
+@pytest.mark.parametrize("options", [one for one in WARPS if one.get("temperature") != 0], ids=str)
+def test_the_compiled_law_is_the_plain_one(options: dict[str, Any], vocab_size: int) -> None:
+    """The same tokens are kept, with equal probabilities; of equal logits too, and without those that are banned. Where many
+    tokens stand at the edge of top-p, the rounding of float32 decides on a millionth of the mass."""
+    logits = rows_of(vocab_size, seed=2).float()
+    logits[1] = logits[1].round()  # many equal ones
+    logits[2, ::3] = -INF
+    logits[2, -1] = 0
+    sampling_params = SamplingParams(**options)
+    plain = laws._warp(logits.double(), sampling_params)
+    found = laws._warp_compiled(compiled.library(), logits, sampling_params)
+    edge = (found > 0) != (plain > 0)
+    assert (found + plain)[edge].sum() < 1e-6
+    torch.testing.assert_close(found.double()[~edge], plain[~edge], rtol=2e-5, atol=1e-9)
+    assert torch.equal(found[1:2], laws._warp_compiled(compiled.library(), logits[1:2], sampling_params)), "rows are apart"
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from ctypes import CDLL, c_int64, c_uint64, c_void_p
+from ctypes import CDLL, c_double, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from foredraft.compiled import library
+from foredraft.compiled import compiled_for
 
 Key = tuple[str, tuple[int, ...], int]
 """(purpose, path of sibling ranks from the root, index)."""
@@ -98,13 +98,11 @@ class Draws:
         Raises:
             ValueError: `probs` has no mass.
         """
-        cumulative = probs.double().cumsum(0)
-        total = float(cumulative[-1])
-        if not total > 0:
+        code = compiled_for(probs)
+        find = _categorical if code is None else partial(_categorical_compiled, code)
+        token = find(probs, self.uniform(key))
+        if token < 0:
             raise ValueError("cannot draw a token from a law without mass: every probability is zero or not a number")
-        token = int(torch.searchsorted(cumulative, self.uniform(key) * total, right=True))
-        if token == len(probs) or not probs[token] > 0:  # u * total was rounded up to total, or a sum in blocks is not monotone
-            token = int(torch.nonzero(probs[: token + 1])[-1])
         return token
 
     def order(self, probs: Float[Tensor, " v"], key: Key, k: int) -> list[int]:
@@ -126,7 +124,7 @@ class Draws:
         first k arrivals are the draws. Computed in float64.
         """
         starts = [one._start(key) for one, key in zip(draws, keys, strict=True)]
-        code = library() if probs.dtype == torch.float32 and probs.device.type == "cpu" else None
+        code = compiled_for(probs)
         count = min(k, probs.shape[1])
         found = (
             _race(starts, probs, count, token_ids) if code is None else _race_compiled(code, starts, probs, count, token_ids)
@@ -135,6 +133,24 @@ class Draws:
             [entry for time, entry in zip(*row, strict=True) if time < float("inf")]
             for row in zip(found.times.tolist(), found.entries.tolist(), strict=True)
         ]
+
+
+def _categorical(probs: Float[Tensor, " v"], uniform: float) -> int:
+    """The token at which the cumulated mass exceeds `uniform` of all; -1 without mass. On every device and in every dtype."""
+    cumulative = probs.double().cumsum(0)
+    total = float(cumulative[-1])
+    if not total > 0:
+        return -1
+    token = int(torch.searchsorted(cumulative, uniform * total, right=True))
+    if token == len(probs) or not probs[token] > 0:  # u * total was rounded up to total, or a sum in blocks is not monotone
+        token = int(torch.nonzero(probs[: token + 1])[-1])
+    return token
+
+
+def _categorical_compiled(code: CDLL, probs: Float[Tensor, " v"], uniform: float) -> int:
+    """The twin of `_categorical` by `compiled/laws.c`."""
+    probs = probs.contiguous()
+    return code.foredraft_categorical(c_void_p(probs.data_ptr()), c_int64(len(probs)), c_double(uniform))
 
 
 class _Arrivals(NamedTuple):

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
+from ctypes import CDLL, c_double, c_int64, c_void_p
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from foredraft.compiled import compiled_for
 from foredraft.tree import DraftTree
 
 PrefixProcessor = Callable[[Sequence[int], Sequence[int], Tensor], Tensor]
@@ -174,8 +176,32 @@ def warp(logits: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor
     """
     if sampling.temperature == 0:
         return one_hot(logits.argmax(-1), logits)
-    temperature = min(max(sampling.temperature, _LEAST_TEMPERATURE), _MOST_TEMPERATURE)
     scaled = at_least_float32(logits)
+    code = compiled_for(scaled)
+    return _warp(scaled, sampling) if code is None else _warp_compiled(code, scaled, sampling)
+
+
+def _temperature(sampling: SamplingParams) -> float:
+    return min(max(sampling.temperature, _LEAST_TEMPERATURE), _MOST_TEMPERATURE)
+
+
+def _warp_compiled(code: CDLL, logits: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor, "n v"]:
+    """The twin of `_warp` by `compiled/laws.c`, which does not sort."""
+    logits = logits.contiguous()
+    probs = torch.empty_like(logits)
+    size = logits.shape[-1]
+    code.foredraft_laws(
+        c_void_p(logits.data_ptr()),
+        *(c_int64(logits.numel() // size), c_int64(size), c_double(_temperature(sampling))),
+        *(c_double(math.log(sampling.min_p) if sampling.min_p > 0 else -math.inf), c_int64(max(sampling.top_k, 0))),
+        *(c_double(sampling.top_p), c_void_p(probs.data_ptr())),
+    )
+    return probs
+
+
+def _warp(scaled: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor, "n v"]:
+    """On every device and in every dtype."""
+    temperature = _temperature(sampling)
     if temperature < _SAFE_TEMPERATURE or sampling.min_p > 0:
         scaled = scaled - scaled.amax(-1, keepdim=True)
     if temperature != 1:

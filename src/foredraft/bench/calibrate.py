@@ -243,7 +243,7 @@ def offer_children(
     tree = DraftTree(np.array([0, *tokens]), np.array([-1] + [0] * len(tokens)), np.full(size, int(drawn)), row, law)
     path = RULES["multiround"].rule(tree, TargetLaw(target.expand(size, -1), sampling), draws).path
     tested = path[0] if path else len(tokens)
-    probs = conditional(law[0][tokens].tolist())[:tested].tolist()
+    probs = conditional(law[0][tokens].double().numpy())[:tested].tolist()
     return [Trial(rank, prob, bool(path) and rank == tested - 1) for rank, prob in enumerate(probs)]
 
 

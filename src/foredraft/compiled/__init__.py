@@ -12,9 +12,13 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from foredraft.folders import cache_folder
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("decoder.c", "draws.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("decoder.c", "draws.c", "laws.c"))
+_HEADERS = (Path(__file__).with_name("numbers.h"),)
 
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 """No contraction and no fast math: equal rows must give equal bits, however the compiler unrolls."""
@@ -32,11 +36,18 @@ def library() -> ctypes.CDLL | None:
     if "avx512_bf16" not in cpu_flags() or command is None:
         return None
     try:
-        return ctypes.CDLL(str(_built(command)))
+        code = ctypes.CDLL(str(_built(command)))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         _log.warning("cannot compile the fast decoder (%s), so torch runs, which is slower", said.strip().splitlines()[-1])
         return None
+    code.foredraft_categorical.restype = ctypes.c_int64
+    return code
+
+
+def compiled_for(numbers: Tensor) -> ctypes.CDLL | None:
+    """The compiled code if it can work on `numbers`: float32 on a CPU."""
+    return library() if numbers.dtype == torch.float32 and numbers.device.type == "cpu" else None
 
 
 def compiler() -> list[str] | None:
@@ -58,7 +69,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 def _built(command: list[str]) -> Path:
-    facts = [*(source.read_text() for source in SOURCES), *command, *_FLAGS, *sorted(cpu_flags())]
+    facts = [*(file.read_text() for file in (*SOURCES, *_HEADERS)), *command, *_FLAGS, *sorted(cpu_flags())]
     name = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:20]
     file = cache_folder() / f"compiled-{name}.so"
     if not file.exists():

@@ -9,7 +9,6 @@
 
    Rounded to bfloat16 are the inputs of every linear layer, queries, keys and values; all else is float32. */
 
-#include <immintrin.h>
 #include <math.h>
 #include <pthread.h>
 #include <sched.h>
@@ -19,11 +18,11 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "numbers.h"
+
 #ifndef __AVX512BF16__
 #error "needs AVX-512 BF16"
 #endif
-
-#define INLINE static inline __attribute__((always_inline))
 
 typedef uint16_t bf16;
 
@@ -162,22 +161,6 @@ INLINE __m512bh pairs(const bf16 *x) { return (__m512bh)_mm512_loadu_si512(x); }
 INLINE float float_of(bf16 x) {
     union { uint32_t bits; float value; } one = {.bits = (uint32_t)x << 16};
     return one.value;
-}
-
-/* e^x: 2^n times a polynomial in the remainder, relative error below 1e-6. */
-INLINE __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-104.0f));
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.0f / 720);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
 }
 
 static void normalize(const float *x, const bf16 *weight, bf16 *out, int64_t size, float eps) {

@@ -31,8 +31,8 @@ class Worth(NamedTuple):
     """Of siblings in draw order, relative to their parent: what making each draw promises before its token is known, and what
     the child is worth once it is."""
 
-    promises: Sequence[float]
-    values: Sequence[float]
+    promises: Float[np.ndarray, " k"]
+    values: Float[np.ndarray, " k"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class AcceptanceTable:
         """As JSON."""
         return {"share": self.share.round(4).tolist(), "mean": self.mean.round(4).tolist()}
 
-    def worth(self, probs: Sequence[float], sampled: bool) -> Worth:
+    def worth(self, probs: Float[np.ndarray, " k"], sampled: bool) -> Worth:
         """With a_i the acceptance of a child and m_i the mean of its rank: a child is worth a_i prod_{j<i} (1 - a_j), a draw
         whose token is not known m_i / m_0 prod_{j<i} (1 - a_j)."""
         group = _groups(np.arange(len(probs)))
@@ -87,26 +87,22 @@ class AcceptanceTable:
         reached = np.append(1.0, (1 - share).cumprod())[:-1]
         values = reached * share
         mean = self.mean[group]
-        return Worth((reached * mean / max(mean[0], 1e-9) if sampled else values).tolist(), values.tolist())
+        return Worth(reached * mean / max(self.mean[0], 1e-9) if sampled else values, values)
 
 
-def as_drafted(probs: Sequence[float], sampled: bool) -> Worth:
+def as_drafted(probs: Float[np.ndarray, " k"], sampled: bool) -> Worth:
     """DySpec's own: the i-th draw promises 1 - (draft mass of its earlier siblings), a child is worth its probability."""
-    return Worth([max(0.0, 1 - spent) for spent in _sums_before(probs)] if sampled else probs, probs)
+    return Worth(_left_before(probs) if sampled else probs, probs)
 
 
-def conditional(probs: Sequence[float]) -> Float[np.ndarray, " n"]:
+def conditional(probs: Float[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
     """Probability of each child in the law without its earlier siblings."""
-    left = 1 - np.asarray(_sums_before(probs), float)
-    return np.minimum(1.0, np.asarray(probs, float) / np.maximum(left, 1e-9))
+    return np.minimum(1.0, probs / np.maximum(_left_before(probs), 1e-9))
 
 
-def _sums_before(probs: Sequence[float]) -> list[float]:
-    sums, total = [], 0.0
-    for prob in probs:
-        sums.append(total)
-        total += prob
-    return sums
+def _left_before(probs: Float[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
+    """1 - (draft mass of the earlier siblings)."""
+    return np.maximum(0.0, 1 - np.append(0.0, probs.cumsum())[:-1])
 
 
 def _groups(ranks: Float[np.ndarray, " n"] | Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,17 @@ from foredraft.draws import Draws
 from foredraft.protocols import Budget, Expander
 from foredraft.sampling import SamplingParams, warp
 from foredraft.tree import Drawn, TreeBatch
+
+
+class Siblings(NamedTuple):
+    """Children that were picked for a node, in draw order: their tokens and draft probabilities."""
+
+    tokens: Int[np.ndarray, " k"]
+    probs: Float[np.ndarray, " k"]
+
+    def pairs(self) -> list[tuple[int, float]]:
+        """As (token, draft probability)."""
+        return list(zip(self.tokens.tolist(), self.probs.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -36,9 +47,11 @@ class Laws:
     def __getitem__(self, rows: slice) -> Laws:
         return Laws(self.probs[rows], None if self.token_ids is None else self.token_ids[rows])
 
-    def tokens(self, row: int, entries: list[int]) -> list[int]:
-        """The tokens of some entries of a row."""
-        return entries if self.token_ids is None else self.token_ids[row, entries].tolist()
+    def siblings(self, row: int, entries: Sequence[int]) -> Siblings:
+        """Some entries of a row."""
+        places = np.asarray(entries, np.int64)
+        tokens = places if self.token_ids is None else self.token_ids[row].cpu().numpy()[places]
+        return Siblings(tokens, self.probs[row].double().cpu().numpy()[places])
 
     @staticmethod
     def joined(parts: Sequence[Laws]) -> Laws:
@@ -104,29 +117,27 @@ class Sapling:
         self.num_children.append(0)
         return len(self.tokens) - 1
 
-    def pick(self, nodes: Sequence[int], laws: Laws, k: int) -> list[list[tuple[int, float]]]:
-        """Up to `k` distinct children of each node as (token, draft probability), in draw order.
+    def pick(self, nodes: Sequence[int], laws: Laws, k: int) -> list[Siblings]:
+        """Up to `k` distinct children of each node, in draw order.
 
         Sampled without replacement, or the most likely ones in descending order; decided without looking at any token.
         """
-        if k <= 0:
-            return [[] for _ in nodes]
-        if not self.sampled and laws.token_ids is not None:
-            return _positive(laws.token_ids[:, :k].tolist(), laws.probs[:, :k].tolist())
-        if not self.sampled:
-            best = laws.probs.topk(min(k, laws.probs.shape[1]))
-            return _positive(best.indices.tolist(), best.values.tolist())
-        keys = [("draft", self.ranks[node], 0) for node in nodes]
-        entries = self.draws.order_rows([self.draws] * len(nodes), laws.probs, keys, k, laws.token_ids)
-        tokens = [laws.tokens(row, some) for row, some in enumerate(entries)]
-        return _positive(tokens, [law[some].tolist() for law, some in zip(laws.probs, entries, strict=True)])
+        if self.sampled:
+            keys = [("draft", self.ranks[node], 0) for node in nodes]
+            arrivals = self.draws.order_rows([self.draws] * len(nodes), laws.probs, keys, k, laws.token_ids)
+            return [laws.siblings(row, entries) for row, entries in enumerate(arrivals)]
+        if laws.token_ids is not None:
+            tokens, probs = laws.token_ids[:, :k], laws.probs[:, :k]
+        else:
+            probs, tokens = laws.probs.topk(min(k, laws.probs.shape[1]))
+        tokens, probs = tokens.cpu().numpy(), probs.double().cpu().numpy()
+        counts = (probs > 0).sum(1).tolist()  # in descending order
+        return [Siblings(tokens[row, :count], probs[row, :count]) for row, count in enumerate(counts)]
 
     def draw(self, node: int, laws: Laws, k: int) -> list[int]:
         """Adds `k` independent draws below `node`, whose law is the only one of `laws`; returns the new nodes."""
-        law = laws.probs[0]
-        entries = [self.draws.categorical(law, ("draft", self.ranks[node], i)) for i in range(k)]
-        pairs = zip(laws.tokens(0, entries), law[entries].tolist(), strict=True)
-        return [self.add(node, token, prob, Drawn.IID) for token, prob in pairs]
+        entries = [self.draws.categorical(laws.probs[0], ("draft", self.ranks[node], i)) for i in range(k)]
+        return [self.add(node, token, prob, Drawn.IID) for token, prob in laws.siblings(0, entries).pairs()]
 
     @property
     def way(self) -> Drawn:
@@ -136,11 +147,6 @@ class Sapling:
     def keep_only(self, nodes: Sequence[int]) -> None:
         """Restricts the tree to `nodes` (the root among them, parents before children, siblings in draw order)."""
         self.kept = list(nodes)
-
-
-def _positive(tokens: Sequence[Sequence[int]], probs: Sequence[Sequence[float]]) -> list[list[tuple[int, float]]]:
-    """Pairs of token and probability, without those that have none."""
-    return [[(token, prob) for token, prob in zip(*row, strict=True) if prob > 0] for row in zip(tokens, probs, strict=True)]
 
 
 def draft_sampling(sampling: SamplingParams, draft_temperature: float | int | None) -> SamplingParams:

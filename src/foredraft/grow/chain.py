@@ -92,4 +92,4 @@ def _draw(tree: Sapling, node: int, laws: Laws, k: int) -> list[int]:
     if tree.sampled:
         return tree.draw(node, laws, k)
     [picked] = tree.pick([node], laws, k)
-    return [tree.add(node, token, prob, Drawn.DETERMINISTIC) for token, prob in picked]
+    return [tree.add(node, token, prob, Drawn.DETERMINISTIC) for token, prob in picked.pairs()]

@@ -12,16 +12,18 @@ Where nothing is sampled (temperature 0) the likeliest children are known before
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from heapq import nsmallest
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
 
 from foredraft.grow.acceptance import AcceptanceTable, Worth, as_drafted
-from foredraft.grow.base import Options, Policy, Sapling
+from foredraft.grow.base import Options, Policy, Sapling, Siblings
 
-Judge = Callable[[Sequence[float], bool], Worth]
+Judge = Callable[[Float[np.ndarray, " k"], bool], Worth]
 """(draft probabilities of siblings in draw order, whether they were drawn) -> what they are worth."""
 
 
@@ -82,14 +84,13 @@ class DySpecCalibrated(Options):
 def greedy(tree: Sapling, width: int, judge: Judge) -> Policy:
     """Grows the tree of the draws of highest priority, `width` of the best frontier nodes a pass."""
     size = tree.budget.nodes
-    draws = _Priorities(tree, judge)
     expanded: set[int] = set()
-    best: list[int] = []
+    best: list[_Draw] = []
     while size:
-        least = draws.priority[best[-1]] if len(best) == size else 0.0
+        least = best[-1].priority if len(best) == size else 0.0
         frontier = [
             node
-            for node in [0, *best]
+            for node in [0, *(one.node for one in best)]
             if node not in expanded and tree.depths[node] < tree.budget.depth and tree.values[node] >= least
         ]
         frontier = sorted(frontier, key=lambda node: -tree.values[node])[:width]
@@ -97,10 +98,10 @@ def greedy(tree: Sapling, width: int, judge: Judge) -> Policy:
             break
         laws = yield frontier
         expanded.update(frontier)
-        for node, picked in zip(frontier, tree.pick(frontier, laws, size), strict=True):
-            draws.add_children(node, picked, least)
-        best = draws.best(size)
-    tree.keep_only([0, *sorted(best, key=lambda node: (tree.depths[node], tree.ranks[node]))])
+        for node, siblings in zip(frontier, tree.pick(frontier, laws, size), strict=True):
+            best += _make_draws(tree, node, siblings, judge, least)
+        best = sorted(best)[:size]  # the others can never come back
+    tree.keep_only([0, *sorted((one.node for one in best), key=lambda node: (tree.depths[node], tree.ranks[node]))])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +124,6 @@ class DySpecThreshold(Options):
 
     def policy(self, tree: Sapling) -> Policy:
         size = tree.budget.nodes
-        draws = _Priorities(tree, as_drafted)
         kept, layer = [0], [0]
         for _ in range(tree.budget.depth):
             left = size + 1 - len(kept)
@@ -132,9 +132,9 @@ class DySpecThreshold(Options):
                 break
             laws = yield layer
             made = []
-            for node, picked in zip(layer, tree.pick(layer, laws, left), strict=True):
-                made += draws.add_children(node, picked, self.least(size))
-            layer = sorted(sorted(made, key=draws.rank)[:left], key=lambda node: tree.ranks[node])
+            for node, siblings in zip(layer, tree.pick(layer, laws, left), strict=True):
+                made += _make_draws(tree, node, siblings, as_drafted, self.least(size))
+            layer = sorted((one.node for one in sorted(made)[:left]), key=lambda node: tree.ranks[node])
             kept += layer
         tree.keep_only(kept)
 
@@ -148,34 +148,33 @@ def _check_width(width: int) -> None:
         raise ValueError(f"width must be at least 1, got {width}")
 
 
-@dataclass
-class _Priorities:
-    """The value of having made each draw, in float64 (in float32 ``1 - S`` is not monotone and would orphan nodes)."""
+class _Draw(NamedTuple):
+    """A draw that was made. Sorts best first; ties go to the smaller depth and the smaller address, never by token or age."""
 
-    tree: Sapling
-    judge: Judge
-    priority: dict[int, float] = field(default_factory=dict)
+    loss: float
+    depth: int
+    ranks: tuple[int, ...]
+    node: int
 
-    def add_children(self, node: int, picked: Sequence[tuple[int, float]], least: float) -> list[int]:
-        """Makes the draws below `node`, in draw order, up to the first whose priority is below `least`."""
-        tree, made, ceiling = self.tree, [], self.tree.values[node]
-        promises, values = self.judge([prob for _, prob in picked], tree.sampled) if picked else ((), ())
-        for (token, _), promise, value in zip(picked, promises, values, strict=True):
-            ceiling = min(ceiling, tree.values[node] * promise)
-            if ceiling < least:
-                break
-            child = tree.add(node, token, value, tree.way)
-            self.priority[child] = ceiling
-            tree.values[child] = min(tree.values[child], ceiling)
-            made.append(child)
-        return made
+    @property
+    def priority(self) -> float:
+        """The value of having made it."""
+        return -self.loss
 
-    def rank(self, node: int) -> tuple[float, int, tuple[int, ...]]:
-        """Sort key, best first. Ties go to the smaller depth and the smaller address, never by token or age."""
-        return -self.priority[node], self.tree.depths[node], self.tree.ranks[node]
 
-    def best(self, size: int) -> list[int]:
-        """The `size` draws of highest priority, best first. The others can never come back, and are forgotten."""
-        best = nsmallest(size, self.priority, key=self.rank)
-        self.priority = {node: self.priority[node] for node in best}
-        return best
+def _make_draws(tree: Sapling, node: int, siblings: Siblings, judge: Judge, least: float) -> list[_Draw]:
+    """Makes the draws below `node`, in draw order, up to the first whose priority is below `least`.
+
+    Priorities are computed in float64: in float32 ``1 - S`` is not monotone and would orphan nodes.
+    """
+    promises, values = judge(siblings.probs, tree.sampled)
+    priorities = np.minimum.accumulate(np.minimum(1.0, promises)) * tree.values[node]
+    count = int((priorities >= least).sum())
+    made = []
+    for token, value, priority in zip(
+        siblings.tokens[:count].tolist(), values[:count].tolist(), priorities[:count].tolist(), strict=True
+    ):
+        child = tree.add(node, token, value, tree.way)
+        tree.values[child] = min(tree.values[child], priority)
+        made.append(_Draw(-priority, tree.depths[child], tree.ranks[child], child))
+    return made

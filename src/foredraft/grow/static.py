@@ -112,5 +112,5 @@ def fill(tree: Sapling, paths: Sequence[Path]) -> Policy:
         laws = yield nodes
         picked = tree.pick(nodes, laws, max(wanted.values()))
         for (parent, count), node, children in zip(wanted.items(), nodes, picked, strict=True):
-            for rank, (token, prob) in enumerate(children[:count]):
+            for rank, (token, prob) in enumerate(children.pairs()[:count]):
                 at[(*parent, rank)] = tree.add(node, token, prob, tree.way)

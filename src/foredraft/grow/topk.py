@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from heapq import nsmallest
 from typing import ClassVar
 
-from foredraft.grow.base import Options, Policy, Sapling
+from foredraft.grow.base import Options, Policy, Sapling, Siblings
 from foredraft.tree import Drawn
 
 
@@ -73,13 +73,13 @@ class Opt(Options):
         keep_best(tree)
 
 
-def add_layer(tree: Sapling, layer: Sequence[int], picked: Sequence[Sequence[tuple[int, float]]], most: int) -> list[int]:
+def add_layer(tree: Sapling, layer: Sequence[int], picked: Sequence[Siblings], most: int) -> list[int]:
     """Adds the `most` best of the picked children of `layer`, of equal ones the first; returns them in tree order. Worse ones
     cannot be among the best `most` nodes of the tree, so they are never made."""
     offered = [
         (-tree.values[node] * prob, place, rank, node, token, prob)
         for place, (node, children) in enumerate(zip(layer, picked, strict=True))
-        for rank, (token, prob) in enumerate(children)
+        for rank, (token, prob) in enumerate(children.pairs())
     ]
     best = sorted(nsmallest(most, offered), key=lambda one: one[1:3])
     return [tree.add(node, token, prob, Drawn.DETERMINISTIC) for _, _, _, node, token, prob in best]

@@ -1,0 +1,126 @@
+/* Laws of float32 logits, and draws from them, for CPUs with AVX-512. Called by sampling.py and draws.py.
+
+   Top-k and top-p need the value of the last token that is kept, not an order of all: a radix search finds it in three passes over
+   the bits of a float, which as whole numbers are in the order of the floats. Sums are in float64, in one fixed order. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "numbers.h"
+
+INLINE uint32_t in_order(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits ^ (bits >> 31 ? 0xFFFFFFFFu : 0x80000000u);
+}
+
+/* The last value that is kept where the largest are kept until they weigh `wanted`, and how many of those equal to it. */
+typedef struct {
+    uint32_t value;
+    int64_t equal;
+} Edge;
+
+/* weights: of every token, 1 where NULL; tokens of no weight are not looked at. */
+static Edge edge_of(const float *x, const float *weights, int64_t size, double wanted) {
+    static const int SHIFTS[] = {21, 10, 0}, BINS[] = {2048, 2048, 1024};
+    uint32_t value = 0, known = 0;
+    double before = 0, single = 1; /* weight of all larger values; of one token of this value */
+    for (int level = 0; level < 3; level++) {
+        double bins[2048] = {0};
+        for (int64_t i = 0; i < size; i++) {
+            uint32_t key = in_order(x[i]);
+            if ((key & known) != value) continue;
+            double weight = weights ? weights[i] : 1;
+            bins[key >> SHIFTS[level] & (BINS[level] - 1)] += weight;
+            if (weight > 0) single = weight;
+        }
+        int last = 0;
+        double larger = before;
+        for (int bin = BINS[level] - 1; bin >= 0; bin--) {
+            if (!(bins[bin] > 0)) continue;
+            before = larger, last = bin;
+            larger += bins[bin];
+            if (larger >= wanted) break;
+        }
+        value |= (uint32_t)last << SHIFTS[level];
+        known |= (uint32_t)(BINS[level] - 1) << SHIFTS[level];
+    }
+    double equal = ceil((wanted - before) / single);
+    return (Edge){value, equal < 1 ? 1 : equal < (double)size ? (int64_t)equal : size};
+}
+
+/* Probabilities of one row; see `warp` in sampling.py. */
+static void law_of(const float *logits, int64_t size, float temperature, float least, int64_t top_k, double top_p, float *probs) {
+    __m512 highest = _mm512_set1_ps(-INFINITY);
+    for (int64_t i = 0; i < size; i += 16) {
+        __mmask16 there = size - i >= 16 ? 0xFFFF : (__mmask16)((1 << (size - i)) - 1);
+        highest = _mm512_mask_max_ps(highest, there, highest, _mm512_maskz_loadu_ps(there, logits + i));
+    }
+    const __m512 most = _mm512_set1_ps(_mm512_reduce_max_ps(highest)), scale = _mm512_set1_ps(temperature);
+    const __m512 lowest = _mm512_set1_ps(least);
+    uint32_t edge = 0;
+    if (top_k > 0 && top_k < size) edge = edge_of(logits, 0, size, (double)top_k).value;
+    __m512d sums[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()};
+    for (int64_t i = 0; i < size; i += 16) {
+        __mmask16 there = size - i >= 16 ? 0xFFFF : (__mmask16)((1 << (size - i)) - 1);
+        __m512 x = _mm512_div_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(there, logits + i), most), scale);
+        __m512 e = _mm512_maskz_mov_ps(there & ~_mm512_cmp_ps_mask(x, lowest, _CMP_LT_OQ), exponential(x));
+        _mm512_mask_storeu_ps(probs + i, there, e);
+        if (!edge) {
+            sums[0] = _mm512_add_pd(sums[0], _mm512_cvtps_pd(_mm512_castps512_ps256(e)));
+            sums[1] = _mm512_add_pd(sums[1], _mm512_cvtps_pd(_mm512_extractf32x8_ps(e, 1)));
+        }
+    }
+    double total = _mm512_reduce_add_pd(_mm512_add_pd(sums[0], sums[1]));
+    if (edge)
+        for (int64_t i = 0; i < size; i++) {
+            if (in_order(logits[i]) < edge) probs[i] = 0;
+            total += probs[i];
+        }
+    if (top_p < 1) {
+        Edge last = edge_of(logits, probs, size, top_p * total);
+        total = 0;
+        for (int64_t i = 0; i < size; i++) {
+            uint32_t key = in_order(logits[i]);
+            if (key < last.value || (key == last.value && last.equal-- <= 0)) probs[i] = 0;
+            total += probs[i];
+        }
+    }
+    const __m512 share = _mm512_set1_ps((float)(1 / total));
+    for (int64_t i = 0; i < size; i += 16) {
+        __mmask16 there = size - i >= 16 ? 0xFFFF : (__mmask16)((1 << (size - i)) - 1);
+        _mm512_mask_storeu_ps(probs + i, there, _mm512_mul_ps(_mm512_maskz_loadu_ps(there, probs + i), share));
+    }
+}
+
+/* temperature: above 0; least: log of min_p, or minus infinity; top_k 0 and top_p 1 keep all. */
+void foredraft_laws(
+    const float *logits, int64_t rows, int64_t size, double temperature, double least, int64_t top_k, double top_p, float *probs
+) {
+    for (int64_t row = 0; row < rows; row++)
+        law_of(logits + row * size, size, (float)temperature, (float)least, top_k, top_p, probs + row * size);
+}
+
+/* The token of the law (need not be normalised) at which its cumulated mass exceeds `uniform` of all; -1 without mass. */
+int64_t foredraft_categorical(const float *probs, int64_t size, double uniform) {
+    enum { STRIDE = 128 };
+    double before[size / STRIDE + 1], sum = 0;
+    for (int64_t i = 0; i < size; i++) {
+        if (i % STRIDE == 0) before[i / STRIDE] = sum;
+        sum += probs[i];
+    }
+    if (!(sum > 0)) return -1;
+    const double wanted = uniform * sum;
+    int64_t block = (size - 1) / STRIDE, last = -1;
+    while (block > 0 && before[block] > wanted) block--;
+    sum = before[block];
+    for (int64_t i = block * STRIDE; i < size; i++) {
+        if (!(probs[i] > 0)) continue;
+        sum += probs[i], last = i;
+        if (sum > wanted) return i;
+    }
+    for (int64_t i = size - 1; last < 0; i--) /* wanted was rounded up to all */
+        if (probs[i] > 0) last = i;
+    return last;
+}

@@ -23,7 +23,7 @@ from foredraft.protocols import Verdict
 from foredraft.sampling import TargetLaw
 from foredraft.tree import DraftTree
 from foredraft.verify import RULES
-from foredraft.verify.multiround import subtract
+from foredraft.verify.residual import subtract
 
 DATA = Path(__file__).parent / "data"
 TARGET, OTHER = str(DATA / "babyllama-105"), str(DATA / "babyllama-105-b")

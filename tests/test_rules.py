@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from exact import TableExpander, enumerate_branches, expected_tokens, tree_law
+from foredraft import compiled
 from foredraft.draws import Draws
 from foredraft.grow import GROWERS
 from foredraft.models.table import Law, random_law
 from foredraft.protocols import Budget
 from foredraft.sampling import SamplingParams, TargetLaw
 from foredraft.tree import DraftTree, Drawn
-from foredraft.verify import RULES
+from foredraft.verify import RULES, residual
 from foredraft.verify.kseq import discount
 
 DRAFT, TARGET = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
@@ -155,3 +156,16 @@ def test_certain_laws_give_the_verdict_of_the_rule_itself(tree: str, options: di
         assert fast == plain
         paths.add((len(fast.path), fast.kind))
     assert len(paths) >= 3
+
+
+@pytest.mark.skipif(compiled.library() is None, reason="needs a CPU with AVX-512 BF16 and a C compiler")
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 4096])
+def test_the_compiled_residuals_are_the_plain_ones(size: int) -> None:
+    """Of laws that overlap, of equal ones (nothing is left) and of a law that has one token only."""
+    generator = torch.Generator().manual_seed(size)
+    target, draft = (3 * torch.randn(2, size, generator=generator)).softmax(-1)
+    code, only = compiled.library(), torch.nn.functional.one_hot(torch.tensor(size // 2), size).float()
+    for law, other in ((target, draft), (draft, target), (target, target), (only, draft)):
+        torch.testing.assert_close(residual._subtract_compiled(code, law, other), residual._subtract(law, other))
+    for law, token in ((target, 0), (target, size - 1), (only, size // 2), (only, 0)):
+        torch.testing.assert_close(residual._without_compiled(code, law, token), residual._without(law, token))

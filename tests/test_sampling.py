@@ -19,8 +19,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from exact import enumerate_branches
 import foredraft.sampling as laws
+from exact import enumerate_branches
 from foredraft import compiled
 from foredraft.decode import Continuation, autoregressive, speculative
 from foredraft.drafters.lm import LMDrafter

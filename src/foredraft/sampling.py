@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from ctypes import CDLL, c_double, c_int64, c_void_p
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from ctypes import CDLL, c_double, c_int64, c_void_p
 from typing import Any
 
 import numpy as np
@@ -182,7 +182,7 @@ def warp(logits: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor
 
 
 def _temperature(sampling: SamplingParams) -> float:
-    return min(max(sampling.temperature, _LEAST_TEMPERATURE), _MOST_TEMPERATURE)
+    return float(min(max(sampling.temperature, _LEAST_TEMPERATURE), _MOST_TEMPERATURE))
 
 
 def _warp_compiled(code: CDLL, logits: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor, "n v"]:

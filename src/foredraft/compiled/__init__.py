@@ -42,12 +42,13 @@ def library() -> ctypes.CDLL | None:
         _log.warning("cannot compile the fast decoder (%s), so torch runs, which is slower", said.strip().splitlines()[-1])
         return None
     code.foredraft_categorical.restype = ctypes.c_int64
+    code.foredraft_subtract.restype = code.foredraft_without.restype = ctypes.c_double
     return code
 
 
-def compiled_for(numbers: Tensor) -> ctypes.CDLL | None:
-    """The compiled code if it can work on `numbers`: float32 on a CPU."""
-    return library() if numbers.dtype == torch.float32 and numbers.device.type == "cpu" else None
+def compiled_for(*numbers: Tensor) -> ctypes.CDLL | None:
+    """The compiled code if it can work on all of `numbers`: float32 on a CPU."""
+    return library() if all(one.dtype == torch.float32 and one.device.type == "cpu" for one in numbers) else None
 
 
 def compiler() -> list[str] | None:

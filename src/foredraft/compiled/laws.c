@@ -11,6 +11,7 @@
 
 INLINE uint32_t in_order(float x) {
     uint32_t bits;
+    x += 0.0f; /* makes -0 equal to 0 */
     memcpy(&bits, &x, sizeof bits);
     return bits ^ (bits >> 31 ? 0xFFFFFFFFu : 0x80000000u);
 }
@@ -50,6 +51,26 @@ static Edge edge_of(const float *x, const float *weights, int64_t size, double w
     return (Edge){value, equal < 1 ? 1 : equal < (double)size ? (int64_t)equal : size};
 }
 
+static double mass_of(const float *law, int64_t size) {
+    __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+    for (int64_t i = 0; i < size; i += 16) {
+        __mmask16 there = size - i >= 16 ? 0xFFFF : (__mmask16)((1 << (size - i)) - 1);
+        const __m512 x = _mm512_maskz_loadu_ps(there, law + i);
+        low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(x)));
+        high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)));
+    }
+    return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+}
+
+/* Makes the sum 1 where there is any mass; returns the mass that was there. */
+static double normalize_law(float *law, int64_t size) {
+    const double mass = mass_of(law, size);
+    const float share = (float)(1 / mass);
+    if (mass > 0)
+        for (int64_t i = 0; i < size; i++) law[i] *= share;
+    return mass;
+}
+
 /* Probabilities of one row; see `warp` in sampling.py. */
 static void law_of(const float *logits, int64_t size, float temperature, float least, int64_t top_k, double top_p, float *probs) {
     __m512 highest = _mm512_set1_ps(-INFINITY);
@@ -61,37 +82,24 @@ static void law_of(const float *logits, int64_t size, float temperature, float l
     const __m512 lowest = _mm512_set1_ps(least);
     uint32_t edge = 0;
     if (top_k > 0 && top_k < size) edge = edge_of(logits, 0, size, (double)top_k).value;
-    __m512d sums[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()};
     for (int64_t i = 0; i < size; i += 16) {
         __mmask16 there = size - i >= 16 ? 0xFFFF : (__mmask16)((1 << (size - i)) - 1);
         __m512 x = _mm512_div_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(there, logits + i), most), scale);
         __m512 e = _mm512_maskz_mov_ps(there & ~_mm512_cmp_ps_mask(x, lowest, _CMP_LT_OQ), exponential(x));
         _mm512_mask_storeu_ps(probs + i, there, e);
-        if (!edge) {
-            sums[0] = _mm512_add_pd(sums[0], _mm512_cvtps_pd(_mm512_castps512_ps256(e)));
-            sums[1] = _mm512_add_pd(sums[1], _mm512_cvtps_pd(_mm512_extractf32x8_ps(e, 1)));
-        }
     }
-    double total = _mm512_reduce_add_pd(_mm512_add_pd(sums[0], sums[1]));
     if (edge)
-        for (int64_t i = 0; i < size; i++) {
+        for (int64_t i = 0; i < size; i++)
             if (in_order(logits[i]) < edge) probs[i] = 0;
-            total += probs[i];
-        }
     if (top_p < 1) {
-        Edge last = edge_of(logits, probs, size, top_p * total);
-        total = 0;
+        Edge last = edge_of(logits, probs, size, top_p * mass_of(probs, size));
         for (int64_t i = 0; i < size; i++) {
             uint32_t key = in_order(logits[i]);
             if (key < last.value || (key == last.value && last.equal-- <= 0)) probs[i] = 0;
-            total += probs[i];
         }
     }
-    const __m512 share = _mm512_set1_ps((float)(1 / total));
-    for (int64_t i = 0; i < size; i += 16) {
-        __mmask16 there = size - i >= 16 ? 0xFFFF : (__mmask16)((1 << (size - i)) - 1);
-        _mm512_mask_storeu_ps(probs + i, there, _mm512_mul_ps(_mm512_maskz_loadu_ps(there, probs + i), share));
-    }
+    if (!(normalize_law(probs, size) > 0))
+        for (int64_t i = 0; i < size; i++) probs[i] = NAN; /* no logit was a number above minus infinity */
 }
 
 /* temperature: above 0; least: log of min_p, or minus infinity; top_k 0 and top_p 1 keep all. */
@@ -123,4 +131,20 @@ int64_t foredraft_categorical(const float *probs, int64_t size, double uniform) 
     for (int64_t i = size - 1; last < 0; i--) /* wanted was rounded up to all */
         if (probs[i] > 0) last = i;
     return last;
+}
+
+/* norm([target - draft]+) into `left`; returns the mass that was left, 0 where nothing is. */
+double foredraft_subtract(const float *target, const float *draft, int64_t size, float *left) {
+    for (int64_t i = 0; i < size; i++) {
+        const float x = target[i] - draft[i];
+        left[i] = x > 0 ? x : 0;
+    }
+    return normalize_law(left, size);
+}
+
+/* The law without one token into `left`; returns the mass that was left, 0 where nothing is. */
+double foredraft_without(const float *law, int64_t token, int64_t size, float *left) {
+    memcpy(left, law, (size_t)size * sizeof *law);
+    left[token] = 0;
+    return normalize_law(left, size);
 }

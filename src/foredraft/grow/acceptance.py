@@ -102,7 +102,9 @@ def conditional(probs: Float[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
 
 def _left_before(probs: Float[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
     """1 - (draft mass of the earlier siblings)."""
-    return np.maximum(0.0, 1 - np.append(0.0, probs.cumsum())[:-1])
+    left = np.ones(len(probs))
+    left[1:] -= probs.cumsum()[:-1]
+    return np.maximum(left, 0.0, out=left)
 
 
 def _groups(ranks: Float[np.ndarray, " n"] | Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:

@@ -7,7 +7,8 @@ from foredraft.protocols import Verdict
 from foredraft.sampling import TargetLaw
 from foredraft.tree import DraftTree
 from foredraft.verify.certain import follow
-from foredraft.verify.multiround import require_chain, subtract
+from foredraft.verify.multiround import require_chain
+from foredraft.verify.residual import subtract
 
 
 def chain(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:

@@ -21,6 +21,7 @@ from foredraft.protocols import Verdict
 from foredraft.sampling import TargetLaw
 from foredraft.tree import DraftTree, Drawn
 from foredraft.verify.certain import follow
+from foredraft.verify.residual import subtract, without
 
 
 def multiround(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
@@ -116,25 +117,3 @@ def test_children(
         if draft is not None and drawn == Drawn.WITHOUT_REPLACEMENT:
             draft = without(draft, token)
     return None, residual
-
-
-def subtract(target: Float[Tensor, " v"], draft: Float[Tensor, " v"] | None, token: int) -> Float[Tensor, " v"]:
-    """``norm([target - draft]+)``, the law after a rejection; a draft law of None is one-hot at `token`.
-
-    Where nothing is left, the rejection had probability zero but for rounding: the law stays as it was.
-    """
-    if draft is None:
-        left = target.clone()
-        left[token] = 0.0
-    else:
-        left = (target - draft).clamp_(min=0.0)
-    mass = left.sum()
-    return left / mass if mass > 0 else target
-
-
-def without(draft: Float[Tensor, " v"], token: int) -> Float[Tensor, " v"]:
-    """`draft` after `token` was taken out; all zero if it was the last one."""
-    left = draft.clone()
-    left[token] = 0.0
-    mass = left.sum()
-    return left / mass if mass > 0 else left

@@ -2,7 +2,9 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 
+import jaxtyping
 import pytest
 import torch
 
@@ -19,3 +21,11 @@ def _few_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "_LEAST_STEPS", 2)
     monkeypatch.setattr(auto, "_MOST_STEPS", 2)
     monkeypatch.setattr(auto, "TRIED_TREES", 1)
+
+
+@pytest.fixture(autouse=True)
+def _types(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Types are checked at run time, but not in tests that call what others check a hundred thousand times."""
+    jaxtyping.config.update("jaxtyping_disable", request.node.get_closest_marker("unchecked") is not None)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

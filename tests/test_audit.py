@@ -11,19 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
 from foredraft.audit.command import as_dict, markdown
+from foredraft.audit.faults import FAULTS
 from foredraft.audit.hypotheses import FALSE_ALARM, Evidence, holm
 from foredraft.audit.run import Audit, Auditor
-from foredraft.draws import Draws
-from foredraft.protocols import Verdict
-from foredraft.sampling import TargetLaw
-from foredraft.tree import DraftTree
-from foredraft.verify import RULES
-from foredraft.verify.residual import subtract
+
+pytestmark = pytest.mark.unchecked
 
 DATA = Path(__file__).parent / "data"
 TARGET, OTHER = str(DATA / "babyllama-105"), str(DATA / "babyllama-105-b")
@@ -34,7 +30,7 @@ def audited(config: dict[str, Any], *, rule: Any = None, temperature: float = 1.
     llm = LLM(TARGET, {"num_speculative_tokens": 4, **config}, max_num_seqs=samples, dtype="float64")
     prompts = [llm.tokenizer(text)["input_ids"] for text in PROMPTS]
     sampling = SamplingParams(temperature=temperature, max_tokens=tokens, top_p=0.9, ignore_eos=True)
-    return Auditor(llm, prompts, sampling, samples, rule).run()
+    return Auditor(llm, prompts, sampling, samples, rule, sizes={2: 3, 3: 2}).run()
 
 
 LM = {"method": "lm", "model": OTHER}
@@ -51,10 +47,9 @@ EXACT = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
-    EXACT,
+    [EXACT[0], *(pytest.param(config, marks=pytest.mark.slow) for config in EXACT[1:])],
     ids=lambda config: f"{config['method']}-{config.get('tree', 'own')}",
 )
 def test_exact_rules_pass(config: dict[str, Any]) -> None:
@@ -80,38 +75,8 @@ def test_greedy_only() -> None:
 # --- What must fail
 
 
-def other_temperature(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
-    """The draft law of another temperature handed to the rule."""
-    probs = tree.draft_probs**1.6
-    wrong = DraftTree(tree.tokens, tree.parents, tree.drawn, tree.draft_row, probs / probs.sum(-1, keepdim=True))
-    return RULES["chain"].rule(wrong, target_law, draws)
-
-
-def bonus_from_draft(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
-    """The bonus token from the law of the last draft."""
-    verdict = RULES["chain"].rule(tree, target_law, draws)
-    law = tree.law(tree.num_nodes - 2) if tree.num_nodes > 1 else None
-    if verdict.kind != "bonus" or law is None:
-        return verdict
-    return Verdict(verdict.path, draws.categorical(law, ("fault", (), 0)), "bonus")
-
-
-def residual_kept(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
-    """The residual not renormalised: its missing mass falls to the likeliest token of the target."""
-    for node in range(1, tree.num_nodes):
-        parent, token = node - 1, int(tree.tokens[node])
-        law, draft = target_law.row(parent), tree.law(parent)
-        assert draft is not None
-        if not draws.bernoulli(float(law[token] / draft[token]), ("accept", tree.ranks[node], 0)):
-            left = (law - draft).clamp(min=0)
-            left[int(law.argmax())] += 1 - left.sum()
-            return Verdict(list(range(1, node)), draws.categorical(left, ("next", tree.ranks[parent], 0)), "recovered")
-    last = tree.num_nodes - 1
-    return Verdict(list(range(1, last + 1)), draws.categorical(target_law.row(last), ("next", tree.ranks[last], 0)), "bonus")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", [other_temperature, bonus_from_draft, residual_kept])
+@pytest.mark.parametrize("rule", FAULTS.values(), ids=FAULTS)
 def test_planted_faults_fail(rule: Any) -> None:
     audit = audited({**LM, "tree": "chain", "rule": "chain"}, rule=rule, samples=6, tokens=80)
     assert not audit.is_lossless
@@ -123,7 +88,7 @@ def test_planted_faults_fail(rule: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", [{"rule": "typical"}, {"rule": "uno", "epsilon": 0.0}, {"rule": "tolerance", "epsilon": 0.2}])
 def test_lossy_rules_fail(rule: dict[str, Any]) -> None:
-    audit = audited({**LM, "tree": "chain", **rule})
+    audit = audited({**LM, "tree": "chain", **rule}, samples=8, tokens=80)
     assert not audit.is_lossless
     assert audit.reasons[0].startswith("the rule is lossy")
     assert audit.sampled is not None
@@ -136,20 +101,14 @@ def test_lossy_rules_fail(rule: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_the_bound_of_tolerance_holds_and_is_0_at_0() -> None:
     lossless = audited({**LM, "tree": "chain", "rule": "tolerance", "epsilon": 0.0})
-    assert lossless.sampled is not None
-    assert not lossless.sampled.deviates
-    assert lossless.enumerated_error < 1e-12
-    assert lossless.tv_bound_max < 1e-9
+    assert lossless.is_lossless
+    assert lossless.control is not None
+    assert lossless.tv_bound_max < 1e-6
     some = audited({**LM, "tree": "chain", "rule": "tolerance", "epsilon": 0.1}, samples=6)
     assert some.sampled is not None
     noise = some.sampled.detectable
     assert some.sampled.drift_measured < some.tv_bound_mean + noise
     assert some.tv_bound_mean < some.tv_bound_max <= 1
-
-
-def test_residual_of_the_reference_is_the_packages() -> None:
-    law, draft = torch.tensor([0.2, 0.8]), torch.tensor([0.5, 0.5])
-    assert torch.allclose(subtract(law, draft, 0), torch.tensor([0.0, 1.0]))
 
 
 # --- The tests themselves

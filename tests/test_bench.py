@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from foredraft import LLM
 from foredraft.__main__ import main
 from foredraft.bench import calibrate, peer_process
 from foredraft.bench.bandwidth import reading
@@ -19,10 +20,12 @@ from foredraft.bench.peers import PEERS
 from foredraft.bench.report import setting_of, speedup
 from foredraft.bench.run import Outcome, parse_method
 from foredraft.bench.tasks import is_looping, read_prompts
+from foredraft.llm import BUNDLED_DRAFTER
 from foredraft.metrics import StepRecord
 from foredraft.models.hf import HFTarget
 from foredraft.models.loading import load_target
 from foredraft.models.table import TableTarget, random_law
+from foredraft.speculation import parse
 
 DATA = Path(__file__).parent / "data"
 PAIR = sorted(path.parent for path in DATA.glob("*/config.json"))
@@ -281,6 +284,23 @@ def test_calibrate(capsys: pytest.CaptureFixture[str], prompts: Path, tmp_path: 
     )
     assert all(seconds > 0 for seconds in found["seconds"]["target"].values())
     assert "<svg" in (tmp_path / "plot.svg").read_text()
+
+
+def test_calibrating_the_bundled_pair_leaves_the_package_alone(
+    capsys: pytest.CaptureFixture[str], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is kept in the user's cache, and read from there before what came with the package."""
+    monkeypatch.setattr(calibrate, "SIZES", (2,))
+    monkeypatch.setenv("FOREDRAFT_CACHE", str(tmp_path))
+    before = (BUNDLED_DRAFTER / "calibration.json").read_text()
+    code, out, err = run(capsys, "calibrate", "--prompts", prompts, "--limit", 1, "--max-tokens", 4, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert Path(found["file"]).parent == tmp_path
+    assert set(found["seconds"]) == {"target", "drafter"}
+    assert (BUNDLED_DRAFTER / "calibration.json").read_text() == before
+    llm = LLM(speculative_config={"method": "ngram", "num_speculative_tokens": 2})
+    assert llm.measured(parse({"method": "lm"}))["num_prompts"] == 1
 
 
 def test_reading_counts_the_steps_of_a_batch_once() -> None:

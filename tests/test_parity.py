@@ -18,6 +18,8 @@ from foredraft.drafters import DRAFTERS
 from foredraft.grow import GROWERS
 from foredraft.llm import BUNDLED_DRAFTER, BUNDLED_TARGET
 
+pytestmark = pytest.mark.unchecked
+
 DATA = Path(__file__).parent / "data"
 STORIES, OTHER_STORIES = DATA / "babyllama-105", DATA / "babyllama-105-b"
 STORY_PROMPTS = ["Once upon a time", "Tom", "One day, a girl named Sue went to the park with her red ball and"]

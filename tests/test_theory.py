@@ -17,7 +17,7 @@ from foredraft.__main__ import main
 from foredraft.grow import GROWERS
 from foredraft.models.table import markov_law, random_law
 from foredraft.protocols import Budget
-from foredraft.theory import transport
+from foredraft.theory import figures, transport
 from foredraft.theory.chains import Pair, iid_pair, random_pair, read_pair, total_variation
 from foredraft.theory.rejections import (
     batch_rejections,
@@ -442,3 +442,11 @@ def test_bad_input_is_one_line(arguments: tuple[str, ...], says: str, capsys: py
     assert first.startswith("error: ")
     assert all(line.startswith("hint: ") for line in rest)
     assert says in err.replace("\nhint: ", ". ")
+
+
+@pytest.mark.slow
+def test_the_points_of_figure_2_lie_within_three_standard_errors_of_the_line() -> None:
+    """The committed figure: 7 states, 50 tokens, 5000 runs; a dozen points of each of eleven curves."""
+    found = figures.curves(random_pair(7, 50, 0), 50, figures.RUNS, 0)
+    assert max(abs(one) for curve in found.values() for one in curve.deviations()) < 3
+    assert all(len(curve.deviations()) >= 12 for curve in found.values())

@@ -12,29 +12,37 @@ from typing import Any
 from foredraft.folders import cache_folder
 from foredraft.protocols import Target
 
+_NAME = "calibration.json"
 
-def calibration_file(model: Any, target: Target, drafter: str) -> Path:
-    """Where the calibration of a drafter is kept: in its directory, else in the user's cache, by target."""
-    if isinstance(model, str | Path) and Path(model).is_dir():
-        return Path(model) / "calibration.json"
+
+def file_beside(model: Any) -> Path | None:
+    """The calibration in a drafter's own directory; None where it has none that could be written to."""
+    own = isinstance(model, str | Path) and Path(model).is_dir() and os.access(model, os.W_OK)
+    return Path(model) / _NAME if own else None
+
+
+def file_in_cache(model: Any, target: Target, drafter: str) -> Path:
+    """The calibration of a drafter beside this target in the user's cache."""
     config = getattr(target.config, "to_dict", dict)()
     key = hashlib.sha256(json.dumps([config, str(model)], sort_keys=True, default=str).encode()).hexdigest()[:20]
     return cache_folder() / f"calibration-{drafter}-{key}.json"
 
 
 def read_calibration(model: Any, target: Target, drafter: str) -> dict[str, Any]:
-    """What `foredraft calibrate` found out about a drafter; nothing if it was not asked.
+    """What `foredraft calibrate` found out about a drafter; nothing if it was not asked. The user's cache goes first.
 
     Raises:
         ValueError: the file is not valid JSON.
     """
-    path = calibration_file(model, target, drafter)
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): measure it again or delete it") from None
+    files = [file_in_cache(model, target, drafter)]
+    files += [Path(model) / _NAME] if isinstance(model, str | Path) else []
+    for path in files:
+        if path.is_file():
+            try:
+                return json.loads(path.read_text())
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} is not valid JSON ({error}): measure it again or delete it") from None
+    return {}
 
 
 def recalled(kind: str, facts: Any, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

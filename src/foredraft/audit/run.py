@@ -3,7 +3,7 @@ target's law, and the same tests on a rule with a planted bias."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
@@ -31,7 +31,7 @@ from foredraft.tree import TreeBatch
 from foredraft.verify import RULES
 
 TOLERANCE = 1e-12
-_SIZES = {2: 4, 3: 3}
+SIZES: Mapping[int, int] = {2: 4, 3: 3}
 """Vocabulary -> nodes of the largest trees that are enumerated."""
 
 _DEPTH = 3
@@ -123,6 +123,8 @@ class Auditor:
         sampling: of the sampled part; its temperature may be 0, which leaves the greedy part.
         samples: outputs a prompt.
         rule: instead of the one that `llm` would use, for planted faults.
+        sizes: vocabulary -> nodes of the largest trees that are enumerated.
+        enumerated_error: what an earlier audit of this tree and rule found, which does not hang on the models.
     """
 
     llm: LLM
@@ -130,6 +132,8 @@ class Auditor:
     sampling: SamplingParams
     samples: int
     rule: AcceptanceRule | None = None
+    sizes: Mapping[int, int] = field(default_factory=lambda: SIZES)
+    enumerated_error: float | None = None
     _proposals: dict[Continuation, list[list[int] | None]] = field(default_factory=dict, init=False, repr=False)
 
     def run(self) -> Audit:
@@ -139,7 +143,8 @@ class Auditor:
             raise ValueError(
                 "there is nothing to audit: this configuration decodes plainly. Name a method, a tree and a budget"
             )
-        guarantee = RULES[drafting["rule"]].guarantee
+        assert self.llm.speculation is not None
+        guarantee = RULES[drafting["rule"]].claim(self.llm.speculation.rule_options)
         audit = Audit({**drafting, "temperature": self.sampling.temperature, "top_p": self.sampling.top_p}, guarantee)
         clock = perf_counter()
 
@@ -147,7 +152,8 @@ class Auditor:
             nonlocal clock
             audit.seconds[name], clock = perf_counter() - clock, perf_counter()
 
-        audit.enumerated_error = self._enumerated(drafting)
+        known = self.enumerated_error
+        audit.enumerated_error = self._enumerated(drafting) if known is None else known
         lap("enumeration")
         self._greedy(audit)
         lap("greedy")
@@ -172,7 +178,7 @@ class Auditor:
         if hasattr(grower, "width"):
             grower = replace(grower, width=1)  # what wider passes draw in vain multiplies the orders to visit
         worst = 0.0
-        cases = [(v, nodes, t) for v, most in _SIZES.items() for nodes in range(1, most + 1) for t in (1.0, 0.0)]
+        cases = [(v, nodes, t) for v, most in self.sizes.items() for nodes in range(1, most + 1) for t in (1.0, 0.0)]
         with progress_bar("enumerating", len(cases)) as advance:
             for size, nodes, temperature in cases:
                 worst = max(worst, enumerated_error(grower, self._rule_of(tree), size, nodes, temperature))

@@ -27,7 +27,7 @@ from foredraft.auto import SAMPLE_TEXT, TRIED_TREES, TYPICAL_SIZE, curve_name
 from foredraft.bench import tasks
 from foredraft.bench.report import new_figure
 from foredraft.cache import prefill
-from foredraft.calibration import calibration_file
+from foredraft.calibration import file_beside, file_in_cache
 from foredraft.drafters import DRAFTERS
 from foredraft.drafters.lookup_first import LookupFirst
 from foredraft.draws import Draws
@@ -80,7 +80,7 @@ def calibrate(choice: CalibrateChoice) -> tuple[Path, dict[str, Any]]:
     prompts = [ids for ids in tasks.encode(plain, read, raw=False) if len(ids) + choice.max_tokens <= plain.max_model_len]
     found: dict[str, Any] = {"prompts": choice.prompts.name, "num_prompts": len(prompts), "max_tokens": choice.max_tokens}
     model = getattr(drafting.engine.drafter, "model", None)
-    file = calibration_file(drafting.draft_source, plain.target, choice.method)
+    file = file_beside(choice.draft_model) or file_in_cache(drafting.draft_source, plain.target, choice.method)
     if model is not None:
         trials = {kind: all_trials(plain, model, prompts, t, choice.max_tokens) for kind, t in TEMPERATURES.items()}
         found["acceptance_by_depth"] = {kind: by_depth(accepted_ranks(texts)) for kind, texts in trials.items()}
@@ -102,7 +102,7 @@ def write(file: Path, found: dict[str, Any]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found, indent=1) + "\n")
     except OSError as error:
-        raise ValueError(f"cannot write {str(file)!r} ({error.strerror}): copy the drafter to a folder of your own") from None
+        raise ValueError(f"cannot write {str(file)!r} ({error.strerror}): give a drafter directory of your own") from None
 
 
 def tokens_per_step(plain: LLM, config: dict[str, Any], prompts: Sequence[list[int]], max_tokens: int) -> dict[str, Any]:
@@ -281,14 +281,10 @@ def sample_prompt(llm: LLM) -> list[int]:
 def command(choice: CalibrateChoice, *, plot: Path | None, as_json: bool) -> int:
     """Runs ``foredraft calibrate``; returns the exit code."""
     file, found = calibrate(choice)
-    llm = LLM(
-        choice.model,
-        {"method": choice.method} | ({"model": choice.draft_model} if choice.draft_model else {}),
-        dtype=choice.dtype,
-        device=choice.device,
-        max_num_seqs=1,
-    )
-    models = {"target": llm.target, "drafter": getattr(llm.engine.drafter, "model", None)}
+    config = {"method": choice.method} | ({"model": choice.draft_model} if choice.draft_model else {})
+    llm = LLM(choice.model, config, dtype=choice.dtype, device=choice.device, max_num_seqs=1)
+    drafting: Any = llm.with_speculation({**config, "num_speculative_tokens": 1}).engine.drafter
+    models = {"target": llm.target, "drafter": getattr(drafting, "model", None)}
     costs = {name: cost_curve(model, sample_prompt(llm)) for name, model in models.items() if model is not None}
     chosen = {kind: llm.drafting(SamplingParams(temperature=t)) for kind, t in TEMPERATURES.items()}
     if as_json:

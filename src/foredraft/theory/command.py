@@ -128,7 +128,9 @@ def rejections(
         means = simulated_rejections(pair, horizon, int(count), runs, laws.seed)
         found["simulated"] = {"runs": runs, "mean": means[-1].value, "standard_error": means[-1].error}
     if plot is not None:
-        figures.save(figures.rejections(pair, horizon, runs or figures.RUNS, laws.seed), plot)
+        curves = figures.curves(pair, horizon, runs or figures.RUNS, laws.seed)
+        figures.save(figures.rejections(curves, batch_rejections(pair, horizon, inf), runs or figures.RUNS), plot)
+        found["largest_deviation"] = max(abs(one) for curve in curves.values() for one in curve.deviations())
     _report(found, as_json)
     return 0
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import inf
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from foredraft.bench.report import new_figure
 from foredraft.theory.chains import Pair, Row
-from foredraft.theory.rejections import batch_rejections, rejections_by_position
-from foredraft.theory.simulate import simulated_rejections
+from foredraft.theory.rejections import rejections_by_position
+from foredraft.theory.simulate import Mean, simulated_rejections
 from foredraft.theory.speedup import Cost, chain_speedup
 from foredraft.theory.tradeoff import curve, front
 
@@ -35,33 +35,55 @@ def save(figure: Any, path: Path) -> None:
         raise ValueError(f"cannot write {str(path)!r} ({error.strerror})") from None
 
 
-def rejections(pair: Pair, horizon: int, runs: int, seed: int) -> Any:
+class Curve(NamedTuple):
+    """Rejections up to each position: the theory's line, and means over runs beside it."""
+
+    theory: Float[np.ndarray, " t"]
+    means: Sequence[Mean]
+
+    def deviations(self) -> list[float]:
+        """Of the drawn points from the line, in standard errors."""
+        some = drawn(len(self.theory))
+        pairs = zip(list(self.means)[some], self.theory[some], strict=True)
+        return [(mean.value - line) / mean.error if mean.error else mean.value - line for mean, line in pairs]
+
+
+def drawn(horizon: int) -> slice:
+    """The positions at which points are drawn: a dozen, the last one among them."""
+    step = max(horizon // 12, 1)
+    return slice((horizon - 1) % step, None, step)
+
+
+def curves(pair: Pair, horizon: int, runs: int, seed: int) -> dict[int, Curve]:
+    """By number of drafts."""
+    return {
+        m: Curve(np.cumsum(rejections_by_position(pair, horizon, m)), simulated_rejections(pair, horizon, m, runs, seed + m))
+        for m in _SCALE
+    }
+
+
+def rejections(found: Mapping[int, Curve], limit: float, runs: int) -> Any:
     """Figure 2: counted rejections against theory over N, for one draft, for 4 and 5, and the scaling in M with its limit."""
     figure = new_figure(13.0, 4.0)
     left, middle, right = figure.subplots(1, 3)
+    horizon = len(found[1].theory)
+    said, some, places = f"{runs} runs, 3 s.e.", drawn(horizon), np.arange(1, horizon + 1)
     for axes, counts in ((left, (1,)), (middle, (4, 5))):
         for m in counts:
-            theory = np.cumsum(rejections_by_position(pair, horizon, m))
-            means = simulated_rejections(pair, horizon, m, runs, seed + m)
-            places = np.arange(1, horizon + 1)
-            axes.plot(places, theory, label=f"theory, {m} draft{'s' if m > 1 else ''}")
-            some = slice(max(horizon // 12, 1) - 1, None, max(horizon // 12, 1))
-            bars = [3 * one.error for one in means]
-            axes.errorbar(
-                places[some], [one.value for one in means][some], yerr=bars[some], fmt="o", ms=3, label=f"{runs} runs, 3 s.e."
-            )
+            axes.plot(places, found[m].theory, label=f"theory, {m} draft{'s' if m > 1 else ''}")
+            _points(axes, places[some], list(found[m].means)[some], said)
         axes.set(xlabel="tokens N", ylabel="rejections")
         axes.legend(fontsize="small")
-    limit = batch_rejections(pair, horizon, inf)
-    right.plot(_SCALE, [batch_rejections(pair, horizon, m) for m in _SCALE], label="theory")
-    means = [simulated_rejections(pair, horizon, m, runs, seed + 100 + m)[-1] for m in _SCALE]
-    right.errorbar(
-        _SCALE, [m.value for m in means], yerr=[3 * m.error for m in means], fmt="o", ms=3, label=f"{runs} runs, 3 s.e."
-    )
+    right.plot(list(found), [one.theory[-1] for one in found.values()], label="theory")
+    _points(right, list(found), [one.means[-1] for one in found.values()], said)
     right.axhline(limit, ls="--", c="grey", label="limit of many drafts")
     right.set(xlabel="drafts M", ylabel=f"rejections in {horizon} tokens", xscale="log")
     right.legend(fontsize="small")
     return figure
+
+
+def _points(axes: Any, places: Any, means: Sequence[Mean], label: str) -> None:
+    axes.errorbar(places, [m.value for m in means], yerr=[3 * m.error for m in means], fmt="o", ms=3, label=label)
 
 
 def improvement() -> Any:

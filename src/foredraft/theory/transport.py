@@ -11,11 +11,13 @@ from math import comb
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from scipy.optimize import linprog
 
 from foredraft.theory.chains import Row, residual, total_variation
 from foredraft.theory.rejections import retry
+from foredraft.verify.kseq import discount
 
 MOST_SETS = 5000
 """Sets of drafts that the linear programme is solved with; above, a bound is given."""
@@ -155,22 +157,13 @@ def reached(p: Row, q: Row, k: int) -> dict[str, float]:
     """
     check_count(k)
     fail, _ = retry(p[None], q[None], k)
-    rho = _kseq_discount(p, q, k)
+    rho = discount(torch.from_numpy(q), torch.from_numpy(p), k)
     likeliest = np.argsort(-p, kind="stable")[:k]
     return {
         "multiround-iid": 1 - float(fail[0]),
         "kseq": 1 - (1 - float(np.minimum(p, q / rho).sum())) ** k,
         "deterministic": float(q[likeliest].sum()),
     }
-
-
-def _kseq_discount(p: Row, q: Row, k: int) -> float:
-    low, high = 1.0, float(k)
-    for _ in range(60):
-        rho = (low + high) / 2
-        beta = float(np.minimum(p, q / rho).sum())
-        low, high = (low, rho) if 1 - (1 - beta) ** k <= rho * beta else (rho, high)
-    return high
 
 
 def multiround_without_replacement(p: Row, q: Row, k: int) -> float:

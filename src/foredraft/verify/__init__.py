@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ class RuleRow(NamedTuple):
         drawn: kinds of draws it is made for.
         chains_only: whether it needs a tree without branches.
         options: config keys of its own, arguments of the rule.
+        exact_with: options with which a lossy rule is exact.
     """
 
     rule: AcceptanceRule
@@ -32,6 +33,12 @@ class RuleRow(NamedTuple):
     guarantee: str
     source: str
     options: Sequence[str] = ()
+    exact_with: Mapping[str, Any] = {}
+
+    def claim(self, options: Mapping[str, Any]) -> str:
+        """What it guarantees with these options."""
+        exact = self.exact_with and all(options.get(key) == value for key, value in self.exact_with.items())
+        return _EXACT if exact else self.guarantee
 
     def with_options(self, **options: Any) -> AcceptanceRule:
         """The rule with some of its options given."""
@@ -72,6 +79,7 @@ RULES: dict[str, RuleRow] = {
         "lossy: over-accepts by epsilon; the output carries a bound of the distance of every token's law",
         "Yin et al. 2024 (arXiv 2411.00841), section 4, Decoding-OPT",
         ("epsilon",),
+        {"epsilon": 0},
     ),
     "uno": RuleRow(
         uno,

@@ -1,0 +1,131 @@
+"""Audits of every exact rule with every drafter on the bundled pair, and of what must fail: lossy rules and planted faults.
+
+    python benchmarks/audits.py --output benchmarks/audits.jsonl
+
+A rule is audited with the tree that it is the usual one of, else with the first that it is exact for. The enumeration of a
+tree and rule is made once, whatever the temperature. Exit code 1 where an audit does not end as it must.
+"""
+
+from __future__ import annotations
+
+import sys
+from time import perf_counter
+from typing import Any, NamedTuple
+
+from measuring import arguments, read_prompts, report, rounded
+
+from foredraft import DRAFTERS, GROWERS, LLM, RULES, SamplingParams
+from foredraft.audit.faults import FAULTS
+from foredraft.audit.run import Audit, Auditor
+from foredraft.progress import progress_bar
+from foredraft.speculation import fitting_rules
+
+COLUMNS = (
+    *("drafter", "tree", "rule", "fault", "temperature", "must_pass", "lossless", "enumerated_error"),
+    *("greedy_ties", "greedy_faults", "sampled_deviates", "control_deviates", "tokens", "detectable_bias", "seconds"),
+)
+LOSSY: dict[str, dict[str, Any]] = {"typical": {}, "uno": {"epsilon": 0.0}, "tolerance": {"epsilon": 0.2}}
+
+
+class Case(NamedTuple):
+    """What is audited, and how it must end."""
+
+    config: dict[str, Any]
+    temperature: float
+    fault: str | None = None
+
+    @property
+    def must_pass(self) -> bool:
+        """Whether it is exact."""
+        claim = RULES[self.config["rule"]].claim(self.config)
+        return self.fault is None and not claim.startswith("lossy")
+
+
+def exact() -> list[dict[str, Any]]:
+    """Every exact rule with every drafter that it is exact for."""
+    found = []
+    for drafter, row in DRAFTERS.items():
+        trees = [name for name, grower in GROWERS.items() if grower.needs == row.gives]
+        for rule in (name for name, one in RULES.items() if not one.guarantee.startswith("lossy")):
+            fitting = sorted(
+                (name for name in trees if rule in fitting_rules(GROWERS[name])), key=lambda n: GROWERS[n].rule != rule
+            )
+            if fitting:
+                found.append({"method": drafter, "tree": fitting[0], "rule": rule})
+            elif not trees and rule in fitting_rules(row):
+                found.append({"method": drafter, "rule": rule})
+    return found
+
+
+def cases(temperatures: list[float]) -> list[Case]:
+    """All of them."""
+    chain = {"method": "lm", "tree": "chain"}
+    failing = [({**chain, "rule": rule, **options}, None) for rule, options in LOSSY.items()]
+    failing += [({**chain, "rule": "chain"}, fault) for fault in FAULTS]
+    sampled = [temperature for temperature in temperatures if temperature > 0]
+    dial = [Case({**chain, "rule": "tolerance", "epsilon": 0.0}, temperature) for temperature in sampled]
+    return [
+        *(Case(config, temperature) for config in exact() for temperature in temperatures),
+        *dial,
+        *(Case(config, temperature, fault) for config, fault in failing for temperature in sampled),
+    ]
+
+
+def row(case: Case, audit: Audit, seconds: float) -> dict[str, Any]:
+    """What an audit found."""
+    sampled, control = audit.sampled, audit.control
+    faults = sum(not one.is_tie for one in audit.divergences)
+    return rounded(
+        {
+            "drafter": case.config["method"],
+            "tree": case.config.get("tree"),
+            "rule": case.config["rule"] + (f" {case.config['epsilon']:g}" if "epsilon" in case.config else ""),
+            "fault": case.fault,
+            "temperature": case.temperature,
+            "must_pass": case.must_pass,
+            "lossless": audit.is_lossless,
+            "reasons": audit.reasons,
+            "greedy_outputs": audit.num_greedy,
+            "greedy_ties": len(audit.divergences) - faults,
+            "greedy_faults": faults,
+            "sampled_deviates": sampled and sampled.deviates,
+            "control_deviates": control and control.deviates,
+            "tokens": sampled and sampled.num_tokens,
+            "measured_drift": sampled and sampled.drift_measured,
+            "detectable_bias": sampled and sampled.detectable,
+            "tv_bound_mean": audit.tv_bound_mean,
+            "seconds": seconds,
+        }
+    ) | {"enumerated_error": audit.enumerated_error}
+
+
+def main() -> None:
+    """Command line."""
+    parser = arguments(__doc__, models=False)
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=4, help="sampled outputs a prompt")
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7, 1.0])
+    parser.add_argument("--top-p", type=float, default=0.9)
+    args = parser.parse_args()
+    plain = LLM(None, {"method": "ar"}, dtype=args.dtype, device=args.device, max_num_seqs=args.samples)
+    prompts, every, rows = read_prompts(plain, args.prompts), cases(args.temperatures), []
+    known: dict[Any, float] = {}
+    with progress_bar("auditing", len(every)) as advance:
+        for case in every:
+            began, key = perf_counter(), (*case.config.items(), case.fault)
+            sampling = SamplingParams(temperature=case.temperature, top_p=args.top_p, max_tokens=args.max_tokens)
+            llm = plain.with_speculation({**case.config, "num_speculative_tokens": 8})
+            rule = FAULTS[case.fault] if case.fault else None
+            audit = Auditor(llm, prompts, sampling, args.samples, rule, enumerated_error=known.get(key)).run()
+            known[key] = audit.enumerated_error
+            rows.append(row(case, audit, perf_counter() - began))
+            advance(1)
+    report(args.output, rows, COLUMNS, device=plain.target.device, dtype=args.dtype)
+    wrong = [one for one in rows if one["lossless"] != one["must_pass"]]
+    print(f"{len(rows) - len(wrong)} of {len(rows)} audits ended as they must")
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Rejections predicted from the laws of two real pairs, beside what the engine counted: Theorems 1 and 3 of Yin et al. with a
+finite lookahead and a bonus token.
+
+    python benchmarks/predictions.py --prompts build/eval24.jsonl --output benchmarks/predictions.jsonl
+
+Chains of 4 (M = 1) and M chains of 4, at temperature 0.6 and 1. The bundled pair answers the prompts; the two story models of
+tests/data write on from the beginnings of stories.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import arguments, report, rounded
+
+from foredraft.theory.predict import Wanted, predict
+
+DATA = Path(__file__).parents[1] / "tests" / "data"
+STORIES = (
+    *("Once upon a time", "The cat sat on", "One day a girl named", "There was a", "In the morning", "My dog is"),
+    *("It was a sunny day", "The old man", "A little bird", "Tom and Sue", "In a big forest", "Mom said that"),
+)
+COLUMNS = (
+    *("pair", "temperature", "drafts", "predicted", "counted", "ratio", "z", "plain_theorem"),
+    *("predicted_length", "counted_length", "distance", "first_acceptance", "optimum"),
+)
+
+
+def wanted(pair: str, temperature: float, args: Any, stories: Path) -> Wanted:
+    """What `foredraft theory predict` is asked for each pair."""
+    drafts = (1, 2, 4, 8)
+    if pair == "bundled":
+        return Wanted(None, None, args.prompts, None, temperature, 4, drafts, 64, args.repeats, "auto", False, 0)
+    target, drafter = str(DATA / "babyllama-105"), str(DATA / "babyllama-105-b")
+    return Wanted(target, drafter, stories, None, temperature, 4, drafts, 64, 2 * args.repeats, "float32", True, 0)
+
+
+def main() -> None:
+    """Command line."""
+    parser = arguments(__doc__, models=False)
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=4, help="texts a prompt")
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        stories = Path(folder) / "stories.txt"
+        stories.write_text("\n".join(STORIES) + "\n")
+        for pair in ("bundled", "story models"):
+            for temperature in (0.6, 1.0):
+                found = predict(wanted(pair, temperature, args, stories))
+                shared = {key: value for key, value in found._asdict().items() if key != "compared"}
+                for one in found.compared:
+                    z = (one.counted - one.predicted) / one.standard_error
+                    extra = {"pair": pair, "ratio": one.counted / one.predicted, "z": z}
+                    rows.append(rounded({**shared, **one._asdict(), **extra}))
+    report(args.output, rows, COLUMNS, device=torch.device("cpu"))
+
+
+if __name__ == "__main__":
+    main()

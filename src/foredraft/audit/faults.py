@@ -1,0 +1,51 @@
+"""Faulty rules, that an audit must find: what could go wrong in an implementation of `chain` without anyone seeing it."""
+
+from __future__ import annotations
+
+from foredraft.draws import Draws
+from foredraft.protocols import AcceptanceRule, Verdict
+from foredraft.sampling import TargetLaw
+from foredraft.tree import DraftTree
+from foredraft.verify.chain import chain
+
+_SHARPER = 1.6
+
+
+def other_temperature(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
+    """The draft law of another temperature is handed to the rule."""
+    probs = tree.draft_probs**_SHARPER
+    probs = probs / probs.sum(-1, keepdim=True)
+    wrong = DraftTree(tree.tokens, tree.parents, tree.drawn, tree.draft_row, probs, tree.draft_ids, tree.vocab_size)
+    return chain(wrong, target_law, draws)
+
+
+def bonus_from_draft(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
+    """The bonus token comes from the law of the last draft."""
+    verdict = chain(tree, target_law, draws)
+    law = tree.law(tree.num_nodes - 2) if tree.num_nodes > 1 else None
+    if verdict.kind != "bonus" or law is None:
+        return verdict
+    return Verdict(verdict.path, draws.categorical(law, ("fault", (), 0)), "bonus")
+
+
+def residual_kept(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
+    """The residual is not renormalised: its missing mass falls to the likeliest token of the target."""
+    for node in range(1, tree.num_nodes):
+        parent, token = node - 1, int(tree.tokens[node])
+        law, draft = target_law.row(parent), tree.law(parent)
+        if draft is None:
+            return chain(tree, target_law, draws)
+        if not draws.bernoulli(float(law[token] / draft[token]), ("accept", tree.ranks[node], 0)):
+            left = (law - draft).clamp(min=0)
+            left[int(law.argmax())] += 1 - left.sum()
+            return Verdict(list(range(1, node)), draws.categorical(left, ("next", tree.ranks[parent], 0)), "recovered")
+    last = tree.num_nodes - 1
+    return Verdict(list(range(1, last + 1)), draws.categorical(target_law.row(last), ("next", tree.ranks[last], 0)), "bonus")
+
+
+FAULTS: dict[str, AcceptanceRule] = {
+    "other temperature": other_temperature,
+    "bonus from the draft law": bonus_from_draft,
+    "residual not renormalised": residual_kept,
+}
+"""By what is wrong with them."""

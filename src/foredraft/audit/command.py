@@ -153,7 +153,8 @@ def _section(name: str, evidence: Evidence) -> list[str]:
     lines += ["| test | statistic | p-value | threshold (Holm) | |", "|---|---|---|---|---|"]
     for one in evidence.tests():
         said = "deviates" if one.deviates else "as expected"
-        lines.append(f"| {one.name} | {one.statistic:.3f} | {one.p_value:.3g} | {one.threshold:.3g} | {said} |")
+        threshold = f"{one.threshold:.3g}" if one.threshold else "not reached"
+        lines.append(f"| {one.name} | {one.statistic:.3f} | {one.p_value:.3g} | {threshold} | {said} |")
     if evidence.impossible:
         lines += ["", f"{evidence.impossible} tokens have probability 0 under the target."]
     lines += [

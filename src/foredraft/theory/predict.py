@@ -197,6 +197,7 @@ class OneText(NamedTuple):
     plain: float
     counted: int
     steps: int
+    acceptance: float
     optimum: float
 
 
@@ -212,6 +213,7 @@ def compare(p: Rows, q: Rows, output: CompletionOutput, drafts: int, lookahead: 
         rounds_along(text, len(p), bonus=False).rejections,
         counted,
         len(output.records),
+        float(1 - text.fail[some].mean()),
         optimum,
     )
 
@@ -228,6 +230,6 @@ def summed(drafts: int, texts: Sequence[OneText]) -> Compared:
         plain_theorem=sum(one.plain for one in texts),
         predicted_length=tokens / sum(one.predicted.target_calls for one in texts),
         counted_length=tokens / sum(one.steps for one in texts),
-        first_acceptance=float(np.mean([1 - one.text.fail.mean() for one in texts])),
+        first_acceptance=float(np.mean([one.acceptance for one in texts])),
         optimum=float(np.mean([one.optimum for one in texts])),
     )

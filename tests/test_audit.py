@@ -43,7 +43,7 @@ EXACT = [
     {**LM, "tree": "branching", "rule": "kseq", "num_chains": 2},
     {**LM, "tree": "topk"},
     {**LM, "method": "lm-lookup", "tree": "dyspec"},
-    {"method": "ngram"},
+    {"method": "ngram", "rule": "chain"},
 ]
 
 

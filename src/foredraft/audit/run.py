@@ -17,6 +17,7 @@ from foredraft.audit.greedy import Divergence, divergence
 from foredraft.audit.hypotheses import Evidence
 from foredraft.bench.calibrate import all_logits
 from foredraft.decode import Continuation
+from foredraft.drafters import DRAFTERS
 from foredraft.draws import Draws, Key
 from foredraft.grow import GROWERS
 from foredraft.grow.base import draft_sampling
@@ -174,7 +175,7 @@ class Auditor:
         """Largest error over two draft and two target laws, one of each with zeros, sampled and greedy."""
         speculation, tree = self.llm.speculation, drafting["tree"]
         assert speculation is not None
-        grower: Any = speculation.grower(tree, self.llm.measured(speculation)) if tree else GROWERS["static"].grower()
+        grower: Any = speculation.grower(tree, self.llm.measured(speculation)) if tree else _stand_in(drafting["method"])
         if hasattr(grower, "width"):
             grower = replace(grower, width=1)  # what wider passes draw in vain multiplies the orders to visit
         worst = 0.0
@@ -269,6 +270,12 @@ class Auditor:
         draft = np.zeros(size)
         draft[chosen] = 1.0
         return draft
+
+
+def _stand_in(drafter: str) -> Any:
+    """A policy that takes the likeliest tokens as a drafter with a tree of its own takes what it found."""
+    chain = [[0] * depth for depth in range(1, max(SIZES.values()) + 1)]
+    return GROWERS["static"].grower(**({"paths": chain} if DRAFTERS[drafter].chains_only else {}))
 
 
 def enumerated_error(grower: Any, rule: AcceptanceRule, size: int, nodes: int, temperature: float) -> float:

@@ -416,6 +416,10 @@ def test_laws_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (
+            ("rejections", "--states", "2000000"),
+            "vocabulary too large to enumerate: two chains of 50 matrices over 2000000 tokens",
+        ),
         (("rejections", "--p", "0.5,0.6", "--q", "0.8,0.2"), "p sums to 1.1, but a law must sum to 1"),
         (("rejections", "--p", "0.5,0.5", "--q", "1.2,-0.2"), "q has entries that are no probabilities: -0.2"),
         (("rejections", "--p", "1,0", "--q", "0.5,0.5"), "p has no support where q has mass: token 1"),
@@ -450,3 +454,11 @@ def test_the_points_of_figure_2_lie_within_three_standard_errors_of_the_line() -
     found = figures.curves(random_pair(7, 50, 0), 50, figures.RUNS, 0)
     assert max(abs(one) for curve in found.values() for one in curve.deviations()) < 3
     assert all(len(curve.deviations()) >= 12 for curve in found.values())
+
+
+def test_too_many_orders_are_refused() -> None:
+    p = np.full(4096, 1 / 4096)
+    with pytest.raises(
+        ValueError, match="vocabulary too large to enumerate: 3 drafts among 4096 tokens come in 16,773,120 orders"
+    ):
+        transport.multiround_without_replacement(p, p[::-1].copy(), 3)

@@ -17,6 +17,9 @@ Rows = Float[np.ndarray, "s v"]
 _SUM_TOLERANCE = 1e-6
 """Laws typed by hand or kept in single precision sum to 1 up to this; they are normalised."""
 
+_MOST_NUMBERS = 1 << 28
+"""What two chains may hold: 2 GiB in float64."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -86,7 +89,17 @@ def iid_pair(p: Any, q: Any) -> Pair:
     p, q = checked_law(p, "p"), checked_law(q, "q")
     if len(p) != len(q):
         raise ValueError(f"p has {len(p)} tokens and q {len(q)}: they must be laws over the same vocabulary")
+    _check_room(len(p), 1)
     return Pair([p[None], np.tile(p, (len(p), 1))], [q[None], np.tile(q, (len(q), 1))])
+
+
+def _check_room(vocab_size: int, matrices: int) -> None:
+    numbers = 2 * matrices * vocab_size**2
+    if numbers > _MOST_NUMBERS:
+        raise ValueError(
+            f"vocabulary too large to enumerate: two chains of {matrices} matrices over {vocab_size} tokens have {numbers:,} "
+            f"numbers, at most {_MOST_NUMBERS:,} are computed. Take fewer tokens or a shorter horizon"
+        )
 
 
 def random_pair(vocab_size: int, horizon: int, seed: int, *, closeness: float | int = 0.0, stationary: bool = False) -> Pair:
@@ -102,6 +115,7 @@ def random_pair(vocab_size: int, horizon: int, seed: int, *, closeness: float | 
         raise ValueError(f"vocabulary and horizon must be at least 1, got {vocab_size} and {horizon}")
     if not 0 <= closeness <= 1:
         raise ValueError(f"closeness must be between 0 and 1, got {closeness}")
+    _check_room(vocab_size, 1 if stationary else horizon)
     rng, flat = np.random.default_rng(seed), np.ones(vocab_size)
     sizes = [1, vocab_size] if stationary else [1] + [vocab_size] * (horizon - 1)
     target = [rng.dirichlet(flat, size) for size in sizes]

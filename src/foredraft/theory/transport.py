@@ -7,7 +7,7 @@ q(x). Its maximum is the least cut: over sets H of tokens, ``1 + q(H) - P(S insi
 from __future__ import annotations
 
 from itertools import combinations
-from math import comb
+from math import comb, perm
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,8 @@ from foredraft.verify.kseq import discount
 
 MOST_SETS = 5000
 """Sets of drafts that the linear programme is solved with; above, a bound is given."""
+
+_MOST_ORDERS = 1_000_000
 
 _CUTS, _SPACING = 64, 0.05
 
@@ -169,9 +171,17 @@ def reached(p: Row, q: Row, k: int) -> dict[str, float]:
 def multiround_without_replacement(p: Row, q: Row, k: int) -> float:
     """Acceptance of the multi-round rule for k drafts without replacement, by visiting every order of draws (small V).
 
+    Raises:
+        ValueError: there are too many orders.
+
     Source: Sequoia (arXiv 2402.12374), Algorithm 2; DySpec (arXiv 2410.11744), Algorithm 3.
     """
     check_count(k)
+    if (orders := perm(len(p), k - 1)) > _MOST_ORDERS:
+        raise ValueError(
+            f"vocabulary too large to enumerate: {k} drafts among {len(p)} tokens come in {orders:,} orders, at most "
+            f"{_MOST_ORDERS:,} are visited. Take fewer tokens or drafts"
+        )
     accepted = float(np.minimum(p, q).sum())
     if k == 1:
         return accepted

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from measuring import arguments, report, rounded
 
-from foredraft.theory.predict import Wanted, predict
+from foredraft.theory.predict import Texts, predict
 
 DATA = Path(__file__).parents[1] / "tests" / "data"
 STORIES = (
@@ -29,13 +29,12 @@ COLUMNS = (
 )
 
 
-def wanted(pair: str, temperature: float, args: Any, stories: Path) -> Wanted:
-    """What `foredraft theory predict` is asked for each pair."""
-    drafts = (1, 2, 4, 8)
+def texts_of(pair: str, temperature: float, args: Any, stories: Path) -> Texts:
+    """What each pair writes."""
     if pair == "bundled":
-        return Wanted(None, None, args.prompts, None, temperature, 4, drafts, 64, args.repeats, "auto", False, 0)
-    target, drafter = str(DATA / "babyllama-105"), str(DATA / "babyllama-105-b")
-    return Wanted(target, drafter, stories, None, temperature, 4, drafts, 64, 2 * args.repeats, "float32", True, 0)
+        return Texts(args.prompts, temperature=temperature, repeats=args.repeats)
+    models = {"model": str(DATA / "babyllama-105"), "draft_model": str(DATA / "babyllama-105-b")}
+    return Texts(stories, **models, temperature=temperature, repeats=2 * args.repeats, dtype="float32", raw=True)
 
 
 def main() -> None:
@@ -50,7 +49,7 @@ def main() -> None:
         stories.write_text("\n".join(STORIES) + "\n")
         for pair in ("bundled", "story models"):
             for temperature in (0.6, 1.0):
-                found = predict(wanted(pair, temperature, args, stories))
+                found = predict(texts_of(pair, temperature, args, stories), lookahead=4, drafts=(1, 2, 4, 8))
                 shared = {key: value for key, value in found._asdict().items() if key != "compared"}
                 for one in found.compared:
                     z = (one.counted - one.predicted) / one.standard_error

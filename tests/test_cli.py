@@ -430,11 +430,17 @@ def test_a_bug_is_one_line_too(run, monkeypatch):
 # --- as a process: pipes, other people's warnings, and Ctrl-C
 
 
+def _interruptible():
+    """A process that a shell starts in the background ignores SIGINT, and hands that on to what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(*arguments, **options):
     """The command line as a process; pipes carry bytes, so that none are left in a decoder."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, "-m", "foredraft", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, bufsize=0, **options)
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment, "bufsize": 0}
+    return subprocess.Popen(command, preexec_fn=_interruptible, **options)
 
 
 @pytest.mark.parametrize("arguments", [["x" * 300], ["", "--method", "suffix"]])
@@ -493,7 +499,8 @@ __main__.main(sys.argv[1:])
 def test_an_interrupt_while_an_object_is_destroyed_is_not_lost():
     """Python reports an exception in ``__del__`` and goes on; Ctrl-C must end the run all the same, and say nothing else."""
     command = [sys.executable, "-c", DROPPED, "generate", STORY, *map(str, LONG)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    options = {"capture_output": True, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "timeout": 120}
+    done = subprocess.run(command, preexec_fn=_interruptible, **options)
     assert done.returncode == 130
     assert done.stdout.strip()
     assert done.stderr.count("\n") == 1

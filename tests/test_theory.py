@@ -17,8 +17,10 @@ from foredraft.__main__ import main
 from foredraft.grow import GROWERS
 from foredraft.models.table import markov_law, random_law
 from foredraft.protocols import Budget
-from foredraft.theory import figures, transport
+from foredraft.theory import figures, predict, transport
 from foredraft.theory.chains import Pair, iid_pair, random_pair, read_pair, total_variation
+from foredraft.theory.estimate import estimated_pair, merged
+from foredraft.theory.predict import Texts
 from foredraft.theory.rejections import (
     batch_rejections,
     check_acceptance,
@@ -462,3 +464,46 @@ def test_too_many_orders_are_refused() -> None:
         ValueError, match="vocabulary too large to enumerate: 3 drafts among 4096 tokens come in 16,773,120 orders"
     ):
         transport.multiround_without_replacement(p, p[::-1].copy(), 3)
+
+
+STORIES = [str(Path(__file__).parent / "data" / name) for name in ("babyllama-105", "babyllama-105-b")]
+
+
+def test_chains_estimated_from_a_real_pair(tmp_path: Path) -> None:
+    """A state that was visited once has the very laws of the two models there, with the rare tokens merged."""
+    prompts = tmp_path / "stories.txt"
+    prompts.write_text("Once upon a time\n")
+    texts = Texts(prompts, *STORIES, max_tokens=24, dtype="float64", raw=True)
+    pair, tokens = estimated_pair(texts, 12)
+    assert pair.vocab_size == len(tokens) + 1 == 12
+    llm = texts.load().with_speculation({**texts.drafting, "tree": "chain", "num_speculative_tokens": 1})
+    plain = texts.load().generate(texts.encoded(llm), texts.sampling)[0]
+    laws = predict.laws_of(llm, plain.prompt_token_ids, plain.outputs[0].token_ids, texts.sampling)
+    place = np.full(llm.target.vocab_size, 11)
+    place[tokens] = np.arange(11)
+    last = place[[plain.prompt_token_ids[-1], *plain.outputs[0].token_ids[:-1]]]
+    [once, *_] = [state for state in range(11) if (last == state).sum() == 1]
+    for chain, rows in zip((pair.draft, pair.target), laws, strict=True):
+        states = merged(rows, place, 12)
+        np.testing.assert_allclose(chain[0][0], states[0], rtol=1e-12)
+        np.testing.assert_allclose(chain[1][once], states[list(last).index(once)], rtol=1e-12)
+        np.testing.assert_allclose(chain[1].sum(-1), 1, rtol=1e-12)
+        never = [state for state in range(12) if state not in last]
+        np.testing.assert_allclose(chain[1][never], np.tile(states.mean(0), (len(never), 1)), rtol=1e-12)
+
+
+def test_the_chains_of_a_real_pair_can_be_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts, laws = tmp_path / "stories.txt", tmp_path / "laws.json"
+    prompts.write_text("Once upon a time\nThe cat\n")
+    given = ("--model", STORIES[0], "--drafter", STORIES[1], "--raw", "--prompts", str(prompts), "--max-tokens", "16")
+    code, out, err = run(capsys, "estimate", *given, "--states", "8", "--output", str(laws))
+    assert (code, err) == (0, "")
+    assert "chains over 8 states" in out
+    code, out, err = run(capsys, "rejections", "--laws", str(laws), "--horizon", "10", "--drafts", "2", "--json")
+    assert (code, err) == (0, "")
+    assert 0 < json.loads(out)["expected_rejections"] < 10
+    nowhere = ("--output", str(tmp_path / "nowhere" / "laws.json"))
+    for states, says in (("1", "at least 2 states"), ("8", "cannot write")):
+        code, out, err = run(capsys, "estimate", *given, "--states", states, *nowhere)
+        assert (code, out) == (1, "")
+        assert says in err

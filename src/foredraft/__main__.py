@@ -316,33 +316,63 @@ def theory_speedup(
     raise typer.Exit(command.speedups(acceptance=acceptance, **how, plot=plot, as_json=as_json))
 
 
+TextPrompts = Annotated[Path, typer.Option(help="A .jsonl (prompt, question, messages or turns) or .txt file.")]
+Drafter = Annotated[str | None, typer.Option("--drafter", "--draft-model", help="Directory or Hub id of the draft model.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most so many prompts.", show_default=False)]
+AboveZero = Annotated[float, typer.Option(help="Above 0.")]
+TextLength = Annotated[int, typer.Option(min=1, help="Tokens a text.")]
+Repeats = Annotated[int, typer.Option(help="Texts a prompt.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Prompts as they are, without the chat template.")]
+
+
 @theory.command("predict")
 def theory_predict(
     *,
-    prompts: Annotated[Path, typer.Option(help="A .jsonl (prompt, question, messages or turns) or .txt file.")],
+    prompts: TextPrompts,
     model: Model = None,
-    draft_model: Annotated[
-        str | None,
-        typer.Option("--drafter", "--draft-model", help="Directory or Hub id of the draft model."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many prompts.", show_default=False)] = None,
-    temperature: Annotated[float, typer.Option(help="Above 0.")] = 1.0,
+    drafter: Drafter = None,
+    limit: Limit = None,
+    temperature: AboveZero = 1.0,
     lookahead: Annotated[int, typer.Option(help="Tokens that a round drafts.")] = 4,
     drafts: Annotated[str, typer.Option(help="Numbers of drafts M.")] = "1,2,4,8",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens a text.")] = 64,
-    repeats: Annotated[int, typer.Option(help="Texts a prompt.")] = 1,
+    max_tokens: TextLength = 64,
+    repeats: Repeats = 1,
     dtype: Dtype = "auto",
-    raw: Annotated[bool, typer.Option("--raw", help="Prompts as they are, without the chat template.")] = False,
+    raw: Raw = False,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Rejections predicted from the two models' laws, beside what the engine counted on the same texts."""
     from foredraft.theory import command
-    from foredraft.theory.predict import Wanted
+    from foredraft.theory.predict import Texts
 
     counts = [int(one) for one in command.numbers(drafts, "--drafts")]
-    what = Wanted(model, draft_model, prompts, limit, temperature, lookahead, counts, max_tokens, repeats, dtype, raw, seed)
-    raise typer.Exit(command.predicted(what, as_json=as_json))
+    texts = Texts(prompts, model, drafter, limit, temperature, max_tokens, repeats, dtype, raw, seed)
+    raise typer.Exit(command.predicted(texts, lookahead=lookahead, drafts=counts, as_json=as_json))
+
+
+@theory.command("estimate")
+def theory_estimate(
+    *,
+    prompts: TextPrompts,
+    output: Annotated[Path, typer.Option(help="JSON file, for --laws.")],
+    model: Model = None,
+    drafter: Drafter = None,
+    states: Annotated[int, typer.Option(help="Frequent tokens and one state for all others.")] = 256,
+    limit: Limit = None,
+    temperature: AboveZero = 1.0,
+    max_tokens: TextLength = 64,
+    repeats: Repeats = 1,
+    dtype: Dtype = "auto",
+    raw: Raw = False,
+    seed: Seed = 0,
+) -> None:
+    """Markov chains of a real pair, estimated from texts of the target: what the other commands take as --laws."""
+    from foredraft.theory import command
+    from foredraft.theory.predict import Texts
+
+    texts = Texts(prompts, model, drafter, limit, temperature, max_tokens, repeats, dtype, raw, seed)
+    raise typer.Exit(command.estimated(texts, states=states, output=output))
 
 
 @app.command()

@@ -274,8 +274,10 @@ class Auditor:
 
 def _stand_in(drafter: str) -> Any:
     """A policy that takes the likeliest tokens as a drafter with a tree of its own takes what it found."""
-    chain = [[0] * depth for depth in range(1, max(SIZES.values()) + 1)]
-    return GROWERS["static"].grower(**({"paths": chain} if DRAFTERS[drafter].chains_only else {}))
+    options: dict[str, Any] = {}
+    if DRAFTERS[drafter].chains_only:
+        options["paths"] = [[0] * depth for depth in range(1, max(SIZES.values()) + 1)]
+    return GROWERS["static"].grower(**options)
 
 
 def enumerated_error(grower: Any, rule: AcceptanceRule, size: int, nodes: int, temperature: float) -> float:

@@ -89,11 +89,16 @@ def iid_pair(p: Any, q: Any) -> Pair:
     p, q = checked_law(p, "p"), checked_law(q, "q")
     if len(p) != len(q):
         raise ValueError(f"p has {len(p)} tokens and q {len(q)}: they must be laws over the same vocabulary")
-    _check_room(len(p), 1)
+    check_room(len(p), 1)
     return Pair([p[None], np.tile(p, (len(p), 1))], [q[None], np.tile(q, (len(q), 1))])
 
 
-def _check_room(vocab_size: int, matrices: int) -> None:
+def check_room(vocab_size: int, matrices: int) -> None:
+    """Checks that two chains of so many matrices can be held.
+
+    Raises:
+        ValueError: they cannot.
+    """
     numbers = 2 * matrices * vocab_size**2
     if numbers > _MOST_NUMBERS:
         raise ValueError(
@@ -115,7 +120,7 @@ def random_pair(vocab_size: int, horizon: int, seed: int, *, closeness: float | 
         raise ValueError(f"vocabulary and horizon must be at least 1, got {vocab_size} and {horizon}")
     if not 0 <= closeness <= 1:
         raise ValueError(f"closeness must be between 0 and 1, got {closeness}")
-    _check_room(vocab_size, 1 if stationary else horizon)
+    check_room(vocab_size, 1 if stationary else horizon)
     rng, flat = np.random.default_rng(seed), np.ones(vocab_size)
     sizes = [1, vocab_size] if stationary else [1] + [vocab_size] * (horizon - 1)
     target = [rng.dirichlet(flat, size) for size in sizes]

@@ -223,11 +223,26 @@ def speedups(
     return 0
 
 
-def predicted(wanted: Any, *, as_json: bool) -> int:
+def estimated(texts: Any, *, states: int, output: Path) -> int:
+    """Writes the chains of a real pair."""
+    from foredraft.theory.estimate import as_json, estimated_pair
+
+    pair, tokens = estimated_pair(texts, states)
+    try:
+        output.write_text(json.dumps(as_json(pair, tokens)) + "\n")
+    except OSError as error:
+        raise ValueError(f"cannot write {str(output)!r} ({error.strerror})") from None
+    Console(highlight=False, soft_wrap=True).print(
+        f"chains over {pair.vocab_size} states are in {output}; read them with --laws"
+    )
+    return 0
+
+
+def predicted(texts: Any, *, lookahead: int, drafts: Sequence[int], as_json: bool) -> int:
     """Prediction against run on real models."""
     from foredraft.theory.predict import predict
 
-    found = predict(wanted)
+    found = predict(texts, lookahead=lookahead, drafts=drafts)
     rows = [
         {
             **one._asdict(),

@@ -10,6 +10,7 @@ same text has mean 0 and a small variance.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,7 +105,7 @@ class Prediction(NamedTuple):
         by_position: the same over blocks of 16 output tokens.
     """
 
-    temperature: float
+    temperature: float | int
     lookahead: int
     num_texts: int
     num_tokens: int
@@ -113,61 +114,77 @@ class Prediction(NamedTuple):
     compared: list[Compared]
 
 
-class Wanted(NamedTuple):
-    """What to predict, on what."""
+@dataclass(frozen=True)
+class Texts:
+    """Which texts are generated, by which pair; `repeats` texts a prompt."""
 
-    model: str | None
-    draft_model: str | None
     prompts: Path
-    limit: int | None
-    temperature: float
-    lookahead: int
-    drafts: Sequence[int]
-    max_tokens: int
-    repeats: int
-    dtype: str
-    raw: bool
-    seed: int
+    model: str | None = None
+    draft_model: str | None = None
+    limit: int | None = None
+    temperature: float | int = 1.0
+    max_tokens: int = 64
+    repeats: int = 1
+    dtype: str = "auto"
+    raw: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError("laws need a temperature above 0: at 0 every rejection is certain or impossible")
+        if self.repeats < 1:
+            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """Every text has `max_tokens` tokens."""
+        return SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens, ignore_eos=True)
+
+    @property
+    def drafting(self) -> dict[str, Any]:
+        """The speculative config without a tree."""
+        return {"method": "lm"} | ({"model": self.draft_model} if self.draft_model else {})
+
+    def load(self) -> LLM:
+        """The target, decoding plainly."""
+        return LLM(self.model, {"method": "ar"}, dtype=self.dtype, max_num_seqs=8, seed=self.seed)
+
+    def encoded(self, llm: LLM) -> list[list[int]]:
+        """The prompts that leave room, `repeats` times."""
+        read = tasks.read_prompts(self.prompts, self.limit)
+        encoded = tasks.encode(llm, read, raw=self.raw or llm.tokenizer.chat_template is None)
+        return [ids for ids in encoded if len(ids) + self.max_tokens <= llm.max_model_len] * self.repeats
 
 
-def predict(wanted: Wanted) -> Prediction:
+def predict(texts: Texts, *, lookahead: int, drafts: Sequence[int]) -> Prediction:
     """Runs the engine with M drafts of `lookahead` tokens and predicts its rejections from the two laws along its own texts.
 
     Raises:
-        ValueError: temperature 0 (nothing is random there), fewer than one draft or repeat, or models or prompts that cannot
-            be read.
+        ValueError: fewer than one draft or token, or models or prompts that cannot be read.
     """
-    if not wanted.temperature > 0:
-        raise ValueError("prediction needs a temperature above 0: at 0 every rejection is certain or impossible")
-    if wanted.repeats < 1 or not wanted.drafts or min(wanted.drafts) < 1 or wanted.lookahead < 1:
-        raise ValueError("drafts, lookahead and repeats must be at least 1")
-    model = {"model": wanted.draft_model} if wanted.draft_model else {}
-    plain = LLM(wanted.model, {"method": "ar"}, dtype=wanted.dtype, max_num_seqs=8, seed=wanted.seed)
-    read = tasks.read_prompts(wanted.prompts, wanted.limit)
-    encoded = tasks.encode(plain, read, raw=wanted.raw or plain.tokenizer.chat_template is None)
-    prompts = [ids for ids in encoded if len(ids) + wanted.max_tokens <= plain.max_model_len] * wanted.repeats
-    sampling = SamplingParams(temperature=wanted.temperature, max_tokens=wanted.max_tokens, ignore_eos=True)
-    compared, distances = [], np.zeros(wanted.max_tokens)
-    with progress_bar("predicting", len(wanted.drafts) * len(prompts)) as advance:
-        for drafts in wanted.drafts:
-            llm = plain.with_speculation({"method": "lm", **model, **_tree(drafts, wanted.lookahead)})
-            texts = []
+    if not drafts or min(drafts) < 1 or lookahead < 1:
+        raise ValueError("drafts and lookahead must be at least 1")
+    plain = texts.load()
+    prompts, sampling = texts.encoded(plain), texts.sampling
+    compared, distances = [], np.zeros(texts.max_tokens)
+    with progress_bar("predicting", len(drafts) * len(prompts)) as advance:
+        for count in drafts:
+            llm = plain.with_speculation({**texts.drafting, **_tree(count, lookahead)})
+            found = []
             for result in llm.generate(prompts, sampling):
                 p, q = laws_of(llm, result.prompt_token_ids, result.outputs[0].token_ids, sampling)
-                texts.append(compare(p, q, result.outputs[0], drafts, wanted.lookahead))
-                distances += texts[-1].text.distance / len(prompts) / len(wanted.drafts)
+                found.append(compare(p, q, result.outputs[0], count, lookahead))
+                distances += found[-1].text.distance / len(prompts) / len(drafts)
                 advance(1)
-            compared.append(summed(drafts, texts))
-    blocks = [float(one.mean()) for one in np.array_split(distances, max(1, wanted.max_tokens // 16))]
-    num_texts = len(prompts)
+            compared.append(summed(count, found))
     return Prediction(
-        wanted.temperature,
-        wanted.lookahead,
-        num_texts,
-        num_texts * wanted.max_tokens,
-        float(distances.mean()),
-        blocks,
-        compared,
+        temperature=texts.temperature,
+        lookahead=lookahead,
+        num_texts=len(prompts),
+        num_tokens=len(prompts) * texts.max_tokens,
+        distance=float(distances.mean()),
+        by_position=[float(one.mean()) for one in np.array_split(distances, max(1, texts.max_tokens // 16))],
+        compared=compared,
     )
 
 

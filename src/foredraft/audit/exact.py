@@ -165,21 +165,9 @@ def joint_law(
 
         for share, tokens, _ in enumerate_branches(run, keys):
             emitted[tokens] += prob * share
-    return complete(emitted, target, vocab_size, length, temperature, prefix)
-
-
-def complete(
-    emitted: dict[tuple[int, ...], float],
-    target: Callable,
-    vocab_size: int,
-    length: int,
-    temperature: float,
-    prefix: tuple[int, ...],
-) -> np.ndarray:
-    """Spreads every emitted prefix over its completions by the target."""
     joint = np.zeros((vocab_size,) * length)
     for tokens in product(range(vocab_size), repeat=length):
-        for cut in range(length + 1):
+        for cut in range(length + 1):  # every emitted prefix is spread over its completions
             if tokens[:cut] in emitted:
                 joint[tokens] += emitted[tokens[:cut]] * chain_prob(target, tokens, cut, temperature, prefix)
     return joint

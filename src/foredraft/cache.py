@@ -243,6 +243,14 @@ def lay_out(batch: TreeBatch, caches: Sequence[KVCache], start: Sequence[int] | 
     )
 
 
+def among_new(
+    rows: Int[np.ndarray, " r"], offsets: Int[np.ndarray, " b1"], first: Int[np.ndarray, " b"]
+) -> Int[np.ndarray, " r"]:
+    """Where the packed nodes `rows` stand among the new nodes, of which each tree lacks its first ones."""
+    trees = np.searchsorted(offsets, rows, side="right") - 1
+    return np.asarray(rows, np.int64) - np.cumsum(first)[trees]
+
+
 PREFILL_CHUNK = 512
 """Tokens of a prompt run at once: bounds the mask and the scratch memory of a long prompt."""
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.cache import PREFILL_CHUNK, prefill
 from foredraft.drafters import Setting
+from foredraft.drafters.growing import Growing, capped, next_pass
 from foredraft.draws import Draws
 from foredraft.protocols import Budget, Grower, Target
 from foredraft.sampling import SamplingParams
@@ -22,22 +21,15 @@ MAX_PADDING = 1024
 """Training frameworks pad a vocabulary to a multiple of a power of two, 1024 at most."""
 
 
-@dataclass
-class LMState:
+@dataclass(eq=False)
+class LMState(Growing):
     """What the drafter knows of one request.
 
     Attributes:
-        pending: committed tokens that are not in the cache yet; the last one is the root.
-        tokens, parents: what was run this step behind the cache: `pending` as a chain, then the expanded nodes.
-        place: node of the growing tree -> its place among `tokens`.
         path: places to commit before the next step; None if nothing was run.
+        num_committed: tokens of the request.
     """
 
-    cache: Any
-    pending: list[int]
-    tokens: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)
-    place: dict[int, int] = field(default_factory=dict)
     path: list[int] | None = None
     num_committed: int = 0
 
@@ -92,26 +84,13 @@ class LMDrafter:
         self._commit(states)
         roots = [state.pending[-1] for state in states]
         room = [max(0, self.model.max_len - state.num_committed) for state in states]
-        budgets = [
-            Budget(nodes, min(depth, left)) if left else Budget(0, 0)
-            for (nodes, depth), left in zip(budgets, room, strict=True)
-        ]
-        return self.grower.grow(self, states, roots, budgets, sampling, draws)
+        return self.grower.grow(self, states, roots, capped(budgets, room), sampling, draws)
 
     def expand(self, states: Sequence[LMState], partial: TreeBatch, node_ids: Ids) -> Float[Tensor, "n v"]:
         """Draft logits after the packed nodes `node_ids` of the growing trees, in one pass of the draft model."""
-        owners = np.searchsorted(partial.offsets, node_ids, side="right") - 1
-        places, tokens, parents = node_ids - partial.offsets[owners], partial.tokens[node_ids], partial.parents[node_ids]
-        nodes = list(zip(owners.tolist(), places.tolist(), tokens.tolist(), parents.tolist(), strict=True))
-        live = sorted({b for b, *_ in nodes})
-        start = [len(states[b].tokens) for b in live]
-        for b, *node in nodes:
-            _append(states[b], *node)
-        some = [states[b] for b in live]
-        batch = TreeBatch.chains([self._known(state.tokens) for state in some], [state.parents for state in some])
-        first = {b: int(batch.offsets[i]) for i, b in enumerate(live)}
-        rows = np.array([first[b] + states[b].place[place] for b, place, *_ in nodes])
-        scores = self.model.forward(batch, [state.cache for state in some], rows, start=start)
+        live, batch, start, rows = next_pass(states, partial, node_ids)
+        batch.tokens[batch.tokens >= self.model.vocab_size] = 0  # as in `_known`
+        scores = self.model.forward(batch, [states[b].cache for b in live], rows, start=start)
         return fit_vocabulary(scores.logits, self.vocab_size)
 
     def observe(
@@ -138,7 +117,8 @@ class LMDrafter:
         run = [state for state in states if state.path is not None]
         self._pool.keep([state.cache for state in run], [state.path or [] for state in run])
         for state in states:
-            state.tokens, state.parents, state.place, state.path = [], [], {}, None
+            state.clear()
+            state.path = None
         late = [s for s in states if len(s.pending) > PREFILL_CHUNK and s.num_committed <= self.model.max_len]
         prefill(self.model, self._pool, [state.cache for state in late], [self._known(state.pending[:-1]) for state in late])
         for state in late:
@@ -148,18 +128,6 @@ class LMDrafter:
         """Ids that only the target has, in the padding of its vocabulary, read as token 0: that can cost no more than speed."""
         size = self.model.vocab_size
         return [token if token < size else 0 for token in tokens]
-
-
-def _append(state: LMState, node: int, token: int, parent: int) -> None:
-    """Adds a node to what is run; before the first one, the pending tokens whose last is the root."""
-    if not state.tokens:
-        state.tokens = list(state.pending)
-        state.parents = list(range(-1, len(state.pending) - 1))
-        state.place = {0: len(state.pending) - 1}
-    if node:
-        state.place[node] = len(state.tokens)
-        state.parents.append(state.place[parent])
-        state.tokens.append(token)
 
 
 def fit_vocabulary(logits: Float[Tensor, "n v"], vocab_size: int) -> Float[Tensor, "n w"]:

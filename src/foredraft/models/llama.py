@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from foredraft.cache import KVCache, KVPool, Layout, lay_out
+from foredraft.models.attention import attend, rotary_tables, rotate
 from foredraft.models.graphs import Capture, Graphs, Masks, cuda_capture
 from foredraft.models.linear import Linear, Norm, can_pack, make_linear, make_norm
 from foredraft.protocols import Scores
@@ -98,7 +98,7 @@ class LlamaTarget:
         self._layers = [_load_layer(i, config, read) for i in range(config.num_hidden_layers)]
         size = config.hidden_size * config.intermediate_size if self.packed else 0
         self._least_rows = next(rows for least, rows in _LEAST_ROWS if size >= least)
-        self._cos, self._sin = _rotary_tables(config, self.max_len, dtype, device)
+        self._cos, self._sin = rotary_tables(config, self.max_len, dtype, device)
         self.graphs = self.make_graphs(cuda_capture()) if device.type == "cuda" else None
 
     def make_graphs(self, capture: Capture) -> Graphs:
@@ -205,17 +205,8 @@ class LlamaTarget:
         qk = qkv[:, : queries + keys]
         if layer.q_norm is not None and layer.k_norm is not None:
             torch.cat([layer.q_norm(qk[:, :queries]), layer.k_norm(qk[:, queries:])], dim=1, out=qk)
-        cos, sin = rotation
-        torch.addcmul(qk * cos, qk.roll(self._head_dim // 2, dims=-1), sin, out=qk)
-        pool.write(index, layout, qkv[:, queries : queries + keys], qkv[:, queries + keys :])
-        key, value = pool.read(index, layout)
-        query = layout.pad(qkv[:, :queries])  # [B, N, H, E]
-        size, width = query.shape[:2]
-        query = query.view(size, width, keys, -1, self._head_dim).permute(0, 2, 3, 1, 4)
-        query = query.reshape(size, keys, -1, self._head_dim)  # query heads that share a key head become rows
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        out = out.view(size, keys, -1, width, self._head_dim).permute(0, 3, 1, 2, 4)
-        return layout.unpad(out.reshape(size, width, -1))
+        rotate(qk, rotation, out=qk)
+        return attend(index, qkv.split([queries, keys, keys], dim=1), mask, layout, pool)
 
 
 def unsupported(config: PretrainedConfig) -> str | None:
@@ -245,19 +236,6 @@ def window_of(config: Any, index: int) -> int | None:
 def _rope_type(config: PretrainedConfig) -> str:
     rope = getattr(config, "rope_parameters", None) or {}
     return rope.get("rope_type", "default")
-
-
-def _rotary_tables(
-    config: Any, length: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Float[Tensor, "t e"], Float[Tensor, "t e"]]:
-    """Cosines and sines of every position, computed in float32 as the published models do. The sign of the rotation's first
-    half is folded into the sines, so that rotating is one roll."""
-    rotary = LlamaRotaryEmbedding(config=config)
-    like = torch.zeros(1, dtype=torch.float32)
-    cos, sin = rotary(like, torch.arange(length)[None])
-    half = sin.shape[-1] // 2
-    sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-    return cos[0].to(device, dtype), sin[0].to(device, dtype)
 
 
 class Reader:

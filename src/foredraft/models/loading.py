@@ -24,7 +24,7 @@ from transformers.utils import logging
 from foredraft.errors import unknown_name
 from foredraft.models.check import refuse_unsupported, self_check
 from foredraft.models.checkpoint import ModelError as ModelError
-from foredraft.models.checkpoint import StoredTensor, one_line, open_weights, read_config, read_json, resolve, some
+from foredraft.models.checkpoint import StoredTensor, fingerprint, one_line, open_weights, read_config, read_json, resolve, some
 from foredraft.models.hf import HFTarget
 from foredraft.models.llama import LlamaTarget, unsupported
 from foredraft.models.native import NativeTarget, can_run
@@ -82,6 +82,17 @@ def load_target(
     if unsupported(config) is None:
         return _llama(config, weights, wanted or _dtype_of(config, weights), place)
     return _checked(_load_with_transformers(path, wanted or _dtype_of(config, weights), place))
+
+
+def fingerprint_of(source: Any, revision: str | None = None) -> str:
+    """The fingerprint of a model's weights, see `foredraft.models.checkpoint.fingerprint`.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    if isinstance(source, PreTrainedModel):
+        return fingerprint(source.state_dict())
+    return fingerprint(open_weights(resolve(source, revision)))
 
 
 def load_tokenizer(source: Any, revision: str | None = None) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from foredraft.cache import KVCache, KVPool
+from foredraft.cache import KVCache, KVPool, among_new
 from foredraft.compiled import library
 from foredraft.models.llama import Reader, head_dim_of, window_of
 from foredraft.protocols import Scores
@@ -29,9 +29,9 @@ from foredraft.tree import Ids, TreeBatch
 _TILE = 32
 """Outputs of a linear layer whose weights stand side by side; every width but the vocabulary's must be a multiple of it."""
 
-_NO_WINDOW = 1 << 62
+NO_WINDOW = 1 << 62
 
-_ONE_THREAD_BYTES = 8 << 20
+ONE_THREAD_BYTES = 8 << 20
 """Models up to this size run on one thread: a second one saves at most a tenth of a step of 0.1 ms (3 MB of weights, two
 cores), and when it is late the step waits for it."""
 
@@ -44,28 +44,43 @@ _LINE, _BLOCK = 64, 64 << 20
 _at, _whole, _real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
-class _Linear(ctypes.Structure):
+class CLinear(ctypes.Structure):
+    """A linear layer, its weight laid out by `blocked`."""
+
     _fields_ = (("weight", _at), ("bias", _at), ("outputs", _whole), ("inputs", _whole))
 
 
-class _Layer(ctypes.Structure):
+class CLayer(ctypes.Structure):
+    """A decoder layer; what is None there is left out."""
+
     _fields_ = (
         *((name, _at) for name in ("input_norm", "q_norm", "k_norm", "post_norm")),
-        *((name, _Linear) for name in ("qkv", "output", "gate", "up", "down")),
+        *((name, CLinear) for name in ("qkv", "output", "gate", "up", "down")),
         ("window", _whole),
     )
 
 
-class _Model(ctypes.Structure):
+class CEntry(ctypes.Structure):
+    """How a draft head takes in an embedding and a feature."""
+
+    _fields_ = (("fc", CLinear), ("norm", _at), *((name, CLinear) for name in ("gate", "up", "down")))
+
+
+class CModel(ctypes.Structure):
+    """A model."""
+
     _fields_ = (
         *((name, _whole) for name in ("hidden", "heads", "kv_heads", "head_dim", "mlp", "num_layers")),
         *((name, _real) for name in ("eps", "rotary_scale")),
         *((name, _at) for name in ("frequencies", "embedding", "layers", "norm")),
-        ("head", _Linear),
+        ("head", CLinear),
+        ("entry", CEntry),
     )
 
 
-class _Step(ctypes.Structure):
+class CStep(ctypes.Structure):
+    """One forward."""
+
     _fields_ = (
         ("num_trees", _whole),
         *((name, _at) for name in ("tokens", "parents", "offsets", "lengths", "slots", "first")),
@@ -74,6 +89,7 @@ class _Step(ctypes.Structure):
         ("num_features", _whole),
         *((name, _at) for name in ("feature_layers", "features", "keys", "values")),
         *((name, _whole) for name in ("layer_stride", "slot_stride", "head_stride", "threads")),
+        *((name, _at) for name in ("given", "carried")),
     )
 
 
@@ -104,11 +120,11 @@ class NativeTarget:
         self.config = config
         self.vocab_size: int = config.vocab_size
         self.max_len: int = config.max_position_embeddings
-        self._forward, self._linear = code.foredraft_forward, code.foredraft_linear
-        self._memory = _Memory()
+        self._linear = code.foredraft_linear
+        self._memory = Memory()
         self._model = self._describe(config, Reader(config, weights, self.dtype, self.device, packed=False))
         self.num_weight_bytes = self._memory.num_bytes - (0 if self._embedding is None else self._embedding.nbytes)
-        self._threads = threads or (torch.get_num_threads() if self._memory.num_bytes > _ONE_THREAD_BYTES else 1)
+        self._threads = threads or (torch.get_num_threads() if self._memory.num_bytes > ONE_THREAD_BYTES else 1)
 
     def new_pool(self, num_slots: int, max_len: int) -> KVPool:
         """Caches for `num_slots` requests. `max_len` is advice: slots grow as they are used."""
@@ -151,43 +167,11 @@ class NativeTarget:
             feature_layers: states to return, side by side: 0 is the embedding, i the state after i layers, -1 the state
                 after the final norm.
         """
-        pool, num_trees = caches[0].pool, len(batch)
-        lengths = np.array([cache.length for cache in caches])
-        slots = np.array([cache.slot for cache in caches])
-        first = np.zeros(num_trees, np.int64) if start is None else np.asarray(start, np.int64)
-        sizes = batch.offsets[1:] - batch.offsets[:-1]
-        pool.reserve(int((lengths + sizes).max()))
-        count = len(batch.tokens) - int(first.sum())
-        wanted = np.arange(count) if rows is None else _among_new(rows, batch.offsets, first)
-        logits = torch.empty(len(wanted), self.vocab_size)
-        features = torch.empty(count, len(feature_layers) * self._model.hidden, dtype=self.dtype) if feature_layers else None
-        layers = np.array(feature_layers, np.int64)
-        arrays = (batch.tokens, batch.parents, batch.offsets, lengths, slots, first, wanted, layers)
-        numbers = np.concatenate(arrays, dtype=np.int64)  # one address to ask for
-        begin = list(accumulate((_WORD * len(one) for one in arrays[:-1]), initial=numbers.ctypes.data))
-        pairs_stride, layer_stride, slot_stride, head_stride, _, _ = pool.kv.stride()
-        keys = pool.kv.data_ptr()
-        step = _Step(
-            num_trees,
-            *begin[:6],
-            len(wanted),
-            begin[6],
-            logits.data_ptr(),
-            len(layers),
-            begin[7],
-            None if features is None else features.data_ptr(),
-            keys,
-            keys + pairs_stride * pool.kv.element_size(),
-            layer_stride,
-            slot_stride,
-            head_stride,
-            self._threads,
+        return run_step(
+            self._model, batch, caches, rows, start, feature_layers, vocab_size=self.vocab_size, threads=self._threads
         )
-        if self._forward(ctypes.byref(self._model), ctypes.byref(step)):
-            raise MemoryError(f"no memory for a step of {count} tokens")
-        return Scores(logits, features)
 
-    def _describe(self, config: PretrainedConfig, read: Reader) -> _Model:
+    def _describe(self, config: PretrainedConfig, read: Reader) -> CModel:
         """The model as `decoder.c` wants it."""
         tied = not read.has("lm_head")
         head = read.tensor("model.embed_tokens" if tied else "lm_head")
@@ -195,9 +179,13 @@ class NativeTarget:
         self._head = self._memory.put(blocked(head))
         rotary: Any = LlamaRotaryEmbedding(config=config)  # type: ignore[arg-type]
         frequencies = self._memory.put(rotary.inv_freq.float().contiguous())
-        layers = (_Layer * config.num_hidden_layers)(*(self._layer(config, read, i) for i in range(config.num_hidden_layers)))
+        described = [
+            describe_layer(self._memory, read, f"model.layers.{i}", window_of(config, i))
+            for i in range(config.num_hidden_layers)
+        ]
+        layers = (CLayer * len(described))(*described)
         self._layers = layers  # lives as long as the model, which points to it
-        return _Model(
+        return CModel(
             config.hidden_size,
             config.num_attention_heads,
             config.num_key_value_heads or config.num_attention_heads,
@@ -210,36 +198,108 @@ class NativeTarget:
             None if self._embedding is None else self._embedding.data_ptr(),
             ctypes.addressof(layers),
             self._memory.put(read.tensor("model.norm")).data_ptr(),
-            _Linear(self._head.data_ptr(), None, *head.shape),
+            CLinear(self._head.data_ptr(), None, *head.shape),
         )
 
-    def _layer(self, config: PretrainedConfig, read: Reader, index: int) -> _Layer:
-        at = f"model.layers.{index}"
-
-        def norm(name: str) -> int | None:
-            return self._memory.put(read.tensor(f"{at}.{name}")).data_ptr() if read.has(f"{at}.{name}") else None
-
-        def linear(*names: str) -> _Linear:
-            full = [f"{at}.{name}_proj" for name in names]
-            weight, bias = read.tensor(*full), read.bias(*full)
-            laid_out = self._memory.put(blocked(weight))
-            return _Linear(laid_out.data_ptr(), None if bias is None else self._memory.put(bias).data_ptr(), *weight.shape)
-
-        return _Layer(
-            norm("input_layernorm"),
-            norm("self_attn.q_norm"),
-            norm("self_attn.k_norm"),
-            norm("post_attention_layernorm"),
-            linear(*(f"self_attn.{name}" for name in "qkv")),
-            linear("self_attn.o"),
-            linear("mlp.gate"),
-            linear("mlp.up"),
-            linear("mlp.down"),
-            window_of(config, index) or _NO_WINDOW,
-        )
+    @property
+    def shared(self) -> tuple[int | None, CLinear]:
+        """Where the embedding stands (None: in the head), and the head: what a draft head shares."""
+        return self._model.embedding, self._model.head
 
 
-class _Memory:
+def describe_linear(memory: Memory, read: Reader, *names: str) -> CLinear:
+    """Linear layers fused into one, as `decoder.c` reads it."""
+    weight, bias = read.tensor(*names), read.bias(*names)
+    laid_out = memory.put(blocked(weight))
+    return CLinear(laid_out.data_ptr(), None if bias is None else memory.put(bias).data_ptr(), *weight.shape)
+
+
+def describe_layer(memory: Memory, read: Reader, at: str, window: int | None) -> CLayer:
+    """The decoder layer called `at`, as `decoder.c` reads it."""
+
+    def norm(name: str) -> int | None:
+        return memory.put(read.tensor(f"{at}.{name}")).data_ptr() if read.has(f"{at}.{name}") else None
+
+    def linear(*names: str) -> CLinear:
+        return describe_linear(memory, read, *(f"{at}.{name}_proj" for name in names))
+
+    return CLayer(
+        norm("input_layernorm"),
+        norm("self_attn.q_norm"),
+        norm("self_attn.k_norm"),
+        norm("post_attention_layernorm"),
+        linear(*(f"self_attn.{name}" for name in "qkv")),
+        linear("self_attn.o"),
+        linear("mlp.gate"),
+        linear("mlp.up"),
+        linear("mlp.down"),
+        window or NO_WINDOW,
+    )
+
+
+def run_step(
+    model: CModel,
+    batch: TreeBatch,
+    caches: Sequence[KVCache],
+    rows: Ids | None,
+    start: Sequence[int] | None,
+    feature_layers: Sequence[int] = (),
+    *,
+    vocab_size: int,
+    threads: int,
+    given: Float[Tensor, "m d"] | None = None,
+    carried: Float[Tensor, "m d"] | None = None,
+) -> Scores:
+    """One forward of `decoder.c`; see `foredraft.protocols.Target`.
+
+    Args:
+        given, carried: of a draft head: the features of the new nodes that go in, and room for those that come out.
+
+    Raises:
+        MemoryError: there is no room for the step.
+    """
+    code = library()
+    assert code is not None
+    pool, num_trees = caches[0].pool, len(batch)
+    lengths = np.array([cache.length for cache in caches])
+    slots = np.array([cache.slot for cache in caches])
+    first = np.zeros(num_trees, np.int64) if start is None else np.asarray(start, np.int64)
+    sizes = batch.offsets[1:] - batch.offsets[:-1]
+    pool.reserve(int((lengths + sizes).max()))
+    count = len(batch.tokens) - int(first.sum())
+    wanted = np.arange(count) if rows is None else among_new(rows, batch.offsets, first)
+    logits = torch.empty(len(wanted), vocab_size)
+    features = torch.empty(count, len(feature_layers) * model.hidden, dtype=torch.bfloat16) if feature_layers else None
+    layers = np.array(feature_layers, np.int64)
+    arrays = (batch.tokens, batch.parents, batch.offsets, lengths, slots, first, wanted, layers)
+    numbers = np.concatenate(arrays, dtype=np.int64)  # one address to ask for
+    begin = list(accumulate((_WORD * len(one) for one in arrays[:-1]), initial=numbers.ctypes.data))
+    pairs_stride, layer_stride, slot_stride, head_stride, _, _ = pool.kv.stride()
+    keys = pool.kv.data_ptr()
+    step = CStep(
+        num_trees,
+        *begin[:6],
+        len(wanted),
+        begin[6],
+        logits.data_ptr(),
+        len(layers),
+        begin[7],
+        None if features is None else features.data_ptr(),
+        keys,
+        keys + pairs_stride * pool.kv.element_size(),
+        layer_stride,
+        slot_stride,
+        head_stride,
+        threads,
+        None if given is None else given.data_ptr(),
+        None if carried is None else carried.data_ptr(),
+    )
+    if code.foredraft_forward(ctypes.byref(model), ctypes.byref(step)):
+        raise MemoryError(f"no memory for a step of {count} tokens")
+    return Scores(logits, features)
+
+
+class Memory:
     """Keeps tensors one after another on huge pages, where the system has them: streaming weights then misses few of the
     processor's page entries, which makes a step of twelve rows a fifth faster."""
 
@@ -273,11 +333,3 @@ def blocked(weight: Float[Tensor, "o i"]) -> Float[Tensor, "t half 32 2"]:
     outputs, inputs = weight.shape
     padded = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % _TILE))
     return padded.view(-1, _TILE, inputs // 2, 2).transpose(1, 2).contiguous()
-
-
-def _among_new(
-    rows: Int[np.ndarray, " r"], offsets: Int[np.ndarray, " b1"], first: Int[np.ndarray, " b"]
-) -> Int[np.ndarray, " r"]:
-    """Where the packed nodes `rows` stand among the new nodes, of which each tree lacks its first ones."""
-    trees = np.searchsorted(offsets, rows, side="right") - 1
-    return np.asarray(rows, np.int64) - np.cumsum(first)[trees]

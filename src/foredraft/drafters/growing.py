@@ -1,0 +1,83 @@
+"""What a drafter with a cache runs in a step: the committed tokens that the cache lacks, as a chain, and behind them the
+nodes of the growing tree, in the order in which a grower asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from foredraft.protocols import Budget
+from foredraft.tree import Ids, TreeBatch
+
+
+@dataclass(eq=False)
+class Growing:
+    """One request's run of this step.
+
+    Attributes:
+        cache: of the drafter.
+        pending: committed tokens that are not in the cache yet; the last one is the root.
+        tokens, parents: what was run this step behind the cache: `pending` as a chain, then the expanded nodes.
+        place: node of the growing tree -> its place among `tokens`.
+    """
+
+    cache: Any
+    pending: list[int]
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    place: dict[int, int] = field(default_factory=dict)
+
+    def add(self, node: int, token: int, parent: int) -> None:
+        """Adds a node to what is run; before the first one, the pending tokens whose last is the root."""
+        if not self.tokens:
+            self.tokens = list(self.pending)
+            self.parents = list(range(-1, len(self.pending) - 1))
+            self.place = {0: len(self.pending) - 1}
+        if node:
+            self.place[node] = len(self.tokens)
+            self.parents.append(self.place[parent])
+            self.tokens.append(token)
+
+    def clear(self) -> None:
+        """Forgets the run."""
+        self.tokens, self.parents, self.place = [], [], {}
+
+
+class Pass(NamedTuple):
+    """One forward for the expanded nodes of a batch.
+
+    Attributes:
+        live: the requests that take part.
+        batch: their runs as trees.
+        start: how many nodes of each were run before.
+        rows: packed places of the expanded nodes, in the order asked for.
+    """
+
+    live: list[int]
+    batch: TreeBatch
+    start: list[int]
+    rows: Ids
+
+
+def next_pass(runs: Sequence[Growing], partial: TreeBatch, node_ids: Ids) -> Pass:
+    """Adds the packed nodes `node_ids` of the growing trees `partial` to the runs, and plans the forward that runs them."""
+    owners = np.searchsorted(partial.offsets, node_ids, side="right") - 1
+    places, tokens, parents = node_ids - partial.offsets[owners], partial.tokens[node_ids], partial.parents[node_ids]
+    nodes = list(zip(owners.tolist(), places.tolist(), tokens.tolist(), parents.tolist(), strict=True))
+    live = sorted({b for b, *_ in nodes})
+    start = [len(runs[b].tokens) for b in live]
+    for b, *node in nodes:
+        runs[b].add(*node)
+    batch = TreeBatch.chains([runs[b].tokens for b in live], [runs[b].parents for b in live])
+    first = {b: int(batch.offsets[i]) for i, b in enumerate(live)}
+    return Pass(live, batch, start, np.array([first[b] + runs[b].place[place] for b, place, *_ in nodes]))
+
+
+def capped(budgets: Sequence[Budget], room: Sequence[int]) -> list[Budget]:
+    """Budgets no deeper than there is room."""
+    return [
+        Budget(nodes, min(depth, left)) if left else Budget(0, 0) for (nodes, depth), left in zip(budgets, room, strict=True)
+    ]

@@ -1,0 +1,58 @@
+"""Rotary positions, and attention of tree nodes to their cache: shared by our decoder and by draft heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from foredraft.cache import KVPool, Layout
+
+Rotation = tuple[Float[Tensor, "*p 1 e"], Float[Tensor, "*p 1 e"]]
+"""Cosines and signed sines of the position of each row, see `rotary_tables`; rows of a batch may share them."""
+
+
+def rotary_tables(
+    config: Any, length: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Float[Tensor, "t e"], Float[Tensor, "t e"]]:
+    """Cosines and sines of every position, computed in float32 as the published models do. The sign of the rotation's first
+    half is folded into the sines, so that rotating is one roll."""
+    rotary = LlamaRotaryEmbedding(config=config)
+    like = torch.zeros(1, dtype=torch.float32)
+    cos, sin = rotary(like, torch.arange(length)[None])
+    half = sin.shape[-1] // 2
+    sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+    return cos[0].to(device, dtype), sin[0].to(device, dtype)
+
+
+def rotate(x: Float[Tensor, "*n h e"], rotation: Rotation, out: Tensor | None = None) -> Float[Tensor, "*n h e"]:
+    """Heads turned by the position of their row."""
+    cos, sin = rotation
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin, out=out)
+
+
+def attend(
+    index: int, states: Sequence[Float[Tensor, "m _ e"]], mask: Tensor | None, layout: Layout, pool: KVPool
+) -> Float[Tensor, "m he"]:
+    """Stores the new nodes' keys and values of a layer, and lets the nodes attend to what is there.
+
+    Args:
+        states: queries, keys and values, rotated.
+        mask: of the padded batch, its rows repeated for the query heads that share a key head; None: all is visible.
+    """
+    query, key, value = states
+    size = query.shape[-1]
+    pool.write(index, layout, key, value)
+    keys, values = pool.read(index, layout)
+    padded = layout.pad(query)  # [B, N, H, E]
+    count, width = padded.shape[:2]
+    padded = padded.view(count, width, key.shape[1], -1, size).permute(0, 2, 3, 1, 4)
+    padded = padded.reshape(count, key.shape[1], -1, size)  # query heads that share a key head become rows
+    out = F.scaled_dot_product_attention(padded, keys, values, attn_mask=mask)
+    out = out.view(count, key.shape[1], -1, width, size).permute(0, 3, 1, 2, 4)
+    return layout.unpad(out.reshape(count, width, -1))

@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from foredraft import DRAFTERS, GROWERS, LLM, SamplingParams
+from foredraft.llm import bundled_drafter
 from foredraft.progress import progress_bar
 
 SETS = (("gsm8k_test.jsonl", "question"), ("mt_bench.jsonl", "turns"), ("humaneval.jsonl", "prompt"))
@@ -35,6 +36,7 @@ def combinations() -> list[tuple[str, str | None]]:
     return [
         (drafter, tree)
         for drafter, row in DRAFTERS.items()
+        if row.weights is None or bundled_drafter(drafter) is not None
         for tree in ([name for name, grower in GROWERS.items() if grower.needs == row.gives] or [None])
     ]
 

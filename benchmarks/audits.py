@@ -16,6 +16,7 @@ from measuring import arguments, read_prompts, report, rounded
 from foredraft import DRAFTERS, GROWERS, LLM, RULES, SamplingParams
 from foredraft.audit.faults import FAULTS
 from foredraft.audit.run import Audit, Auditor
+from foredraft.llm import bundled_drafter
 from foredraft.progress import progress_bar
 from foredraft.speculation import fitting_rules
 
@@ -47,6 +48,8 @@ def exact() -> list[dict[str, Any]]:
     """Every exact rule with every drafter that it is exact for."""
     found = []
     for drafter, row in DRAFTERS.items():
+        if row.weights is not None and bundled_drafter(drafter) is None:
+            continue
         trees = [name for name, grower in GROWERS.items() if grower.needs == row.gives]
         for rule in (name for name, one in RULES.items() if not one.guarantee.startswith("lossy")):
             fitting = [name for name in trees if rule in fitting_rules(GROWERS[name])]

@@ -129,7 +129,7 @@ def test_every_own_tree_with_every_rule(method: str, rule: str) -> None:
 @pytest.mark.parametrize(
     ("config", "near"),
     [
-        ({"method": "ngrm"}, "unknown method 'ngrm'. Did you mean 'ngram'? Allowed: lm, lm-lookup, ngram, suffix, auto, ar"),
+        ({"method": "ngrm"}, "unknown method 'ngrm'. Did you mean 'ngram'? Allowed: lm, lm-lookup, ngram, suffix, eagle, "),
         ({"method": "LM"}, "unknown method 'LM'. Allowed: "),
         ({"tree": "dyspec_threshold"}, "unknown tree 'dyspec_threshold'. Did you mean 'dyspec-threshold'?"),
         ({"method": "suffix", "tree": "chian"}, "unknown tree 'chian'. Did you mean 'chain'?"),

@@ -31,8 +31,8 @@ Model = Annotated[str | None, _option(_MODEL, "Directory or Hub id of the model;
 Dtype = Annotated[str, _option(_MODEL, "auto (the checkpoint's), bfloat16, float16, float32 or float64.")]
 Device = Annotated[str | None, _option(_MODEL, "cpu, cuda, cuda:1, ...; default: CUDA where there is a device.")]
 Revision = Annotated[str | None, _option(_MODEL, "Branch, tag or commit, of a Hub id.")]
-Method = Annotated[str | None, _option(_DRAFT, "Drafter: lm, lm-lookup, ngram, suffix, auto; ar is plain decoding.")]
-DraftModel = Annotated[str | None, _option(_DRAFT, "Directory or Hub id of the draft model, for method lm.")]
+Method = Annotated[str | None, _option(_DRAFT, "Drafter: lm, lm-lookup, ngram, suffix, fspad, ...; auto; ar drafts nothing.")]
+DraftModel = Annotated[str | None, _option(_DRAFT, "Directory or Hub id of the draft model, or directory of the head.")]
 Tree = Annotated[str | None, _option(_DRAFT, "How the tree grows: see `foredraft methods`; default auto, the fastest.")]
 Budget = Annotated[str | None, _option(_DRAFT, "Nodes of the tree without its root, 1 to 1024; default auto, the fastest.")]
 Rule = Annotated[str | None, _option(_DRAFT, "Acceptance rule; default: the best exact one for the tree.")]
@@ -226,6 +226,78 @@ def calibrate(
 
     choice = CalibrateChoice(model, method, draft_model, prompts or PROMPTS, limit, max_tokens, dtype, device)
     raise typer.Exit(run(choice, plot=plot, as_json=as_json))
+
+
+_LEARN, _TEXT = "Learning", "Text"
+
+
+@app.command()
+def train(
+    *,
+    method: Annotated[str, typer.Option(help="Head: eagle, fspad, eagle3, medusa, hydra, parallel or ctc.")],
+    out: Annotated[Path, typer.Option(help="Directory of the head; a run that was cut off goes on from there.")],
+    data: Annotated[list[Path], typer.Option(help="JSON Lines files of questions or chats; may be given several times.")],
+    model: Model = None,
+    set_option: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An option of the method.", show_default=False)
+    ] = None,
+    shards: Annotated[
+        Path | None, typer.Option(help="Folder of captured text, to be shared; default: in --out.", rich_help_panel=_TEXT)
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Answer tokens that the target writes.", rich_help_panel=_TEXT)] = 500_000,
+    temperatures: Annotated[str, typer.Option(help="Of the answers, in turn.", rich_help_panel=_TEXT)] = "0,0.6,1",
+    max_len: Annotated[int, typer.Option(min=64, help="Tokens of prompt and answer.", rich_help_panel=_TEXT)] = 512,
+    feature_layers: Annotated[
+        str | None, typer.Option(help="Layers to capture beside the head's own: 2,4,5.", rich_help_panel=_TEXT)
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the optimizer.", rich_help_panel=_LEARN)] = 1000,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Positions in a batch.", rich_help_panel=_LEARN)] = 8192,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches in a step.", rich_help_panel=_LEARN)] = 1,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=_LEARN, show_default=False)] = None,
+    warmup: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps.", rich_help_panel=_LEARN)] = 0.02,
+    schedule: Annotated[str, typer.Option(help="cosine or linear, down to 0.", rich_help_panel=_LEARN)] = "cosine",
+    clip: Annotated[float, typer.Option(min=0, help="Largest norm of the gradient.", rich_help_panel=_LEARN)] = 1.0,
+    evaluate_every: Annotated[int, typer.Option(min=1, help="Steps, also between checkpoints.", rich_help_panel=_LEARN)] = 100,
+    patience: Annotated[
+        int, typer.Option(min=0, help="Evaluations without a better loss until it ends; 0: never.", rich_help_panel=_LEARN)
+    ] = 0,
+    fp32: Annotated[bool, typer.Option("--fp32", help="No bfloat16 in matrix products.", rich_help_panel=_LEARN)] = False,
+    plot: PlotFile = None,
+    seed: Annotated[int, typer.Option(help="Of text, weights, order and noise.")] = 0,
+    device: Device = None,
+) -> None:
+    """Train a draft head for a model, on text that the model writes itself."""
+    from foredraft.train import command
+    from foredraft.train.command import TrainChoice
+
+    settings = {
+        "steps": steps,
+        "batch_tokens": batch_tokens,
+        "accumulate": accumulate,
+        "warmup": warmup,
+        "schedule": schedule,
+        "clip": clip,
+        "evaluate_every": evaluate_every,
+        "patience": patience,
+        "bf16": not fp32,
+        **({"lr": lr} if lr is not None else {}),
+    }
+    choice = TrainChoice(
+        method,
+        model,
+        data,
+        out,
+        options=command.options(set_option or []),
+        shards=shards,
+        num_tokens=tokens,
+        temperatures=command.numbers("--temperatures", temperatures, float),
+        max_len=max_len,
+        feature_layers=command.numbers("--feature-layers", feature_layers or "", int),
+        settings=settings,
+        device=device,
+        seed=seed,
+    )
+    raise typer.Exit(command.command(choice, plot=plot))
 
 
 theory = typer.Typer(name="theory", help="What speculative decoding costs and gains, computed exactly.", no_args_is_help=True)

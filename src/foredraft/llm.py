@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from foredraft.drafters import DRAFTERS, Setting
 from foredraft.drafters.mixed import MixedDrafter
 from foredraft.engine import Engine, Request, RequestOutput
 from foredraft.grow import ByTemperature
-from foredraft.models.loading import load_generation_config, load_target, load_tokenizer
+from foredraft.models.loading import fingerprint_of, load_generation_config, load_target, load_tokenizer
 from foredraft.progress import progress_bar
 from foredraft.prompts import Prompt, encode, is_list, not_a_prompt
 from foredraft.protocols import Budget
@@ -84,6 +85,7 @@ class LLM:
         self.max_num_seqs, self._seed = max_num_seqs or DEFAULT_NUM_SEQS, seed
         self._usual_num_seqs = max_num_seqs or 1
         self._draft_models: dict[str, Any] = {}
+        self._fingerprint = cache(lambda: fingerprint_of(model, revision))
         self._speculate(speculation)
 
     def with_speculation(self, speculative_config: Mapping[str, Any] | None) -> LLM:
@@ -274,6 +276,7 @@ class LLM:
             vocabulary=self._vocabulary,
             grower=grower,
             num_slots=self.max_num_seqs,
+            fingerprint=self._fingerprint,
         )
         return DRAFTERS[sampled.drafter].build(setting, **speculation.drafter_options)
 
@@ -282,7 +285,7 @@ class LLM:
         """The draft model as it was given, or the bundled one; None where there is none."""
         one = self.speculation
         if one is not None and one.model is None and self._bundled and one.needs_model:
-            return BUNDLED_DRAFTER
+            return bundled_drafter(one.drafter)
         return one.model if one else None
 
     def measured(self, speculation: Speculation) -> dict[str, Any]:
@@ -301,6 +304,13 @@ class LLM:
     def _vocabulary(self, model: Any) -> dict[str, int] | None:
         tokenizer = self.tokenizer if model is None else load_tokenizer(model)
         return None if tokenizer is None else tokenizer.get_vocab()
+
+
+def bundled_drafter(name: str) -> Path | None:
+    """The directory of a drafter for the bundled target; None where none is bundled."""
+    is_head = name in DRAFTERS and DRAFTERS[name].weights == "head"
+    folder = BUNDLED / name if is_head else BUNDLED_DRAFTER
+    return folder if folder.is_dir() else None
 
 
 def _check_count(name: str, value: int) -> None:

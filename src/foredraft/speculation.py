@@ -57,7 +57,7 @@ class Speculation:
         names = (
             [self.drafter]
             if self.drafter != AUTO
-            else [name for name, row in DRAFTERS.items() if has_model or row.gives == "own tree"]
+            else [name for name, row in DRAFTERS.items() if row.weights is None or (has_model and row.weights == "model")]
         )
         return [Way(name, tree) for name in names for tree in self._trees(DRAFTERS[name])]
 
@@ -77,8 +77,8 @@ class Speculation:
 
     @property
     def needs_model(self) -> bool:
-        """Whether a draft model is of use."""
-        return self.drafter == AUTO or DRAFTERS[self.drafter].gives == "expand"
+        """Whether a draft model, or a head, is of use."""
+        return self.drafter == AUTO or DRAFTERS[self.drafter].weights is not None
 
     @property
     def is_open(self) -> bool:

@@ -113,7 +113,7 @@ def tokens_per_step(plain: LLM, config: dict[str, Any], prompts: Sequence[list[i
     """
     method = config["method"]
     trees = [Way(method, name) for name, row in GROWERS.items() if row.needs == DRAFTERS[method].gives]
-    free = [Way(name, None) for name, row in DRAFTERS.items() if row.gives == "own tree"]
+    free = [Way(name, None) for name, row in DRAFTERS.items() if row.weights is None]
     asking = [name for name, row in DRAFTERS.items() if row.asks == method]
     ways = [*trees, *free] if trees else [Way(method, None)]
     found: dict[str, Any] = {"tokens_per_step": {}, "drafted_share": {}}

@@ -57,7 +57,11 @@ class Contender(Protocol):
 
 
 def parse_method(text: str, draft_model: str | None) -> dict[str, Any]:
-    """The speculative config of ``drafter[:tree[:budget[:rule]]]``. What is wrong with the names is said by the config.
+    """The speculative config of ``drafter[=DIRECTORY][:tree[:budget[:rule]]]``. What is wrong with the names is said by the
+    config.
+
+    Args:
+        draft_model: for drafters that need a draft model and name no directory.
 
     Raises:
         ValueError: there are more than four parts, or the budget is no number.
@@ -70,10 +74,12 @@ def parse_method(text: str, draft_model: str | None) -> dict[str, Any]:
         raise ValueError(f"method {text!r} has a number in the place of its tree. Leave that place empty: {drafter}::{tree}")
     if budget is not None and budget != AUTO and not budget.isdigit():
         raise ValueError(f"the budget of method {text!r} must be a whole number or {AUTO!r}, got {budget!r}")
+    drafter, _, own_model = drafter.partition("=")
     config: dict[str, Any] = {"method": drafter}
     if drafter != PLAIN:
-        has_model = drafter == AUTO or (drafter in DRAFTERS and DRAFTERS[drafter].gives == "expand")
-        config |= {"model": draft_model} if draft_model is not None and has_model else {}
+        takes_model = drafter == AUTO or (drafter in DRAFTERS and DRAFTERS[drafter].weights == "model")
+        model = own_model or (draft_model if takes_model else None)
+        config |= {"model": model} if model is not None else {}
         config |= {"tree": tree} if tree else {}
         config |= {"num_speculative_tokens": budget if budget == AUTO else int(budget)} if budget else {}
         config |= {"rule": rule} if rule else {}

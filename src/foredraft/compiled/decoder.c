@@ -35,10 +35,17 @@ typedef struct {
 } Linear;
 
 typedef struct {
-    const bf16 *input_norm, *q_norm, *k_norm, *post_norm; /* q_norm, k_norm: [head_dim] or NULL */
-    Linear qkv, output, gate, up, down;
+    const bf16 *input_norm, *q_norm, *k_norm, *post_norm; /* NULL: no norm there; q_norm, k_norm: [head_dim] */
+    Linear qkv, output, gate, up, down; /* down of a draft head's layer: 2 hidden outputs, where what is scored and what is carried differ */
     int64_t window; /* tokens that a token sees, itself included */
 } Layer;
+
+/* How a draft head takes in an embedding and a feature; fc.weight NULL: not at all. */
+typedef struct {
+    Linear fc;            /* of [embedding ; feature] */
+    const bf16 *norm;     /* of FSPAD's perceptron, whose gate is driven by the embedding; NULL: there is none */
+    Linear gate, up, down;
+} Entry;
 
 typedef struct {
     int64_t hidden, heads, kv_heads, head_dim, mlp, num_layers;
@@ -46,8 +53,9 @@ typedef struct {
     const float *frequencies; /* [head_dim / 2] */
     const bf16 *embedding;    /* [vocabulary][hidden], or NULL: the head's weight */
     const Layer *layers;
-    const bf16 *norm;
+    const bf16 *norm;         /* NULL: none */
     Linear head;
+    Entry entry;
 } Model;
 
 typedef struct {
@@ -63,6 +71,8 @@ typedef struct {
     bf16 *keys, *values;           /* the pool, [layers][slots][kv_heads][positions][head_dim] */
     int64_t layer_stride, slot_stride, head_stride;
     int64_t threads;
+    const bf16 *given; /* of a draft head: [new nodes][hidden] features that go in, */
+    bf16 *carried;     /* and those that come out */
 } Step;
 
 /* ---- a team of threads --------------------------------------------------------------------------------------------------- */
@@ -163,6 +173,10 @@ INLINE float float_of(bf16 x) {
     return one.value;
 }
 
+static void narrow_all(const float *x, bf16 *out, int64_t size) {
+    for (int64_t i = 0; i < size; i += 16) narrow(out + i, _mm512_loadu_ps(x + i));
+}
+
 static void normalize(const float *x, const bf16 *weight, bf16 *out, int64_t size, float eps) {
     __m512 sum = _mm512_setzero_ps();
     for (int64_t i = 0; i < size; i += 16) {
@@ -223,7 +237,7 @@ INLINE int64_t tiles_of(const Linear *layer) { return (layer->out + TILE - 1) / 
 
 typedef struct {
     const Linear *layer, *other;
-    const bf16 *x;
+    const bf16 *x, *gate_x;
     int64_t rows;
     float *y;
     bf16 *act;
@@ -258,7 +272,7 @@ static void gated_tile(const void *given, int64_t tile, int id) {
     (void)id;
     for (int64_t row = 0, group = group_of(job->rows); row < job->rows; row += group) {
         int64_t n = least(group, job->rows - row);
-        products((int)n, job->x + row * gate->in, gate, tile, g);
+        products((int)n, job->gate_x + row * gate->in, gate, tile, g);
         products((int)n, job->x + row * up->in, up, tile, u);
         for (int64_t m = 0; m < n; m++)
             for (int64_t o = 0; o < TILE; o += 16) {
@@ -269,9 +283,9 @@ static void gated_tile(const void *given, int64_t tile, int id) {
     }
 }
 
-/* act = silu(gate) * up */
-static void gated(int64_t threads, const Linear *gate, const Linear *up, const bf16 *x, int64_t rows, bf16 *act) {
-    Product job = {.layer = gate, .other = up, .x = x, .rows = rows, .act = act};
+/* act = silu(gate of gate_x) * up of x */
+static void gated(int64_t threads, const Linear *gate, const Linear *up, const bf16 *gate_x, const bf16 *x, int64_t rows, bf16 *act) {
+    Product job = {.layer = gate, .other = up, .x = x, .gate_x = gate_x, .rows = rows, .act = act};
     parallel(threads, gated_tile, &job, tiles_of(gate));
 }
 
@@ -285,6 +299,8 @@ typedef struct {
     int64_t *tree, *node, *depth;  /* of each new node; depth of every node, by packed index */
     float *states, *qkv, *rotary;  /* [M][hidden], [M][heads + 2 kv_heads][head_dim], [M][head_dim]: cosines, then sines */
     bf16 *normed, *query, *mixed, *act, *last; /* [M][hidden], [M][heads][head_dim] twice, [M][mlp], [rows][hidden] */
+    bf16 *embedded, *pair;         /* of a draft head: [M][hidden], [M][2 hidden] */
+    float *doubled;                /* of one whose layer has two outputs: [M][2 hidden] */
     float *weights;                /* [threads][MOST_HEADS][room]: scores and probabilities of one row */
     int64_t room;                  /* most visible tokens, a multiple of 16 */
 } Job;
@@ -324,7 +340,8 @@ static void normalize_row(const void *given, int64_t row, int id) {
     const Job *job = phase->job;
     const int64_t size = job->model->hidden;
     (void)id;
-    normalize(job->states + row * size, phase->weight, job->normed + row * size, size, job->model->eps);
+    if (phase->weight) normalize(job->states + row * size, phase->weight, job->normed + row * size, size, job->model->eps);
+    else narrow_all(job->states + row * size, job->normed + row * size, size);
 }
 
 static void normalize_rows(const Job *job, const bf16 *weight) {
@@ -498,7 +515,7 @@ static void feature_row(const void *given, int64_t row, int id) {
     bf16 *to = job->step->features + (row * job->step->num_features + phase->index) * size;
     (void)id;
     if (job->step->feature_layers[phase->index] < 0) memcpy(to, job->normed + row * size, size * sizeof(bf16));
-    else for (int64_t i = 0; i < size; i += 16) narrow(to + i, _mm512_loadu_ps(job->states + row * size + i));
+    else narrow_all(job->states + row * size, to, size);
 }
 
 /* Features of the layers that ended just now. */
@@ -509,11 +526,54 @@ static void save_features(const Job *job, int64_t layer) {
     }
 }
 
+static void pair_row(const void *given, int64_t row, int id) {
+    const Job *job = ((const Phase *)given)->job;
+    const int64_t size = job->model->hidden;
+    bf16 *embedded = job->embedded + row * size, *pair = job->pair + 2 * row * size;
+    (void)id;
+    narrow_all(job->states + row * size, embedded, size);
+    memcpy(pair, embedded, size * sizeof(bf16));
+    memcpy(pair + size, job->step->given + row * size, size * sizeof(bf16));
+}
+
+/* Embeddings and features into the states that a draft head's layer goes on from. */
+static void enter(const Job *job) {
+    const Entry *entry = &job->model->entry;
+    Phase phase = {.job = job};
+    parallel(job->threads, pair_row, &phase, job->count);
+    linear(job->threads, &entry->fc, job->pair, job->count, job->states, 0);
+    if (entry->norm == NULL) return;
+    normalize_rows(job, entry->norm);
+    gated(job->threads, &entry->gate, &entry->up, job->embedded, job->normed, job->count, job->act);
+    linear(job->threads, &entry->down, job->act, job->count, job->states, 1);
+}
+
+static void split_row(const void *given, int64_t row, int id) {
+    const Job *job = ((const Phase *)given)->job;
+    const int64_t size = job->model->hidden;
+    const float *both = job->doubled + 2 * row * size;
+    (void)id;
+    memcpy(job->states + row * size, both, size * sizeof(float));
+    narrow_all(both + size, job->step->carried + row * size, size);
+}
+
+/* The residual twice, what the layer adds to each, and both apart: what is scored stays in the states, what is carried goes out. */
+static void finish_doubled(const Job *job, const Linear *down) {
+    const int64_t size = job->model->hidden;
+    Phase phase = {.job = job};
+    for (int64_t row = 0; row < job->count; row++)
+        for (int64_t half = 0; half < 2; half++)
+            memcpy(job->doubled + (2 * row + half) * size, job->states + row * size, size * sizeof(float));
+    linear(job->threads, down, job->act, job->count, job->doubled, 1);
+    parallel(job->threads, split_row, &phase, job->count);
+}
+
 static void run(const Job *job) {
     const Model *m = job->model;
     const Step *s = job->step;
     Phase phase = {.job = job};
     parallel(job->threads, begin_row, &phase, job->count);
+    if (m->entry.fc.weight) enter(job);
     save_features(job, 0);
     for (int64_t i = 0; i < m->num_layers; i++) {
         const Layer *layer = m->layers + i;
@@ -524,12 +584,15 @@ static void run(const Job *job) {
         parallel(job->threads, attend_part, &phase, job->count * m->kv_heads);
         linear(job->threads, &layer->output, job->mixed, job->count, job->states, 1);
         normalize_rows(job, layer->post_norm);
-        gated(job->threads, &layer->gate, &layer->up, job->normed, job->count, job->act);
-        linear(job->threads, &layer->down, job->act, job->count, job->states, 1);
+        gated(job->threads, &layer->gate, &layer->up, job->normed, job->normed, job->count, job->act);
+        if (layer->down.out > m->hidden) finish_doubled(job, &layer->down);
+        else linear(job->threads, &layer->down, job->act, job->count, job->states, 1);
         save_features(job, i + 1);
     }
     normalize_rows(job, m->norm);
     save_features(job, -1);
+    if (s->carried && m->layers[m->num_layers - 1].down.out == m->hidden)
+        memcpy(s->carried, job->normed, job->count * m->hidden * sizeof(bf16));
     if (s->num_rows == 0) return;
     for (int64_t i = 0; i < s->num_rows; i++)
         memcpy(job->last + i * m->hidden, job->normed + s->rows[i] * m->hidden, m->hidden * sizeof(bf16));
@@ -561,6 +624,10 @@ static size_t lay_out(Job *job, char *block, int64_t num_nodes) {
     job->act = cut(block, &used, n * m->mlp, sizeof(bf16));
     job->last = cut(block, &used, job->step->num_rows * m->hidden, sizeof(bf16));
     job->weights = cut(block, &used, team.size * MOST_HEADS * job->room, sizeof(float));
+    if (m->entry.fc.weight == NULL) return used;
+    job->embedded = cut(block, &used, n * m->hidden, sizeof(bf16));
+    job->pair = cut(block, &used, 2 * n * m->hidden, sizeof(bf16));
+    job->doubled = cut(block, &used, 2 * n * m->hidden, sizeof(float));
     return used;
 }
 

@@ -18,6 +18,7 @@ class Setting(NamedTuple):
         vocabulary: token -> id of such a model or of the target (given as None), as far as there is a tokenizer; else None.
         grower: how its trees grow; None for a drafter that makes its own.
         num_slots: requests in flight at most.
+        fingerprint: of the target's weights, see `foredraft.models.checkpoint.fingerprint`.
     """
 
     target: Target
@@ -26,6 +27,7 @@ class Setting(NamedTuple):
     vocabulary: Callable[[Any], dict[str, int] | None]
     grower: Grower | None
     num_slots: int
+    fingerprint: Callable[[], str]
 
 
 class DrafterRow(NamedTuple):
@@ -36,6 +38,7 @@ class DrafterRow(NamedTuple):
         gives: ``expand`` (the law after any path), ``slots`` (laws of the next positions) or ``own tree``.
         options: config keys of its own.
         chains_only: for ``own tree``: whether it never branches.
+        weights: what config key ``model`` is to it: a language ``model``, a ``head`` trained for the target; None: nothing.
         asks: the drafter that it asks where it finds nothing itself.
     """
 
@@ -45,6 +48,7 @@ class DrafterRow(NamedTuple):
     options: Sequence[str]
     chains_only: bool
     source: str
+    weights: str | None = None
     asks: str | None = None
 
     def load(self) -> Any:
@@ -60,9 +64,20 @@ class DrafterRow(NamedTuple):
         return self.load().build(setting, **options)
 
 
+def _head(module: str, cls: str, source: str, *, gives: str = "expand", options: Sequence[str] = ()) -> DrafterRow:
+    """A drafter over the target's features, whose weights are a head trained for that target."""
+    return DrafterRow(f"foredraft.drafters.{module}", cls, gives, ("force", *options), False, source, "head")
+
+
 DRAFTERS: dict[str, DrafterRow] = {
     "lm": DrafterRow(
-        "foredraft.drafters.lm", "LMDrafter", "expand", (), False, "Leviathan et al. 2023 (arXiv 2211.17192): a small model"
+        "foredraft.drafters.lm",
+        "LMDrafter",
+        "expand",
+        (),
+        False,
+        "Leviathan et al. 2023 (arXiv 2211.17192): a small model",
+        "model",
     ),
     "lm-lookup": DrafterRow(
         "foredraft.drafters.lookup_first",
@@ -71,6 +86,7 @@ DRAFTERS: dict[str, DrafterRow] = {
         ("lookup_min_match",),
         False,
         "a small model, and lookup where the text repeats itself, as in SAM decoding (arXiv 2411.10666)",
+        weights="model",
         asks="lm",
     ),
     "ngram": DrafterRow(
@@ -88,5 +104,20 @@ DRAFTERS: dict[str, DrafterRow] = {
         ("suffix_decoding_max_tree_depth", "suffix_decoding_max_spec_factor", "suffix_decoding_min_token_prob"),
         False,
         "SAM decoding (arXiv 2411.10666); SuffixDecoding (arXiv 2411.04975)",
+    ),
+    "eagle": _head("recurrent", "RecurrentDrafter", "EAGLE (arXiv 2401.15077): a head over the target's features"),
+    "fspad": _head(
+        "recurrent", "RecurrentDrafter", "FSPAD (arXiv 2408.15562): EAGLE with feature sampling and partial alignment"
+    ),
+    "eagle3": _head("recurrent", "RecurrentDrafter", "EAGLE-3 (arXiv 2503.01840): features of three depths"),
+    "medusa": _head("slots", "SlotDrafter", "Medusa (arXiv 2401.10774): a head for each position"),
+    "hydra": _head("hydra", "HydraDrafter", "Hydra (arXiv 2402.05109): heads that see the drafted path"),
+    "parallel": _head("slots", "LayerSlotDrafter", "the layer of the CTC-based drafter (arXiv 2412.00061) without blanks"),
+    "ctc": _head(
+        "ctc",
+        "CtcDrafter",
+        "CTC-based drafter (arXiv 2412.00061): parallel slots, collapsed",
+        gives="own tree",
+        options=("ctc_beam", "ctc_tokens"),
     ),
 }

@@ -1,0 +1,99 @@
+"""The CTC-based drafter at work: slots filled in one forward, the likeliest label sequences of them as a trie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foredraft.drafters import Setting
+from foredraft.drafters.beam import prefix_beam, trie
+from foredraft.drafters.folder import load_head
+from foredraft.drafters.pairs import PairState
+from foredraft.drafters.slots import LayerSlots
+from foredraft.draws import Draws
+from foredraft.protocols import Budget
+from foredraft.sampling import SamplingParams
+from foredraft.tree import TreeBatch
+
+DEFAULT_BEAM, DEFAULT_TOKENS = 16, 8
+
+
+class CtcDrafter:
+    """Drafts the trie of the likeliest sequences, repeats merged and blanks dropped. Every node's position is its depth, so
+    that nothing is
+    left of what was dropped; the trie is a function of the slots, which makes it exact with every rule for deterministic nodes.
+
+    Args:
+        slots: fills the slots.
+        ctc_beam: sequences kept after every slot.
+        ctc_tokens: likeliest tokens that a slot may take.
+
+    Source: Wen, Gui, Feng 2024 (arXiv 2412.00061), sections 3.2 and 3.3.
+
+    Raises:
+        ValueError: an option below 1.
+    """
+
+    kinds = ("ctc",)
+
+    def __init__(self, slots: LayerSlots, *, ctc_beam: int = DEFAULT_BEAM, ctc_tokens: int = DEFAULT_TOKENS):
+        if ctc_beam < 1 or ctc_tokens < 1:
+            raise ValueError(f"ctc_beam and ctc_tokens must be at least 1, got {ctc_beam}, {ctc_tokens}")
+        self.slots, self.feature_layers = slots, slots.feature_layers
+        self._beam, self._num_tokens = ctc_beam, ctc_tokens
+
+    @classmethod
+    def build(cls, setting: Setting, *, force: bool = False, **options: int) -> CtcDrafter:
+        """The drafter of a speculative config.
+
+        Raises:
+            ValueError: there is no head in the directory, or it belongs to another target.
+        """
+        loaded = load_head(setting, cls.kinds, force=force)
+        return cls(LayerSlots(loaded.head, loaded.config, setting.target, setting.num_slots), **options)
+
+    @torch.inference_mode()
+    def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> PairState:
+        """A new request."""
+        return self.slots.start(tokens, features)
+
+    def finish(self, state: PairState) -> None:
+        """Gives back what the request held."""
+        self.slots.finish(state)
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        states: Sequence[PairState],
+        budgets: Sequence[Budget],
+        sampling: Sequence[SamplingParams],
+        draws: Sequence[Draws],
+    ) -> TreeBatch:
+        """One trie a request; none before the target has run a token, and none where the head's context is full."""
+        self.slots.settle(states)
+        trees: list[tuple[list[int], list[int]]] = [([state.root], [-1]) for state in states]
+        live = [b for b, state in enumerate(states) if self.slots.room(state) and min(budgets[b])]
+        if live:
+            filled = self.slots.fill([states[b] for b in live])
+            for b, (tokens, probs, blanks) in zip(live, zip(*self._frames(filled), strict=True), strict=True):
+                sequences = prefix_beam(tokens, probs, blanks, max(self._beam, budgets[b].nodes))
+                depth = min(budgets[b].depth, self.slots.room(states[b]))
+                trees[b] = trie(sequences, states[b].root, budgets[b].nodes, depth)
+        return TreeBatch.chains([tokens for tokens, _ in trees], [parents for _, parents in trees])
+
+    @torch.inference_mode()
+    def observe(
+        self, state: PairState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]
+    ) -> None:
+        """New pairs."""
+        self.slots.observe(state, tokens, features)
+
+    def _frames(self, filled: Float[Tensor, "b k w"]) -> tuple[Any, Any, Any]:
+        """Of every slot the likeliest tokens, their probabilities and that of the blank, which stands last."""
+        probs = filled.float().softmax(-1)
+        best, tokens = probs[..., :-1].topk(min(self._num_tokens, probs.shape[-1] - 1))
+        return tokens.cpu().numpy(), best.double().cpu().numpy(), probs[..., -1].double().cpu().numpy()

@@ -1,0 +1,156 @@
+"""The directory of a draft head: config.json, model.safetensors, provenance.json.
+
+config.json is a Llama configuration of the head's layer, with what is ours under ``foredraft``: the method, its options, the
+target that the head was trained for. What is shared with the target (embedding, head) is not stored again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+from foredraft.drafters import Setting
+from foredraft.drafters.heads import HEADS
+from foredraft.drafters.layers import Shape
+from foredraft.errors import unknown_name
+from foredraft.models.checkpoint import ModelError, open_weights, read_json, resolve, some
+
+_OURS = "foredraft"
+
+
+class LoadedHead(NamedTuple):
+    """A head, the Llama configuration of its layer and what config.json says of it beside."""
+
+    head: Any
+    config: LlamaConfig
+    about: Mapping[str, Any]
+
+
+def layer_config(target_config: Any, vocab_size: int) -> LlamaConfig:
+    """The configuration of a head's layer for a target: its widths, and rotary positions whatever the target has."""
+    text = target_config.get_text_config(decoder=True) if hasattr(target_config, "get_text_config") else target_config
+    heads = text.num_attention_heads
+    return LlamaConfig(
+        hidden_size=text.hidden_size,
+        intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        rms_norm_eps=getattr(text, "rms_norm_eps", None) or 1e-6,
+        rope_parameters=_rope_of(text),
+        max_position_embeddings=text.max_position_embeddings,
+        vocab_size=vocab_size,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def _rope_of(config: Any) -> dict[str, Any]:
+    """The target's rotary positions where a whole head is turned by them, else Llama's."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    whole = rope.get("partial_rotary_factor", 1.0) == 1.0 and "rope_theta" in rope
+    return dict(rope) if whole else {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def save_head(
+    folder: Path, head: nn.Module, config: LlamaConfig, about: Mapping[str, Any], provenance: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a head in bfloat16.
+
+    Args:
+        about: ``method``, ``options`` and ``target`` with its ``fingerprint``.
+        provenance: how it was made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: as_stored(one) for name, one in head.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    content = {**config.to_diff_dict(), "architectures": ["ForedraftHead"], _OURS: dict(about)}
+    write_json(folder / "config.json", content)
+    if provenance is not None:
+        write_json(folder / "provenance.json", provenance)
+
+
+def as_stored(weight: Tensor) -> Tensor:
+    """A weight as it is saved: bfloat16, whole numbers as they are."""
+    return (weight.bfloat16() if weight.is_floating_point() else weight).contiguous().cpu()
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Writes JSON that reads well."""
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_head(folder: Path, kinds: Sequence[str] | None = None) -> LoadedHead:
+    """The head in a directory, in float32.
+
+    Args:
+        kinds: methods that will do; None: any.
+
+    Raises:
+        ModelError: there is none, of another method, or incomplete.
+    """
+    content = read_json(folder / "config.json")
+    about = content.pop(_OURS, None)
+    if not isinstance(about, dict) or "method" not in about:
+        raise ModelError(
+            f"{str(folder)!r} holds no draft head of this library: train one with `foredraft train`, or convert a released "
+            "checkpoint with `foredraft convert`"
+        )
+    method = about["method"]
+    if method not in HEADS:
+        raise ModelError(str(unknown_name("method in config.json", str(method), list(HEADS))))
+    if kinds is not None and method not in kinds:
+        raise ModelError(f"the head in {str(folder)!r} is of method {method!r}, asked for was {' or '.join(map(repr, kinds))}")
+    config = LlamaConfig(**content)
+    with torch.device("meta"):
+        head = HEADS[method].make(Shape.of(config), **about.get("options", {}))
+    weights = open_weights(folder)
+    wanted = head.state_dict()
+    for problem, names in (
+        ("lacks", sorted(set(wanted) - set(weights))),
+        ("has, and should not have,", sorted(set(weights) - set(wanted))),
+        (
+            "has in another shape",
+            sorted(name for name in wanted if name in weights and weights[name].shape != wanted[name].shape),
+        ),
+    ):
+        if names:
+            raise ModelError(f"the head in {str(folder)!r} {problem} {some(names)}: `foredraft doctor` says more")
+    head.load_state_dict({name: one.read() for name, one in weights.items()}, assign=True)
+    return LoadedHead(head.float().eval().requires_grad_(False), config, about)
+
+
+def load_head(setting: Setting, kinds: Sequence[str], *, force: bool = False) -> LoadedHead:
+    """The head of a speculative config, in the target's dtype and on its device.
+
+    Raises:
+        ModelError: there is none, it does not fit the target's widths, or it belongs to another target.
+    """
+    if setting.model is None:
+        raise ModelError(
+            f"method {kinds[0]!r} needs a trained head: give its directory as 'model', or train one (`foredraft train`)"
+        )
+    target: Any = setting.target
+    loaded = read_head(resolve(setting.model, None), kinds)
+    hidden, vocab = target.embed(torch.zeros(1, dtype=torch.long, device=target.device)).shape[-1], target.vocab_size
+    if (loaded.config.hidden_size, loaded.config.vocab_size) != (hidden, vocab):
+        raise ModelError(
+            f"the head is for a target of width {loaded.config.hidden_size} and {loaded.config.vocab_size} tokens, "
+            f"this one has {hidden} and {vocab}: give the target that it was trained for"
+        )
+    belongs = (loaded.about.get("target") or {}).get("fingerprint")
+    if not force and belongs is not None and belongs != setting.fingerprint():
+        name = loaded.about["target"].get("name", "another model")
+        raise ModelError(
+            f"the head in {str(setting.model)!r} was trained for {name!r}, and this target has other weights: give that "
+            "target, or overrule with --force (config key 'force')"
+        )
+    return loaded._replace(head=loaded.head.to(target.device, target.dtype))

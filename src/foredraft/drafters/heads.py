@@ -1,0 +1,264 @@
+"""Draft heads as modules: what is trained, and the plain version of what runs. HEADS names every one.
+
+A head is given *pairs*: the embedding e of a committed token and the target's feature f at the token before it. The last pair
+of a text is (root, feature before the root), so a head knows the root although the target has not run it.
+
+    token       t1     t2     t3    ...   root
+    feature     f0     f1     f2    ...   f before the root
+
+EAGLE and FSPAD go on from there by themselves: what they say about the root's feature is the feature of the next pair.
+
+    EAGLE       h = W_fc [e ; f] + b                                                     Li et al. 2024 (arXiv 2401.15077)
+    FSPAD       h = h0 + W_d (SiLU(W_g e) * (W_u RMSNorm(h0))), h0 = W_fc [e ; f] + b    Gui et al. 2024 (arXiv 2408.15562)
+    then both   a = h + Attention(h);  out = a + W_down (SiLU(W_gate n) * (W_up n)), n = RMSNorm(a)
+
+FSPAD's W_down gives 2 H outputs and the residual is doubled: the first half goes to the target's head, the second is
+regressed on the target's next feature and fed to the next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from foredraft.drafters.layers import Attend, Gated, Layer, Norm, ResBlock, Shape, WideLayer
+
+TargetHead = Callable[[Tensor], Tensor]
+"""The target's own head: final features [n, d] -> logits [n, v]. It is frozen and shared."""
+
+FINAL = (-1,)
+"""The target's state after its last norm, which its head is applied to."""
+
+
+class Fusion(nn.Linear):
+    """EAGLE's entry: one linear layer over embedding and feature."""
+
+    def __init__(self, shape: Shape):
+        super().__init__(2 * shape.hidden, shape.hidden)
+
+    def forward(self, embedding: Float[Tensor, "*n d"], feature: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:  # type: ignore[override]
+        return super().forward(torch.cat([embedding, feature], dim=-1))
+
+
+class FeatureSampling(nn.Module):
+    """FSPAD's entry: the fused feature, and a gated perceptron on it whose gate is driven by the token's embedding."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.fc = nn.Linear(2 * shape.hidden, shape.hidden)
+        self.mlp = Gated(shape.hidden, shape.intermediate, shape.hidden)
+        self.post_attention_layernorm = Norm(shape.hidden, shape.eps)
+
+    def forward(self, embedding: Float[Tensor, "*n d"], feature: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        fused = self.fc(torch.cat([embedding, feature], dim=-1))
+        return fused + self.mlp(self.post_attention_layernorm(fused), gated_by=embedding)
+
+
+class Drafted(NamedTuple):
+    """What a recurrent head says: the state that becomes a law, and the feature that the next pair is given."""
+
+    scored: Float[Tensor, "*n d"]
+    carried: Float[Tensor, "*n d"]
+
+
+class FeatureHead(nn.Module):
+    """EAGLE's head, with FSPAD's two parts switched on or off one by one."""
+
+    feature_layers: Sequence[int] = FINAL
+
+    def __init__(self, shape: Shape, *, feature_sampling: bool = False, partial_alignment: bool = False):
+        super().__init__()
+        self.fc = FeatureSampling(shape) if feature_sampling else Fusion(shape)
+        self.layers = nn.ModuleList([Layer(shape, outputs=2 if partial_alignment else 1)])
+
+    def fuse(self, features: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        """What a pair is given of the target's features: all."""
+        return features
+
+    def forward(self, embedding: Float[Tensor, "*n d"], feature: Float[Tensor, "*n d"], attend: Attend) -> Drafted:
+        """The pairs' outputs."""
+        out = self.layers[0](self.fc(embedding, feature), attend)
+        scored, *carried = out.split(embedding.shape[-1], dim=-1)
+        return Drafted(scored, carried[0] if carried else scored)
+
+    def logits(self, scored: Float[Tensor, "n d"], target_head: TargetHead) -> Float[Tensor, "n v"]:
+        """Draft logits by the target's head."""
+        return target_head(scored)
+
+
+class Eagle3Head(nn.Module):
+    """Features of three depths fused into one; a wide layer; a head of its own over a reduced vocabulary. The feature is
+    carried on as it comes out of the layer.
+
+    Args:
+        feature_layers: the target's layers after which features are taken.
+        draft_vocab_size: tokens that can be drafted.
+
+    Attributes:
+        d2t: what to add to a draft id to get the token id.
+
+    Source: EAGLE-3 (arXiv 2503.01840), section 3; the released code.
+    """
+
+    d2t: Int[Tensor, " w"]
+
+    def __init__(self, shape: Shape, *, feature_layers: Sequence[int], draft_vocab_size: int | None = None):
+        super().__init__()
+        self.feature_layers = tuple(feature_layers)
+        self.vocab_size, size = shape.vocab, draft_vocab_size or shape.vocab
+        self.fc = nn.Linear(len(self.feature_layers) * shape.hidden, shape.hidden, bias=False)
+        self.midlayer = WideLayer(shape)
+        self.norm = Norm(shape.hidden, shape.eps)
+        self.lm_head = nn.Linear(shape.hidden, size, bias=False)
+        self.register_buffer("d2t", torch.zeros(size, dtype=torch.long))
+
+    @property
+    def token_ids(self) -> Int[Tensor, " w"]:
+        """The token of every draft id."""
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def fuse(self, features: Float[Tensor, "*n f"]) -> Float[Tensor, "*n d"]:
+        """One feature of the three."""
+        return self.fc(features)
+
+    def forward(self, embedding: Float[Tensor, "*n d"], feature: Float[Tensor, "*n d"], attend: Attend) -> Drafted:
+        """The pairs' outputs."""
+        out = self.midlayer(embedding, feature, attend)
+        return Drafted(out, out)
+
+    def logits(self, scored: Float[Tensor, "n d"], target_head: TargetHead) -> Float[Tensor, "n v"]:
+        """Draft logits by the own head; a token outside the reduced vocabulary is never drafted."""
+        logits = self.lm_head(self.norm(scored))
+        if logits.shape[-1] == self.vocab_size:
+            return logits
+        full = logits.new_full((*logits.shape[:-1], self.vocab_size), -torch.inf)
+        full[..., self.token_ids] = logits
+        return full
+
+
+class MedusaHeads(nn.Module):
+    """Head k says the token k + 1 places after the root, whatever stands between: residual blocks on the feature before the
+    root, then a linear layer over the vocabulary.
+
+    Source: Medusa (arXiv 2401.10774), section 2.1.1.
+    """
+
+    feature_layers: Sequence[int] = FINAL
+
+    def __init__(self, shape: Shape, *, num_heads: int = 4, num_layers: int = 1):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(*(ResBlock(shape.hidden) for _ in range(num_layers))) for _ in range(num_heads)
+        )
+        self.lm_heads = nn.ModuleList(nn.Linear(shape.hidden, shape.vocab, bias=False) for _ in range(num_heads))
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens drafted at once."""
+        return len(self.blocks)
+
+    def forward(self, feature: Float[Tensor, "*n d"]) -> Float[Tensor, "*n k v"]:
+        """Logits of every slot."""
+        return torch.stack([head(block(feature)) for block, head in zip(self.blocks, self.lm_heads, strict=True)], dim=-2)
+
+
+class HydraHeads(nn.Module):
+    """Head i is given the feature and the embeddings of the root and of the i tokens drafted behind it.
+
+    With `prefix_attention`, the feature has been through a decoder layer that sees those of all committed tokens (Hydra++).
+
+    Source: Hydra (arXiv 2402.05109), section 3; Hydra++: section 4.
+    """
+
+    feature_layers: Sequence[int] = FINAL
+
+    def __init__(self, shape: Shape, *, num_heads: int = 4, num_layers: int = 4, prefix_attention: bool = True):
+        super().__init__()
+        self.prefix = Layer(shape) if prefix_attention else None
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                ResBlock(shape.hidden, (i + 2) * shape.hidden), *(ResBlock(shape.hidden) for _ in range(num_layers - 1))
+            )
+            for i in range(num_heads)
+        )
+        self.lm_heads = nn.ModuleList(nn.Linear(shape.hidden, shape.vocab, bias=False) for _ in range(num_heads))
+
+    @property
+    def num_slots(self) -> int:
+        """Deepest node that has a law, plus 1."""
+        return len(self.blocks)
+
+    def read(self, feature: Float[Tensor, "*n d"], attend: Attend) -> Float[Tensor, "*n d"]:
+        """Features as the heads are given them."""
+        return feature if self.prefix is None else self.prefix(feature, attend)
+
+    def forward(self, i: int, feature: Float[Tensor, "*n d"], embeddings: Float[Tensor, "*n k"]) -> Float[Tensor, "*n v"]:
+        """Logits of head i; `embeddings` of its i + 1 tokens side by side."""
+        return self.lm_heads[i](self.blocks[i](torch.cat([feature, embeddings], dim=-1)))
+
+
+class CtcHead(nn.Module):
+    """One decoder layer over the target's features that fills L slots at once, over the vocabulary and a blank.
+
+    A pair enters as in EAGLE; slot k as the last pair's entry plus a vector of its own. Slots see all pairs and the slots
+    before them. With `blank` off there is none: slot k is the token k + 1 places after the root, as in Medusa.
+
+    Source: Wen, Gui, Feng 2024 (arXiv 2412.00061), section 3. What the paper leaves open is said in docs/drafters/ctc.md.
+    """
+
+    feature_layers: Sequence[int] = FINAL
+
+    def __init__(self, shape: Shape, *, num_slots: int = 8, blank: bool = True):
+        super().__init__()
+        self.fc = Fusion(shape)
+        self.slots = nn.Parameter(0.02 * torch.randn(num_slots, shape.hidden))
+        self.layers = nn.ModuleList([Layer(shape)])
+        self.blank = nn.Linear(shape.hidden, 1) if blank else None
+
+    @property
+    def num_slots(self) -> int:
+        """L."""
+        return len(self.slots)
+
+    def enter(self, embedding: Float[Tensor, "*n d"], feature: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        """Entries of pairs."""
+        return self.fc(embedding, feature)
+
+    def forward(self, entries: Float[Tensor, "*n d"], attend: Attend) -> Float[Tensor, "*n d"]:
+        """The layer, over entries of pairs and slots."""
+        return self.layers[0](entries, attend)
+
+    def logits(self, states: Float[Tensor, "n d"], target_head: TargetHead) -> Float[Tensor, "n w"]:
+        """Logits of slots: those of the target's head and, last, of the blank."""
+        logits = target_head(states)
+        return logits if self.blank is None else torch.cat([logits, self.blank(states).to(logits.dtype)], dim=-1)
+
+
+class HeadRow(NamedTuple):
+    """One kind of head: its class, and what makes the method out of it."""
+
+    cls: type[nn.Module]
+    options: Mapping[str, Any]
+
+    def make(self, shape: Shape, **options: Any) -> Any:
+        """A head with fresh weights.
+
+        Raises:
+            TypeError: an option that it does not have.
+        """
+        return self.cls(shape, **{**self.options, **options})
+
+
+HEADS: dict[str, HeadRow] = {
+    "eagle": HeadRow(FeatureHead, {}),
+    "fspad": HeadRow(FeatureHead, {"feature_sampling": True, "partial_alignment": True}),
+    "eagle3": HeadRow(Eagle3Head, {}),
+    "medusa": HeadRow(MedusaHeads, {}),
+    "hydra": HeadRow(HydraHeads, {}),
+    "parallel": HeadRow(CtcHead, {"blank": False}),
+    "ctc": HeadRow(CtcHead, {}),
+}

@@ -1,0 +1,119 @@
+"""Hydra at work: heads that see the drafted path, behind a layer over the committed features."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foredraft.drafters import Setting
+from foredraft.drafters.folder import load_head
+from foredraft.drafters.growing import capped
+from foredraft.drafters.heads import HydraHeads
+from foredraft.drafters.pairs import PairCaches, PairState
+from foredraft.draws import Draws
+from foredraft.protocols import Budget, Grower
+from foredraft.sampling import SamplingParams
+from foredraft.tree import Ids, TreeBatch
+
+
+class HydraDrafter:
+    """Drafts as deep as there are heads; the law of a node depends on the path to it.
+
+    Args:
+        head: its weights, in the target's dtype and on its device.
+        config: the Llama configuration of its prefix layer.
+        target: gives the embedding.
+        grower: how its trees grow.
+        num_slots: requests in flight at most.
+
+    Source: Hydra (arXiv 2402.05109), sections 3 and 4.
+    """
+
+    kinds = ("hydra",)
+
+    def __init__(self, head: HydraHeads, config: Any, target: Any, grower: Grower, num_slots: int):
+        self.head, self.grower, self.vocab_size = head, grower, target.vocab_size
+        self.feature_layers = head.feature_layers
+        self._embed = target.embed
+        self._caches = PairCaches(config, num_slots, target.dtype, target.device)
+
+    @classmethod
+    def build(cls, setting: Setting, *, force: bool = False) -> HydraDrafter:
+        """The drafter of a speculative config.
+
+        Raises:
+            ValueError: there is no head in the directory, or it belongs to another target.
+        """
+        loaded = load_head(setting, cls.kinds, force=force)
+        assert setting.grower is not None
+        return cls(loaded.head, loaded.config, setting.target, setting.grower, setting.num_slots)
+
+    def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> PairState:
+        """A new request; nothing is run before its first tree."""
+        return self._caches.start(tokens, features)
+
+    def finish(self, state: PairState) -> None:
+        """Frees the request's slot."""
+        self._caches.finish(state)
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        states: Sequence[PairState],
+        budgets: Sequence[Budget],
+        sampling: Sequence[SamplingParams],
+        draws: Sequence[Draws],
+    ) -> TreeBatch:
+        """One tree a request; none before the target has run a token."""
+        self._caches.settle(states, self._read)
+        for state in states:
+            state.carried = None
+        room = [min(self._caches.room(state), self.head.num_slots) for state in states]
+        return self.grower.grow(self, states, [state.root for state in states], capped(budgets, room), sampling, draws)
+
+    @torch.inference_mode()
+    def expand(self, states: Sequence[PairState], partial: TreeBatch, node_ids: Ids) -> Float[Tensor, "n v"]:
+        """The laws after the packed nodes `node_ids`: one call of a head for each depth among them."""
+        owners = (np.searchsorted(partial.offsets, node_ids, side="right") - 1).tolist()
+        self._begin([states[b] for b in dict.fromkeys(owners) if states[b].carried is None])
+        paths, by_depth = [], defaultdict(list)
+        for row, (b, node) in enumerate(zip(owners, node_ids.tolist(), strict=True)):
+            tree = partial[b]
+            paths.append(tree.tokens[[0, *tree.path_to(node - int(partial.offsets[b]))]])
+            by_depth[len(paths[-1]) - 1].append(row)
+        logits: dict[int, Tensor] = {}
+        for depth, rows in by_depth.items():
+            features = torch.cat([states[owners[row]].carried for row in rows])  # type: ignore[misc]
+            tokens = torch.from_numpy(np.concatenate([paths[row] for row in rows])).to(features.device)
+            embeddings = self._embed(tokens).view(len(rows), -1)
+            logits |= dict(zip(rows, self.head(depth, features, embeddings), strict=True))
+        return torch.stack([logits[row] for row in range(len(owners))])
+
+    def observe(
+        self, state: PairState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]
+    ) -> None:
+        """New pairs."""
+        state.take(tokens, features)
+
+    def _begin(self, states: Sequence[PairState]) -> None:
+        """Runs the pending features of requests whose first nodes are asked for; what comes last is what the heads see."""
+        if not states:
+            return
+        for state in states:
+            state.tokens = list(state.pending)
+        batch = TreeBatch.chains([state.tokens for state in states])
+        features = torch.cat([state.features for state in states if state.features is not None])
+        read = self._read(batch, [state.cache for state in states], features, None)
+        for state, end in zip(states, batch.offsets[1:].tolist(), strict=True):
+            state.carried = read[end - 1 : end]
+
+    def _read(
+        self, batch: TreeBatch, caches: Sequence[Any], features: Float[Tensor, "m d"], start: Sequence[int] | None
+    ) -> Float[Tensor, "m d"]:
+        return self.head.read(features, self._caches.behind(batch, caches, start)[1])

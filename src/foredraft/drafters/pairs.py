@@ -1,0 +1,117 @@
+"""What drafters over the target's features share: pairs of tokens and features, run behind a cache of their own.
+
+The pairs that the target has committed are run with the target's features and kept. What is run behind them to draft is
+forgotten after the step: its features were guesses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foredraft.cache import PREFILL_CHUNK, KVPool, lay_out
+from foredraft.drafters.growing import Growing
+from foredraft.drafters.layers import Attend, Shape
+from foredraft.models.attention import attend, rotary_tables, rotate
+from foredraft.tree import TreeBatch
+
+Run = Callable[[TreeBatch, Sequence[Any], Float[Tensor, "m d"], Sequence[int] | None], Any]
+"""Runs the new nodes of trees, given a feature each: (batch, caches, features, start)."""
+
+
+@dataclass(eq=False)
+class PairState(Growing):
+    """One request: `pending` are the tokens of pairs that are not in the cache yet.
+
+    Attributes:
+        root: the last committed token.
+        features: of the pending pairs.
+        carried: what a recurrent head foretold at each place of this step's run.
+        ran: how many pairs of this step's run are to be kept; None until the step is over.
+    """
+
+    root: int = 0
+    features: Float[Tensor, "p d"] | None = None
+    carried: Float[Tensor, "n d"] | None = None
+    ran: int | None = None
+
+    def take(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> None:
+        """Adds pairs."""
+        if self.tokens and self.ran is None:
+            self.ran, self.pending, self.features = len(self.pending), [], None
+        self.root = tokens[-1]
+        if features is not None and len(features):
+            self.pending += tokens[-len(features) :]
+            self.features = features if self.features is None else torch.cat([self.features, features])
+
+
+class PairCaches:
+    """Caches of one layer for the requests in flight, and the attention behind them.
+
+    Args:
+        config: a Llama configuration of the layer.
+        num_slots: requests in flight at most.
+    """
+
+    def __init__(self, config: Any, num_slots: int, dtype: torch.dtype, device: torch.device):
+        self.max_len: int = config.max_position_embeddings
+        self._shape, self._dtype, self._device = Shape.of(config), dtype, device
+        self._cos, self._sin = rotary_tables(config, self.max_len, dtype, device)
+        self._pool = KVPool(
+            num_slots=num_slots,
+            num_layers=1,
+            num_heads=self._shape.kv_heads,
+            head_dim=self._shape.head_dim,
+            dtype=dtype,
+            device=device,
+        )
+
+    def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> PairState:
+        """A new request, `tokens` and `features` as in `Drafter.start`: token 0 is in no pair, and the last feature meets the
+        root."""
+        state = PairState(self._pool.allocate(), [])
+        state.take(tokens, features)
+        return state
+
+    def finish(self, state: PairState) -> None:
+        """Frees the request's slot."""
+        self._pool.free(state.cache)
+
+    def room(self, state: PairState) -> int:
+        """How many nodes below the root a path may have: none without a pair, and as many as there are positions left."""
+        return max(0, self.max_len - state.cache.length - len(state.pending)) if state.pending else 0
+
+    def settle(self, states: Sequence[PairState], run: Run) -> None:
+        """Keeps the pairs of the last step's run, and runs all but the last part of long pending text."""
+        over = [state for state in states if state.ran is not None]
+        self._pool.keep([state.cache for state in over], [range(1, state.ran or 0) for state in over])
+        for state in over:
+            state.clear()
+            state.ran = None
+        while late := [state for state in states if len(state.pending) > PREFILL_CHUNK and self.room(state)]:
+            chunk = TreeBatch.chains([state.pending[:PREFILL_CHUNK] for state in late])
+            features = torch.cat([state.features[:PREFILL_CHUNK] for state in late if state.features is not None])
+            run(chunk, [state.cache for state in late], features, None)
+            self._pool.keep([state.cache for state in late], [range(1, PREFILL_CHUNK)] * len(late))
+            for state in late:
+                assert state.features is not None
+                state.pending, state.features = state.pending[PREFILL_CHUNK:], state.features[PREFILL_CHUNK:]
+
+    def behind(self, batch: TreeBatch, caches: Sequence[Any], start: Sequence[int] | None) -> tuple[Tensor, Attend]:
+        """Token ids of the new nodes, and the attention of each to its cache and its path."""
+        layout = lay_out(batch, caches, start, self._device)
+        self._pool.reserve(layout.length)
+        mask = layout.mask(self._dtype, self._device)
+        if mask is not None:
+            mask = mask.repeat(1, 1, self._shape.heads // self._shape.kv_heads, 1)
+        rotation = self._cos[layout.positions][:, None], self._sin[layout.positions][:, None]
+
+        def attend_to_path(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return attend(0, (rotate(query, rotation), rotate(key, rotation), value), mask, layout, self._pool)
+
+        return layout.token_ids, attend_to_path

@@ -1,0 +1,135 @@
+"""EAGLE, FSPAD and EAGLE-3 at work: a head that goes on from its own features, behind a cache of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foredraft.cache import among_new
+from foredraft.drafters import Setting
+from foredraft.drafters.compiled import CompiledHead, can_compile
+from foredraft.drafters.folder import load_head
+from foredraft.drafters.growing import capped, next_pass
+from foredraft.drafters.heads import Eagle3Head, FeatureHead
+from foredraft.drafters.pairs import PairCaches, PairState
+from foredraft.draws import Draws
+from foredraft.protocols import Budget, Grower
+from foredraft.sampling import SamplingParams
+from foredraft.tree import Ids, TreeBatch
+
+
+class RecurrentDrafter:
+    """Drafts token by token on features that the head itself foretells.
+
+    Args:
+        head: its weights, in the target's dtype and on its device.
+        config: the Llama configuration of its layer.
+        target: gives the embedding and the head that are shared.
+        grower: how its trees grow.
+        num_slots: requests in flight at most.
+        compiled: whether the compiled layer runs; None is wherever it can.
+
+    Source: EAGLE (arXiv 2401.15077), section 3.1; FSPAD (arXiv 2408.15562); EAGLE-3 (arXiv 2503.01840).
+    """
+
+    def __init__(
+        self,
+        head: FeatureHead | Eagle3Head,
+        config: Any,
+        target: Any,
+        grower: Grower,
+        num_slots: int,
+        *,
+        compiled: bool | None = None,
+    ):
+        self.head, self.grower, self.vocab_size = head, grower, target.vocab_size
+        self.feature_layers = head.feature_layers
+        self._embed, self._target_head = target.embed, target.head
+        self._caches = PairCaches(config, num_slots, target.dtype, target.device)
+        compiled = can_compile(head, config, target) if compiled is None else compiled
+        self._run = CompiledHead(head, config, target) if compiled else self._plain  # type: ignore[arg-type]
+
+    @classmethod
+    def build(cls, setting: Setting, *, force: bool = False) -> RecurrentDrafter:
+        """The drafter of a speculative config.
+
+        Raises:
+            ValueError: there is no head in the directory, or it belongs to another target.
+        """
+        loaded = load_head(setting, cls.kinds, force=force)
+        assert setting.grower is not None
+        return cls(loaded.head, loaded.config, setting.target, setting.grower, setting.num_slots)
+
+    kinds = ("eagle", "fspad", "eagle3")
+
+    @torch.inference_mode()
+    def start(self, tokens: Sequence[int], features: Float[Tensor, "m f"] | None) -> PairState:
+        """A new request; nothing is run before its first tree."""
+        return self._caches.start(tokens, None if features is None else self.head.fuse(features))
+
+    def finish(self, state: PairState) -> None:
+        """Frees the request's slot."""
+        self._caches.finish(state)
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        states: Sequence[PairState],
+        budgets: Sequence[Budget],
+        sampling: Sequence[SamplingParams],
+        draws: Sequence[Draws],
+    ) -> TreeBatch:
+        """One tree a request; none before the target has run a token, and none where the head's context is full."""
+        self._caches.settle(states, self._store)
+        room = [self._caches.room(state) for state in states]
+        return self.grower.grow(self, states, [state.root for state in states], capped(budgets, room), sampling, draws)
+
+    @torch.inference_mode()
+    def expand(self, states: Sequence[PairState], partial: TreeBatch, node_ids: Ids) -> Float[Tensor, "n v"]:
+        """Draft logits after the packed nodes `node_ids` of the growing trees, in one pass of the head."""
+        live, batch, start, rows = next_pass(states, partial, node_ids)
+        some = [states[b] for b in live]
+        features = torch.cat([self._inputs(state, first) for state, first in zip(some, start, strict=True)])
+        logits, foretold = self._run(batch, [state.cache for state in some], features, start, rows)
+        sizes = [len(state.tokens) - first for state, first in zip(some, start, strict=True)]
+        for state, first, carried in zip(some, start, foretold.split(sizes), strict=True):
+            state.carried = torch.cat([state.carried, carried]) if first and state.carried is not None else carried
+        return logits
+
+    @torch.inference_mode()
+    def observe(
+        self, state: PairState, tokens: Sequence[int], features: Float[Tensor, "m f"] | None, path: Sequence[int]
+    ) -> None:
+        """New pairs."""
+        state.take(tokens, None if features is None else self.head.fuse(features))
+
+    def _inputs(self, state: PairState, first: int) -> Float[Tensor, "n d"]:
+        """The features of what is run from place `first` on: the target's for pending pairs, else what the parent foretold."""
+        given = state.features if first == 0 else state.carried
+        assert given is not None
+        return given if first == 0 else given[state.parents[first:]]
+
+    def _store(
+        self, batch: TreeBatch, caches: Sequence[Any], features: Float[Tensor, "m d"], start: Sequence[int] | None
+    ) -> None:
+        self._run(batch, caches, features, start, np.empty(0, np.int64))
+
+    def _plain(
+        self,
+        batch: TreeBatch,
+        caches: Sequence[Any],
+        features: Float[Tensor, "m d"],
+        start: Sequence[int] | None,
+        rows: Ids,
+    ) -> tuple[Float[Tensor, "r v"], Float[Tensor, "m d"]]:
+        """One pass of the head: draft logits at the packed nodes `rows`, and the features that all new nodes carry on."""
+        token_ids, attend = self._caches.behind(batch, caches, start)
+        drafted = self.head(self._embed(token_ids), features, attend)
+        first = np.zeros(len(batch), np.int64) if start is None else np.asarray(start, np.int64)
+        new = torch.from_numpy(among_new(rows, batch.offsets, first)).to(drafted.scored.device)
+        return self.head.logits(drafted.scored[new], self._target_head), drafted.carried

@@ -1,0 +1,203 @@
+"""Parallel drafters at work: Medusa's heads, and the CTC paper's layer without a blank. All slots are filled in one forward.
+
+A slot's law does not depend on what is drafted before it, so every node of one depth has the same law and every tree policy
+can use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foredraft.drafters import Setting
+from foredraft.drafters.folder import load_head
+from foredraft.drafters.growing import capped
+from foredraft.drafters.heads import CtcHead, MedusaHeads
+from foredraft.drafters.pairs import PairCaches, PairState
+from foredraft.draws import Draws
+from foredraft.protocols import Budget, Grower
+from foredraft.sampling import SamplingParams
+from foredraft.tree import Ids, TreeBatch
+
+
+class LayerSlots:
+    """Slots filled by one decoder layer behind a cache."""
+
+    def __init__(self, head: CtcHead, config: Any, target: Any, num_slots: int):
+        self.head, self.feature_layers = head, head.feature_layers
+        self.num_tokens = head.num_slots
+        self._embed, self._target_head = target.embed, target.head
+        self._caches = PairCaches(config, num_slots, target.dtype, target.device)
+
+    def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> PairState:
+        """A new request."""
+        return self._caches.start(tokens, features)
+
+    def finish(self, state: PairState) -> None:
+        """Frees its slot of the cache."""
+        self._caches.finish(state)
+
+    def observe(self, state: PairState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> None:
+        """New pairs."""
+        state.take(tokens, features)
+
+    def room(self, state: PairState) -> int:
+        """How deep a path may be."""
+        return min(self._caches.room(state), self.num_tokens)
+
+    def fill(self, states: Sequence[PairState]) -> Float[Tensor, "b k w"]:
+        """Logits of every slot, from one forward over the pending pairs and the slots."""
+        count = self.num_tokens
+        for state in states:
+            state.tokens = [*state.pending, *[0] * count]
+        batch = TreeBatch.chains([state.tokens for state in states])
+        features = torch.cat([state.features for state in states if state.features is not None])
+        out = self._run(batch, [state.cache for state in states], features, None)
+        ends = torch.from_numpy(batch.offsets[1:, None] - np.arange(count, 0, -1)).to(out.device)
+        return self.head.logits(out[ends.flatten()], self._target_head).view(len(states), count, -1)
+
+    def settle(self, states: Sequence[PairState]) -> None:
+        """Keeps what is committed."""
+        self._caches.settle(states, self._run)
+
+    def _run(
+        self, batch: TreeBatch, caches: Sequence[Any], features: Float[Tensor, "m d"], start: Sequence[int] | None
+    ) -> Float[Tensor, "n d"]:
+        """Runs chains of pairs, each with the slots behind it as far as it is longer than its features."""
+        token_ids, attend = self._caches.behind(batch, caches, start)
+        count = (len(token_ids) - len(features)) // len(caches)
+        ends = np.cumsum(np.diff(batch.offsets) - count)
+        entries, parts = self.head.slots.new_empty(len(token_ids), self.head.slots.shape[1]), []
+        for i, (begin, end) in enumerate(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)):
+            at = int(batch.offsets[i])
+            own = self.head.enter(self._embed(token_ids[at : at + end - begin]), features[begin:end])
+            parts += [own, own[-1] + self.head.slots[:count]]
+        torch.cat(parts, out=entries)
+        return self.head(entries, attend)
+
+
+class FeatureSlots:
+    """Slots filled by Medusa's heads from the last feature alone."""
+
+    def __init__(self, head: MedusaHeads):
+        self.head, self.feature_layers = head, head.feature_layers
+        self.num_tokens = head.num_slots
+
+    def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> PairState:
+        """A new request."""
+        state = PairState(None, [])
+        self.observe(state, tokens, features)
+        return state
+
+    def finish(self, state: PairState) -> None:
+        """Nothing is held."""
+
+    def observe(self, state: PairState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> None:
+        """Remembers the last pair."""
+        state.root = tokens[-1]
+        state.features = features[-1:] if features is not None and len(features) else state.features
+
+    def room(self, state: PairState) -> int:
+        """How deep a path may be."""
+        return 0 if state.features is None else self.num_tokens
+
+    def fill(self, states: Sequence[PairState]) -> Float[Tensor, "b k v"]:
+        """Logits of every slot."""
+        return self.head(torch.cat([state.features for state in states if state.features is not None]))
+
+    def settle(self, states: Sequence[PairState]) -> None:
+        """Nothing is kept."""
+
+
+class SlotDrafter:
+    """Drafts with laws that depend on the depth alone.
+
+    Args:
+        slots: fills the slots.
+        grower: how its trees grow.
+        vocab_size: the target's.
+
+    Source: Medusa (arXiv 2401.10774), section 2.1.
+    """
+
+    kinds = ("medusa",)
+
+    def __init__(self, slots: LayerSlots | FeatureSlots, grower: Grower, vocab_size: int):
+        self.slots, self.grower, self.vocab_size = slots, grower, vocab_size
+        self.feature_layers = slots.feature_layers
+
+    @classmethod
+    def build(cls, setting: Setting, *, force: bool = False) -> SlotDrafter:
+        """The drafter of a speculative config.
+
+        Raises:
+            ValueError: there is no head in the directory, or it belongs to another target.
+        """
+        loaded = load_head(setting, cls.kinds, force=force)
+        assert setting.grower is not None
+        return cls(FeatureSlots(loaded.head), setting.grower, setting.target.vocab_size)
+
+    @torch.inference_mode()
+    def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> PairState:
+        """A new request."""
+        return self.slots.start(tokens, features)
+
+    def finish(self, state: PairState) -> None:
+        """Gives back what the request held."""
+        self.slots.finish(state)
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        states: Sequence[PairState],
+        budgets: Sequence[Budget],
+        sampling: Sequence[SamplingParams],
+        draws: Sequence[Draws],
+    ) -> TreeBatch:
+        """One tree a request, as deep as there are slots; none before the target has run a token."""
+        self.slots.settle(states)
+        for state in states:
+            state.carried = None
+        room = [self.slots.room(state) for state in states]
+        return self.grower.grow(self, states, [state.root for state in states], capped(budgets, room), sampling, draws)
+
+    @torch.inference_mode()
+    def expand(self, states: Sequence[PairState], partial: TreeBatch, node_ids: Ids) -> Float[Tensor, "n v"]:
+        """The laws of the nodes' depths; the first call of a step fills the slots."""
+        owners = (np.searchsorted(partial.offsets, node_ids, side="right") - 1).tolist()
+        new = [states[b] for b in dict.fromkeys(owners) if states[b].carried is None]
+        if new:
+            for state, slots in zip(new, self.slots.fill(new), strict=True):
+                state.carried = slots[:, : self.vocab_size]
+        depths = {b: partial[b].depths for b in set(owners)}
+        rows = [
+            states[b].carried[depths[b][node - partial.offsets[b]]]  # type: ignore[index]
+            for b, node in zip(owners, node_ids.tolist(), strict=True)
+        ]
+        return torch.stack(rows)
+
+    @torch.inference_mode()
+    def observe(
+        self, state: PairState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]
+    ) -> None:
+        """New pairs."""
+        self.slots.observe(state, tokens, features)
+
+
+class LayerSlotDrafter(SlotDrafter):
+    """The CTC paper's layer without its transform: slots are tokens one for one."""
+
+    kinds = ("parallel", "ctc")
+
+    @classmethod
+    def build(cls, setting: Setting, *, force: bool = False) -> LayerSlotDrafter:
+        """The drafter of a speculative config; see `SlotDrafter.build`."""
+        loaded = load_head(setting, cls.kinds, force=force)
+        assert setting.grower is not None
+        slots = LayerSlots(loaded.head, loaded.config, setting.target, setting.num_slots)
+        return cls(slots, setting.grower, setting.target.vocab_size)

@@ -1,0 +1,91 @@
+"""Batches of texts of like length, in an order that the seed and the step alone decide."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from foredraft.drafters.heads import FINAL
+from foredraft.train.shards import Text, grouped
+
+POOL = 1024
+"""Texts among which those of like length are put together."""
+
+
+class Batch(NamedTuple):
+    """Texts side by side, padded on the right.
+
+    Attributes:
+        features: the target's, of the layers that a head is given.
+        final: those after the target's last norm.
+        answer: whether the token at a position belongs to an answer; padding does not.
+    """
+
+    ids: Int[Tensor, "b t"]
+    features: Float[Tensor, "b t f"]
+    final: Float[Tensor, "b t d"]
+    answer: Bool[Tensor, "b t"]
+
+    @property
+    def num_tokens(self) -> int:
+        """Answer tokens: one token pass each."""
+        return int(self.answer.sum())
+
+
+class Columns:
+    """Where the layers of a head stand among those that were captured.
+
+    Args:
+        captured: layers of the shards, side by side.
+        wanted: layers of the head.
+        width: features a layer.
+
+    Raises:
+        ValueError: a layer was not captured.
+    """
+
+    def __init__(self, captured: Sequence[int], wanted: Sequence[int], width: int):
+        if missing := {*wanted, *FINAL} - {*captured}:
+            raise ValueError(f"the shards lack the target's layers {sorted(missing)}: capture them too (--feature-layers)")
+        self._wanted = [captured.index(layer) for layer in wanted]
+        self._final, self._width = captured.index(FINAL[0]), width
+
+    def collate(self, texts: Sequence[Text], device: torch.device) -> Batch:
+        """Puts texts side by side."""
+        ids = pad_sequence([text.ids.long() for text in texts], batch_first=True)
+        answers = [torch.arange(len(text.ids)) >= text.prompt_len for text in texts]
+        answer = pad_sequence(answers, batch_first=True)
+        final = self._pick(texts, [self._final])
+        features = final if self._wanted == [self._final] else self._pick(texts, self._wanted)
+        return Batch(*(one.to(device) for one in (ids, features, final, answer)))
+
+    def _pick(self, texts: Sequence[Text], places: Sequence[int]) -> Float[Tensor, "b t f"]:
+        parts = [
+            torch.cat([text.features[:, at * self._width : (at + 1) * self._width] for at in places], dim=1) for text in texts
+        ]
+        return pad_sequence(parts, batch_first=True).float()
+
+
+def epoch(texts: Sequence[Text], tokens: int, seed: int, number: int) -> list[list[Text]]:
+    """All texts once, in batches of about `tokens` positions."""
+    rng = random.Random(f"{seed}/{number}")
+    order = rng.sample(texts, len(texts))
+    pools = [order[first : first + POOL] for first in range(0, len(order), POOL)]
+    groups = [group for pool in pools for group in grouped(pool, [len(text.ids) for text in pool], tokens)]
+    rng.shuffle(groups)
+    return groups
+
+
+def endless(texts: Sequence[Text], tokens: int, seed: int, first: int = 0) -> Iterator[list[Text]]:
+    """Epoch after epoch of batches, from batch number `first` on."""
+    for number in count():
+        groups = epoch(texts, tokens, seed, number)
+        yield from groups[first:]
+        first = max(0, first - len(groups))

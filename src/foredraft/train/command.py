@@ -1,0 +1,231 @@
+"""``foredraft train``: prompts -> the target's answers and features (shards) -> a head -> its directory."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from foredraft.drafters.folder import layer_config, save_head
+from foredraft.drafters.heads import FINAL, HEADS
+from foredraft.drafters.layers import Shape
+from foredraft.errors import unknown_name
+from foredraft.llm import BUNDLED_TARGET, LLM
+from foredraft.models.loading import fingerprint_of
+from foredraft.train.attention import tables
+from foredraft.train.batches import Columns
+from foredraft.train.corpus import read_prompts
+from foredraft.train.frozen import Frozen
+from foredraft.train.loop import Course, Progress, Settings, train
+from foredraft.train.recipes import RECIPES, from_target
+from foredraft.train.shards import Plan, Text, capture
+
+WRITERS = 128
+"""Answers written at once."""
+
+
+@dataclass(frozen=True)
+class TrainChoice:
+    """What the command line asks for.
+
+    Attributes:
+        options: of the head and of its recipe, by name.
+        shards: folder of the captured texts; None is one in `out`.
+        token_passes: answer tokens to learn from, as often as they come; decides the number of steps where it is given.
+        feature_layers: captured beside those that the head needs, so that several heads can share the shards.
+    """
+
+    method: str
+    model: str | None
+    data: Sequence[Path]
+    out: Path
+    options: Mapping[str, Any] = field(default_factory=dict)
+    shards: Path | None = None
+    num_tokens: int = 500_000
+    temperatures: Sequence[float] = (0.0, 0.6, 1.0)
+    max_len: int = 512
+    feature_layers: Sequence[int] = ()
+    token_passes: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    device: str | None = None
+    seed: int = 0
+
+
+def run(choice: TrainChoice) -> Progress:
+    """Trains a head and writes its directory.
+
+    Raises:
+        ValueError: something was asked for that cannot be; a `TrainingError` says what stands and how to go on.
+    """
+    if choice.method not in RECIPES:
+        raise unknown_name("method", choice.method, list(RECIPES))
+    source = choice.model or BUNDLED_TARGET
+    llm = LLM(source, {"method": "ar"}, device=choice.device, max_num_seqs=WRITERS, seed=choice.seed)
+    if llm.tokenizer is None:
+        raise ValueError("the target has no tokenizer, so that its data cannot be read: give a directory with one")
+    head_options, options = _split_options(choice.method, choice.options, llm.target)
+    config = layer_config(llm.target.config, llm.target.vocab_size)
+    torch.manual_seed(choice.seed)
+    head = HEADS[choice.method].make(Shape.of(config), **head_options).to(llm.target.device)
+    layers = list(dict.fromkeys([*choice.feature_layers, *head.feature_layers, *FINAL]))
+    texts = captured(choice, llm, source, layers)
+    learned, held_out = [one for one in texts if not one.held_out], [one for one in texts if one.held_out]
+    frozen = Frozen(llm.target, config.hidden_size)
+    from_target(head, frozen, _counts(learned, llm.target))
+    course = Course(
+        head=head,
+        recipe=RECIPES[choice.method],
+        options=options,
+        frozen=frozen,
+        rotary=tables(config, llm.target.device),
+        columns=Columns(layers, head.feature_layers, config.hidden_size),
+        texts=learned,
+        held_out=held_out,
+        device=llm.target.device,
+        facts={"method": choice.method, "target": fingerprint_of(source), "head_options": head_options, "data": _names(choice)},
+    )
+    settings = Settings(**{"steps": 1000, "lr": course.recipe.lr, "seed": choice.seed, **choice.settings})
+    choice.out.mkdir(parents=True, exist_ok=True)
+    done = train(course, settings, choice.out)
+    about = {
+        "method": choice.method,
+        "options": head_options,
+        "target": {"name": Path(str(source)).name, "fingerprint": course.facts["target"]},
+    }
+    save_head(choice.out, head, config, about, provenance(course, settings, done, head))
+    return done
+
+
+def captured(choice: TrainChoice, llm: LLM, source: Any, layers: Sequence[int]) -> list[Text]:
+    """The texts to learn from, written and captured as far as they are not there yet."""
+    prompts = read_prompts(choice.data, llm.tokenizer, choice.seed)
+    plan = Plan(choice.temperatures, min(choice.max_len, llm.max_model_len), choice.num_tokens, layers, choice.seed)
+    about = {"target": fingerprint_of(source), "data": _names(choice)}
+    folder = choice.shards or choice.out / "shards"
+    width = llm.target.config.hidden_size * len(layers) * 2
+    Console(stderr=True).print(f"shards in {folder}: about {1.6 * choice.num_tokens * width / 1e9:.1f} GB in all")
+    return capture(llm, prompts, plan, folder, about)
+
+
+def _names(choice: TrainChoice) -> list[str]:
+    return [file.name for file in choice.data]
+
+
+def _split_options(method: str, given: Mapping[str, Any], target: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the head, and of its recipe.
+
+    Raises:
+        ValueError: neither has an option of that name.
+    """
+    of_head = list(inspect.signature(HEADS[method].cls.__init__).parameters)[2:]
+    recipe = RECIPES[method].options
+    for name in given:
+        if name not in (*of_head, *recipe):
+            raise unknown_name(f"option of method {method!r}:", name, [*of_head, *recipe])
+    head = {**HEADS[method].options, **{name: given[name] for name in of_head if name in given}}
+    if "feature_layers" in of_head and "feature_layers" not in head:
+        count = target.config.num_hidden_layers
+        head["feature_layers"] = [2, count // 2, count - 3]  # the released EAGLE-3's
+    return head, {**recipe, **{name: given[name] for name in recipe if name in given}}
+
+
+def _counts(texts: Sequence[Text], target: Any) -> torch.Tensor:
+    """How often every token stands in an answer."""
+    counts = torch.zeros(target.vocab_size, dtype=torch.long)
+    for text in texts:
+        counts += torch.bincount(text.ids[text.prompt_len :].long(), minlength=target.vocab_size)
+    return counts.to(target.device)
+
+
+def provenance(course: Course, settings: Settings, done: Progress, head: torch.nn.Module) -> dict[str, Any]:
+    """Everything needed to say where the weights come from and how good they are on the held-out part."""
+    import transformers
+
+    return {
+        "command": "foredraft " + " ".join(sys.argv[1:]),
+        "method": course.facts["method"],
+        "parameters": sum(one.numel() for one in head.parameters()),
+        "data": course.facts["data"],
+        "recipe": dict(course.options),
+        "settings": asdict(settings),
+        "texts": len(course.texts),
+        "token_passes": done.token_passes,
+        "minutes": round(done.seconds / 60, 1),
+        "held_out": done.history[-1] if done.history else {},
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "finished": time.strftime("%Y-%m-%d"),
+    }
+
+
+def command(choice: TrainChoice, *, plot: Path | None = None) -> int:
+    """``foredraft train``; returns the exit status."""
+    out = Console(stderr=True, highlight=False, soft_wrap=True)
+    done = run(choice)
+    last = done.history[-1]
+    figures = ", ".join(f"{name} {value:.3f}" for name, value in last.items() if name not in ("step", "token_passes"))
+    out.print(
+        f"{choice.out}: {done.step} steps, {done.token_passes} token passes, {done.seconds / 60:.1f} min; held out: {figures}"
+    )
+    if plot is not None:
+        curves_of(done, choice.method, plot)
+    return 0
+
+
+def curves_of(done: Progress, method: str, file: Path) -> None:
+    """Draws the losses and what is reported beside them, over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [name for name in done.history[-1] if name not in ("step", "token_passes")]
+    losses = [name for name in names if "loss" in name]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    for axis, some in zip(axes, (losses, [name for name in names if name not in losses]), strict=True):
+        for name in some:
+            axis.plot([row["step"] for row in done.history], [row.get(name) for row in done.history], label=name)
+        axis.set_xlabel("step")
+        axis.legend(fontsize=7)
+    figure.suptitle(method)
+    figure.tight_layout()
+    figure.savefig(file)
+    plt.close(figure)
+
+
+def options(given: Sequence[str]) -> dict[str, Any]:
+    """Options of ``--set NAME=VALUE``; values are JSON where they can be read as such.
+
+    Raises:
+        ValueError: there is no ``=``.
+    """
+    found = {}
+    for one in given:
+        name, equals, value = one.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes NAME=VALUE, got {one!r}")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    """Numbers with commas between.
+
+    Raises:
+        ValueError: one is none.
+    """
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"{option} takes numbers with commas between, got {text!r}") from None

@@ -1,0 +1,257 @@
+"""The training loop: one for every method, read from top to bottom. It goes on bit for bit where it was cut off.
+
+Whatever is random in a step is a function of the seed and the step's number, so a checkpoint holds weights, the optimizer's
+state and the history, and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foredraft.progress import progress_bar
+from foredraft.train.attention import Tables
+from foredraft.train.batches import Batch, Columns, endless
+from foredraft.train.frozen import Frozen
+from foredraft.train.recipes import Lesson, Recipe
+from foredraft.train.shards import Text, TrainingError, grouped, write_whole
+
+CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and how fast to learn.
+
+    Attributes:
+        steps: of the optimizer.
+        batch_tokens: positions of a batch, padding included.
+        accumulate: batches a step.
+        lr: peak learning rate.
+        warmup: share of the steps until it is reached.
+        schedule: ``cosine`` or ``linear``, down to 0.
+        clip: largest norm of the gradient.
+        evaluate_every: steps between evaluations and checkpoints.
+        patience: evaluations without a better loss until training ends; 0: it never ends early.
+        bf16: whether matrix products are made in bfloat16.
+    """
+
+    steps: int
+    batch_tokens: int = 8192
+    accumulate: int = 1
+    lr: float = 1e-3
+    warmup: float = 0.02
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    seed: int = 0
+    evaluate_every: int = 100
+    patience: int = 0
+    bf16: bool = True
+
+
+@dataclass
+class Progress:
+    """What has been done.
+
+    Attributes:
+        step: steps done.
+        token_passes: answer tokens that were learned from, as often as they came.
+        seconds: spent in training, evaluations included.
+        best: the lowest loss on the held-out part; `since`: evaluations since then.
+        history: a row an evaluation.
+    """
+
+    step: int = 0
+    token_passes: int = 0
+    seconds: float = 0.0
+    best: float = math.inf
+    since: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Course:
+    """Everything a run is made of, but its settings.
+
+    Attributes:
+        facts: what a checkpoint must agree with to be gone on from.
+    """
+
+    head: nn.Module
+    recipe: Recipe
+    options: Mapping[str, Any]
+    frozen: Frozen
+    rotary: Tables
+    columns: Columns
+    texts: Sequence[Text]
+    held_out: Sequence[Text]
+    device: torch.device
+    facts: Mapping[str, Any]
+
+
+def train(course: Course, settings: Settings, folder: Path) -> Progress:
+    """Trains the head in place, from the checkpoint in `folder` on if there is one.
+
+    Raises:
+        TrainingError: the checkpoint is of another run, the loss is no number, or memory or disk are full.
+    """
+    head, optimizer, done = course.head, new_optimizer(course.head, settings), Progress()
+    resume(course, settings, optimizer, done, folder / CHECKPOINT)
+    batches = endless(course.texts, settings.batch_tokens, settings.seed, done.step * settings.accumulate)
+    began, recent = time.monotonic() - done.seconds, Means()
+    with progress_bar("training steps", settings.steps) as advance:
+        advance(done.step)
+        while done.step < settings.steps and not over(settings, done):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * rate(settings, done.step)
+            for part in range(settings.accumulate):
+                batch = course.columns.collate(next(batches), course.device)
+                recent.add(backward(course, settings, batch, done.step, part), batch.num_tokens)
+                done.token_passes += batch.num_tokens
+            norm = nn.utils.clip_grad_norm_(head.parameters(), settings.clip)
+            if not torch.isfinite(norm):
+                raise TrainingError(
+                    f"the loss is no number at step {done.step + 1}: the checkpoint before it stands; lower --lr "
+                    f"(now {settings.lr:g}) and run again with another --out, or look at the data"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            done.step += 1
+            advance(1)
+            if done.step % settings.evaluate_every == 0 or done.step == settings.steps:
+                note(done, recent.take(), evaluate(course, settings), time.monotonic() - began)
+                save(course, settings, optimizer, done, folder / CHECKPOINT)
+    return done
+
+
+def new_optimizer(head: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """AdamW with EAGLE's betas; only matrices decay."""
+    matrices = [one for one in head.parameters() if one.ndim > 1]
+    others = [one for one in head.parameters() if one.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95))
+
+
+def rate(settings: Settings, step: int) -> float:
+    """Share of the peak learning rate: a warm-up, then down to 0."""
+    warm = max(1, round(settings.warmup * settings.steps))
+    if step < warm:
+        return (step + 1) / warm
+    left = (step - warm) / max(1, settings.steps - warm)
+    return 1 - left if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * left))
+
+
+def backward(course: Course, settings: Settings, batch: Batch, step: int, part: int) -> dict[str, Tensor]:
+    """Adds the gradient of one batch."""
+    generator = torch.Generator().manual_seed(hash((settings.seed, step, part)) & 0x7FFFFFFF)
+    try:
+        with torch.autocast(course.device.type, torch.bfloat16, enabled=settings.bf16):
+            learned = course.recipe.learn(lesson(course, batch, generator))
+        (learned.loss / settings.accumulate).backward()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+            raise
+        raise TrainingError(
+            f"a batch of {settings.batch_tokens} positions does not fit in memory: the last checkpoint stands; run again with "
+            f"--batch-tokens {settings.batch_tokens // 2} --accumulate {2 * settings.accumulate}, which learns the same"
+        ) from None
+    return {"loss": learned.loss.detach(), **learned.figures}
+
+
+def lesson(course: Course, batch: Batch, generator: torch.Generator | None) -> Lesson:
+    """What the recipe is given for a batch."""
+    return Lesson(course.head, batch, course.frozen, course.rotary, course.options, generator)
+
+
+@torch.no_grad()
+def evaluate(course: Course, settings: Settings) -> dict[str, float]:
+    """Means over the held-out texts."""
+    means = Means()
+    for group in grouped(course.held_out, [len(text.ids) for text in course.held_out], settings.batch_tokens):
+        batch = course.columns.collate(group, course.device)
+        with torch.autocast(course.device.type, torch.bfloat16, enabled=settings.bf16):
+            learned = course.recipe.learn(lesson(course, batch, None))
+        means.add({"loss": learned.loss, **learned.figures}, batch.num_tokens)
+    return means.take()
+
+
+class Means:
+    """Weighted means of figures."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._weight = 0.0
+
+    def add(self, figures: Mapping[str, Tensor], weight: float) -> None:
+        """Adds a batch's."""
+        for name, value in figures.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value) * weight
+        self._weight += weight
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call."""
+        means = {name: value / max(self._weight, 1e-9) for name, value in self._sums.items()}
+        self._sums, self._weight = {}, 0.0
+        return means
+
+
+def note(done: Progress, training: dict[str, float], held_out: dict[str, float], seconds: float) -> None:
+    """Adds a row to the history."""
+    done.seconds = seconds
+    row = {"step": done.step, "token_passes": done.token_passes, "train_loss": training["loss"], **held_out}
+    done.history.append(row)
+    better = held_out.get("loss", training["loss"]) < done.best
+    done.best = min(done.best, held_out.get("loss", training["loss"]))
+    done.since = 0 if better else done.since + 1
+
+
+def over(settings: Settings, done: Progress) -> bool:
+    """Whether to end early."""
+    return 0 < settings.patience <= done.since
+
+
+def save(course: Course, settings: Settings, optimizer: torch.optim.Optimizer, done: Progress, file: Path) -> None:
+    """Writes the checkpoint."""
+    content = {
+        "head": course.head.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "progress": asdict(done),
+        "facts": facts_of(course, settings),
+    }
+    write_whole(file, lambda part: torch.save(content, part))
+
+
+def facts_of(course: Course, settings: Settings) -> dict[str, Any]:
+    """What two runs must share for one to go on with the other's checkpoint."""
+    return {**asdict(settings), **course.facts, "options": dict(course.options)}
+
+
+def resume(course: Course, settings: Settings, optimizer: torch.optim.Optimizer, done: Progress, file: Path) -> None:
+    """Takes over a checkpoint, if there is one.
+
+    Raises:
+        TrainingError: it is damaged, or of another run.
+    """
+    if not file.exists():
+        return
+    try:
+        content = torch.load(file, map_location=course.device, weights_only=True)
+    except Exception:
+        raise TrainingError(f"{file} is damaged: delete it to begin anew") from None
+    different = [key for key, value in facts_of(course, settings).items() if content["facts"].get(key) != value]
+    if different:
+        raise TrainingError(
+            f"{file} is of a run with another {' and '.join(different)}: give the same settings to go on, or another --out"
+        )
+    course.head.load_state_dict(content["head"])
+    optimizer.load_state_dict(content["optimizer"])
+    for name, value in content["progress"].items():
+        setattr(done, name, value)

@@ -1,0 +1,94 @@
+"""Losses of draft heads: pure functions, averaged over the positions that count.
+
+p is what the head gives, q the target's law, as everywhere here. Masks are 1 where a position counts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_SMALL = 1e-5
+"""Added to the number of positions, so that a batch without any has loss 0 (EAGLE's released code)."""
+
+_NEVER = -1e30
+"""Log-probability of what cannot happen: finite, because the gradient through two infinities would not be a number."""
+
+
+def masked_mean(values: Float[Tensor, "*n"], mask: Float[Tensor, "*n"]) -> Float[Tensor, ""]:
+    """Mean of `values` where the mask is 1."""
+    return (values * mask).sum() / (mask.sum() + _SMALL)
+
+
+def cross_entropy(logits: Float[Tensor, "*n v"], labels: Int[Tensor, "*n"], mask: Float[Tensor, "*n"]) -> Float[Tensor, ""]:
+    """Mean of -log p(label).
+
+    Source: Medusa (arXiv 2401.10774), equation 1.
+    """
+    nll = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+    return masked_mean(nll.view(mask.shape), mask)
+
+
+def soft_cross_entropy(
+    logits: Float[Tensor, "*n v"], target_probs: Float[Tensor, "*n v"], mask: Float[Tensor, "*n"]
+) -> Float[Tensor, ""]:
+    """Mean of -sum_x q(x) log p(x): the classification loss of EAGLE and FSPAD.
+
+    Source: EAGLE (arXiv 2401.15077), section 3.2; FSPAD (arXiv 2408.15562), released code.
+    """
+    return masked_mean(-(target_probs * logits.log_softmax(-1)).sum(-1), mask)
+
+
+def kl(logits: Float[Tensor, "*n v"], target_probs: Float[Tensor, "*n v"], mask: Float[Tensor, "*n"]) -> Float[Tensor, ""]:
+    """Mean of KL(q || p): `soft_cross_entropy` less the entropy of q, which has no gradient."""
+    entropy = torch.special.entr(target_probs).sum(-1)
+    return masked_mean(-(target_probs * logits.log_softmax(-1)).sum(-1) - entropy, mask)
+
+
+def total_variation(
+    logits: Float[Tensor, "*n v"], target_probs: Float[Tensor, "*n v"], mask: Float[Tensor, "*n"]
+) -> Float[Tensor, ""]:
+    """Mean of TV(p, q), which is 1 - the probability that a drafted token is accepted (Yin et al., Theorem 1)."""
+    return masked_mean((logits.softmax(-1) - target_probs).abs().sum(-1) / 2, mask)
+
+
+def smooth_l1(features: Float[Tensor, "*n d"], wanted: Float[Tensor, "*n d"], mask: Float[Tensor, "*n"]) -> Float[Tensor, ""]:
+    """Mean over positions of the mean over entries of SmoothL1 with beta 1: the regression loss of EAGLE and FSPAD.
+
+    Source: EAGLE (arXiv 2401.15077), section 3.2.
+    """
+    return masked_mean(F.smooth_l1_loss(features, wanted, reduction="none").mean(-1), mask)
+
+
+def ctc(
+    logprobs: Float[Tensor, "n t w"], labels: Int[Tensor, "n s"], lengths: Int[Tensor, " n"], blank: int
+) -> Float[Tensor, " n"]:
+    """-log P(labels), summed over all paths of t frames that collapse to them (repeats merged, then blanks dropped).
+
+    ``alpha_t(s) = P_t(y'_s) (alpha_{t-1}(s) + alpha_{t-1}(s - 1) + [y'_s is no blank and not y'_{s-2}] alpha_{t-1}(s - 2))``
+    on y' = (blank, y_1, blank, ..., y_s, blank), and P = alpha_T(last) + alpha_T(last but one).
+
+    Args:
+        lengths: how many of each row's labels count, 0 or more.
+
+    Returns:
+        One loss a row; 1e30 or so where no path of t frames collapses to the labels.
+
+    Source: Graves et al. 2006, Connectionist Temporal Classification, section 4.1.
+    """
+    count, size = labels.shape
+    states = labels.new_full((count, 2 * size + 1), blank)
+    states[:, 1::2] = labels
+    skips = torch.zeros(states.shape, dtype=torch.bool, device=labels.device)
+    skips[:, 3::2] = labels[:, 1:] != labels[:, :-1]
+    emitted = logprobs.gather(2, states[:, None].expand(-1, logprobs.shape[1], -1))
+    alpha = torch.cat([emitted[:, 0, :2], emitted.new_full((count, 2 * size - 1), _NEVER)], dim=1)[:, : states.shape[1]]
+    for frame in emitted.unbind(1)[1:]:
+        one, two = (F.pad(alpha, (back, 0), value=_NEVER)[:, :-back] for back in (1, 2))
+        two = two.masked_fill(~skips, _NEVER)
+        alpha = torch.stack([alpha, one, two]).logsumexp(0).clamp(min=_NEVER) + frame
+    last = 2 * lengths[:, None]
+    ends = torch.cat([alpha.gather(1, last), alpha.gather(1, (last - 1).clamp(min=0)).masked_fill(last == 0, _NEVER)], dim=1)
+    return -ends.logsumexp(1)

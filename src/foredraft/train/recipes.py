@@ -1,0 +1,299 @@
+"""What each method learns from: RECIPES names for every head its loss and its usual settings.
+
+Rows of a batch are aligned as the heads see them at work, see `foredraft.drafters.heads`: pair j is (token j + 1, feature j).
+
+    pair                  0      1      2
+    token                 t1     t2     t3
+    feature               f0     f1     f2
+    foretold feature      f1     f2     f3
+    foretold token        t2     t3     t4     whose law is that of the target's head after the foretold feature
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from foredraft.train import losses
+from foredraft.train.attention import Tables, unrolled, with_slots
+from foredraft.train.batches import Batch
+from foredraft.train.frozen import Frozen
+
+NOISE, NOISE_LENGTH = 0.2, 512
+"""Uniform noise on input features, of this width at this length of text (EAGLE's and FSPAD's released code)."""
+
+
+class Learned(NamedTuple):
+    """The loss of a batch, and what is reported beside it, as means over its positions."""
+
+    loss: Float[Tensor, ""]
+    figures: Mapping[str, Float[Tensor, ""]]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a loss is computed from.
+
+    Attributes:
+        generator: of whatever is random in this batch; its seed depends on the step alone. None while evaluating.
+        options: of the recipe.
+    """
+
+    head: Any
+    batch: Batch
+    frozen: Frozen
+    rotary: Tables
+    options: Mapping[str, Any]
+    generator: torch.Generator | None
+
+
+def recurrent(lesson: Lesson) -> Learned:
+    """EAGLE, FSPAD and EAGLE-3: regression on the next feature and classification by the target's law, over `unroll` runs
+    that are fed with the head's own features.
+
+    ``sum_s decay^s (regression SmoothL1(foretold, f) + classification CE(target's law, draft law))``
+
+    Source: EAGLE (arXiv 2401.15077), section 3.2; FSPAD (arXiv 2408.15562) and its released code; EAGLE-3 (arXiv 2503.01840),
+    section 3.2.
+    The sequence-level term with weight `ctc` is that of the released code of the CTC-based drafter (arXiv 2412.00061).
+    """
+    head, batch, options = lesson.head, lesson.batch, lesson.options
+    feature = head.fuse(_noisy(batch.features[:, :-1], lesson))
+    attend, total, figures = unrolled(lesson.rotary), torch.zeros((), device=feature.device), {}
+    for run in range(options["unroll"]):
+        embedding = lesson.frozen.embed(_shifted(batch.ids, 1 + run))
+        wanted = _shifted(batch.final, 1 + run)
+        mask = _shifted(batch.answer, 2 + run, to=wanted.shape[1])
+        out = head(embedding, feature, attend)
+        probs = lesson.frozen.probs(wanted[mask])
+        logits = head.logits(out.scored[mask], lesson.frozen.head).float()
+        ones = mask.new_ones(len(probs), dtype=torch.float32)
+        known = _within(head, probs, ones)
+        classification = losses.soft_cross_entropy(*_restricted(head, logits, probs), known)
+        regression = losses.smooth_l1(out.carried.float(), wanted, mask.float())
+        total = total + options["decay"] ** run * (
+            options["regression"] * regression + options["classification"] * classification
+        )
+        if options["ctc"]:
+            total = total + options["ctc"] * _over_positions(head, out.scored, probs, mask, lesson)
+        if run == 0:
+            figures = _agreement(logits, probs) | {"regression": regression.detach(), "classification": classification.detach()}
+        else:
+            figures |= {f"{name}_{run}": value for name, value in _agreement(logits, probs).items()}
+        feature = out.carried
+    return Learned(total, figures)
+
+
+def medusa(lesson: Lesson) -> Learned:
+    """Medusa's heads: cross-entropy of each with the token so many places on, weighted ``decay^k``.
+
+    Source: Medusa (arXiv 2401.10774), section 2.2.1.
+    """
+    batch, head, decay = lesson.batch, lesson.head, lesson.options["decay"]
+    mask = _shifted(batch.answer, 2, to=batch.ids.shape[1] - 1)
+    logits = head(batch.features[:, :-1][mask]).float()
+    return _slots(logits, batch, mask, decay)
+
+
+def hydra(lesson: Lesson) -> Learned:
+    """Hydra's heads: the target's law at every depth of the text itself, all weighted alike.
+
+    Source: Hydra (arXiv 2402.05109), section 4 (teacher loss alone).
+    """
+    head, batch, frozen = lesson.head, lesson.batch, lesson.frozen
+    read = head.read(batch.features[:, :-1], unrolled(lesson.rotary))
+    embeddings, figures = frozen.embed(batch.ids), {}
+    total = torch.zeros((), device=read.device)
+    for i in range(head.num_slots):
+        length = batch.ids.shape[1] - 2 - i
+        if length <= 0:
+            break
+        mask = _shifted(batch.answer, 2 + i, to=length)[:, :length]
+        tokens = torch.cat([embeddings[:, 1 + k : 1 + k + length][mask] for k in range(i + 1)], dim=-1)
+        logits = head(i, read[:, :length][mask], tokens).float()
+        probs = frozen.probs(batch.final[:, 1 + i : 1 + i + length][mask])
+        total = total + losses.soft_cross_entropy(logits, probs, torch.ones(len(probs), device=read.device)) / head.num_slots
+        figures |= {f"{name}_{i}" if i else name: value for name, value in _agreement(logits, probs).items()}
+    return Learned(total, figures)
+
+
+def ctc(lesson: Lesson) -> Learned:
+    """The CTC-based drafter: -log of the probability that the slots collapse to the next `labels` tokens; without a blank,
+    cross-entropy of slot k with token k.
+
+    Slots are filled behind `anchors` pairs of each text, drawn anew in every step.
+
+    Source: Wen, Gui, Feng 2024 (arXiv 2412.00061), section 3.2.
+    """
+    head, batch, frozen = lesson.head, lesson.batch, lesson.frozen
+    mask = _shifted(batch.answer, 2, to=batch.ids.shape[1] - 1)
+    anchors = _anchors(mask, lesson)
+    entries = head.enter(frozen.embed(batch.ids[:, 1:]), batch.features[:, :-1])
+    own = entries.gather(1, anchors[..., None].expand(-1, -1, entries.shape[-1]))
+    slots = (own[:, :, None] + head.slots).flatten(1, 2)
+    _, attention = with_slots(lesson.rotary, entries.shape[1], anchors, head.num_slots)
+    out = head(torch.cat([entries, slots], dim=1), attention())[:, entries.shape[1] :]
+    logits = head.logits(out, frozen.head).float().unflatten(1, (anchors.shape[1], head.num_slots))
+    chosen = mask.gather(1, anchors)
+    if head.blank is None:
+        kept = torch.zeros_like(mask)
+        return _slots(logits[chosen], batch, kept, lesson.options["decay"], anchors=anchors, chosen=chosen)
+    labels, lengths = _labels(batch, anchors, lesson.options["labels"])
+    blank = logits.shape[-1] - 1
+    loss = losses.ctc(logits[chosen].log_softmax(-1), labels[chosen], lengths[chosen], blank)
+    mean = loss.mean() / lesson.options["labels"] if len(loss) else logits.sum() * 0
+    best = logits[chosen].detach().argmax(-1)
+    figures = {"blank": (best == blank).float().mean(), "top1": (best[:, 0] == labels[chosen][:, 0]).float().mean()}
+    return Learned(mean, figures)
+
+
+def _shifted(
+    values: Float[Tensor, "b t *d"] | Int[Tensor, "b t"] | Bool[Tensor, "b t"], by: int, to: int | None = None
+) -> Tensor:
+    """``out[:, j] = values[:, j + by]``, zero beyond the end; as long as there are pairs."""
+    length = values.shape[1] - 1 if to is None else to
+    out = values.new_zeros(values.shape[0], length, *values.shape[2:])
+    part = values[:, by : by + length]
+    out[:, : part.shape[1]] = part
+    return out
+
+
+def _noisy(features: Float[Tensor, "b t f"], lesson: Lesson) -> Float[Tensor, "b t f"]:
+    if lesson.generator is None:
+        return features
+    noise = torch.rand(features.shape, generator=lesson.generator).to(features) - 0.5
+    return features + noise * (lesson.options["noise"] * NOISE_LENGTH / features.shape[1])
+
+
+def _within(head: Any, probs: Float[Tensor, "n v"], ones: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """1 where the target's likeliest token can be drafted: EAGLE-3 leaves the other positions out."""
+    token_ids = getattr(head, "token_ids", None)
+    if token_ids is None or len(token_ids) == probs.shape[-1]:
+        return ones
+    return torch.isin(probs.argmax(-1), token_ids).float()
+
+
+def _restricted(head: Any, logits: Float[Tensor, "n v"], probs: Float[Tensor, "n v"]) -> tuple[Tensor, Tensor]:
+    """Both laws over the tokens that can be drafted."""
+    token_ids = getattr(head, "token_ids", None)
+    if token_ids is None or len(token_ids) == probs.shape[-1]:
+        return logits, probs
+    some = probs[:, token_ids]
+    return logits[:, token_ids], some / some.sum(-1, keepdim=True).clamp(min=1e-9)
+
+
+def _agreement(logits: Float[Tensor, "n v"], probs: Float[Tensor, "n v"]) -> dict[str, Float[Tensor, ""]]:
+    """Share of positions with the same likeliest token, and of sampled drafts that would be accepted."""
+    if not len(probs):
+        return {}
+    with torch.no_grad():
+        top1 = (logits.argmax(-1) == probs.argmax(-1)).float().mean()
+        return {"top1": top1, "acceptance": torch.minimum(logits.softmax(-1), probs).sum(-1).mean()}
+
+
+def _slots(
+    logits: Float[Tensor, "n k v"],
+    batch: Batch,
+    mask: Bool[Tensor, "b p"],
+    decay: float,
+    *,
+    anchors: Int[Tensor, "b a"] | None = None,
+    chosen: Bool[Tensor, "b a"] | None = None,
+) -> Learned:
+    """Cross-entropy of slot k with the token k + 2 places after a pair's feature."""
+    total, figures = logits.new_zeros(()), {}
+    for k in range(logits.shape[1]):
+        labels, there = (_shifted(one, 2 + k, to=batch.ids.shape[1] - 1) for one in (batch.ids, batch.answer))
+        if anchors is not None and chosen is not None:
+            labels, there = labels.gather(1, anchors)[chosen], there.gather(1, anchors)[chosen]
+        else:
+            labels, there = labels[mask], there[mask]
+        total = total + decay**k * losses.cross_entropy(logits[:, k], labels, there.float())
+        top1 = ((logits[:, k].detach().argmax(-1) == labels) & there).sum() / there.sum().clamp(min=1)
+        figures[f"top1_{k}" if k else "top1"] = top1
+    return Learned(total, figures)
+
+
+def _anchors(mask: Bool[Tensor, "b p"], lesson: Lesson) -> Int[Tensor, "b a"]:
+    """Pairs to draft behind, drawn among those of answers; evenly spread while evaluating."""
+    count = min(lesson.options["anchors"], mask.shape[1])
+    if lesson.generator is None:
+        order = -torch.arange(mask.shape[1], device=mask.device).expand_as(mask).mul(7919).remainder(mask.shape[1]).float()
+    else:
+        order = torch.rand(mask.shape, generator=lesson.generator).to(mask.device)
+    return order.masked_fill(~mask, -torch.inf).topk(count, dim=1).indices.sort(dim=1).values
+
+
+def _labels(batch: Batch, anchors: Int[Tensor, "b a"], count: int) -> tuple[Int[Tensor, "b a s"], Int[Tensor, "b a"]]:
+    """The next `count` answer tokens behind the root of each anchor, and how many there are."""
+    places = anchors[..., None] + 2 + torch.arange(count, device=anchors.device)
+    inside = places < batch.ids.shape[1]
+    places = places.clamp(max=batch.ids.shape[1] - 1)
+    flat = places.flatten(1)
+    labels = batch.ids.gather(1, flat).view(places.shape)
+    there = batch.answer.gather(1, flat).view(places.shape) & inside
+    return labels, there.long().cumprod(-1).sum(-1)
+
+
+def _over_positions(
+    head: Any, scored: Float[Tensor, "b p d"], probs: Float[Tensor, "n v"], mask: Bool[Tensor, "b p"], lesson: Lesson
+) -> Float[Tensor, ""]:
+    """CTC over six positions of the text, the target's likeliest three tokens as labels, token 0 as blank: a regulariser of
+    EAGLE."""
+    frames, count = 6, 3
+    best = torch.zeros(mask.shape, dtype=torch.long, device=mask.device)
+    best[mask] = probs.argmax(-1)
+    whole = F.pad(mask, (0, frames)).unfold(1, frames, 1)[:, : mask.shape[1]].all(-1)
+    rows, starts = whole.nonzero(as_tuple=True)
+    if not len(rows):
+        return scored.sum() * 0
+    places = starts[:, None] + torch.arange(frames, device=mask.device)
+    logits = head.logits(scored[rows[:, None], places], lesson.frozen.head).float()
+    labels = best[rows[:, None], places[:, :count]]
+    lengths = torch.full((len(rows),), count, device=mask.device)
+    return losses.ctc(logits.log_softmax(-1), labels, lengths, blank=0).clamp(max=1e4).mean() / count
+
+
+@torch.no_grad()
+def from_target(head: Any, frozen: Frozen, counts: Int[Tensor, " v"]) -> None:
+    """Output layers of a head's own begin as the target's; a reduced vocabulary is that of the most frequent tokens."""
+    if hasattr(head, "d2t"):
+        chosen = counts.argsort(descending=True, stable=True)[: len(head.d2t)].sort().values
+        head.d2t.copy_(chosen - torch.arange(len(chosen), device=chosen.device))
+        head.lm_head.weight.copy_(frozen.weight[chosen])
+    for one in getattr(head, "lm_heads", ()):
+        one.weight.copy_(frozen.weight)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method is trained.
+
+    Attributes:
+        learn: its loss.
+        options: of the loss, with their usual values.
+        lr: peak learning rate.
+    """
+
+    learn: Callable[[Lesson], Learned]
+    options: Mapping[str, Any]
+    lr: float = 1e-3
+
+
+_RECURRENT = {"regression": 1.0, "classification": 0.1, "unroll": 1, "decay": 0.8, "noise": NOISE, "ctc": 0.0}
+
+RECIPES: dict[str, Recipe] = {
+    "eagle": Recipe(recurrent, _RECURRENT),
+    "fspad": Recipe(recurrent, _RECURRENT),
+    "eagle3": Recipe(recurrent, {**_RECURRENT, "regression": 0.0, "classification": 1.0, "unroll": 7, "noise": 0.0}),
+    "medusa": Recipe(medusa, {"decay": 0.8}),
+    "hydra": Recipe(hydra, {}),
+    "parallel": Recipe(ctc, {"anchors": 64, "decay": 0.8}),
+    "ctc": Recipe(ctc, {"anchors": 64, "labels": 4}),
+}

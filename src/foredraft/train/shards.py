@@ -1,0 +1,206 @@
+"""Texts that the target wrote, with its features at every token, in files that are mapped into memory.
+
+A shard is whole or not there: it is written under another name first. `manifest.json` says what the shards were made from and
+what each of them hashes to, so that a run goes on where it was cut off, and damage is found before it is trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from foredraft.llm import LLM
+from foredraft.progress import progress_bar
+from foredraft.sampling import SamplingParams
+from foredraft.train.corpus import Prompt
+from foredraft.tree import TreeBatch
+
+SHARD_TEXTS = 256
+CAPTURE_TOKENS = 2048
+"""Positions in one pass of the target: wider passes leave the cache of a small CPU."""
+
+_ROOM = 32
+"""Tokens that an answer gets at least; longer prompts are left out."""
+
+
+class TrainingError(ValueError):
+    """A run cannot go on; the message says why, what stands and what to do."""
+
+
+class Plan(NamedTuple):
+    """What the shards are to hold.
+
+    Attributes:
+        temperatures: of the answers, in turn over the prompts.
+        max_len: tokens of prompt and answer together.
+        num_tokens: answer tokens in all, held-out ones apart.
+        feature_layers: of the target, as in `Target.forward`.
+    """
+
+    temperatures: Sequence[float]
+    max_len: int
+    num_tokens: int
+    feature_layers: Sequence[int]
+    seed: int
+
+
+class Text(NamedTuple):
+    """One text; its features stay on disk until they are read."""
+
+    ids: Int[Tensor, " n"]
+    features: Float[Tensor, "n f"]
+    prompt_len: int
+    held_out: bool
+
+
+def capture(llm: LLM, prompts: Sequence[Prompt], plan: Plan, folder: Path, about: Mapping[str, Any]) -> list[Text]:
+    """Writes what is missing of the shards, and opens them all.
+
+    Args:
+        llm: the target, decoding plainly.
+        about: what the shards depend on beside the plan: the target's fingerprint, the data.
+
+    Raises:
+        TrainingError: shards there were made from something else, or are damaged, or cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = json.loads(json.dumps({**plan._asdict(), **about}))
+    manifest = _read_manifest(folder, facts)
+    prompts = [prompt for prompt in prompts if len(prompt.ids) <= plan.max_len - _ROOM]
+    prompts.sort(key=lambda prompt: not prompt.held_out)  # held-out ones are in the first shards
+    tokens = sum(shard["answer_tokens"] for shard in manifest["shards"])
+    with progress_bar("answer tokens", plan.num_tokens) as advance:
+        advance(tokens)
+        for first in range(len(manifest["shards"]) * SHARD_TEXTS, len(prompts), SHARD_TEXTS):
+            if tokens >= plan.num_tokens:
+                break
+            new = _write_shard(llm, prompts[first : first + SHARD_TEXTS], plan, folder, len(manifest["shards"]), first)
+            manifest["shards"].append(new)
+            write_whole(folder / "manifest.json", lambda file: file.write_text(json.dumps(manifest, indent=1)))
+            tokens += new["answer_tokens"]
+            advance(new["answer_tokens"])
+    return [text for shard in manifest["shards"] for text in open_shard(folder / shard["name"], shard["sha256"])]
+
+
+def _read_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    file = folder / "manifest.json"
+    if not file.exists():
+        return {"made_from": facts, "shards": []}
+    try:
+        manifest = json.loads(file.read_text())
+    except ValueError:
+        raise TrainingError(f"{file} is damaged: delete {folder} and run again") from None
+    different = [key for key in facts if manifest["made_from"].get(key) != facts[key] and key != "num_tokens"]
+    if different:
+        raise TrainingError(
+            f"the shards in {folder} were made with another {' and '.join(different)}: "
+            "give another --shards folder, or delete it"
+        )
+    return manifest
+
+
+def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file under another name and puts it in its place when it is on the disk, so that it is whole or what it was.
+
+    Raises:
+        TrainingError: it cannot be written.
+    """
+    part = file.with_name(file.name + ".part")
+    try:
+        write(part)
+        with part.open("rb") as done:
+            os.fsync(done.fileno())
+        part.replace(file)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise TrainingError(
+            f"cannot write {file} ({reason}): what was there before stands; make room and run the same command again"
+        ) from None
+
+
+def _write_shard(llm: LLM, prompts: Sequence[Prompt], plan: Plan, folder: Path, number: int, first: int) -> dict[str, Any]:
+    texts = _answer(llm, prompts, plan, first)
+    features = list(_run(llm.target, texts, plan.feature_layers))
+    tensors = {
+        "ids": torch.tensor([token for text in texts for token in text], dtype=torch.int32),
+        "features": torch.cat(features).bfloat16(),
+        "lengths": torch.tensor([len(text) for text in texts]),
+        "prompt_lens": torch.tensor([len(prompt.ids) for prompt in prompts]),
+        "held_out": torch.tensor([prompt.held_out for prompt in prompts]),
+    }
+    file = folder / f"{number:05d}.safetensors"
+    write_whole(file, lambda part: save_file(tensors, part))
+    answers = [len(text) - len(one.ids) for text, one in zip(texts, prompts, strict=True) if not one.held_out]
+    return {"name": file.name, "sha256": _sha256(file), "answer_tokens": sum(answers)}
+
+
+def _answer(llm: LLM, prompts: Sequence[Prompt], plan: Plan, first: int) -> list[list[int]]:
+    """Prompts with the target's own answers, the end of sequence included."""
+    ways = [plan.temperatures[(first + i) % len(plan.temperatures)] for i in range(len(prompts))]
+    sampling = [
+        SamplingParams(temperature=way, max_tokens=plan.max_len - len(prompt.ids), seed=plan.seed + first + i)
+        for i, (way, prompt) in enumerate(zip(ways, prompts, strict=True))
+    ]
+    results = llm.generate([prompt.ids for prompt in prompts], sampling)
+    return [prompt.ids + result.outputs[0].token_ids for prompt, result in zip(prompts, results, strict=True)]
+
+
+def _run(target: Any, texts: Sequence[list[int]], feature_layers: Sequence[int]) -> Iterator[Float[Tensor, "n f"]]:
+    """The target's features at the tokens of each text."""
+    found: dict[int, Tensor] = {}
+    for group in grouped(range(len(texts)), [len(text) for text in texts], CAPTURE_TOKENS):
+        pool = target.new_pool(len(group), max(len(texts[i]) for i in group))
+        batch = TreeBatch.chains([texts[i] for i in group])
+        scores = target.forward(
+            batch, [pool.allocate() for _ in group], np.empty(0, np.int64), feature_layers=tuple(feature_layers)
+        )
+        found |= dict(zip(group, scores.features.cpu().split([len(texts[i]) for i in group]), strict=True))
+    return (found[i] for i in range(len(texts)))
+
+
+def open_shard(file: Path, sha256: str) -> list[Text]:
+    """The texts of a shard, mapped into memory.
+
+    Raises:
+        TrainingError: it is missing or damaged.
+    """
+    damaged = f"the shard {file} is missing or damaged: delete the folder {file.parent} and run again, and it is made anew"
+    try:
+        if _sha256(file) != sha256:
+            raise TrainingError(damaged)
+        with safe_open(file, framework="pt") as shard:
+            whole = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError):
+        raise TrainingError(damaged) from None
+    lengths = whole["lengths"].tolist()
+    columns = whole["ids"].split(lengths), whole["features"].split(lengths), whole["prompt_lens"], whole["held_out"]
+    return [Text(ids, features, int(start), bool(held)) for ids, features, start, held in zip(*columns, strict=True)]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def grouped(items: Sequence[Any], lengths: Sequence[int], tokens: int) -> Iterator[list[Any]]:
+    """Groups of like length that take at most about `tokens` positions each, padding included; the shortest first."""
+    group: list[Any] = []
+    for length, item in sorted(zip(lengths, items, strict=True), key=lambda pair: pair[0]):
+        if group and (len(group) + 1) * length > tokens:
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group

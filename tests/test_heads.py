@@ -1,0 +1,234 @@
+"""Draft heads: their sizes, how gradients run through them, and that they draft behind a cache what they say without one."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from foredraft.drafters import DRAFTERS, Setting
+from foredraft.drafters.folder import read_head
+from foredraft.drafters.heads import HEADS, FeatureHead
+from foredraft.drafters.layers import Shape
+from foredraft.draws import Draws
+from foredraft.grow import GROWERS
+from foredraft.models.loading import load_target
+from foredraft.protocols import Budget
+from foredraft.sampling import SamplingParams
+from foredraft.train.attention import tables, unrolled, with_slots
+from foredraft.tree import DraftTree, TreeBatch
+
+DATA = Path(__file__).parent / "data"
+STORIES = DATA / "babyllama-105"
+HEAD_FOLDER = DATA / "heads"
+RECURRENT, SLOTS = ("eagle", "fspad", "eagle3"), ("medusa", "parallel")
+TOKENS = [1, 14, 33, 7, 52, 19, 88, 3, 41, 60, 22, 9, 71, 30]
+
+BOTH = [(False, False), (True, False), (False, True), (True, True)]
+SIZES = {  # methods.md 4.6: EAGLE, with feature sampling, with partial alignment, FSPAD
+    "Vicuna-7B": (Shape(4096, 11008, 32, 32, 128, 1e-6, 32000), (235_937_792, 371_208_192, 281_026_560, 416_296_960)),
+    "Vicuna-33B": (Shape(6656, 17920, 52, 52, 128, 1e-6, 32000), (623_653_888, 981_487_104, 742_929_408, 1_100_762_624)),
+    "LLaMA3-70B": (Shape(8192, 28672, 64, 8, 128, 1e-5, 128256), (989_872_128, 1_694_523_392, 1_224_753_152, 1_929_404_416)),
+}
+SMALL = Shape(32, 48, 4, 2, 8, 1e-6, 50)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_parameter_counts(name: str) -> None:
+    shape, expected = SIZES[name]
+    with torch.device("meta"):
+        heads = [FeatureHead(shape, feature_sampling=sampling, partial_alignment=partial) for sampling, partial in BOTH]
+    assert tuple(sum(one.numel() for one in head.parameters()) for head in heads) == expected
+
+
+def test_fspad_with_both_parts_off_is_eagle() -> None:
+    made = []
+    for method, options in (("eagle", {}), ("fspad", {"feature_sampling": False, "partial_alignment": False})):
+        torch.manual_seed(3)
+        made.append(HEADS[method].make(SMALL, **options))
+    weights = [head.state_dict() for head in made]
+    assert list(weights[0]) == list(weights[1])
+    assert all(torch.equal(one, weights[1][name]) for name, one in weights[0].items())
+    inputs = torch.randn(2, 1, 6, 32, generator=torch.Generator().manual_seed(0))
+    outs = [head(*inputs, unrolled(rotary())) for head in made]
+    assert torch.equal(outs[0].scored, outs[1].scored)
+    assert outs[0].scored is outs[0].carried
+
+
+def rotary() -> Any:
+    from transformers import LlamaConfig
+
+    return tables(
+        LlamaConfig(hidden_size=32, num_attention_heads=4, head_dim=8, max_position_embeddings=64), torch.device("cpu")
+    )
+
+
+@pytest.mark.parametrize("sampling", [False, True])
+def test_partial_alignment_routes_gradients(sampling: bool) -> None:
+    torch.manual_seed(0)
+    head = FeatureHead(SMALL, feature_sampling=sampling, partial_alignment=True)
+    for part, mine, other in (("scored", slice(0, 32), slice(32, 64)), ("carried", slice(32, 64), slice(0, 32))):
+        head.zero_grad()
+        out = head(torch.randn(1, 5, 32), torch.randn(1, 5, 32), unrolled(rotary()))
+        getattr(out, part).square().sum().backward()
+        rows = head.layers[0].mlp.down_proj.weight.grad
+        assert rows is not None
+        assert rows[mine].abs().max() > 0
+        assert rows[other].abs().max() == 0
+        upstream = [p.grad for name, p in head.named_parameters() if "down_proj" not in name or "fc" in name]
+        assert all(one is not None and one.abs().max() > 0 for one in upstream)
+
+
+def test_degenerate_heads_are_the_ablations() -> None:
+    """Equal halves make FSPAD the head with feature sampling alone; without its entry's perceptron, the one with alignment
+    alone."""
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 1, 6, 32)
+    full = FeatureHead(SMALL, feature_sampling=True, partial_alignment=True)
+    down = full.layers[0].mlp.down_proj.weight
+    with torch.no_grad():
+        down[32:] = down[:32]
+    out = full(*inputs, unrolled(rotary()))
+    torch.testing.assert_close(out.scored, out.carried)
+    sampling = FeatureHead(SMALL, feature_sampling=True)
+    weights = full.state_dict() | {"layers.0.mlp.down_proj.weight": down[:32]}
+    sampling.load_state_dict(weights)
+    torch.testing.assert_close(sampling(*inputs, unrolled(rotary())).scored, out.scored)
+
+    full = FeatureHead(SMALL, feature_sampling=True, partial_alignment=True)
+    with torch.no_grad():
+        full.fc.mlp.down_proj.weight.zero_()
+    partial = FeatureHead(SMALL, partial_alignment=True)
+    weights = {name.replace("fc.fc.", "fc."): one for name, one in full.state_dict().items() if not name.startswith("fc.mlp")}
+    weights.pop("fc.post_attention_layernorm.weight")
+    partial.load_state_dict(weights)
+    pair = [head(*inputs, unrolled(rotary())) for head in (full, partial)]
+    torch.testing.assert_close(pair[0].scored, pair[1].scored)
+    torch.testing.assert_close(pair[0].carried, pair[1].carried)
+
+
+@cache
+def target() -> Any:
+    return load_target(STORIES, dtype="float32")
+
+
+def features_of(tokens: list[int], layers: Any) -> Tensor:
+    pool = target().new_pool(1, 256)
+    scores = target().forward(TreeBatch.chains([tokens]), [pool.allocate()], np.empty(0, np.int64), feature_layers=layers)
+    return scores.features.clone()
+
+
+class Remembering:
+    """A grower that asks for the laws of a fixed tree level by level and remembers them."""
+
+    def __init__(self, tokens: list[int], parents: list[int]):
+        self.tree = TreeBatch.chains([tokens], [parents])[0]
+        self.rows: dict[int, Tensor] = {}
+
+    def grow(self, drafter: Any, states: Any, roots: Any, budgets: Any, sampling: Any, draws: Any) -> TreeBatch:
+        batch = TreeBatch.chains([[roots[0], *self.tree.tokens[1:].tolist()]], [self.tree.parents.tolist()])
+        self.tree = batch[0]
+        for depth in range(min(int(self.tree.depths.max()), budgets[0].depth - 1) + 1):
+            nodes = np.flatnonzero(self.tree.depths == depth)
+            self.rows |= dict(zip(nodes.tolist(), drafter.expand(states, batch, nodes), strict=True))
+        return batch
+
+
+def drafter_of(method: str, grower: Any) -> Any:
+    setting = Setting(
+        target=target(),
+        model=HEAD_FOLDER / method,
+        load=lambda _: None,
+        vocabulary=lambda _: None,
+        grower=grower,
+        num_slots=1,
+        fingerprint=lambda: "",
+    )
+    return DRAFTERS[method].build(setting, force=True)
+
+
+def without_cache(method: str, tokens: list[int], path: list[int]) -> Tensor:
+    """The law behind `path`, from one run over everything, by the code that trains: no cache, no tree."""
+    loaded = read_head(HEAD_FOLDER / method)
+    head, tabs = loaded.head, tables(loaded.config, torch.device("cpu"))
+    given = features_of(tokens[:-1], head.feature_layers)
+    embed = target().embed
+    if method in RECURRENT:
+        features, ids = head.fuse(given), list(tokens[1:])
+        for token in [*path, None]:
+            out = head(embed(torch.tensor(ids))[None], features[None], unrolled(tabs))
+            features = torch.cat([features, out.carried[0, -1:]])
+            ids.append(token or 0)
+        return head.logits(out.scored[0, -1:], target().head)[0]
+    if method == "medusa":
+        return head(given[-1:])[0, len(path)]
+    if method == "hydra":
+        read = head.read(given[None], unrolled(tabs))[0, -1:]
+        embedded = embed(torch.tensor([tokens[-1], *path])).flatten()[None]
+        return head(len(path), read, embedded)[0]
+    entries = head.enter(embed(torch.tensor(tokens[1:])), given)
+    slots = entries[-1] + head.slots
+    _, attention = with_slots(tabs, len(entries), torch.tensor([[len(entries) - 1]]), head.num_slots)
+    out = head(torch.cat([entries, slots])[None], attention())[0, len(entries) :]
+    return head.logits(out, target().head)[len(path)]
+
+
+TREES = {
+    "wide": ([0, 5, 9, 14, 5, 5, 70, 21], [-1, 0, 0, 1, 1, 2, 3, 3]),
+    "chain": ([0, 5, 5, 14], [-1, 0, 1, 2]),
+    "repeats": ([0, 5, 5, 5], [-1, 0, 0, 1]),
+}
+
+
+@pytest.mark.parametrize("method", [*RECURRENT, *SLOTS, "hydra"])
+@pytest.mark.parametrize("shape", TREES)
+@torch.inference_mode()
+def test_drafts_behind_its_cache_what_it_says_without_one(method: str, shape: str) -> None:
+    """Over three steps, the last of which commits several tokens, on trees with branches and repeated tokens."""
+    grower = Remembering(*TREES[shape])
+    drafter = drafter_of(method, grower)
+    known = 5
+    state = drafter.start(TOKENS[:known], features_of(TOKENS[: known - 1], drafter.feature_layers))
+    for more in (1, 4, 0):
+        drafter.propose([state], [Budget(8, 8)], [SamplingParams()], [Draws(0)])
+        tree: DraftTree = grower.tree
+        assert len(grower.rows) > 1
+        for node, row in grower.rows.items():
+            path = tree.tokens[tree.path_to(node)].tolist()
+            torch.testing.assert_close(row, without_cache(method, TOKENS[:known], path), atol=1e-4, rtol=1e-4)
+        new = TOKENS[known : known + more]
+        before = features_of(TOKENS[: known + more - 1], drafter.feature_layers)[known - 1 :]
+        if more:
+            drafter.observe(state, new, before, list(range(more - 1)))
+        known += more
+        grower.rows = {}
+
+
+def test_a_prompt_of_one_token_drafts_nothing_until_the_target_has_run() -> None:
+    for method in HEADS:
+        drafter = drafter_of(method, GROWERS["chain"].grower())
+        state = drafter.start(TOKENS[:1], None)
+        [batch] = [drafter.propose([state], [Budget(4, 4)], [SamplingParams()], [Draws(0)])]
+        assert len(batch.tokens) == 1
+        drafter.observe(state, TOKENS[1:2], features_of(TOKENS[:1], drafter.feature_layers), [])
+        assert len(drafter.propose([state], [Budget(4, 4)], [SamplingParams(temperature=0)], [Draws(0)]).tokens) > 1
+        drafter.finish(state)
+
+
+def test_a_long_prompt_is_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from foredraft.drafters import pairs
+
+    tokens = (TOKENS * 8)[:90]
+    for method in ("fspad", "ctc", "hydra"):
+        trees = []
+        for chunk in (512, 16):
+            monkeypatch.setattr(pairs, "PREFILL_CHUNK", chunk)
+            drafter = drafter_of(method, GROWERS["topk"].grower())
+            state = drafter.start(tokens, features_of(tokens[:-1], drafter.feature_layers))
+            trees.append(drafter.propose([state], [Budget(8, 4)], [SamplingParams(temperature=0)], [Draws(0)]).tokens.tolist())
+        assert trees[0] == trees[1]

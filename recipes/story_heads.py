@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-NAMES = "Tom Lily Sue Max Ben Mia Sam Anna Jack Lucy Tim Amy Bob Sara Leo".split()
+NAMES = ["Tom", "Lily", "Sue", "Max", "Ben", "Mia", "Sam", "Anna", "Jack", "Lucy", "Tim", "Amy", "Bob", "Sara", "Leo"]
 PLACES = ["the park", "the beach", "the forest", "the garden", "school", "the farm", "the zoo", "the shop", "the lake", "home"]
 THINGS = ["a red ball", "a big dog", "a small cat", "a toy car", "a blue bird", "an apple", "a shiny stone", "a kite", "a book"]
 OPENINGS = [
@@ -52,9 +52,9 @@ def main() -> None:
     data.write_text("".join(json.dumps({"prompt": one}) + "\n" for one in openings(1200)))
     for method in args.methods:
         work = args.out / f"{method}-run"
-        command = f"""{sys.executable} -m foredraft train --method {method} --model {ROOT}/tests/data/babyllama-105 --data {data}
-            --out {work} --shards {args.out}/shards --feature-layers 2,3,4 --tokens 80000 --max-len 192 --steps {args.steps}
-            --batch-tokens 2048 --evaluate-every 50 --lr 3e-3"""
+        command = f"""{sys.executable} -m foredraft train --method {method} --model {ROOT}/tests/data/babyllama-105
+            --data {data} --out {work} --shards {args.out}/shards --feature-layers 2,3,4 --tokens 80000 --max-len 192
+            --steps {args.steps} --batch-tokens 2048 --evaluate-every 50 --lr 3e-3"""
         subprocess.run([*command.split(), *MORE.get(method, [])], check=True)
         (args.out / method).mkdir(exist_ok=True)
         for name in ("config.json", "model.safetensors"):

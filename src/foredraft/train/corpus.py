@@ -41,15 +41,22 @@ def read_prompts(files: Sequence[Path], tokenizer: Any, seed: int) -> list[Promp
     """
     every = [turns for file in files for turns in read_turns(file)]
     random.Random(seed).shuffle(every)
+    if not every:
+        raise ValueError(f"no prompt in {', '.join(map(str, files))}: give files with questions, see `foredraft train --help`")
+    held_out = _held_out({turns[0] for turns in every})
     seen: Counter[str] = Counter()
     kept = []
     for turns in every:
         seen[turns[0]] += 1
         if seen[turns[0]] <= MAX_PER_QUESTION:
-            kept.append(Prompt(encode(turns, tokenizer), _hashed(turns[0]) % HELD_OUT_ONE_IN == 0))
-    if not kept:
-        raise ValueError(f"no prompt in {', '.join(map(str, files))}: give files with questions, see `foredraft train --help`")
+            kept.append(Prompt(encode(turns, tokenizer), turns[0] in held_out))
     return kept
+
+
+def _held_out(questions: set[str]) -> set[str]:
+    """One question in fifty, by a hash of it alone; at least one."""
+    hashes = {question: int(hashlib.sha256(question.encode()).hexdigest(), 16) for question in questions}
+    return {one for one, value in hashes.items() if value % HELD_OUT_ONE_IN == 0} or {min(hashes, key=hashes.__getitem__)}
 
 
 def read_turns(file: Path) -> Iterator[Turns]:
@@ -132,8 +139,3 @@ def encode(turns: Turns, tokenizer: Any) -> list[int]:
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn.strip()} for i, turn in enumerate(turns)]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tokenizer.encode(text, add_special_tokens=False)
-
-
-def _hashed(text: str) -> int:
-    """A number that depends on the text alone."""
-    return int(hashlib.sha256(text.encode()).hexdigest(), 16)

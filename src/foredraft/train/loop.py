@@ -190,7 +190,7 @@ class Means:
         self._sums: dict[str, float] = {}
         self._weight = 0.0
 
-    def add(self, figures: Mapping[str, Tensor], weight: float) -> None:
+    def add(self, figures: Mapping[str, Tensor], weight: int) -> None:
         """Adds a batch's."""
         for name, value in figures.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value) * weight

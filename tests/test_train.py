@@ -1,0 +1,342 @@
+"""Training: what is read, what is written, what goes wrong, and that a run that is cut off ends as one that was not."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from foredraft import LLM, SamplingParams
+from foredraft.drafters.folder import read_head
+from foredraft.drafters.heads import HEADS, Eagle3Head, FeatureHead
+from foredraft.drafters.layers import Shape
+from foredraft.models.checkpoint import ModelError, fingerprint
+from foredraft.models.loading import fingerprint_of
+from foredraft.train import command, loop, shards
+from foredraft.train.attention import tables, unrolled, with_slots
+from foredraft.train.command import TrainChoice, run
+from foredraft.train.corpus import encode, read_turns, turns_of
+from foredraft.train.loop import Settings, rate
+from foredraft.train.recipes import RECIPES
+from foredraft.train.shards import TrainingError
+
+pytestmark = pytest.mark.unchecked
+
+DATA = Path(__file__).parent / "data"
+STORIES, OTHER_STORIES = DATA / "babyllama-105", DATA / "babyllama-105-b"
+SHAPE = Shape(32, 48, 4, 2, 8, 1e-6, 50)
+CONFIG = LlamaConfig(hidden_size=32, num_attention_heads=4, head_dim=8, max_position_embeddings=64)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts, and shards that all tests share."""
+    folder = tmp_path_factory.mktemp("train")
+    prompts = [
+        f"{name} went to {place}" for name in ("Tom", "Lily", "Sue", "Ben", "Mia") for place in ("the park", "school", "bed")
+    ]
+    prompts += [f"One day, {one}" for one in prompts] + [f"Once upon a time, {one}" for one in prompts]
+    (folder / "stories.jsonl").write_text("".join(json.dumps({"prompt": one}) + "\n" for one in prompts))
+    run(choice(folder, "eagle", "first", steps=1))
+    return folder
+
+
+def choice(folder: Path, method: str, out: str, *, options: dict[str, Any] | None = None, **settings: Any) -> TrainChoice:
+    usual = {"steps": 4, "batch_tokens": 512, "evaluate_every": 2, "lr": 3e-3}
+    return TrainChoice(
+        method,
+        str(STORIES),
+        [folder / "stories.jsonl"],
+        folder / out,
+        options=options or {},
+        shards=folder / "shards",
+        num_tokens=1500,
+        max_len=96,
+        feature_layers=(2, 3),
+        settings={**usual, **settings},
+    )
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return {name: one.clone() for name, one in read_head(folder).head.state_dict().items()}
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_every_method_learns_and_drafts(made: Path, method: str) -> None:
+    options = {"unroll": 2, "feature_layers": [2, 3]} if method == "eagle3" else {}
+    done = run(choice(made, method, f"learn-{method}", options=options, steps=12, evaluate_every=6))
+    assert done.history[-1]["loss"] < done.history[0]["loss"]
+    about = json.loads((made / f"learn-{method}" / "provenance.json").read_text())
+    assert about["token_passes"] == done.token_passes > 0
+    llm = LLM(STORIES, {"method": method, "model": made / f"learn-{method}", "num_speculative_tokens": 4}, max_num_seqs=2)
+    [output] = llm.generate("Tom", SamplingParams(max_tokens=12, seed=1))
+    assert len(output.outputs[0].token_ids) == 12
+
+
+def test_a_head_of_another_target_is_refused_unless_forced(made: Path) -> None:
+    config = {"method": "eagle", "model": made / "first", "num_speculative_tokens": 4, "tree": "chain"}
+    with pytest.raises(ModelError, match="trained for 'babyllama-105', and this target has other weights") as caught:
+        LLM(OTHER_STORIES, config)
+    assert "--force" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    LLM(OTHER_STORIES, {**config, "force": True})
+
+
+def test_fingerprints_tell_weights_apart_and_nothing_else() -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
+    assert fingerprint_of(STORIES) == fingerprint_of(model) == fingerprint(model.bfloat16().state_dict())
+    assert fingerprint_of(STORIES) != fingerprint_of(OTHER_STORIES)
+    state = model.state_dict()
+    state["model.layers.2.mlp.up_proj.weight"] = state["model.layers.2.mlp.up_proj.weight"] * 1.01
+    assert fingerprint(state) != fingerprint_of(STORIES)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_that_stops_between_goes_on_bit_for_bit(made: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int) -> None:
+    whole = choice(made, "fspad", f"whole-{accumulate}", steps=6, accumulate=accumulate)
+    run(whole)
+    cut = choice(made, "fspad", f"cut-{accumulate}", steps=6, accumulate=accumulate)
+    real, calls = loop.backward, []
+
+    def stops(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 5 * accumulate:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(loop, "backward", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(cut)
+    monkeypatch.setattr(loop, "backward", real)
+    again = run(cut)
+    assert again.step == 6
+    assert again.token_passes == run(whole).token_passes
+    pair = weights(whole.out), weights(cut.out)
+    assert all(torch.equal(one, pair[1][name]) for name, one in pair[0].items())
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments(made: Path) -> None:
+    """Five times, also while text is written; the same command then ends with the weights of a run that was never cut off."""
+    arguments = "--tokens 1500 --max-len 96 --feature-layers 2,3 --steps 60 --batch-tokens 512 --evaluate-every 5 --lr 3e-3"
+
+    def start(out: str) -> subprocess.Popen[bytes]:
+        given = f"--method fspad --model {STORIES} --data {made}/stories.jsonl --out {made}/{out} {arguments}"
+        return subprocess.Popen(
+            [sys.executable, "-m", "foredraft", "train", *given.split()],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+
+    assert start("uncut").wait() == 0
+    generator = torch.Generator().manual_seed(int(time.time()))
+    killed = 0
+    while killed < 5:
+        process = start("killed")
+        try:
+            process.wait(timeout=4 + 12 * float(torch.rand((), generator=generator)))
+            break  # it got to its end first
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            killed += 1
+    assert start("killed").wait() == 0
+    assert killed > 0
+    pair = weights(made / "uncut"), weights(made / "killed")
+    assert all(torch.equal(one, pair[1][name]) for name, one in pair[0].items())
+
+
+def refused(given: TrainChoice, message: str) -> None:
+    with pytest.raises(TrainingError, match=message) as caught:
+        run(given)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_settings_do_not_go_on(made: Path) -> None:
+    run(choice(made, "eagle", "settled"))
+    refused(choice(made, "eagle", "settled", lr=1e-4), "of a run with another lr: give the same settings")
+    refused(choice(made, "fspad", "settled"), "another method and head_options")
+
+
+def test_a_damaged_checkpoint_is_said(made: Path) -> None:
+    given = choice(made, "eagle", "damaged")
+    run(given)
+    (given.out / loop.CHECKPOINT).write_bytes(b"PK" + bytes(100))
+    refused(given, "checkpoint.pt is damaged: delete it to begin anew")
+
+
+def test_a_damaged_shard_is_found_before_it_is_learned_from(made: Path, tmp_path: Path) -> None:
+    given = choice(made, "eagle", "shard")
+    run(given)
+    before = (given.out / loop.CHECKPOINT).read_bytes()
+    file = made / "shards" / "00000.safetensors"
+    content = file.read_bytes()
+    for damaged in (content[: len(content) // 2], content[:-1] + bytes([content[-1] ^ 1]), b""):
+        file.unlink()  # others may have it mapped
+        file.write_bytes(damaged)
+        refused(given, "is missing or damaged: delete the folder .* and run again")
+    file.unlink()
+    refused(given, "is missing or damaged")
+    file.write_bytes(content)
+    assert (given.out / loop.CHECKPOINT).read_bytes() == before
+    run(given)
+
+
+def test_shards_of_another_target_or_plan_are_refused(made: Path) -> None:
+    from dataclasses import replace
+
+    given = choice(made, "eagle", "plan")
+    refused(replace(given, model=str(OTHER_STORIES)), "made with another target")
+    refused(replace(given, max_len=80), "made with another max_len: give another --shards folder, or delete it")
+
+
+def test_a_loss_that_is_no_number_stops_the_run(made: Path) -> None:
+    given = choice(made, "eagle", "nan", steps=40, lr=1e30, clip=1e30, warmup=0.0, evaluate_every=1)
+    refused(given, r"the loss is no number at step \d+: the checkpoint before it stands; lower --lr")
+    kept = torch.load(given.out / loop.CHECKPOINT, weights_only=True)
+    assert all(torch.isfinite(one).all() for one in kept["head"].values())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = choice(made, "eagle", "full", steps=4)
+    run(choice(made, "eagle", "full", steps=4))
+    before = (given.out / loop.CHECKPOINT).read_bytes()
+    real = torch.save
+
+    def full(content: Any, file: Any) -> None:
+        real(content, file)
+        with Path(file).open("r+b") as part:
+            part.truncate(100)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop.torch, "save", full)
+    other = choice(made, "eagle", "full2", steps=4)
+    refused(other, "No space left on device.*: what was there before stands; make room and run the same command again")
+    assert not (other.out / loop.CHECKPOINT).exists()
+    assert (given.out / loop.CHECKPOINT).read_bytes() == before
+    monkeypatch.setattr(loop.torch, "save", real)
+    run(other)
+
+
+def test_a_batch_that_does_not_fit_says_what_to_do(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_much(lesson: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+
+    from dataclasses import replace
+
+    monkeypatch.setitem(command.RECIPES, "eagle", replace(RECIPES["eagle"], learn=too_much))
+    refused(choice(made, "eagle", "memory"), "--batch-tokens 256 --accumulate 2, which learns the same")
+
+
+def test_wrong_names_are_said(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"unknown method 'egale'\. Did you mean 'eagle'"):
+        run(choice(made, "egale", "x"))
+    with pytest.raises(ValueError, match=r"option of method 'ctc': 'num_slot'\. Did you mean 'num_slots'"):
+        run(choice(made, "ctc", "x", options={"num_slot": 4}))
+    with pytest.raises(ValueError, match="--set takes NAME=VALUE, got 'labels'"):
+        command.options(["labels"])
+    (tmp_path / "bad.jsonl").write_text("not json\n")
+    (tmp_path / "odd.jsonl").write_text('{"title": "x"}\n')
+    for name, said in (("bad", "is no JSON Lines file"), ("odd", "of which none is messages, "), ("none", "no data file")):
+        with pytest.raises(ValueError, match=said):
+            list(read_turns(tmp_path / f"{name}.jsonl"))
+
+
+def test_records_of_every_shape(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert turns_of({"messages": chat}) == [["a", "b", "c"]]
+    assert turns_of({"messages": chat[:2]}) == [["a"]]
+    assert turns_of({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}) == [["a"]]
+    assert turns_of({"turns": ["a", "b"]}) == [["a"]]
+    assert turns_of({"turns": [{"speaker": "USER", "utterance": "a"}, {"speaker": "SYSTEM", "utterance": "b"}]}) == [["a"]]
+    assert turns_of({"instruction": "do", "input": "this"}) == [["do\n\nthis"]]
+    assert turns_of({"question": "q", "answer": "a"}) == [["q"]]
+    tree = {"text": "a", "replies": [{"text": "b", "replies": [{"text": "c", "replies": [{"text": "d", "replies": []}]}]}]}
+    assert sorted(turns_of({"prompt": tree})) == [["a"], ["a", "b", "c"]]
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write('{"prompt": "x"}\n{"prompt": " "}\n')
+    assert list(read_turns(tmp_path / "a.jsonl.gz")) == [["x"]]
+
+
+def test_without_a_chat_template_the_last_words_are_the_prompt() -> None:
+    llm = LLM(STORIES, {"method": "ar"})
+    assert encode(["a", "b", "Tom"], llm.tokenizer) == llm.tokenizer.encode("Tom")
+
+
+def test_the_texts_are_the_targets_own(made: Path) -> None:
+    """Greedy answers are what the target would write, and features are those of its forward."""
+    manifest = json.loads((made / "shards" / "manifest.json").read_text())
+    texts = [text for one in manifest["shards"] for text in shards.open_shard(made / "shards" / one["name"], one["sha256"])]
+    llm = LLM(STORIES, {"method": "ar"})
+    ways = manifest["made_from"]["temperatures"]
+    greedy = [text for i, text in enumerate(texts) if ways[i % len(ways)] == 0][:3]
+    for text in greedy:
+        prompt = text.ids[: text.prompt_len].tolist()
+        [output] = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=96 - len(prompt)))
+        assert output.outputs[0].token_ids == text.ids[text.prompt_len :].tolist()
+        pool = llm.target.new_pool(1, 96)
+        from foredraft.tree import TreeBatch
+
+        scores = llm.target.forward(TreeBatch.chains([text.ids.tolist()]), [pool.allocate()], feature_layers=(2, 3, -1))
+        torch.testing.assert_close(text.features.float(), scores.features, atol=0.02, rtol=0.02)
+
+
+def test_rates() -> None:
+    settings = Settings(steps=100, warmup=0.1)
+    assert [round(rate(settings, step), 3) for step in (0, 4, 9, 10, 55, 99)] == [0.1, 0.5, 1.0, 1.0, 0.5, 0.0]
+    assert rate(Settings(steps=100, warmup=0.0, schedule="linear"), 99) == pytest.approx(0.0101, abs=1e-4)
+
+
+def test_early_stop(made: Path) -> None:
+    done = run(choice(made, "eagle", "early", steps=40, lr=0.0, evaluate_every=1, patience=3))
+    assert done.step == 4
+
+
+@pytest.mark.parametrize("runs", [1, 2, 3])
+def test_unrolled_attention_is_that_of_a_drafted_chain(runs: int) -> None:
+    """Row r of run j is what a head behind a cache of r + 1 pairs would say in its j-th draft (EAGLE-3, training-time test)."""
+    torch.manual_seed(0)
+    for head in (FeatureHead(SHAPE, partial_alignment=True), Eagle3Head(SHAPE, feature_layers=[1, 2, 3])):
+        length, tabs = 7, tables(CONFIG, torch.device("cpu"))
+        embeddings, features = torch.randn(1, length + runs, 32), torch.randn(1, length, 32)
+        attend, feature = unrolled(tabs), features
+        for run_number in range(runs):
+            out = head(embeddings[:, run_number : run_number + length], feature, attend)
+            feature = out.carried
+        for row in range(length):
+            own = features[:, : row + 1]
+            for more in range(runs):
+                alone = head(embeddings[:, : row + 1 + more], own, unrolled(tabs))
+                own = torch.cat([own, alone.carried[:, -1:]], dim=1)
+            torch.testing.assert_close(out.scored[0, row], alone.scored[0, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_slots_of_a_text_are_those_behind_each_anchor_alone() -> None:
+    torch.manual_seed(0)
+    head = HEADS["ctc"].make(SHAPE, num_slots=3)
+    tabs, entries = tables(CONFIG, torch.device("cpu")), torch.randn(1, 9, 32)
+    anchors = torch.tensor([[1, 4, 8]])
+
+    def run_with(rows: Tensor, some: Tensor) -> Tensor:
+        slots = (rows[:, some[0], None] + head.slots).flatten(1, 2)
+        _, attention = with_slots(tabs, rows.shape[1], some, 3)
+        return head(torch.cat([rows, slots], dim=1), attention())[:, rows.shape[1] :]
+
+    together = run_with(entries, anchors)
+    for i, anchor in enumerate(anchors[0].tolist()):
+        alone = run_with(entries[:, : anchor + 1], torch.tensor([[anchor]]))
+        torch.testing.assert_close(together[:, 3 * i : 3 * i + 3], alone, atol=1e-5, rtol=1e-5)

@@ -57,9 +57,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and eval/")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="gets a folder for each head, and the shards (8 GB)"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="gets a folder for each head, and the shards (8 GB)")
     parser.add_argument("--only", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="answer tokens that the target writes")
     parser.add_argument("--steps", type=int, default=2400)

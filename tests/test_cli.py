@@ -538,3 +538,13 @@ def test_a_closed_pipe_is_no_traceback():
     assert process.wait(60) != 0
     assert b"Traceback" not in err
     assert b"Exception" not in err
+
+
+def test_a_head_of_another_target_needs_force(run):
+    head = DATA / "heads" / "eagle"
+    given = ("generate", "Tom", "--model", OTHER, "--method", "eagle", "--draft-model", head, "--max-tokens", 8, "--budget", 4)
+    code, _, err = run(*given, "--tree", "chain")
+    assert code == 1
+    assert "trained for 'babyllama-105', and this target has other weights" in err
+    assert "hint: give that target, or overrule with --force" in err
+    assert run(*given, "--tree", "chain", "--force")[0] == 0

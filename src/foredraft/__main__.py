@@ -36,6 +36,7 @@ DraftModel = Annotated[str | None, _option(_DRAFT, "Directory or Hub id of the d
 Tree = Annotated[str | None, _option(_DRAFT, "How the tree grows: see `foredraft methods`; default auto, the fastest.")]
 Budget = Annotated[str | None, _option(_DRAFT, "Nodes of the tree without its root, 1 to 1024; default auto, the fastest.")]
 Rule = Annotated[str | None, _option(_DRAFT, "Acceptance rule; default: the best exact one for the tree.")]
+Force = Annotated[bool, typer.Option("--force", help="Use a head beside another target than its own.", rich_help_panel=_DRAFT)]
 Config = Annotated[str | None, _option(_DRAFT, "More keys of speculative_config, as JSON: '{\"draft_temperature\": 0.8}'.")]
 Temperature = Annotated[float | None, _option(_SAMPLING, "0 is greedy; default: the model's own (mostly 1).")]
 TopP = Annotated[float | None, _option(_SAMPLING, "Keep the likeliest tokens with this mass, in (0, 1].")]
@@ -64,6 +65,7 @@ def generate(
     budget: Budget = None,
     rule: Rule = None,
     speculative_config: Config = None,
+    force: Force = False,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -82,7 +84,7 @@ def generate(
         commands.generate(
             prompt,
             commands.ModelChoice(model, dtype, device, revision),
-            commands.speculative_config(model, method, draft_model, tree, budget, rule, extra=speculative_config),
+            commands.speculative_config(model, method, draft_model, tree, budget, rule, extra=speculative_config, force=force),
             commands.given(
                 temperature=temperature,
                 top_p=top_p,
@@ -112,6 +114,7 @@ def chat(
     budget: Budget = None,
     rule: Rule = None,
     speculative_config: Config = None,
+    force: Force = False,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -129,7 +132,7 @@ def chat(
         commands.chat(
             system,
             commands.ModelChoice(model, dtype, device, revision),
-            commands.speculative_config(model, method, draft_model, tree, budget, rule, extra=speculative_config),
+            commands.speculative_config(model, method, draft_model, tree, budget, rule, extra=speculative_config, force=force),
             commands.given(
                 temperature=temperature,
                 top_p=top_p,
@@ -460,6 +463,7 @@ def audit(
     rule: Rule = None,
     epsilon: Annotated[float | None, _option(_DRAFT, "Of rules tolerance and uno.")] = None,
     speculative_config: Config = None,
+    force: Force = False,
     temperature: Annotated[float, typer.Option(help="0 leaves the greedy part alone.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens with this mass.")] = 1.0,
     prompts: Annotated[
@@ -484,7 +488,7 @@ def audit(
 
     named = method or ("lm" if draft_model or tree or model is None else "suffix")
     grown = tree or ("dyspec" if named == "lm" and rule is None else None)
-    config = commands.speculative_config(model, named, draft_model, grown, budget, rule, extra=speculative_config)
+    config = commands.speculative_config(model, named, draft_model, grown, budget, rule, extra=speculative_config, force=force)
     if epsilon is not None:
         config = {**(config or {}), "epsilon": epsilon}
     choice = AuditChoice(config, model, prompts, limit, samples, temperature, top_p, max_tokens, dtype, device, seed, raw)

@@ -52,6 +52,7 @@ def speculative_config(
     rule: str | None,
     *,
     extra: str | None = None,
+    force: bool = False,
 ) -> dict[str, Any] | None:
     """The speculative config of the command line; None where nothing was said, which leaves the choice to `LLM`.
 
@@ -62,7 +63,7 @@ def speculative_config(
         raise ValueError(f"--budget must be a whole number or {AUTO}, got {budget!r}")
     nodes = int(budget) if budget not in (None, AUTO) else budget
     named = given(method=method, model=draft_model, tree=tree, num_speculative_tokens=nodes, rule=rule)
-    config = {**_json_object(extra), **named}
+    config = {**_json_object(extra), **named, **({"force": True} if force else {})}
     if not config:
         return None
     has_draft_model = model is None or "model" in config or "tree" in config

@@ -160,6 +160,20 @@ def test_kill_9_at_random_moments(made: Path) -> None:
     assert all(torch.equal(one, pair[1][name]) for name, one in pair[0].items())
 
 
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does_with_twice_the_batches(made: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "foredraft", "train"]
+    arguments = "--tokens 1500 --max-len 96 --feature-layers 2,3 --steps 4 --batch-tokens 512 --evaluate-every 2 --fp32"
+    given = f"--method eagle --model {STORIES} --data {made}/stories.jsonl --set noise=0 {arguments}".split()
+    alone = [sys.executable, "-m", "foredraft", "train", "--accumulate", "2"]
+    for command_line, out in ((launch, "two"), (alone, "one")):
+        subprocess.run(
+            [*command_line, *given, "--out", str(made / out)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+    pair = weights(made / "two"), weights(made / "one")
+    assert all(torch.allclose(one, pair[1][name], atol=1e-2, rtol=1e-2) for name, one in pair[0].items())
+
+
 def refused(given: TrainChoice, message: str) -> None:
     with pytest.raises(TrainingError, match=message) as caught:
         run(given)

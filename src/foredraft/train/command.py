@@ -27,6 +27,7 @@ from foredraft.train.frozen import Frozen
 from foredraft.train.loop import Course, Progress, Settings, train
 from foredraft.train.recipes import RECIPES, from_target
 from foredraft.train.shards import Plan, Text, capture
+from foredraft.train.workers import Workers, find_workers
 
 WRITERS = 128
 """Answers written at once."""
@@ -59,16 +60,20 @@ class TrainChoice:
     seed: int = 0
 
 
-def run(choice: TrainChoice) -> Progress:
+def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
     """Trains a head and writes its directory.
+
+    Args:
+        workers: the processes that share the work; None: this one alone.
 
     Raises:
         ValueError: something was asked for that cannot be; a `TrainingError` says what stands and how to go on.
     """
     if choice.method not in RECIPES:
         raise unknown_name("method", choice.method, list(RECIPES))
-    source = choice.model or BUNDLED_TARGET
-    llm = LLM(source, {"method": "ar"}, device=choice.device, max_num_seqs=WRITERS, seed=choice.seed)
+    source, workers = choice.model or BUNDLED_TARGET, workers or Workers()
+    device = choice.device or workers.device
+    llm = LLM(source, {"method": "ar"}, device=device, max_num_seqs=WRITERS, seed=choice.seed)
     if llm.tokenizer is None:
         raise ValueError("the target has no tokenizer, so that its data cannot be read: give a directory with one")
     head_options, options = _split_options(choice.method, choice.options, llm.target)
@@ -76,7 +81,11 @@ def run(choice: TrainChoice) -> Progress:
     torch.manual_seed(choice.seed)
     head = HEADS[choice.method].make(Shape.of(config), **head_options).to(llm.target.device)
     layers = list(dict.fromkeys([*choice.feature_layers, *head.feature_layers, *FINAL]))
+    if not workers.writes:
+        workers.wait()  # the shards are written by one process, and read by all
     texts = captured(choice, llm, source, layers)
+    if workers.writes:
+        workers.wait()
     learned, held_out = [one for one in texts if not one.held_out], [one for one in texts if one.held_out]
     frozen = Frozen(llm.target, config.hidden_size)
     from_target(head, frozen, _counts(learned, llm.target))
@@ -91,6 +100,7 @@ def run(choice: TrainChoice) -> Progress:
         held_out=held_out,
         device=llm.target.device,
         facts={"method": choice.method, "target": fingerprint_of(source), "head_options": head_options, "data": _names(choice)},
+        workers=workers,
     )
     settings = Settings(**{"steps": 1000, "lr": course.recipe.lr, "seed": choice.seed, **choice.settings})
     choice.out.mkdir(parents=True, exist_ok=True)
@@ -100,7 +110,8 @@ def run(choice: TrainChoice) -> Progress:
         "options": head_options,
         "target": {"name": Path(str(source)).name, "fingerprint": course.facts["target"]},
     }
-    save_head(choice.out, head, config, about, provenance(course, settings, done, head))
+    if workers.writes:
+        save_head(choice.out, head, config, about, provenance(course, settings, done, head))
     return done
 
 
@@ -169,7 +180,10 @@ def provenance(course: Course, settings: Settings, done: Progress, head: torch.n
 def command(choice: TrainChoice, *, plot: Path | None = None) -> int:
     """``foredraft train``; returns the exit status."""
     out = Console(stderr=True, highlight=False, soft_wrap=True)
-    done = run(choice)
+    workers = find_workers()
+    done = run(choice, workers)
+    if not workers.writes:
+        return 0
     last = done.history[-1]
     figures = ", ".join(f"{name} {value:.3f}" for name, value in last.items() if name not in ("step", "token_passes"))
     out.print(

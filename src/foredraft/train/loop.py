@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from foredraft.train.batches import Batch, Columns, endless
 from foredraft.train.frozen import Frozen
 from foredraft.train.recipes import Lesson, Recipe
 from foredraft.train.shards import Text, TrainingError, grouped, write_whole
+from foredraft.train.workers import Workers
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -33,7 +35,7 @@ class Settings:
     Attributes:
         steps: of the optimizer.
         batch_tokens: positions of a batch, padding included.
-        accumulate: batches a step.
+        accumulate: batches a step, of every process.
         lr: peak learning rate.
         warmup: share of the steps until it is reached.
         schedule: ``cosine`` or ``linear``, down to 0.
@@ -83,6 +85,7 @@ class Course:
 
     Attributes:
         facts: what a checkpoint must agree with to be gone on from.
+        workers: the processes that share a step's batches.
     """
 
     head: nn.Module
@@ -95,6 +98,7 @@ class Course:
     held_out: Sequence[Text]
     device: torch.device
     facts: Mapping[str, Any]
+    workers: Workers = field(default_factory=Workers)
 
 
 def train(course: Course, settings: Settings, folder: Path) -> Progress:
@@ -105,7 +109,9 @@ def train(course: Course, settings: Settings, folder: Path) -> Progress:
     """
     head, optimizer, done = course.head, new_optimizer(course.head, settings), Progress()
     resume(course, settings, optimizer, done, folder / CHECKPOINT)
-    batches = endless(course.texts, settings.batch_tokens, settings.seed, done.step * settings.accumulate)
+    workers = course.workers
+    first = done.step * settings.accumulate * workers.count
+    batches = islice(endless(course.texts, settings.batch_tokens, settings.seed, first), workers.rank, None, workers.count)
     began, recent = time.monotonic() - done.seconds, Means()
     with progress_bar("training steps", settings.steps) as advance:
         advance(done.step)
@@ -115,7 +121,8 @@ def train(course: Course, settings: Settings, folder: Path) -> Progress:
             for part in range(settings.accumulate):
                 batch = course.columns.collate(next(batches), course.device)
                 recent.add(backward(course, settings, batch, done.step, part), batch.num_tokens)
-                done.token_passes += batch.num_tokens
+                done.token_passes += workers.total(batch.num_tokens)
+            workers.share_gradients(head.parameters())
             norm = nn.utils.clip_grad_norm_(head.parameters(), settings.clip)
             if not torch.isfinite(norm):
                 raise TrainingError(
@@ -128,7 +135,8 @@ def train(course: Course, settings: Settings, folder: Path) -> Progress:
             advance(1)
             if done.step % settings.evaluate_every == 0 or done.step == settings.steps:
                 note(done, recent.take(), evaluate(course, settings), time.monotonic() - began)
-                save(course, settings, optimizer, done, folder / CHECKPOINT)
+                if workers.writes:
+                    save(course, settings, optimizer, done, folder / CHECKPOINT)
     return done
 
 
@@ -151,7 +159,7 @@ def rate(settings: Settings, step: int) -> float:
 
 def backward(course: Course, settings: Settings, batch: Batch, step: int, part: int) -> dict[str, Tensor]:
     """Adds the gradient of one batch."""
-    generator = torch.Generator().manual_seed(hash((settings.seed, step, part)) & 0x7FFFFFFF)
+    generator = torch.Generator().manual_seed(hash((settings.seed, step, part, course.workers.rank)) & 0x7FFFFFFF)
     try:
         with torch.autocast(course.device.type, torch.bfloat16, enabled=settings.bf16):
             learned = course.recipe.learn(lesson(course, batch, generator))
@@ -231,7 +239,7 @@ def save(course: Course, settings: Settings, optimizer: torch.optim.Optimizer, d
 
 def facts_of(course: Course, settings: Settings) -> dict[str, Any]:
     """What two runs must share for one to go on with the other's checkpoint."""
-    return {**asdict(settings), **course.facts, "options": dict(course.options)}
+    return {**asdict(settings), **course.facts, "options": dict(course.options), "processes": course.workers.count}
 
 
 def resume(course: Course, settings: Settings, optimizer: torch.optim.Optimizer, done: Progress, file: Path) -> None:

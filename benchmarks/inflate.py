@@ -1,13 +1,14 @@
 """Makes a Llama-family checkpoint cost what a larger model costs, without changing its function.
 
-    python benchmarks/inflate.py [--model DIR] --params 350M --output DIR
+    python benchmarks/inflate.py [--model DIR] --params 350M --output DIR [--drafter HEAD ...]
 
 Hidden dimensions, heads, neurons and layers are added that reach nothing: dead hidden dimensions stay zero in the residual
 stream, so whatever reads them may be random; dead heads and neurons are random and end in columns of zeros; dead layers are
 random and end in matrices of zeros. A wider RMSNorm has a mean square that is smaller by the width factor f, which
 ``weight / sqrt(f)`` and ``epsilon / f`` undo; f is a power of 4, so that both are exact in bfloat16 too. Every probability
 stays what it was, while a forward costs what the larger model costs: with it the speed of an engine can be measured at a
-realistic ratio of target to drafter and with real acceptance. Reports that use such a model say so.
+realistic ratio of target to drafter and with real acceptance. Reports that use such a model say so. Draft heads of the model
+are widened with it, into ``heads/`` of the output (`inflate_head.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from inflate_head import inflate_head
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -245,10 +247,13 @@ def main() -> None:
     )
     parser.add_argument("--params", type=parse_params, required=True, help="for instance 110M, 350M or 7B")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--drafter", type=Path, action="append", default=[], help="a draft head of the model, to be widened")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     args = parser.parse_args()
     try:
         shape = inflate(args.model, args.params, args.output, seed=args.seed)
+        for drafter in args.drafter:
+            inflate_head(drafter, args.output, args.output / "heads" / drafter.name)
     except ValueError as error:
         parser.exit(1, f"error: {error}\n")
     print(f"{args.output}: {shape.params / 1e6:.1f}M weights, {shape}")

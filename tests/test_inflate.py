@@ -6,16 +6,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from inflate import inflate, larger, parse_params, shape_of
+from inflate_head import inflate_head
 
+from foredraft import LLM, SamplingParams
+from foredraft.drafters import DRAFTERS
+from foredraft.drafters.heads import HEADS
 from foredraft.models.loading import load_target
 from foredraft.tree import TreeBatch
 
+DATA = Path(__file__).parent / "data"
+STORIES = DATA / "babyllama-105"
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -63,3 +70,31 @@ def test_sizes() -> None:
     assert (parse_params("350M"), parse_params("1.5b"), parse_params("1000")) == (350_000_000, 1_500_000_000, 1000)
     with pytest.raises(ValueError, match="at least the model's own"):
         larger(base, base.params - 1)
+
+
+@pytest.mark.parametrize("method", HEADS)
+def test_a_head_keeps_its_laws(method: str, tmp_path: Path) -> None:
+    """In float64, behind its own target and behind the larger one; greedy drafts are accepted alike."""
+    inflate(STORIES, 15_000_000, tmp_path / "large")
+    inflate_head(DATA / "heads" / method, tmp_path / "large", tmp_path / "head")
+    tree = {"tree": "topk"} if DRAFTERS[method].gives == "expand" else {}
+    found = []
+    for target, head in ((STORIES, DATA / "heads" / method), (tmp_path / "large", tmp_path / "head")):
+        llm = LLM(target, {"method": method, "model": head, "num_speculative_tokens": 6, **tree}, dtype="float64")
+        drafter: Any = llm.engine.drafter
+        tokens = [1, 14, 33, 7, 52, 19, 88, 3]
+        scores = llm.target.forward(
+            TreeBatch.chains([tokens]), [llm.target.new_pool(1, 64).allocate()], feature_layers=drafter.feature_layers
+        )
+        state = drafter.start(tokens, scores.features[:-1])
+        if tree:
+            batch = TreeBatch.chains([[tokens[-1], 5, 9]], [[-1, 0, 0]])
+            laws = [drafter.expand([state], batch, np.array(nodes)) for nodes in ([0], [1, 2])]
+            law = torch.cat(laws)
+        else:
+            law = drafter.slots.fill([state])
+        outputs = llm.generate("Tom and Lily", SamplingParams(temperature=0, max_tokens=40))
+        found.append((law, outputs[0].outputs[0].token_ids, outputs[0].metrics.num_accepted_tokens))
+    known = found[0][0] > -1e30
+    assert ((found[0][0] - found[1][0])[known]).abs().max() < 1e-9
+    assert found[0][1:] == found[1][1:]

@@ -1,0 +1,75 @@
+"""A draft head for an inflated target: the same laws, at the cost of a head of the larger width. `inflate.py --drafter DIR`
+calls it.
+
+The head's layer is widened by the factor of the target's hidden size: dead hidden dimensions, heads and neurons are zeros,
+which reach nothing and cost what others cost. Norms are rescaled as the target's are, see `inflate.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from foredraft.drafters.folder import read_head, save_head
+from foredraft.drafters.heads import HEADS
+from foredraft.drafters.layers import Shape
+from foredraft.models.checkpoint import fingerprint, open_weights, read_json
+
+_SIDE_BY_SIDE = re.compile(r"(fc|fc\.fc|blocks\.\d+\.0\.(linear|res_connection)|midlayer\.self_attn\.[qkv]_proj)\.weight")
+"""Weights whose inputs are several hidden states side by side."""
+
+
+def inflate_head(drafter: Path, target: Path, output: Path) -> None:
+    """Writes the head `drafter` as one for the inflated `target`.
+
+    Raises:
+        ValueError: there is no head, or the target's hidden size is no multiple of its own.
+    """
+    loaded = read_head(drafter)
+    old, hidden = loaded.config, read_json(target / "config.json")["hidden_size"]
+    factor = hidden // old.hidden_size
+    if hidden != factor * old.hidden_size:
+        raise ValueError(
+            f"the target's width {hidden} is no multiple of the head's {old.hidden_size}: give its own target inflated"
+        )
+    config = type(old)(
+        **{
+            **old.to_diff_dict(),
+            "hidden_size": hidden,
+            "intermediate_size": old.intermediate_size * factor,
+            "num_attention_heads": old.num_attention_heads * factor,
+            "num_key_value_heads": old.num_key_value_heads * factor,
+            "head_dim": old.head_dim,
+            "rms_norm_eps": old.rms_norm_eps / factor,
+        }
+    )
+    options = loaded.about.get("options", {})
+    head = HEADS[loaded.about["method"]].make(Shape.of(config), **options)
+    small = loaded.head.state_dict()
+    wide = {name: widened(name, small[name], like, old.hidden_size, factor) for name, like in head.state_dict().items()}
+    head.load_state_dict(wide)
+    about = {**loaded.about, "target": {"name": target.name, "fingerprint": fingerprint(open_weights(target))}}
+    save_head(output, head, config, about)
+
+
+def widened(name: str, weight: Tensor, like: Tensor, hidden: int, factor: int) -> Tensor:
+    """A weight in the corner of zeros, or of each of the blocks that it is made of."""
+    if weight.shape == like.shape:
+        return weight
+    if "norm" in name:
+        weight = weight / factor**0.5
+    wide = torch.zeros(like.shape, dtype=weight.dtype)
+    doubled = name.endswith("mlp.down_proj.weight") and len(weight) == 2 * hidden
+    rows = len(weight) // hidden if doubled else 1
+    columns = weight.shape[-1] // hidden if _SIDE_BY_SIDE.fullmatch(name) else 1
+    if weight.ndim == 1:
+        wide[: len(weight)] = weight
+        return wide
+    for i, part in enumerate(weight.chunk(rows)):
+        for j, block in enumerate(part.chunk(columns, dim=1)):
+            at = i * len(wide) // rows, j * wide.shape[1] // columns
+            wide[at[0] : at[0] + len(block), at[1] : at[1] + block.shape[1]] = block
+    return wide

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from foredraft.train.shards import grouped
 
 BATCH_TOKENS = 8192
 """Positions in a batch, padding included."""
@@ -32,18 +34,6 @@ class Row(NamedTuple):
 def load_rows(folder: Path) -> list[Row]:
     """The texts of all shards."""
     return [Row(**row) for path in sorted(folder.glob("*.pt")) for row in torch.load(path, mmap=True)]
-
-
-def grouped(items: Sequence, lengths: Sequence[int], tokens: int) -> Iterator[list]:
-    """Groups of like length that take at most about `tokens` positions each, padding included; the shortest first."""
-    group: list = []
-    for length, item in sorted(zip(lengths, items, strict=True), key=lambda pair: pair[0]):
-        if group and (len(group) + 1) * length > tokens:
-            yield group
-            group = []
-        group.append(item)
-    if group:
-        yield group
 
 
 def epoch(rows: Sequence[Row], seed: int) -> list[list[Row]]:

@@ -16,9 +16,9 @@ from torch import Tensor
 from foredraft import LLM, SamplingParams
 from foredraft.models.llama import LlamaTarget
 from foredraft.progress import progress_bar
+from foredraft.train.shards import grouped
 from foredraft.tree import TreeBatch
 
-from .batches import grouped
 from .corpus import Example
 
 WAYS = (1.0, None, 0.7, 1.0, None, 1.0, 0.0, None)

@@ -261,6 +261,12 @@ def test_wrong_names_are_said(made: Path, tmp_path: Path) -> None:
         run(choice(made, "egale", "x"))
     with pytest.raises(ValueError, match=r"option of method 'ctc': 'num_slot'\. Did you mean 'num_slots'"):
         run(choice(made, "ctc", "x", options={"num_slot": 4}))
+    with pytest.raises(ValueError, match=r"unknown schedule 'cosin'\. Did you mean 'cosine'"):
+        run(choice(made, "eagle", "x", schedule="cosin"))
+    with pytest.raises(ValueError, match=r"--plot must be a \.png or \.svg file, got 'curves'"):
+        command.command(choice(made, "eagle", "x"), plot=Path("curves"))
+    assert command.command(choice(made, "eagle", "plotted"), plot=made / "curves.svg") == 0
+    assert "<svg" in (made / "curves.svg").read_text()
     with pytest.raises(ValueError, match="--set takes NAME=VALUE, got 'labels'"):
         command.options(["labels"])
     (tmp_path / "bad.jsonl").write_text("not json\n")

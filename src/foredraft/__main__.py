@@ -273,33 +273,21 @@ def train(
     from foredraft.train import command
     from foredraft.train.command import TrainChoice
 
-    settings = {
+    settings: dict[str, Any] = {
         "steps": steps,
         "batch_tokens": batch_tokens,
         "accumulate": accumulate,
         "warmup": warmup,
-        "schedule": schedule,
         "clip": clip,
-        "evaluate_every": evaluate_every,
-        "patience": patience,
-        "bf16": not fp32,
-        **({"lr": lr} if lr is not None else {}),
     }
-    choice = TrainChoice(
-        method,
-        model,
-        data,
-        out,
-        options=command.options(set_option or []),
-        shards=shards,
-        num_tokens=tokens,
-        temperatures=command.numbers("--temperatures", temperatures, float),
-        max_len=max_len,
-        feature_layers=command.numbers("--feature-layers", feature_layers or "", int),
-        settings=settings,
-        device=device,
-        seed=seed,
-    )
+    settings |= {"schedule": schedule, "evaluate_every": evaluate_every, "patience": patience, "bf16": not fp32}
+    settings |= {"lr": lr} if lr is not None else {}
+    layers = command.numbers("--feature-layers", feature_layers or "", int)
+    ways = command.numbers("--temperatures", temperatures, float)
+    given = command.options(set_option or [])
+    text: dict[str, Any] = {"shards": shards, "num_tokens": tokens, "temperatures": ways, "max_len": max_len}
+    text["feature_layers"] = layers
+    choice = TrainChoice(method, model, data, out, options=given, settings=settings, device=device, seed=seed, **text)
     raise typer.Exit(command.command(choice, plot=plot))
 
 

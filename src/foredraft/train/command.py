@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from foredraft.bench.report import new_figure
 from foredraft.drafters.folder import layer_config, save_head
 from foredraft.drafters.heads import FINAL, HEADS
 from foredraft.drafters.layers import Shape
@@ -71,6 +72,7 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
     """
     if choice.method not in RECIPES:
         raise unknown_name("method", choice.method, list(RECIPES))
+    settings = Settings(**{"steps": 1000, "lr": RECIPES[choice.method].lr, "seed": choice.seed, **choice.settings})
     source, workers = choice.model or BUNDLED_TARGET, workers or Workers()
     device = choice.device or workers.device
     llm = LLM(source, {"method": "ar"}, device=device, max_num_seqs=WRITERS, seed=choice.seed)
@@ -102,7 +104,6 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
         facts={"method": choice.method, "target": fingerprint_of(source), "head_options": head_options, "data": _names(choice)},
         workers=workers,
     )
-    settings = Settings(**{"steps": 1000, "lr": course.recipe.lr, "seed": choice.seed, **choice.settings})
     choice.out.mkdir(parents=True, exist_ok=True)
     done = train(course, settings, choice.out)
     about = {
@@ -180,6 +181,9 @@ def provenance(course: Course, settings: Settings, done: Progress, head: torch.n
 def command(choice: TrainChoice, *, plot: Path | None = None) -> int:
     """``foredraft train``; returns the exit status."""
     out = Console(stderr=True, highlight=False, soft_wrap=True)
+    if plot is not None and plot.suffix not in (".png", ".svg"):
+        raise ValueError(f"--plot must be a .png or .svg file, got {str(plot)!r}")
+    figure = new_figure(9.0, 3.4) if plot is not None else None  # says now if it cannot be drawn
     workers = find_workers()
     done = run(choice, workers)
     if not workers.writes:
@@ -189,30 +193,23 @@ def command(choice: TrainChoice, *, plot: Path | None = None) -> int:
     out.print(
         f"{choice.out}: {done.step} steps, {done.token_passes} token passes, {done.seconds / 60:.1f} min; held out: {figures}"
     )
-    if plot is not None:
-        curves_of(done, choice.method, plot)
+    if figure is not None:
+        curves_of(done, choice.method, figure)
+        figure.savefig(plot)
     return 0
 
 
-def curves_of(done: Progress, method: str, file: Path) -> None:
+def curves_of(done: Progress, method: str, figure: Any) -> None:
     """Draws the losses and what is reported beside them, over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     names = [name for name in done.history[-1] if name not in ("step", "token_passes")]
     losses = [name for name in names if "loss" in name]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
-    for axis, some in zip(axes, (losses, [name for name in names if name not in losses]), strict=True):
+    others = [name for name in names if name not in losses]
+    for axes, some in zip(figure.subplots(1, 2), (losses, others), strict=True):
         for name in some:
-            axis.plot([row["step"] for row in done.history], [row.get(name) for row in done.history], label=name)
-        axis.set_xlabel("step")
-        axis.legend(fontsize=7)
+            axes.plot([row["step"] for row in done.history], [row.get(name) for row in done.history], label=name)
+        axes.set_xlabel("step")
+        axes.legend(fontsize=7)
     figure.suptitle(method)
-    figure.tight_layout()
-    figure.savefig(file)
-    plt.close(figure)
 
 
 def options(given: Sequence[str]) -> dict[str, Any]:

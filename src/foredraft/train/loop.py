@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foredraft.errors import unknown_name
 from foredraft.progress import progress_bar
 from foredraft.train.attention import Tables
 from foredraft.train.batches import Batch, Columns, endless
@@ -26,6 +27,7 @@ from foredraft.train.shards import Text, TrainingError, grouped, write_whole
 from foredraft.train.workers import Workers
 
 CHECKPOINT = "checkpoint.pt"
+SCHEDULES = ("cosine", "linear")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class Settings:
         evaluate_every: steps between evaluations and checkpoints.
         patience: evaluations without a better loss until training ends; 0: it never ends early.
         bf16: whether matrix products are made in bfloat16.
+
+    Raises:
+        ValueError: an unknown schedule.
     """
 
     steps: int
@@ -57,6 +62,10 @@ class Settings:
     evaluate_every: int = 100
     patience: int = 0
     bf16: bool = True
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise unknown_name("schedule", self.schedule, list(SCHEDULES))
 
 
 @dataclass

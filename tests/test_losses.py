@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foredraft.drafters.beam import collapse
-from foredraft.train.losses import cross_entropy, ctc, kl, smooth_l1, soft_cross_entropy, total_variation
+from foredraft.train.losses import cross_entropy, ctc, distilled, kl, smooth_l1, soft_cross_entropy, total_variation
 
 BLANK = 0
 
@@ -118,3 +118,20 @@ def test_only_the_masked_positions_count() -> None:
     for loss in (soft_cross_entropy, kl, total_variation, smooth_l1):
         assert float(loss(other, PROBS, MASK)) == float(loss(LOGITS, PROBS, MASK))
         assert float(loss(LOGITS, PROBS, MASK * 0)) == 0
+
+
+@pytest.mark.parametrize("rows", [1, 3, 300])
+def test_distilled_is_soft_cross_entropy_of_two_output_layers(rows):
+    generator = torch.Generator().manual_seed(rows)
+    states, weight, wanted, target_weight = (
+        torch.randn(size, generator=generator, dtype=torch.float64, requires_grad=i < 2)
+        for i, size in enumerate([(rows, 6), (11, 6), (rows, 8), (11, 8)])
+    )
+    mask = (torch.rand(rows, generator=generator) < 0.7).double()
+    plain = soft_cross_entropy(states @ weight.T, (wanted @ target_weight.T).softmax(-1), mask)
+    fused = distilled(states, weight, wanted, target_weight, mask)
+    torch.testing.assert_close(fused, plain.to(fused.dtype))
+    for one, other in zip(
+        torch.autograd.grad(3 * fused, [states, weight]), torch.autograd.grad(3 * plain, [states, weight]), strict=True
+    ):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)

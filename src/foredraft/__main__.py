@@ -259,6 +259,12 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=_LEARN, show_default=False)] = None,
     warmup: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps.", rich_help_panel=_LEARN)] = 0.02,
     schedule: Annotated[str, typer.Option(help="cosine or linear, down to 0.", rich_help_panel=_LEARN)] = "cosine",
+    optimizer: Annotated[
+        str, typer.Option(help="adamw; or muon for inner matrices and adamw for the rest.", rich_help_panel=_LEARN)
+    ] = "adamw",
+    answer_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Texts with a smaller share of answer are left out.", rich_help_panel=_LEARN)
+    ] = 0.125,
     clip: Annotated[float, typer.Option(min=0, help="Largest norm of the gradient.", rich_help_panel=_LEARN)] = 1.0,
     evaluate_every: Annotated[int, typer.Option(min=1, help="Steps, also between checkpoints.", rich_help_panel=_LEARN)] = 100,
     patience: Annotated[
@@ -281,6 +287,7 @@ def train(
         "clip": clip,
     }
     settings |= {"schedule": schedule, "evaluate_every": evaluate_every, "patience": patience, "bf16": not fp32}
+    settings |= {"optimizer": optimizer, "answer_share": answer_share}
     settings |= {"lr": lr} if lr is not None else {}
     layers = command.numbers("--feature-layers", feature_layers or "", int)
     ways = command.numbers("--temperatures", temperatures, float)

@@ -65,6 +65,14 @@ class Drafted(NamedTuple):
     carried: Float[Tensor, "*n d"]
 
 
+class Readout(NamedTuple):
+    """Draft logits as states [n, d] and an output layer [w, d], with the token of every row of it; None: row i is token i."""
+
+    states: Tensor
+    weight: Tensor
+    token_ids: Tensor | None
+
+
 class FeatureHead(nn.Module):
     """EAGLE's head, with FSPAD's two parts switched on or off one by one."""
 
@@ -88,6 +96,10 @@ class FeatureHead(nn.Module):
     def logits(self, scored: Float[Tensor, "n d"], target_head: TargetHead) -> Float[Tensor, "n v"]:
         """Draft logits by the target's head."""
         return target_head(scored)
+
+    def readout(self, scored: Float[Tensor, "n d"], target_weight: Float[Tensor, "v d"]) -> Readout:
+        """`logits`, not yet multiplied."""
+        return Readout(scored, target_weight, None)
 
 
 class Eagle3Head(nn.Module):
@@ -138,6 +150,11 @@ class Eagle3Head(nn.Module):
         full = logits.new_full((*logits.shape[:-1], self.vocab_size), -torch.inf)
         full[..., self.token_ids] = logits
         return full
+
+    def readout(self, scored: Float[Tensor, "n d"], target_weight: Float[Tensor, "v d"]) -> Readout:
+        """`logits`, not yet multiplied."""
+        whole = len(self.d2t) == self.vocab_size
+        return Readout(self.norm(scored), self.lm_head.weight, None if whole else self.token_ids)
 
 
 class MedusaHeads(nn.Module):
@@ -196,9 +213,13 @@ class HydraHeads(nn.Module):
         """Features as the heads are given them."""
         return feature if self.prefix is None else self.prefix(feature, attend)
 
+    def state(self, i: int, feature: Float[Tensor, "*n d"], embeddings: Float[Tensor, "*n k"]) -> Float[Tensor, "*n d"]:
+        """What the output layer of head i is applied to; `embeddings` of its i + 1 tokens side by side."""
+        return self.blocks[i](torch.cat([feature, embeddings], dim=-1))
+
     def forward(self, i: int, feature: Float[Tensor, "*n d"], embeddings: Float[Tensor, "*n k"]) -> Float[Tensor, "*n v"]:
-        """Logits of head i; `embeddings` of its i + 1 tokens side by side."""
-        return self.lm_heads[i](self.blocks[i](torch.cat([feature, embeddings], dim=-1)))
+        """Logits of head i."""
+        return self.lm_heads[i](self.state(i, feature, embeddings))
 
 
 class CtcHead(nn.Module):

@@ -88,7 +88,12 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
     texts = captured(choice, llm, source, layers)
     if workers.writes:
         workers.wait()
-    learned, held_out = [one for one in texts if not one.held_out], [one for one in texts if one.held_out]
+    held_out = [one for one in texts if one.held_out]
+    learned = [one for one in texts if not one.held_out and one.answer_share >= settings.answer_share]
+    if not learned:
+        raise ValueError(
+            f"none of the {len(texts)} texts has an answer that is {settings.answer_share:.1%} of it: give --answer-share 0"
+        )
     frozen = Frozen(llm.target, config.hidden_size)
     from_target(head, frozen, _counts(learned, llm.target))
     course = Course(

@@ -28,6 +28,9 @@ from foredraft.train.workers import Workers
 
 CHECKPOINT = "checkpoint.pt"
 SCHEDULES = ("cosine", "linear")
+OPTIMIZERS = ("adamw", "muon")
+
+Optimizers = Sequence[torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,15 @@ class Settings:
         lr: peak learning rate.
         warmup: share of the steps until it is reached.
         schedule: ``cosine`` or ``linear``, down to 0.
+        optimizer: ``adamw``, or ``muon``: Muon for the matrices between input and output layers, AdamW for the others.
         clip: largest norm of the gradient.
         evaluate_every: steps between evaluations and checkpoints.
         patience: evaluations without a better loss until training ends; 0: it never ends early.
         bf16: whether matrix products are made in bfloat16.
+        answer_share: texts of which the answer is a smaller share are left out: they cost more than they teach.
 
     Raises:
-        ValueError: an unknown schedule.
+        ValueError: an unknown schedule or optimizer.
     """
 
     steps: int
@@ -56,16 +61,19 @@ class Settings:
     lr: float = 1e-3
     warmup: float = 0.02
     schedule: str = "cosine"
+    optimizer: str = "adamw"
     weight_decay: float = 0.0
     clip: float = 1.0
     seed: int = 0
     evaluate_every: int = 100
     patience: int = 0
     bf16: bool = True
+    answer_share: float = 0.125
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise unknown_name("schedule", self.schedule, list(SCHEDULES))
+        for kind, name, known in (("schedule", self.schedule, SCHEDULES), ("optimizer", self.optimizer, OPTIMIZERS)):
+            if name not in known:
+                raise unknown_name(kind, name, list(known))
 
 
 @dataclass
@@ -116,8 +124,8 @@ def train(course: Course, settings: Settings, folder: Path) -> Progress:
     Raises:
         TrainingError: the checkpoint is of another run, the loss is no number, or memory or disk are full.
     """
-    head, optimizer, done = course.head, new_optimizer(course.head, settings), Progress()
-    resume(course, settings, optimizer, done, folder / CHECKPOINT)
+    head, optimizers, done = course.head, new_optimizers(course.head, settings), Progress()
+    resume(course, settings, optimizers, done, folder / CHECKPOINT)
     workers = course.workers
     first = done.step * settings.accumulate * workers.count
     batches = islice(endless(course.texts, settings.batch_tokens, settings.seed, first), workers.rank, None, workers.count)
@@ -125,7 +133,7 @@ def train(course: Course, settings: Settings, folder: Path) -> Progress:
     with progress_bar("training steps", settings.steps) as advance:
         advance(done.step)
         while done.step < settings.steps and not over(settings, done):
-            for group in optimizer.param_groups:
+            for group in (group for one in optimizers for group in one.param_groups):
                 group["lr"] = settings.lr * rate(settings, done.step)
             for part in range(settings.accumulate):
                 batch = course.columns.collate(next(batches), course.device)
@@ -138,23 +146,37 @@ def train(course: Course, settings: Settings, folder: Path) -> Progress:
                     f"the loss is no number at step {done.step + 1}: the checkpoint before it stands; lower --lr "
                     f"(now {settings.lr:g}) and run again with another --out, or look at the data"
                 )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+            head.zero_grad(set_to_none=True)
             done.step += 1
             advance(1)
             if done.step % settings.evaluate_every == 0 or done.step == settings.steps:
                 note(done, recent.take(), evaluate(course, settings), time.monotonic() - began)
                 if workers.writes:
-                    save(course, settings, optimizer, done, folder / CHECKPOINT)
+                    save(course, settings, optimizers, done, folder / CHECKPOINT)
     return done
 
 
-def new_optimizer(head: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW with EAGLE's betas; only matrices decay."""
-    matrices = [one for one in head.parameters() if one.ndim > 1]
-    others = [one for one in head.parameters() if one.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95))
+_ENDS = ("embed_tokens", "lm_head", "slots", "blank")
+"""Parameters that Muon is not for: their rows are tokens or places."""
+
+
+def new_optimizers(head: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
+    """AdamW with EAGLE's betas, and Muon with steps as long as AdamW's; only matrices decay.
+
+    Source: Muon (K. Jordan, 2024); its step length: Liu et al. 2025 (arXiv 2502.16982), section 2.2.
+    """
+    every, decay = list(head.named_parameters()), settings.weight_decay
+    inner = [one for name, one in every if one.ndim == 2 and not name.startswith(_ENDS) and settings.optimizer == "muon"]
+    muon = {id(one) for one in inner}
+    matrices = [one for _, one in every if one.ndim > 1 and id(one) not in muon]
+    vectors = [one for _, one in every if one.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95))
+    if not inner:
+        return [adamw]
+    return [adamw, torch.optim.Muon(inner, lr=settings.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")]
 
 
 def rate(settings: Settings, step: int) -> float:
@@ -235,11 +257,11 @@ def over(settings: Settings, done: Progress) -> bool:
     return 0 < settings.patience <= done.since
 
 
-def save(course: Course, settings: Settings, optimizer: torch.optim.Optimizer, done: Progress, file: Path) -> None:
+def save(course: Course, settings: Settings, optimizers: Optimizers, done: Progress, file: Path) -> None:
     """Writes the checkpoint."""
     content = {
         "head": course.head.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizers": [one.state_dict() for one in optimizers],
         "progress": asdict(done),
         "facts": facts_of(course, settings),
     }
@@ -251,7 +273,7 @@ def facts_of(course: Course, settings: Settings) -> dict[str, Any]:
     return {**asdict(settings), **course.facts, "options": dict(course.options), "processes": course.workers.count}
 
 
-def resume(course: Course, settings: Settings, optimizer: torch.optim.Optimizer, done: Progress, file: Path) -> None:
+def resume(course: Course, settings: Settings, optimizers: Optimizers, done: Progress, file: Path) -> None:
     """Takes over a checkpoint, if there is one.
 
     Raises:
@@ -269,6 +291,7 @@ def resume(course: Course, settings: Settings, optimizer: torch.optim.Optimizer,
             f"{file} is of a run with another {' and '.join(different)}: give the same settings to go on, or another --out"
         )
     course.head.load_state_dict(content["head"])
-    optimizer.load_state_dict(content["optimizer"])
+    for optimizer, state in zip(optimizers, content["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
     for name, value in content["progress"].items():
         setattr(done, name, value)

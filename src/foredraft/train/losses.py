@@ -5,6 +5,8 @@ p is what the head gives, q the target's law, as everywhere here. Masks are 1 wh
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -12,6 +14,9 @@ from torch import Tensor
 
 _SMALL = 1e-5
 """Added to the number of positions, so that a batch without any has loss 0 (EAGLE's released code)."""
+
+_ROWS = 128
+"""Rows whose logits are held at once: they fit in the cache of a CPU."""
 
 _NEVER = -1e30
 """Log-probability of what cannot happen: finite, because the gradient through two infinities would not be a number."""
@@ -39,6 +44,52 @@ def soft_cross_entropy(
     Source: EAGLE (arXiv 2401.15077), section 3.2; FSPAD (arXiv 2408.15562), released code.
     """
     return masked_mean(-(target_probs * logits.log_softmax(-1)).sum(-1), mask)
+
+
+def distilled(
+    states: Float[Tensor, "n d"],
+    weight: Float[Tensor, "w d"],
+    wanted: Float[Tensor, "n f"],
+    target_weight: Float[Tensor, "w f"],
+    mask: Float[Tensor, " n"],
+) -> Float[Tensor, ""]:
+    """`soft_cross_entropy` of two linear output layers, some rows at a time: logits of all rows are never held at once,
+    and their gradient is made where they are.
+
+    Args:
+        states, weight: the draft's state and output layer, `weight` row for row of the same tokens as `target_weight`.
+        wanted: the target's state.
+    """
+    return _Distilled.apply(states, weight, wanted, target_weight, mask) / (mask.sum() + _SMALL)
+
+
+class _Distilled(torch.autograd.Function):
+    """The sum over rows, with its gradient already made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Tensor) -> Tensor:  # type: ignore[override]
+        states, weight, wanted, target_weight, mask = args
+        output, target_output = weight.to(states.dtype), target_weight.to(states.dtype)
+        wanted = wanted.to(states.dtype)
+        total, to_states = mask.new_zeros(()), torch.empty_like(states)
+        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for first in range(0, len(states), _ROWS):
+            part = slice(first, first + _ROWS)
+            logits, wanted_logits = F.linear(states[part], output).float(), F.linear(wanted[part], target_output).float()
+            draft, probs = logits.softmax(-1), wanted_logits.softmax(-1)
+            log_sum = logits.amax(-1) - draft.amax(-1).log()
+            total += ((log_sum - torch.linalg.vecdot(probs, logits)) * mask[part]).sum()
+            slope, rows = draft.sub_(probs).to(states.dtype), mask[part, None].to(states.dtype)
+            to_states[part] = (slope @ output) * rows
+            if to_weight is not None:
+                to_weight += slope.T @ (states[part] * rows)
+        ctx.save_for_backward(to_states, to_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        to_states, to_weight = ctx.saved_tensors
+        return to_states * grad, None if to_weight is None else to_weight * grad, None, None, None
 
 
 def kl(logits: Float[Tensor, "*n v"], target_probs: Float[Tensor, "*n v"], mask: Float[Tensor, "*n"]) -> Float[Tensor, ""]:

@@ -71,24 +71,19 @@ def recurrent(lesson: Lesson) -> Learned:
         wanted = _shifted(batch.final, 1 + run)
         mask = _shifted(batch.answer, 2 + run, to=wanted.shape[1])
         out = head(embedding, feature, attend)
-        probs = lesson.frozen.probs(wanted[mask])
-        logits = head.logits(out.scored[mask], lesson.frozen.head).float()
-        ones = mask.new_ones(len(probs), dtype=torch.float32)
-        known = _within(head, probs, ones)
-        classification = losses.soft_cross_entropy(*_restricted(head, logits, probs), known)
-        regression = losses.smooth_l1(out.carried.float(), wanted, mask.float())
+        wanted = wanted[mask]
+        classification, agreement = _classified(lesson, *head.readout(out.scored[mask], lesson.frozen.weight), wanted)
+        regression = losses.smooth_l1(out.carried[mask].float(), wanted, wanted.new_ones(len(wanted)))
         total = total + options["decay"] ** run * (
             options["regression"] * regression + options["classification"] * classification
         )
         if options["ctc"]:
-            total = total + options["ctc"] * _over_positions(head, out.scored, probs, mask, lesson)
+            best = lesson.frozen.head(wanted).argmax(-1)
+            total = total + options["ctc"] * _over_positions(head, out.scored, best, mask, lesson)
         if run == 0:
-            figures = _agreement(lesson, logits, probs) | {
-                "regression": regression.detach(),
-                "classification": classification.detach(),
-            }
+            figures = agreement | {"regression": regression.detach(), "classification": classification.detach()}
         else:
-            figures |= {f"{name}_{run}": value for name, value in _agreement(lesson, logits, probs).items()}
+            figures |= {f"{name}_{run}": value for name, value in agreement.items()}
         feature = out.carried
     return Learned(total, figures)
 
@@ -119,10 +114,10 @@ def hydra(lesson: Lesson) -> Learned:
             break
         mask = _shifted(batch.answer, 2 + i, to=length)[:, :length]
         tokens = torch.cat([embeddings[:, 1 + k : 1 + k + length][mask] for k in range(i + 1)], dim=-1)
-        logits = head(i, read[:, :length][mask], tokens).float()
-        probs = frozen.probs(batch.final[:, 1 + i : 1 + i + length][mask])
-        total = total + losses.soft_cross_entropy(logits, probs, torch.ones(len(probs), device=read.device)) / head.num_slots
-        figures |= {f"{name}_{i}" if i else name: value for name, value in _agreement(lesson, logits, probs).items()}
+        states, wanted = head.state(i, read[:, :length][mask], tokens), batch.final[:, 1 + i : 1 + i + length][mask]
+        loss, agreement = _classified(lesson, states, head.lm_heads[i].weight, None, wanted)
+        total = total + loss / head.num_slots
+        figures |= {f"{name}_{i}" if i else name: value for name, value in agreement.items()}
     return Learned(total, figures)
 
 
@@ -174,31 +169,33 @@ def _noisy(features: Float[Tensor, "b t f"], lesson: Lesson) -> Float[Tensor, "b
     return features + noise * (lesson.options["noise"] * NOISE_LENGTH / features.shape[1])
 
 
-def _within(head: Any, probs: Float[Tensor, "n v"], ones: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """1 where the target's likeliest token can be drafted: EAGLE-3 leaves the other positions out."""
-    token_ids = getattr(head, "token_ids", None)
-    if token_ids is None or len(token_ids) == probs.shape[-1]:
-        return ones
-    return torch.isin(probs.argmax(-1), token_ids).float()
+def _classified(
+    lesson: Lesson,
+    states: Float[Tensor, "n d"],
+    weight: Float[Tensor, "w d"],
+    token_ids: Int[Tensor, " w"] | None,
+    wanted: Float[Tensor, "n f"],
+) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+    """Soft cross-entropy with the target's law, over the tokens `token_ids` where only those can be drafted, and, while
+    evaluating, the agreement with it.
+
+    A position whose likeliest token cannot be drafted is left out, as in EAGLE-3.
+    """
+    target_weight, known = lesson.frozen.weight, wanted.new_ones(len(wanted))
+    if token_ids is not None:
+        known = torch.isin(lesson.frozen.head(wanted).argmax(-1), token_ids).float()
+        target_weight = target_weight[token_ids]
+    loss = losses.distilled(states, weight, wanted, target_weight, known)
+    return loss, _agreement(F.linear(states, weight), F.linear(wanted, target_weight)) if lesson.generator is None else {}
 
 
-def _restricted(head: Any, logits: Float[Tensor, "n v"], probs: Float[Tensor, "n v"]) -> tuple[Tensor, Tensor]:
-    """Both laws over the tokens that can be drafted."""
-    token_ids = getattr(head, "token_ids", None)
-    if token_ids is None or len(token_ids) == probs.shape[-1]:
-        return logits, probs
-    some = probs[:, token_ids]
-    return logits[:, token_ids], some / some.sum(-1, keepdim=True).clamp(min=1e-9)
-
-
-def _agreement(lesson: Lesson, logits: Float[Tensor, "n v"], probs: Float[Tensor, "n v"]) -> dict[str, Float[Tensor, ""]]:
-    """Share of positions with the same likeliest token, and of sampled drafts that would be accepted; while evaluating only,
-    for it costs a sixth of a step."""
-    if lesson.generator is not None or not len(probs):
+def _agreement(logits: Float[Tensor, "n w"], target_logits: Float[Tensor, "n w"]) -> dict[str, Float[Tensor, ""]]:
+    """Share of positions with the same likeliest token, and of sampled drafts that would be accepted."""
+    if not len(logits):
         return {}
-    with torch.no_grad():
-        top1 = (logits.argmax(-1) == probs.argmax(-1)).float().mean()
-        return {"top1": top1, "acceptance": torch.minimum(logits.softmax(-1), probs).sum(-1).mean()}
+    probs = target_logits.float().softmax(-1)
+    top1 = (logits.argmax(-1) == probs.argmax(-1)).float().mean()
+    return {"top1": top1, "acceptance": torch.minimum(logits.float().softmax(-1), probs).sum(-1).mean()}
 
 
 def _slots(
@@ -246,13 +243,13 @@ def _labels(batch: Batch, anchors: Int[Tensor, "b a"], count: int) -> tuple[Int[
 
 
 def _over_positions(
-    head: Any, scored: Float[Tensor, "b p d"], probs: Float[Tensor, "n v"], mask: Bool[Tensor, "b p"], lesson: Lesson
+    head: Any, scored: Float[Tensor, "b p d"], likeliest: Int[Tensor, " n"], mask: Bool[Tensor, "b p"], lesson: Lesson
 ) -> Float[Tensor, ""]:
     """CTC over six positions of the text, the target's likeliest three tokens as labels, token 0 as blank: a regulariser of
     EAGLE."""
     frames, count = 6, 3
     best = torch.zeros(mask.shape, dtype=torch.long, device=mask.device)
-    best[mask] = probs.argmax(-1)
+    best[mask] = likeliest
     whole = F.pad(mask, (0, frames)).unfold(1, frames, 1)[:, : mask.shape[1]].all(-1)
     rows, starts = whole.nonzero(as_tuple=True)
     if not len(rows):

@@ -63,6 +63,11 @@ class Text(NamedTuple):
     prompt_len: int
     held_out: bool
 
+    @property
+    def answer_share(self) -> float:
+        """Answer tokens, of all."""
+        return 1 - self.prompt_len / len(self.ids)
+
 
 def capture(llm: LLM, prompts: Sequence[Prompt], plan: Plan, folder: Path, about: Mapping[str, Any]) -> list[Text]:
     """Writes what is missing of the shards, and opens them all.

@@ -71,11 +71,12 @@ class _Distilled(torch.autograd.Function):
         states, weight, wanted, target_weight, mask = args
         output, target_output = weight.to(states.dtype), target_weight.to(states.dtype)
         wanted = wanted.to(states.dtype)
+        exact = torch.promote_types(states.dtype, torch.float32)
         total, to_states = mask.new_zeros(()), torch.empty_like(states)
         to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for first in range(0, len(states), _ROWS):
             part = slice(first, first + _ROWS)
-            logits, wanted_logits = F.linear(states[part], output).float(), F.linear(wanted[part], target_output).float()
+            logits, wanted_logits = F.linear(states[part], output).to(exact), F.linear(wanted[part], target_output).to(exact)
             draft, probs = logits.softmax(-1), wanted_logits.softmax(-1)
             log_sum = logits.amax(-1) - draft.amax(-1).log()
             total += ((log_sum - torch.linalg.vecdot(probs, logits)) * mask[part]).sum()
@@ -90,6 +91,50 @@ class _Distilled(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         to_states, to_weight = ctx.saved_tensors
         return to_states * grad, None if to_weight is None else to_weight * grad, None, None, None
+
+
+def log_probs(
+    states: Float[Tensor, "n d"], weight: Float[Tensor, "w d"], bias: Float[Tensor, " w"] | None, ids: Int[Tensor, "n s"]
+) -> Float[Tensor, "n s"]:
+    """``log_softmax(states weight^T + bias)`` at `ids`, some rows at a time."""
+    return _LogProbs.apply(states, weight, bias, ids)
+
+
+class _LogProbs(torch.autograd.Function):
+    """Keeps the probabilities in the dtype of the states, for the gradient is made of them."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:  # type: ignore[override]
+        states, weight, bias, ids = args
+        output, probs = weight.to(states.dtype), states.new_empty(len(states), len(weight))
+        found = torch.empty(ids.shape, dtype=torch.promote_types(states.dtype, torch.float32), device=states.device)
+        for first in range(0, len(states), _ROWS):
+            part = slice(first, first + _ROWS)
+            logits = F.linear(states[part], output).to(found.dtype)
+            logits = logits if bias is None else logits.add_(bias)
+            chances = logits.softmax(-1)
+            log_sum = logits.amax(-1, keepdim=True) - chances.amax(-1, keepdim=True).log()
+            found[part] = logits.gather(1, ids[part]) - log_sum
+            probs[part] = chances
+        ctx.save_for_backward(states, output, bias, ids, probs)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        states, output, bias, ids, probs = ctx.saved_tensors
+        to_states = torch.empty_like(states)
+        to_weight = torch.zeros_like(output, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
+        to_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
+        for first in range(0, len(states), _ROWS):
+            part = slice(first, first + _ROWS)
+            slope = probs[part] * -grad[part].sum(1, keepdim=True).to(probs.dtype)
+            slope.scatter_add_(1, ids[part], grad[part].to(probs.dtype))
+            to_states[part] = slope @ output
+            if to_weight is not None:
+                to_weight += slope.T @ states[part]
+            if to_bias is not None:
+                to_bias += slope.sum(0)
+        return to_states, to_weight, to_bias, None
 
 
 def kl(logits: Float[Tensor, "*n v"], target_probs: Float[Tensor, "*n v"], mask: Float[Tensor, "*n"]) -> Float[Tensor, ""]:
@@ -129,13 +174,18 @@ def ctc(
 
     Source: Graves et al. 2006, Connectionist Temporal Classification, section 4.1.
     """
+    spelled = torch.cat([labels, torch.full_like(labels[:, :1], blank)], dim=1)
+    return ctc_of(logprobs.gather(2, spelled[:, None].expand(-1, logprobs.shape[1], -1)), labels, lengths)
+
+
+def ctc_of(emitted: Float[Tensor, "n t _"], labels: Int[Tensor, "n s"], lengths: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """`ctc` from the log-probabilities of each row's own labels and, last, of the blank: nothing else enters it."""
     count, size = labels.shape
-    states = labels.new_full((count, 2 * size + 1), blank)
-    states[:, 1::2] = labels
-    skips = torch.zeros(states.shape, dtype=torch.bool, device=labels.device)
+    skips = torch.zeros(count, 2 * size + 1, dtype=torch.bool, device=labels.device)
     skips[:, 3::2] = labels[:, 1:] != labels[:, :-1]
-    emitted = logprobs.gather(2, states[:, None].expand(-1, logprobs.shape[1], -1))
-    alpha = torch.cat([emitted[:, 0, :2], emitted.new_full((count, 2 * size - 1), _NEVER)], dim=1)[:, : states.shape[1]]
+    states = torch.arange(2 * size + 1, device=labels.device)
+    emitted = emitted[:, :, torch.where(states % 2 == 1, states // 2, size)]
+    alpha = torch.cat([emitted[:, 0, :2], emitted.new_full((count, 2 * size - 1), _NEVER)], dim=1)[:, : len(states)]
     for frame in emitted.unbind(1)[1:]:
         one, two = (F.pad(alpha, (back, 0), value=_NEVER)[:, :-back] for back in (1, 2))
         two = two.masked_fill(~skips, _NEVER)

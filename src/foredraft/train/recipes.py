@@ -11,7 +11,7 @@ Rows of a batch are aligned as the heads see them at work, see `foredraft.drafte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -93,10 +93,12 @@ def medusa(lesson: Lesson) -> Learned:
 
     Source: Medusa (arXiv 2401.10774), section 2.2.1.
     """
-    batch, head, decay = lesson.batch, lesson.head, lesson.options["decay"]
+    batch, head = lesson.batch, lesson.head
     mask = _shifted(batch.answer, 2, to=batch.ids.shape[1] - 1)
-    logits = head(batch.features[:, :-1][mask]).float()
-    return _slots(logits, batch, mask, decay)
+    features = batch.features[:, :-1][mask]
+    slots = [(block(features), one.weight) for block, one in zip(head.blocks, head.lm_heads, strict=True)]
+    labels, there = _following(batch, mask.nonzero(as_tuple=True), len(slots))
+    return _spelled(lesson, slots, labels, there)
 
 
 def hydra(lesson: Lesson) -> Learned:
@@ -137,18 +139,22 @@ def ctc(lesson: Lesson) -> Learned:
     slots = (own[:, :, None] + head.slots).flatten(1, 2)
     _, attention = with_slots(lesson.rotary, entries.shape[1], anchors, head.num_slots)
     out = head(torch.cat([entries, slots], dim=1), attention())[:, entries.shape[1] :]
-    logits = head.logits(out, frozen.head).float().unflatten(1, (anchors.shape[1], head.num_slots))
     chosen = mask.gather(1, anchors)
+    states = out.unflatten(1, (anchors.shape[1], head.num_slots))[chosen]
+    rows, _ = chosen.nonzero(as_tuple=True)
+    count = lesson.options.get("labels", head.num_slots)
+    labels, there = _following(batch, (rows, anchors[chosen]), count)
     if head.blank is None:
-        kept = torch.zeros_like(mask)
-        return _slots(logits[chosen], batch, kept, lesson.options["decay"], anchors=anchors, chosen=chosen)
-    labels, lengths = _labels(batch, anchors, lesson.options["labels"])
-    blank = logits.shape[-1] - 1
-    loss = losses.ctc(logits[chosen].log_softmax(-1), labels[chosen], lengths[chosen], blank)
-    mean = loss.mean() / lesson.options["labels"] if len(loss) else logits.sum() * 0
-    best = logits[chosen].detach().argmax(-1)
-    figures = {"blank": (best == blank).float().mean(), "top1": (best[:, 0] == labels[chosen][:, 0]).float().mean()}
-    return Learned(mean, figures)
+        return _spelled(lesson, [(one, frozen.weight) for one in states.unbind(1)], labels, there)
+    weight = torch.cat([frozen.weight, head.blank.weight])
+    bias = torch.cat([torch.zeros_like(frozen.weight[:, 0]), head.blank.bias])
+    ids = torch.cat([labels, torch.full_like(labels[:, :1], len(bias) - 1)], dim=1)[:, None].expand(-1, head.num_slots, -1)
+    emitted = losses.log_probs(states.flatten(0, 1), weight, bias, ids.flatten(0, 1)).view(ids.shape)
+    loss = losses.ctc_of(emitted, labels, there.sum(-1)).sum() / (len(labels) * count + 1e-5)
+    if lesson.generator is not None:
+        return Learned(loss, {})
+    best = F.linear(states, weight, bias).argmax(-1)
+    return Learned(loss, {"blank": (best == len(bias) - 1).float().mean(), "top1": (best[:, 0] == labels[:, 0]).float().mean()})
 
 
 def _shifted(
@@ -198,26 +204,20 @@ def _agreement(logits: Float[Tensor, "n w"], target_logits: Float[Tensor, "n w"]
     return {"top1": top1, "acceptance": torch.minimum(logits.float().softmax(-1), probs).sum(-1).mean()}
 
 
-def _slots(
-    logits: Float[Tensor, "n k v"],
-    batch: Batch,
-    mask: Bool[Tensor, "b p"],
-    decay: float,
-    *,
-    anchors: Int[Tensor, "b a"] | None = None,
-    chosen: Bool[Tensor, "b a"] | None = None,
+def _spelled(
+    lesson: Lesson,
+    slots: Sequence[tuple[Float[Tensor, "n d"], Float[Tensor, "v d"]]],
+    labels: Int[Tensor, "n k"],
+    there: Bool[Tensor, "n k"],
 ) -> Learned:
-    """Cross-entropy of slot k with the token k + 2 places after a pair's feature."""
-    total, figures = logits.new_zeros(()), {}
-    for k in range(logits.shape[1]):
-        labels, there = (_shifted(one, 2 + k, to=batch.ids.shape[1] - 1) for one in (batch.ids, batch.answer))
-        if anchors is not None and chosen is not None:
-            labels, there = labels.gather(1, anchors)[chosen], there.gather(1, anchors)[chosen]
-        else:
-            labels, there = labels[mask], there[mask]
-        total = total + decay**k * losses.cross_entropy(logits[:, k], labels, there.float())
-        top1 = ((logits[:, k].detach().argmax(-1) == labels) & there).sum() / there.sum().clamp(min=1)
-        figures[f"top1_{k}" if k else "top1"] = top1
+    """Cross-entropy of slot k, a state and its output layer, with label k; weighted ``decay^k``."""
+    total, figures = torch.zeros((), device=labels.device), {}
+    for k, (states, weight) in enumerate(slots):
+        nll = -losses.log_probs(states, weight, None, labels[:, k : k + 1])[:, 0]
+        total = total + lesson.options["decay"] ** k * losses.masked_mean(nll, there[:, k].float())
+        if lesson.generator is None:
+            right = (F.linear(states, weight).argmax(-1) == labels[:, k]) & there[:, k]
+            figures[f"top1_{k}" if k else "top1"] = right.sum() / there[:, k].sum().clamp(min=1)
     return Learned(total, figures)
 
 
@@ -231,15 +231,18 @@ def _anchors(mask: Bool[Tensor, "b p"], lesson: Lesson) -> Int[Tensor, "b a"]:
     return order.masked_fill(~mask, -torch.inf).topk(count, dim=1).indices.sort(dim=1).values
 
 
-def _labels(batch: Batch, anchors: Int[Tensor, "b a"], count: int) -> tuple[Int[Tensor, "b a s"], Int[Tensor, "b a"]]:
-    """The next `count` answer tokens behind the root of each anchor, and how many there are."""
-    places = anchors[..., None] + 2 + torch.arange(count, device=anchors.device)
+def _following(
+    batch: Batch, pairs: tuple[Int[Tensor, " n"], Int[Tensor, " n"]], count: int
+) -> tuple[Int[Tensor, "n k"], Bool[Tensor, "n k"]]:
+    """The next `count` answer tokens behind the root of each pair, and which of them there are.
+
+    Args:
+        pairs: text and place of each.
+    """
+    rows, places = pairs[0][:, None], pairs[1][:, None] + 2 + torch.arange(count, device=batch.ids.device)
     inside = places < batch.ids.shape[1]
     places = places.clamp(max=batch.ids.shape[1] - 1)
-    flat = places.flatten(1)
-    labels = batch.ids.gather(1, flat).view(places.shape)
-    there = batch.answer.gather(1, flat).view(places.shape) & inside
-    return labels, there.long().cumprod(-1).sum(-1)
+    return batch.ids[rows, places], (batch.answer[rows, places] & inside).long().cumprod(-1).bool()
 
 
 def _over_positions(

@@ -58,6 +58,22 @@ class FeatureSampling(nn.Module):
         return fused + self.mlp(self.post_attention_layernorm(fused), gated_by=embedding)
 
 
+class Foretelling(NamedTuple):
+    """A linear layer that says by itself what the target's final feature will be, so that it can be fitted before training.
+
+    Attributes:
+        linear: its inputs are the pair's features and embeddings side by side.
+        ahead: which feature is foretold: that so many places behind the pair's own.
+        num_embeddings: of the pair's token and those after it.
+        features_first: or the embeddings are.
+    """
+
+    linear: nn.Linear
+    ahead: int = 1
+    num_embeddings: int = 1
+    features_first: bool = False
+
+
 class Drafted(NamedTuple):
     """What a recurrent head says: the state that becomes a law, and the feature that the next pair is given."""
 
@@ -82,6 +98,10 @@ class FeatureHead(nn.Module):
         super().__init__()
         self.fc = FeatureSampling(shape) if feature_sampling else Fusion(shape)
         self.layers = nn.ModuleList([Layer(shape, outputs=2 if partial_alignment else 1)])
+
+    def foretellings(self) -> list[Foretelling]:
+        """What can be fitted."""
+        return [Foretelling(self.fc if isinstance(self.fc, Fusion) else self.fc.fc)]
 
     def fuse(self, features: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
         """What a pair is given of the target's features: all."""
@@ -133,6 +153,10 @@ class Eagle3Head(nn.Module):
         """The token of every draft id."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
+    def foretellings(self) -> list[Foretelling]:
+        """What can be fitted."""
+        return [Foretelling(self.fc, num_embeddings=0)]
+
     def fuse(self, features: Float[Tensor, "*n f"]) -> Float[Tensor, "*n d"]:
         """One feature of the three."""
         return self.fc(features)
@@ -173,6 +197,10 @@ class MedusaHeads(nn.Module):
         )
         self.lm_heads = nn.ModuleList(nn.Linear(shape.hidden, shape.vocab, bias=False) for _ in range(num_heads))
 
+    def foretellings(self) -> list[Foretelling]:
+        """What can be fitted."""
+        return [Foretelling(one, ahead=1 + k, num_embeddings=0) for k, one in enumerate(self.lm_heads)]
+
     @property
     def num_slots(self) -> int:
         """Tokens drafted at once."""
@@ -203,6 +231,10 @@ class HydraHeads(nn.Module):
             for i in range(num_heads)
         )
         self.lm_heads = nn.ModuleList(nn.Linear(shape.hidden, shape.vocab, bias=False) for _ in range(num_heads))
+
+    def foretellings(self) -> list[Foretelling]:
+        """What can be fitted."""
+        return [Foretelling(one[0].res_connection, 1 + i, 1 + i, features_first=True) for i, one in enumerate(self.blocks)]
 
     @property
     def num_slots(self) -> int:
@@ -239,6 +271,10 @@ class CtcHead(nn.Module):
         self.slots = nn.Parameter(0.02 * torch.randn(num_slots, shape.hidden))
         self.layers = nn.ModuleList([Layer(shape)])
         self.blank = nn.Linear(shape.hidden, 1) if blank else None
+
+    def foretellings(self) -> list[Foretelling]:
+        """What can be fitted."""
+        return [Foretelling(self.fc)]
 
     @property
     def num_slots(self) -> int:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from foredraft.errors import unknown_name
 from foredraft.llm import BUNDLED_TARGET, LLM
 from foredraft.models.loading import fingerprint_of
 from foredraft.train.attention import tables
-from foredraft.train.batches import Columns
+from foredraft.train.batches import Columns, endless
 from foredraft.train.corpus import read_prompts
 from foredraft.train.frozen import Frozen
 from foredraft.train.loop import Course, Progress, Settings, train
-from foredraft.train.recipes import RECIPES, from_target
+from foredraft.train.recipes import RECIPES
 from foredraft.train.shards import Plan, Text, capture
+from foredraft.train.start import FITTED_TOKENS, begin
 from foredraft.train.workers import Workers, find_workers
 
 WRITERS = 128
@@ -95,14 +97,16 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
             f"none of the {len(texts)} texts has an answer that is {settings.answer_share:.1%} of it: give --answer-share 0"
         )
     frozen = Frozen(llm.target, config.hidden_size)
-    from_target(head, frozen, _counts(learned, llm.target))
+    columns = Columns(layers, head.feature_layers, config.hidden_size)
+    few = islice(endless(learned, settings.batch_tokens, choice.seed), -(-FITTED_TOKENS // settings.batch_tokens))
+    begin(head, frozen, _counts(learned, llm.target), [columns.collate(one, llm.target.device) for one in few])
     course = Course(
         head=head,
         recipe=RECIPES[choice.method],
         options=options,
         frozen=frozen,
         rotary=tables(config, llm.target.device),
-        columns=Columns(layers, head.feature_layers, config.hidden_size),
+        columns=columns,
         texts=learned,
         held_out=held_out,
         device=llm.target.device,

@@ -264,17 +264,6 @@ def _over_positions(
     return losses.ctc(logits.log_softmax(-1), labels, lengths, blank=0).clamp(max=1e4).mean() / count
 
 
-@torch.no_grad()
-def from_target(head: Any, frozen: Frozen, counts: Int[Tensor, " v"]) -> None:
-    """Output layers of a head's own begin as the target's; a reduced vocabulary is that of the most frequent tokens."""
-    if hasattr(head, "d2t"):
-        chosen = counts.argsort(descending=True, stable=True)[: len(head.d2t)].sort().values
-        head.d2t.copy_(chosen - torch.arange(len(chosen), device=chosen.device))
-        head.lm_head.weight.copy_(frozen.weight[chosen])
-    for one in getattr(head, "lm_heads", ()):
-        one.weight.copy_(frozen.weight)
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How a method is trained.

@@ -297,10 +297,18 @@ def test_without_a_chat_template_the_last_words_are_the_prompt() -> None:
     assert encode(["a", "b", "Tom"], llm.tokenizer) == llm.tokenizer.encode("Tom")
 
 
+def _opened(made: Path, one: dict) -> list[shards.Text]:
+    return shards.open_shard(made / "shards" / one["name"], one["sha256"], (2, 3, -1))
+
+
+def test_a_layer_that_was_not_captured_is_refused(made: Path) -> None:
+    refused(choice(made, "eagle3", "uncaptured", options={"feature_layers": [1, 2, 3]}), "lack the target's layers \\[1\\]")
+
+
 def test_the_texts_are_the_targets_own(made: Path) -> None:
     """Greedy answers are what the target would write, and features are those of its forward."""
     manifest = json.loads((made / "shards" / "manifest.json").read_text())
-    texts = [text for one in manifest["shards"] for text in shards.open_shard(made / "shards" / one["name"], one["sha256"])]
+    texts = [text for one in manifest["shards"] for text in _opened(made, one)]
     llm = LLM(STORIES, {"method": "ar"})
     ways = manifest["made_from"]["temperatures"]
     greedy = [text for i, text in enumerate(texts) if ways[i % len(ways)] == 0][:3]
@@ -312,7 +320,8 @@ def test_the_texts_are_the_targets_own(made: Path) -> None:
         from foredraft.tree import TreeBatch
 
         scores = llm.target.forward(TreeBatch.chains([text.ids.tolist()]), [pool.allocate()], feature_layers=(2, 3, -1))
-        torch.testing.assert_close(text.features.float(), scores.features, atol=0.02, rtol=0.02)
+        features = torch.cat([text.features[layer] for layer in (2, 3, -1)], dim=1)
+        torch.testing.assert_close(features.float(), scores.features, atol=0.02, rtol=0.02)
 
 
 def test_rates() -> None:

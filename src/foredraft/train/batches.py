@@ -39,38 +39,23 @@ class Batch(NamedTuple):
         return int(self.answer.sum())
 
 
-class Columns:
-    """Where the layers of a head stand among those that were captured.
+def collate(texts: Sequence[Text], layers: Sequence[int], device: torch.device) -> Batch:
+    """Puts texts side by side.
 
     Args:
-        captured: layers of the shards, side by side.
-        wanted: layers of the head.
-        width: features a layer.
-
-    Raises:
-        ValueError: a layer was not captured.
+        layers: whose features a head is given, side by side.
     """
+    ids = pad_sequence([text.ids.long() for text in texts], batch_first=True)
+    answers = [torch.arange(len(text.ids)) >= text.prompt_len for text in texts]
+    answer = pad_sequence(answers, batch_first=True)
+    final = _features(texts, FINAL)
+    features = final if tuple(layers) == FINAL else _features(texts, layers)
+    return Batch(*(one.to(device) for one in (ids, features, final, answer)))
 
-    def __init__(self, captured: Sequence[int], wanted: Sequence[int], width: int):
-        if missing := {*wanted, *FINAL} - {*captured}:
-            raise ValueError(f"the shards lack the target's layers {sorted(missing)}: capture them too (--feature-layers)")
-        self._wanted = [captured.index(layer) for layer in wanted]
-        self._final, self._width = captured.index(FINAL[0]), width
 
-    def collate(self, texts: Sequence[Text], device: torch.device) -> Batch:
-        """Puts texts side by side."""
-        ids = pad_sequence([text.ids.long() for text in texts], batch_first=True)
-        answers = [torch.arange(len(text.ids)) >= text.prompt_len for text in texts]
-        answer = pad_sequence(answers, batch_first=True)
-        final = self._pick(texts, [self._final])
-        features = final if self._wanted == [self._final] else self._pick(texts, self._wanted)
-        return Batch(*(one.to(device) for one in (ids, features, final, answer)))
-
-    def _pick(self, texts: Sequence[Text], places: Sequence[int]) -> Float[Tensor, "b t f"]:
-        parts = [
-            torch.cat([text.features[:, at * self._width : (at + 1) * self._width] for at in places], dim=1) for text in texts
-        ]
-        return pad_sequence(parts, batch_first=True).float()
+def _features(texts: Sequence[Text], layers: Sequence[int]) -> Float[Tensor, "b t f"]:
+    parts = [torch.cat([text.features[layer] for layer in layers], dim=1) for text in texts]
+    return pad_sequence(parts, batch_first=True).float()
 
 
 def epoch(texts: Sequence[Text], tokens: int, seed: int, number: int) -> list[list[Text]]:

@@ -23,7 +23,7 @@ from foredraft.errors import unknown_name
 from foredraft.llm import BUNDLED_TARGET, LLM
 from foredraft.models.loading import fingerprint_of
 from foredraft.train.attention import tables
-from foredraft.train.batches import Columns, endless
+from foredraft.train.batches import collate, endless
 from foredraft.train.corpus import read_prompts
 from foredraft.train.frozen import Frozen
 from foredraft.train.loop import Course, Progress, Settings, train
@@ -84,7 +84,7 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
     config = layer_config(llm.target.config, llm.target.vocab_size)
     torch.manual_seed(choice.seed)
     head = HEADS[choice.method].make(Shape.of(config), **head_options).to(llm.target.device)
-    layers = list(dict.fromkeys([*choice.feature_layers, *head.feature_layers, *FINAL]))
+    layers = list(dict.fromkeys([*head.feature_layers, *FINAL]))
     if not workers.writes:
         workers.wait()  # the shards are written by one process, and read by all
     texts = captured(choice, llm, source, layers)
@@ -97,16 +97,14 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
             f"none of the {len(texts)} texts has an answer that is {settings.answer_share:.1%} of it: give --answer-share 0"
         )
     frozen = Frozen(llm.target, config.hidden_size)
-    columns = Columns(layers, head.feature_layers, config.hidden_size)
     few = islice(endless(learned, settings.batch_tokens, choice.seed), -(-FITTED_TOKENS // settings.batch_tokens))
-    begin(head, frozen, _counts(learned, llm.target), [columns.collate(one, llm.target.device) for one in few])
+    begin(head, frozen, _counts(learned, llm.target), [collate(one, head.feature_layers, llm.target.device) for one in few])
     course = Course(
         head=head,
         recipe=RECIPES[choice.method],
         options=options,
         frozen=frozen,
         rotary=tables(config, llm.target.device),
-        columns=columns,
         texts=learned,
         held_out=held_out,
         device=llm.target.device,
@@ -126,14 +124,15 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
 
 
 def captured(choice: TrainChoice, llm: LLM, source: Any, layers: Sequence[int]) -> list[Text]:
-    """The texts to learn from, written and captured as far as they are not there yet."""
+    """The texts to learn from, with the features of `layers`, written and captured as far as they are not there yet."""
     prompts = read_prompts(choice.data, llm.tokenizer, choice.seed)
-    plan = Plan(choice.temperatures, min(choice.max_len, llm.max_model_len), choice.num_tokens, layers, choice.seed)
+    every = list(dict.fromkeys([*choice.feature_layers, *layers]))
+    plan = Plan(choice.temperatures, min(choice.max_len, llm.max_model_len), choice.num_tokens, every, choice.seed)
     about = {"target": fingerprint_of(source), "data": _names(choice)}
     folder = choice.shards or choice.out / "shards"
-    width = llm.target.config.hidden_size * len(layers) * 2
+    width = llm.target.config.hidden_size * len(every) * 2
     Console(stderr=True).print(f"shards in {folder}: about {1.6 * choice.num_tokens * width / 1e9:.1f} GB in all")
-    return capture(llm, prompts, plan, folder, about)
+    return capture(llm, prompts, plan, folder, about, layers)
 
 
 def _names(choice: TrainChoice) -> list[str]:

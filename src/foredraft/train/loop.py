@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from foredraft.errors import unknown_name
 from foredraft.progress import progress_bar
 from foredraft.train.attention import Tables
-from foredraft.train.batches import Batch, Columns, endless
+from foredraft.train.batches import Batch, collate, endless
 from foredraft.train.frozen import Frozen
 from foredraft.train.recipes import Lesson, Recipe
 from foredraft.train.shards import Text, TrainingError, grouped, write_whole
@@ -105,12 +105,11 @@ class Course:
         workers: the processes that share a step's batches.
     """
 
-    head: nn.Module
+    head: Any
     recipe: Recipe
     options: Mapping[str, Any]
     frozen: Frozen
     rotary: Tables
-    columns: Columns
     texts: Sequence[Text]
     held_out: Sequence[Text]
     device: torch.device
@@ -136,7 +135,7 @@ def train(course: Course, settings: Settings, folder: Path) -> Progress:
             for group in (group for one in optimizers for group in one.param_groups):
                 group["lr"] = settings.lr * rate(settings, done.step)
             for part in range(settings.accumulate):
-                batch = course.columns.collate(next(batches), course.device)
+                batch = collate(next(batches), course.head.feature_layers, course.device)
                 recent.add(backward(course, settings, batch, done.step, part), batch.num_tokens)
                 done.token_passes += workers.total(batch.num_tokens)
             workers.share_gradients(head.parameters())
@@ -215,7 +214,7 @@ def evaluate(course: Course, settings: Settings) -> dict[str, float]:
     """Means over the held-out texts."""
     means = Means()
     for group in grouped(course.held_out, [len(text.ids) for text in course.held_out], settings.batch_tokens):
-        batch = course.columns.collate(group, course.device)
+        batch = collate(group, course.head.feature_layers, course.device)
         with torch.autocast(course.device.type, torch.bfloat16, enabled=settings.bf16):
             learned = course.recipe.learn(lesson(course, batch, None))
         means.add({"loss": learned.loss, **learned.figures}, batch.num_tokens)

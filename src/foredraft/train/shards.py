@@ -1,7 +1,8 @@
 """Texts that the target wrote, with its features at every token, in files that are mapped into memory.
 
 A shard is whole or not there: it is written under another name first. `manifest.json` says what the shards were made from and
-what each of them hashes to, so that a run goes on where it was cut off, and damage is found before it is trained on.
+what each tensor of them hashes to, so that a run goes on where it was cut off, and damage is found before it is trained on.
+Features of different layers are tensors of their own: a head that uses one layer reads no other.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ SHARD_TEXTS = 256
 CAPTURE_TOKENS = 2048
 """Positions in one pass of the target: wider passes leave the cache of a small CPU."""
 
+_MAY_DIFFER = ("num_tokens", "feature_layers")
+"""More shards may be asked for, and fewer layers used."""
+
 _ROOM = 32
 """Tokens that an answer gets at least; longer prompts are left out."""
 
@@ -56,10 +60,10 @@ class Plan(NamedTuple):
 
 
 class Text(NamedTuple):
-    """One text; its features stay on disk until they are read."""
+    """One text; its features, by layer, stay on disk until they are read."""
 
     ids: Int[Tensor, " n"]
-    features: Float[Tensor, "n f"]
+    features: Mapping[int, Float[Tensor, "n d"]]
     prompt_len: int
     held_out: bool
 
@@ -69,19 +73,25 @@ class Text(NamedTuple):
         return 1 - self.prompt_len / len(self.ids)
 
 
-def capture(llm: LLM, prompts: Sequence[Prompt], plan: Plan, folder: Path, about: Mapping[str, Any]) -> list[Text]:
+def capture(
+    llm: LLM, prompts: Sequence[Prompt], plan: Plan, folder: Path, about: Mapping[str, Any], layers: Sequence[int]
+) -> list[Text]:
     """Writes what is missing of the shards, and opens them all.
 
     Args:
         llm: the target, decoding plainly.
         about: what the shards depend on beside the plan: the target's fingerprint, the data.
+        layers: whose features are opened.
 
     Raises:
-        TrainingError: shards there were made from something else, or are damaged, or cannot be written.
+        TrainingError: shards there were made from something else, lack a layer, are damaged, or cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     facts = json.loads(json.dumps({**plan._asdict(), **about}))
     manifest = _read_manifest(folder, facts)
+    plan = plan._replace(feature_layers=manifest["made_from"]["feature_layers"])
+    if missing := {*layers} - {*plan.feature_layers}:
+        raise TrainingError(f"the shards in {folder} lack the target's layers {sorted(missing)}: give another --shards folder")
     prompts = [prompt for prompt in prompts if len(prompt.ids) <= plan.max_len - _ROOM]
     prompts.sort(key=lambda prompt: not prompt.held_out)  # held-out ones are in the first shards
     tokens = sum(shard["answer_tokens"] for shard in manifest["shards"])
@@ -95,7 +105,7 @@ def capture(llm: LLM, prompts: Sequence[Prompt], plan: Plan, folder: Path, about
             write_whole(folder / "manifest.json", lambda file: file.write_text(json.dumps(manifest, indent=1)))
             tokens += new["answer_tokens"]
             advance(new["answer_tokens"])
-    return [text for shard in manifest["shards"] for text in open_shard(folder / shard["name"], shard["sha256"])]
+    return [text for shard in manifest["shards"] for text in open_shard(folder / shard["name"], shard["sha256"], layers)]
 
 
 def _read_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +116,7 @@ def _read_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
         manifest = json.loads(file.read_text())
     except ValueError:
         raise TrainingError(f"{file} is damaged: delete {folder} and run again") from None
-    different = [key for key in facts if manifest["made_from"].get(key) != facts[key] and key != "num_tokens"]
+    different = [key for key in facts if manifest["made_from"].get(key) != facts[key] and key not in _MAY_DIFFER]
     if different:
         raise TrainingError(
             f"the shards in {folder} were made with another {' and '.join(different)}: "
@@ -137,18 +147,24 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
 
 def _write_shard(llm: LLM, prompts: Sequence[Prompt], plan: Plan, folder: Path, number: int, first: int) -> dict[str, Any]:
     texts = _answer(llm, prompts, plan, first)
-    features = list(_run(llm.target, texts, plan.feature_layers))
+    features = torch.cat(list(_run(llm.target, texts, plan.feature_layers))).bfloat16()
+    layers = features.chunk(len(plan.feature_layers), dim=1)
     tensors = {
         "ids": torch.tensor([token for text in texts for token in text], dtype=torch.int32),
-        "features": torch.cat(features).bfloat16(),
         "lengths": torch.tensor([len(text) for text in texts]),
         "prompt_lens": torch.tensor([len(prompt.ids) for prompt in prompts]),
         "held_out": torch.tensor([prompt.held_out for prompt in prompts]),
+        **{_name(layer): one.contiguous() for layer, one in zip(plan.feature_layers, layers, strict=True)},
     }
     file = folder / f"{number:05d}.safetensors"
     write_whole(file, lambda part: save_file(tensors, part))
     answers = [len(text) - len(one.ids) for text, one in zip(texts, prompts, strict=True) if not one.held_out]
-    return {"name": file.name, "sha256": _sha256(file), "answer_tokens": sum(answers)}
+    hashes = {name: _sha256(tensor) for name, tensor in tensors.items()}
+    return {"name": file.name, "sha256": hashes, "answer_tokens": sum(answers)}
+
+
+def _name(layer: int) -> str:
+    return f"features.{layer}"
 
 
 def _answer(llm: LLM, prompts: Sequence[Prompt], plan: Plan, first: int) -> list[list[int]]:
@@ -175,28 +191,33 @@ def _run(target: Any, texts: Sequence[list[int]], feature_layers: Sequence[int])
     return (found[i] for i in range(len(texts)))
 
 
-def open_shard(file: Path, sha256: str) -> list[Text]:
-    """The texts of a shard, mapped into memory.
+def open_shard(file: Path, sha256: Mapping[str, str], layers: Sequence[int]) -> list[Text]:
+    """The texts of a shard with the features of some layers, mapped into memory.
 
     Raises:
         TrainingError: it is missing or damaged.
     """
-    damaged = f"the shard {file} is missing or damaged: delete the folder {file.parent} and run again, and it is made anew"
+    names = ["ids", "lengths", "prompt_lens", "held_out", *map(_name, layers)]
     try:
-        if _sha256(file) != sha256:
-            raise TrainingError(damaged)
         with safe_open(file, framework="pt") as shard:
-            whole = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (not a mapping)
+            whole = {name: shard.get_tensor(name) for name in names}
     except (OSError, SafetensorError):
-        raise TrainingError(damaged) from None
+        whole = {}
+    if any(name not in whole or _sha256(whole[name]) != sha256[name] for name in names):
+        raise TrainingError(
+            f"the shard {file} is missing or damaged: delete the folder {file.parent} and run again, and it is made anew"
+        )
     lengths = whole["lengths"].tolist()
-    columns = whole["ids"].split(lengths), whole["features"].split(lengths), whole["prompt_lens"], whole["held_out"]
-    return [Text(ids, features, int(start), bool(held)) for ids, features, start, held in zip(*columns, strict=True)]
+    features = zip(*(whole[_name(layer)].split(lengths) for layer in layers), strict=True)
+    columns = whole["ids"].split(lengths), features, whole["prompt_lens"], whole["held_out"]
+    return [
+        Text(ids, dict(zip(layers, some, strict=True)), int(start), bool(held))
+        for ids, some, start, held in zip(*columns, strict=True)
+    ]
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(memoryview(tensor.view(torch.uint8).numpy())).hexdigest()
 
 
 def grouped(items: Sequence[Any], lengths: Sequence[int], tokens: int) -> Iterator[list[Any]]:

@@ -125,14 +125,13 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
 
 def captured(choice: TrainChoice, llm: LLM, source: Any, layers: Sequence[int]) -> list[Text]:
     """The texts to learn from, with the features of `layers`, written and captured as far as they are not there yet."""
-    prompts = read_prompts(choice.data, llm.tokenizer, choice.seed)
     every = list(dict.fromkeys([*choice.feature_layers, *layers]))
     plan = Plan(choice.temperatures, min(choice.max_len, llm.max_model_len), choice.num_tokens, every, choice.seed)
     about = {"target": fingerprint_of(source), "data": _names(choice)}
     folder = choice.shards or choice.out / "shards"
     width = llm.target.config.hidden_size * len(every) * 2
     Console(stderr=True).print(f"shards in {folder}: about {1.6 * choice.num_tokens * width / 1e9:.1f} GB in all")
-    return capture(llm, prompts, plan, folder, about, layers)
+    return capture(llm, lambda: read_prompts(choice.data, llm.tokenizer, choice.seed), plan, folder, about, layers)
 
 
 def _names(choice: TrainChoice) -> list[str]:

@@ -74,12 +74,13 @@ class Text(NamedTuple):
 
 
 def capture(
-    llm: LLM, prompts: Sequence[Prompt], plan: Plan, folder: Path, about: Mapping[str, Any], layers: Sequence[int]
+    llm: LLM, read: Callable[[], list[Prompt]], plan: Plan, folder: Path, about: Mapping[str, Any], layers: Sequence[int]
 ) -> list[Text]:
     """Writes what is missing of the shards, and opens them all.
 
     Args:
         llm: the target, decoding plainly.
+        read: gives the prompts; asked where shards are missing.
         about: what the shards depend on beside the plan: the target's fingerprint, the data.
         layers: whose features are opened.
 
@@ -92,8 +93,16 @@ def capture(
     plan = plan._replace(feature_layers=manifest["made_from"]["feature_layers"])
     if missing := {*layers} - {*plan.feature_layers}:
         raise TrainingError(f"the shards in {folder} lack the target's layers {sorted(missing)}: give another --shards folder")
-    prompts = [prompt for prompt in prompts if len(prompt.ids) <= plan.max_len - _ROOM]
-    prompts.sort(key=lambda prompt: not prompt.held_out)  # held-out ones are in the first shards
+    tokens = sum(shard["answer_tokens"] for shard in manifest["shards"])
+    if tokens < plan.num_tokens:
+        prompts = [prompt for prompt in read() if len(prompt.ids) <= plan.max_len - _ROOM]
+        prompts.sort(key=lambda prompt: not prompt.held_out)  # held-out ones are in the first shards
+        _write(llm, prompts, plan, folder, manifest)
+    return [text for shard in manifest["shards"] for text in open_shard(folder / shard["name"], shard["sha256"], layers)]
+
+
+def _write(llm: LLM, prompts: Sequence[Prompt], plan: Plan, folder: Path, manifest: dict[str, Any]) -> None:
+    """Shard after shard, until there are enough tokens or no more prompts; each is entered into the manifest."""
     tokens = sum(shard["answer_tokens"] for shard in manifest["shards"])
     with progress_bar("answer tokens", plan.num_tokens) as advance:
         advance(tokens)
@@ -105,7 +114,6 @@ def capture(
             write_whole(folder / "manifest.json", lambda file: file.write_text(json.dumps(manifest, indent=1)))
             tokens += new["answer_tokens"]
             advance(new["answer_tokens"])
-    return [text for shard in manifest["shards"] for text in open_shard(folder / shard["name"], shard["sha256"], layers)]
 
 
 def _read_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,6 @@ class TrainChoice:
     Attributes:
         options: of the head and of its recipe, by name.
         shards: folder of the captured texts; None is one in `out`.
-        token_passes: answer tokens to learn from, as often as they come; decides the number of steps where it is given.
         feature_layers: captured beside those that the head needs, so that several heads can share the shards.
     """
 
@@ -57,7 +56,6 @@ class TrainChoice:
     temperatures: Sequence[float] = (0.0, 0.6, 1.0)
     max_len: int = 512
     feature_layers: Sequence[int] = ()
-    token_passes: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     device: str | None = None
     seed: int = 0

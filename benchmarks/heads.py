@@ -1,0 +1,158 @@
+"""Draft heads side by side, on prompts of the six task families of Spec-Bench.
+
+    python benchmarks/heads.py --data ../shared/data/eval --output benchmarks/heads-14m-greedy.jsonl \
+        eagle=build/heads/eagle:topk:16 fspad=build/heads/fspad:topk:16 ctc=build/heads/ctc::16
+
+A method is spelled as in `foredraft bench`; all take turns on every prompt, against plain decoding. Prompts over 448 tokens are
+cut in the middle. Beside the figures of `foredraft bench`, a row has the tokens per step of every family and of the prompts
+whose plain output does not loop, forwards and milliseconds of drafting a step, parameters and training minutes of the head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from measuring import report, rounded
+
+from foredraft import LLM, SamplingParams
+from foredraft.bench import tasks
+from foredraft.bench.report import rows_of
+from foredraft.bench.run import Ours, Outcome, measure, parse_method
+from foredraft.metrics import summarize
+from foredraft.progress import progress_bar
+from foredraft.speculation import PLAIN
+
+FAMILIES = ("chat", "translation", "summarization", "qa", "math_reasoning", "rag")
+"""Of Spec-Bench; the eight categories of MT-bench are `chat`."""
+
+LONGEST = 448
+COLUMNS = (
+    *("name", "parameters", "minutes", "acceptance_length", "not_looping", "speedup", "speedup_low", "speedup_high"),
+    *("speedup_not_looping", "draft_forwards", "draft_ms", "verify_ms"),
+)
+
+
+class Task(NamedTuple):
+    """A prompt of a family, as token ids."""
+
+    family: str
+    ids: list[int]
+    was_cut: bool
+
+
+def read_tasks(llm: LLM, data: Path, count: int) -> list[Task]:
+    """`count` prompts, as many of each family as can be, at equal distances within it; the families in turn."""
+    by_family: dict[str, list[str]] = {family: [] for family in FAMILIES}
+    for line in (data / "spec_bench.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        by_family[row["category"] if row["category"] in by_family else "chat"].append(row["turns"][0])
+    shares = {family: count // len(FAMILIES) + (i < count % len(FAMILIES)) for i, family in enumerate(FAMILIES)}
+    picked = {
+        family: [prompts[i * len(prompts) // shares[family]] for i in range(shares[family])]
+        for family, prompts in by_family.items()
+    }
+    order = [(family, picked[family][i]) for i in range(max(shares.values())) for family in FAMILIES if i < shares[family]]
+    encoded = tasks.encode(llm, [prompt for _, prompt in order], raw=False)
+    return [Task(family, cut(ids), len(ids) > LONGEST) for (family, _), ids in zip(order, encoded, strict=True)]
+
+
+def cut(ids: list[int]) -> list[int]:
+    """At most `LONGEST` tokens, the first and the last ones."""
+    if len(ids) <= LONGEST:
+        return ids
+    return [*ids[: LONGEST // 2], *ids[-(LONGEST - LONGEST // 2) :]]
+
+
+@contextmanager
+def counted(drafter: Any) -> Iterator[list[int]]:
+    """Gives a list that holds the forwards of the drafter meanwhile: calls of the head on rows of new nodes or slots."""
+    calls = [0]
+    names = [name for name in ("expand", "fill") if hasattr(drafter, name)]
+    whole = drafter if names else getattr(drafter, "slots", None)
+    names = names or (["fill"] if whole is not None else [])
+
+    def counting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            calls[0] += 1
+            return function(*args, **kwargs)
+
+        return run
+
+    for name in names:
+        setattr(whole, name, counting(getattr(whole, name)))
+    yield calls
+    for name in names:
+        delattr(whole, name)
+
+
+def forwards_a_step(llm: LLM, prompts: Sequence[list[int]], sampling: SamplingParams) -> float:
+    """Forwards of the drafter in a step, over some prompts."""
+    with counted(llm.engine.drafter) as calls:
+        outputs = llm.generate(list(prompts), sampling)
+    return calls[0] / max(sum(one.metrics.num_steps for one in outputs), 1)
+
+
+def lengths(outcomes: Sequence[Outcome]) -> float | None:
+    """Tokens per step."""
+    records = [record for one in outcomes for request in one.records for record in request]
+    return summarize(records).acceptance_length if records else None
+
+
+def made(config: dict[str, Any]) -> dict[str, Any]:
+    """What the head's own files say of it."""
+    file = Path(str(config.get("model"))) / "provenance.json"
+    if not file.is_file():
+        return {}
+    about = json.loads(file.read_text())
+    return {"parameters": about["parameters"], "minutes": about["minutes"], "token_passes": about["token_passes"]}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
+    parser.add_argument("methods", nargs="+", help="drafter=DIRECTORY:tree:budget")
+    parser.add_argument("--data", type=Path, required=True, help="folder of evaluation prompts")
+    parser.add_argument("--model", help="directory of the target; the bundled one if not given")
+    parser.add_argument("--count", type=int, default=100, help="prompts in all")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    plain = LLM(args.model, {"method": PLAIN}, dtype=args.dtype, max_num_seqs=1)
+    sampling = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=0)
+    every = read_tasks(plain, args.data, args.count)
+    warm_up = tasks.encode(plain, tasks.WARM_UP, raw=False)
+    configs = {name: parse_method(name, None) for name in args.methods}
+    llms = {name: plain.with_speculation(config) for name, config in configs.items()}
+    contenders = [Ours(PLAIN, plain, sampling), *(Ours(name, llm, sampling) for name, llm in llms.items())]
+    rounds = []
+    with progress_bar("measuring", len(every)) as advance:
+        for outcome in measure(contenders, [task.ids for task in every], sampling, batch_size=1, warm_up=warm_up):
+            rounds.append(outcome)
+            advance(1)
+    quiet = [i for i, one in enumerate(rounds) if not tasks.is_looping(one[PLAIN].token_ids[0])]
+    rows = rows_of(contenders, rounds, args.temperature)
+    for row in rows:
+        outcomes = [one[row["name"]] for one in rounds]
+        row |= made(configs.get(row["name"], {}))
+        row["not_looping"] = lengths([outcomes[i] for i in quiet])
+        row["families"] = {
+            family: lengths([one for one, task in zip(outcomes, every, strict=True) if task.family == family])
+            for family in FAMILIES
+        }
+        row["cut"] = dict(Counter(task.family for task in every if task.was_cut))
+        if row["name"] != PLAIN:
+            row["draft_forwards"] = forwards_a_step(llms[row["name"]], warm_up, sampling)
+            row |= {f"{part}_ms": 1000 * row[f"{part}_s"] / row["num_steps"] for part in ("draft", "verify")}
+    report(args.output, [rounded(row) for row in rows], COLUMNS, device=plain.target.device, dtype=args.dtype)
+
+
+if __name__ == "__main__":
+    main()

@@ -30,15 +30,17 @@ def inflate_head(drafter: Path, target: Path, output: Path) -> None:
     """
     loaded = read_head(drafter)
     old, hidden = loaded.config, read_json(target / "config.json")["hidden_size"]
-    factor = hidden // old.hidden_size
-    if hidden != factor * old.hidden_size:
+    shape = Shape.of(old)
+    factor = hidden // shape.features
+    if hidden != factor * shape.features:
         raise ValueError(
-            f"the target's width {hidden} is no multiple of the head's {old.hidden_size}: give its own target inflated"
+            f"the target's width {hidden} is no multiple of {shape.features}, that of the head's: give its own target inflated"
         )
     config = type(old)(
         **{
             **old.to_diff_dict(),
-            "hidden_size": hidden,
+            "hidden_size": old.hidden_size * factor,
+            **({"target_hidden_size": hidden} if shape.target_hidden else {}),
             "intermediate_size": old.intermediate_size * factor,
             "num_attention_heads": old.num_attention_heads * factor,
             "num_key_value_heads": old.num_key_value_heads * factor,
@@ -49,7 +51,10 @@ def inflate_head(drafter: Path, target: Path, output: Path) -> None:
     options = loaded.about.get("options", {})
     head = HEADS[loaded.about["method"]].make(Shape.of(config), **options)
     small = loaded.head.state_dict()
-    wide = {name: widened(name, small[name], like, old.hidden_size, factor) for name, like in head.state_dict().items()}
+    wide = {
+        name: widened(name, small[name], like, shape.features if name == "fc.weight" else shape.hidden, factor)
+        for name, like in head.state_dict().items()
+    }
     head.load_state_dict(wide)
     about = {**loaded.about, "target": {"name": target.name, "fingerprint": fingerprint(open_weights(target))}}
     save_head(output, head, config, about)

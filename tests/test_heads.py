@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,13 @@ from foredraft.protocols import Budget
 from foredraft.sampling import SamplingParams
 from foredraft.train.attention import tables, unrolled, with_slots
 from foredraft.tree import DraftTree, TreeBatch
+from narrow import narrow_head
 
 DATA = Path(__file__).parent / "data"
 STORIES = DATA / "babyllama-105"
 HEAD_FOLDER = DATA / "heads"
-RECURRENT, SLOTS = ("eagle", "fspad", "eagle3"), ("medusa", "parallel")
+NARROW = "narrow eagle3"
+RECURRENT, SLOTS = ("eagle", "fspad", "eagle3", NARROW), ("medusa", "parallel")
 TOKENS = [1, 14, 33, 7, 52, 19, 88, 3, 41, 60, 22, 9, 71, 30]
 
 BOTH = [(False, False), (True, False), (False, True), (True, True)]
@@ -142,29 +145,34 @@ class Remembering:
         return batch
 
 
+@cache
+def folder_of(name: str) -> Path:
+    return narrow_head(STORIES, Path(mkdtemp())) if name == NARROW else HEAD_FOLDER / name
+
+
 def drafter_of(method: str, grower: Any) -> Any:
     setting = Setting(
         target=target(),
-        model=HEAD_FOLDER / method,
+        model=folder_of(method),
         load=lambda _: None,
         vocabulary=lambda _: None,
         grower=grower,
         num_slots=1,
         fingerprint=lambda: "",
     )
-    return DRAFTERS[method].build(setting, force=True)
+    return DRAFTERS[method.split()[-1]].build(setting, force=True)
 
 
 def without_cache(method: str, tokens: list[int], path: list[int]) -> Tensor:
     """The law behind `path`, from one run over everything, by the code that trains: no cache, no tree."""
-    loaded = read_head(HEAD_FOLDER / method)
+    loaded = read_head(folder_of(method))
     head, tabs = loaded.head, tables(loaded.config, torch.device("cpu"))
     given = features_of(tokens[:-1], head.feature_layers)
     embed = target().embed
     if method in RECURRENT:
         features, ids = head.fuse(given), list(tokens[1:])
         for token in [*path, None]:
-            out = head(embed(torch.tensor(ids))[None], features[None], unrolled(tabs))
+            out = head(head.embed(torch.tensor(ids), embed)[None], features[None], unrolled(tabs))
             features = torch.cat([features, out.carried[0, -1:]])
             ids.append(token or 0)
         return head.logits(out.scored[0, -1:], target().head)[0]

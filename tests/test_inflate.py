@@ -20,6 +20,7 @@ from foredraft.drafters import DRAFTERS
 from foredraft.drafters.heads import HEADS
 from foredraft.models.loading import load_target
 from foredraft.tree import TreeBatch
+from narrow import narrow_head
 
 DATA = Path(__file__).parent / "data"
 STORIES = DATA / "babyllama-105"
@@ -72,14 +73,15 @@ def test_sizes() -> None:
         larger(base, base.params - 1)
 
 
-@pytest.mark.parametrize("method", HEADS)
-def test_a_head_keeps_its_laws(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "narrow"), [*((name, False) for name in HEADS), ("eagle3", True)])
+def test_a_head_keeps_its_laws(method: str, narrow: bool, tmp_path: Path) -> None:
     """In float64, behind its own target and behind the larger one; greedy drafts are accepted alike."""
+    small = narrow_head(STORIES, tmp_path / "narrow") if narrow else DATA / "heads" / method
     inflate(STORIES, 15_000_000, tmp_path / "large")
-    inflate_head(DATA / "heads" / method, tmp_path / "large", tmp_path / "head")
+    inflate_head(small, tmp_path / "large", tmp_path / "head")
     tree = {"tree": "topk"} if DRAFTERS[method].gives == "expand" else {}
     found = []
-    for target, head in ((STORIES, DATA / "heads" / method), (tmp_path / "large", tmp_path / "head")):
+    for target, head in ((STORIES, small), (tmp_path / "large", tmp_path / "head")):
         llm = LLM(target, {"method": method, "model": head, "num_speculative_tokens": 6, **tree}, dtype="float64")
         drafter: Any = llm.engine.drafter
         tokens = [1, 14, 33, 7, 52, 19, 88, 3]

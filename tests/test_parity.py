@@ -17,6 +17,7 @@ from foredraft import LLM, RequestOutput, SamplingParams
 from foredraft.drafters import DRAFTERS
 from foredraft.grow import GROWERS
 from foredraft.llm import BUNDLED_DRAFTER, BUNDLED_TARGET, bundled_drafter
+from narrow import narrow_head
 
 pytestmark = pytest.mark.unchecked
 
@@ -70,6 +71,12 @@ def test_stories(drafter: str, tree: str | None) -> None:
     assert all(len(one.outputs[0].token_ids) == 100 for one in results)
     if DRAFTERS[drafter].weights:  # the two agree often: a drafter that never gets a token through would pass for nothing
         assert all(one.metrics.acceptance_length > LEAST.get(drafter, 1.5) for one in results)
+
+
+@pytest.mark.parametrize("tree", ["chain", "topk", "dyspec"])
+def test_a_narrow_head(tree: str, tmp_path: Path) -> None:
+    config = {"method": "eagle3", "model": narrow_head(STORIES, tmp_path / "head"), "num_speculative_tokens": 8, "tree": tree}
+    assert token_ids(outputs(STORIES, config, STORY_PROMPTS[:2], 100)) == plain(STORIES, 2, 100)
 
 
 @pytest.mark.parametrize(("drafter", "tree"), [("lm", "dyspec"), ("lm", "branching"), ("suffix", None)])

@@ -28,7 +28,7 @@ from foredraft.train.attention import tables, unrolled, with_slots
 from foredraft.train.command import TrainChoice, run
 from foredraft.train.corpus import encode, read_turns, turns_of
 from foredraft.train.loop import Settings, rate
-from foredraft.train.recipes import RECIPES
+from foredraft.train.recipes import RECIPES, _narrowed
 from foredraft.train.shards import TrainingError
 
 pytestmark = pytest.mark.unchecked
@@ -82,6 +82,49 @@ def test_every_method_learns_and_drafts(made: Path, method: str) -> None:
     llm = LLM(STORIES, {"method": method, "model": made / f"learn-{method}", "num_speculative_tokens": 4}, max_num_seqs=2)
     [output] = llm.generate("Tom", SamplingParams(max_tokens=12, seed=1))
     assert len(output.outputs[0].token_ids) == 12
+
+
+def test_a_narrow_head_learns_and_drafts(made: Path) -> None:
+    """Sizes that are not given are the target's in proportion; the head has an embedding of its own, and learns it."""
+    options = {"unroll": 2, "feature_layers": [2, 3], "hidden": 64, "intermediate": 96, "draft_vocab_size": 60}
+    found = []
+    for steps in (1, 12):
+        given = choice(made, "eagle3", f"narrow-{steps}", options=options, steps=steps, evaluate_every=1)
+        found.append((run(given).history, read_head(given.out)))
+    (_, first), (history, last) = found
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert "regression" not in history[0]
+    config = last.config
+    sizes = (config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads)
+    assert sizes == (64, 96, 4, 2)
+    assert config.target_hidden_size == 128
+    assert last.head.fc.weight.shape == (64, 256)
+    assert (first.head.embed_tokens.weight - last.head.embed_tokens.weight).abs().max() > 1e-3
+    llm = LLM(STORIES, {"method": "eagle3", "model": made / "narrow-12", "num_speculative_tokens": 4}, max_num_seqs=2)
+    [output] = llm.generate("Tom", SamplingParams(max_tokens=12, seed=1))
+    assert len(output.outputs[0].token_ids) == 12
+    for method, more, said in (
+        ("eagle3", {"regression": 1.0}, "foretells no feature of it"),
+        (
+            "eagle3",
+            {"kv_heads": 3},
+            "heads a multiple of kv_heads; they would be hidden 64, intermediate 96, heads 4, kv_heads 3",
+        ),
+        ("eagle", {}, "unknown option of method 'eagle'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run(choice(made, method, "refused", options={**options, **more} if method == "eagle3" else {"hidden": 64}))
+
+
+def test_a_narrow_head_begins_as_the_target_in_its_main_directions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = (torch.randn(40, 5, generator=generator) @ torch.randn(5, 24, generator=generator)).double() + 3.0  # rank 5, moved
+    for width in (5, 8, 30):
+        narrowed = _narrowed(rows, width)
+        assert narrowed.shape == (40, width)
+        torch.testing.assert_close(torch.cdist(narrowed, narrowed), torch.cdist(rows, rows), atol=1e-3, rtol=1e-3)
+    assert torch.cdist(_narrowed(rows, 2), _narrowed(rows, 2)).sum() < 0.95 * torch.cdist(rows, rows).sum()
+    assert _narrowed(rows, 24) is rows
 
 
 def test_a_head_of_another_target_is_refused_unless_forced(made: Path) -> None:

@@ -33,24 +33,59 @@ class LoadedHead(NamedTuple):
     about: Mapping[str, Any]
 
 
-def layer_config(target_config: Any, vocab_size: int) -> LlamaConfig:
-    """The configuration of a head's layer for a target: its widths, and rotary positions whatever the target has."""
+SIZES = ("hidden", "intermediate", "heads", "kv_heads", "head_dim")
+"""Sizes that a head of its own sizes can be given."""
+
+
+def layer_config(target_config: Any, vocab_size: int, sizes: Mapping[str, int] | None = None) -> LlamaConfig:
+    """The configuration of a head's layer for a target: its widths, and rotary positions whatever the target has.
+
+    Args:
+        sizes: those of `SIZES` that are not the target's. With another `hidden`, those that are not given are the target's
+            in proportion, `head_dim` as it is.
+
+    Raises:
+        ValueError: a size below 1, an odd `head_dim`, or heads that do not share keys evenly.
+    """
     text = target_config.get_text_config(decoder=True) if hasattr(target_config, "get_text_config") else target_config
-    heads = text.num_attention_heads
+    chosen = _sizes_of(text, sizes or {})
+    other = {"target_hidden_size": text.hidden_size} if chosen["hidden"] != text.hidden_size else {}
     return LlamaConfig(
-        hidden_size=text.hidden_size,
-        intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        hidden_size=chosen["hidden"],
+        intermediate_size=chosen["intermediate"],
         num_hidden_layers=1,
-        num_attention_heads=heads,
-        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        num_attention_heads=chosen["heads"],
+        num_key_value_heads=chosen["kv_heads"],
+        head_dim=chosen["head_dim"],
         rms_norm_eps=getattr(text, "rms_norm_eps", None) or 1e-6,
         rope_parameters=_rope_of(text),
         max_position_embeddings=text.max_position_embeddings,
         vocab_size=vocab_size,
         bos_token_id=None,
         eos_token_id=None,
+        **other,
     )
+
+
+def _sizes_of(text: Any, sizes: Mapping[str, int]) -> dict[str, int]:
+    """All of `SIZES`."""
+    width, count = text.hidden_size, text.num_attention_heads
+    group = count // (getattr(text, "num_key_value_heads", None) or count)
+    hidden = sizes.get("hidden", width)
+    head_dim = sizes.get("head_dim", getattr(text, "head_dim", None) or width // count)
+    heads = sizes.get("heads", count if hidden == width else max(1, hidden // head_dim))
+    chosen = {
+        "hidden": hidden,
+        "intermediate": (getattr(text, "intermediate_size", None) or 4 * width) * hidden // width,
+        "heads": heads,
+        "kv_heads": max(1, heads // group),
+        "head_dim": head_dim,
+        **sizes,
+    }
+    if min(chosen.values()) < 1 or chosen["head_dim"] % 2 or chosen["heads"] % chosen["kv_heads"]:
+        given = ", ".join(f"{name} {value}" for name, value in chosen.items())
+        raise ValueError(f"sizes must be at least 1, head_dim even and heads a multiple of kv_heads; they would be {given}")
+    return chosen
 
 
 def _rope_of(config: Any) -> dict[str, Any]:
@@ -141,9 +176,10 @@ def load_head(setting: Setting, kinds: Sequence[str], *, force: bool = False) ->
     target: Any = setting.target
     loaded = read_head(resolve(setting.model, None), kinds)
     hidden, vocab = target.embed(torch.zeros(1, dtype=torch.long, device=target.device)).shape[-1], target.vocab_size
-    if (loaded.config.hidden_size, loaded.config.vocab_size) != (hidden, vocab):
+    shape = Shape.of(loaded.config)
+    if (shape.features, shape.vocab) != (hidden, vocab):
         raise ModelError(
-            f"the head is for a target of width {loaded.config.hidden_size} and {loaded.config.vocab_size} tokens, "
+            f"the head is for a target of width {shape.features} and {shape.vocab} tokens, "
             f"this one has {hidden} and {vocab}: give the target that it was trained for"
         )
     belongs = (loaded.about.get("target") or {}).get("fingerprint")

@@ -27,6 +27,9 @@ from torch import Tensor, nn
 
 from foredraft.drafters.layers import Attend, Gated, Layer, Norm, ResBlock, Shape, WideLayer
 
+TargetEmbedding = Callable[[Tensor], Tensor]
+"""The target's own embedding: token ids [*n] -> [*n, d]. It is frozen and shared."""
+
 TargetHead = Callable[[Tensor], Tensor]
 """The target's own head: final features [n, d] -> logits [n, v]. It is frozen and shared."""
 
@@ -103,6 +106,10 @@ class FeatureHead(nn.Module):
         """What can be fitted."""
         return [Foretelling(self.fc if isinstance(self.fc, Fusion) else self.fc.fc)]
 
+    def embed(self, token_ids: Int[Tensor, "*n"], target_embed: TargetEmbedding) -> Float[Tensor, "*n d"]:
+        """Embeddings of tokens: the target's."""
+        return target_embed(token_ids)
+
     def fuse(self, features: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
         """What a pair is given of the target's features: all."""
         return features
@@ -124,7 +131,7 @@ class FeatureHead(nn.Module):
 
 class Eagle3Head(nn.Module):
     """Features of three depths fused into one; a wide layer; a head of its own over a reduced vocabulary. The feature is
-    carried on as it comes out of the layer.
+    carried on as it comes out of the layer. A head that is not as wide as the target has an embedding of its own.
 
     Args:
         feature_layers: the target's layers after which features are taken.
@@ -142,7 +149,8 @@ class Eagle3Head(nn.Module):
         super().__init__()
         self.feature_layers = tuple(feature_layers)
         self.vocab_size, size = shape.vocab, draft_vocab_size or shape.vocab
-        self.fc = nn.Linear(len(self.feature_layers) * shape.hidden, shape.hidden, bias=False)
+        self.embed_tokens = nn.Embedding(shape.vocab, shape.hidden) if shape.features != shape.hidden else None
+        self.fc = nn.Linear(len(self.feature_layers) * shape.features, shape.hidden, bias=False)
         self.midlayer = WideLayer(shape)
         self.norm = Norm(shape.hidden, shape.eps)
         self.lm_head = nn.Linear(shape.hidden, size, bias=False)
@@ -156,6 +164,10 @@ class Eagle3Head(nn.Module):
     def foretellings(self) -> list[Foretelling]:
         """What can be fitted."""
         return [Foretelling(self.fc, num_embeddings=0)]
+
+    def embed(self, token_ids: Int[Tensor, "*n"], target_embed: TargetEmbedding) -> Float[Tensor, "*n d"]:
+        """Embeddings of tokens: its own, or else the target's."""
+        return target_embed(token_ids) if self.embed_tokens is None else self.embed_tokens(token_ids)
 
     def fuse(self, features: Float[Tensor, "*n f"]) -> Float[Tensor, "*n d"]:
         """One feature of the three."""
@@ -296,10 +308,12 @@ class CtcHead(nn.Module):
 
 
 class HeadRow(NamedTuple):
-    """One kind of head: its class, and what makes the method out of it."""
+    """One kind of head: its class, what makes the method out of it, and whether its layer may have other sizes than the
+    target's."""
 
     cls: type[nn.Module]
     options: Mapping[str, Any]
+    own_sizes: bool = False
 
     def make(self, shape: Shape, **options: Any) -> Any:
         """A head with fresh weights.
@@ -313,7 +327,7 @@ class HeadRow(NamedTuple):
 HEADS: dict[str, HeadRow] = {
     "eagle": HeadRow(FeatureHead, {}),
     "fspad": HeadRow(FeatureHead, {"feature_sampling": True, "partial_alignment": True}),
-    "eagle3": HeadRow(Eagle3Head, {}),
+    "eagle3": HeadRow(Eagle3Head, {}, own_sizes=True),
     "medusa": HeadRow(MedusaHeads, {}),
     "hydra": HeadRow(HydraHeads, {}),
     "parallel": HeadRow(CtcHead, {"blank": False}),

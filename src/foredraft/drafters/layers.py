@@ -18,7 +18,8 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """Widths of a head; those of the target unless a checkpoint says otherwise. `vocab` is the target's."""
+    """Widths of a head; those of the target unless a checkpoint says otherwise. `vocab` is the target's, and so is
+    `target_hidden`, the width of its features; None: the head's own."""
 
     hidden: int
     intermediate: int
@@ -27,6 +28,12 @@ class Shape:
     head_dim: int
     eps: float
     vocab: int
+    target_hidden: int | None = None
+
+    @property
+    def features(self) -> int:
+        """Width of one of the target's features."""
+        return self.target_hidden or self.hidden
 
     @classmethod
     def of(cls, config: Any) -> Shape:
@@ -40,6 +47,7 @@ class Shape:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             eps=getattr(config, "rms_norm_eps", 1e-6),
             vocab=config.vocab_size,
+            target_hidden=getattr(config, "target_hidden_size", None),
         )
 
 

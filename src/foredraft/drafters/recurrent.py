@@ -129,7 +129,7 @@ class RecurrentDrafter:
     ) -> tuple[Float[Tensor, "r v"], Float[Tensor, "m d"]]:
         """One pass of the head: draft logits at the packed nodes `rows`, and the features that all new nodes carry on."""
         token_ids, attend = self._caches.behind(batch, caches, start)
-        drafted = self.head(self._embed(token_ids), features, attend)
+        drafted = self.head(self.head.embed(token_ids, self._embed), features, attend)
         first = np.zeros(len(batch), np.int64) if start is None else np.asarray(start, np.int64)
         new = torch.from_numpy(among_new(rows, batch.offsets, first)).to(drafted.scored.device)
         return self.head.logits(drafted.scored[new], self._target_head), drafted.carried

@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 
 from foredraft.bench.report import new_figure
-from foredraft.drafters.folder import layer_config, save_head
+from foredraft.drafters.folder import SIZES, layer_config, save_head
 from foredraft.drafters.heads import FINAL, HEADS
 from foredraft.drafters.layers import Shape
 from foredraft.errors import unknown_name
@@ -78,10 +78,13 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
     llm = LLM(source, {"method": "ar"}, device=device, max_num_seqs=WRITERS, seed=choice.seed)
     if llm.tokenizer is None:
         raise ValueError("the target has no tokenizer, so that its data cannot be read: give a directory with one")
-    head_options, options = _split_options(choice.method, choice.options, llm.target)
-    config = layer_config(llm.target.config, llm.target.vocab_size)
+    given = _split_options(choice.method, choice.options, llm.target)
+    config = layer_config(llm.target.config, llm.target.vocab_size, given.sizes)
+    shape = Shape.of(config)
+    if shape.features != shape.hidden and given.recipe["regression"]:
+        raise ValueError("a head that is not as wide as the target foretells no feature of it: leave out regression")
     torch.manual_seed(choice.seed)
-    head = HEADS[choice.method].make(Shape.of(config), **head_options).to(llm.target.device)
+    head = HEADS[choice.method].make(shape, **given.head).to(llm.target.device)
     layers = list(dict.fromkeys([*head.feature_layers, *FINAL]))
     if not workers.writes:
         workers.wait()  # the shards are written by one process, and read by all
@@ -94,26 +97,31 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
         raise ValueError(
             f"none of the {len(texts)} texts has an answer that is {settings.answer_share:.1%} of it: give --answer-share 0"
         )
-    frozen = Frozen(llm.target, config.hidden_size)
+    frozen = Frozen(llm.target, shape.features)
     few = islice(endless(learned, settings.batch_tokens, choice.seed), -(-FITTED_TOKENS // settings.batch_tokens))
     begin(head, frozen, _counts(learned, llm.target), [collate(one, head.feature_layers, llm.target.device) for one in few])
     course = Course(
         head=head,
         recipe=RECIPES[choice.method],
-        options=options,
+        options=given.recipe,
         frozen=frozen,
         rotary=tables(config, llm.target.device),
         texts=learned,
         held_out=held_out,
         device=llm.target.device,
-        facts={"method": choice.method, "target": fingerprint_of(source), "head_options": head_options, "data": _names(choice)},
+        facts={
+            "method": choice.method,
+            "target": fingerprint_of(source),
+            "head_options": {**given.sizes, **given.head},
+            "data": _names(choice),
+        },
         workers=workers,
     )
     choice.out.mkdir(parents=True, exist_ok=True)
     done = train(course, settings, choice.out)
     about = {
         "method": choice.method,
-        "options": head_options,
+        "options": given.head,
         "target": {"name": Path(str(source)).name, "fingerprint": course.facts["target"]},
     }
     if workers.writes:
@@ -136,22 +144,35 @@ def _names(choice: TrainChoice) -> list[str]:
     return [file.name for file in choice.data]
 
 
-def _split_options(method: str, given: Mapping[str, Any], target: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of the head, and of its recipe.
+class Options(NamedTuple):
+    """Options of a run: sizes of the head's layer that are not the target's, of the head, of its recipe."""
+
+    sizes: dict[str, Any]
+    head: dict[str, Any]
+    recipe: dict[str, Any]
+
+
+def _split_options(method: str, given: Mapping[str, Any], target: Any) -> Options:
+    """Whose the given options are.
 
     Raises:
-        ValueError: neither has an option of that name.
+        ValueError: nobody has an option of that name.
     """
+    sizes = SIZES if HEADS[method].own_sizes else ()
     of_head = list(inspect.signature(HEADS[method].cls.__init__).parameters)[2:]
     recipe = RECIPES[method].options
     for name in given:
-        if name not in (*of_head, *recipe):
-            raise unknown_name(f"option of method {method!r}:", name, [*of_head, *recipe])
+        if name not in (*sizes, *of_head, *recipe):
+            raise unknown_name(f"option of method {method!r}:", name, [*sizes, *of_head, *recipe])
     head = {**HEADS[method].options, **{name: given[name] for name in of_head if name in given}}
     if "feature_layers" in of_head and "feature_layers" not in head:
         count = target.config.num_hidden_layers
         head["feature_layers"] = [2, count // 2, count - 3]  # the released EAGLE-3's
-    return head, {**recipe, **{name: given[name] for name in recipe if name in given}}
+    return Options(
+        {name: given[name] for name in sizes if name in given},
+        head,
+        {**recipe, **{name: given[name] for name in recipe if name in given}},
+    )
 
 
 def _counts(texts: Sequence[Text], target: Any) -> torch.Tensor:

@@ -67,21 +67,22 @@ def recurrent(lesson: Lesson) -> Learned:
     feature = head.fuse(_noisy(batch.features[:, :-1], lesson))
     attend, total, figures = unrolled(lesson.rotary), torch.zeros((), device=feature.device), {}
     for run in range(options["unroll"]):
-        embedding = lesson.frozen.embed(_shifted(batch.ids, 1 + run))
+        embedding = head.embed(_shifted(batch.ids, 1 + run), lesson.frozen.embed)
         wanted = _shifted(batch.final, 1 + run)
         mask = _shifted(batch.answer, 2 + run, to=wanted.shape[1])
         out = head(embedding, feature, attend)
         wanted = wanted[mask]
         classification, agreement = _classified(lesson, *head.readout(out.scored[mask], lesson.frozen.weight), wanted)
-        regression = losses.smooth_l1(out.carried[mask].float(), wanted, wanted.new_ones(len(wanted)))
-        total = total + options["decay"] ** run * (
-            options["regression"] * regression + options["classification"] * classification
-        )
+        loss, parts = options["classification"] * classification, {"classification": classification.detach()}
+        if options["regression"]:
+            regression = losses.smooth_l1(out.carried[mask].float(), wanted, wanted.new_ones(len(wanted)))
+            loss, parts = loss + options["regression"] * regression, {"regression": regression.detach(), **parts}
+        total = total + options["decay"] ** run * loss
         if options["ctc"]:
             best = lesson.frozen.head(wanted).argmax(-1)
             total = total + options["ctc"] * _over_positions(head, out.scored, best, mask, lesson)
         if run == 0:
-            figures = agreement | {"regression": regression.detach(), "classification": classification.detach()}
+            figures = agreement | parts
         else:
             figures |= {f"{name}_{run}": value for name, value in agreement.items()}
         feature = out.carried

@@ -35,9 +35,13 @@ def begin(head: Any, frozen: Frozen, counts: Int[Tensor, " v"], batches: list[Ba
         batches: texts that the entries are fitted on.
     """
     if hasattr(head, "d2t"):
+        inner = directions(frozen.weight, head.lm_head.in_features)
         chosen = counts.argsort(descending=True, stable=True)[: len(head.d2t)].sort().values
         head.d2t.copy_(chosen - torch.arange(len(chosen), device=chosen.device))
-        head.lm_head.weight.copy_(frozen.weight[chosen])
+        head.lm_head.weight.copy_(frozen.weight[chosen] @ inner)
+    if getattr(head, "embed_tokens", None) is not None:
+        every = frozen.embed(torch.arange(len(counts), device=counts.device))
+        head.embed_tokens.weight.copy_(every @ directions(every, head.embed_tokens.embedding_dim))
     for one in getattr(head, "lm_heads", ()):
         one.weight.copy_(frozen.weight)
     for name, module in head.named_modules():
@@ -45,9 +49,22 @@ def begin(head: Any, frozen: Frozen, counts: Int[Tensor, " v"], batches: list[Ba
             nn.init.zeros_(module.weight)
     for one in head.foretellings():
         matrix, bias = fitted(one, frozen, batches)
-        one.linear.weight.copy_(matrix if matrix.shape == one.linear.weight.shape else frozen.weight @ matrix)
+        if one.linear.out_features == len(frozen.weight):
+            matrix = frozen.weight @ matrix
+        elif one.linear.out_features != len(matrix):
+            matrix = directions(frozen.weight, one.linear.out_features).T @ matrix
+        one.linear.weight.copy_(matrix)
         if one.linear.bias is not None:
             one.linear.bias.copy_(bias)
+
+
+def directions(rows: Float[Tensor, "n d"], width: int) -> Float[Tensor, "d w"]:
+    """The `width` directions in which rows differ most (zeros where there are fewer); the identity at their own width."""
+    if rows.shape[1] == width:
+        return torch.eye(width, device=rows.device)
+    centred = (rows - rows.mean(0)).double()
+    vectors = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :width]
+    return F.pad(vectors.to(rows), (0, width - vectors.shape[1]))
 
 
 def fitted(one: Foretelling, frozen: Frozen, batches: list[Batch]) -> tuple[Float[Tensor, "d i"], Float[Tensor, " d"]]:

@@ -40,21 +40,25 @@ typedef struct {
     int64_t window; /* tokens that a token sees, itself included */
 } Layer;
 
-/* How a draft head takes in an embedding and a feature; fc.weight NULL: not at all. */
+/* How a draft head takes in an embedding and a feature: by fc, or by feature_norm, or not at all (both NULL). */
 typedef struct {
-    Linear fc;            /* of [embedding ; feature] */
+    Linear fc;            /* EAGLE's: of [embedding ; feature] */
     const bf16 *norm;     /* of FSPAD's perceptron, whose gate is driven by the embedding; NULL: there is none */
     Linear gate, up, down;
+    const bf16 *feature_norm; /* EAGLE-3's: qkv takes [input_norm of the embedding ; this of the feature], the residual is the feature */
 } Entry;
 
 typedef struct {
     int64_t hidden, heads, kv_heads, head_dim, mlp, num_layers;
     float eps, rotary_scale;
     const float *frequencies; /* [head_dim / 2] */
-    const bf16 *embedding;    /* [vocabulary][hidden], or NULL: the head's weight */
+    const bf16 *embedding;    /* [vocabulary][hidden], or NULL: */
+    const bf16 *tied;         /* laid out as the weight of a linear layer */
     const Layer *layers;
     const bf16 *norm;         /* NULL: none */
     Linear head;
+    int64_t vocabulary;
+    const int64_t *token_ids; /* of the head's outputs; NULL: it has one for every token */
     Entry entry;
 } Model;
 
@@ -301,6 +305,7 @@ typedef struct {
     bf16 *normed, *query, *mixed, *act, *last; /* [M][hidden], [M][heads][head_dim] twice, [M][mlp], [rows][hidden] */
     bf16 *embedded, *pair;         /* of a draft head: [M][hidden], [M][2 hidden] */
     float *doubled;                /* of one whose layer has two outputs: [M][2 hidden] */
+    float *drafted;                /* of one whose own head has fewer tokens: [rows][those] */
     float *weights;                /* [threads][MOST_HEADS][room]: scores and probabilities of one row */
     int64_t room;                  /* most visible tokens, a multiple of 16 */
 } Job;
@@ -317,7 +322,7 @@ static void embed(const Model *m, int64_t token, float *out) {
         for (int64_t i = 0; i < m->hidden; i += 16) _mm512_storeu_ps(out + i, widen(m->embedding + token * m->hidden + i));
         return;
     }
-    const bf16 *w = m->head.weight + token / TILE * TILE * m->hidden + token % TILE * 2;
+    const bf16 *w = m->tied + token / TILE * TILE * m->hidden + token % TILE * 2;
     for (int64_t i = 0; i < m->hidden; i += 2, w += 2 * TILE) out[i] = float_of(w[0]), out[i + 1] = float_of(w[1]);
 }
 
@@ -536,6 +541,19 @@ static void pair_row(const void *given, int64_t row, int id) {
     memcpy(pair + size, job->step->given + row * size, size * sizeof(bf16));
 }
 
+/* Both normed side by side, for the layer's queries, keys and values; the feature is what it adds to. */
+static void wide_row(const void *given, int64_t row, int id) {
+    const Job *job = ((const Phase *)given)->job;
+    const Model *m = job->model;
+    const int64_t size = m->hidden;
+    float *state = job->states + row * size;
+    bf16 *pair = job->pair + 2 * row * size;
+    (void)id;
+    normalize(state, m->layers->input_norm, pair, size, m->eps);
+    for (int64_t i = 0; i < size; i += 16) _mm512_storeu_ps(state + i, widen(job->step->given + row * size + i));
+    normalize(state, m->entry.feature_norm, pair + size, size, m->eps);
+}
+
 /* Embeddings and features into the states that a draft head's layer goes on from. */
 static void enter(const Job *job) {
     const Entry *entry = &job->model->entry;
@@ -546,6 +564,13 @@ static void enter(const Job *job) {
     normalize_rows(job, entry->norm);
     gated(job->threads, &entry->gate, &entry->up, job->embedded, job->normed, job->count, job->act);
     linear(job->threads, &entry->down, job->act, job->count, job->states, 1);
+}
+
+static void carry_row(const void *given, int64_t row, int id) {
+    const Job *job = ((const Phase *)given)->job;
+    const int64_t size = job->model->hidden;
+    (void)id;
+    narrow_all(job->states + row * size, job->step->carried + row * size, size);
 }
 
 static void split_row(const void *given, int64_t row, int id) {
@@ -568,18 +593,42 @@ static void finish_doubled(const Job *job, const Linear *down) {
     parallel(job->threads, split_row, &phase, job->count);
 }
 
+static void spread_row(const void *given, int64_t row, int id) {
+    const Job *job = ((const Phase *)given)->job;
+    const Model *m = job->model;
+    float *to = job->step->logits + row * m->vocabulary;
+    const float *from = job->drafted + row * m->head.out;
+    (void)id;
+    for (int64_t i = 0; i < m->vocabulary; i++) to[i] = -INFINITY;
+    for (int64_t i = 0; i < m->head.out; i++) to[m->token_ids[i]] = from[i];
+}
+
+/* Logits of the wanted rows; minus infinity where the head has none. */
+static void score(const Job *job) {
+    const Model *m = job->model;
+    const Step *s = job->step;
+    Phase phase = {.job = job};
+    if (s->num_rows == 0) return;
+    for (int64_t i = 0; i < s->num_rows; i++)
+        memcpy(job->last + i * m->hidden, job->normed + s->rows[i] * m->hidden, m->hidden * sizeof(bf16));
+    linear(job->threads, &m->head, job->last, s->num_rows, m->token_ids ? job->drafted : s->logits, 0);
+    if (m->token_ids) parallel(job->threads, spread_row, &phase, s->num_rows);
+}
+
 static void run(const Job *job) {
     const Model *m = job->model;
     const Step *s = job->step;
     Phase phase = {.job = job};
     parallel(job->threads, begin_row, &phase, job->count);
     if (m->entry.fc.weight) enter(job);
+    if (m->entry.feature_norm) parallel(job->threads, wide_row, &phase, job->count);
     save_features(job, 0);
     for (int64_t i = 0; i < m->num_layers; i++) {
         const Layer *layer = m->layers + i;
         phase.index = i;
-        normalize_rows(job, layer->input_norm);
-        linear(job->threads, &layer->qkv, job->normed, job->count, job->qkv, 0);
+        const int wide = layer->qkv.in > m->hidden;
+        if (!wide) normalize_rows(job, layer->input_norm);
+        linear(job->threads, &layer->qkv, wide ? job->pair : job->normed, job->count, job->qkv, 0);
         parallel(job->threads, store_row, &phase, job->count);
         parallel(job->threads, attend_part, &phase, job->count * m->kv_heads);
         linear(job->threads, &layer->output, job->mixed, job->count, job->states, 1);
@@ -589,14 +638,10 @@ static void run(const Job *job) {
         else linear(job->threads, &layer->down, job->act, job->count, job->states, 1);
         save_features(job, i + 1);
     }
+    if (s->carried && m->layers[m->num_layers - 1].down.out == m->hidden) parallel(job->threads, carry_row, &phase, job->count);
     normalize_rows(job, m->norm);
     save_features(job, -1);
-    if (s->carried && m->layers[m->num_layers - 1].down.out == m->hidden)
-        memcpy(s->carried, job->normed, job->count * m->hidden * sizeof(bf16));
-    if (s->num_rows == 0) return;
-    for (int64_t i = 0; i < s->num_rows; i++)
-        memcpy(job->last + i * m->hidden, job->normed + s->rows[i] * m->hidden, m->hidden * sizeof(bf16));
-    linear(job->threads, &m->head, job->last, s->num_rows, s->logits, 0);
+    score(job);
 }
 
 /* ---- memory ---------------------------------------------------------------------------------------------------------------- */
@@ -624,7 +669,8 @@ static size_t lay_out(Job *job, char *block, int64_t num_nodes) {
     job->act = cut(block, &used, n * m->mlp, sizeof(bf16));
     job->last = cut(block, &used, job->step->num_rows * m->hidden, sizeof(bf16));
     job->weights = cut(block, &used, team.size * MOST_HEADS * job->room, sizeof(float));
-    if (m->entry.fc.weight == NULL) return used;
+    if (m->token_ids) job->drafted = cut(block, &used, job->step->num_rows * m->head.out, sizeof(float));
+    if (job->step->given == NULL) return used;
     job->embedded = cut(block, &used, n * m->hidden, sizeof(bf16));
     job->pair = cut(block, &used, 2 * n * m->hidden, sizeof(bf16));
     job->doubled = cut(block, &used, 2 * n * m->hidden, sizeof(float));
@@ -658,8 +704,9 @@ int foredraft_forward(const Model *model, const Step *step) {
     return 0;
 }
 
-/* One linear layer, x [rows][in] to y [rows][out]. */
-void foredraft_linear(const Linear *layer, const bf16 *x, int64_t rows, float *y, int64_t threads) {
-    linear(enlist(threads), layer, x, rows, y, 0);
+/* Linear layers one after another, each x [rows][in] to y [rows][out]. */
+void foredraft_linears(const Linear *layers, int64_t count, const bf16 *x, int64_t rows, float *y, int64_t threads) {
+    threads = enlist(threads);
+    for (int64_t i = 0; i < count; i++) linear(threads, layers + i, x, rows, y, 0);
     dismiss();
 }

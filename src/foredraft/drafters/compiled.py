@@ -1,4 +1,4 @@
-"""EAGLE's and FSPAD's layer in bfloat16 on a CPU, by `compiled/decoder.c`: one call a level of the tree.
+"""The layers of EAGLE, FSPAD and EAGLE-3 in bfloat16 on a CPU, by `compiled/decoder.c`: one call a level of the tree.
 `foredraft.drafters.heads` is the plain version; a test equates the two."""
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from foredraft.cache import KVCache
-from foredraft.drafters.heads import FeatureHead
+from foredraft.drafters.heads import Eagle3Head, FeatureHead
 from foredraft.drafters.layers import Shape
 from foredraft.models.llama import Reader
 from foredraft.models.native import (
@@ -26,19 +26,20 @@ from foredraft.models.native import (
     can_run,
     describe_layer,
     describe_linear,
+    run_linear,
     run_step,
 )
 from foredraft.tree import Ids, TreeBatch
 
 
 def can_compile(head: Any, config: Any, target: Any) -> bool:
-    """Whether the compiled layer runs this head: EAGLE's or FSPAD's, beside a target that is compiled too."""
-    is_native = isinstance(target, NativeTarget) and isinstance(head, FeatureHead)
+    """Whether the compiled layer runs this head: EAGLE's, FSPAD's or EAGLE-3's, beside a target that is compiled too."""
+    is_native = isinstance(target, NativeTarget) and isinstance(head, (FeatureHead, Eagle3Head))
     return is_native and can_run(config, torch.bfloat16, torch.device("cpu"))
 
 
 class CompiledHead:
-    """A `FeatureHead` that shares the embedding and the head of a compiled target.
+    """A recurrent head that shares the embedding and the head of a compiled target, as far as it has none of its own.
 
     Args:
         head: in bfloat16.
@@ -46,36 +47,53 @@ class CompiledHead:
         threads: None is what torch uses, or one for a small head.
     """
 
-    def __init__(self, head: FeatureHead, config: Any, target: NativeTarget, *, threads: int | None = None):
-        self._vocab_size, self._memory, self._target = target.vocab_size, Memory(), target
+    def __init__(self, head: FeatureHead | Eagle3Head, config: Any, target: NativeTarget, *, threads: int | None = None):
+        self._memory, self._target = Memory(), target  # the target lives as long as what is shared with it
         read = Reader(config, head.state_dict(), torch.bfloat16, torch.device("cpu"), packed=False)
         shape, rotary = Shape.of(config), LlamaRotaryEmbedding(config=config)
-        self._layers = (CLayer * 1)(describe_layer(self._memory, read, "layers.0", None))
-        embedding, target_head = target.shared
+        is_wide = isinstance(head, Eagle3Head)
+        self._layers = (CLayer * 1)(describe_layer(self._memory, read, "midlayer" if is_wide else "layers.0", None))
+        own = self._wide(read, head.token_ids) if isinstance(head, Eagle3Head) else {"entry": self._entry(read)}
+        self._fc = describe_linear(self._memory, read, "fc") if is_wide else None
         self._model = CModel(
-            shape.hidden,
-            shape.heads,
-            shape.kv_heads,
-            shape.head_dim,
-            shape.intermediate,
-            1,
-            shape.eps,
-            rotary.attention_scaling,
-            self._memory.put(rotary.inv_freq.float().contiguous()).data_ptr(),  # type: ignore[operator]
-            embedding,
-            ctypes.addressof(self._layers),
-            None,
-            target_head,
-            self._entry(read),
+            hidden=shape.hidden,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            mlp=shape.intermediate,
+            num_layers=1,
+            eps=shape.eps,
+            rotary_scale=rotary.attention_scaling,
+            frequencies=self._memory.put(rotary.inv_freq.float().contiguous()).data_ptr(),  # type: ignore[operator]
+            layers=ctypes.addressof(self._layers),
+            **{**target.shared, **own},
         )
         self._threads = threads or (torch.get_num_threads() if self._memory.num_bytes > ONE_THREAD_BYTES else 1)
 
     def _entry(self, read: Reader) -> CEntry:
+        """EAGLE's and FSPAD's."""
         if not read.has("fc.fc"):
             return CEntry(describe_linear(self._memory, read, "fc"))
-        norm = self._memory.put(read.tensor("fc.post_attention_layernorm")).data_ptr()
+        norm = self._put(read, "fc.post_attention_layernorm")
         linears = (describe_linear(self._memory, read, f"fc.mlp.{name}_proj") for name in ("gate", "up", "down"))
         return CEntry(describe_linear(self._memory, read, "fc.fc"), norm, *linears)
+
+    def _wide(self, read: Reader, token_ids: Int[Tensor, " w"]) -> dict[str, Any]:
+        """What of a model is EAGLE-3's own."""
+        own = {
+            "entry": CEntry(feature_norm=self._put(read, "midlayer.hidden_norm")),
+            "norm": self._put(read, "norm"),
+            "head": describe_linear(self._memory, read, "lm_head"),
+            "token_ids": self._memory.put(token_ids).data_ptr(),
+        }
+        return own | ({"embedding": self._put(read, "embed_tokens")} if read.has("embed_tokens") else {})
+
+    def _put(self, read: Reader, name: str) -> int:
+        return self._memory.put(read.tensor(name)).data_ptr()
+
+    def fuse(self, features: Float[Tensor, "n f"]) -> Float[Tensor, "n d"]:
+        """What pairs are given of the target's features."""
+        return features if self._fc is None else run_linear(self._fc, features, self._threads).bfloat16()
 
     def __call__(
         self,
@@ -94,7 +112,6 @@ class CompiledHead:
             caches,
             rows,
             start,
-            vocab_size=self._vocab_size,
             threads=self._threads,
             given=features,
             carried=carried,

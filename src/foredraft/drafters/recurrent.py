@@ -52,7 +52,10 @@ class RecurrentDrafter:
         self._embed, self._target_head = target.embed, target.head
         self._caches = PairCaches(config, num_slots, target.dtype, target.device)
         compiled = can_compile(head, config, target) if compiled is None else compiled
-        self._run = CompiledHead(head, config, target) if compiled else self._plain  # type: ignore[arg-type]
+        self._run, self._fuse = self._plain, head.fuse
+        if compiled:
+            self._run = CompiledHead(head, config, target)
+            self._fuse = self._run.fuse
 
     @classmethod
     def build(cls, setting: Setting, *, force: bool = False) -> RecurrentDrafter:
@@ -70,7 +73,7 @@ class RecurrentDrafter:
     @torch.inference_mode()
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m f"] | None) -> PairState:
         """A new request; nothing is run before its first tree."""
-        return self._caches.start(tokens, None if features is None else self.head.fuse(features))
+        return self._caches.start(tokens, None if features is None else self._fuse(features))
 
     def finish(self, state: PairState) -> None:
         """Frees the request's slot."""
@@ -106,7 +109,7 @@ class RecurrentDrafter:
         self, state: PairState, tokens: Sequence[int], features: Float[Tensor, "m f"] | None, path: Sequence[int]
     ) -> None:
         """New pairs."""
-        state.take(tokens, None if features is None else self.head.fuse(features))
+        state.take(tokens, None if features is None else self._fuse(features))
 
     def _inputs(self, state: PairState, first: int) -> Float[Tensor, "n d"]:
         """The features of what is run from place `first` on: the target's for pending pairs, else what the parent foretold."""

@@ -63,7 +63,12 @@ class CLayer(ctypes.Structure):
 class CEntry(ctypes.Structure):
     """How a draft head takes in an embedding and a feature."""
 
-    _fields_ = (("fc", CLinear), ("norm", _at), *((name, CLinear) for name in ("gate", "up", "down")))
+    _fields_ = (
+        ("fc", CLinear),
+        ("norm", _at),
+        *((name, CLinear) for name in ("gate", "up", "down")),
+        ("feature_norm", _at),
+    )
 
 
 class CModel(ctypes.Structure):
@@ -72,8 +77,10 @@ class CModel(ctypes.Structure):
     _fields_ = (
         *((name, _whole) for name in ("hidden", "heads", "kv_heads", "head_dim", "mlp", "num_layers")),
         *((name, _real) for name in ("eps", "rotary_scale")),
-        *((name, _at) for name in ("frequencies", "embedding", "layers", "norm")),
+        *((name, _at) for name in ("frequencies", "embedding", "tied", "layers", "norm")),
         ("head", CLinear),
+        ("vocabulary", _whole),
+        ("token_ids", _at),
         ("entry", CEntry),
     )
 
@@ -120,7 +127,6 @@ class NativeTarget:
         self.config = config
         self.vocab_size: int = config.vocab_size
         self.max_len: int = config.max_position_embeddings
-        self._linear = code.foredraft_linear
         self._memory = Memory()
         self._model = self._describe(config, Reader(config, weights, self.dtype, self.device, packed=False))
         self.num_weight_bytes = self._memory.num_bytes - (0 if self._embedding is None else self._embedding.nbytes)
@@ -145,12 +151,7 @@ class NativeTarget:
 
     def head(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
         """Logits (float32) of final features, those after the last norm."""
-        x = features.to(self.dtype).contiguous()
-        logits = torch.empty(len(x), self.vocab_size)
-        self._linear(
-            ctypes.byref(self._model.head), _at(x.data_ptr()), _whole(len(x)), _at(logits.data_ptr()), _whole(self._threads)
-        )
-        return logits
+        return run_linear(self._model.head, features.to(self.dtype), self._threads)
 
     def forward(
         self,
@@ -167,9 +168,7 @@ class NativeTarget:
             feature_layers: states to return, side by side: 0 is the embedding, i the state after i layers, -1 the state
                 after the final norm.
         """
-        return run_step(
-            self._model, batch, caches, rows, start, feature_layers, vocab_size=self.vocab_size, threads=self._threads
-        )
+        return run_step(self._model, batch, caches, rows, start, feature_layers, threads=self._threads)
 
     def _describe(self, config: PretrainedConfig, read: Reader) -> CModel:
         """The model as `decoder.c` wants it."""
@@ -186,25 +185,27 @@ class NativeTarget:
         layers = (CLayer * len(described))(*described)
         self._layers = layers  # lives as long as the model, which points to it
         return CModel(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads or config.num_attention_heads,
-            head_dim_of(config),
-            config.intermediate_size,
-            config.num_hidden_layers,
-            config.rms_norm_eps,
-            rotary.attention_scaling,
-            frequencies.data_ptr(),
-            None if self._embedding is None else self._embedding.data_ptr(),
-            ctypes.addressof(layers),
-            self._memory.put(read.tensor("model.norm")).data_ptr(),
-            CLinear(self._head.data_ptr(), None, *head.shape),
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads or config.num_attention_heads,
+            head_dim=head_dim_of(config),
+            mlp=config.intermediate_size,
+            num_layers=config.num_hidden_layers,
+            eps=config.rms_norm_eps,
+            rotary_scale=rotary.attention_scaling,
+            frequencies=frequencies.data_ptr(),
+            embedding=None if self._embedding is None else self._embedding.data_ptr(),
+            tied=self._head.data_ptr(),
+            layers=ctypes.addressof(layers),
+            norm=self._memory.put(read.tensor("model.norm")).data_ptr(),
+            head=CLinear(self._head.data_ptr(), None, *head.shape),
+            vocabulary=len(head),
         )
 
     @property
-    def shared(self) -> tuple[int | None, CLinear]:
-        """Where the embedding stands (None: in the head), and the head: what a draft head shares."""
-        return self._model.embedding, self._model.head
+    def shared(self) -> dict[str, Any]:
+        """What a draft head shares: fields of `CModel`."""
+        return {name: getattr(self._model, name) for name in ("embedding", "tied", "head", "vocabulary")}
 
 
 def describe_linear(memory: Memory, read: Reader, *names: str) -> CLinear:
@@ -245,7 +246,6 @@ def run_step(
     start: Sequence[int] | None,
     feature_layers: Sequence[int] = (),
     *,
-    vocab_size: int,
     threads: int,
     given: Float[Tensor, "m d"] | None = None,
     carried: Float[Tensor, "m d"] | None = None,
@@ -268,7 +268,7 @@ def run_step(
     pool.reserve(int((lengths + sizes).max()))
     count = len(batch.tokens) - int(first.sum())
     wanted = np.arange(count) if rows is None else among_new(rows, batch.offsets, first)
-    logits = torch.empty(len(wanted), vocab_size)
+    logits = torch.empty(len(wanted), model.vocabulary)
     features = torch.empty(count, len(feature_layers) * model.hidden, dtype=torch.bfloat16) if feature_layers else None
     layers = np.array(feature_layers, np.int64)
     arrays = (batch.tokens, batch.parents, batch.offsets, lengths, slots, first, wanted, layers)
@@ -297,6 +297,17 @@ def run_step(
     if code.foredraft_forward(ctypes.byref(model), ctypes.byref(step)):
         raise MemoryError(f"no memory for a step of {count} tokens")
     return Scores(logits, features)
+
+
+def run_linear(layer: CLinear, x: Float[Tensor, "n i"], threads: int) -> Float[Tensor, "n o"]:
+    """A linear layer of `decoder.c` on inputs in bfloat16; what it gives is float32."""
+    code, x = library(), x.contiguous()
+    assert code is not None
+    out = torch.empty(len(x), layer.outputs)
+    code.foredraft_linears(
+        ctypes.byref(layer), _whole(1), _at(x.data_ptr()), _whole(len(x)), _at(out.data_ptr()), _whole(threads)
+    )
+    return out
 
 
 class Memory:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from foredraft.compiled import library
-from foredraft.drafters import DRAFTERS, Setting
+from foredraft.drafters import DRAFTERS, Setting, pairs
 from foredraft.drafters.folder import layer_config, read_head
 from foredraft.drafters.heads import HEADS, FeatureHead
 from foredraft.drafters.layers import Shape
 from foredraft.drafters.recurrent import RecurrentDrafter
+from foredraft.drafters.slots import LayerSlots
 from foredraft.draws import Draws
 from foredraft.grow import GROWERS
 from foredraft.llm import BUNDLED_TARGET
@@ -232,8 +233,6 @@ def test_a_prompt_of_one_token_drafts_nothing_until_the_target_has_run() -> None
 
 
 def test_a_long_prompt_is_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from foredraft.drafters import pairs
-
     tokens = (TOKENS * 8)[:90]
     for method in ("fspad", "ctc", "hydra"):
         trees = []
@@ -293,3 +292,39 @@ def test_the_compiled_layer_is_the_plain_one(method: str) -> None:
     assert (plain - compiled).abs().mean() < 0.005
     alone = laws(chain, compiled=True)
     assert torch.equal(alone[:3], both[1][[0, 2, 4]])
+
+
+@pytest.mark.skipif(library() is None, reason="needs AVX-512 BF16 and a C compiler")
+@pytest.mark.parametrize("method", ["parallel", "ctc"])
+def test_compiled_slots_are_the_plain_ones(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above, for two requests of different lengths over two steps; each has bit for bit what it has alone, its prompt run in
+    parts."""
+    native = load_target(BUNDLED_TARGET)
+    config = layer_config(native.config, native.vocab_size)
+    torch.manual_seed(0)
+    head = HEADS[method].make(Shape.of(config))
+    torch.nn.init.normal_(head.slots, std=0.3)
+    head = head.bfloat16()
+    tokens = list(range(5, 45))
+    cache = native.new_pool(1, 64).allocate()
+    features = native.forward(TreeBatch.chains([tokens]), [cache], np.empty(0, np.int64), feature_layers=(-1,)).features
+
+    def logits(begins: list[int], compiled: bool) -> Tensor:
+        slots = LayerSlots(head, config, native, len(begins), compiled=compiled)
+        states = [slots.start(tokens[: begin + 1], features[:begin]) for begin in begins]
+        found = []
+        for more in (2, 0):
+            slots.settle(states)
+            found.append(slots.fill(states).float())
+            for state, begin in zip(states, begins, strict=True):
+                if more:
+                    slots.observe(state, tokens[begin + 1 : begin + 1 + more], features[begin : begin + more])
+        return torch.stack(found)
+
+    plain, compiled = logits([30, 9], compiled=False), logits([30, 9], compiled=True)
+    assert plain.shape == (2, 2, 8, native.vocab_size + (method == "ctc"))
+    assert 2 < plain.abs().max() < 5
+    assert (plain - compiled).abs().max() < 0.05
+    assert (plain - compiled).abs().mean() < 0.005
+    monkeypatch.setattr(pairs, "PREFILL_CHUNK", 4)
+    assert torch.equal(logits([9], compiled=True)[:, 0], compiled[:, 1])

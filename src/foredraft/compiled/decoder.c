@@ -46,6 +46,7 @@ typedef struct {
     const bf16 *norm;     /* of FSPAD's perceptron, whose gate is driven by the embedding; NULL: there is none */
     Linear gate, up, down;
     const bf16 *feature_norm; /* EAGLE-3's: qkv takes [input_norm of the embedding ; this of the feature], the residual is the feature */
+    const bf16 *slots;        /* of a head that drafts in parallel: what each adds to the last pair's entry, [slots][hidden] */
 } Entry;
 
 typedef struct {
@@ -59,6 +60,7 @@ typedef struct {
     Linear head;
     int64_t vocabulary;
     const int64_t *token_ids; /* of the head's outputs; NULL: it has one for every token */
+    Linear blank;             /* one output more, behind the head's; weight NULL: none */
     Entry entry;
 } Model;
 
@@ -68,15 +70,16 @@ typedef struct {
     const int64_t *lengths, *slots, *first;    /* per tree: committed tokens, slot in the pool, nodes run before */
     int64_t num_rows;
     const int64_t *rows; /* new nodes whose logits are wanted, counted in packed order */
-    float *logits;       /* [num_rows][vocabulary] */
+    float *logits;       /* [num_rows][vocabulary], the blank's among them */
     int64_t num_features;
     const int64_t *feature_layers; /* 0: embedding, i: after i layers, -1: after the last norm */
     bf16 *features;                /* [new nodes][num_features * hidden] */
     bf16 *keys, *values;           /* the pool, [layers][slots][kv_heads][positions][head_dim] */
     int64_t layer_stride, slot_stride, head_stride;
     int64_t threads;
-    const bf16 *given; /* of a draft head: [new nodes][hidden] features that go in, */
-    bf16 *carried;     /* and those that come out */
+    const bf16 *given; /* of a draft head: [new nodes but slots][hidden] features that go in, */
+    bf16 *carried;     /* and those that come out, or NULL */
+    int64_t num_slots; /* the last so many nodes of every tree are slots to be filled; such trees have no nodes run before */
 } Step;
 
 /* ---- a team of threads --------------------------------------------------------------------------------------------------- */
@@ -242,7 +245,7 @@ INLINE int64_t tiles_of(const Linear *layer) { return (layer->out + TILE - 1) / 
 typedef struct {
     const Linear *layer, *other;
     const bf16 *x, *gate_x;
-    int64_t rows;
+    int64_t rows, stride;
     float *y;
     bf16 *act;
     int add;
@@ -257,15 +260,21 @@ static void linear_tile(const void *given, int64_t tile, int id) {
         int64_t n = least(group, job->rows - row), width = least(TILE, layer->out - tile * TILE);
         products((int)n, job->x + row * layer->in, layer, tile, out);
         for (int64_t m = 0; m < n; m++) {
-            float *to = job->y + (row + m) * layer->out + tile * TILE;
+            float *to = job->y + (row + m) * job->stride + tile * TILE;
             for (int64_t o = 0; o < width; o++) to[o] = job->add ? to[o] + out[m][o] : out[m][o];
         }
     }
 }
 
+/* y = x W^T + b, whose rows stand `stride` numbers apart. */
+static void linear_into(int64_t threads, const Linear *layer, const bf16 *x, int64_t rows, float *y, int64_t stride) {
+    Product job = {.layer = layer, .x = x, .rows = rows, .y = y, .stride = stride};
+    parallel(threads, linear_tile, &job, tiles_of(layer));
+}
+
 /* y = x W^T + b, or y += that. */
 static void linear(int64_t threads, const Linear *layer, const bf16 *x, int64_t rows, float *y, int add) {
-    Product job = {.layer = layer, .x = x, .rows = rows, .y = y, .add = add};
+    Product job = {.layer = layer, .x = x, .rows = rows, .y = y, .stride = layer->out, .add = add};
     parallel(threads, linear_tile, &job, tiles_of(layer));
 }
 
@@ -534,11 +543,31 @@ static void save_features(const Job *job, int64_t layer) {
 static void pair_row(const void *given, int64_t row, int id) {
     const Job *job = ((const Phase *)given)->job;
     const int64_t size = job->model->hidden;
-    bf16 *embedded = job->embedded + row * size, *pair = job->pair + 2 * row * size;
+    const Step *s = job->step;
+    const int64_t tree = job->tree[row], at = row - tree * s->num_slots; /* among the pairs */
+    if (job->node[row] >= s->offsets[tree + 1] - s->offsets[tree] - s->num_slots) return;
+    bf16 *embedded = job->embedded + at * size, *pair = job->pair + 2 * at * size;
     (void)id;
     narrow_all(job->states + row * size, embedded, size);
     memcpy(pair, embedded, size * sizeof(bf16));
-    memcpy(pair + size, job->step->given + row * size, size * sizeof(bf16));
+    memcpy(pair + size, s->given + at * size, size * sizeof(bf16));
+}
+
+/* The pairs' entries, which stand one after another, to their places, and each slot's behind those of its tree. */
+static void place_slots(const Job *job) {
+    const Step *s = job->step;
+    const int64_t size = job->model->hidden, slots = s->num_slots;
+    for (int64_t tree = s->num_trees - 1; tree >= 0; tree--) {
+        const int64_t first = s->offsets[tree], pairs = s->offsets[tree + 1] - first - slots;
+        float *to = job->states + first * size;
+        memmove(to, to - tree * slots * size, pairs * size * sizeof(float));
+        const float *last = to + (pairs - 1) * size;
+        for (int64_t k = 0; k < slots; k++)
+            for (int64_t i = 0; i < size; i += 16) {
+                __m512 own = widen(job->model->entry.slots + k * size + i);
+                _mm512_storeu_ps(to + (pairs + k) * size + i, _mm512_add_ps(_mm512_loadu_ps(last + i), own));
+            }
+    }
 }
 
 /* Both normed side by side, for the layer's queries, keys and values; the feature is what it adds to. */
@@ -557,9 +586,11 @@ static void wide_row(const void *given, int64_t row, int id) {
 /* Embeddings and features into the states that a draft head's layer goes on from. */
 static void enter(const Job *job) {
     const Entry *entry = &job->model->entry;
+    const int64_t num_slots = job->step->num_slots * job->step->num_trees;
     Phase phase = {.job = job};
     parallel(job->threads, pair_row, &phase, job->count);
-    linear(job->threads, &entry->fc, job->pair, job->count, job->states, 0);
+    linear(job->threads, &entry->fc, job->pair, job->count - num_slots, job->states, 0);
+    if (num_slots) place_slots(job);
     if (entry->norm == NULL) return;
     normalize_rows(job, entry->norm);
     gated(job->threads, &entry->gate, &entry->up, job->embedded, job->normed, job->count, job->act);
@@ -611,8 +642,11 @@ static void score(const Job *job) {
     if (s->num_rows == 0) return;
     for (int64_t i = 0; i < s->num_rows; i++)
         memcpy(job->last + i * m->hidden, job->normed + s->rows[i] * m->hidden, m->hidden * sizeof(bf16));
-    linear(job->threads, &m->head, job->last, s->num_rows, m->token_ids ? job->drafted : s->logits, 0);
-    if (m->token_ids) parallel(job->threads, spread_row, &phase, s->num_rows);
+    if (m->token_ids) {
+        linear(job->threads, &m->head, job->last, s->num_rows, job->drafted, 0);
+        parallel(job->threads, spread_row, &phase, s->num_rows);
+    } else linear_into(job->threads, &m->head, job->last, s->num_rows, s->logits, m->vocabulary);
+    if (m->blank.weight) linear_into(job->threads, &m->blank, job->last, s->num_rows, s->logits + m->head.out, m->vocabulary);
 }
 
 static void run(const Job *job) {

@@ -1,4 +1,5 @@
-"""The layers of EAGLE, FSPAD and EAGLE-3 in bfloat16 on a CPU, by `compiled/decoder.c`: one call a level of the tree.
+"""The layers of EAGLE, FSPAD, EAGLE-3 and parallel slots in bfloat16 on a CPU, by `compiled/decoder.c`: one call a level of
+the tree, or one for all slots.
 `foredraft.drafters.heads` is the plain version; a test equates the two."""
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from foredraft.cache import KVCache
-from foredraft.drafters.heads import Eagle3Head, FeatureHead
+from foredraft.drafters.heads import CtcHead, Eagle3Head, FeatureHead
 from foredraft.drafters.layers import Shape
 from foredraft.models.llama import Reader
 from foredraft.models.native import (
@@ -31,15 +32,18 @@ from foredraft.models.native import (
 )
 from foredraft.tree import Ids, TreeBatch
 
+LayerHead = FeatureHead | Eagle3Head | CtcHead
+"""Heads of one decoder layer that share the target's embedding or head."""
+
 
 def can_compile(head: Any, config: Any, target: Any) -> bool:
-    """Whether the compiled layer runs this head: EAGLE's, FSPAD's or EAGLE-3's, beside a target that is compiled too."""
-    is_native = isinstance(target, NativeTarget) and isinstance(head, (FeatureHead, Eagle3Head))
+    """Whether the compiled layer runs this head: one of one layer, beside a target that is compiled too."""
+    is_native = isinstance(target, NativeTarget) and isinstance(head, LayerHead)
     return is_native and can_run(config, torch.bfloat16, torch.device("cpu"))
 
 
 class CompiledHead:
-    """A recurrent head that shares the embedding and the head of a compiled target, as far as it has none of its own.
+    """A head of one layer that shares the embedding and the head of a compiled target, as far as it has none of its own.
 
     Args:
         head: in bfloat16.
@@ -47,14 +51,17 @@ class CompiledHead:
         threads: None is what torch uses, or one for a small head.
     """
 
-    def __init__(self, head: FeatureHead | Eagle3Head, config: Any, target: NativeTarget, *, threads: int | None = None):
+    def __init__(self, head: LayerHead, config: Any, target: NativeTarget, *, threads: int | None = None):
         self._memory, self._target = Memory(), target  # the target lives as long as what is shared with it
         read = Reader(config, head.state_dict(), torch.bfloat16, torch.device("cpu"), packed=False)
         shape, rotary = Shape.of(config), LlamaRotaryEmbedding(config=config)
         is_wide = isinstance(head, Eagle3Head)
         self._layers = (CLayer * 1)(describe_layer(self._memory, read, "midlayer" if is_wide else "layers.0", None))
-        own = self._wide(read, head.token_ids) if isinstance(head, Eagle3Head) else {"entry": self._entry(read)}
         self._fc = describe_linear(self._memory, read, "fc") if is_wide else None
+        if isinstance(head, Eagle3Head):
+            own = self._wide(read, head.token_ids)
+        else:
+            own = self._parallel(read, head) if isinstance(head, CtcHead) else {"entry": self._entry(read)}
         self._model = CModel(
             hidden=shape.hidden,
             heads=shape.heads,
@@ -88,6 +95,14 @@ class CompiledHead:
         }
         return own | ({"embedding": self._put(read, "embed_tokens")} if read.has("embed_tokens") else {})
 
+    def _parallel(self, read: Reader, head: CtcHead) -> dict[str, Any]:
+        """What of a model is that of parallel slots."""
+        entry = CEntry(describe_linear(self._memory, read, "fc"), slots=self._memory.put(head.slots).data_ptr())
+        if head.blank is None:
+            return {"entry": entry}
+        blank = describe_linear(self._memory, read, "blank")
+        return {"entry": entry, "blank": blank, "vocabulary": self._target.vocab_size + 1}
+
     def _put(self, read: Reader, name: str) -> int:
         return self._memory.put(read.tensor(name)).data_ptr()
 
@@ -117,3 +132,11 @@ class CompiledHead:
             carried=carried,
         )
         return scores.logits, carried
+
+    def fill(
+        self, batch: TreeBatch, caches: Sequence[KVCache], features: Float[Tensor, "m d"], rows: Ids, num_slots: int
+    ) -> Float[Tensor, "r w"]:
+        """Logits (float32) at the packed nodes `rows` of chains of pairs, each with `num_slots` slots behind it."""
+        features = features.contiguous()
+        step = {"threads": self._threads, "given": features, "num_slots": num_slots}
+        return run_step(self._model, batch, caches, rows, None, **step).logits

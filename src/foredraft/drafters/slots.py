@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.drafters import Setting
+from foredraft.drafters.compiled import CompiledHead, can_compile
 from foredraft.drafters.folder import load_head
 from foredraft.drafters.growing import capped
 from foredraft.drafters.heads import CtcHead, MedusaHeads
@@ -26,13 +27,23 @@ from foredraft.tree import Ids, TreeBatch
 
 
 class LayerSlots:
-    """Slots filled by one decoder layer behind a cache."""
+    """Slots filled by one decoder layer behind a cache.
 
-    def __init__(self, head: CtcHead, config: Any, target: Any, num_slots: int):
+    Args:
+        head: its weights, in the target's dtype and on its device.
+        config: the Llama configuration of its layer.
+        target: gives the embedding and the head that are shared.
+        num_slots: requests in flight at most.
+        compiled: whether the compiled layer runs; None is wherever it can.
+    """
+
+    def __init__(self, head: CtcHead, config: Any, target: Any, num_slots: int, *, compiled: bool | None = None):
         self.head, self.feature_layers = head, head.feature_layers
         self.num_tokens = head.num_slots
         self._embed, self._target_head = target.embed, target.head
         self._caches = PairCaches(config, num_slots, target.dtype, target.device)
+        compiled = can_compile(head, config, target) if compiled is None else compiled
+        self._run = CompiledHead(head, config, target).fill if compiled else self._plain
 
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> PairState:
         """A new request."""
@@ -57,28 +68,34 @@ class LayerSlots:
             state.tokens = [*state.pending, *[0] * count]
         batch = TreeBatch.chains([state.tokens for state in states])
         features = torch.cat([state.features for state in states if state.features is not None])
-        out = self._run(batch, [state.cache for state in states], features, None)
-        ends = torch.from_numpy(batch.offsets[1:, None] - np.arange(count, 0, -1)).to(out.device)
-        return self.head.logits(out[ends.flatten()], self._target_head).view(len(states), count, -1)
+        rows = (batch.offsets[1:, None] - np.arange(count, 0, -1)).flatten()
+        return self._run(batch, [state.cache for state in states], features, rows, count).view(len(states), count, -1)
 
     def settle(self, states: Sequence[PairState]) -> None:
         """Keeps what is committed."""
-        self._caches.settle(states, self._run)
+        self._caches.settle(states, self._store)
 
-    def _run(
+    def _store(
         self, batch: TreeBatch, caches: Sequence[Any], features: Float[Tensor, "m d"], start: Sequence[int] | None
-    ) -> Float[Tensor, "n d"]:
-        """Runs chains of pairs, each with the slots behind it as far as it is longer than its features."""
-        token_ids, attend = self._caches.behind(batch, caches, start)
-        count = (len(token_ids) - len(features)) // len(caches)
-        ends = np.cumsum(np.diff(batch.offsets) - count)
-        entries, parts = self.head.slots.new_empty(len(token_ids), self.head.slots.shape[1]), []
-        for i, (begin, end) in enumerate(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)):
-            at = int(batch.offsets[i])
-            own = self.head.enter(self._embed(token_ids[at : at + end - begin]), features[begin:end])
-            parts += [own, own[-1] + self.head.slots[:count]]
-        torch.cat(parts, out=entries)
-        return self.head(entries, attend)
+    ) -> None:
+        self._run(batch, caches, features, np.empty(0, np.int64), 0)
+
+    def _plain(
+        self, batch: TreeBatch, caches: Sequence[Any], features: Float[Tensor, "m d"], rows: Ids, num_slots: int
+    ) -> Float[Tensor, "r w"]:
+        """Logits at the packed nodes `rows` of chains of pairs, each with `num_slots` slots behind it."""
+        token_ids, attend = self._caches.behind(batch, caches, None)
+        sizes = np.diff(batch.offsets)
+        places = np.arange(len(token_ids)) - np.repeat(batch.offsets[:-1], sizes)
+        pairs = np.repeat(sizes - num_slots, sizes)
+        first = np.repeat(batch.offsets[:-1] - num_slots * np.arange(len(sizes)), sizes)  # pair of each row's chain
+        is_slot, source = (
+            torch.from_numpy(one).to(token_ids.device) for one in (places >= pairs, first + np.minimum(places, pairs - 1))
+        )
+        entries = self.head.enter(self._embed(token_ids[~is_slot]), features)[source]
+        entries[is_slot] += self.head.slots[:num_slots].repeat(len(sizes), 1)
+        states = self.head(entries, attend)
+        return self.head.logits(states[torch.from_numpy(rows).to(states.device)], self._target_head)
 
 
 class FeatureSlots:

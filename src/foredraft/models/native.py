@@ -68,6 +68,7 @@ class CEntry(ctypes.Structure):
         ("norm", _at),
         *((name, CLinear) for name in ("gate", "up", "down")),
         ("feature_norm", _at),
+        ("slots", _at),
     )
 
 
@@ -81,6 +82,7 @@ class CModel(ctypes.Structure):
         ("head", CLinear),
         ("vocabulary", _whole),
         ("token_ids", _at),
+        ("blank", CLinear),
         ("entry", CEntry),
     )
 
@@ -97,6 +99,7 @@ class CStep(ctypes.Structure):
         *((name, _at) for name in ("feature_layers", "features", "keys", "values")),
         *((name, _whole) for name in ("layer_stride", "slot_stride", "head_stride", "threads")),
         *((name, _at) for name in ("given", "carried")),
+        ("num_slots", _whole),
     )
 
 
@@ -249,11 +252,13 @@ def run_step(
     threads: int,
     given: Float[Tensor, "m d"] | None = None,
     carried: Float[Tensor, "m d"] | None = None,
+    num_slots: int = 0,
 ) -> Scores:
     """One forward of `decoder.c`; see `foredraft.protocols.Target`.
 
     Args:
         given, carried: of a draft head: the features of the new nodes that go in, and room for those that come out.
+        num_slots: the last nodes of every tree that are slots to be filled, and are given no feature.
 
     Raises:
         MemoryError: there is no room for the step.
@@ -293,6 +298,7 @@ def run_step(
         threads,
         None if given is None else given.data_ptr(),
         None if carried is None else carried.data_ptr(),
+        num_slots,
     )
     if code.foredraft_forward(ctypes.byref(model), ctypes.byref(step)):
         raise MemoryError(f"no memory for a step of {count} tokens")

@@ -8,7 +8,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from foredraft.drafters.beam import collapse, prefix_beam, trie
+from foredraft.compiled import library
+from foredraft.drafters.beam import collapse, likeliest_prefixes, prefix_beam, trie
 
 BLANK = -1
 
@@ -80,3 +81,17 @@ def test_trie_holds_the_likeliest_prefixes_once() -> None:
     assert trie(sequences, 0, 4, 8) == ([0, 1, 2, 3, 2], [-1, 0, 1, 1, 0])
     assert trie(sequences, 0, 2, 8) == ([0, 1, 2], [-1, 0, 1])
     assert trie(sequences, 0, 4, 1) == ([0, 1, 2], [-1, 0, 0])
+
+
+@pytest.mark.skipif(library() is None, reason="needs AVX-512 BF16 and a C compiler")
+@pytest.mark.parametrize("steps", [None, 8, 2])
+def test_the_compiled_search_is_the_plain_one(steps: int | None) -> None:
+    """300 random laws each; on a grid of few probabilities many sequences and prefixes are equally likely, some impossible."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        frames, size, beam, nodes, depth = (int(rng.integers(1, most)) for most in (9, 9, 40, 30, 9))
+        law = rng.dirichlet(np.full(size + 1, 0.5), frames) if steps is None else rng.integers(0, steps, (frames, size + 1)) / 8
+        tokens = np.array([rng.choice(12, size, replace=False) for _ in range(frames)])
+        given = tokens, law[:, :-1], law[:, -1]
+        found = likeliest_prefixes(*given, beam=beam, root=5, nodes=nodes, depth=depth)
+        assert found == trie(prefix_beam(*given, beam), 5, nodes, depth)

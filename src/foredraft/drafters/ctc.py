@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.drafters import Setting
-from foredraft.drafters.beam import prefix_beam, trie
+from foredraft.drafters.beam import likeliest_prefixes
 from foredraft.drafters.folder import load_head
 from foredraft.drafters.pairs import PairState
 from foredraft.drafters.slots import LayerSlots
@@ -80,9 +80,15 @@ class CtcDrafter:
         if live:
             filled = self.slots.fill([states[b] for b in live])
             for b, (tokens, probs, blanks) in zip(live, zip(*self._frames(filled), strict=True), strict=True):
-                sequences = prefix_beam(tokens, probs, blanks, max(self._beam, budgets[b].nodes))
-                depth = min(budgets[b].depth, self.slots.room(states[b]))
-                trees[b] = trie(sequences, states[b].root, budgets[b].nodes, depth)
+                trees[b] = likeliest_prefixes(
+                    tokens,
+                    probs,
+                    blanks,
+                    beam=max(self._beam, budgets[b].nodes),
+                    root=states[b].root,
+                    nodes=budgets[b].nodes,
+                    depth=min(budgets[b].depth, self.slots.room(states[b])),
+                )
         return TreeBatch.chains([tokens for tokens, _ in trees], [parents for _, parents in trees])
 
     @torch.inference_mode()

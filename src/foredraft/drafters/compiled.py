@@ -21,6 +21,7 @@ from foredraft.models.native import (
     ONE_THREAD_BYTES,
     CEntry,
     CLayer,
+    CLinear,
     CModel,
     Memory,
     NativeTarget,
@@ -49,6 +50,9 @@ class CompiledHead:
         head: in bfloat16.
         config: the Llama configuration of its layer.
         threads: None is what torch uses, or one for a small head.
+
+    Attributes:
+        threads: those that it runs on.
     """
 
     def __init__(self, head: LayerHead, config: Any, target: NativeTarget, *, threads: int | None = None):
@@ -75,7 +79,7 @@ class CompiledHead:
             layers=ctypes.addressof(self._layers),
             **{**target.shared, **own},
         )
-        self._threads = threads or (torch.get_num_threads() if self._memory.num_bytes > ONE_THREAD_BYTES else 1)
+        self.threads = threads or (torch.get_num_threads() if self._memory.num_bytes > ONE_THREAD_BYTES else 1)
 
     def _entry(self, read: Reader) -> CEntry:
         """EAGLE's and FSPAD's."""
@@ -106,9 +110,17 @@ class CompiledHead:
     def _put(self, read: Reader, name: str) -> int:
         return self._memory.put(read.tensor(name)).data_ptr()
 
+    @property
+    def linears(self) -> list[CLinear]:
+        """The matrix products of a forward, in their order."""
+        entry, layer, model = self._model.entry, self._layers[0], self._model
+        before = (entry.fc, entry.gate, entry.up, entry.down)
+        inside = (layer.qkv, layer.output, layer.gate, layer.up, layer.down)
+        return [one for one in (*before, *inside, model.head, model.blank) if one.weight]
+
     def fuse(self, features: Float[Tensor, "n f"]) -> Float[Tensor, "n d"]:
         """What pairs are given of the target's features."""
-        return features if self._fc is None else run_linear(self._fc, features, self._threads).bfloat16()
+        return features if self._fc is None else run_linear(self._fc, features, self.threads).bfloat16()
 
     def __call__(
         self,
@@ -127,7 +139,7 @@ class CompiledHead:
             caches,
             rows,
             start,
-            threads=self._threads,
+            threads=self.threads,
             given=features,
             carried=carried,
         )
@@ -138,5 +150,5 @@ class CompiledHead:
     ) -> Float[Tensor, "r w"]:
         """Logits (float32) at the packed nodes `rows` of chains of pairs, each with `num_slots` slots behind it."""
         features = features.contiguous()
-        step = {"threads": self._threads, "given": features, "num_slots": num_slots}
+        step = {"threads": self.threads, "given": features, "num_slots": num_slots}
         return run_step(self._model, batch, caches, rows, None, **step).logits

@@ -34,6 +34,9 @@ class RecurrentDrafter:
         num_slots: requests in flight at most.
         compiled: whether the compiled layer runs; None is wherever it can.
 
+    Attributes:
+        compiled: the compiled layer, if it runs.
+
     Source: EAGLE (arXiv 2401.15077), section 3.1; FSPAD (arXiv 2408.15562); EAGLE-3 (arXiv 2503.01840).
     """
 
@@ -52,10 +55,8 @@ class RecurrentDrafter:
         self._embed, self._target_head = target.embed, target.head
         self._caches = PairCaches(config, num_slots, target.dtype, target.device)
         compiled = can_compile(head, config, target) if compiled is None else compiled
-        self._run, self._fuse = self._plain, head.fuse
-        if compiled:
-            self._run = CompiledHead(head, config, target)
-            self._fuse = self._run.fuse
+        self.compiled = CompiledHead(head, config, target) if compiled else None
+        self._run, self._fuse = (self.compiled or self._plain), (self.compiled or head).fuse
 
     @classmethod
     def build(cls, setting: Setting, *, force: bool = False) -> RecurrentDrafter:

@@ -35,6 +35,9 @@ class LayerSlots:
         target: gives the embedding and the head that are shared.
         num_slots: requests in flight at most.
         compiled: whether the compiled layer runs; None is wherever it can.
+
+    Attributes:
+        compiled: the compiled layer, if it runs.
     """
 
     def __init__(self, head: CtcHead, config: Any, target: Any, num_slots: int, *, compiled: bool | None = None):
@@ -43,7 +46,8 @@ class LayerSlots:
         self._embed, self._target_head = target.embed, target.head
         self._caches = PairCaches(config, num_slots, target.dtype, target.device)
         compiled = can_compile(head, config, target) if compiled is None else compiled
-        self._run = CompiledHead(head, config, target).fill if compiled else self._plain
+        self.compiled = CompiledHead(head, config, target) if compiled else None
+        self._run = self.compiled.fill if self.compiled else self._plain
 
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> PairState:
         """A new request."""

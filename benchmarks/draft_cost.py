@@ -1,0 +1,277 @@
+"""What one level of a head's drafting costs beside the bare matrix products of its layer and output layer.
+
+    python benchmarks/draft_cost.py --output benchmarks/draft-cost.jsonl
+
+A level is one call of the drafter's `expand` while it grows a tree behind a cache: 1 row in a chain, 10 rows in EAGLE-2's tree.
+The bare products are those of the very same packed weights, for as many rows and on as many threads, by one call of the compiled
+code that does nothing else. Slots are filled once a step, so that for them a level is the whole forward. Level and products
+take turns; ratios are of one turn each, their median stands between the ends of its 95 % interval (from order statistics,
+whatever the distribution). The weights are random: they change no cost. Two widths: 1536, and the bundled target's.
+
+| column | meaning |
+|---|---|
+| forwards | calls of the head for a whole tree |
+| bare_ms | the products |
+| forward_ms | the compiled forward: the products, attention, norms, what is written to the cache (Medusa: torch) |
+| level_ms | `expand`: the forward, and what Python lays out for it |
+| grown_ms | from one `expand` to the next: also laws, picking and the growth of the tree |
+| ratio | level / bare; `allowed` is what it may be |
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from measuring import arguments, median, report, rounded, rounds
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from foredraft import SamplingParams
+from foredraft.compiled import library
+from foredraft.drafters import heads, slots
+from foredraft.drafters.ctc import CtcDrafter
+from foredraft.drafters.folder import layer_config
+from foredraft.drafters.layers import Shape
+from foredraft.drafters.recurrent import RecurrentDrafter
+from foredraft.draws import Draws
+from foredraft.grow import GROWERS
+from foredraft.models.llama import Reader
+from foredraft.models.native import CLinear, Memory, NativeTarget, describe_linear
+from foredraft.progress import progress_bar
+from foredraft.protocols import Budget
+
+SIZES: dict[int, dict[str, int]] = {
+    1536: {"intermediate_size": 4096, "num_attention_heads": 24, "num_key_value_heads": 8},
+    384: {"intermediate_size": 1024, "num_attention_heads": 6, "num_key_value_heads": 2},
+}
+"""Widths and what belongs to them; head_dim 64 and 4096 tokens for both."""
+
+ALLOWED = {(1536, 1): 1.3, (1536, 10): 1.15, (384, 10): 1.7}
+"""The most that a level of EAGLE or FSPAD may cost, by width and rows."""
+
+CONTEXT, BLOCK = 256, 10
+"""Pairs in the cache, and turns of one setting before the next one's."""
+
+TREES = {1: ("chain", Budget(3, 3)), 10: ("topk", Budget(10, 3))}
+"""Trees whose second and later levels have so many rows."""
+
+COLUMNS = (
+    *("method", "width", "rows", "threads", "forwards", "bare_ms", "forward_ms", "level_ms", "grown_ms"),
+    *("ratio", "ratio_low", "ratio_high", "allowed"),
+)
+
+
+class Products(NamedTuple):
+    """Linear layers run one after another for so many rows."""
+
+    linears: Sequence[CLinear]
+    rows: int
+
+
+class Turn(NamedTuple):
+    """One tree and the products beside it, in seconds: a level, its compiled forward, and up to the next level."""
+
+    level: float
+    forward: float
+    grown: float
+    bare: float
+    forwards: int
+
+
+@dataclass(eq=False)
+class Setting:
+    """One head drafting trees with levels of so many rows.
+
+    Attributes:
+        expander: whose `call` is a level.
+        counted: whose calls are forwards of the head.
+    """
+
+    method: str
+    width: int
+    rows: int
+    drafter: Any
+    state: Any
+    budget: Budget
+    expander: tuple[Any, str]
+    counted: tuple[Any, str]
+    bare: Callable[[], None]
+    threads: int
+    turns: list[Turn] = field(default_factory=list)
+
+    def turn(self) -> Turn:
+        """One tree, then the products."""
+        self.state.clear()
+        with on_the_clock(*self.expander) as levels, on_the_clock(*self.counted) as forwards:
+            self.drafter.propose([self.state], [self.budget], [SamplingParams(temperature=0)], [Draws(0)])
+        began = perf_counter()
+        self.bare()
+        bare = perf_counter() - began
+        at = min(1, len(levels) - 1)  # the first level of a recurrent head runs committed pairs too
+        (start, end), ends = levels[at], [*levels[at + 1 :], (levels[at][1], 0.0)]
+        inside = sum(e - s for s, e in forwards if start <= s and e <= end)
+        return Turn(end - start, inside, ends[0][0] - start, bare, len(forwards))
+
+    def row(self) -> dict[str, Any]:
+        """Medians over the turns, times in milliseconds."""
+        ratios = sorted(one.level / one.bare for one in self.turns)
+        low, high = interval(len(ratios))
+        times = {f"{name}_ms": 1000 * median([getattr(one, name) for one in self.turns]) for name in Turn._fields[:4]}
+        found = {"method": self.method, "width": self.width, "rows": self.rows, "threads": self.threads}
+        found |= {"context": CONTEXT, "turns": len(ratios), "forwards": self.turns[-1].forwards, **times}
+        found |= {"ratio": median(ratios), "ratio_low": ratios[low], "ratio_high": ratios[high]}
+        return rounded(
+            {**found, "allowed": ALLOWED.get((self.width, self.rows)) if self.method in ("eagle", "fspad") else None}
+        )
+
+
+def interval(count: int) -> tuple[int, int]:
+    """Places in `count` ordered figures between which the median of their law lies with a probability of 95 %."""
+    reach = 0.98 * math.sqrt(count)
+    return max(0, math.floor(count / 2 - reach)), min(count - 1, math.ceil(count / 2 + reach))
+
+
+@contextmanager
+def on_the_clock(owner: Any, name: str) -> Iterator[list[tuple[float, float]]]:
+    """Notes when every call of a method meanwhile began and ended."""
+    real, calls = getattr(owner, name), []
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        began = perf_counter()
+        out = real(*args, **kwargs)
+        calls.append((began, perf_counter()))
+        return out
+
+    setattr(owner, name, run)
+    try:
+        yield calls
+    finally:
+        setattr(owner, name, real)
+
+
+def bare(groups: Sequence[Products], threads: int) -> Callable[[], None]:
+    """Runs the products and nothing else."""
+    code = library()
+    assert code is not None
+    calls = []
+    for linears, rows in groups:
+        x = torch.randn(rows, max(one.inputs for one in linears)).bfloat16()
+        y = torch.empty(rows, max(one.outputs for one in linears))
+        array = (CLinear * len(linears))(*linears)
+        numbers = [ctypes.c_int64(one) for one in (len(linears), rows, threads)]
+        calls.append((array, numbers, x, y))
+
+    def run() -> None:
+        for array, (count, rows, team), x, y in calls:
+            code.foredraft_linears(array, count, ctypes.c_void_p(x.data_ptr()), rows, ctypes.c_void_p(y.data_ptr()), team)
+
+    return run
+
+
+def target_of(width: int) -> NativeTarget:
+    """A target of random weights and one layer: a head uses its embedding and its output layer alone."""
+    sizes = {"head_dim": 64, "vocab_size": 4096, "num_hidden_layers": 1, "max_position_embeddings": 2048}
+    config = LlamaConfig(hidden_size=width, **SIZES[width], **sizes)
+    torch.manual_seed(0)
+    weights = LlamaForCausalLM(config).bfloat16().state_dict()
+    return NativeTarget(config, weights)
+
+
+def started(drafter: Any, num_features: int) -> Any:
+    """A request with `CONTEXT` pairs in the cache of the drafter and one more pending."""
+    tokens, features = list(range(7, 9 + CONTEXT)), torch.randn(CONTEXT + 1, num_features).bfloat16()
+    state = drafter.start(tokens[: CONTEXT + 1], features[:CONTEXT])
+    drafter.propose([state], [Budget(2, 2)], [SamplingParams(temperature=0)], [Draws(0)])
+    drafter.observe(state, tokens[CONTEXT + 1 :], features[CONTEXT:], [])
+    drafter.propose([state], [Budget(2, 2)], [SamplingParams(temperature=0)], [Draws(0)])
+    return state
+
+
+def recurrent(method: str, target: NativeTarget, rows: int) -> Setting:
+    """EAGLE, FSPAD or EAGLE-3."""
+    config = layer_config(target.config, target.vocab_size)
+    options: dict[str, Any] = {"feature_layers": (0, 1, -1)} if method == "eagle3" else {}
+    head = heads.HEADS[method].make(Shape.of(config), **options).bfloat16()
+    tree, budget = TREES[rows]
+    drafter = RecurrentDrafter(head, config, target, GROWERS[tree].grower(), 1, compiled=True)
+    state = started(drafter, len(head.feature_layers) * config.hidden_size)
+    run: Any = drafter.compiled
+    products = bare([Products(run.linears, rows)], run.threads)
+    ends = (drafter, "expand"), (library(), "foredraft_forward")
+    return Setting(method, config.hidden_size, rows, drafter, state, budget, *ends, products, run.threads)
+
+
+def ctc(target: NativeTarget) -> Setting:
+    """All slots behind one pair."""
+    config = layer_config(target.config, target.vocab_size)
+    head = heads.HEADS["ctc"].make(Shape.of(config)).bfloat16()
+    drafter = CtcDrafter(slots.LayerSlots(head, config, target, 1, compiled=True))
+    state = started(drafter, config.hidden_size)
+    run: Any = drafter.slots.compiled
+    entry, *layer, last, blank = run.linears
+    count = head.num_slots
+    groups = Products([entry], 1), Products(layer, count + 1), Products([last, blank], count)
+    ends = (drafter.slots, "fill"), (library(), "foredraft_forward")
+    products, budget = bare(groups, run.threads), Budget(10, count)
+    return Setting("ctc", config.hidden_size, count + 1, drafter, state, budget, *ends, products, run.threads)
+
+
+def medusa(target: NativeTarget) -> Setting:
+    """All heads on one feature; it is run by torch."""
+    config = layer_config(target.config, target.vocab_size)
+    head = heads.HEADS["medusa"].make(Shape.of(config)).bfloat16().requires_grad_(False)
+    drafter = slots.SlotDrafter(slots.FeatureSlots(head), GROWERS["topk"].grower(), target.vocab_size)
+    state, memory, threads = started(drafter, config.hidden_size), Memory(), torch.get_num_threads()
+    weights: dict[str, Tensor] = head.state_dict()
+    read = Reader(config, weights, torch.bfloat16, torch.device("cpu"), packed=False)
+    names = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
+    run = bare([Products([describe_linear(memory, read, name) for name in names], 1)], threads)
+
+    def products(_kept: Memory = memory) -> None:
+        run()
+
+    ends = (drafter.slots, "fill"), (drafter.slots.head, "forward")
+    return Setting("medusa", config.hidden_size, 1, drafter, state, Budget(10, 4), *ends, products, threads)
+
+
+def settings(widths: Sequence[int]) -> list[Setting]:
+    """Everything that is measured."""
+    found = []
+    for width in widths:
+        target = target_of(width)
+        found += [recurrent(method, target, rows) for method in ("eagle", "fspad", "eagle3") for rows in TREES]
+        found += [ctc(target), medusa(target)]
+    return found
+
+
+def main() -> None:
+    """Command line."""
+    parser = arguments(__doc__, models=False, minutes=4.0)
+    parser.add_argument("--widths", type=int, nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--rounds", type=int, default=30, help=f"of {BLOCK} turns a setting, after the first, which warms up")
+    parser.add_argument("--threads", type=int, help="what torch uses if not given; a small head takes one")
+    args = parser.parse_args()
+    if library() is None:
+        parser.exit(1, "error: heads are compiled on CPUs with AVX-512 BF16 alone\n")
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    with torch.inference_mode():
+        every = settings(args.widths)
+        with progress_bar("measuring", (args.rounds + 1) * len(every)) as advance:
+            for number in rounds(args.rounds + 1, args.minutes):
+                for one in every:
+                    found = [one.turn() for _ in range(BLOCK)]
+                    one.turns += found if number else []
+                    advance(1)
+    rows = [one.row() for one in every if one.turns]
+    report(args.output, rows, COLUMNS, device=torch.device("cpu"), dtype="bfloat16")
+
+
+if __name__ == "__main__":
+    main()

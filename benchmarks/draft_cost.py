@@ -2,9 +2,9 @@
 
     python benchmarks/draft_cost.py --output benchmarks/draft-cost.jsonl
 
-A level is one call of the drafter's `expand` while it grows a tree behind a cache: 1 row in a chain, 10 rows in EAGLE-2's tree.
-The bare products are those of the very same packed weights, for as many rows and on as many threads, by one call of the compiled
-code that does nothing else. Slots are filled once a step, so that for them a level is the whole forward. Level and products
+A level is one call of the drafter's `expand` while it grows a tree behind a cache: 1 row in a chain, 10 rows in EAGLE-2's
+tree. The bare products are those of the very same packed weights, for as many rows and on as many threads, by one call of the
+compiled code that does nothing else. Slots are filled once a step, so that for them a level is the whole forward. Level and products
 take turns; ratios are of one turn each, their median stands between the ends of its 95 % interval (from order statistics,
 whatever the distribution). The weights are random: they change no cost. Two widths: 1536, and the bundled target's.
 
@@ -127,9 +127,8 @@ class Setting:
         found = {"method": self.method, "width": self.width, "rows": self.rows, "threads": self.threads}
         found |= {"context": CONTEXT, "turns": len(ratios), "forwards": self.turns[-1].forwards, **times}
         found |= {"ratio": median(ratios), "ratio_low": ratios[low], "ratio_high": ratios[high]}
-        return rounded(
-            {**found, "allowed": ALLOWED.get((self.width, self.rows)) if self.method in ("eagle", "fspad") else None}
-        )
+        allowed = ALLOWED.get((self.width, self.rows)) if self.method in ("eagle", "fspad") else None
+        return rounded({**found, "allowed": allowed})
 
 
 def interval(count: int) -> tuple[int, int]:

@@ -11,11 +11,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from batches import counted_moves, moved_nodes, node_bytes
+from draft_cost import interval, settings
 from measuring import rounds, table
 from tree_attention import BLOCK, case_of, dense, skipping, visible_blocks
 from tree_shapes import ORDERS, HeapOrder, random_tree, reordered
 
 from foredraft.cache import KVPool
+from foredraft.compiled import library
 from foredraft.draws import Draws
 from foredraft.grow.base import Laws, Sapling
 from foredraft.protocols import Budget
@@ -91,3 +93,32 @@ def test_rounds_and_tables() -> None:
         "| 1.23 | - |",
         "| 2346 | x |",
     ]
+
+
+def test_the_interval_holds_the_median_19_times_of_20() -> None:
+    """2,000 samples of 101: 95 % of them within 1.5 points, three standard errors."""
+    low, high = interval(101)
+    samples = np.sort(np.random.default_rng(0).exponential(size=(2000, 101)), axis=1)
+    share = ((samples[:, low] <= np.log(2)) & (np.log(2) <= samples[:, high])).mean()
+    assert abs(share - 0.95) < 0.015
+    assert interval(1) == (0, 0)
+
+
+@pytest.mark.skipif(library() is None, reason="needs AVX-512 BF16 and a C compiler")
+def test_a_level_is_timed_beside_the_products_of_the_whole_head() -> None:
+    """Every matrix that a level reads is among the products; EAGLE-3's fc, which is applied once a step, is not."""
+    with torch.inference_mode():
+        for one in settings([384]):
+            turn = one.turn()
+            assert 0 < turn.forward < turn.level <= turn.grown
+            assert turn.forwards == (1 if one.method in ("ctc", "medusa") else 3)
+            one.turns.append(turn)
+            row = one.row()
+            assert (row["rows"], row["width"]) == (one.rows, 384)
+            if one.method == "medusa":
+                continue
+            drafter = one.drafter.slots if one.method == "ctc" else one.drafter
+            matrices = [weight for name, weight in drafter.head.named_parameters() if weight.ndim > 1 and name != "slots"]
+            wanted = sum(weight.numel() for weight in matrices)
+            wanted += 4096 * 384 if one.method != "eagle3" else -drafter.head.fc.weight.numel()
+            assert sum(linear.outputs * linear.inputs for linear in drafter.compiled.linears) == wanted

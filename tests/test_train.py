@@ -14,22 +14,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from foredraft import LLM, SamplingParams
 from foredraft.drafters.folder import read_head
-from foredraft.drafters.heads import HEADS, Eagle3Head, FeatureHead
+from foredraft.drafters.heads import HEADS, Eagle3Head, FeatureHead, Foretelling
 from foredraft.drafters.layers import Shape
 from foredraft.models.checkpoint import ModelError, fingerprint
 from foredraft.models.loading import fingerprint_of
 from foredraft.train import command, loop, shards
 from foredraft.train.attention import tables, unrolled, with_slots
+from foredraft.train.batches import Batch
 from foredraft.train.command import TrainChoice, run
 from foredraft.train.corpus import encode, read_turns, turns_of
 from foredraft.train.loop import Settings, rate
-from foredraft.train.recipes import RECIPES, _narrowed
+from foredraft.train.recipes import RECIPES
 from foredraft.train.shards import TrainingError
+from foredraft.train.start import directions, fitted
 
 pytestmark = pytest.mark.unchecked
 
@@ -120,11 +122,36 @@ def test_a_narrow_head_begins_as_the_target_in_its_main_directions() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = (torch.randn(40, 5, generator=generator) @ torch.randn(5, 24, generator=generator)).double() + 3.0  # rank 5, moved
     for width in (5, 8, 30):
-        narrowed = _narrowed(rows, width)
+        narrowed = rows @ directions(rows, width)
         assert narrowed.shape == (40, width)
         torch.testing.assert_close(torch.cdist(narrowed, narrowed), torch.cdist(rows, rows), atol=1e-3, rtol=1e-3)
-    assert torch.cdist(_narrowed(rows, 2), _narrowed(rows, 2)).sum() < 0.95 * torch.cdist(rows, rows).sum()
-    assert _narrowed(rows, 24) is rows
+    fewer = rows @ directions(rows, 2)
+    assert torch.cdist(fewer, fewer).sum() < 0.95 * torch.cdist(rows, rows).sum()
+    assert torch.equal(rows @ directions(rows, 24), rows)
+
+
+@pytest.mark.parametrize(("ahead", "embeddings", "features_first"), [(1, 1, False), (3, 2, True), (2, 0, False)])
+def test_an_entry_is_fitted_to_what_is_linear(ahead: int, embeddings: int, features_first: bool) -> None:
+    """Features that are a linear function of what a pair is given are foretold exactly, up to the ridge."""
+    generator = torch.Generator().manual_seed(0)
+    table, size, length = torch.randn(50, 8, generator=generator), 8 * (1 + embeddings), 30
+    ids, features = torch.randint(50, (40, length), generator=generator), torch.randn(40, length, 8, generator=generator)
+    matrix, final = torch.randn(8, size, generator=generator), torch.zeros(40, length, 8)
+    places = range(length - ahead)
+    for place in places:
+        tokens = [table[ids[:, place + 1 + k]] for k in range(embeddings)]
+        parts = [features[:, place], *tokens] if features_first else [*tokens, features[:, place]]
+        final[:, place + ahead] = torch.cat(parts, dim=-1) @ matrix.T + 2.0
+
+    class Table:
+        def embed(self, token_ids: Tensor) -> Tensor:
+            return table[token_ids]
+
+    batch = Batch(ids, features, final, torch.ones(40, length, dtype=torch.bool))
+    one = Foretelling(nn.Linear(size, 8), ahead, embeddings, features_first)
+    found, bias = fitted(one, Table(), [batch])
+    torch.testing.assert_close(found, matrix, atol=0.03, rtol=0.0)
+    torch.testing.assert_close(bias, torch.full((8,), 2.0), atol=0.03, rtol=0.0)
 
 
 def test_a_head_of_another_target_is_refused_unless_forced(made: Path) -> None:

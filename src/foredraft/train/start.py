@@ -61,7 +61,7 @@ def begin(head: Any, frozen: Frozen, counts: Int[Tensor, " v"], batches: list[Ba
 def directions(rows: Float[Tensor, "n d"], width: int) -> Float[Tensor, "d w"]:
     """The `width` directions in which rows differ most (zeros where there are fewer); the identity at their own width."""
     if rows.shape[1] == width:
-        return torch.eye(width, device=rows.device)
+        return torch.eye(width).to(rows)
     centred = (rows - rows.mean(0)).double()
     vectors = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :width]
     return F.pad(vectors.to(rows), (0, width - vectors.shape[1]))

@@ -4,9 +4,10 @@
 
 A level is one call of the drafter's `expand` while it grows a tree behind a cache: 1 row in a chain, 10 rows in EAGLE-2's
 tree. The bare products are those of the very same packed weights, for as many rows and on as many threads, by one call of the
-compiled code that does nothing else. Slots are filled once a step, so that for them a level is the whole forward. Level and products
-take turns; ratios are of one turn each, their median stands between the ends of its 95 % interval (from order statistics,
-whatever the distribution). The weights are random: they change no cost. Two widths: 1536, and the bundled target's.
+compiled code that does nothing else. Slots are filled once a step, so that for them a level is the whole forward. Level and
+products take turns; ratios are of one turn each, and their median stands between the ends of its 95 % interval (from order
+statistics, whatever the distribution). The weights are random, which changes no cost. Two widths: 1536, and the bundled
+target's.
 
 | column | meaning |
 |---|---|

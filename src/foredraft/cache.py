@@ -244,9 +244,11 @@ def lay_out(batch: TreeBatch, caches: Sequence[KVCache], start: Sequence[int] | 
 
 
 def among_new(
-    rows: Int[np.ndarray, " r"], offsets: Int[np.ndarray, " b1"], first: Int[np.ndarray, " b"]
+    rows: Int[np.ndarray, " r"], offsets: Int[np.ndarray, " b1"], first: Sequence[int] | Int[np.ndarray, " b"]
 ) -> Int[np.ndarray, " r"]:
     """Where the packed nodes `rows` stand among the new nodes, of which each tree lacks its first ones."""
+    if len(first) == 1:
+        return rows - first[0]
     trees = np.searchsorted(offsets, rows, side="right") - 1
     return np.asarray(rows, np.int64) - np.cumsum(first)[trees]
 

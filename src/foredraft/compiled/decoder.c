@@ -77,8 +77,9 @@ typedef struct {
     bf16 *keys, *values;           /* the pool, [layers][slots][kv_heads][positions][head_dim] */
     int64_t layer_stride, slot_stride, head_stride;
     int64_t threads;
-    const bf16 *given; /* of a draft head: [new nodes but slots][hidden] features that go in, */
-    bf16 *carried;     /* and those that come out, or NULL */
+    const bf16 *const *given; /* of a draft head, per tree: [num_given][hidden] features of its first nodes, */
+    const int64_t *num_given;
+    bf16 *const *carried;     /* and [nodes][hidden] those that come out, which a node behind them has from its parent; or NULL */
     int64_t num_slots; /* the last so many nodes of every tree are slots to be filled; such trees have no nodes run before */
 } Step;
 
@@ -540,6 +541,18 @@ static void save_features(const Job *job, int64_t layer) {
     }
 }
 
+/* The feature that a draft head is given for a row. */
+static const bf16 *feature_of(const Job *job, int64_t row) {
+    const Step *s = job->step;
+    const int64_t tree = job->tree[row], node = job->node[row], size = job->model->hidden;
+    if (node < s->num_given[tree]) return s->given[tree] + node * size;
+    return s->carried[tree] + s->parents[s->offsets[tree] + node] * size;
+}
+
+static bf16 *carried_by(const Job *job, int64_t row) {
+    return job->step->carried[job->tree[row]] + job->node[row] * job->model->hidden;
+}
+
 static void pair_row(const void *given, int64_t row, int id) {
     const Job *job = ((const Phase *)given)->job;
     const int64_t size = job->model->hidden;
@@ -550,7 +563,7 @@ static void pair_row(const void *given, int64_t row, int id) {
     (void)id;
     narrow_all(job->states + row * size, embedded, size);
     memcpy(pair, embedded, size * sizeof(bf16));
-    memcpy(pair + size, s->given + at * size, size * sizeof(bf16));
+    memcpy(pair + size, feature_of(job, row), size * sizeof(bf16));
 }
 
 /* The pairs' entries, which stand one after another, to their places, and each slot's behind those of its tree. */
@@ -577,9 +590,10 @@ static void wide_row(const void *given, int64_t row, int id) {
     const int64_t size = m->hidden;
     float *state = job->states + row * size;
     bf16 *pair = job->pair + 2 * row * size;
+    const bf16 *feature = feature_of(job, row);
     (void)id;
     normalize(state, m->layers->input_norm, pair, size, m->eps);
-    for (int64_t i = 0; i < size; i += 16) _mm512_storeu_ps(state + i, widen(job->step->given + row * size + i));
+    for (int64_t i = 0; i < size; i += 16) _mm512_storeu_ps(state + i, widen(feature + i));
     normalize(state, m->entry.feature_norm, pair + size, size, m->eps);
 }
 
@@ -601,7 +615,7 @@ static void carry_row(const void *given, int64_t row, int id) {
     const Job *job = ((const Phase *)given)->job;
     const int64_t size = job->model->hidden;
     (void)id;
-    narrow_all(job->states + row * size, job->step->carried + row * size, size);
+    narrow_all(job->states + row * size, carried_by(job, row), size);
 }
 
 static void split_row(const void *given, int64_t row, int id) {
@@ -610,7 +624,7 @@ static void split_row(const void *given, int64_t row, int id) {
     const float *both = job->doubled + 2 * row * size;
     (void)id;
     memcpy(job->states + row * size, both, size * sizeof(float));
-    narrow_all(both + size, job->step->carried + row * size, size);
+    if (job->step->carried) narrow_all(both + size, carried_by(job, row), size);
 }
 
 /* The residual twice, what the layer adds to each, and both apart: what is scored stays in the states, what is carried goes out. */

@@ -126,29 +126,20 @@ class CompiledHead:
         self,
         batch: TreeBatch,
         caches: Sequence[KVCache],
-        features: Float[Tensor, "m d"],
+        given: Sequence[Float[Tensor, "_ d"]],
         start: Sequence[int] | None,
         rows: Ids,
-    ) -> tuple[Float[Tensor, "r v"], Float[Tensor, "m d"]]:
-        """Draft logits (float32) at the packed nodes `rows`, and the features that all new nodes carry on."""
-        features = features.contiguous()
-        carried = torch.empty_like(features)
-        scores = run_step(
-            self._model,
-            batch,
-            caches,
-            rows,
-            start,
-            threads=self.threads,
-            given=features,
-            carried=carried,
-        )
-        return scores.logits, carried
+        carried: Sequence[Float[Tensor, "_ d"]] = (),
+    ) -> Float[Tensor, "r v"]:
+        """Draft logits (float32) at the packed nodes `rows`; see `foredraft.models.native.run_step`."""
+        features = [one.contiguous() for one in given]
+        step = {"threads": self.threads, "given": features, "carried": carried}
+        return run_step(self._model, batch, caches, rows, start, **step).logits
 
     def fill(
-        self, batch: TreeBatch, caches: Sequence[KVCache], features: Float[Tensor, "m d"], rows: Ids, num_slots: int
+        self, batch: TreeBatch, caches: Sequence[KVCache], given: Sequence[Float[Tensor, "_ d"]], rows: Ids, num_slots: int
     ) -> Float[Tensor, "r w"]:
         """Logits (float32) at the packed nodes `rows` of chains of pairs, each with `num_slots` slots behind it."""
-        features = features.contiguous()
+        features = [one.contiguous() for one in given]
         step = {"threads": self.threads, "given": features, "num_slots": num_slots}
         return run_step(self._model, batch, caches, rows, None, **step).logits

@@ -108,12 +108,10 @@ class HydraDrafter:
         for state in states:
             state.tokens = list(state.pending)
         batch = TreeBatch.chains([state.tokens for state in states])
-        features = torch.cat([state.features for state in states if state.features is not None])
-        read = self._read(batch, [state.cache for state in states], features, None)
+        features = [state.features for state in states if state.features is not None]
+        read = self._read(batch, [state.cache for state in states], features)
         for state, end in zip(states, batch.offsets[1:].tolist(), strict=True):
             state.carried = read[end - 1 : end]
 
-    def _read(
-        self, batch: TreeBatch, caches: Sequence[Any], features: Float[Tensor, "m d"], start: Sequence[int] | None
-    ) -> Float[Tensor, "m d"]:
-        return self.head.read(features, self._caches.behind(batch, caches, start)[1])
+    def _read(self, batch: TreeBatch, caches: Sequence[Any], features: Sequence[Float[Tensor, "_ d"]]) -> Float[Tensor, "m d"]:
+        return self.head.read(torch.cat([*features]), self._caches.behind(batch, caches, None)[1])

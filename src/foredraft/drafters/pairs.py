@@ -20,8 +20,8 @@ from foredraft.drafters.layers import Attend, Shape
 from foredraft.models.attention import attend, rotary_tables, rotate
 from foredraft.tree import TreeBatch
 
-Run = Callable[[TreeBatch, Sequence[Any], Float[Tensor, "m d"], Sequence[int] | None], Any]
-"""Runs the new nodes of trees, given a feature each: (batch, caches, features, start)."""
+Run = Callable[[TreeBatch, Sequence[Any], Sequence[Float[Tensor, "_ d"]]], Any]
+"""Runs chains of pairs, given the features of each: (batch, caches, features)."""
 
 
 @dataclass(eq=False)
@@ -31,7 +31,7 @@ class PairState(Growing):
     Attributes:
         root: the last committed token.
         features: of the pending pairs.
-        carried: what a recurrent head foretold at each place of this step's run.
+        carried: what a recurrent head foretold at each place of this step's run, in a table with room for more.
         ran: how many pairs of this step's run are to be kept; None until the step is over.
     """
 
@@ -95,8 +95,8 @@ class PairCaches:
             state.ran = None
         while late := [state for state in states if len(state.pending) > PREFILL_CHUNK and self.room(state)]:
             chunk = TreeBatch.chains([state.pending[:PREFILL_CHUNK] for state in late])
-            features = torch.cat([state.features[:PREFILL_CHUNK] for state in late if state.features is not None])
-            run(chunk, [state.cache for state in late], features, None)
+            features = [state.features[:PREFILL_CHUNK] for state in late if state.features is not None]
+            run(chunk, [state.cache for state in late], features)
             self._pool.keep([state.cache for state in late], [range(1, PREFILL_CHUNK)] * len(late))
             for state in late:
                 assert state.features is not None

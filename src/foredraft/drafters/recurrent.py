@@ -22,6 +22,9 @@ from foredraft.protocols import Budget, Grower
 from foredraft.sampling import SamplingParams
 from foredraft.tree import Ids, TreeBatch
 
+_FEW = 48
+"""Nodes that a table has room for beyond what is asked for, so that few trees outgrow it."""
+
 
 class RecurrentDrafter:
     """Drafts token by token on features that the head itself foretells.
@@ -53,6 +56,7 @@ class RecurrentDrafter:
         self.head, self.grower, self.vocab_size = head, grower, target.vocab_size
         self.feature_layers = head.feature_layers
         self._embed, self._target_head = target.embed, target.head
+        self._width, self._dtype, self._device = config.hidden_size, target.dtype, target.device
         self._caches = PairCaches(config, num_slots, target.dtype, target.device)
         compiled = can_compile(head, config, target) if compiled is None else compiled
         self.compiled = CompiledHead(head, config, target) if compiled else None
@@ -98,12 +102,11 @@ class RecurrentDrafter:
         """Draft logits after the packed nodes `node_ids` of the growing trees, in one pass of the head."""
         live, batch, start, rows = next_pass(states, partial, node_ids)
         some = [states[b] for b in live]
-        features = torch.cat([self._inputs(state, first) for state, first in zip(some, start, strict=True)])
-        logits, foretold = self._run(batch, [state.cache for state in some], features, start, rows)
-        sizes = [len(state.tokens) - first for state, first in zip(some, start, strict=True)]
-        for state, first, carried in zip(some, start, foretold.split(sizes), strict=True):
-            state.carried = torch.cat([state.carried, carried]) if first and state.carried is not None else carried
-        return logits
+        for state in some:
+            state.carried = self._with_room(state.carried, len(state.tokens))
+        given = [state.features for state in some if state.features is not None]
+        tables = [state.carried for state in some if state.carried is not None]
+        return self._run(batch, [state.cache for state in some], given, start, rows, tables)
 
     @torch.inference_mode()
     def observe(
@@ -112,28 +115,39 @@ class RecurrentDrafter:
         """New pairs."""
         state.take(tokens, None if features is None else self._fuse(features))
 
-    def _inputs(self, state: PairState, first: int) -> Float[Tensor, "n d"]:
-        """The features of what is run from place `first` on: the target's for pending pairs, else what the parent foretold."""
-        given = state.features if first == 0 else state.carried
-        assert given is not None
-        return given if first == 0 else given[state.parents[first:]]
+    def _with_room(self, table: Float[Tensor, "c d"] | None, size: int) -> Float[Tensor, "c2 d"]:
+        """The table with at least `size` rows."""
+        if table is not None and len(table) >= size:
+            return table
+        wider = torch.empty(2 * size + _FEW, self._width, dtype=self._dtype, device=self._device)
+        if table is not None:
+            wider[: len(table)] = table
+        return wider
 
-    def _store(
-        self, batch: TreeBatch, caches: Sequence[Any], features: Float[Tensor, "m d"], start: Sequence[int] | None
-    ) -> None:
-        self._run(batch, caches, features, start, np.empty(0, np.int64))
+    def _store(self, batch: TreeBatch, caches: Sequence[Any], features: Sequence[Float[Tensor, "_ d"]]) -> None:
+        self._run(batch, caches, features, None, np.empty(0, np.int64))
 
     def _plain(
         self,
         batch: TreeBatch,
         caches: Sequence[Any],
-        features: Float[Tensor, "m d"],
+        given: Sequence[Float[Tensor, "_ d"]],
         start: Sequence[int] | None,
         rows: Ids,
-    ) -> tuple[Float[Tensor, "r v"], Float[Tensor, "m d"]]:
-        """One pass of the head: draft logits at the packed nodes `rows`, and the features that all new nodes carry on."""
+        carried: Sequence[Float[Tensor, "_ d"]] = (),
+    ) -> Float[Tensor, "r v"]:
+        """One pass of the head: draft logits at the packed nodes `rows`.
+
+        Args:
+            given: per tree, features of its first nodes.
+            carried: per tree, a table of what its nodes carry on, which is filled; a later node is given its parent's row.
+        """
         token_ids, attend = self._caches.behind(batch, caches, start)
-        drafted = self.head(self.head.embed(token_ids, self._embed), features, attend)
-        first = np.zeros(len(batch), np.int64) if start is None else np.asarray(start, np.int64)
+        first, ends = [0] * len(batch) if start is None else list(start), batch.offsets.tolist()
+        parents = [batch.parents[begin + f : end] for f, begin, end in zip(first, ends, ends[1:], strict=False)]
+        features = [carried[b][torch.from_numpy(parents[b])] if f else given[b] for b, f in enumerate(first)]
+        drafted = self.head(self.head.embed(token_ids, self._embed), torch.cat(features), attend)
+        for table, f, new in zip(carried, first, drafted.carried.split([len(one) for one in parents]), strict=False):
+            table[f : f + len(new)] = new
         new = torch.from_numpy(among_new(rows, batch.offsets, first)).to(drafted.scored.device)
-        return self.head.logits(drafted.scored[new], self._target_head), drafted.carried
+        return self.head.logits(drafted.scored[new], self._target_head)

@@ -71,7 +71,7 @@ class LayerSlots:
         for state in states:
             state.tokens = [*state.pending, *[0] * count]
         batch = TreeBatch.chains([state.tokens for state in states])
-        features = torch.cat([state.features for state in states if state.features is not None])
+        features = [state.features for state in states if state.features is not None]
         rows = (batch.offsets[1:, None] - np.arange(count, 0, -1)).flatten()
         return self._run(batch, [state.cache for state in states], features, rows, count).view(len(states), count, -1)
 
@@ -79,13 +79,11 @@ class LayerSlots:
         """Keeps what is committed."""
         self._caches.settle(states, self._store)
 
-    def _store(
-        self, batch: TreeBatch, caches: Sequence[Any], features: Float[Tensor, "m d"], start: Sequence[int] | None
-    ) -> None:
+    def _store(self, batch: TreeBatch, caches: Sequence[Any], features: Sequence[Float[Tensor, "_ d"]]) -> None:
         self._run(batch, caches, features, np.empty(0, np.int64), 0)
 
     def _plain(
-        self, batch: TreeBatch, caches: Sequence[Any], features: Float[Tensor, "m d"], rows: Ids, num_slots: int
+        self, batch: TreeBatch, caches: Sequence[Any], features: Sequence[Float[Tensor, "_ d"]], rows: Ids, num_slots: int
     ) -> Float[Tensor, "r w"]:
         """Logits at the packed nodes `rows` of chains of pairs, each with `num_slots` slots behind it."""
         token_ids, attend = self._caches.behind(batch, caches, None)
@@ -96,7 +94,7 @@ class LayerSlots:
         is_slot, source = (
             torch.from_numpy(one).to(token_ids.device) for one in (places >= pairs, first + np.minimum(places, pairs - 1))
         )
-        entries = self.head.enter(self._embed(token_ids[~is_slot]), features)[source]
+        entries = self.head.enter(self._embed(token_ids[~is_slot]), torch.cat([*features]))[source]
         entries[is_slot] += self.head.slots[:num_slots].repeat(len(sizes), 1)
         states = self.head(entries, attend)
         return self.head.logits(states[torch.from_numpy(rows).to(states.device)], self._target_head)

@@ -98,7 +98,7 @@ class CStep(ctypes.Structure):
         ("num_features", _whole),
         *((name, _at) for name in ("feature_layers", "features", "keys", "values")),
         *((name, _whole) for name in ("layer_stride", "slot_stride", "head_stride", "threads")),
-        *((name, _at) for name in ("given", "carried")),
+        *((name, _at) for name in ("given", "num_given", "carried")),
         ("num_slots", _whole),
     )
 
@@ -250,14 +250,15 @@ def run_step(
     feature_layers: Sequence[int] = (),
     *,
     threads: int,
-    given: Float[Tensor, "m d"] | None = None,
-    carried: Float[Tensor, "m d"] | None = None,
+    given: Sequence[Float[Tensor, "_ d"]] = (),
+    carried: Sequence[Float[Tensor, "_ d"]] = (),
     num_slots: int = 0,
 ) -> Scores:
     """One forward of `decoder.c`; see `foredraft.protocols.Target`.
 
     Args:
-        given, carried: of a draft head: the features of the new nodes that go in, and room for those that come out.
+        given, carried: of a draft head, per tree: the features of its first nodes, and a table with room for what its nodes
+            carry on, which a node behind those has from its parent; both contiguous. No tables: nobody asks.
         num_slots: the last nodes of every tree that are slots to be filled, and are given no feature.
 
     Raises:
@@ -266,19 +267,21 @@ def run_step(
     code = library()
     assert code is not None
     pool, num_trees = caches[0].pool, len(batch)
-    lengths = np.array([cache.length for cache in caches])
-    slots = np.array([cache.slot for cache in caches])
-    first = np.zeros(num_trees, np.int64) if start is None else np.asarray(start, np.int64)
-    sizes = batch.offsets[1:] - batch.offsets[:-1]
-    pool.reserve(int((lengths + sizes).max()))
-    count = len(batch.tokens) - int(first.sum())
+    lengths, first, offsets = (
+        [cache.length for cache in caches],
+        [0] * num_trees if start is None else list(start),
+        batch.offsets.tolist(),
+    )
+    pool.reserve(max(length + end - begin for length, begin, end in zip(lengths, offsets, offsets[1:], strict=False)))
+    count = offsets[-1] - sum(first)
     wanted = np.arange(count) if rows is None else among_new(rows, batch.offsets, first)
     logits = torch.empty(len(wanted), model.vocabulary)
     features = torch.empty(count, len(feature_layers) * model.hidden, dtype=torch.bfloat16) if feature_layers else None
-    layers = np.array(feature_layers, np.int64)
-    arrays = (batch.tokens, batch.parents, batch.offsets, lengths, slots, first, wanted, layers)
-    numbers = np.concatenate(arrays, dtype=np.int64)  # one address to ask for
-    begin = list(accumulate((_WORD * len(one) for one in arrays[:-1]), initial=numbers.ctypes.data))
+    per_tree = lengths, [cache.slot for cache in caches], first
+    tables = [one.data_ptr() for one in given], [len(one) for one in given], [one.data_ptr() for one in carried]
+    parts = (batch.tokens, batch.parents, batch.offsets, *per_tree, wanted, feature_layers, *tables)
+    numbers = np.concatenate([one for one in parts if len(one)], dtype=np.int64)  # one address to ask for
+    begin = list(accumulate((_WORD * len(one) for one in parts[:-1]), initial=numbers.__array_interface__["data"][0]))
     pairs_stride, layer_stride, slot_stride, head_stride, _, _ = pool.kv.stride()
     keys = pool.kv.data_ptr()
     step = CStep(
@@ -287,7 +290,7 @@ def run_step(
         len(wanted),
         begin[6],
         logits.data_ptr(),
-        len(layers),
+        len(feature_layers),
         begin[7],
         None if features is None else features.data_ptr(),
         keys,
@@ -296,8 +299,9 @@ def run_step(
         slot_stride,
         head_stride,
         threads,
-        None if given is None else given.data_ptr(),
-        None if carried is None else carried.data_ptr(),
+        begin[8] if given else None,
+        begin[9],
+        begin[10] if carried else None,
         num_slots,
     )
     if code.foredraft_forward(ctypes.byref(model), ctypes.byref(step)):

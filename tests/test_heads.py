@@ -15,6 +15,7 @@ from torch import Tensor
 from foredraft.compiled import library
 from foredraft.drafters import DRAFTERS, Setting, pairs
 from foredraft.drafters.folder import layer_config, read_head
+from foredraft.drafters.growing import paths_of
 from foredraft.drafters.heads import HEADS, FeatureHead
 from foredraft.drafters.layers import Shape
 from foredraft.drafters.recurrent import RecurrentDrafter
@@ -151,14 +152,14 @@ def folder_of(name: str) -> Path:
     return narrow_head(STORIES, Path(mkdtemp())) if name == NARROW else HEAD_FOLDER / name
 
 
-def drafter_of(method: str, grower: Any) -> Any:
+def drafter_of(method: str, grower: Any, num_slots: int = 1) -> Any:
     setting = Setting(
         target=target(),
         model=folder_of(method),
         load=lambda _: None,
         vocabulary=lambda _: None,
         grower=grower,
-        num_slots=1,
+        num_slots=num_slots,
         fingerprint=lambda: "",
     )
     return DRAFTERS[method.split()[-1]].build(setting, force=True)
@@ -219,6 +220,37 @@ def test_drafts_behind_its_cache_what_it_says_without_one(method: str, shape: st
             drafter.observe(state, new, before, list(range(more - 1)))
         known += more
         grower.rows = {}
+
+
+def test_paths_to_all_nodes_at_once() -> None:
+    rng = np.random.default_rng(0)
+    parents = [[-1, *(int(rng.integers(i)) for i in range(1, size))] for size in (1, 12, 30)]
+    batch = TreeBatch.chains([[0] * len(one) for one in parents], parents)
+    node_ids = rng.permutation(43)
+    for node, owner, depth, nodes in zip(node_ids.tolist(), *paths_of(batch, node_ids), strict=True):
+        owner, begin = int(owner), int(batch.offsets[owner])
+        assert begin <= node < batch.offsets[owner + 1]
+        assert [begin, *(begin + one for one in batch[owner].path_to(node - begin))] == nodes[depth::-1].tolist()
+        assert set(nodes[depth:].tolist()) == {begin}
+
+
+@pytest.mark.parametrize("method", [*RECURRENT, *SLOTS, "hydra"])
+@torch.inference_mode()
+def test_requests_of_a_batch_draft_what_they_draft_alone(method: str) -> None:
+    """Two trees with different depths in one call, the nodes of both mixed."""
+    shapes, known = [TREES["wide"], TREES["chain"]], (5, 9)
+    tokens = [[TOKENS[n - 1], *tokens[1:]] for n, (tokens, _) in zip(known, shapes, strict=True)]
+    batch = TreeBatch.chains(tokens, [parents for _, parents in shapes])
+    drafter = drafter_of(method, GROWERS["chain"].grower(), num_slots=2)
+    states = [drafter.start(TOKENS[:n], features_of(TOKENS[: n - 1], drafter.feature_layers)) for n in known]
+    together: dict[int, Tensor] = {}
+    for nodes in ([0], [8, 1], [4, 9, 2], [10, 3]):
+        together |= dict(zip(nodes, drafter.expand(states, batch, np.array(nodes)), strict=True))
+    for b, n in enumerate(known):
+        tree, begin = batch[b], int(batch.offsets[b])
+        for node in (one - begin for one in together if begin <= one < batch.offsets[b + 1]):
+            wanted = without_cache(method, TOKENS[:n], tree.tokens[tree.path_to(node)].tolist())
+            torch.testing.assert_close(together[begin + node], wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_a_prompt_of_one_token_drafts_nothing_until_the_target_has_run() -> None:

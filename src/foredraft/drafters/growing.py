@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from foredraft.protocols import Budget
 from foredraft.tree import Ids, TreeBatch
@@ -74,6 +75,29 @@ def next_pass(runs: Sequence[Growing], partial: TreeBatch, node_ids: Ids) -> Pas
     batch = TreeBatch.chains([runs[b].tokens for b in live], [runs[b].parents for b in live])
     first = {b: int(batch.offsets[i]) for i, b in enumerate(live)}
     return Pass(live, batch, start, np.array([first[b] + runs[b].place[place] for b, place, *_ in nodes]))
+
+
+class Paths(NamedTuple):
+    """Where some nodes of growing trees stand.
+
+    Attributes:
+        owners, depths: the request and the depth of each.
+        nodes: packed nodes from each upwards; the root is repeated.
+    """
+
+    owners: Ids
+    depths: Ids
+    nodes: Int[np.ndarray, "n d"]
+
+
+def paths_of(partial: TreeBatch, node_ids: Ids) -> Paths:
+    """The paths to the packed nodes `node_ids`, all at once."""
+    owners = np.searchsorted(partial.offsets, node_ids, side="right") - 1
+    roots, climbed = partial.offsets[owners], [node_ids]
+    while (climbed[-1] != roots).any():
+        climbed.append(roots + np.maximum(partial.parents[climbed[-1]], 0))
+    nodes = np.stack(climbed, axis=1)
+    return Paths(owners, (nodes != roots[:, None]).sum(axis=1), nodes)
 
 
 def capped(budgets: Sequence[Budget], room: Sequence[int]) -> list[Budget]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from foredraft.drafters import Setting
 from foredraft.drafters.folder import load_head
-from foredraft.drafters.growing import capped
+from foredraft.drafters.growing import capped, paths_of
 from foredraft.drafters.heads import HydraHeads
 from foredraft.drafters.pairs import PairCaches, PairState
 from foredraft.draws import Draws
@@ -80,20 +79,18 @@ class HydraDrafter:
     @torch.inference_mode()
     def expand(self, states: Sequence[PairState], partial: TreeBatch, node_ids: Ids) -> Float[Tensor, "n v"]:
         """The laws after the packed nodes `node_ids`: one call of a head for each depth among them."""
-        owners = (np.searchsorted(partial.offsets, node_ids, side="right") - 1).tolist()
-        self._begin([states[b] for b in dict.fromkeys(owners) if states[b].carried is None])
-        paths, by_depth = [], defaultdict(list)
-        for row, (b, node) in enumerate(zip(owners, node_ids.tolist(), strict=True)):
-            tree = partial[b]
-            paths.append(tree.tokens[[0, *tree.path_to(node - int(partial.offsets[b]))]])
-            by_depth[len(paths[-1]) - 1].append(row)
-        logits: dict[int, Tensor] = {}
-        for depth, rows in by_depth.items():
-            features = torch.cat([states[owners[row]].carried for row in rows])  # type: ignore[misc]
-            tokens = torch.from_numpy(np.concatenate([paths[row] for row in rows])).to(features.device)
-            embeddings = self._embed(tokens).view(len(rows), -1)
-            logits |= dict(zip(rows, self.head(depth, features, embeddings), strict=True))
-        return torch.stack([logits[row] for row in range(len(owners))])
+        owners, depths, nodes = paths_of(partial, node_ids)
+        live = np.unique(owners)
+        self._begin([states[b] for b in live.tolist() if states[b].carried is None])
+        read = torch.cat([states[b].carried for b in live.tolist()])  # type: ignore[misc]
+        features = read[torch.from_numpy(np.searchsorted(live, owners)).to(read.device)]
+        logits = features.new_empty(len(node_ids), self.vocab_size)
+        for depth in np.unique(depths).tolist():
+            rows = np.flatnonzero(depths == depth)
+            tokens = torch.from_numpy(partial.tokens[nodes[rows, depth::-1]]).to(read.device)
+            embeddings = self._embed(tokens.flatten()).view(len(rows), -1)
+            logits[rows] = self.head(depth, features[rows], embeddings)
+        return logits
 
     def observe(
         self, state: PairState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]

@@ -17,7 +17,7 @@ from torch import Tensor
 from foredraft.drafters import Setting
 from foredraft.drafters.compiled import CompiledHead, can_compile
 from foredraft.drafters.folder import load_head
-from foredraft.drafters.growing import capped
+from foredraft.drafters.growing import capped, paths_of
 from foredraft.drafters.heads import CtcHead, MedusaHeads
 from foredraft.drafters.pairs import PairCaches, PairState
 from foredraft.draws import Draws
@@ -188,17 +188,15 @@ class SlotDrafter:
     @torch.inference_mode()
     def expand(self, states: Sequence[PairState], partial: TreeBatch, node_ids: Ids) -> Float[Tensor, "n v"]:
         """The laws of the nodes' depths; the first call of a step fills the slots."""
-        owners = (np.searchsorted(partial.offsets, node_ids, side="right") - 1).tolist()
-        new = [states[b] for b in dict.fromkeys(owners) if states[b].carried is None]
+        owners, depths, _ = paths_of(partial, node_ids)
+        live = np.unique(owners)
+        new = [states[b] for b in live.tolist() if states[b].carried is None]
         if new:
             for state, slots in zip(new, self.slots.fill(new), strict=True):
                 state.carried = slots[:, : self.vocab_size]
-        depths = {b: partial[b].depths for b in set(owners)}
-        rows = [
-            states[b].carried[depths[b][node - partial.offsets[b]]]  # type: ignore[index]
-            for b, node in zip(owners, node_ids.tolist(), strict=True)
-        ]
-        return torch.stack(rows)
+        filled = torch.stack([states[b].carried for b in live.tolist()])  # type: ignore[misc]
+        places = (torch.from_numpy(one).to(filled.device) for one in (np.searchsorted(live, owners), depths))
+        return filled[tuple(places)]
 
     @torch.inference_mode()
     def observe(

@@ -267,11 +267,8 @@ def run_step(
     code = library()
     assert code is not None
     pool, num_trees = caches[0].pool, len(batch)
-    lengths, first, offsets = (
-        [cache.length for cache in caches],
-        [0] * num_trees if start is None else list(start),
-        batch.offsets.tolist(),
-    )
+    lengths, offsets = [cache.length for cache in caches], batch.offsets.tolist()
+    first = [0] * num_trees if start is None else list(start)
     pool.reserve(max(length + end - begin for length, begin, end in zip(lengths, offsets, offsets[1:], strict=False)))
     count = offsets[-1] - sum(first)
     wanted = np.arange(count) if rows is None else among_new(rows, batch.offsets, first)

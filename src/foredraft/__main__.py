@@ -298,6 +298,40 @@ def train(
     raise typer.Exit(command.command(choice, plot=plot))
 
 
+_Format = Annotated[
+    str | None, typer.Option("--format", help="Layout; default: what the weights look like.", show_default=False)
+]
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Directory of a released draft head, also a pickled one.")],
+    *,
+    model: Annotated[str, typer.Option(help="Directory or Hub id of the target it was trained for.")],
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    layout: _Format = None,
+    force: Annotated[bool, typer.Option("--force", help="Write into a directory that holds something.")] = False,
+) -> None:
+    """Make a head of this library out of a released EAGLE, EAGLE-3, FSPAD, Medusa or Hydra checkpoint."""
+    from foredraft.export.command import convert_command
+
+    raise typer.Exit(convert_command(source, model, out, layout=layout, force=force))
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a draft head, released or of this library.")],
+    *,
+    model: Annotated[str | None, typer.Option(help="Directory or Hub id of its target.", show_default=False)] = None,
+    layout: _Format = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a draft head is and what is wrong with it: exit code 0 if nothing is, 1 if something is."""
+    from foredraft.export.command import doctor_command
+
+    raise typer.Exit(doctor_command(folder, model, layout=layout, as_json=as_json))
+
+
 theory = typer.Typer(name="theory", help="What speculative decoding costs and gains, computed exactly.", no_args_is_help=True)
 app.add_typer(theory)
 

@@ -40,6 +40,8 @@ LayerHead = FeatureHead | Eagle3Head | CtcHead
 def can_compile(head: Any, config: Any, target: Any) -> bool:
     """Whether the compiled layer runs this head: one of one layer, beside a target that is compiled too."""
     is_native = isinstance(target, NativeTarget) and isinstance(head, LayerHead)
+    if isinstance(head, Eagle3Head) and not head.has_only_released_norms:
+        return False
     return is_native and can_run(config, torch.bfloat16, torch.device("cpu"))
 
 

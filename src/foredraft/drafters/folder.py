@@ -96,16 +96,23 @@ def _rope_of(config: Any) -> dict[str, Any]:
 
 
 def save_head(
-    folder: Path, head: nn.Module, config: LlamaConfig, about: Mapping[str, Any], provenance: Mapping[str, Any] | None = None
+    folder: Path,
+    head: nn.Module,
+    config: LlamaConfig,
+    about: Mapping[str, Any],
+    provenance: Mapping[str, Any] | None = None,
+    *,
+    as_given: bool = False,
 ) -> None:
     """Writes a head in bfloat16.
 
     Args:
         about: ``method``, ``options`` and ``target`` with its ``fingerprint``.
         provenance: how it was made.
+        as_given: no weight is rounded: each is written in its own dtype.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: as_stored(one) for name, one in head.state_dict().items()}
+    weights = {name: one if as_given else as_stored(one) for name, one in head.state_dict().items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     content = {**config.to_diff_dict(), "architectures": ["ForedraftHead"], _OURS: dict(about)}
     write_json(folder / "config.json", content)

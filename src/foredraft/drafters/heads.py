@@ -97,10 +97,12 @@ class FeatureHead(nn.Module):
 
     feature_layers: Sequence[int] = FINAL
 
-    def __init__(self, shape: Shape, *, feature_sampling: bool = False, partial_alignment: bool = False):
+    def __init__(
+        self, shape: Shape, *, feature_sampling: bool = False, partial_alignment: bool = False, qkv_bias: bool = False
+    ):
         super().__init__()
         self.fc = FeatureSampling(shape) if feature_sampling else Fusion(shape)
-        self.layers = nn.ModuleList([Layer(shape, outputs=2 if partial_alignment else 1)])
+        self.layers = nn.ModuleList([Layer(shape, outputs=2 if partial_alignment else 1, qkv_bias=qkv_bias)])
 
     def foretellings(self) -> list[Foretelling]:
         """What can be fitted."""
@@ -129,6 +131,13 @@ class FeatureHead(nn.Module):
         return Readout(scored, target_weight, None)
 
 
+def spread(logits: Float[Tensor, "*n w"], token_ids: Int[Tensor, " w"], vocab_size: int) -> Float[Tensor, "*n v"]:
+    """Logits of some tokens as those of all; the others are never drafted."""
+    full = logits.new_full((*logits.shape[:-1], vocab_size), -torch.inf)
+    full[..., token_ids] = logits
+    return full
+
+
 class Eagle3Head(nn.Module):
     """Features of three depths fused into one; a wide layer; a head of its own over a reduced vocabulary. The feature is
     carried on as it comes out of the layer. A head that is not as wide as the target has an embedding of its own.
@@ -136,22 +145,45 @@ class Eagle3Head(nn.Module):
     Args:
         feature_layers: the target's layers after which features are taken.
         draft_vocab_size: tokens that can be drafted.
+        own_embedding: tokens are embedded by a table of the head's.
+        norm_before_fc, fc_norm: a norm over all features side by side, or one over each, before they are fused.
+        norm_before_residual: see `WideLayer`.
+        norm_output: the feature is carried on normed.
 
     Attributes:
         d2t: what to add to a draft id to get the token id.
+        has_only_released_norms: none of the norms beside those of the released code; others are not compiled.
 
-    Source: EAGLE-3 (arXiv 2503.01840), section 3; the released code.
+    Source: EAGLE-3 (arXiv 2503.01840), section 3; the released code. All norms beside its own: the speculators format.
     """
 
     d2t: Int[Tensor, " w"]
 
-    def __init__(self, shape: Shape, *, feature_layers: Sequence[int], draft_vocab_size: int | None = None):
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        feature_layers: Sequence[int],
+        draft_vocab_size: int | None = None,
+        own_embedding: bool = False,
+        norm_before_fc: bool = False,
+        fc_norm: bool = False,
+        norm_before_residual: bool = False,
+        norm_output: bool = False,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+    ):
         super().__init__()
         self.feature_layers = tuple(feature_layers)
         self.vocab_size, size = shape.vocab, draft_vocab_size or shape.vocab
-        self.embed_tokens = nn.Embedding(shape.vocab, shape.hidden) if shape.features != shape.hidden else None
-        self.fc = nn.Linear(len(self.feature_layers) * shape.features, shape.hidden, bias=False)
-        self.midlayer = WideLayer(shape)
+        count, narrow = len(self.feature_layers), shape.features != shape.hidden
+        self.embed_tokens = nn.Embedding(shape.vocab, shape.hidden) if own_embedding or narrow else None
+        self.input_norm = Norm(count * shape.features, shape.eps) if norm_before_fc else nn.Identity()
+        self.fc_norm = nn.ModuleList(Norm(shape.features, shape.eps) for _ in range(count if fc_norm else 0))
+        self.fc = nn.Linear(count * shape.features, shape.hidden, bias=False)
+        self.norm_output = norm_output
+        self.midlayer = WideLayer(shape, norm_before_residual=norm_before_residual, qkv_bias=qkv_bias, qk_norm=qk_norm)
+        self.has_only_released_norms = not (norm_before_fc or fc_norm or norm_before_residual or norm_output)
         self.norm = Norm(shape.hidden, shape.eps)
         self.lm_head = nn.Linear(shape.hidden, size, bias=False)
         self.register_buffer("d2t", torch.zeros(size, dtype=torch.long))
@@ -171,21 +203,20 @@ class Eagle3Head(nn.Module):
 
     def fuse(self, features: Float[Tensor, "*n f"]) -> Float[Tensor, "*n d"]:
         """One feature of the three."""
-        return self.fc(features)
+        if self.fc_norm:
+            parts = features.chunk(len(self.fc_norm), dim=-1)
+            features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        return self.fc(self.input_norm(features))
 
     def forward(self, embedding: Float[Tensor, "*n d"], feature: Float[Tensor, "*n d"], attend: Attend) -> Drafted:
         """The pairs' outputs."""
         out = self.midlayer(embedding, feature, attend)
-        return Drafted(out, out)
+        return Drafted(out, self.norm(out) if self.norm_output else out)
 
     def logits(self, scored: Float[Tensor, "n d"], target_head: TargetHead) -> Float[Tensor, "n v"]:
         """Draft logits by the own head; a token outside the reduced vocabulary is never drafted."""
         logits = self.lm_head(self.norm(scored))
-        if logits.shape[-1] == self.vocab_size:
-            return logits
-        full = logits.new_full((*logits.shape[:-1], self.vocab_size), -torch.inf)
-        full[..., self.token_ids] = logits
-        return full
+        return logits if logits.shape[-1] == self.vocab_size else spread(logits, self.token_ids, self.vocab_size)
 
     def readout(self, scored: Float[Tensor, "n d"], target_weight: Float[Tensor, "v d"]) -> Readout:
         """`logits`, not yet multiplied."""
@@ -195,19 +226,22 @@ class Eagle3Head(nn.Module):
 
 class MedusaHeads(nn.Module):
     """Head k says the token k + 1 places after the root, whatever stands between: residual blocks on the feature before the
-    root, then a linear layer over the vocabulary.
+    root, then a linear layer over the vocabulary, or over the `draft_vocab_size` tokens of `token_map`.
 
     Source: Medusa (arXiv 2401.10774), section 2.1.1.
     """
 
     feature_layers: Sequence[int] = FINAL
+    token_map: Int[Tensor, " w"] | None
 
-    def __init__(self, shape: Shape, *, num_heads: int = 4, num_layers: int = 1):
+    def __init__(self, shape: Shape, *, num_heads: int = 4, num_layers: int = 1, draft_vocab_size: int | None = None):
         super().__init__()
+        self.vocab_size, size = shape.vocab, draft_vocab_size or shape.vocab
+        self.register_buffer("token_map", torch.arange(size) if draft_vocab_size else None)
         self.blocks = nn.ModuleList(
             nn.Sequential(*(ResBlock(shape.hidden) for _ in range(num_layers))) for _ in range(num_heads)
         )
-        self.lm_heads = nn.ModuleList(nn.Linear(shape.hidden, shape.vocab, bias=False) for _ in range(num_heads))
+        self.lm_heads = nn.ModuleList(nn.Linear(shape.hidden, size, bias=False) for _ in range(num_heads))
 
     def foretellings(self) -> list[Foretelling]:
         """What can be fitted."""
@@ -220,29 +254,41 @@ class MedusaHeads(nn.Module):
 
     def forward(self, feature: Float[Tensor, "*n d"]) -> Float[Tensor, "*n k v"]:
         """Logits of every slot."""
-        return torch.stack([head(block(feature)) for block, head in zip(self.blocks, self.lm_heads, strict=True)], dim=-2)
+        logits = torch.stack([head(block(feature)) for block, head in zip(self.blocks, self.lm_heads, strict=True)], dim=-2)
+        return logits if self.token_map is None else spread(logits, self.token_map, self.vocab_size)
 
 
 class HydraHeads(nn.Module):
     """Head i is given the feature and the embeddings of the root and of the i tokens drafted behind it.
 
     With `prefix_attention`, the feature has been through a decoder layer that sees those of all committed tokens (Hydra++).
+    In the released heads it has a norm before and one behind it (`prefix_norms`), and output layers a bias (`head_bias`).
 
-    Source: Hydra (arXiv 2402.05109), section 3; Hydra++: section 4.
+    Source: Hydra (arXiv 2402.05109), section 3; Hydra++: section 4; the released code.
     """
 
     feature_layers: Sequence[int] = FINAL
 
-    def __init__(self, shape: Shape, *, num_heads: int = 4, num_layers: int = 4, prefix_attention: bool = True):
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        num_heads: int = 4,
+        num_layers: int = 4,
+        prefix_attention: bool = True,
+        prefix_norms: bool = False,
+        head_bias: bool = False,
+    ):
         super().__init__()
-        self.prefix = Layer(shape) if prefix_attention else None
+        self.prefix = Layer(shape, input_norm=prefix_norms) if prefix_attention else None
+        self.prefix_norm = Norm(shape.hidden, shape.eps) if prefix_norms else nn.Identity()
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 ResBlock(shape.hidden, (i + 2) * shape.hidden), *(ResBlock(shape.hidden) for _ in range(num_layers - 1))
             )
             for i in range(num_heads)
         )
-        self.lm_heads = nn.ModuleList(nn.Linear(shape.hidden, shape.vocab, bias=False) for _ in range(num_heads))
+        self.lm_heads = nn.ModuleList(nn.Linear(shape.hidden, shape.vocab, bias=head_bias) for _ in range(num_heads))
 
     def foretellings(self) -> list[Foretelling]:
         """What can be fitted."""
@@ -255,7 +301,7 @@ class HydraHeads(nn.Module):
 
     def read(self, feature: Float[Tensor, "*n d"], attend: Attend) -> Float[Tensor, "*n d"]:
         """Features as the heads are given them."""
-        return feature if self.prefix is None else self.prefix(feature, attend)
+        return feature if self.prefix is None else self.prefix_norm(self.prefix(feature, attend))
 
     def state(self, i: int, feature: Float[Tensor, "*n d"], embeddings: Float[Tensor, "*n k"]) -> Float[Tensor, "*n d"]:
         """What the output layer of head i is applied to; `embeddings` of its i + 1 tokens side by side."""
@@ -308,12 +354,18 @@ class CtcHead(nn.Module):
 
 
 class HeadRow(NamedTuple):
-    """One kind of head: its class, what makes the method out of it, and whether its layer may have other sizes than the
-    target's."""
+    """One kind of head.
+
+    Attributes:
+        options: what makes the method out of the class.
+        own_sizes: whether its layer may have other sizes than the target's.
+        converted: options that released checkpoints have, and training does not offer.
+    """
 
     cls: type[nn.Module]
     options: Mapping[str, Any]
     own_sizes: bool = False
+    converted: Sequence[str] = ()
 
     def make(self, shape: Shape, **options: Any) -> Any:
         """A head with fresh weights.
@@ -325,11 +377,16 @@ class HeadRow(NamedTuple):
 
 
 HEADS: dict[str, HeadRow] = {
-    "eagle": HeadRow(FeatureHead, {}),
-    "fspad": HeadRow(FeatureHead, {"feature_sampling": True, "partial_alignment": True}),
-    "eagle3": HeadRow(Eagle3Head, {}, own_sizes=True),
-    "medusa": HeadRow(MedusaHeads, {}),
-    "hydra": HeadRow(HydraHeads, {}),
+    "eagle": HeadRow(FeatureHead, {}, converted=("qkv_bias",)),
+    "fspad": HeadRow(FeatureHead, {"feature_sampling": True, "partial_alignment": True}, converted=("qkv_bias",)),
+    "eagle3": HeadRow(
+        Eagle3Head,
+        {},
+        own_sizes=True,
+        converted=("own_embedding", "norm_before_fc", "fc_norm", "norm_before_residual", "norm_output", "qkv_bias", "qk_norm"),
+    ),
+    "medusa": HeadRow(MedusaHeads, {}, converted=("draft_vocab_size",)),
+    "hydra": HeadRow(HydraHeads, {}, converted=("prefix_norms", "head_bias")),
     "parallel": HeadRow(CtcHead, {"blank": False}),
     "ctc": HeadRow(CtcHead, {}),
 }

@@ -63,19 +63,21 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections around an attention that is passed in."""
+    """Projections around an attention that is passed in; with biases (Qwen2) or norms of queries and keys (Qwen3)."""
 
-    def __init__(self, shape: Shape, inputs: int):
+    def __init__(self, shape: Shape, inputs: int, *, qkv_bias: bool = False, qk_norm: bool = False):
         super().__init__()
         self.head_dim = shape.head_dim
-        self.q_proj = nn.Linear(inputs, shape.heads * shape.head_dim, bias=False)
-        self.k_proj = nn.Linear(inputs, shape.kv_heads * shape.head_dim, bias=False)
-        self.v_proj = nn.Linear(inputs, shape.kv_heads * shape.head_dim, bias=False)
+        self.q_proj = nn.Linear(inputs, shape.heads * shape.head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(inputs, shape.kv_heads * shape.head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(inputs, shape.kv_heads * shape.head_dim, bias=qkv_bias)
+        self.q_norm = Norm(shape.head_dim, shape.eps) if qk_norm else nn.Identity()
+        self.k_norm = Norm(shape.head_dim, shape.eps) if qk_norm else nn.Identity()
         self.o_proj = nn.Linear(shape.heads * shape.head_dim, shape.hidden, bias=False)
 
     def forward(self, x: Float[Tensor, "*n i"], attend: Attend) -> Float[Tensor, "*n d"]:
         query, key, value = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.o_proj(attend(query, key, value))
+        return self.o_proj(attend(self.q_norm(query), self.k_norm(key), value))
 
 
 class Gated(nn.Module):
@@ -92,39 +94,44 @@ class Gated(nn.Module):
 
 
 class Layer(nn.Module):
-    """A decoder layer without a norm before its attention (EAGLE's convention); with `outputs` 2, its residual is doubled."""
+    """A decoder layer without a norm before its attention (EAGLE's convention) unless `input_norm`; with `outputs` 2, its
+    residual is doubled."""
 
-    def __init__(self, shape: Shape, outputs: int = 1):
+    def __init__(self, shape: Shape, outputs: int = 1, *, input_norm: bool = False, qkv_bias: bool = False):
         super().__init__()
         self.outputs = outputs
-        self.self_attn = Attention(shape, shape.hidden)
+        self.input_layernorm = Norm(shape.hidden, shape.eps) if input_norm else nn.Identity()
+        self.self_attn = Attention(shape, shape.hidden, qkv_bias=qkv_bias)
         self.post_attention_layernorm = Norm(shape.hidden, shape.eps)
         self.mlp = Gated(shape.hidden, shape.intermediate, outputs * shape.hidden)
 
     def forward(self, x: Float[Tensor, "*n d"], attend: Attend) -> Float[Tensor, "*n o"]:
-        x = x + self.self_attn(x, attend)
+        x = x + self.self_attn(self.input_layernorm(x), attend)
         return torch.cat([x] * self.outputs, dim=-1) + self.mlp(self.post_attention_layernorm(x))
 
 
 class WideLayer(nn.Module):
-    """EAGLE-3's layer: attention over [norm of the embedding ; norm of the feature], the residual on the feature.
+    """EAGLE-3's layer: attention over [norm of the embedding ; norm of the feature], the residual on the feature (with
+    `norm_before_residual`, on its norm).
 
     Source: EAGLE-3 (arXiv 2503.01840), section 3.1; the released code.
     """
 
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: Shape, *, norm_before_residual: bool = False, qkv_bias: bool = False, qk_norm: bool = False):
         super().__init__()
+        self.norm_before_residual = norm_before_residual
         self.input_layernorm = Norm(shape.hidden, shape.eps)
         self.hidden_norm = Norm(shape.hidden, shape.eps)
-        self.self_attn = Attention(shape, 2 * shape.hidden)
+        self.self_attn = Attention(shape, 2 * shape.hidden, qkv_bias=qkv_bias, qk_norm=qk_norm)
         self.post_attention_layernorm = Norm(shape.hidden, shape.eps)
         self.mlp = Gated(shape.hidden, shape.intermediate, shape.hidden)
 
     def forward(
         self, embedding: Float[Tensor, "*n d"], feature: Float[Tensor, "*n d"], attend: Attend
     ) -> Float[Tensor, "*n d"]:
-        x = torch.cat([self.input_layernorm(embedding), self.hidden_norm(feature)], dim=-1)
-        x = feature + self.self_attn(x, attend)
+        normed = self.hidden_norm(feature)
+        x = torch.cat([self.input_layernorm(embedding), normed], dim=-1)
+        x = (normed if self.norm_before_residual else feature) + self.self_attn(x, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -159,7 +159,8 @@ def _split_options(method: str, given: Mapping[str, Any], target: Any) -> Option
         ValueError: nobody has an option of that name.
     """
     sizes = SIZES if HEADS[method].own_sizes else ()
-    of_head = list(inspect.signature(HEADS[method].cls.__init__).parameters)[2:]
+    known = list(inspect.signature(HEADS[method].cls.__init__).parameters)[2:]
+    of_head = [name for name in known if name not in HEADS[method].converted]
     recipe = RECIPES[method].options
     for name in given:
         if name not in (*sizes, *of_head, *recipe):

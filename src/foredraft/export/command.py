@@ -1,0 +1,147 @@
+"""``foredraft convert`` and ``foredraft doctor``."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from foredraft.drafters.folder import save_head
+from foredraft.export.layouts import LAYOUTS, OURS, Plan, plan
+from foredraft.export.reading import Finding, Found, lengthened, target_facts
+from foredraft.export.source import Source, open_source
+from foredraft.export.weights import assembled, inspect, shares_embedding
+from foredraft.models.checkpoint import ModelError
+from foredraft.models.loading import fingerprint_of
+
+
+def convert(source: Path, model: str, out: Path, *, layout: str | None = None, force: bool = False) -> Plan:
+    """Writes a released checkpoint as a head of this library: every weight as it is, in its own dtype.
+
+    Args:
+        model: the target, of which only config.json and a few weights are read.
+        layout: a name in `LAYOUTS`; None: what the checkpoint looks like.
+        force: write into a directory that holds something.
+
+    Raises:
+        ModelError: the checkpoint cannot be read, or does not fit the target.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
+        raise ModelError(f"{str(out)!r} is there already: give another --out, or write into it with --force")
+    opened, made = examine(source, model, layout)
+    if made.layout == OURS:
+        raise ModelError(f"{str(source)!r} is a head of this library already: use it as it is")
+    fatal = [one for one in made.findings if one.fatal]
+    if fatal:
+        more = f" ({len(fatal) - 1} more: `foredraft doctor` lists them)" if len(fatal) > 1 else ""
+        raise ModelError(f"cannot convert {str(source)!r}, {LAYOUTS[made.layout].says}: {fatal[0].what}; {fatal[0].do}{more}")
+    made.head.load_state_dict(assembled(opened, made), assign=True)
+    facts, reading = target_facts(model), made.reading
+    about = {
+        "method": reading.method,
+        "options": reading.options,
+        "target": {"name": facts.name, "fingerprint": fingerprint_of(model)},
+    }
+    save_head(out, made.head, lengthened(reading.config, facts), about, _provenance(opened, made), as_given=True)
+    return made
+
+
+def examine(folder: Path, model: str | None, layout: str | None = None) -> tuple[Source, Plan]:
+    """A checkpoint, what it becomes and everything that is wrong with it.
+
+    Raises:
+        ModelError: there is nothing to examine, or it is no draft head.
+    """
+    opened = open_source(folder)
+    facts = None if model is None else target_facts(model)
+    shared = None if model is None else shares_embedding(opened, model)
+    made = plan(Found(opened.config, opened.shapes, facts, shared), layout)
+    made.findings.extend(inspect(opened, made))
+    return opened, made
+
+
+def _provenance(source: Source, made: Plan) -> dict[str, Any]:
+    import transformers
+
+    return {
+        "converted_from": made.layout,
+        "files": source.hashes(),
+        "options": made.reading.options,
+        "zeros": sorted(made.reading.zeros),
+        "findings": [one.what for one in made.findings],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "converted": time.strftime("%Y-%m-%d"),
+    }
+
+
+def convert_command(source: Path, model: str, out: Path, *, layout: str | None = None, force: bool = False) -> int:
+    """``foredraft convert``; returns the exit status."""
+    made = convert(source, model, out, layout=layout, force=force)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    for one in made.findings:
+        console.print(f"note: {one.what}", markup=False)
+    console.print(f"{out}: {LAYOUTS[made.layout].says}, now {_sizes(made)}", markup=False)
+    console.print(f'use it as {{"method": "{made.reading.method}", "model": "{out}"}}', markup=False)
+    return 0
+
+
+def doctor_command(folder: Path, model: str | None = None, *, layout: str | None = None, as_json: bool = False) -> int:
+    """``foredraft doctor``; returns the exit status: 0 where nothing is wrong."""
+    opened, made = examine(folder, model, layout)
+    findings = made.findings + _as_it_stands(opened, made, model)
+    if as_json:
+        print(json.dumps(_as_dict(made, findings)))
+        return 1 if findings else 0
+    out = Console(highlight=False, soft_wrap=True)
+    out.print(f"{folder}: {LAYOUTS[made.layout].says}; {_sizes(made)}", markup=False)
+    for number, one in enumerate(findings, 1):
+        out.print(f"{number}. {one.what}\n   to do: {one.do}", markup=False)
+    beside = f" {model}" if model else "; with --model it is compared with its target too"
+    out.print(f"does not fit: {len(findings)} to do" if findings else f"fits{beside}", markup=False)
+    return 1 if findings else 0
+
+
+def _as_it_stands(source: Source, made: Plan, model: str | None) -> list[Finding]:
+    """What keeps the directory from being used as it is: what converting puts right, and another target's weights."""
+    if made.layout != OURS:
+        pickled = [Finding("the weights are pickled, which `LLM` does not read", "convert it", fatal=False)]
+        return pickled if source.pickled else []
+    belongs = (source.config[OURS].get("target") or {}).get("fingerprint")
+    if source.pickled:
+        return [Finding("the weights are pickled, which `LLM` does not read", "save them as model.safetensors")]
+    if model is None or belongs is None or belongs == fingerprint_of(model):
+        return []
+    name = source.config[OURS]["target"].get("name", "another model")
+    return [Finding(f"it was trained for {name!r}, and this target has other weights", "give that target")]
+
+
+def _sizes(made: Plan) -> str:
+    """Method, options and widths in one line."""
+    config, options = made.reading.config, made.reading.options
+    said = ", ".join(f"{name} {_plain(value)}" for name, value in options.items())
+    count = sum(one.numel() for one in made.head.parameters())
+    return (
+        f"method {made.reading.method}{f' ({said})' if said else ''}, {count:,} parameters, width {config.hidden_size}, "
+        f"{config.vocab_size} tokens"
+    )
+
+
+def _plain(value: Any) -> str:
+    return "-".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
+
+
+def _as_dict(made: Plan, findings: Sequence[Finding]) -> dict[str, Any]:
+    return {
+        "fits": not findings,
+        "layout": made.layout,
+        "method": made.reading.method,
+        "options": made.reading.options,
+        "parameters": sum(one.numel() for one in made.head.parameters()),
+        "findings": [{"what": one.what, "do": one.do, "convertible": not one.fatal} for one in findings],
+    }

@@ -1,0 +1,223 @@
+"""Layouts of recurrent heads: EAGLE, FSPAD, and EAGLE-3 in both of its forms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from foredraft.export.reading import Finding, Found, Reading, TargetFacts, about_layer, read_layer
+
+_EMBEDDING = "embed_tokens.weight"
+_IDS = "eagle_aux_hidden_state_layer_ids"
+
+
+def is_fspad(found: Found) -> bool:
+    """EAGLE's names, and FSPAD's entry or its doubled output."""
+    return _has_feature_layer(found) and any(_fspad_parts(found).values())
+
+
+def is_eagle(found: Found) -> bool:
+    """One linear entry and one layer without norms of EAGLE-3."""
+    return _has_feature_layer(found) and not is_fspad(found)
+
+
+def is_eagle3(found: Found) -> bool:
+    """EAGLE-3's layer has a norm for the feature."""
+    return _speculators(found) is None and any(name.endswith(".hidden_norm.weight") for name in found.shapes)
+
+
+def is_eagle3_speculators(found: Found) -> bool:
+    """The speculators format names the kind of head."""
+    return _speculators(found) == "eagle3"
+
+
+def _speculators(found: Found) -> Any:
+    return found.config.get("speculators_model_type")
+
+
+def _has_feature_layer(found: Found) -> bool:
+    names = found.shapes
+    entry = "fc.weight" in names or "fc.fc.weight" in names
+    return entry and "layers.0.self_attn.q_proj.weight" in names and "layers.0.hidden_norm.weight" not in names
+
+
+def _fspad_parts(found: Found) -> dict[str, bool]:
+    """Which of FSPAD's parts it has; the shapes tell, for the names are EAGLE's."""
+    inputs = found.shapes["layers.0.self_attn.q_proj.weight"][-1]
+    down = found.shapes.get("layers.0.mlp.down_proj.weight", (0,))
+    return {"feature_sampling": "fc.fc.weight" in found.shapes, "partial_alignment": down[0] == 2 * inputs}
+
+
+def read_feature_head(found: Found) -> Reading:
+    """EAGLE and FSPAD: their names are ours. An entry without bias has one of zeros.
+
+    Source: the released code of EAGLE (arXiv 2401.15077) and FSPAD (arXiv 2408.15562).
+    """
+    given = _unwrapped(found.config)
+    parts = _fspad_parts(found) if _has_feature_layer(found) else {"feature_sampling": False, "partial_alignment": False}
+    options: dict[str, Any] = dict(parts) if any(parts.values()) else {}
+    reading = Reading("fspad" if options else "eagle", options, read_layer(given), theirs=lambda name: name)
+    if "layers.0.self_attn.q_proj.bias" in found.shapes:
+        options["qkv_bias"] = True
+    reading.unused = {_EMBEDDING}
+    reading.findings = about_layer(given)
+    if found.shares_embedding is False:
+        reading.findings.append(
+            Finding(
+                "embed_tokens is not the target's embedding, which EAGLE and FSPAD share with it",
+                "give the target that it was trained for",
+            )
+        )
+    bias = "fc.fc.bias" if parts["feature_sampling"] else "fc.bias"
+    if bias not in found.shapes:
+        reading.zeros = {bias}
+    if (bias in found.shapes) != given.get("bias", True):
+        has, says = ("a", "false") if bias in found.shapes else ("no", str(given.get("bias", "nothing")).lower())
+        reading.findings.append(
+            Finding(
+                f"the weights have {has} bias {bias!r}, and config.json says {says} of it (left out, it means true)",
+                f'write "bias": {"true" if bias in found.shapes else "false"} into config.json',
+                fatal=bias in found.shapes,
+            )
+        )
+    return reading
+
+
+def _unwrapped(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The layer's configuration in vLLM's wrapper ``{"model_type": "eagle", "model": {...}}``."""
+    inner = config.get("model")
+    return inner if config.get("model_type") == "eagle" and isinstance(inner, dict) else config
+
+
+def read_eagle3(found: Found) -> Reading:
+    """EAGLE-3 as released, and as SpecForge and ModelOpt write it.
+
+    Source: the released code of EAGLE-3 (arXiv 2503.01840).
+    """
+    reading = _eagle3(found, found.config)
+    if found.config.get("norm_output") is not None:
+        reading.findings += _norm_output(found.config)
+    return reading
+
+
+def _norm_output(config: Mapping[str, Any]) -> list[Finding]:
+    """SpecForge means by `norm_output` the norm before the output layer, which EAGLE-3 has; others mean the carried feature."""
+    if "LlamaForCausalLMEagle3" in (config.get("architectures") or ()) and config["norm_output"]:
+        return []
+    said = "leaves out the norm before the output layer" if not config["norm_output"] else "can mean two things"
+    return [
+        Finding(
+            f"norm_output is {config['norm_output']!r} outside the speculators format, which {said}",
+            "take it out of config.json if the feature is carried on as it is and normed before the output layer",
+        )
+    ]
+
+
+def read_eagle3_speculators(found: Found) -> Reading:
+    """EAGLE-3 in the speculators format, as vLLM reads it.
+
+    Source: the speculators format, version 0.9.
+    """
+    config, given = found.config, found.config.get("transformer_layer_config")
+    reading = _eagle3(found, given if isinstance(given, dict) else {})
+    for key in ("norm_before_fc", "fc_norm", "norm_output"):
+        if config.get(key):
+            reading.options[key] = True
+    if config.get("norm_before_fc") and config.get("fc_norm"):
+        reading.findings.append(Finding("norm_before_fc and fc_norm exclude each other", "leave the one that is meant"))
+    if config.get("norm_before_residual") is None:
+        reading.findings.append(
+            Finding(
+                "config.json does not say norm_before_residual: speculators takes that for false, vLLM for true",
+                "write it into config.json as it was trained",
+            )
+        )
+    return reading
+
+
+def _eagle3(found: Found, given: Mapping[str, Any]) -> Reading:
+    """What both forms have in common; `given` describes the layer."""
+    config, shapes = found.config, found.shapes
+    width = config.get("target_hidden_size") or given.get("hidden_size")
+    layer = read_layer(given, **({"target_hidden_size": width} if width != given.get("hidden_size") else {}))
+    at = "midlayer" if any(name.startswith("midlayer.") for name in shapes) else "layers.0"
+    attention = f"{at}.self_attn"
+    count = shapes.get("fc.weight", (0, 3 * width))[-1] // width
+    ids, findings = _layer_ids(config, count, found.target)
+    options: dict[str, Any] = {"feature_layers": ids}
+    draft = config.get("draft_vocab_size") or layer.vocab_size
+    if draft != layer.vocab_size:
+        options["draft_vocab_size"] = draft
+    has = {
+        "own_embedding": _EMBEDDING in shapes and (found.shares_embedding is False or width != layer.hidden_size),
+        "norm_before_residual": bool(config.get("norm_before_residual")),
+        "qkv_bias": f"{attention}.q_proj.bias" in shapes,
+        "qk_norm": f"{attention}.q_norm.weight" in shapes or given.get("model_type") == "qwen3",
+    }
+    reading = Reading(
+        "eagle3",
+        options | {name: True for name, there in has.items() if there},
+        layer,
+        theirs=lambda name: name.replace("midlayer.", f"{at}."),
+        zeros={"d2t"} if draft == layer.vocab_size and "d2t" not in shapes else set(),
+        unused={"t2d"} if has["own_embedding"] else {"t2d", _EMBEDDING},
+        findings=about_layer(given) + findings,
+    )
+    if width != layer.hidden_size and _EMBEDDING not in shapes:
+        reading.findings.append(
+            Finding(
+                f"it is of width {layer.hidden_size} for a target of width {width} and has no embedding of its own",
+                "copy the weights again: embed_tokens.weight is missing",
+            )
+        )
+    return reading
+
+
+def _layer_ids(config: Mapping[str, Any], count: int, target: TargetFacts | None) -> tuple[list[int], list[Finding]]:
+    """The target's layers whose states are fused: i is the state after i layers (HF's ``hidden_states[i]``).
+
+    Engines count differently: ids at the top are read so by vLLM; those within ``eagle_config`` by SGLang, which adds 1.
+    """
+    inner = config.get("eagle_config") or {}
+    given, within, found = config.get(_IDS), inner.get(_IDS), []
+    if given is None and within is not None:
+        given = [one + 1 for one in within]
+        found.append(
+            Finding(
+                f"the layers stand in eagle_config only, as {within}: SGLang reads that as the states after {given} layers, "
+                "vLLM does not read it",
+                f'write "{_IDS}": {given} into config.json, outside eagle_config',
+                fatal=False,
+            )
+        )
+    elif given is not None and within is not None and list(within) != [one - 1 for one in given]:
+        found.append(
+            Finding(
+                f"{_IDS} is {list(given)}, and {list(within)} within eagle_config, where 1 is added to it: they name "
+                "different layers",
+                f"take it out of eagle_config, or write {[one - 1 for one in given]} there",
+                fatal=False,
+            )
+        )
+    given = given if given is not None else inner.get("layer_ids")
+    if target is None:
+        return list(given or [0] * count), found
+    size = target.num_layers
+    usual = [2, size // 2, size - 3]
+    ids = list(usual if given is None else given)
+    if len(ids) != count or not all(0 <= one <= size for one in ids):
+        found.append(
+            Finding(
+                f"the layers are {ids}, and there must be {count} (as many as fc fuses) from 0 to {size}, the target's layers",
+                f"correct {_IDS} in config.json, or give the target that it was trained for",
+            )
+        )
+    elif ids == [one - 1 for one in usual]:
+        found.append(
+            Finding(
+                f"the layers are {ids}, each one less than usual ({usual}): ids may count from another layer",
+                f"check with who trained it whether the states after {usual} layers are meant",
+                fatal=False,
+            )
+        )
+    return (ids + [0] * count)[:count], found

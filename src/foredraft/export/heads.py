@@ -1,0 +1,227 @@
+"""Layouts of heads beside the target's last feature, Medusa and Hydra, and that of this library."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from math import gcd
+from typing import Any
+
+from transformers import LlamaConfig
+
+from foredraft.drafters.heads import HEADS
+from foredraft.errors import unknown_name
+from foredraft.export.reading import Finding, Found, Reading
+from foredraft.models.checkpoint import ModelError
+
+_HEADS_KEYS, _LAYERS_KEYS = ("num_heads", "medusa_num_heads"), ("num_hidden_layers", "medusa_num_layers")
+_PREFIX = "prefix_embeding_layer"
+
+
+def is_ours(found: Found) -> bool:
+    """config.json says so."""
+    return isinstance(found.config.get("foredraft"), dict)
+
+
+def read_ours(found: Found) -> Reading:
+    """A head of this library, as `foredraft.drafters.folder` writes it."""
+    content = dict(found.config)
+    about = content.pop("foredraft")
+    if about.get("method") not in HEADS:
+        raise ModelError(str(unknown_name("method in config.json", about.get("method"), list(HEADS))))
+    return Reading(about["method"], dict(about.get("options") or {}), LlamaConfig(**content), theirs=lambda name: name)
+
+
+def is_medusa(found: Found) -> bool:
+    """Numbers of heads and of layers."""
+    return bool(_numbers(found.shapes, r"(\d+)\.\d+\.linear\.weight"))
+
+
+def read_medusa(found: Found) -> Reading:
+    """Medusa as released: a list of heads, each a list of one or more blocks and an output layer. Where blocks are one block
+    that is shared, it may stand there once.
+
+    Source: the released code of Medusa (arXiv 2401.10774).
+    """
+    num_heads = 1 + max(_numbers(found.shapes, r"(\d+)\.\d+\.linear\.weight"), default=-1)
+    num_layers = max(_numbers(found.shapes, r"0\.(\d+)\.weight"), default=0)
+
+    def theirs(name: str) -> str:
+        head, layer, kind = _parts(name)
+        if layer is None:
+            return f"{head}.{num_layers}.{kind}"
+        return _first_in(found.shapes, f"{head}.{layer}.linear.{kind}", f"{head}.0.linear.{kind}")
+
+    return _medusa(found, theirs, num_heads, num_layers)
+
+
+def is_medusa_vllm(found: Found) -> bool:
+    """Blocks and their layers by name."""
+    return bool(_numbers(found.shapes, r"(?:medusa_heads\.)?blocks\.(\d+)\.layers\.\d+\.weight"))
+
+
+def read_medusa_vllm(found: Found) -> Reading:
+    """Medusa as vLLM names it: one output layer may serve all heads, over some of the tokens.
+
+    Source: vLLM's ``medusa.py``.
+    """
+    prefix = "medusa_heads." if any(name.startswith("medusa_heads.") for name in found.shapes) else ""
+    blocks = rf"{re.escape(prefix)}blocks\.(\d+)\.layers\.(\d+)\.weight"
+    num_heads = 1 + max(_numbers(found.shapes, blocks), default=-1)
+    num_layers = 1 + max(_numbers(found.shapes, blocks, group=2), default=-1)
+    one_for_all = f"{prefix}lm_head.weight", f"{prefix}lm_heads.0.weight"
+
+    def theirs(name: str) -> str:
+        if name == "token_map":
+            return prefix + name
+        head, layer, kind = _parts(name)
+        if layer is not None:
+            return f"{prefix}blocks.{head}.layers.{layer}.{kind}"
+        own = f"{prefix}lm_heads.{head}.{kind}"
+        return _first_in(found.shapes, own, *one_for_all) if found.config.get("original_lm_head") else own
+
+    reading = _medusa(found, theirs, num_heads, num_layers)
+    vocab = reading.config.vocab_size
+    if (found.config.get("truncated_vocab_size") or vocab) < vocab:
+        reading.options["draft_vocab_size"] = found.config["truncated_vocab_size"]
+    else:
+        reading.unused.add(f"{prefix}token_map")
+    if found.config.get("logit_scale", 1.0) != 1.0:
+        reading.findings.append(
+            Finding(f"logit_scale is {found.config['logit_scale']}, supported is 1", "choose another head for this target")
+        )
+    return reading
+
+
+def _medusa(found: Found, theirs: Any, num_heads: int, num_layers: int) -> Reading:
+    """What both forms have in common: blocks without biases have biases of zero."""
+    options = {"num_heads": num_heads, "num_layers": num_layers}
+    reading = Reading("medusa", options, _widths(found, theirs("lm_heads.0.weight")), theirs)
+    biases = [f"blocks.{i}.{j}.linear.bias" for i in range(num_heads) for j in range(num_layers)]
+    has_biases = any(theirs(name) in found.shapes for name in biases)
+    said = found.config.get("medusa_fc_bias")
+    if not has_biases and not said:
+        reading.zeros = set(biases)
+    meant_for_vllm = "medusa" in (found.config.get("model_type"), *(str(one)[:6].lower() for one in _architectures(found)))
+    if has_biases and meant_for_vllm and not said:
+        reading.findings.append(
+            Finding(
+                "the blocks have biases, and config.json does not say medusa_fc_bias, without which vLLM drops them",
+                'write "medusa_fc_bias": true into config.json',
+                fatal=False,
+            )
+        )
+    reading.findings += _counts(found.config, _HEADS_KEYS, num_heads, "heads")
+    reading.findings += _counts(found.config, _LAYERS_KEYS, num_layers, "layers in a head")
+    stray = [
+        key
+        for key in found.config
+        if "num" in key and ("heads" in key or "layers" in key) and key not in (*_HEADS_KEYS, *_LAYERS_KEYS)
+    ]
+    if stray and meant_for_vllm:
+        reading.findings.append(
+            Finding(
+                f"config.json has {', '.join(stray)}, which vLLM takes for the number of Medusa's heads or layers",
+                "take it out",
+                fatal=False,
+            )
+        )
+    return reading
+
+
+def _architectures(found: Found) -> list[Any]:
+    return list(found.config.get("architectures") or ())
+
+
+def is_hydra(found: Found) -> bool:
+    """The released names."""
+    return any(name.startswith("hydra_mlp.") for name in found.shapes)
+
+
+def read_hydra(found: Found) -> Reading:
+    """Hydra, and Hydra++ with its layer over the prefix. In the latter a dropout stands before every block, so that blocks
+    have odd numbers; those behind the first are one block, which may stand there once.
+
+    Source: the released code of Hydra (arXiv 2402.05109).
+    """
+    shapes, config = found.shapes, found.config
+    has_dropout = "hydra_mlp.0.1.res_connection.weight" in shapes
+    step, first = (2, 1) if has_dropout else (1, 0)
+    places = _numbers(shapes, r"hydra_mlp\.0\.(\d+)\.linear\.weight")
+    num_layers = config.get("hydra_num_layers") or 1 + (max(places, default=first) - first) // step
+    num_heads = 1 + max(_numbers(shapes, r"hydra_mlp\.(\d+)\."), default=-1)
+    has_prefix = any(name.startswith(_PREFIX) for name in shapes)
+    has_norms = any(f"{_PREFIX}.{name}.weight" in shapes for name in ("norm", "layers.0.input_layernorm"))
+    output = "hydra_lm_head.{}.1." if has_dropout else "hydra_lm_head.{}."
+
+    def theirs(name: str) -> str:
+        if name.startswith("prefix_norm."):
+            return f"{_PREFIX}.{name.removeprefix('prefix_')}"
+        if name.startswith("prefix."):
+            return f"{_PREFIX}.layers.0.{name.removeprefix('prefix.')}"
+        head, layer, kind = _parts(name)
+        if layer is None:
+            return output.format(head) + kind
+        part = name.split(".")[3]
+        shared = [f"hydra_mlp.{head}.{first + step}.{part}.{kind}"] if layer > 1 else []
+        return _first_in(shapes, f"hydra_mlp.{head}.{first + step * layer}.{part}.{kind}", *shared)
+
+    options: dict[str, Any] = {"num_heads": num_heads, "num_layers": num_layers, "prefix_attention": has_prefix}
+    options |= {"prefix_norms": True} if has_norms else {}
+    options |= {"head_bias": True} if output.format(0) + "bias" in shapes else {}
+    reading = Reading("hydra", options, _widths(found, output.format(0) + "weight", f"{_PREFIX}.layers.0."), theirs)
+    reading.unused = {f"{_PREFIX}.embed_tokens.weight"}
+    reading.findings = _counts(config, ("hydra_num_heads",), num_heads, "heads")
+    for key, allowed in (
+        ("grounded_heads", (True,)),
+        ("hidden_state_offset", (0,)),
+        ("hydra_head_arch", ("prefix-mlp",) if has_prefix else ("mlp",)),
+    ):
+        if config.get(key) is not None and config[key] not in allowed:
+            reading.findings.append(
+                Finding(f"{key} is {config[key]!r}, supported with these weights is {allowed[0]!r}", "choose another head")
+            )
+    return reading
+
+
+def _parts(name: str) -> tuple[int, int | None, str]:
+    """Number of the head, number of its block (None: its output layer), and weight or bias, of one of our names."""
+    parts = name.split(".")
+    return int(parts[1]), int(parts[2]) if parts[0] == "blocks" else None, parts[-1]
+
+
+def _numbers(names: Iterable[str], pattern: str, group: int = 1) -> set[int]:
+    """The numbers that stand in names of a form."""
+    matches = (re.match(pattern, name) for name in names)
+    return {int(match[group]) for match in matches if match}
+
+
+def _first_in(names: Mapping[str, Any], *wanted: str) -> str:
+    """The first that there is; the very first if there is none."""
+    return next((one for one in wanted if one in names), wanted[0])
+
+
+def _counts(config: Mapping[str, Any], keys: Iterable[str], count: int, what: str) -> list[Finding]:
+    """Keys of config.json that count differently from the weights."""
+    return [
+        Finding(f"config.json says {key} {config[key]}, and the weights have {count} {what}", "correct config.json")
+        for key in keys
+        if config.get(key) is not None and config[key] != count
+    ]
+
+
+def _widths(found: Found, output: str, layer: str = "") -> LlamaConfig:
+    """The layer of a target; without one, widths that the shapes allow."""
+    if found.target is not None:
+        return LlamaConfig(**found.target.config.to_diff_dict())
+    vocab, hidden = found.shapes.get(output, (found.config.get("vocab_size") or 1, found.config.get("hidden_size") or 1))
+    query, key = (found.shapes.get(f"{layer}self_attn.{one}_proj.weight", (hidden, hidden))[0] for one in "qk")
+    size = gcd(query, key)
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=found.shapes.get(f"{layer}mlp.gate_proj.weight", (4 * hidden,))[0],
+        num_attention_heads=query // size,
+        num_key_value_heads=key // size,
+        head_dim=size,
+        vocab_size=found.config.get("vocab_size") or vocab,
+    )

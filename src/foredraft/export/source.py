@@ -1,0 +1,152 @@
+"""A directory of released weights, opened without running anything of it. Pickles are read here alone, and as tensors alone."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from foredraft.models.checkpoint import ModelError, StoredTensor, one_line, read_json
+
+_PICKLES = (".bin", ".pt", ".pth")
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "trainer_state")
+"""Beginnings of the names of pickles that trainers leave beside the weights."""
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.bool: "BOOL",
+}
+
+
+class PickledTensor(NamedTuple):
+    """A tensor of a pickle, with the face of a `StoredTensor`."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype_name(self) -> str:
+        """As safetensors calls it."""
+        return _NAMES.get(self.tensor.dtype, str(self.tensor.dtype))
+
+    def read(self) -> Tensor:
+        return self.tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """A directory of weights.
+
+    Attributes:
+        config: the content of config.json; empty if there is none.
+        files: that hold the tensors.
+        pickled: they are pickles.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor | PickledTensor]
+    files: Sequence[Path]
+    pickled: bool
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors, by name."""
+        return {name: tuple(one.shape) for name, one in self.tensors.items()}
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each file."""
+        found = {}
+        for file in self.files:
+            with file.open("rb") as opened:
+                found[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+        return found
+
+
+def open_source(folder: Path) -> Source:
+    """The weights in a directory: safetensors where there are any, else pickles, of which only tensors are taken.
+
+    Raises:
+        ModelError: there is no such directory, it holds no weights, or a file cannot be read without running code.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"no directory {str(folder)!r}: check the path, or download the checkpoint first with `hf download`")
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    files = _listed(folder, "model.safetensors.index.json") or _one_of(folder, (".safetensors",), "model.safetensors")
+    if files:
+        return Source(folder, config, _open_safetensors(files), files, pickled=False)
+    files = _listed(folder, "pytorch_model.bin.index.json") or _one_of(folder, _PICKLES, "pytorch_model.bin")
+    if not files:
+        raise ModelError(f"{str(folder)!r} holds no weights: give the directory of a draft head (.safetensors, .bin or .pt)")
+    tensors: dict[str, StoredTensor | PickledTensor] = {}
+    for file in files:
+        tensors |= {name: PickledTensor(one) for name, one in _unpickle(file).items()}
+    return Source(folder, config, tensors, files, pickled=True)
+
+
+def _listed(folder: Path, index: str) -> list[Path]:
+    """The shards that an index names."""
+    if not (folder / index).is_file():
+        return []
+    shards = read_json(folder / index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ModelError(f"{index} in {str(folder)!r} has no weight_map: copy it again")
+    files = [folder / name for name in sorted(set(shards.values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ModelError(f"{str(folder)!r} lacks {', '.join(missing)}, named in {index}: copy the missing files")
+    return files
+
+
+def _one_of(folder: Path, endings: Sequence[str], usual: str) -> list[Path]:
+    """The file of weights: of the usual name, or the only one."""
+    if (folder / usual).is_file():
+        return [folder / usual]
+    files = sorted(one for one in folder.iterdir() if one.suffix in endings and not one.name.startswith(_NO_WEIGHTS))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ModelError(f"{str(folder)!r} holds several files of weights ({names}): leave one of them in the directory")
+    return files
+
+
+def _open_safetensors(files: Sequence[Path]) -> dict[str, StoredTensor | PickledTensor]:
+    tensors: dict[str, StoredTensor | PickledTensor] = {}
+    for file in files:
+        try:
+            handle = safe_open(file, framework="pt")
+            tensors.update({name: StoredTensor(handle, name) for name in handle.keys()})  # noqa: SIM118 (not a mapping)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file.name} is corrupt or cut off ({one_line(error)}): copy it again") from None
+    return tensors
+
+
+def _unpickle(file: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle; what would run code is refused, as torch does with ``weights_only``."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError:
+        raise ModelError(
+            f"{file.name} holds more than tensors, and reading that would run code, which is never done: "
+            "get the checkpoint as safetensors from somebody you trust"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{file.name} is corrupt or cut off ({one_line(error)}): copy it again") from None
+    if not isinstance(content, dict) or not all(isinstance(one, Tensor) for one in content.values()):
+        raise ModelError(f"{file.name} is no table of tensors by name: give the file that `torch.save(state_dict)` wrote")
+    return {str(name): one for name, one in content.items()}

@@ -1,0 +1,119 @@
+"""What only the data of a checkpoint tells: numbers that are none, tables of tokens, whose embedding it has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foredraft.export.layouts import Plan
+from foredraft.export.reading import Finding
+from foredraft.export.source import Source
+from foredraft.models.checkpoint import ModelError, open_weights, resolve
+
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+"""Endings of the name of a target's embedding."""
+
+_FLOATS, _TABLES = ("F32", "F16", "BF16"), ("I64", "I32")
+_AGAIN = "copy the weights again from where they come from"
+
+
+def shares_embedding(source: Source, target: Any) -> bool | None:
+    """Whether the checkpoint's `embed_tokens` are the target's, but for the rounding of one 16-bit format to the other. None:
+    it has none, or the target's is not found.
+
+    Raises:
+        ModelError: there is no such target.
+    """
+    mine = source.tensors.get("embed_tokens.weight")
+    if mine is None:
+        return None
+    weights = open_weights(resolve(target, None))
+    name = next((one for one in weights if one.endswith(_EMBEDDINGS)), "lm_head.weight")
+    if name not in weights:
+        return None
+    its = weights[name]
+    if tuple(mine.shape) != tuple(its.shape):
+        return False
+    return torch.allclose(mine.read().float(), its.read().float(), rtol=2**-7, atol=2**-24)
+
+
+def inspect(source: Source, plan: Plan) -> list[Finding]:
+    """What is wrong with the data of the tensors that a head uses."""
+    findings, wanted = [], plan.head.state_dict()
+    for name, theirs in plan.sources.items():
+        if theirs not in source.tensors or theirs is None:
+            continue
+        stored = source.tensors[theirs]
+        allowed = _FLOATS if wanted[name].is_floating_point() else _TABLES
+        if stored.dtype_name not in allowed:
+            findings.append(
+                Finding(
+                    f"{theirs} is stored as {stored.dtype_name}, allowed are {', '.join(allowed)}", "save it as one of these"
+                )
+            )
+        elif stored.dtype_name in _FLOATS and not bool(torch.isfinite(stored.read()).all()):
+            findings.append(Finding(f"{theirs} has entries that are infinite or no numbers", _AGAIN))
+    return findings + _tables(source, plan)
+
+
+def _tables(source: Source, plan: Plan) -> list[Finding]:
+    """Of EAGLE-3's d2t and Medusa's token_map."""
+    vocab = plan.reading.config.vocab_size
+    for name, is_offset in (("d2t", True), ("token_map", False)):
+        theirs = plan.sources.get(name)
+        if theirs is None or theirs not in source.tensors or source.tensors[theirs].dtype_name not in _TABLES:
+            continue
+        table = source.tensors[theirs].read().long()
+        wrong = _wrong_tokens(table + torch.arange(len(table)) if is_offset else table, vocab)
+        if wrong and is_offset and not _wrong_tokens(table, vocab):
+            return [
+                Finding(
+                    f"{theirs} looks like token ids ({wrong} if they were offsets); it must hold token id - draft id",
+                    f"subtract 0, 1, 2, ... from {theirs}",
+                )
+            ]
+        if wrong:
+            return [Finding(f"{theirs} is no table of tokens: {wrong}", _AGAIN)]
+        return _mask(source.tensors, table + torch.arange(len(table)), vocab) if is_offset else []
+    return []
+
+
+def _wrong_tokens(token_ids: Tensor, vocab: int) -> str:
+    """Why these are no tokens, each once; empty if they are."""
+    outside = int(((token_ids < 0) | (token_ids >= vocab)).sum())
+    if outside:
+        return f"{outside} of {len(token_ids)} lie outside the vocabulary of {vocab}"
+    twice = len(token_ids) - len(token_ids.unique())
+    return f"{twice} of {len(token_ids)} name a token that another names" if twice else ""
+
+
+def _mask(tensors: Mapping[str, Any], token_ids: Tensor, vocab: int) -> list[Finding]:
+    """t2d says of every token whether it can be drafted; d2t is what counts."""
+    if "t2d" not in tensors:
+        return []
+    wanted = torch.zeros(vocab, dtype=torch.bool)
+    wanted[token_ids] = True
+    given = tensors["t2d"].read().bool()
+    if given.shape == wanted.shape and torch.equal(given, wanted):
+        return []
+    return [Finding("t2d and d2t name different tokens; only d2t is used", "make t2d anew from d2t", fatal=False)]
+
+
+def assembled(source: Source, plan: Plan) -> dict[str, Tensor]:
+    """The tensors of the head, none of which shares its memory with another.
+
+    Raises:
+        ModelError: one is missing.
+    """
+    tensors, wanted = {}, plan.head.state_dict()
+    for name, theirs in plan.sources.items():
+        if theirs is None:
+            tensors[name] = torch.zeros(wanted[name].shape, dtype=wanted[name].dtype)
+        elif theirs not in source.tensors:
+            raise ModelError(f"the checkpoint lacks {theirs!r}: copy it again")
+        else:
+            tensors[name] = source.tensors[theirs].read().clone(memory_format=torch.contiguous_format)
+    return {name: one if one.is_floating_point() else one.long() for name, one in tensors.items()}

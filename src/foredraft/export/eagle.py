@@ -138,8 +138,9 @@ def read_eagle3_speculators(found: Found) -> Reading:
 def _eagle3(found: Found, given: Mapping[str, Any]) -> Reading:
     """What both forms have in common; `given` describes the layer."""
     config, shapes = found.config, found.shapes
-    width = config.get("target_hidden_size") or given.get("hidden_size")
-    layer = read_layer(given, **({"target_hidden_size": width} if width != given.get("hidden_size") else {}))
+    named = config.get("target_hidden_size")
+    layer = read_layer(given, **({} if named in (None, given.get("hidden_size")) else {"target_hidden_size": named}))
+    width = named or layer.hidden_size
     at = "midlayer" if any(name.startswith("midlayer.") for name in shapes) else "layers.0"
     attention = f"{at}.self_attn"
     count = shapes.get("fc.weight", (0, 3 * width))[-1] // width
@@ -148,8 +149,9 @@ def _eagle3(found: Found, given: Mapping[str, Any]) -> Reading:
     draft = config.get("draft_vocab_size") or layer.vocab_size
     if draft != layer.vocab_size:
         options["draft_vocab_size"] = draft
+    unlike = found.target is not None and not found.shares_embedding
     has = {
-        "own_embedding": _EMBEDDING in shapes and (found.shares_embedding is False or width != layer.hidden_size),
+        "own_embedding": _EMBEDDING in shapes and (unlike or width != layer.hidden_size),
         "norm_before_residual": bool(config.get("norm_before_residual")),
         "qkv_bias": f"{attention}.q_proj.bias" in shapes,
         "qk_norm": f"{attention}.q_norm.weight" in shapes or given.get("model_type") == "qwen3",

@@ -26,10 +26,19 @@ def is_ours(found: Found) -> bool:
 def read_ours(found: Found) -> Reading:
     """A head of this library, as `foredraft.drafters.folder` writes it."""
     content = dict(found.config)
-    about = content.pop("foredraft")
+    about = content.pop("foredraft", {})
     if about.get("method") not in HEADS:
         raise ModelError(str(unknown_name("method in config.json", about.get("method"), list(HEADS))))
-    return Reading(about["method"], dict(about.get("options") or {}), LlamaConfig(**content), theirs=lambda name: name)
+    reading = Reading(about["method"], dict(about.get("options") or {}), LlamaConfig(**content), theirs=lambda name: name)
+    layers = reading.options.get("feature_layers", ())
+    if found.target is not None and not all(-1 <= one <= found.target.num_layers for one in layers):
+        reading.findings.append(
+            Finding(
+                f"feature_layers are {list(layers)}, and the target has {found.target.num_layers} layers",
+                "give the target that it was trained for",
+            )
+        )
+    return reading
 
 
 def is_medusa(found: Found) -> bool:
@@ -111,6 +120,14 @@ def _medusa(found: Found, theirs: Any, num_heads: int, num_layers: int) -> Readi
                 fatal=False,
             )
         )
+    for key in ("hidden_size", "vocab_size"):
+        if found.config.get(key, getattr(reading.config, key)) != getattr(reading.config, key):
+            reading.findings.append(
+                Finding(
+                    f"config.json says {key} {found.config[key]}, the target's is {getattr(reading.config, key)}",
+                    "give the target that it was trained for",
+                )
+            )
     reading.findings += _counts(found.config, _HEADS_KEYS, num_heads, "heads")
     reading.findings += _counts(found.config, _LAYERS_KEYS, num_layers, "layers in a head")
     stray = [

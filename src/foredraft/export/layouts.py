@@ -104,7 +104,9 @@ def plan(found: Found, layout: str | None = None) -> Plan:
         with torch.device("meta"):
             head: Any = HEADS[reading.method].make(Shape.of(reading.config), **reading.options)
     except (TypeError, RuntimeError) as error:
-        raise ModelError(f"method {reading.method!r} cannot have options {reading.options} ({error}): copy config.json again")
+        raise ModelError(
+            f"method {reading.method!r} cannot have options {reading.options} ({error}): copy config.json again"
+        ) from None
     sources = {name: None if name in reading.zeros else reading.theirs(name) for name in head.state_dict()}
     findings = compare(found, reading, head, sources) + reading.findings
     if found.target is not None:

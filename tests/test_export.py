@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,17 @@ from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
 from foredraft.drafters import DRAFTERS, Setting
 from foredraft.drafters.folder import layer_config, read_head
+from foredraft.drafters.heads import HEADS
 from foredraft.draws import Draws
 from foredraft.export.command import convert, doctor_command, examine
 from foredraft.export.layouts import LAYOUTS, plan
 from foredraft.export.reading import Found, TargetFacts
-from foredraft.models.checkpoint import ModelError
+from foredraft.models.checkpoint import ModelError, open_weights
 from foredraft.models.loading import fingerprint_of, load_target
 from foredraft.protocols import Budget
 from foredraft.sampling import SamplingParams as Sampling
+from foredraft.train.command import TrainChoice
+from foredraft.train.command import run as train_run
 from foredraft.tree import TreeBatch
 from released import TINY, VICUNA, Released, eagle, eagle3, filled, fspad, hydra, medusa, medusa_vllm, speculators, write
 
@@ -320,7 +324,7 @@ def test_generation_stays_greedy(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_the_doctor_finds_nothing_wrong(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = converted(case, tmp_path)
-    layout, released = CASES[case]
+    layout, _ = CASES[case]
     _, made = examine(tmp_path / "source", str(STORIES))
     trap = ["eagle_config"] if case == "eagle3 in eagle_config" else []
     assert made.layout == layout
@@ -330,13 +334,10 @@ def test_the_doctor_finds_nothing_wrong(case: str, tmp_path: Path, capsys: pytes
     assert doctor_command(out, str(STORIES)) == 0
     assert "fits" in capsys.readouterr().out
     assert json.loads((out / "provenance.json").read_text())["converted_from"] == layout
-    del released
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weights_keep_their_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
-    from foredraft.models.checkpoint import open_weights
-
     out, given = converted("eagle", tmp_path, dtype=dtype), weights_of("eagle")
     for name, one in open_weights(out).items():
         assert torch.equal(one.read(), given[name].to(dtype))
@@ -426,7 +427,7 @@ def planted(name: str, value: float) -> Any:
 
 
 FAULTS = {  # fixture, fault, what is said, whether it can still be converted
-    "missing": ("eagle", without("fc.weight"), None, False),
+    "missing": ("eagle", without("fc.weight"), r"missing: fc\.weight", False),
     "missing part": ("eagle", without("layers.0.mlp.up_proj.weight"), r"missing: layers\.0\.mlp\.up_proj\.weight", False),
     "too many": ("eagle", lambda c, w: w.update({"x.weight": torch.ones(3)}), r"too many: x\.weight", False),
     "input norm": ("eagle", lambda c, w: w.update({"layers.0.input_layernorm.weight": torch.ones(128)}), "too many", False),
@@ -491,10 +492,6 @@ def test_the_doctor_names_a_planted_fault(fault: str, tmp_path: Path, capsys: py
     config, w = json.loads(json.dumps(CASES[case][1].config)), weights_of(case)
     plant(config, w)
     source = write(tmp_path / "source", config, w)
-    if words is None:
-        with pytest.raises(ModelError, match="no draft head in a form known here"):
-            examine(source, str(STORIES))
-        return
     assert doctor_command(source, str(STORIES)) == 1
     printed = capsys.readouterr().out
     assert re.search(words, printed), printed
@@ -530,9 +527,19 @@ def test_an_embedding_of_its_own_is_kept(tmp_path: Path) -> None:
 # --- heads of this library
 
 
-def test_the_doctor_reads_our_own_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from foredraft.drafters.heads import HEADS
+def test_what_is_not_converted_is_refused_with_advice(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", CASES["eagle"][1].config, weights_of("eagle"))
+    with pytest.raises(ValueError, match="foredraft convert"):
+        LLM(str(STORIES), {"method": "eagle", "model": str(source)})
 
+
+def test_training_does_not_offer_what_only_converted_heads_have(tmp_path: Path) -> None:
+    choice = TrainChoice("eagle3", str(STORIES), [], tmp_path, options={"qk_norm": True})
+    with pytest.raises(ValueError, match="unknown option of method 'eagle3': 'qk_norm'"):
+        train_run(choice)
+
+
+def test_the_doctor_reads_our_own_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for method in HEADS:
         assert doctor_command(DATA / "heads" / method, str(STORIES)) == 0
         assert "a head of this library" in capsys.readouterr().out
@@ -552,8 +559,6 @@ def test_the_doctor_reads_our_own_heads(tmp_path: Path, capsys: pytest.CaptureFi
     ],
 )
 def test_faults_in_our_own_heads(method: str, change: Any, words: str, tmp_path: Path, capsys: Any) -> None:
-    import shutil
-
     shutil.copytree(DATA / "heads" / method, tmp_path / "head")
     file = tmp_path / "head" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
@@ -620,8 +625,10 @@ def test_what_is_no_head_is_said_in_one_line(files: dict[str, bytes], words: str
 def test_other_heads_and_models_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="this is a language model"):
         examine(STORIES, None)
+    with pytest.raises(ModelError, match="no draft head in a form known here"):
+        examine(write(tmp_path / "none", {}, {"weight": torch.ones(2)}), None)
     source = write(tmp_path, {"speculators_model_type": "dflash"}, {"fc.weight": torch.ones(2)})
-    with pytest.raises(ModelError, match="speculators type 'dflash' is not supported"):
+    with pytest.raises(ModelError, match="type 'dflash' is not supported"):
         examine(source, None)
     with pytest.raises(ModelError, match="Did you mean 'medusa'"):
         examine(source, None, "medsa")

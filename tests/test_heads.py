@@ -276,10 +276,10 @@ def test_a_long_prompt_is_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         assert trees[0] == trees[1]
 
 
-def head_of(method: str, config: Any) -> Any:
+def head_of(method: str, config: Any, **more: Any) -> Any:
     """A head of random weights in bfloat16, its logits about as large as those of a trained one."""
     options = {"feature_layers": [2, 4, 5], "draft_vocab_size": 1000} if method in ("eagle3", NARROW) else {}
-    head = HEADS[method.split()[-1]].make(Shape.of(config), **options)
+    head = HEADS[method.split()[-1]].make(Shape.of(config), **options, **more)
     if options:
         head.d2t += 3 * torch.arange(1000)
         torch.nn.init.normal_(head.lm_head.weight, std=0.6 * config.hidden_size**-0.5)
@@ -288,15 +288,21 @@ def head_of(method: str, config: Any) -> Any:
     return head.bfloat16()
 
 
+COMPILED: list[tuple[str, dict[str, Any]]] = [
+    *((method, {}) for method in ("eagle", "fspad", "eagle3", NARROW)),
+    *(("eagle", {"qkv_bias": True}), ("eagle3", {"qkv_bias": True, "qk_norm": True, "own_embedding": True})),
+]
+
+
 @pytest.mark.skipif(library() is None, reason="needs AVX-512 BF16 and a C compiler")
-@pytest.mark.parametrize("method", ["eagle", "fspad", "eagle3", NARROW])
-def test_the_compiled_layer_is_the_plain_one(method: str) -> None:
+@pytest.mark.parametrize(("method", "options"), COMPILED)
+def test_the_compiled_layer_is_the_plain_one(method: str, options: dict[str, Any]) -> None:
     """In bfloat16, where the plain one rounds in more places: logits of size 3 differ by less than 0.05, and by 0.005 on
     average. A node of a tree has bit for bit what it has in a chain."""
     native = load_target(BUNDLED_TARGET)
     config = layer_config(native.config, native.vocab_size, {"hidden": 192} if method == NARROW else {})
     torch.manual_seed(0)
-    head = head_of(method, config)
+    head = head_of(method, config, **options)
     tokens = list(range(5, 45))
     cache = native.new_pool(1, 64).allocate()
     none = np.empty(0, np.int64)

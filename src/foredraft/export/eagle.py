@@ -23,22 +23,17 @@ def is_eagle(found: Found) -> bool:
 
 def is_eagle3(found: Found) -> bool:
     """EAGLE-3's layer has a norm for the feature."""
-    return _speculators(found) is None and any(name.endswith(".hidden_norm.weight") for name in found.shapes)
+    has_wide_layer = any(name.startswith("midlayer.") or name.endswith(".hidden_norm.weight") for name in found.shapes)
+    return has_wide_layer and not is_eagle3_speculators(found)
 
 
 def is_eagle3_speculators(found: Found) -> bool:
     """The speculators format names the kind of head."""
-    return _speculators(found) == "eagle3"
-
-
-def _speculators(found: Found) -> Any:
-    return found.config.get("speculators_model_type")
+    return found.config.get("speculators_model_type") == "eagle3"
 
 
 def _has_feature_layer(found: Found) -> bool:
-    names = found.shapes
-    entry = "fc.weight" in names or "fc.fc.weight" in names
-    return entry and "layers.0.self_attn.q_proj.weight" in names and "layers.0.hidden_norm.weight" not in names
+    return "layers.0.self_attn.q_proj.weight" in found.shapes and not is_eagle3(found)
 
 
 def _fspad_parts(found: Found) -> dict[str, bool]:

@@ -72,12 +72,12 @@ def recognise(found: Found) -> str:
     Raises:
         ModelError: none of the table.
     """
+    kind = found.config.get("speculators_model_type") or ("dflash" if "dflash_config" in found.config else "eagle3")
+    if kind != "eagle3":
+        raise ModelError(f"a head of type {kind!r} is not supported: give one of {', '.join(list(LAYOUTS)[1:])}")
     for name, layout in LAYOUTS.items():
         if layout.is_it(found):
             return name
-    kind = found.config.get("speculators_model_type")
-    if kind is not None:
-        raise ModelError(f"a head of speculators type {kind!r} is not supported: give one of type 'eagle3'")
     if any(name.startswith(("model.layers.", "transformer.h.")) for name in found.shapes):
         raise ModelError("this is a language model, no draft head: give it as draft model of method 'lm'")
     some = ", ".join(sorted(found.shapes)[:3])

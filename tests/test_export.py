@@ -453,6 +453,8 @@ FAULTS = {  # fixture, fault, what is said, whether it can still be converted
     "d2t absolute": ("eagle3", changed("d2t", lambda x: x + torch.arange(len(x))), "looks like token ids", False),
     "d2t outside": ("eagle3", planted("d2t", 1000), "1 of 60 lie outside the vocabulary of 105", False),
     "d2t twice": ("eagle3", changed("d2t", lambda x: x[0] - torch.arange(len(x))), "name a token that another names", False),
+    "d2t shape": ("eagle3", changed("d2t", lambda x: x.view(2, 30)), "d2t has shape 2 x 30, wanted is 60", False),
+    "d2t kind": ("eagle3", changed("d2t", lambda x: x.float()), "d2t is stored as F32, allowed are I64, I32", False),
     "d2t gone": ("eagle3", without("d2t"), "missing: d2t", False),
     "t2d": ("eagle3", changed("t2d", lambda x: ~x), "t2d and d2t name different tokens", True),
     "ids range": ("eagle3", said(eagle_aux_hidden_state_layer_ids=[1, 3, 6]), "from 0 to 5", False),
@@ -619,6 +621,27 @@ def test_what_is_no_head_is_said_in_one_line(files: dict[str, bytes], words: str
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ModelError, match=words) as raised:
         examine(tmp_path, None)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "keys", "words"),
+    [
+        ("eagle", {"hidden_size": "wide"}, "hidden_size 'wide', and it must be a number above 0"),
+        ("eagle", {"hidden_size": None}, "does not say hidden_size"),
+        ("eagle", {"num_attention_heads": 7}, "makes no sense"),
+        ("eagle3", {"eagle_config": "x"}, "eagle_config 'x', and it must be an object"),
+        ("eagle3", {"eagle_aux_hidden_state_layer_ids": [1, "2", 3]}, "must be a list of numbers"),
+        ("eagle3", {"target_hidden_size": 0}, "must be a number above 0"),
+        ("speculators", {"transformer_layer_config": None}, "does not say hidden_size"),
+        ("medusa", {"architectures": 3}, "must be a list"),
+    ],
+)
+@pytest.mark.parametrize("facts", [VICUNA_FACTS, None])
+def test_a_malformed_config_is_said_in_one_line(case: str, keys: Any, words: str, facts: Any) -> None:
+    _, released = CASES[case]
+    with pytest.raises(ModelError, match=words) as raised:
+        plan(Found({**released.config, **keys}, released.shapes, facts))
     assert "\n" not in str(raised.value)
 
 

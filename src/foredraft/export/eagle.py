@@ -138,7 +138,7 @@ def _eagle3(found: Found, given: Mapping[str, Any]) -> Reading:
     width = named or layer.hidden_size
     at = "midlayer" if any(name.startswith("midlayer.") for name in shapes) else "layers.0"
     attention = f"{at}.self_attn"
-    count = shapes.get("fc.weight", (0, 3 * width))[-1] // width
+    count = max(1, shapes.get("fc.weight", (3 * width,))[-1] // width)
     ids, findings = _layer_ids(config, count, found.target)
     options: dict[str, Any] = {"feature_layers": ids}
     draft = config.get("draft_vocab_size") or layer.vocab_size

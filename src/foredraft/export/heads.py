@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from foredraft.drafters.heads import HEADS
 from foredraft.errors import unknown_name
-from foredraft.export.reading import Finding, Found, Reading
+from foredraft.export.reading import Finding, Found, Reading, new_layer
 from foredraft.models.checkpoint import ModelError
 
 _HEADS_KEYS, _LAYERS_KEYS = ("num_heads", "medusa_num_heads"), ("num_hidden_layers", "medusa_num_layers")
@@ -231,10 +231,11 @@ def _widths(found: Found, output: str, layer: str = "") -> LlamaConfig:
     """The layer of a target; without one, widths that the shapes allow."""
     if found.target is not None:
         return LlamaConfig(**found.target.config.to_diff_dict())
-    vocab, hidden = found.shapes.get(output, (found.config.get("vocab_size") or 1, found.config.get("hidden_size") or 1))
+    given = found.shapes.get(output, ())
+    vocab, hidden = given if len(given) == 2 else (1, 1)
     query, key = (found.shapes.get(f"{layer}self_attn.{one}_proj.weight", (hidden, hidden))[0] for one in "qk")
     size = gcd(query, key)
-    return LlamaConfig(
+    return new_layer(
         hidden_size=hidden,
         intermediate_size=found.shapes.get(f"{layer}mlp.gate_proj.weight", (4 * hidden,))[0],
         num_attention_heads=query // size,

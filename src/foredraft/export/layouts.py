@@ -14,7 +14,7 @@ from foredraft.drafters.heads import HEADS
 from foredraft.drafters.layers import Shape
 from foredraft.errors import unknown_name
 from foredraft.export import eagle, heads
-from foredraft.export.reading import Finding, Found, Reading, beside
+from foredraft.export.reading import Finding, Found, Reading, beside, refuse_malformed
 from foredraft.models.checkpoint import ModelError
 
 OURS = "foredraft"
@@ -98,6 +98,7 @@ def plan(found: Found, layout: str | None = None) -> Plan:
     """
     if layout is not None and layout not in LAYOUTS:
         raise ModelError(str(unknown_name("format", layout, LAYOUTS)))
+    refuse_malformed(found)
     layout = layout or recognise(found)
     reading = LAYOUTS[layout].read(found)
     try:

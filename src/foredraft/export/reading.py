@@ -27,6 +27,24 @@ _WIDTHS = (
 )
 """Keys of config.json that say what a head's layer is."""
 
+_KINDS = {
+    "a number above 0": (
+        *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
+        *("max_position_embeddings", "target_hidden_size", "draft_vocab_size", "truncated_vocab_size"),
+        *("num_heads", "num_hidden_layers", "medusa_num_heads", "medusa_num_layers", "hydra_num_heads", "hydra_num_layers"),
+    ),
+    "a list": ("architectures", "layer_types"),
+    "a list of numbers": ("eagle_aux_hidden_state_layer_ids", "layer_ids"),
+    "an object": ("transformer_layer_config", "eagle_config", "rope_scaling", "rope_parameters"),
+}
+_IS_OF_KIND: dict[str, Callable[[Any], bool]] = {
+    "a number above 0": lambda given: type(given) is int and given > 0,
+    "a list": lambda given: isinstance(given, list),
+    "a list of numbers": lambda given: isinstance(given, list) and all(type(one) is int for one in given),
+    "an object": lambda given: isinstance(given, dict),
+}
+"""What is read of config.json, and what it must be."""
+
 _REQUIRED = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 _LONGER = ("default", "linear", "llama3", "yarn")
 """Rotary scalings under which a position's rotation does not depend on the longest one."""
@@ -102,6 +120,21 @@ class Reading:
     findings: list[Finding] = field(default_factory=list)
 
 
+def refuse_malformed(found: Found) -> None:
+    """Raises `ModelError` where a key of config.json is not of its kind, or a weight has no entries."""
+    nested = [found.config.get(key) for key in ("transformer_layer_config", "eagle_config", "model")]
+    for config in [found.config, *(one for one in nested if isinstance(one, dict))]:
+        for key, value in config.items():
+            kind = next((kind for kind, keys in _KINDS.items() if key in keys), None)
+            if value is not None and kind is not None and not _IS_OF_KIND[kind](value):
+                raise ModelError(
+                    f"config.json says {key} {value!r}, and it must be {kind}: copy it from where the weights come from"
+                )
+    empty = [name for name, shape in found.shapes.items() if name.endswith(".weight") and (not shape or 0 in shape)]
+    if empty:
+        raise ModelError(f"{empty[0]} has no entries: copy the weights again")
+
+
 def read_layer(given: Mapping[str, Any], **more: Any) -> LlamaConfig:
     """The configuration of a head's layer that a config.json describes.
 
@@ -111,9 +144,17 @@ def read_layer(given: Mapping[str, Any], **more: Any) -> LlamaConfig:
     missing = [key for key in _REQUIRED if given.get(key) is None]
     if missing:
         raise ModelError(f"config.json does not say {', '.join(missing)}: copy it from where the weights come from")
-    keys = {key: given[key] for key in _WIDTHS if given.get(key) is not None}
+    return new_layer(**{key: given[key] for key in _WIDTHS if given.get(key) is not None}, **more)
+
+
+def new_layer(**keys: Any) -> LlamaConfig:
+    """One Llama layer.
+
+    Raises:
+        ModelError: the keys contradict each other.
+    """
     try:
-        return LlamaConfig(**keys, **more, num_hidden_layers=1, bos_token_id=None, eos_token_id=None)
+        return LlamaConfig(**keys, num_hidden_layers=1, bos_token_id=None, eos_token_id=None)
     except Exception as error:
         raise ModelError(f"config.json makes no sense ({one_line(error)}): copy it from where the weights come from") from None
 

@@ -41,11 +41,10 @@ def shares_embedding(source: Source, target: Any) -> bool | None:
 
 
 def inspect(source: Source, plan: Plan) -> list[Finding]:
-    """What is wrong with the data of the tensors that a head uses."""
-    findings, wanted = [], plan.head.state_dict()
-    for name, theirs in plan.sources.items():
-        if theirs not in source.tensors or theirs is None:
-            continue
+    """What is wrong with the data of the tensors that a head uses, as far as their shapes are right."""
+    findings, wanted, shapes = [], plan.head.state_dict(), source.shapes
+    sources = {name: one for name, one in plan.sources.items() if one and shapes.get(one) == tuple(wanted[name].shape)}
+    for name, theirs in sources.items():
         stored = source.tensors[theirs]
         allowed = _FLOATS if wanted[name].is_floating_point() else _TABLES
         if stored.dtype_name not in allowed:
@@ -56,15 +55,14 @@ def inspect(source: Source, plan: Plan) -> list[Finding]:
             )
         elif stored.dtype_name in _FLOATS and not bool(torch.isfinite(stored.read()).all()):
             findings.append(Finding(f"{theirs} has entries that are infinite or no numbers", _AGAIN))
-    return findings + _tables(source, plan)
+    return findings + _tables(source, sources, plan.reading.config.vocab_size)
 
 
-def _tables(source: Source, plan: Plan) -> list[Finding]:
+def _tables(source: Source, sources: Mapping[str, str], vocab: int) -> list[Finding]:
     """Of EAGLE-3's d2t and Medusa's token_map."""
-    vocab = plan.reading.config.vocab_size
     for name, is_offset in (("d2t", True), ("token_map", False)):
-        theirs = plan.sources.get(name)
-        if theirs is None or theirs not in source.tensors or source.tensors[theirs].dtype_name not in _TABLES:
+        theirs = sources.get(name)
+        if theirs is None or source.tensors[theirs].dtype_name not in _TABLES:
             continue
         table = source.tensors[theirs].read().long()
         wrong = _wrong_tokens(table + torch.arange(len(table)) if is_offset else table, vocab)

@@ -469,7 +469,7 @@ FAULTS = {  # fixture, fault, what is said, whether it can still be converted
     "norm_output": ("eagle3", said(norm_output=True), "norm_output is True", False),
     "residual unsaid": ("speculators", lambda c, w: c.pop("norm_before_residual"), "speculators takes that for false", False),
     "both norms": ("speculators fc", said(fc_norm=True), "exclude each other", False),
-    "narrow": ("eagle3 narrow", without("embed_tokens.weight"), "no embedding of its own", False),
+    "narrow": ("eagle3 narrow", without("embed_tokens.weight"), r"missing: embed_tokens\.weight", False),
     "wider": ("eagle3", said(target_hidden_size=256), "features of width 256, the target's have 128", False),
     "fc bias": ("medusa vllm", said(medusa_fc_bias=False), "medusa_fc_bias, without which vLLM drops them", True),
     "stray": ("medusa vllm", said(num_attention_heads=8), "num_attention_heads, which vLLM takes", True),

@@ -145,7 +145,7 @@ class Eagle3Head(nn.Module):
     Args:
         feature_layers: the target's layers after which features are taken.
         draft_vocab_size: tokens that can be drafted.
-        own_embedding: tokens are embedded by a table of the head's.
+        own_embedding: a head as wide as the target has one too.
         norm_before_fc, fc_norm: a norm over all features side by side, or one over each, before they are fused.
         norm_before_residual: see `WideLayer`.
         norm_output: the feature is carried on normed.

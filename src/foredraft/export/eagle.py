@@ -146,28 +146,20 @@ def _eagle3(found: Found, given: Mapping[str, Any]) -> Reading:
         options["draft_vocab_size"] = draft
     unlike = found.target is not None and not found.shares_embedding
     has = {
-        "own_embedding": _EMBEDDING in shapes and (unlike or width != layer.hidden_size),
+        "own_embedding": _EMBEDDING in shapes and unlike and width == layer.hidden_size,  # a narrow head has one anyhow
         "norm_before_residual": bool(config.get("norm_before_residual")),
         "qkv_bias": f"{attention}.q_proj.bias" in shapes,
         "qk_norm": f"{attention}.q_norm.weight" in shapes or given.get("model_type") == "qwen3",
     }
-    reading = Reading(
+    return Reading(
         "eagle3",
         options | {name: True for name, there in has.items() if there},
         layer,
         theirs=lambda name: name.replace("midlayer.", f"{at}."),
         zeros={"d2t"} if draft == layer.vocab_size and "d2t" not in shapes else set(),
-        unused={"t2d"} if has["own_embedding"] else {"t2d", _EMBEDDING},
+        unused={"t2d", _EMBEDDING},
         findings=about_layer(given) + findings,
     )
-    if width != layer.hidden_size and _EMBEDDING not in shapes:
-        reading.findings.append(
-            Finding(
-                f"it is of width {layer.hidden_size} for a target of width {width} and has no embedding of its own",
-                "copy the weights again: embed_tokens.weight is missing",
-            )
-        )
-    return reading
 
 
 def _layer_ids(config: Mapping[str, Any], count: int, target: TargetFacts | None) -> tuple[list[int], list[Finding]]:

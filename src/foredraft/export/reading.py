@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from transformers import LlamaConfig
 
 from foredraft.drafters.folder import layer_config
+from foredraft.drafters.layers import Shape
 from foredraft.models.checkpoint import ModelError, one_line, read_config, resolve
 
 _WIDTHS = (
@@ -199,7 +200,7 @@ def beside(config: LlamaConfig, target: TargetFacts) -> list[Finding]:
                 "give the target that it was trained for",
             )
         )
-    width = getattr(config, "target_hidden_size", None) or config.hidden_size
+    width = Shape.of(config).features
     if width != target.config.hidden_size:
         found.append(
             Finding(

@@ -65,13 +65,13 @@ class Foretelling(NamedTuple):
     """A linear layer that says by itself what the target's final feature will be, so that it can be fitted before training.
 
     Attributes:
-        linear: its inputs are the pair's features and embeddings side by side.
+        linear: an `nn.Linear`; its inputs are the pair's features and embeddings side by side.
         ahead: which feature is foretold: that so many places behind the pair's own.
         num_embeddings: of the pair's token and those after it.
         features_first: or the embeddings are.
     """
 
-    linear: nn.Linear
+    linear: Any
     ahead: int = 1
     num_embeddings: int = 1
     features_first: bool = False
@@ -292,7 +292,8 @@ class HydraHeads(nn.Module):
 
     def foretellings(self) -> list[Foretelling]:
         """What can be fitted."""
-        return [Foretelling(one[0].res_connection, 1 + i, 1 + i, features_first=True) for i, one in enumerate(self.blocks)]
+        entries = [one[0].res_connection for one in self.blocks]  # type: ignore[index]
+        return [Foretelling(one, 1 + i, 1 + i, features_first=True) for i, one in enumerate(entries)]
 
     @property
     def num_slots(self) -> int:

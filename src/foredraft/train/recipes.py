@@ -98,7 +98,8 @@ def medusa(lesson: Lesson) -> Learned:
     mask = _shifted(batch.answer, 2, to=batch.ids.shape[1] - 1)
     features = batch.features[:, :-1][mask]
     slots = [(block(features), one.weight) for block, one in zip(head.blocks, head.lm_heads, strict=True)]
-    labels, there = _following(batch, mask.nonzero(as_tuple=True), len(slots))
+    rows, places = mask.nonzero(as_tuple=True)
+    labels, there = _following(batch, (rows, places), len(slots))
     return _spelled(lesson, slots, labels, there)
 
 

@@ -225,7 +225,7 @@ def open_shard(file: Path, sha256: Mapping[str, str], layers: Sequence[int]) -> 
 
 
 def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(memoryview(tensor.view(torch.uint8).numpy())).hexdigest()
+    return hashlib.sha256(tensor.view(torch.uint8).numpy().data).hexdigest()
 
 
 def grouped(items: Sequence[Any], lengths: Sequence[int], tokens: int) -> Iterator[list[Any]]:

@@ -379,7 +379,7 @@ LM = [*MODEL, "--draft-model", OTHER]
         (["-", *MODEL], "the prompt is empty"),
         ([STORY, *MODEL, "--max-tokens", -1], "max_tokens must be a whole number, at least 1"),
         ([STORY, *MODEL, "--top-k", -2], "top_k must be a whole number"),
-        ([STORY, *MODEL, "--method", "zzz"], "unknown method 'zzz'\nhint: Allowed: lm, lm-lookup, ngram, suffix, eagle, "),
+        ([STORY, *MODEL, "--method", "zzz"], "unknown method 'zzz'\nhint: Allowed: lm, ngram, suffix, eagle, "),
         ([STORY, *MODEL, "--method", "ar", "--tree", "dyspek"], "unknown tree 'dyspek'\nhint: Did you mean 'dyspec'?"),
         ([STORY, *LM, "--tree", "chain", "--rule", "deterministic"], "hint: rules that can be used with it: chain, multiround"),
         ([STORY, *MODEL, "--method", "suffix", "--rule", "chain"], "not exact for the tree of method 'suffix'"),

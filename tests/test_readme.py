@@ -87,7 +87,9 @@ def test_file_tree_names_every_module():
 def test_tables_name_every_method():
     from foredraft import DRAFTERS, GROWERS, RULES
 
-    for name in (*DRAFTERS, *GROWERS, *RULES):
+    behind = [name for name, row in DRAFTERS.items() if row.asks]
+    assert all(f"`{name}`" in README for name in behind)
+    for name in {*DRAFTERS, *GROWERS, *RULES} - {*behind}:
         assert f"| `{name}` |" in README
     for name, row in GROWERS.items():
         [line] = [line for line in README.splitlines() if line.startswith(f"| `{name}` |") and line.count("|") == 6]

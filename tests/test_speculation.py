@@ -60,11 +60,11 @@ def test_the_method_can_be_chosen_too() -> None:
     assert found is not None
     free = [Way("ngram", None), Way("suffix", None)]
     assert found.ways(has_model=False) == free
-    grown = [Way(name, tree) for name in ("lm", "lm-lookup") for tree in GROWERS]
-    assert found.ways(has_model=True) == [*grown, *free]
+    grown, behind = ([Way(name, tree) for tree in GROWERS] for name in ("lm", "lm-lookup"))
+    assert found.ways(has_model=True) == [*grown, *free, *behind]
     only = parse({"method": "auto", "rule": "block"})
     assert only is not None
-    assert only.ways(has_model=True) == [Way("lm", "chain"), Way("lm-lookup", "chain"), Way("ngram", None)]
+    assert only.ways(has_model=True) == [Way("lm", "chain"), Way("ngram", None), Way("lm-lookup", "chain")]
 
 
 def test_everything_given() -> None:
@@ -129,7 +129,7 @@ def test_every_own_tree_with_every_rule(method: str, rule: str) -> None:
 @pytest.mark.parametrize(
     ("config", "near"),
     [
-        ({"method": "ngrm"}, "unknown method 'ngrm'. Did you mean 'ngram'? Allowed: lm, lm-lookup, ngram, suffix, eagle, "),
+        ({"method": "ngrm"}, "unknown method 'ngrm'. Did you mean 'ngram'? Allowed: lm, ngram, suffix, eagle, "),
         ({"method": "LM"}, "unknown method 'LM'. Allowed: "),
         ({"tree": "dyspec_threshold"}, "unknown tree 'dyspec_threshold'. Did you mean 'dyspec-threshold'?"),
         ({"method": "suffix", "tree": "chian"}, "unknown tree 'chian'. Did you mean 'chain'?"),

@@ -308,8 +308,8 @@ class LLM:
 
 def bundled_drafter(name: str) -> Path | None:
     """The directory of a drafter for the bundled target; None where none is bundled."""
-    is_head = name in DRAFTERS and DRAFTERS[name].weights == "head"
-    folder = BUNDLED / name if is_head else BUNDLED_DRAFTER
+    row = DRAFTERS.get(name)
+    folder = BUNDLED / (row.asks or name) if row is not None and row.weights == "head" else BUNDLED_DRAFTER
     return folder if folder.is_dir() else None
 
 

@@ -131,8 +131,7 @@ def parse(config: Any) -> Speculation | None:
         if key not in allowed:
             raise unknown_name(f"key of speculative_config for {what}:", key, allowed)
     drafter_options = {key: config[key] for key in drafter.options if key in config}
-    cls = drafter.load()
-    _check_types({**get_type_hints(cls.__init__), **get_type_hints(cls.build)}, drafter_options)
+    _check_types(drafter.option_types(), drafter_options)
     grower_options = {key: value for key, value in config.items() if policy and key in _option_names(policy)}
     if policy:
         _construct(policy, grower_options)  # says now what is wrong with them

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from foredraft.protocols import Drafter, Grower, Target
 
@@ -39,7 +39,7 @@ class DrafterRow(NamedTuple):
         options: config keys of its own.
         chains_only: for ``own tree``: whether it never branches.
         weights: what config key ``model`` is to it: a language ``model``, a ``head`` trained for the target; None: nothing.
-        asks: the drafter that it asks where it finds nothing itself.
+        asks: the drafter that it asks where it finds nothing itself, whose options it takes too.
     """
 
     module: str
@@ -55,13 +55,22 @@ class DrafterRow(NamedTuple):
         """Its class."""
         return getattr(import_module(self.module), self.cls)
 
+    def option_types(self) -> dict[str, Any]:
+        """The type of each option."""
+        cls, asked = self.load(), DRAFTERS[self.asks].option_types() if self.asks else {}
+        return asked | get_type_hints(cls.__init__) | get_type_hints(cls.build)
+
     def build(self, setting: Setting, **options: Any) -> Drafter:
-        """The drafter itself.
+        """The drafter itself; one that asks another is built around that.
 
         Raises:
             ValueError: it cannot be built from `setting` and `options`.
         """
-        return self.load().build(setting, **options)
+        if self.asks is None:
+            return self.load().build(setting, **options)
+        asked = DRAFTERS[self.asks]
+        theirs = {key: options.pop(key) for key in asked.options if key in options}
+        return self.load().build(asked.build(setting, **theirs), **options)
 
 
 def _head(module: str, cls: str, source: str, *, gives: str = "expand", options: Sequence[str] = ()) -> DrafterRow:
@@ -78,16 +87,6 @@ DRAFTERS: dict[str, DrafterRow] = {
         False,
         "Leviathan et al. 2023 (arXiv 2211.17192): a small model",
         "model",
-    ),
-    "lm-lookup": DrafterRow(
-        "foredraft.drafters.lookup_first",
-        "LookupFirst",
-        "expand",
-        ("lookup_min_match",),
-        False,
-        "a small model, and lookup where the text repeats itself, as in SAM decoding (arXiv 2411.10666)",
-        weights="model",
-        asks="lm",
     ),
     "ngram": DrafterRow(
         "foredraft.drafters.ngram",
@@ -120,4 +119,16 @@ DRAFTERS: dict[str, DrafterRow] = {
         gives="own tree",
         options=("ctc_beam", "ctc_tokens"),
     ),
+}
+
+DRAFTERS |= {
+    f"{name}-lookup": row._replace(
+        module="foredraft.drafters.lookup_first",
+        cls="LookupFirst",
+        options=(*row.options, "lookup_min_match"),
+        source=f"{name}, and lookup where the text repeats itself, as in SAM decoding (arXiv 2411.10666)",
+        asks=name,
+    )
+    for name, row in DRAFTERS.items()
+    if row.weights is not None
 }

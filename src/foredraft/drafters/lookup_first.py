@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.drafters import Setting
-from foredraft.drafters.lm import LMDrafter
 from foredraft.drafters.ngram import NgramDrafter, NgramState
 from foredraft.draws import Draws
 from foredraft.protocols import Budget, Drafter
@@ -31,7 +29,7 @@ class LookupFirst:
     """Drafts what followed the last `min_match` tokens where they stood in the text before; else asks another drafter.
 
     A lookup costs nothing and is nearly always right where the text goes round in circles or copies its prompt, which is
-    where a draft model only repeats at some cost what is known. Who drafts depends on the request's committed tokens alone.
+    where a model only repeats at some cost what is known. Who drafts depends on the request's committed tokens alone.
 
     Args:
         other: a drafter that catches up from its own length when it is not asked for some steps.
@@ -40,7 +38,7 @@ class LookupFirst:
     Attributes:
         num_looked_up, num_drafted: trees so far from the lookup, and from the other drafter.
 
-    Source: the combination of SAM decoding (Hu et al., arXiv 2411.10666, section 3.3) with a draft model.
+    Source: the combination of SAM decoding (Hu et al., arXiv 2411.10666, section 3.3) with another drafter.
 
     Raises:
         ValueError: `lookup_min_match` is below 1.
@@ -48,19 +46,19 @@ class LookupFirst:
 
     def __init__(self, other: Drafter, lookup_min_match: int = DEFAULT_MATCH):
         if lookup_min_match < 1:
-            raise ValueError(f"lookup_min_match must be at least 1, got {lookup_min_match}; without lookup use method 'lm'")
+            raise ValueError(f"lookup_min_match must be at least 1, got {lookup_min_match}; without lookup leave '-lookup' out")
         self._lookup, self._other = NgramDrafter(lookup_min_match, lookup_min_match), other
         self.feature_layers: Sequence[int] = other.feature_layers
         self.num_looked_up = self.num_drafted = 0
 
     @classmethod
-    def build(cls, setting: Setting, **options: int) -> LookupFirst:
-        """The drafter of a speculative config: a draft model behind the lookup.
+    def build(cls, other: Drafter, **options: int) -> LookupFirst:
+        """The drafter of a speculative config, around the one that it asks.
 
         Raises:
-            ValueError: there is no model, or its vocabulary is another one.
+            ValueError: see `LookupFirst`.
         """
-        return cls(LMDrafter.build(setting), **options)
+        return cls(other, **options)
 
     @property
     def model(self) -> Any:

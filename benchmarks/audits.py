@@ -1,13 +1,17 @@
-"""Audits of every exact rule with every drafter on the bundled pair, and of what must fail: lossy rules and planted faults.
+"""Audits of every exact rule with every drafter of a target, and of what must fail: lossy rules and planted faults.
 
     python benchmarks/audits.py --output benchmarks/audits.jsonl
+    python benchmarks/audits.py --model DIR --drafter HEAD HEAD2 --only fspad fspad-lookup --output build/audits.jsonl
 
-The enumeration of a tree and rule is made once, whatever the temperature. Exit code 1 where an audit does not end as it must.
+Without --drafter these are the bundled ones. The enumeration of a tree and rule is made once, whatever the temperature. Exit
+code 1 where an audit does not end as it must.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -16,6 +20,7 @@ from measuring import arguments, read_prompts, report, rounded
 from foredraft import DRAFTERS, GROWERS, LLM, RULES, SamplingParams
 from foredraft.audit.faults import FAULTS
 from foredraft.audit.run import Audit, Auditor
+from foredraft.drafters.folder import method_of
 from foredraft.llm import bundled_drafter
 from foredraft.progress import progress_bar
 from foredraft.speculation import fitting_rules
@@ -44,33 +49,43 @@ class Case(NamedTuple):
         return self.fault is None and not claim.startswith("lossy")
 
 
-def exact() -> list[dict[str, Any]]:
+def weights_of(folders: Sequence[Path], *, bundled: bool) -> dict[str, Path]:
+    """Drafter -> directory of its weights: those given, or else the bundled ones."""
+    if folders:
+        return {method_of(folder) or "lm": folder for folder in folders}
+    names = [name for name, row in DRAFTERS.items() if row.weights is not None and row.asks is None] if bundled else []
+    return {name: folder for name in names if (folder := bundled_drafter(name)) is not None}
+
+
+def exact(weights: Mapping[str, Path], only: Sequence[str]) -> list[dict[str, Any]]:
     """Every exact rule with every drafter that it is exact for."""
     found = []
     for drafter, row in DRAFTERS.items():
-        if row.weights is not None and bundled_drafter(drafter) is None:
+        folder = weights.get(row.asks or drafter)
+        if (row.weights is not None and folder is None) or (only and drafter not in only):
             continue
+        config = {"method": drafter} | ({"model": str(folder)} if folder is not None else {})
         trees = [name for name, grower in GROWERS.items() if grower.needs == row.gives]
         for rule in (name for name, one in RULES.items() if not one.guarantee.startswith("lossy")):
             fitting = [name for name in trees if rule in fitting_rules(GROWERS[name])]
             if fitting:
                 tree = TREES[rule] if TREES.get(rule) in fitting else fitting[0]
-                found.append({"method": drafter, "tree": tree, "rule": rule})
+                found.append({**config, "tree": tree, "rule": rule})
             elif not trees and rule in fitting_rules(row):
-                found.append({"method": drafter, "rule": rule})
+                found.append({**config, "rule": rule})
     return found
 
 
-def cases(temperatures: list[float]) -> list[Case]:
-    """All of them."""
-    chain = {"method": "lm", "tree": "chain"}
-    failing = [({**chain, "rule": rule, **options}, None) for rule, options in LOSSY.items()]
-    failing += [({**chain, "rule": "chain"}, fault) for fault in FAULTS]
+def cases(configs: Sequence[dict[str, Any]], temperatures: list[float]) -> list[Case]:
+    """All of them; what must fail with the first drafter that grows chains."""
+    chains = [{**config, "rule": "chain"} for config in configs if config.get("tree") == "chain"][:1]
+    failing = [({**chain, "rule": rule, **options}, None) for chain in chains for rule, options in LOSSY.items()]
+    failing += [(chain, fault) for chain in chains for fault in FAULTS]
     sampled = [temperature for temperature in temperatures if temperature > 0]
-    dial = [Case({**chain, "rule": "tolerance", "epsilon": 0.0}, temperature) for temperature in sampled]
+    lossless = [{**chain, "rule": "tolerance", "epsilon": 0.0} for chain in chains]
     return [
-        *(Case(config, temperature) for config in exact() for temperature in temperatures),
-        *dial,
+        *(Case(config, temperature) for config in configs for temperature in temperatures),
+        *(Case(config, temperature) for config in lossless for temperature in sampled),
         *(Case(config, temperature, fault) for config, fault in failing for temperature in sampled),
     ]
 
@@ -106,14 +121,21 @@ def row(case: Case, audit: Audit, seconds: float) -> dict[str, Any]:
 def main() -> None:
     """Command line."""
     parser = arguments(__doc__, models=False)
+    parser.add_argument("--model", help="directory of the target; the bundled one if not given")
+    parser.add_argument("--drafter", type=Path, nargs="+", default=[], help="directories of heads, or of a draft model")
+    parser.add_argument("--only", nargs="+", choices=DRAFTERS, default=[], metavar="NAME", help="drafters; all if not given")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--samples", type=int, default=4, help="sampled outputs a prompt")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7, 1.0])
     parser.add_argument("--top-p", type=float, default=0.9)
     args = parser.parse_args()
-    plain = LLM(None, {"method": "ar"}, dtype=args.dtype, device=args.device, max_num_seqs=args.samples)
-    prompts, every, rows = read_prompts(plain, args.prompts), cases(args.temperatures), []
+    plain = LLM(args.model, {"method": "ar"}, dtype=args.dtype, device=args.device, max_num_seqs=args.samples)
+    configs = exact(weights_of(args.drafter, bundled=args.model is None), args.only)
+    prompts = [ids for ids in read_prompts(plain, args.prompts) if len(ids) + args.max_tokens <= plain.max_model_len]
+    if not prompts or not configs:
+        parser.error("nothing to audit: give drafters of the target, and a --max-tokens that its context has room for")
+    every, rows = cases(configs, args.temperatures), []
     known: dict[Any, float] = {}
     with progress_bar("auditing", len(every)) as advance:
         for case in every:

@@ -11,13 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
 from foredraft.audit.command import as_dict, markdown
 from foredraft.audit.faults import FAULTS
 from foredraft.audit.hypotheses import FALSE_ALARM, Evidence, holm
-from foredraft.audit.run import Audit, Auditor
+from foredraft.audit.run import Audit, Auditor, Drafted
+from foredraft.drafters import DRAFTERS
+from foredraft.draws import Draws
+from foredraft.tree import DraftTree, Drawn
 
 pytestmark = pytest.mark.unchecked
 
@@ -36,6 +40,11 @@ def audited(config: dict[str, Any], *, rule: Any = None, temperature: float = 1.
 LM = {"method": "lm", "model": OTHER}
 
 
+def head(method: str) -> dict[str, Any]:
+    """A drafter with its head for the target."""
+    return {"method": method, "model": str(DATA / "heads" / (DRAFTERS[method].asks or method))}
+
+
 EXACT = [
     {**LM, "tree": "dyspec"},
     {"method": "suffix"},
@@ -44,12 +53,23 @@ EXACT = [
     {**LM, "tree": "topk"},
     {**LM, "method": "lm-lookup", "tree": "dyspec"},
     {"method": "ngram", "rule": "chain"},
+    {**head("fspad"), "tree": "dyspec"},
+    {**head("eagle3"), "tree": "chain", "rule": "block"},
+    {**head("eagle"), "tree": "branching", "rule": "multiround-iid", "num_chains": 2},
+    {**head("medusa"), "tree": "topk", "num_speculative_tokens": 8},
+    {**head("hydra"), "tree": "sequoia", "acceptance": [0.5, 0.2]},
+    {**head("parallel"), "tree": "branching", "rule": "kseq", "num_chains": 2},
+    {**head("ctc"), "rule": "multiround"},
+    {**head("fspad-lookup"), "tree": "chain", "lookup_min_match": 2},
+    {**head("ctc-lookup"), "num_speculative_tokens": 8},
 ]
+DEFAULT = (0, 7)
+"""Audited in the default suite."""
 
 
 @pytest.mark.parametrize(
     "config",
-    [EXACT[0], *(pytest.param(config, marks=pytest.mark.slow) for config in EXACT[1:])],
+    [pytest.param(config, marks=[] if i in DEFAULT else [pytest.mark.slow]) for i, config in enumerate(EXACT)],
     ids=lambda config: f"{config['method']}-{config.get('tree', 'own')}",
 )
 def test_exact_rules_pass(config: dict[str, Any]) -> None:
@@ -65,8 +85,9 @@ def test_exact_rules_pass(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_greedy_only() -> None:
-    audit = audited({**LM, "tree": "dyspec"}, temperature=0.0)
+@pytest.mark.parametrize("config", [{**LM, "tree": "dyspec"}, {**head("hydra"), "tree": "dyspec"}, head("ctc")])
+def test_greedy_only(config: dict[str, Any]) -> None:
+    audit = audited(config, temperature=0.0)
     assert audit.is_lossless
     assert audit.sampled is None
     assert audit.control is None
@@ -77,8 +98,13 @@ def test_greedy_only() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", FAULTS.values(), ids=FAULTS)
-def test_planted_faults_fail(rule: Any) -> None:
-    audit = audited({**LM, "tree": "chain", "rule": "chain"}, rule=rule, samples=6, tokens=80)
+@pytest.mark.parametrize(
+    ("drafter", "samples"),
+    [(LM, 6), (head("fspad"), 6), (head("parallel"), 20)],  # what is accepted less often shows a fault less often
+    ids=["lm", "fspad", "parallel"],
+)
+def test_planted_faults_fail(rule: Any, drafter: dict[str, Any], samples: int) -> None:
+    audit = audited({**drafter, "tree": "chain", "rule": "chain"}, rule=rule, samples=samples, tokens=80)
     assert not audit.is_lossless
     assert audit.enumerated_error > 1e-3
     assert audit.sampled is not None
@@ -109,6 +135,46 @@ def test_the_bound_of_tolerance_holds_and_is_0_at_0() -> None:
     noise = some.sampled.detectable
     assert some.sampled.drift_measured < some.tv_bound_mean + noise
     assert some.tv_bound_mean < some.tv_bound_max <= 1
+
+
+# --- What was drafted
+
+
+def test_drafted_is_the_law_of_draws_and_the_set_of_choices() -> None:
+    tree = DraftTree(
+        tokens=np.array([9, 4, 7, 7, 2]),
+        parents=np.array([-1, 0, 0, 1, 3]),
+        drawn=np.array([int(Drawn.IID), 0, 0, 0, 0]),
+        draft_row=np.array([0, -1, -1, -1, -1]),
+        draft_probs=torch.tensor([[0.0, 0.25, 0.75]]),
+        draft_ids=torch.tensor([[1, 4, 7]]),
+        vocab_size=10,
+    )
+    found = [Drafted.after(tree, node) for node in range(5)]
+    laws = [None if one is None else one.over(10).tolist() for one in found]
+    assert laws[0] == [0, 0, 0, 0, 0.25, 0, 0, 0.75, 0, 0]
+    assert laws[1] == [0, 0, 0, 0, 0, 0, 0, 1, 0, 0]
+    assert laws[3] == [0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
+    assert laws[2] is laws[4] is None
+
+
+@pytest.mark.parametrize("method", ["lm", "fspad", "fspad-lookup", "ctc"])
+def test_every_drafted_token_has_its_law(method: str) -> None:
+    """A drafted token that was accepted had some probability there, and whatever is accepted or recovered was drafted for."""
+    config = {**(LM if method == "lm" else head(method)), "num_speculative_tokens": 4}
+    llm = LLM(TARGET, {**config, **({"tree": "dyspec"} if DRAFTERS[method].gives == "expand" else {})}, dtype="float64")
+    sampling = SamplingParams(temperature=1.0, max_tokens=60, ignore_eos=True)
+    auditor = Auditor(llm, [llm.tokenizer(PROMPTS[0])["input_ids"]], sampling, 2)
+    [request] = auditor._run(sampling, 2, Draws)
+    seen = {"accepted": 0, "recovered": 0, "bonus": 0}
+    for one in request.continuations:
+        for token, kind, drafted in zip(one.output_ids, one.kinds, auditor._drafted[one], strict=True):
+            seen[kind] += 1
+            assert (drafted is None) == (kind == "bonus")
+            if drafted is not None:
+                assert drafted.over(llm.target.vocab_size).sum() >= 1 - 1e-9
+                assert kind != "accepted" or token in drafted.token_ids
+    assert min(seen.values()) > 0
 
 
 # --- The tests themselves

@@ -512,11 +512,11 @@ def audit(
     law, and a planted bias that must be found.
     """
     from foredraft import commands
-    from foredraft.audit.command import AuditChoice
+    from foredraft.audit.command import AuditChoice, usual_tree
     from foredraft.audit.command import command as run
 
     named = method or ("lm" if draft_model or tree or model is None else "suffix")
-    grown = tree or ("dyspec" if named == "lm" and rule is None else None)
+    grown = tree or (usual_tree(named) if rule is None else None)
     config = commands.speculative_config(model, named, draft_model, grown, budget, rule, extra=speculative_config, force=force)
     if epsilon is not None:
         config = {**(config or {}), "epsilon": epsilon}

@@ -13,8 +13,12 @@ from foredraft.audit.hypotheses import FALSE_ALARM, POWER, Evidence
 from foredraft.audit.run import PLANTED, TOLERANCE, Audit, Auditor, versions
 from foredraft.bench import tasks
 from foredraft.bench.calibrate import PROMPTS
+from foredraft.drafters import DRAFTERS
+from foredraft.grow import GROWERS
 from foredraft.llm import LLM
 from foredraft.sampling import SamplingParams
+
+USUAL_TREE = "dyspec"
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,12 @@ class AuditChoice:
     device: str | None
     seed: int
     raw: bool
+
+
+def usual_tree(drafter: str) -> str | None:
+    """The tree that is audited where none is named; None where the drafter makes its own."""
+    grows = drafter in DRAFTERS and DRAFTERS[drafter].gives == GROWERS[USUAL_TREE].needs
+    return USUAL_TREE if grows else None
 
 
 def prepare(choice: AuditChoice) -> Auditor:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,15 +20,14 @@ from foredraft.decode import Continuation
 from foredraft.drafters import DRAFTERS
 from foredraft.draws import Draws, Key
 from foredraft.grow import GROWERS
-from foredraft.grow.base import draft_sampling
 from foredraft.llm import LLM
 from foredraft.models.table import random_law
 from foredraft.processors import prefix_processors
 from foredraft.progress import progress_bar
 from foredraft.protocols import AcceptanceRule, Budget
-from foredraft.sampling import SamplingParams, TargetLaw, warp
+from foredraft.sampling import SamplingParams, TargetLaw
 from foredraft.speculation import PLAIN
-from foredraft.tree import TreeBatch
+from foredraft.tree import DraftTree, Ids, TreeBatch
 from foredraft.verify import RULES
 
 TOLERANCE = 1e-12
@@ -52,6 +51,29 @@ class Eager(Draws):
     def bernoulli(self, prob: float, key: Key) -> bool:
         """True with the probability and `PLANTED`."""
         return super().bernoulli(min(1.0, prob + PLANTED), key)
+
+
+class Drafted(NamedTuple):
+    """What was drafted after a node: the law that its children were drawn from, or 1 for each child that was chosen and not
+    drawn. Tokens that are left out have 0."""
+
+    token_ids: Ids
+    probs: Float[np.ndarray, " n"]
+
+    @classmethod
+    def after(cls, tree: DraftTree, node: int) -> Drafted | None:
+        """That of one node; None for a leaf. It is settled before any child's token is, so that a test may go by it."""
+        law, children = tree.law(node), tree.children[node]
+        if law is None:
+            return cls(tree.tokens[children], np.ones(len(children))) if children else None
+        token_ids = law.nonzero()[:, 0]
+        return cls(token_ids.cpu().numpy(), law[token_ids].double().cpu().numpy())
+
+    def over(self, vocab_size: int) -> Float[np.ndarray, " v"]:
+        """With an entry for every token."""
+        found = np.zeros(vocab_size)
+        found[self.token_ids] = self.probs
+        return found
 
 
 @dataclass
@@ -135,7 +157,7 @@ class Auditor:
     rule: AcceptanceRule | None = None
     sizes: Mapping[int, int] = field(default_factory=lambda: SIZES)
     enumerated_error: float | None = None
-    _proposals: dict[Continuation, list[list[int] | None]] = field(default_factory=dict, init=False, repr=False)
+    _drafted: dict[Continuation, list[Drafted | None]] = field(default_factory=dict, init=False, repr=False)
 
     def run(self) -> Audit:
         """All parts, in order of their cost."""
@@ -205,7 +227,7 @@ class Auditor:
                 bounds.append(output.metrics)
                 for token, law, draft in self._laws(one):
                     evidence.see(token, law, draft, float(rng.random()))
-                self._proposals.pop(one, None)
+                self._drafted.pop(one, None)
         if audit is not None:
             audit.tv_bound_mean = float(np.mean([one.tv_bound_mean for one in bounds]))
             audit.tv_bound_max = max(one.tv_bound_max for one in bounds)
@@ -233,43 +255,21 @@ class Auditor:
             engine.rule = before
 
     def _note(self, one: Continuation, start: int) -> None:
-        """Candidates that were chosen, not sampled, at each new token; None where there were none."""
-        tree, kept = one.last_tree, self._proposals.setdefault(one, [])
+        """What was drafted at each new token."""
+        tree, kept = one.last_tree, self._drafted.setdefault(one, [])
         nodes = [0, *one.last_path][: len(one.token_ids) - start]
-        for node in nodes:
-            children = tree.children[node] if tree is not None else []
-            chosen = [int(tree.tokens[child]) for child in children] if tree is not None and tree.law(node) is None else []
-            kept.append(chosen or None)
+        kept += [Drafted.after(tree, node) if tree is not None else None for node in nodes]
 
     def _laws(self, one: Continuation) -> Iterator[tuple[int, Float[np.ndarray, " v"], Float[np.ndarray, " v"] | None]]:
-        """Each output token with the target's law at its prefix, from one later forward, and the drafter's."""
+        """Each output token with the target's law at its prefix, from one later forward, and what was drafted there."""
         ids, first = one.token_ids, one.num_prompt - 1
         logits = all_logits(self.llm.target, ids[:-1])[first:]
         chain = TreeBatch.chains([ids[first:-1]])[0]
         processors = prefix_processors(one.sampling, one.num_prompt, set(one.eos_ids), [])
         law = TargetLaw(logits, one.sampling, chain, ids[: one.num_prompt], processors)
-        draft = self._draft_laws(one, ids)
-        for i, token in enumerate(ids[one.num_prompt :]):
+        for i, (token, drafted) in enumerate(zip(ids[one.num_prompt :], self._drafted[one], strict=True)):
             row = law.row(i).double().numpy()
-            yield token, row, draft[i] if draft is not None else self._candidates(one, i, len(row))
-
-    def _draft_laws(self, one: Continuation, ids: Sequence[int]) -> Float[np.ndarray, "t v"] | None:
-        drafter: Any = self.llm.engine.drafter
-        model, grower = getattr(drafter, "model", None), getattr(drafter, "grower", None)
-        if model is None or grower is None:
-            return None
-        size = self.llm.target.vocab_size
-        logits = all_logits(model, ids[:-1])[one.num_prompt - 1 :, :size]
-        policy = getattr(grower, "sampled", grower)
-        return warp(logits, draft_sampling(one.sampling, policy.draft_temperature)).double().numpy()
-
-    def _candidates(self, one: Continuation, i: int, size: int) -> Float[np.ndarray, " v"] | None:
-        chosen = self._proposals[one][i]
-        if chosen is None:
-            return None
-        draft = np.zeros(size)
-        draft[chosen] = 1.0
-        return draft
+            yield token, row, drafted.over(len(row)) if drafted is not None else None
 
 
 def _stand_in(drafter: str) -> Any:

@@ -130,6 +130,16 @@ def write_json(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def method_of(folder: Path) -> str | None:
+    """The method of the head in a directory; None where it holds something else.
+
+    Raises:
+        ModelError: there is no config.json that can be read.
+    """
+    about = read_json(folder / "config.json").get(_OURS)
+    return about.get("method") if isinstance(about, dict) else None
+
+
 def read_head(folder: Path, kinds: Sequence[str] | None = None) -> LoadedHead:
     """The head in a directory, in float32.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -14,35 +15,40 @@ from foredraft.sampling import SamplingParams
 from foredraft.tree import DraftTree, TreeBatch
 
 
-class MixedState(NamedTuple):
-    """A request's state in both drafters: which of them drafts is known when the first tree is asked for."""
+@dataclass(eq=False)
+class MixedState:
+    """A request's state in both drafters; which of them drafts is known when the first tree is asked for.
 
-    greedy: Any
-    sampled: Any
+    Attributes:
+        parts: of the greedy and of the sampled drafter.
+        drafts: which of the two drafts; the other one's part is given back by then.
+    """
+
+    parts: tuple[Any, Any]
+    drafts: int | None = None
 
 
 class MixedDrafter:
     """Two drafters that share out the requests by their temperature.
 
     Args:
-        greedy, sampled: drafters that need no features of the target.
+        greedy, sampled: where both need features of the target, those of the same layers.
     """
 
-    feature_layers: Sequence[int] = ()
-
     def __init__(self, greedy: Drafter, sampled: Drafter):
-        assert not greedy.feature_layers
-        assert not sampled.feature_layers
-        self._greedy, self._sampled = greedy, sampled
+        self._drafters = (greedy, sampled)
+        self.feature_layers: Sequence[int] = greedy.feature_layers or sampled.feature_layers
+        assert all(tuple(one.feature_layers) in ((), tuple(self.feature_layers)) for one in self._drafters)
 
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> MixedState:
         """A new request."""
-        return MixedState(self._greedy.start(tokens, None), self._sampled.start(tokens, None))
+        greedy, sampled = (one.start(tokens, features if one.feature_layers else None) for one in self._drafters)
+        return MixedState((greedy, sampled))
 
     def finish(self, state: MixedState) -> None:
-        """Gives back what both held."""
-        self._greedy.finish(state.greedy)
-        self._sampled.finish(state.sampled)
+        """Gives back what is held."""
+        for drafter, part in self._following(state):
+            drafter.finish(part)
 
     def propose(
         self,
@@ -53,10 +59,10 @@ class MixedDrafter:
     ) -> TreeBatch:
         """One tree a request, each by its own drafter."""
         trees: dict[int, DraftTree] = {}
-        for drafter, name in ((self._greedy, "greedy"), (self._sampled, "sampled")):
-            mine = [b for b, one in enumerate(sampling) if (one.temperature > 0) == (name == "sampled")]
+        for which, drafter in enumerate(self._drafters):
+            mine = [b for b, one in enumerate(sampling) if (one.temperature > 0) == bool(which)]
             if mine:
-                own = [getattr(states[b], name) for b in mine]
+                own = [self._part(states[b], which) for b in mine]
                 given = ([of[b] for b in mine] for of in (budgets, sampling, draws))
                 batch = drafter.propose(own, *given)  # type: ignore[arg-type]
                 if len(mine) == len(states):
@@ -67,6 +73,18 @@ class MixedDrafter:
     def observe(
         self, state: MixedState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]
     ) -> None:
-        """Both follow the text."""
-        self._greedy.observe(state.greedy, tokens, None, path)
-        self._sampled.observe(state.sampled, tokens, None, path)
+        """Whoever drafts follows the text."""
+        for drafter, part in self._following(state):
+            drafter.observe(part, tokens, features if drafter.feature_layers else None, path)
+
+    def _part(self, state: MixedState, which: int) -> Any:
+        """The state in the drafter that drafts; the other one is done with the request."""
+        if state.drafts is None:
+            self._drafters[1 - which].finish(state.parts[1 - which])
+            state.drafts = which
+        return state.parts[which]
+
+    def _following(self, state: MixedState) -> Iterator[tuple[Drafter, Any]]:
+        for which, pair in enumerate(zip(self._drafters, state.parts, strict=True)):
+            if state.drafts in (None, which):
+                yield pair

@@ -149,6 +149,53 @@ def test_two_drafters_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [record.num_draft_tokens for record in output.records] == [r.num_draft_tokens for r in together[i].records]
 
 
+def test_a_head_can_be_chosen_and_plain_decoding_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Method auto with a head: its trees, the same behind a lookup, lookups alone."""
+    head = str(DATA / "heads" / "fspad")
+    found = parse({"method": "auto", "model": head})
+    assert found is not None
+    names = {way.drafter for way in found.ways(has_model=True)}
+    assert (names, found.calibrated) == ({"fspad", "fspad-lookup", "ngram", "suffix"}, "fspad")
+    assert parse({"model": head}).drafter == "fspad"  # type: ignore[union-attr]
+    fixed(monkeypatch, Choice(Way("fspad", "topk"), 6, 2.0, 1.0, 2.0), Choice(Way("ngram", None), 0, 1.0, 1.0, 1.0))
+    llm = LLM(PAIR[0], {"method": "auto", "model": head}, dtype="float64")
+    greedy, sampled = (llm.generate("The cat", SamplingParams(temperature=t, max_tokens=12, seed=0))[0] for t in (0.0, 1.0))
+    assert greedy.metrics.num_draft_tokens > 0 == sampled.metrics.num_draft_tokens
+    plain = llm.with_speculation({"method": "ar"}).generate("The cat", SamplingParams(temperature=0, max_tokens=12))
+    assert greedy.outputs[0].token_ids == plain[0].outputs[0].token_ids
+
+
+@pytest.mark.parametrize("method", ["fspad", "ctc", "hydra-lookup"])
+def test_steps_of_heads_are_really_timed(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    grown_by = LLM._grown_by
+    monkeypatch.setattr(LLM, "_grown_by", lambda self, *rest: built.append(rest[-1]) or grown_by(self, *rest))
+    model = str(DATA / "heads" / method.removesuffix("-lookup"))
+    llm = LLM(PAIR[0], {"method": method, "model": model, **({"lookup_min_match": 2} if "-" in method else {})})
+    assert method.removesuffix("-lookup") in built  # what drafts most of the time is what costs
+    assert set(llm.choices) == {"greedy", "sampled"}
+    assert all(0 < one.slowdown < 1000 for one in llm.choices.values())
+
+
+@pytest.mark.parametrize(("greedy", "sampled"), [("eagle", "ngram"), ("suffix", "eagle-lookup"), ("eagle-lookup", "eagle")])
+def test_a_head_and_another_drafter_in_one_batch(monkeypatch: pytest.MonkeyPatch, greedy: str, sampled: str) -> None:
+    """Greedy requests by one, sampled ones by the other, more than there are places at once: each is what it is alone."""
+    ways = [Way(name, "dyspec" if "eagle" in name else None) for name in (greedy, sampled)]
+    fixed(monkeypatch, Choice(ways[0], 6, 2.0, 1.0, 2.0), Choice(ways[1], 5, 2.0, 1.0, 2.0))
+    config = {"model": str(DATA / "heads" / "eagle"), "tree": "dyspec"}
+    llm = LLM(PAIR[0], {"method": "auto", "model": config["model"]}, dtype="float64", max_num_seqs=3)
+    sampling = [SamplingParams(temperature=i % 2, seed=i, max_tokens=16 + i, ignore_eos=True) for i in range(4)]
+    together = [one.outputs[0] for one in llm.generate(PROMPTS, sampling)]
+    for way, nodes, mine in zip(ways, (6, 5), (slice(0, 4, 2), slice(1, 4, 2)), strict=True):
+        own = {"method": way.drafter, "num_speculative_tokens": nodes} | (config if way.tree else {})
+        alone = LLM(PAIR[0], own, dtype="float64").generate(PROMPTS[mine], sampling[mine])
+        for one, other in zip(alone, together[mine], strict=True):
+            assert one.outputs[0].token_ids == other.token_ids
+            drafted = [[record.num_draft_tokens for record in found.records] for found in (one.outputs[0], other)]
+            assert drafted[0] == drafted[1]
+            assert way.tree is None or sum(drafted[0]) > 0
+
+
 def test_a_drafter_that_asks_another_costs_what_calibration_saw_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of its steps draft with the model (2 seconds), half look up (1 second); a plain step takes 1."""
     curve = {"4": 3.0}

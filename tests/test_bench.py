@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from foredraft import LLM
+from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
 from foredraft.bench import calibrate, peer_process
 from foredraft.bench.bandwidth import reading
@@ -20,6 +21,8 @@ from foredraft.bench.peers import PEERS
 from foredraft.bench.report import setting_of, speedup
 from foredraft.bench.run import Outcome, parse_method
 from foredraft.bench.tasks import is_looping, read_prompts
+from foredraft.drafters.folder import read_head, save_head
+from foredraft.grow import GROWERS
 from foredraft.llm import BUNDLED_DRAFTER
 from foredraft.metrics import StepRecord
 from foredraft.models.hf import HFTarget
@@ -43,10 +46,18 @@ FIELDS += ["draft_s", "verify_s", "rule_s", "cache_s", "other_s"]
         ("lm:dyspec:16", {"method": "lm", "model": "D", "tree": "dyspec", "num_speculative_tokens": 16}),
         ("lm:chain:4:block", {"method": "lm", "model": "D", "tree": "chain", "num_speculative_tokens": 4, "rule": "block"}),
         ("lm:opt:auto", {"method": "lm", "model": "D", "tree": "opt", "num_speculative_tokens": "auto"}),
+        ("fspad=H:opt", {"method": "fspad", "model": "H", "tree": "opt"}),
     ],
 )
 def test_methods(text: str, config: dict[str, Any]) -> None:
     assert parse_method(text, "D") == config
+
+
+def test_a_head_is_for_its_own_method() -> None:
+    head = str(DATA / "heads" / "fspad")
+    assert parse_method("fspad-lookup:opt", head) == {"method": "fspad-lookup", "model": head, "tree": "opt"}
+    assert parse_method("auto", head) == {"method": "auto", "model": head}
+    assert parse_method("lm", head) == {"method": "lm"}
 
 
 @pytest.mark.parametrize("text", ["lm:chain:4:block:x", "lm:chain:four", ":chain"])
@@ -284,6 +295,76 @@ def test_calibrate(capsys: pytest.CaptureFixture[str], prompts: Path, tmp_path: 
     )
     assert all(seconds > 0 for seconds in found["seconds"]["target"].values())
     assert "<svg" in (tmp_path / "plot.svg").read_text()
+
+
+def own_head(folder: Path, method: str) -> Path:
+    """A copy of a head of the tests that can be written to."""
+    shutil.copytree(DATA / "heads" / method, folder / method)
+    return folder / method
+
+
+@pytest.mark.parametrize("method", ["fspad", "parallel"])
+def test_calibrate_a_head(
+    capsys: pytest.CaptureFixture[str], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Sequoia and DySpec by measured acceptance grow with a head once it is calibrated, and no longer once it has changed."""
+    monkeypatch.setattr(calibrate, "SIZES", (2, 4))
+    head = own_head(tmp_path, method)
+    wanted = {"model": str(head), "tree": "sequoia", "num_speculative_tokens": 4}
+    with pytest.raises(ValueError, match="needs a measured acceptance vector"):
+        LLM(PAIR[0], wanted).generate("The cat", SamplingParams(max_tokens=4))
+    given = ["--model", PAIR[0], "--draft-model", head, "--prompts", prompts, "--limit", 2, "--max-tokens", 12]
+    code, out, err = run(capsys, "calibrate", *given, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert Path(found["file"]) == head / "calibration.json"
+    assert 0.2 < found["acceptance"]["greedy"][0] <= sum(found["acceptance"]["greedy"]) < 1.001  # rounded
+    curves = found["tokens_per_step"]["greedy"]
+    assert {f"{method}:{tree}" for tree in GROWERS} | {"ngram", "suffix"} < set(curves)
+    assert any(name.startswith(f"{method}-lookup:") for name in curves)
+    for tree in ("sequoia", "dyspec-calibrated"):
+        llm = LLM(PAIR[0], {**wanted, "tree": tree}, dtype="float64")
+        assert llm.measured(parse({**wanted, "tree": tree}))["acceptance"] == found["acceptance"]
+        assert llm.generate("The cat", SamplingParams(temperature=0, max_tokens=16))[0].metrics.acceptance_length > 1
+    loaded = read_head(head)
+    loaded.head.load_state_dict({name: one * 1.01 for name, one in loaded.head.state_dict().items()})
+    save_head(head, loaded.head, loaded.config, loaded.about)
+    assert LLM(PAIR[0], {**wanted, "tree": "topk"}).measured(parse(wanted)) == {}
+
+
+def test_calibrate_a_head_with_a_tree_of_its_own(
+    capsys: pytest.CaptureFixture[str], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "SIZES", (2, 4))
+    head = own_head(tmp_path, "ctc")
+    given = ["--model", PAIR[0], "--method", "ctc-lookup", "--draft-model", head, "--prompts", prompts, "--max-tokens", 8]
+    code, out, err = run(capsys, "calibrate", *given, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert "acceptance" not in found
+    assert set(found["tokens_per_step"]["sampled"]) == {"ctc", "ctc-lookup", "ngram", "suffix"}
+    assert set(found["drafted_share"]["sampled"]) == {"ctc-lookup"}
+    chosen = LLM(PAIR[0], {"method": "auto", "model": str(head)}).drafting(SamplingParams(temperature=0))
+    assert chosen["method"] in found["tokens_per_step"]["greedy"]
+
+
+@pytest.mark.parametrize("method", ["lm", "eagle", "medusa"])
+def test_acceptance_is_measured_on_what_would_be_drafted(method: str) -> None:
+    """The children that are offered at a place are those of a tree that begins there."""
+    model = PAIR[1] if method == "lm" else DATA / "heads" / method
+    config = {"method": method, "model": str(model), "tree": "static", "paths": [[0]], "num_speculative_tokens": 1}
+    llm = LLM(PAIR[0], config, dtype="float64")
+    greedy = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    plain = llm.with_speculation({"method": "ar"})
+    prompts = [llm.tokenizer(one)["input_ids"] for one in ("Once upon a time there was", "Green! My 4")]
+    texts, steps = calibrate.all_trials(plain, llm, prompts, 0.0, 40), []
+    for text, output in zip(texts, llm.generate(prompts, greedy), strict=True):
+        at = 0
+        for record in output.outputs[0].records:
+            steps += [(text[at][0].accepted, record.num_accepted_tokens == 1)] if record.num_draft_tokens else []
+            at += record.num_accepted_tokens + 1
+    assert all(offered == accepted for offered, accepted in steps)
+    assert 10 < sum(accepted for _, accepted in steps) < len(steps) - 5
 
 
 def test_calibrating_the_bundled_pair_leaves_the_package_alone(

@@ -206,7 +206,9 @@ def bench(
 def calibrate(
     *,
     model: Model = None,
-    method: Annotated[str, typer.Option(help="Drafter: lm (with lm-lookup), ngram or suffix.")] = "lm",
+    method: Annotated[
+        str | None, typer.Option(help="Drafter; default: lm, or that of the head in --draft-model.", show_default=False)
+    ] = None,
     draft_model: DraftModel = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Training prompts; default: some that come along.", show_default=False)

@@ -52,7 +52,7 @@ TRIED_TREES, TYPICAL_SIZE = 2, 8
 """Only so many trees are timed, those of most tokens a step at a typical size."""
 
 _MODEL_MARGIN = 1.1
-"""A draft model has to promise so much more than plain decoding or lookup: its costs are larger, and vary with the text."""
+"""A draft model or head has to promise so much more than plain decoding or lookup: it costs more, and varies with the text."""
 
 _WORSE = 0.92
 """Growing a tree further is given up once the predicted speed fell to this share of the best."""
@@ -87,7 +87,7 @@ class Chooser:
     """Chooses for one engine; see the module's text.
 
     Attributes:
-        has_model: whether there is a draft model.
+        has_model: whether there is a draft model or a head.
         build: gives the drafter of a way.
         measured: a calibration: under ``tokens_per_step`` kind of request -> `curve_name` -> number of nodes -> tokens a step;
             under ``drafted_share`` the same -> share of the steps in which the drafter it asks was asked.
@@ -132,9 +132,9 @@ class Chooser:
 
         @memoize
         def slower(way: Way, nodes: int) -> float:
-            if way.tree and way not in drafters:
+            if has_weights(way) and way not in drafters:
                 drafters[way] = self.build(way)
-            drafter = drafters[way] if way.tree else Full()
+            drafter = drafters[way] if has_weights(way) else Full()
             rule = self.speculation.rule_for(way.tree)
             return slowdown_of(Timed(self.target, drafter, rule, nodes, self.prompt, sampling, self.num_seqs), plain)
 
@@ -164,8 +164,8 @@ class Chooser:
             usual = [way for way in ways if way.tree == ("opt" if kind == "greedy" else "chain")]
             return usual[-1:] or ways[:1]
         known = [way for way in ways if curve_name(way) in curves]
-        grown = sorted((way for way in known if way.tree), key=lambda way: -(self._tokens(curves, way)))
-        return grown[:TRIED_TREES] + [way for way in known if not way.tree] or ways[:1]
+        weighty = sorted((way for way in known if has_weights(way)), key=lambda way: -(self._tokens(curves, way)))
+        return weighty[:TRIED_TREES] + [way for way in known if not has_weights(way)] or ways[:1]
 
     def _curves(self, kind: str) -> Mapping[str, Any]:
         return self.measured.get("tokens_per_step", {}).get(kind) or {}
@@ -176,6 +176,11 @@ class Chooser:
 
     def _tokens(self, curves: Mapping[str, Any], way: Way) -> float:
         return tokens_per_step(curves, Candidate(way, TYPICAL_SIZE)) or 0.0
+
+
+def has_weights(way: Way) -> bool:
+    """Whether its drafter is a model or a head, which costs time in every step."""
+    return DRAFTERS[way.drafter].weights is not None
 
 
 def curve_name(way: Way) -> str:
@@ -296,7 +301,7 @@ def choose(
                 continue
             cost = slowdown(candidate)
             speedup = tokens / cost
-            score = speedup / (_MODEL_MARGIN if way.tree else 1.0)
+            score = speedup / (_MODEL_MARGIN if has_weights(way) else 1.0)
             if score > top_score:
                 best, top_score = Choice(way, nodes, tokens, cost, speedup), score
             if speedup < _WORSE * top:

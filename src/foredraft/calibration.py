@@ -21,27 +21,30 @@ def file_beside(model: Any) -> Path | None:
     return Path(model) / _NAME if own else None
 
 
-def file_in_cache(model: Any, target: Target, drafter: str) -> Path:
-    """The calibration of a drafter beside this target in the user's cache."""
+def file_in_cache(weights: str | None, target: Target, drafter: str) -> Path:
+    """The calibration of a drafter beside this target in the user's cache; `weights` is the fingerprint of the drafter's."""
     config = getattr(target.config, "to_dict", dict)()
-    key = hashlib.sha256(json.dumps([config, str(model)], sort_keys=True, default=str).encode()).hexdigest()[:20]
+    key = hashlib.sha256(json.dumps([config, weights], sort_keys=True, default=str).encode()).hexdigest()[:20]
     return cache_folder() / f"calibration-{drafter}-{key}.json"
 
 
-def read_calibration(model: Any, target: Target, drafter: str) -> dict[str, Any]:
-    """What `foredraft calibrate` found out about a drafter; nothing if it was not asked. The user's cache goes first.
+def read_calibration(model: Any, target: Target, drafter: str, weights: str | None) -> dict[str, Any]:
+    """What `foredraft calibrate` found out about a drafter; nothing if it was not asked, or was asked about other weights in
+    the same place. The user's cache goes first.
 
     Raises:
         ValueError: the file is not valid JSON.
     """
-    files = [file_in_cache(model, target, drafter)]
+    files = [file_in_cache(weights, target, drafter)]
     files += [Path(model) / _NAME] if isinstance(model, str | Path) else []
     for path in files:
         if path.is_file():
             try:
-                return json.loads(path.read_text())
+                found = json.loads(path.read_text())
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path} is not valid JSON ({error}): measure it again or delete it") from None
+            if found.get("weights", weights) == weights:
+                return found
     return {}
 
 

@@ -13,7 +13,7 @@ from foredraft import show
 from foredraft.engine import CompletionOutput, RequestOutput
 from foredraft.llm import LLM, Prompt
 from foredraft.sampling import SamplingParams
-from foredraft.speculation import AUTO
+from foredraft.speculation import AUTO, drafter_for
 
 INTERRUPTED = 130
 """The exit code of a process that Ctrl-C ended: 128 and the number of the signal."""
@@ -67,7 +67,7 @@ def speculative_config(
     if not config:
         return None
     has_draft_model = model is None or "model" in config or "tree" in config
-    return {"method": "lm" if has_draft_model else "suffix", **config}
+    return {"method": drafter_for(config.get("model")) if has_draft_model else "suffix", **config}
 
 
 def _json_object(text: str | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from foredraft.drafters import DRAFTERS, Setting
 from foredraft.drafters.mixed import MixedDrafter
 from foredraft.engine import Engine, Request, RequestOutput
 from foredraft.grow import ByTemperature
+from foredraft.models.checkpoint import ModelError
 from foredraft.models.loading import fingerprint_of, load_generation_config, load_target, load_tokenizer
 from foredraft.progress import progress_bar
 from foredraft.prompts import Prompt, encode, is_list, not_a_prompt
@@ -86,6 +87,7 @@ class LLM:
         self._usual_num_seqs = max_num_seqs or 1
         self._draft_models: dict[str, Any] = {}
         self._fingerprint = cache(lambda: fingerprint_of(model, revision))
+        self._fingerprint_of = cache(fingerprint_of)
         self._speculate(speculation)
 
     def with_speculation(self, speculative_config: Mapping[str, Any] | None) -> LLM:
@@ -269,6 +271,14 @@ class LLM:
         grower = speculation.grower(sampled.tree, measured)
         if greedy != sampled:
             grower = ByTemperature(speculation.grower(greedy.tree, measured), grower)
+        return self._grown_by(grower, speculation, sampled.drafter)
+
+    def drafter_grown_by(self, grower: Any) -> Any:
+        """The config's drafter once more, grown by `grower`; of one that looks up first, the one that it asks."""
+        assert self.speculation is not None
+        return self._grown_by(grower, self.speculation, self.speculation.calibrated)
+
+    def _grown_by(self, grower: Any, speculation: Speculation, name: str) -> Any:
         setting = Setting(
             target=self.target,
             model=self.draft_source,
@@ -278,14 +288,15 @@ class LLM:
             num_slots=self.max_num_seqs,
             fingerprint=self._fingerprint,
         )
-        return DRAFTERS[sampled.drafter].build(setting, **speculation.drafter_options)
+        row, options = DRAFTERS[name], speculation.drafter_options
+        return row.build(setting, **{key: options[key] for key in row.options if key in options})
 
     @property
     def draft_source(self) -> Any:
         """The draft model as it was given, or the bundled one; None where there is none."""
         one = self.speculation
         if one is not None and one.model is None and self._bundled and one.needs_model:
-            return bundled_drafter(one.drafter)
+            return bundled_drafter(one.calibrated)
         return one.model if one else None
 
     def measured(self, speculation: Speculation) -> dict[str, Any]:
@@ -293,7 +304,18 @@ class LLM:
         source = self.draft_source
         if source is None and self._bundled:
             source = BUNDLED_DRAFTER  # its calibration has the drafters without weights too
-        return read_calibration(source, self.target, speculation.calibrated)
+        return read_calibration(source, self.target, speculation.calibrated, self._weights(source))
+
+    @property
+    def draft_weights(self) -> str | None:
+        """The fingerprint of the drafter's weights; None where there are none."""
+        return self._weights(self.draft_source)
+
+    def _weights(self, source: Any) -> str | None:
+        try:
+            return None if source is None else self._fingerprint_of(source)
+        except ModelError:  # said when the drafter is built
+            return None
 
     def _draft_model(self, source: Any) -> Any:
         key = str(source) if isinstance(source, str | Path) else str(id(source))
@@ -308,8 +330,8 @@ class LLM:
 
 def bundled_drafter(name: str) -> Path | None:
     """The directory of a drafter for the bundled target; None where none is bundled."""
-    row = DRAFTERS.get(name)
-    folder = BUNDLED / (row.asks or name) if row is not None and row.weights == "head" else BUNDLED_DRAFTER
+    row = DRAFTERS[name]
+    folder = BUNDLED / (row.asks or name) if row.weights == "head" else BUNDLED_DRAFTER
     return folder if folder.is_dir() else None
 
 

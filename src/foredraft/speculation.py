@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from foredraft.drafters import DRAFTERS, DrafterRow
+from foredraft.drafters.folder import method_of
 from foredraft.errors import unknown_name
 from foredraft.grow import GROWERS, GrowerRow, Options
 from foredraft.protocols import AcceptanceRule, Budget
@@ -37,6 +39,7 @@ class Speculation:
 
     Attributes:
         drafter: name in DRAFTERS; `AUTO` is to be chosen.
+        weights_for: the drafter that the model is for, or would be: what `AUTO` can choose beside those without weights.
         tree: name in GROWERS; `AUTO` is to be chosen; None where the drafter makes its own tree.
         rule_name: name in RULES; None is the best exact one for the tree that will be chosen.
         budget: None is to be chosen.
@@ -44,6 +47,7 @@ class Speculation:
     """
 
     drafter: str
+    weights_for: str
     tree: str | None
     rule_name: str | None
     budget: Budget | None
@@ -57,7 +61,11 @@ class Speculation:
         names = (
             [self.drafter]
             if self.drafter != AUTO
-            else [name for name, row in DRAFTERS.items() if row.weights is None or (has_model and row.weights == "model")]
+            else [
+                name
+                for name, row in DRAFTERS.items()
+                if row.weights is None or (has_model and self.weights_for in (name, row.asks))
+            ]
         )
         return [Way(name, tree) for name in names for tree in self._trees(DRAFTERS[name])]
 
@@ -72,7 +80,7 @@ class Speculation:
     @property
     def calibrated(self) -> str:
         """The drafter whose calibration says what there is to know."""
-        name = "lm" if self.drafter == AUTO else self.drafter
+        name = self.weights_for if self.drafter == AUTO else self.drafter
         return DRAFTERS[name].asks or name
 
     @property
@@ -115,12 +123,13 @@ def parse(config: Any) -> Speculation | None:
     for key in ("method", "tree", "rule"):
         if not isinstance(config.get(key), str | None):
             raise TypeError(f"{key} must be a name, got {config[key]!r}; `foredraft methods` lists them")
-    method = config.get("method") or "lm"
+    weights_for = drafter_for(config.get("model"))
+    method = config.get("method") or weights_for
     if method == PLAIN:
         return _check_unused(config)
     if method not in (*DRAFTERS, AUTO):
         raise unknown_name("method", method, [*DRAFTERS, AUTO, PLAIN])
-    drafter = DRAFTERS["lm" if method == AUTO else method]  # the most that can be asked for
+    drafter = DRAFTERS[weights_for if method == AUTO else method]  # the most that can be asked for
     nodes = config.get("num_speculative_tokens")
     tree, grower = _named_tree(method, drafter, config.get("tree"))
     policy = grower.grower if grower else Options if tree == AUTO else None
@@ -138,6 +147,7 @@ def parse(config: Any) -> Speculation | None:
     _check_depth({**drafter_options, **grower_options})
     return Speculation(
         drafter=method,
+        weights_for=weights_for,
         tree=tree,
         rule_name=_named_rule(method, drafter, tree, grower, config.get("rule")),
         budget=None if nodes in (None, AUTO) else _budget(nodes),
@@ -146,6 +156,15 @@ def parse(config: Any) -> Speculation | None:
         grower_options=grower_options,
         rule_options=_rule_options({key: config[key] for key in of_rule if key in config}),
     )
+
+
+def drafter_for(model: Any) -> str:
+    """The drafter that a model is for: that of a directory with a head, else ``lm``."""
+    folder = Path(model) if isinstance(model, str | Path) else None
+    if folder is None or not (folder / "config.json").is_file():
+        return "lm"
+    method = method_of(folder)
+    return method if method in DRAFTERS else "lm"
 
 
 def _rule_options(options: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -23,12 +23,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from foredraft.auto import SAMPLE_TEXT, TRIED_TREES, TYPICAL_SIZE, curve_name
+from foredraft.auto import SAMPLE_TEXT, TRIED_TREES, TYPICAL_SIZE, curve_name, has_weights
 from foredraft.bench import tasks
 from foredraft.bench.report import new_figure
 from foredraft.cache import prefill
 from foredraft.calibration import file_beside, file_in_cache
 from foredraft.drafters import DRAFTERS
+from foredraft.drafters.along import Along
 from foredraft.drafters.lookup_first import LookupFirst
 from foredraft.draws import Draws
 from foredraft.grow import GROWERS
@@ -38,7 +39,7 @@ from foredraft.llm import BUNDLED, LLM
 from foredraft.progress import progress_bar
 from foredraft.protocols import Target
 from foredraft.sampling import SamplingParams, TargetLaw, warp
-from foredraft.speculation import Way
+from foredraft.speculation import Way, drafter_for
 from foredraft.tree import DraftTree, Drawn, TreeBatch
 from foredraft.verify import RULES
 
@@ -58,13 +59,20 @@ class CalibrateChoice:
     """What the command line said; see ``foredraft calibrate --help``."""
 
     model: str | None = None
-    method: str = "lm"
+    method: str | None = None
     draft_model: str | None = None
     prompts: Path = PROMPTS
     limit: int | None = None
     max_tokens: int = 128
     dtype: str = "auto"
     device: str | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The speculative config of what is measured: of a drafter that looks up first, the one that it asks."""
+        method = self.method or drafter_for(self.draft_model)
+        asked = DRAFTERS[method].asks if method in DRAFTERS else None
+        return {"method": asked or method} | ({"model": self.draft_model} if self.draft_model else {})
 
 
 def calibrate(choice: CalibrateChoice) -> tuple[Path, dict[str, Any]]:
@@ -73,16 +81,16 @@ def calibrate(choice: CalibrateChoice) -> tuple[Path, dict[str, Any]]:
     Raises:
         ValueError: the model, the drafter or the prompts cannot be read.
     """
-    config: dict[str, Any] = {"method": choice.method} | ({"model": choice.draft_model} if choice.draft_model else {})
+    config = choice.config
     read = tasks.read_prompts(choice.prompts, choice.limit)
     plain = LLM(choice.model, {"method": "ar"}, dtype=choice.dtype, device=choice.device, max_num_seqs=8)
     drafting = plain.with_speculation({**config, "num_speculative_tokens": 1})
     prompts = [ids for ids in tasks.encode(plain, read, raw=False) if len(ids) + choice.max_tokens <= plain.max_model_len]
     found: dict[str, Any] = {"prompts": choice.prompts.name, "num_prompts": len(prompts), "max_tokens": choice.max_tokens}
-    model = getattr(drafting.engine.drafter, "model", None)
-    file = file_beside(choice.draft_model) or file_in_cache(drafting.draft_source, plain.target, choice.method)
-    if model is not None:
-        trials = {kind: all_trials(plain, model, prompts, t, choice.max_tokens) for kind, t in TEMPERATURES.items()}
+    found |= {"weights": drafting.draft_weights} if drafting.draft_weights else {}
+    file = file_beside(choice.draft_model) or file_in_cache(drafting.draft_weights, plain.target, config["method"])
+    if DRAFTERS[config["method"]].gives == "expand":
+        trials = {kind: all_trials(plain, drafting, prompts, t, choice.max_tokens) for kind, t in TEMPERATURES.items()}
         found["acceptance_by_depth"] = {kind: by_depth(accepted_ranks(texts)) for kind, texts in trials.items()}
         found["acceptance"] = {kind: rows[0] for kind, rows in found["acceptance_by_depth"].items()}
         found["acceptance_by_prob"] = {kind: table_of(texts).written() for kind, texts in trials.items()}
@@ -109,15 +117,16 @@ def tokens_per_step(plain: LLM, config: dict[str, Any], prompts: Sequence[list[i
     """``tokens_per_step``: kind of request -> way -> number of nodes -> acceptance length, by decoding with each; and the same
     of ``drafted_share`` for drafters that look up first, with the best trees.
 
-    With a draft model the drafters that need none are measured too: what it is worth can only be said beside them.
+    With a draft model or a head the drafters that need none are measured too: what it is worth can only be said beside them.
     """
     method = config["method"]
-    trees = [Way(method, name) for name, row in GROWERS.items() if row.needs == DRAFTERS[method].gives]
+    own = [Way(method, name) for name, row in GROWERS.items() if row.needs == DRAFTERS[method].gives] or [Way(method, None)]
     free = [Way(name, None) for name, row in DRAFTERS.items() if row.weights is None]
     asking = [name for name, row in DRAFTERS.items() if row.asks == method]
-    ways = [*trees, *free] if trees else [Way(method, None)]
+    ways = [*own, *free] if has_weights(own[0]) else own
+    tried = min(TRIED_TREES, len(own)) * len(asking)
     found: dict[str, Any] = {"tokens_per_step": {}, "drafted_share": {}}
-    with progress_bar("tokens a step", len(TEMPERATURES) * (len(ways) + TRIED_TREES * len(asking))) as advance:
+    with progress_bar("tokens a step", len(TEMPERATURES) * (len(ways) + tried)) as advance:
 
         def curves(some: Sequence[Way], temperature: float) -> dict[str, list[Point]]:
             points = {}
@@ -128,7 +137,7 @@ def tokens_per_step(plain: LLM, config: dict[str, Any], prompts: Sequence[list[i
 
         for kind, temperature in TEMPERATURES.items():
             pure = curves(ways, temperature)
-            best = sorted(trees, key=lambda way: -at_most(pure[curve_name(way)], TYPICAL_SIZE).acceptance_length)
+            best = sorted(own, key=lambda way: -at_most(pure[curve_name(way)], TYPICAL_SIZE).acceptance_length)
             mixed = curves([Way(name, way.tree) for name in asking for way in best[:TRIED_TREES]], temperature)
             found["tokens_per_step"][kind] = {
                 name: {str(one.nodes): one.acceptance_length for one in points} for name, points in (pure | mixed).items()
@@ -159,7 +168,7 @@ def curve(
     before = 0.0
     for nodes in SIZES:
         tree = {"tree": way.tree} if way.tree else {}
-        model = {"model": config["model"]} if way.tree and "model" in config else {}
+        model = {"model": config["model"]} if has_weights(way) and "model" in config else {}
         llm = plain.with_speculation({"method": way.drafter, **model, **tree, "num_speculative_tokens": nodes})
         length = acceptance_length(llm, prompts, temperature, max_tokens)
         drafter = llm.engine.drafter
@@ -181,18 +190,17 @@ def acceptance_length(llm: LLM, prompts: Sequence[list[int]], temperature: float
 
 
 def all_trials(
-    plain: LLM, drafter: Target, prompts: Sequence[list[int]], temperature: float, max_tokens: int
+    plain: LLM, drafting: LLM, prompts: Sequence[list[int]], temperature: float, max_tokens: int
 ) -> list[list[list[Trial]]]:
     """For every position of the target's own continuations, what the rule made of the children that were offered there."""
     sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
-    found = []
+    drafter, found = Along(plain.target, drafting.drafter_grown_by), []
     with progress_bar(f"acceptance, temperature {temperature:g}", len(prompts)) as advance:
         for number, result in enumerate(plain.generate(list(prompts), sampling)):
             ids = result.prompt_token_ids + result.outputs[0].token_ids
-            target_logits, draft_logits = (all_logits(model, ids[:-1]) for model in (plain.target, drafter))
             places = range(len(result.prompt_token_ids) - 1, len(ids) - 1)
             draws = [Draws(number).at(place) for place in places]
-            rows = zip(target_logits[places.start :], draft_logits[places.start :], draws, strict=True)
+            rows = zip(*drafter.logits(ids[:-1], places.start), draws, strict=True)
             found.append([offer_children(target, draft, sampling, draw) for target, draft, draw in rows])
             advance(1)
     return found
@@ -226,13 +234,13 @@ def all_logits(model: Target, token_ids: Sequence[int]) -> Float[Tensor, "n v"]:
 
 
 def offer_children(
-    target: Float[Tensor, " v"], draft: Float[Tensor, " w"], sampling: SamplingParams, draws: Draws
+    target: Float[Tensor, " v"], draft: Float[Tensor, " v"], sampling: SamplingParams, draws: Draws
 ) -> list[Trial]:
     """Offers up to `RANKS` children of one node to the multi-round rule: those that it tests, an accepted one last.
 
     Source: Sequoia (arXiv 2402.12374), section 4.1, the acceptance vector.
     """
-    law = warp(draft[None, : len(target)], SamplingParams(temperature=sampling.temperature or GREEDY_DRAFT_TEMPERATURE))
+    law = warp(draft[None], SamplingParams(temperature=sampling.temperature or GREEDY_DRAFT_TEMPERATURE))
     if sampling.temperature:
         tokens, drawn = draws.order(law[0], ("draft", (), 0), RANKS), Drawn.WITHOUT_REPLACEMENT
     else:
@@ -281,7 +289,7 @@ def sample_prompt(llm: LLM) -> list[int]:
 def command(choice: CalibrateChoice, *, plot: Path | None, as_json: bool) -> int:
     """Runs ``foredraft calibrate``; returns the exit code."""
     file, found = calibrate(choice)
-    config = {"method": choice.method} | ({"model": choice.draft_model} if choice.draft_model else {})
+    config = choice.config
     llm = LLM(choice.model, config, dtype=choice.dtype, device=choice.device, max_num_seqs=1)
     drafting: Any = llm.with_speculation({**config, "num_speculative_tokens": 1}).engine.drafter
     models = {"target": llm.target, "drafter": getattr(drafting, "model", None)}

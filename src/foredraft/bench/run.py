@@ -15,7 +15,7 @@ from foredraft.drafters import DRAFTERS
 from foredraft.llm import LLM
 from foredraft.metrics import StepRecord
 from foredraft.sampling import SamplingParams
-from foredraft.speculation import AUTO, PLAIN
+from foredraft.speculation import AUTO, PLAIN, drafter_for
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def parse_method(text: str, draft_model: str | None) -> dict[str, Any]:
     config.
 
     Args:
-        draft_model: for drafters that need a draft model and name no directory.
+        draft_model: a draft model or a head, for the drafters that it is for and that name no directory.
 
     Raises:
         ValueError: there are more than four parts, or the budget is no number.
@@ -77,7 +77,7 @@ def parse_method(text: str, draft_model: str | None) -> dict[str, Any]:
     drafter, _, own_model = drafter.partition("=")
     config: dict[str, Any] = {"method": drafter}
     if drafter != PLAIN:
-        takes_model = drafter == AUTO or (drafter in DRAFTERS and DRAFTERS[drafter].weights == "model")
+        takes_model = drafter == AUTO or (drafter in DRAFTERS and drafter_for(draft_model) in (drafter, DRAFTERS[drafter].asks))
         model = own_model or (draft_model if takes_model else None)
         config |= {"model": model} if model is not None else {}
         config |= {"tree": tree} if tree else {}

@@ -60,11 +60,6 @@ class LookupFirst:
         """
         return cls(other, **options)
 
-    @property
-    def model(self) -> Any:
-        """The draft model."""
-        return getattr(self._other, "model", None)
-
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> LookupState:
         """A new request."""
         return LookupState(self._lookup.start(tokens, None), self._other.start(tokens, features))

@@ -1,0 +1,76 @@
+"""What a drafter says along a text: its law after every committed token, as it would be asked for while decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foredraft.cache import prefill
+from foredraft.draws import Draws
+from foredraft.protocols import Budget, Drafter, Expander, Grower, Target
+from foredraft.sampling import SamplingParams, at_least_float32
+from foredraft.tree import TreeBatch
+
+
+class Roots:
+    """A grower that asks for the law after each root, and drafts nothing.
+
+    Attributes:
+        logits: of the last call; None where there was no room to draft.
+    """
+
+    def __init__(self) -> None:
+        self.logits: Float[Tensor, "b v"] | None = None
+
+    def grow(
+        self,
+        drafter: Expander,
+        states: Sequence[Any],
+        roots: Sequence[int],
+        budgets: Sequence[Budget],
+        sampling: Sequence[SamplingParams],
+        draws: Sequence[Draws],
+    ) -> TreeBatch:
+        """See `foredraft.protocols.Grower`."""
+        batch = TreeBatch.chains([[root] for root in roots])
+        self.logits = drafter.expand(states, batch, batch.offsets[:-1]) if all(map(min, budgets)) else None
+        return batch
+
+
+class Along:
+    """A drafter that is asked along texts.
+
+    Args:
+        build: gives it, grown by what it is called with.
+    """
+
+    def __init__(self, target: Target, build: Callable[[Grower], Drafter]):
+        self._target, self._roots = target, Roots()
+        self._drafter = build(self._roots)
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int], first: int) -> tuple[Float[Tensor, "n v"], Float[Tensor, "n v"]]:
+        """Target and draft logits after each token of a text from place `first` on, in float32 at least.
+
+        A drafter over features says nothing (its logits are all equal) before the target has run a token, and none says
+        anything where its context is full.
+        """
+        pool, layers = self._target.new_pool(1, len(token_ids)), self._drafter.feature_layers
+        [chunks] = prefill(self._target, pool, [pool.allocate()], [token_ids], scored=True, feature_layers=layers)
+        wanted = at_least_float32(torch.cat([scores.logits for scores in chunks])[first:])
+        parts = [scores.features for scores in chunks if scores.features is not None]
+        features, drafted = torch.cat(parts) if parts else None, torch.zeros_like(wanted)
+        state = self._drafter.start(token_ids[: first + 1], None if features is None or not first else features[:first])
+        for row, token in enumerate([*token_ids[first + 1 :], None]):
+            self._drafter.propose([state], [Budget(1, 1)], [SamplingParams()], [Draws(0)])
+            if self._roots.logits is not None:
+                drafted[row] = self._roots.logits[0]
+            if token is not None:
+                at = slice(first + row, first + row + 1)
+                self._drafter.observe(state, [token], None if features is None else features[at], ())
+        self._drafter.finish(state)
+        return wanted, drafted

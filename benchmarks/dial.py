@@ -22,6 +22,7 @@ from foredraft import LLM, SamplingParams
 from foredraft.audit.hypotheses import Evidence
 from foredraft.bench import tasks
 from foredraft.bench.report import new_figure
+from foredraft.drafters.along import AskedAlong
 from foredraft.progress import progress_bar
 from foredraft.theory.predict import laws_of
 
@@ -44,10 +45,11 @@ class Answers(NamedTuple):
 def answers(llm: LLM, drafting: LLM, prompts: list[list[int]], sampling: SamplingParams) -> Answers:
     """Generates with `llm` and scores with both models of `drafting`."""
     evidence, likelihoods, rejections, steps, tokens, bounds = Evidence(), [], 0, 0, 0, 0.0
+    drafter = AskedAlong(drafting.target, drafting.drafter_grown_by)
     rng = np.random.default_rng(0)
     for result in llm.generate(prompts, [replace(sampling, seed=i) for i in range(len(prompts))]):
         for one in result.outputs:
-            p, q = laws_of(drafting, result.prompt_token_ids, one.token_ids, sampling)
+            p, q = laws_of(drafter, result.prompt_token_ids, one.token_ids, sampling)
             for i, token in enumerate(one.token_ids):
                 evidence.see(token, q[i], p[i], float(rng.random()))
             likelihoods.append(float(np.log(q[np.arange(len(q)), one.token_ids]).mean()))

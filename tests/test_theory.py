@@ -14,6 +14,7 @@ from scipy.optimize import linprog
 
 from exact import enumerate_branches, joint_law, target_joint, target_law_of, tree_law
 from foredraft.__main__ import main
+from foredraft.drafters.along import AskedAlong
 from foredraft.grow import GROWERS
 from foredraft.models.table import markov_law, random_law
 from foredraft.protocols import Budget
@@ -478,7 +479,9 @@ def test_chains_estimated_from_a_real_pair(tmp_path: Path) -> None:
     assert pair.vocab_size == len(tokens) + 1 == 12
     llm = texts.load().with_speculation({**texts.drafting, "tree": "chain", "num_speculative_tokens": 1})
     plain = texts.load().generate(texts.encoded(llm), texts.sampling)[0]
-    laws = predict.laws_of(llm, plain.prompt_token_ids, plain.outputs[0].token_ids, texts.sampling)
+    laws = predict.laws_of(
+        AskedAlong(llm.target, llm.drafter_grown_by), plain.prompt_token_ids, plain.outputs[0].token_ids, texts.sampling
+    )
     place = np.full(llm.target.vocab_size, 11)
     place[tokens] = np.arange(11)
     last = place[[plain.prompt_token_ids[-1], *plain.outputs[0].token_ids[:-1]]]
@@ -492,10 +495,14 @@ def test_chains_estimated_from_a_real_pair(tmp_path: Path) -> None:
         np.testing.assert_allclose(chain[1][never], np.tile(states.mean(0), (len(never), 1)), rtol=1e-12)
 
 
-def test_the_chains_of_a_real_pair_can_be_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+HEADS = Path(__file__).parent / "data" / "heads"
+
+
+@pytest.mark.parametrize("drafter", [STORIES[1], str(HEADS / "eagle"), str(HEADS / "medusa")])
+def test_the_chains_of_a_real_pair_can_be_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str], drafter: str) -> None:
     prompts, laws = tmp_path / "stories.txt", tmp_path / "laws.json"
     prompts.write_text("Once upon a time\nThe cat\n")
-    given = ("--model", STORIES[0], "--drafter", STORIES[1], "--raw", "--prompts", str(prompts), "--max-tokens", "16")
+    given = ("--model", STORIES[0], "--drafter", drafter, "--raw", "--prompts", str(prompts), "--max-tokens", "16")
     code, out, err = run(capsys, "estimate", *given, "--states", "8", "--output", str(laws))
     assert (code, err) == (0, "")
     assert "chains over 8 states" in out
@@ -507,3 +514,27 @@ def test_the_chains_of_a_real_pair_can_be_read_again(tmp_path: Path, capsys: pyt
         code, out, err = run(capsys, "estimate", *given, "--states", states, *nowhere)
         assert (code, out) == (1, "")
         assert says in err
+
+
+@pytest.mark.parametrize("method", ["eagle3", "hydra"])
+def test_rejections_of_a_head_are_predicted_for_one_token(tmp_path: Path, method: str) -> None:
+    """480 tokens or more a number of drafts: a z of 4 or more has a chance below 1e-4; the seed is fixed."""
+    prompts = tmp_path / "stories.txt"
+    prompts.write_text("Once upon a time\nThe cat sat\nOne day\nMy dog is\n")
+    texts = Texts(prompts, STORIES[0], str(HEADS / method), max_tokens=40, repeats=3, dtype="float64", raw=True)
+    found = predict.predict(texts, lookahead=1, drafts=(1, 2))
+    for one in found.compared:
+        assert abs(one.counted - one.predicted) < 4 * one.standard_error
+        assert one.counted > 50
+    with pytest.raises(ValueError, match="use --lookahead 1"):
+        predict.predict(texts, lookahead=4, drafts=(1,))
+
+
+def test_a_head_without_laws_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "stories.txt"
+    prompts.write_text("Once upon a time\n")
+    given = ("--model", STORIES[0], "--drafter", str(HEADS / "ctc"), "--raw", "--prompts", str(prompts))
+    for command in (("predict",), ("estimate", "--output", str(tmp_path / "laws.json"))):
+        code, out, err = run(capsys, *command, *given)
+        assert (code, out) == (1, "")
+        assert err.startswith("error: method 'ctc' makes its own tree and gives no laws\nhint: ")

@@ -423,7 +423,9 @@ def theory_speedup(
 
 
 TextPrompts = Annotated[Path, typer.Option(help="A .jsonl (prompt, question, messages or turns) or .txt file.")]
-Drafter = Annotated[str | None, typer.Option("--drafter", "--draft-model", help="Directory or Hub id of the draft model.")]
+Drafter = Annotated[
+    str | None, typer.Option("--drafter", "--draft-model", help="Directory or Hub id of the draft model, or of a head.")
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most so many prompts.", show_default=False)]
 AboveZero = Annotated[float, typer.Option(help="Above 0.")]
 TextLength = Annotated[int, typer.Option(min=1, help="Tokens a text.")]

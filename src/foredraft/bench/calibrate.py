@@ -29,7 +29,7 @@ from foredraft.bench.report import new_figure
 from foredraft.cache import prefill
 from foredraft.calibration import file_beside, file_in_cache
 from foredraft.drafters import DRAFTERS
-from foredraft.drafters.along import Along
+from foredraft.drafters.along import AskedAlong
 from foredraft.drafters.lookup_first import LookupFirst
 from foredraft.draws import Draws
 from foredraft.grow import GROWERS
@@ -194,7 +194,7 @@ def all_trials(
 ) -> list[list[list[Trial]]]:
     """For every position of the target's own continuations, what the rule made of the children that were offered there."""
     sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
-    drafter, found = Along(plain.target, drafting.drafter_grown_by), []
+    drafter, found = AskedAlong(plain.target, drafting.drafter_grown_by), []
     with progress_bar(f"acceptance, temperature {temperature:g}", len(prompts)) as advance:
         for number, result in enumerate(plain.generate(list(prompts), sampling)):
             ids = result.prompt_token_ids + result.outputs[0].token_ids

@@ -41,16 +41,21 @@ class Roots:
         return batch
 
 
-class Along:
+class AskedAlong:
     """A drafter that is asked along texts.
 
     Args:
         build: gives it, grown by what it is called with.
+
+    Attributes:
+        needs_features: whether its law after a token depends on the target's state there, and so, behind its own drafts, on
+            where these began.
     """
 
     def __init__(self, target: Target, build: Callable[[Grower], Drafter]):
         self._target, self._roots = target, Roots()
         self._drafter = build(self._roots)
+        self.needs_features = bool(self._drafter.feature_layers)
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int], first: int) -> tuple[Float[Tensor, "n v"], Float[Tensor, "n v"]]:

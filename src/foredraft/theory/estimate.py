@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
+from foredraft.drafters.along import AskedAlong
 from foredraft.progress import progress_bar
 from foredraft.theory.chains import Pair, Rows, check_room
 from foredraft.theory.predict import Texts, laws_of
@@ -26,13 +27,14 @@ def estimated_pair(texts: Texts, states: int) -> tuple[Pair, list[int]]:
         The pair, and the token of each state but the last.
 
     Raises:
-        ValueError: there are too few or too many states, or models or prompts cannot be read.
+        ValueError: there are too few or too many states, the drafter gives no laws, or models or prompts cannot be read.
     """
     if states < 2:
         raise ValueError(f"an estimate needs at least 2 states, got {states}")
     plain = texts.load()
     check_room(min(states, plain.target.vocab_size + 1), 1)
-    llm = plain.with_speculation({**texts.drafting, "tree": "chain", "num_speculative_tokens": 1})
+    drafting = plain.with_speculation({**texts.drafting, "tree": "chain", "num_speculative_tokens": 1})
+    drafter = AskedAlong(plain.target, drafting.drafter_grown_by)
     outputs = plain.generate(texts.encoded(plain), texts.sampling, progress=True)
     counts = Counter(token for one in outputs for token in one.outputs[0].token_ids)
     tokens = [token for token, _ in counts.most_common(states - 1)]
@@ -44,7 +46,7 @@ def estimated_pair(texts: Texts, states: int) -> tuple[Pair, list[int]]:
         for one in outputs:
             ids = one.outputs[0].token_ids
             last = place[[one.prompt_token_ids[-1], *ids[:-1]]]
-            laws = [merged(rows, place, len(seen)) for rows in laws_of(llm, one.prompt_token_ids, ids, texts.sampling)]
+            laws = [merged(rows, place, len(seen)) for rows in laws_of(drafter, one.prompt_token_ids, ids, texts.sampling)]
             for total, begin, rows in zip(sums, begins, laws, strict=True):
                 np.add.at(total, last, rows)
                 begin += rows[0]

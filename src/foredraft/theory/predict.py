@@ -19,12 +19,14 @@ import numpy as np
 from jaxtyping import Float
 
 from foredraft.bench import tasks
-from foredraft.bench.calibrate import all_logits
+from foredraft.drafters import DRAFTERS
+from foredraft.drafters.along import AskedAlong
 from foredraft.engine import CompletionOutput
 from foredraft.grow.base import draft_sampling
 from foredraft.llm import LLM
 from foredraft.progress import progress_bar
 from foredraft.sampling import SamplingParams, warp
+from foredraft.speculation import drafter_for
 from foredraft.theory.chains import Rows, total_variation
 from foredraft.theory.rejections import Place, Rounds, retry
 from foredraft.theory.transport import with_replacement
@@ -142,8 +144,15 @@ class Texts:
 
     @property
     def drafting(self) -> dict[str, Any]:
-        """The speculative config without a tree."""
-        return {"method": "lm"} | ({"model": self.draft_model} if self.draft_model else {})
+        """The speculative config without a tree.
+
+        Raises:
+            ValueError: the drafter gives no laws.
+        """
+        method = drafter_for(self.draft_model)
+        if DRAFTERS[method].gives != "expand":
+            raise ValueError(f"method {method!r} makes its own tree and gives no laws: use a draft model, or another head")
+        return {"method": method} | ({"model": self.draft_model} if self.draft_model else {})
 
     def load(self) -> LLM:
         """The target, decoding plainly."""
@@ -160,7 +169,8 @@ def predict(texts: Texts, *, lookahead: int, drafts: Sequence[int]) -> Predictio
     """Runs the engine with M drafts of `lookahead` tokens and predicts its rejections from the two laws along its own texts.
 
     Raises:
-        ValueError: fewer than one draft or token, or models or prompts that cannot be read.
+        ValueError: fewer than one draft or token, models or prompts that cannot be read, or a head and more than one token:
+            what it drafts first it has from the target's features, and the rest from its own.
     """
     if not drafts or min(drafts) < 1 or lookahead < 1:
         raise ValueError("drafts and lookahead must be at least 1")
@@ -170,9 +180,14 @@ def predict(texts: Texts, *, lookahead: int, drafts: Sequence[int]) -> Predictio
     with progress_bar("predicting", len(drafts) * len(prompts)) as advance:
         for count in drafts:
             llm = plain.with_speculation({**texts.drafting, **_tree(count, lookahead)})
-            found = []
+            drafter, found = AskedAlong(llm.target, llm.drafter_grown_by), []
+            if lookahead > 1 and drafter.needs_features:
+                raise ValueError(
+                    "what a head drafts behind its own drafts depends on where its round began, which no law along the text "
+                    f"says (lookahead {lookahead}): use --lookahead 1, or a draft model"
+                )
             for result in llm.generate(prompts, sampling):
-                p, q = laws_of(llm, result.prompt_token_ids, result.outputs[0].token_ids, sampling)
+                p, q = laws_of(drafter, result.prompt_token_ids, result.outputs[0].token_ids, sampling)
                 found.append(compare(p, q, result.outputs[0], count, lookahead))
                 distances += found[-1].text.distance / len(prompts) / len(drafts)
                 advance(1)
@@ -196,14 +211,11 @@ def _tree(drafts: int, lookahead: int) -> dict[str, Any]:
     return {"tree": "branching", "rule": "multiround-iid", **shape}
 
 
-def laws_of(llm: LLM, prompt: Sequence[int], output: Sequence[int], sampling: SamplingParams) -> tuple[Rows, Rows]:
-    """Draft and target law at every output token, by one forward each."""
-    ids = [*prompt, *output]
-    places = slice(len(prompt) - 1, len(ids) - 1)
-    drafter: Any = llm.engine.drafter
-    draft_logits, target_logits = (all_logits(model, ids[:-1])[places] for model in (drafter.model, llm.target))
-    draft = warp(draft_logits[:, : llm.target.vocab_size].double(), draft_sampling(sampling, drafter.grower.draft_temperature))
-    return draft.numpy(), warp(target_logits.double(), sampling).numpy()
+def laws_of(drafter: AskedAlong, prompt: Sequence[int], output: Sequence[int], sampling: SamplingParams) -> tuple[Rows, Rows]:
+    """Draft and target law at every output token."""
+    target, draft = drafter.logits([*prompt, *output[:-1]], len(prompt) - 1)
+    laws = warp(draft.double(), draft_sampling(sampling, None)), warp(target.double(), sampling)
+    return laws[0].cpu().numpy(), laws[1].cpu().numpy()
 
 
 class OneText(NamedTuple):

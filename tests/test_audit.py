@@ -15,7 +15,7 @@ import torch
 
 from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
-from foredraft.audit.command import as_dict, markdown
+from foredraft.audit.command import as_dict, markdown, with_usual_tree
 from foredraft.audit.faults import FAULTS
 from foredraft.audit.hypotheses import FALSE_ALARM, Evidence, holm
 from foredraft.audit.run import Audit, Auditor, Drafted
@@ -268,6 +268,23 @@ def test_bad_input(arguments: tuple[str, ...], says: str, capsys: pytest.Capture
     assert (code, out) == (1, "")
     assert err.startswith("error: ")
     assert says in err
+
+
+def test_the_usual_tree_is_audited_with_drafters_that_grow_trees() -> None:
+    assert with_usual_tree({"method": "fspad"}) == {"method": "fspad", "tree": "dyspec"}
+    for config in ({"method": "ctc"}, {"method": "fspad", "rule": "block"}, {"method": "lm", "tree": "topk"}, {"method": "x"}):
+        assert with_usual_tree(config) == config
+
+
+@pytest.mark.slow
+def test_command_with_a_head(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its method need not be named."""
+    given = ("--model", TARGET, "--draft-model", str(DATA / "heads" / "fspad"), "--dtype", "float64")
+    code, out, err = run(capsys, *SHORT, *given, "--limit", "8", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert (found["setting"]["method"], found["setting"]["tree"], found["lossless"]) == ("fspad", "dyspec", True)
+    assert found["greedy"]["faults"] == found["greedy"]["float_ties"] == 0
 
 
 def test_as_dict_is_json() -> None:

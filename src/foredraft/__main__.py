@@ -516,15 +516,15 @@ def audit(
     law, and a planted bias that must be found.
     """
     from foredraft import commands
-    from foredraft.audit.command import AuditChoice, usual_tree
+    from foredraft.audit.command import AuditChoice, with_usual_tree
     from foredraft.audit.command import command as run
 
-    named = method or ("lm" if draft_model or tree or model is None else "suffix")
-    grown = tree or (usual_tree(named) if rule is None else None)
-    config = commands.speculative_config(model, named, draft_model, grown, budget, rule, extra=speculative_config, force=force)
+    config = commands.speculative_config(model, method, draft_model, tree, budget, rule, extra=speculative_config, force=force)
     if epsilon is not None:
         config = {**(config or {}), "epsilon": epsilon}
-    choice = AuditChoice(config, model, prompts, limit, samples, temperature, top_p, max_tokens, dtype, device, seed, raw)
+    choice = AuditChoice(
+        with_usual_tree(config or {}), model, prompts, limit, samples, temperature, top_p, max_tokens, dtype, device, seed, raw
+    )
     raise typer.Exit(run(choice, output=output, as_json=as_json))
 
 

@@ -39,10 +39,11 @@ class AuditChoice:
     raw: bool
 
 
-def usual_tree(drafter: str) -> str | None:
-    """The tree that is audited where none is named; None where the drafter makes its own."""
-    grows = drafter in DRAFTERS and DRAFTERS[drafter].gives == GROWERS[USUAL_TREE].needs
-    return USUAL_TREE if grows else None
+def with_usual_tree(config: dict[str, Any]) -> dict[str, Any]:
+    """A speculative config in which neither tree nor rule is named, with the usual tree where its drafter grows trees."""
+    row = DRAFTERS.get(config.get("method", ""))
+    is_open = row is not None and row.gives == GROWERS[USUAL_TREE].needs and not {"tree", "rule"} & set(config)
+    return {**config, "tree": USUAL_TREE} if is_open else config
 
 
 def prepare(choice: AuditChoice) -> Auditor:

@@ -153,7 +153,9 @@ def folder_of(name: str) -> Path:
 
 
 def drafter_of(method: str, grower: Any, num_slots: int = 1) -> Any:
+    own = method.split()[-1]
     setting = Setting(
+        method=own,
         target=target(),
         model=folder_of(method),
         load=lambda _: None,
@@ -162,7 +164,7 @@ def drafter_of(method: str, grower: Any, num_slots: int = 1) -> Any:
         num_slots=num_slots,
         fingerprint=lambda: "",
     )
-    return DRAFTERS[method.split()[-1]].build(setting, force=True)
+    return DRAFTERS[own].build(setting, force=True)
 
 
 def without_cache(method: str, tokens: list[int], path: list[int]) -> Tensor:
@@ -366,3 +368,14 @@ def test_compiled_slots_are_the_plain_ones(method: str, monkeypatch: pytest.Monk
     assert (plain - compiled).abs().mean() < 0.005
     monkeypatch.setattr(pairs, "PREFILL_CHUNK", 4)
     assert torch.equal(logits([9], compiled=True)[:, 0], compiled[:, 1])
+
+
+@pytest.mark.parametrize("method", [name for name, row in DRAFTERS.items() if row.weights == "head"])
+def test_a_head_is_asked_for_by_its_own_method(method: str) -> None:
+    own = DRAFTERS[method].asks or method
+    setting = Setting(method, target(), None, lambda _: None, lambda _: None, GROWERS["chain"].grower(), 1, lambda: "")
+    with pytest.raises(ValueError, match=f"^method '{own}' needs a trained head: give its directory as 'model'"):
+        DRAFTERS[method].build(setting)
+    other = "eagle" if own == "fspad" else "fspad"
+    with pytest.raises(ValueError, match=f"is of method '{other}', asked for was '{own}'"):
+        DRAFTERS[method].build(setting._replace(model=HEAD_FOLDER / other))

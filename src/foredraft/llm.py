@@ -38,7 +38,8 @@ class LLM:
     Args:
         model: a directory, a Hub id, or a loaded `PreTrainedModel`. None is the bundled pair.
         speculative_config: ``{"method": ..., "model": ..., "tree": ..., "num_speculative_tokens": ..., "rule": ...}`` and the
-            options of the method and the tree; ``{"method": "ar"}`` drafts nothing. None is method ``auto`` for the
+            options of the method and the tree; ``{"method": "ar"}`` drafts nothing. Without ``method`` it is that of the head
+            in ``model``, else ``lm``. None is method ``auto`` for the
             bundled target, and method ``suffix``, which needs no weights, for any other. Without ``tree`` or
             ``num_speculative_tokens`` (or with ``"auto"``) the fastest is chosen from measurements, see `foredraft.auto`.
         tokenizer: a Transformers tokenizer, where `model` is a loaded one.
@@ -280,6 +281,7 @@ class LLM:
 
     def _grown_by(self, grower: Any, speculation: Speculation, name: str) -> Any:
         setting = Setting(
+            method=name,
             target=self.target,
             model=self.draft_source,
             load=self._draft_model,
@@ -302,7 +304,7 @@ class LLM:
     def measured(self, speculation: Speculation) -> dict[str, Any]:
         """What calibration found out about the drafter."""
         source = self.draft_source
-        if source is None and self._bundled:
+        if source is None and self._bundled and DRAFTERS[speculation.calibrated].weights is None:
             source = BUNDLED_DRAFTER  # its calibration has the drafters without weights too
         return read_calibration(source, self.target, speculation.calibrated, self._weights(source))
 

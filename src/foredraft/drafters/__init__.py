@@ -13,6 +13,7 @@ class Setting(NamedTuple):
     """What a drafter is built from.
 
     Attributes:
+        method: its name in DRAFTERS.
         model: the value of the config key ``model``, a directory, Hub id or loaded model; None if there was none.
         load: loads such a model as a `Target` in the dtype and on the device of the run.
         vocabulary: token -> id of such a model or of the target (given as None), as far as there is a tokenizer; else None.
@@ -21,6 +22,7 @@ class Setting(NamedTuple):
         fingerprint: of the target's weights, see `foredraft.models.checkpoint.fingerprint`.
     """
 
+    method: str
     target: Target
     model: Any
     load: Callable[[Any], Target]
@@ -70,7 +72,7 @@ class DrafterRow(NamedTuple):
             return self.load().build(setting, **options)
         asked = DRAFTERS[self.asks]
         theirs = {key: options.pop(key) for key in asked.options if key in options}
-        return self.load().build(asked.build(setting, **theirs), **options)
+        return self.load().build(asked.build(setting._replace(method=self.asks), **theirs), **options)
 
 
 def _head(module: str, cls: str, source: str, *, gives: str = "expand", options: Sequence[str] = ()) -> DrafterRow:

@@ -38,8 +38,6 @@ class CtcDrafter:
         ValueError: an option below 1.
     """
 
-    kinds = ("ctc",)
-
     def __init__(self, slots: LayerSlots, *, ctc_beam: int = DEFAULT_BEAM, ctc_tokens: int = DEFAULT_TOKENS):
         if ctc_beam < 1 or ctc_tokens < 1:
             raise ValueError(f"ctc_beam and ctc_tokens must be at least 1, got {ctc_beam}, {ctc_tokens}")
@@ -53,7 +51,7 @@ class CtcDrafter:
         Raises:
             ValueError: there is no head in the directory, or it belongs to another target.
         """
-        loaded = load_head(setting, cls.kinds, force=force)
+        loaded = load_head(setting, force=force)
         return cls(LayerSlots(loaded.head, loaded.config, setting.target, setting.num_slots), **options)
 
     @torch.inference_mode()

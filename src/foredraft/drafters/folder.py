@@ -180,18 +180,21 @@ def read_head(folder: Path, kinds: Sequence[str] | None = None) -> LoadedHead:
     return LoadedHead(head.float().eval().requires_grad_(False), config, about)
 
 
-def load_head(setting: Setting, kinds: Sequence[str], *, force: bool = False) -> LoadedHead:
+def load_head(setting: Setting, *, also: Sequence[str] = (), force: bool = False) -> LoadedHead:
     """The head of a speculative config, in the target's dtype and on its device.
+
+    Args:
+        also: methods whose heads will do beside its own.
 
     Raises:
         ModelError: there is none, it does not fit the target's widths, or it belongs to another target.
     """
     if setting.model is None:
         raise ModelError(
-            f"method {kinds[0]!r} needs a trained head: give its directory as 'model', or train one (`foredraft train`)"
+            f"method {setting.method!r} needs a trained head: give its directory as 'model', or train one (`foredraft train`)"
         )
     target: Any = setting.target
-    loaded = read_head(resolve(setting.model, None), kinds)
+    loaded = read_head(resolve(setting.model, None), (setting.method, *also))
     hidden, vocab = target.embed(torch.zeros(1, dtype=torch.long, device=target.device)).shape[-1], target.vocab_size
     shape = Shape.of(loaded.config)
     if (shape.features, shape.vocab) != (hidden, vocab):

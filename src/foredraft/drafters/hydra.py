@@ -34,8 +34,6 @@ class HydraDrafter:
     Source: Hydra (arXiv 2402.05109), sections 3 and 4.
     """
 
-    kinds = ("hydra",)
-
     def __init__(self, head: HydraHeads, config: Any, target: Any, grower: Grower, num_slots: int):
         self.head, self.grower, self.vocab_size = head, grower, target.vocab_size
         self.feature_layers = head.feature_layers
@@ -49,7 +47,7 @@ class HydraDrafter:
         Raises:
             ValueError: there is no head in the directory, or it belongs to another target.
         """
-        loaded = load_head(setting, cls.kinds, force=force)
+        loaded = load_head(setting, force=force)
         assert setting.grower is not None
         return cls(loaded.head, loaded.config, setting.target, setting.grower, setting.num_slots)
 

@@ -69,11 +69,9 @@ class RecurrentDrafter:
         Raises:
             ValueError: there is no head in the directory, or it belongs to another target.
         """
-        loaded = load_head(setting, cls.kinds, force=force)
+        loaded = load_head(setting, force=force)
         assert setting.grower is not None
         return cls(loaded.head, loaded.config, setting.target, setting.grower, setting.num_slots)
-
-    kinds = ("eagle", "fspad", "eagle3")
 
     @torch.inference_mode()
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m f"] | None) -> PairState:

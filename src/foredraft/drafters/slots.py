@@ -144,8 +144,6 @@ class SlotDrafter:
     Source: Medusa (arXiv 2401.10774), section 2.1.
     """
 
-    kinds = ("medusa",)
-
     def __init__(self, slots: LayerSlots | FeatureSlots, grower: Grower, vocab_size: int):
         self.slots, self.grower, self.vocab_size = slots, grower, vocab_size
         self.feature_layers = slots.feature_layers
@@ -157,7 +155,7 @@ class SlotDrafter:
         Raises:
             ValueError: there is no head in the directory, or it belongs to another target.
         """
-        loaded = load_head(setting, cls.kinds, force=force)
+        loaded = load_head(setting, force=force)
         assert setting.grower is not None
         return cls(FeatureSlots(loaded.head), setting.grower, setting.target.vocab_size)
 
@@ -209,12 +207,10 @@ class SlotDrafter:
 class LayerSlotDrafter(SlotDrafter):
     """The CTC paper's layer without its transform: slots are tokens one for one."""
 
-    kinds = ("parallel", "ctc")
-
     @classmethod
     def build(cls, setting: Setting, *, force: bool = False) -> LayerSlotDrafter:
         """The drafter of a speculative config; see `SlotDrafter.build`."""
-        loaded = load_head(setting, cls.kinds, force=force)
+        loaded = load_head(setting, also=("ctc",), force=force)
         assert setting.grower is not None
         slots = LayerSlots(loaded.head, loaded.config, setting.target, setting.num_slots)
         return cls(slots, setting.grower, setting.target.vocab_size)

@@ -548,3 +548,21 @@ def test_a_head_of_another_target_needs_force(run):
     assert "trained for 'babyllama-105', and this target has other weights" in err
     assert "hint: give that target, or overrule with --force" in err
     assert run(*given, "--tree", "chain", "--force")[0] == 0
+
+
+def test_a_head_names_its_method(run):
+    given = ("--model", TARGET, "--draft-model", DATA / "heads" / "hydra", "--max-tokens", 8, "--budget", 4)
+    code, out, _ = run("generate", "Tom", *given, "--tree", "topk", "--json")
+    assert (code, json.loads(out)["config"]["method"]) == (0, "hydra")
+    code, out, err = run("chat", *given, "--method", "hydra-lookup", "--tree", "topk")
+    assert (code, out) == (1, "")
+    assert "no chat template" in err  # whatever the drafter
+
+
+@pytest.mark.parametrize("method", ["medusa", "medusa-lookup"])
+@pytest.mark.parametrize("given", [(), ("--tree", "chain", "--budget", 2)])
+def test_a_head_that_is_not_there(run, monkeypatch, method, given):
+    monkeypatch.setattr("foredraft.llm.bundled_drafter", lambda name: None)
+    code, out, err = run("generate", "Tom", "--method", method, *given)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: method 'medusa' needs a trained head\nhint: give its directory")

@@ -156,22 +156,23 @@ def method_tables(tables: dict[str, list[dict[str, Any]]]) -> None:
         "trees": ("name", "drawn", "rules", "options"),
         "rules": ("name", "guarantee", "trees"),
     }
+    trees = [row["name"] for row in tables["trees"]]
     for title, rows in tables.items():
         table = Table(title=title, title_justify="left", title_style="bold")
         for column in (*columns[title], "source"):
             table.add_column(column, overflow="fold")
         for row in rows:
-            table.add_row(*(_cell(row, column) for column in columns[title]), row["source"])
+            table.add_row(*(_cell(row, column, trees) for column in columns[title]), row["source"])
         out.print(table)
     for title in ("drafters", "trees"):
         out.print(f"guarantee of {title}: {tables[title][0]['guarantee']}")
     out.print("method ar drafts nothing: plain decoding. The first of a tree's rules need not be its default: see --json.")
 
 
-def _cell(row: dict[str, Any], column: str) -> str:
+def _cell(row: dict[str, Any], column: str, trees: list[str]) -> str:
     value = row[column]
-    if column == "trees" and not value and "gives" in row:
-        return "its own"
+    if column == "trees" and "gives" in row:
+        return "every tree" if value == trees else ", ".join(value) or "its own"
     if isinstance(value, dict):
         return ", ".join(f"{name}={default}" for name, default in value.items())
     return ", ".join(value) if isinstance(value, list) else str(value)

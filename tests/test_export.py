@@ -267,6 +267,7 @@ class Asking:
 def converted_logits(folder: Path, method: str) -> list[Tensor]:
     grower: Any = Asking()
     setting = Setting(
+        method=method,
         target=target(),
         model=folder,
         load=lambda _: None,

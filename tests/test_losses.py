@@ -11,7 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foredraft.drafters.beam import collapse
-from foredraft.train.losses import cross_entropy, ctc, distilled, kl, log_probs, smooth_l1, soft_cross_entropy, total_variation
+from foredraft.train.losses import (
+    cross_entropy,
+    ctc,
+    ctc_prefixes,
+    distilled,
+    kl,
+    log_probs,
+    smooth_l1,
+    soft_cross_entropy,
+    total_variation,
+)
 
 BLANK = 0
 
@@ -155,3 +165,21 @@ def test_log_probs_at_some_tokens_are_those_of_all(rows):
     ):
         torch.testing.assert_close(one, other)
     assert torch.equal(log_probs(states, weight, None, ids), log_probs(states, weight, torch.zeros_like(bias), ids))
+
+
+@pytest.mark.parametrize("labels", [(1,), (1, 2), (1, 1), (3, 3, 3), (1, 2, 1), (2, 2, 1, 3), (1, 2, 3, 1, 2, 3)], ids=str)
+def test_a_prefix_is_the_sum_over_all_paths_that_begin_with_it(labels: tuple[int, ...]) -> None:
+    raw = frames(6, 4, seed=2).requires_grad_()
+    logprobs = raw.log_softmax(-1)
+    every = [(path, collapse(path, BLANK)) for path in product(range(4), repeat=6)]
+    spelled = torch.tensor([*labels, BLANK])
+    found = ctc_prefixes(logprobs[None, :, spelled], torch.tensor([labels]))[0]
+    for k, loss in enumerate(found):
+        paths = [list(path) for path, said in every if said[: k + 1] == labels[: k + 1]]
+        if not paths:
+            assert loss > 1e29
+            continue
+        expected = -sum(logprobs[range(6), path].sum().exp() for path in paths).log()
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        ours, theirs = (torch.autograd.grad(one, raw, retain_graph=True)[0] for one in (loss, expected))
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)

@@ -5,6 +5,7 @@ p is what the head gives, q the target's law, as everywhere here. Masks are 1 wh
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -180,16 +181,37 @@ def ctc(
 
 def ctc_of(emitted: Float[Tensor, "n t _"], labels: Int[Tensor, "n s"], lengths: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """`ctc` from the log-probabilities of each row's own labels and, last, of the blank: nothing else enters it."""
+    *_, (alpha, _) = _walk(emitted, labels)
+    last = 2 * lengths[:, None]
+    ends = torch.cat([alpha.gather(1, last), alpha.gather(1, (last - 1).clamp(min=0)).masked_fill(last == 0, _NEVER)], dim=1)
+    return -ends.logsumexp(1)
+
+
+def ctc_prefixes(emitted: Float[Tensor, "n t _"], labels: Int[Tensor, "n s"]) -> Float[Tensor, "n s"]:
+    """-log of the probability that what the frames collapse to *begins* with the first k + 1 labels, whatever follows.
+
+    A prefix is complete in the frame in which its last label is said first; what the later frames say is free. This is the
+    probability by which prefix beam search orders drafts, and that the first k + 1 drafted tokens are the labels.
+
+    Args:
+        emitted: as for `ctc_of`.
+    """
+    said = [entered[:, 1::2] for _, entered in _walk(emitted, labels)]
+    return -torch.stack(said).logsumexp(0)
+
+
+def _walk(emitted: Float[Tensor, "n t _"], labels: Int[Tensor, "n s"]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Frame by frame, of all states of ``(blank, y_1, blank, ..., y_s, blank)``: log alpha, and the part of it that was not in
+    the state before."""
     count, size = labels.shape
     skips = torch.zeros(count, 2 * size + 1, dtype=torch.bool, device=labels.device)
     skips[:, 3::2] = labels[:, 1:] != labels[:, :-1]
     states = torch.arange(2 * size + 1, device=labels.device)
     emitted = emitted[:, :, torch.where(states % 2 == 1, states // 2, size)]
     alpha = torch.cat([emitted[:, 0, :2], emitted.new_full((count, 2 * size - 1), _NEVER)], dim=1)[:, : len(states)]
+    yield alpha, alpha
     for frame in emitted.unbind(1)[1:]:
         one, two = (F.pad(alpha, (back, 0), value=_NEVER)[:, :-back] for back in (1, 2))
-        two = two.masked_fill(~skips, _NEVER)
-        alpha = torch.stack([alpha, one, two]).logsumexp(0).clamp(min=_NEVER) + frame
-    last = 2 * lengths[:, None]
-    ends = torch.cat([alpha.gather(1, last), alpha.gather(1, (last - 1).clamp(min=0)).masked_fill(last == 0, _NEVER)], dim=1)
-    return -ends.logsumexp(1)
+        entered = torch.logaddexp(one, two.masked_fill(~skips, _NEVER)).clamp(min=_NEVER)
+        alpha = torch.logaddexp(alpha, entered).clamp(min=_NEVER) + frame
+        yield alpha, entered + frame

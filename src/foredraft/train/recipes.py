@@ -126,8 +126,9 @@ def hydra(lesson: Lesson) -> Learned:
 
 
 def ctc(lesson: Lesson) -> Learned:
-    """The CTC-based drafter: -log of the probability that the slots collapse to the next `labels` tokens; without a blank,
-    cross-entropy of slot k with token k.
+    """The CTC-based drafter: -log of the probability that the slots collapse to the next `labels` tokens or, with `prefixes`,
+    the mean of those that what they collapse to begins with the next one, two, ... of them; without a blank, cross-entropy
+    of slot k with token k.
 
     Slots are filled behind `anchors` pairs of each text, drawn anew in every step.
 
@@ -152,7 +153,10 @@ def ctc(lesson: Lesson) -> Learned:
     bias = torch.cat([torch.zeros_like(frozen.weight[:, 0]), head.blank.bias])
     ids = torch.cat([labels, torch.full_like(labels[:, :1], len(bias) - 1)], dim=1)[:, None].expand(-1, head.num_slots, -1)
     emitted = losses.log_probs(states.flatten(0, 1), weight, bias, ids.flatten(0, 1)).view(ids.shape)
-    loss = losses.ctc_of(emitted, labels, there.sum(-1)).sum() / (len(labels) * count + 1e-5)
+    if lesson.options["prefixes"]:
+        loss = losses.masked_mean(losses.ctc_prefixes(emitted, labels), there.float())
+    else:
+        loss = losses.ctc_of(emitted, labels, there.sum(-1)).sum() / (len(labels) * count + 1e-5)
     if lesson.generator is not None:
         return Learned(loss, {})
     best = F.linear(states, weight, bias).argmax(-1)
@@ -289,6 +293,6 @@ RECIPES: dict[str, Recipe] = {
     "eagle3": Recipe(recurrent, {**_RECURRENT, "regression": 0.0, "classification": 1.0, "unroll": 7, "noise": 0.0}),
     "medusa": Recipe(medusa, {"decay": 0.8}),
     "hydra": Recipe(hydra, {}),
-    "parallel": Recipe(ctc, {"anchors": 64, "decay": 0.8}),
-    "ctc": Recipe(ctc, {"anchors": 64, "labels": 4}),
+    "parallel": Recipe(ctc, {"anchors": 32, "decay": 0.8}),
+    "ctc": Recipe(ctc, {"anchors": 32, "labels": 4, "prefixes": False}),
 }

@@ -22,6 +22,9 @@ _ROWS = 128
 _NEVER = -1e30
 """Log-probability of what cannot happen: finite, because the gradient through two infinities would not be a number."""
 
+IMPOSSIBLE = 1e20
+"""A loss above this is of labels that no path of the frames stands for."""
+
 
 def masked_mean(values: Float[Tensor, "*n"], mask: Float[Tensor, "*n"]) -> Float[Tensor, ""]:
     """Mean of `values` where the mask is 1."""

@@ -33,16 +33,12 @@ class LoadedHead(NamedTuple):
     about: Mapping[str, Any]
 
 
-SIZES = ("hidden", "intermediate", "heads", "kv_heads", "head_dim")
-"""Sizes that a head of its own sizes can be given."""
-
-
 def layer_config(target_config: Any, vocab_size: int, sizes: Mapping[str, int] | None = None) -> LlamaConfig:
     """The configuration of a head's layer for a target: its widths, and rotary positions whatever the target has.
 
     Args:
-        sizes: those of `SIZES` that are not the target's. With another `hidden`, those that are not given are the target's
-            in proportion, `head_dim` as it is.
+        sizes: `hidden`, `intermediate`, `heads`, `kv_heads` and `head_dim` where they are not the target's. With another
+            `hidden`, those that are not given are the target's in proportion, `head_dim` as it is.
 
     Raises:
         ValueError: a size below 1, an odd `head_dim`, or heads that do not share keys evenly.
@@ -68,7 +64,7 @@ def layer_config(target_config: Any, vocab_size: int, sizes: Mapping[str, int] |
 
 
 def _sizes_of(text: Any, sizes: Mapping[str, int]) -> dict[str, int]:
-    """All of `SIZES`."""
+    """All of them."""
     width, count = text.hidden_size, text.num_attention_heads
     group = count // (getattr(text, "num_key_value_heads", None) or count)
     hidden = sizes.get("hidden", width)

@@ -359,13 +359,13 @@ class HeadRow(NamedTuple):
 
     Attributes:
         options: what makes the method out of the class.
-        own_sizes: whether its layer may have other sizes than the target's.
+        sizes: those of its layer that may be others than the target's.
         converted: options that released checkpoints have, and training does not offer.
     """
 
     cls: type[nn.Module]
     options: Mapping[str, Any]
-    own_sizes: bool = False
+    sizes: Sequence[str] = ()
     converted: Sequence[str] = ()
 
     def make(self, shape: Shape, **options: Any) -> Any:
@@ -377,17 +377,19 @@ class HeadRow(NamedTuple):
         return self.cls(shape, **{**self.options, **options})
 
 
+_INNER = ("intermediate", "heads", "kv_heads", "head_dim")
+
 HEADS: dict[str, HeadRow] = {
-    "eagle": HeadRow(FeatureHead, {}, converted=("qkv_bias",)),
-    "fspad": HeadRow(FeatureHead, {"feature_sampling": True, "partial_alignment": True}, converted=("qkv_bias",)),
+    "eagle": HeadRow(FeatureHead, {}, _INNER, ("qkv_bias",)),
+    "fspad": HeadRow(FeatureHead, {"feature_sampling": True, "partial_alignment": True}, _INNER, ("qkv_bias",)),
     "eagle3": HeadRow(
         Eagle3Head,
         {},
-        own_sizes=True,
-        converted=("own_embedding", "norm_before_fc", "fc_norm", "norm_before_residual", "norm_output", "qkv_bias", "qk_norm"),
+        ("hidden", *_INNER),
+        ("own_embedding", "norm_before_fc", "fc_norm", "norm_before_residual", "norm_output", "qkv_bias", "qk_norm"),
     ),
     "medusa": HeadRow(MedusaHeads, {}, converted=("draft_vocab_size",)),
-    "hydra": HeadRow(HydraHeads, {}, converted=("prefix_norms", "head_bias")),
-    "parallel": HeadRow(CtcHead, {"blank": False}),
-    "ctc": HeadRow(CtcHead, {}),
+    "hydra": HeadRow(HydraHeads, {}, _INNER, ("prefix_norms", "head_bias")),
+    "parallel": HeadRow(CtcHead, {"blank": False}, _INNER),
+    "ctc": HeadRow(CtcHead, {}, _INNER),
 }

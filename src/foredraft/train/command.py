@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from foredraft.bench.report import new_figure
-from foredraft.drafters.folder import SIZES, layer_config, save_head
+from foredraft.drafters.folder import layer_config, save_head
 from foredraft.drafters.heads import FINAL, HEADS
 from foredraft.drafters.layers import Shape
 from foredraft.errors import unknown_name
@@ -158,7 +158,7 @@ def _split_options(method: str, given: Mapping[str, Any], target: Any) -> Option
     Raises:
         ValueError: nobody has an option of that name.
     """
-    sizes = SIZES if HEADS[method].own_sizes else ()
+    sizes = HEADS[method].sizes
     known = list(inspect.signature(HEADS[method].cls.__init__).parameters)[2:]
     of_head = [name for name in known if name not in HEADS[method].converted]
     recipe = RECIPES[method].options

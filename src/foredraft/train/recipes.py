@@ -154,11 +154,11 @@ def ctc(lesson: Lesson) -> Learned:
     ids = torch.cat([labels, torch.full_like(labels[:, :1], len(bias) - 1)], dim=1)[:, None].expand(-1, head.num_slots, -1)
     emitted = losses.log_probs(states.flatten(0, 1), weight, bias, ids.flatten(0, 1)).view(ids.shape)
     if lesson.options["prefixes"]:
-        each = losses.ctc_prefixes(emitted, labels)
-        possible = there & (each < losses.IMPOSSIBLE)
-        loss = losses.masked_mean(each.masked_fill(~possible, 0.0), possible.float())
+        each, counts = losses.ctc_prefixes(emitted, labels), there
     else:
-        loss = losses.ctc_of(emitted, labels, there.sum(-1)).sum() / (len(labels) * count + 1e-5)
+        each, counts = losses.ctc_of(emitted, labels, there.sum(-1)) / count, there[:, 0]
+    possible = counts & (each < losses.IMPOSSIBLE)
+    loss = losses.masked_mean(each.masked_fill(~possible, 0.0), possible.float())
     if lesson.generator is not None:
         return Learned(loss, {})
     best = F.linear(states, weight, bias).argmax(-1)

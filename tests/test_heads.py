@@ -188,8 +188,8 @@ def without_cache(method: str, tokens: list[int], path: list[int]) -> Tensor:
         return head(len(path), read, embedded)[0]
     entries = head.enter(embed(torch.tensor(tokens[1:])), given)
     slots = entries[-1] + head.slots
-    _, attention = with_slots(tabs, len(entries), torch.tensor([[len(entries) - 1]]), head.num_slots)
-    out = head(torch.cat([entries, slots])[None], attention())[0, len(entries) :]
+    attend = with_slots(tabs, len(entries), torch.tensor([[len(entries) - 1]]), head.num_slots)
+    out = head(torch.cat([entries, slots])[None], attend)[0, len(entries) :]
     return head.logits(out, target().head)[len(path)]
 
 

@@ -24,7 +24,7 @@ from foredraft.drafters.layers import Shape
 from foredraft.models.checkpoint import ModelError, fingerprint
 from foredraft.models.loading import fingerprint_of
 from foredraft.train import command, loop, shards
-from foredraft.train.attention import tables, unrolled, with_slots
+from foredraft.train.attention import masked, slot_rows, tables, unrolled, with_slots
 from foredraft.train.batches import Batch
 from foredraft.train.command import TrainChoice, run
 from foredraft.train.corpus import encode, read_turns, turns_of
@@ -432,10 +432,17 @@ def test_slots_of_a_text_are_those_behind_each_anchor_alone() -> None:
 
     def run_with(rows: Tensor, some: Tensor) -> Tensor:
         slots = (rows[:, some[0], None] + head.slots).flatten(1, 2)
-        _, attention = with_slots(tabs, rows.shape[1], some, 3)
-        return head(torch.cat([rows, slots], dim=1), attention())[:, rows.shape[1] :]
+        return head(torch.cat([rows, slots], dim=1), with_slots(tabs, rows.shape[1], some, 3))[:, rows.shape[1] :]
 
     together = run_with(entries, anchors)
     for i, anchor in enumerate(anchors[0].tolist()):
         alone = run_with(entries[:, : anchor + 1], torch.tensor([[anchor]]))
         torch.testing.assert_close(together[:, 3 * i : 3 * i + 3], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_of_slots_is_that_of_the_whole_mask() -> None:
+    tabs, generator = tables(CONFIG, torch.device("cpu")), torch.Generator().manual_seed(0)
+    length, anchors = 12, torch.tensor([[0, 4, 11], [2, 3, 9]])
+    query, key, value = (torch.randn(2, length + 12, heads, 8, generator=generator) for heads in (4, 2, 2))
+    plain = masked(tabs, *slot_rows(length, anchors, 4))(query, key, value)
+    torch.testing.assert_close(with_slots(tabs, length, anchors, 4)(query, key, value), plain, atol=1e-5, rtol=1e-5)

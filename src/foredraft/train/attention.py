@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,10 +65,8 @@ def masked(rotary: Tables, positions: Int[Tensor, "b q"], visible: Bool[Tensor, 
     return attend
 
 
-def with_slots(
-    rotary: Tables, length: int, anchors: Int[Tensor, "b a"], num_slots: int
-) -> tuple[Int[Tensor, "b q"], Callable[[], Attend]]:
-    """Rows of a text's pairs and, behind them, of slots for some of the pairs: their positions, and the attention.
+def slot_rows(length: int, anchors: Int[Tensor, "b a"], num_slots: int) -> tuple[Int[Tensor, "b q"], Bool[Tensor, "b q q"]]:
+    """Positions of a text's pairs and, behind them, of slots for some of the pairs, and who sees whom.
 
     A pair sees the pairs up to itself; slot k of an anchor sees the pairs up to the anchor and the anchor's slots up to k.
     """
@@ -81,5 +78,31 @@ def with_slots(
     visible[:, :, :length] = torch.arange(length, device=anchors.device) <= until[:, :, None]
     within = (owner[:, None] == owner) & (slots.repeat(count)[:, None] >= slots.repeat(count))
     visible[:, length:, length:] = within
-    positions = torch.cat([until[:, :length], until[:, length:] + 1 + slots.repeat(count)], dim=1)
-    return positions, lambda: masked(rotary, positions, visible)
+    return torch.cat([until[:, :length], until[:, length:] + 1 + slots.repeat(count)], dim=1), visible
+
+
+def with_slots(rotary: Tables, length: int, anchors: Int[Tensor, "b a"], num_slots: int) -> Attend:
+    """Attention of `slot_rows`, as `masked` has it, without rows that are masked out: pairs among themselves, slots over the
+    pairs and over their own anchor's slots."""
+    places = torch.arange(length, device=anchors.device).expand(len(anchors), -1)
+    behind = (anchors[:, :, None] + 1 + torch.arange(num_slots, device=anchors.device)).flatten(1)
+    cos, sin = (one[torch.cat([places, behind], dim=1)][:, :, None] for one in rotary)
+    hidden = (places[:, None] > anchors[:, :, None])[:, None, :, None]  # [b, 1, a, 1, t]
+    later = torch.ones(num_slots, num_slots, dtype=torch.bool, device=anchors.device).triu(1)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rotation = cos.to(query.dtype), sin.to(query.dtype)
+        query, key = rotate(query, rotation), rotate(key, rotation)
+        pairs = (one[:, :length].transpose(1, 2) for one in (query, key, value))
+        out = F.scaled_dot_product_attention(*pairs, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
+        query = query[:, length:].unflatten(1, (-1, num_slots))
+        key, value = (one.repeat_interleave(query.shape[3] // one.shape[2], dim=2) for one in (key, value))
+        own_key, own_value = (one[:, length:].unflatten(1, (-1, num_slots)) for one in (key, value))
+        over_pairs = torch.einsum("balhe,bthe->bhalt", query, key[:, :length]).masked_fill(hidden, -torch.inf)
+        over_own = torch.einsum("balhe,bamhe->bhalm", query, own_key).masked_fill(later, -torch.inf)
+        weights = (torch.cat([over_pairs, over_own], dim=-1) * query.shape[-1] ** -0.5).float().softmax(-1).to(query.dtype)
+        slots = torch.einsum("bhalt,bthe->balhe", weights[..., :length], value[:, :length])
+        slots = slots + torch.einsum("bhalm,bamhe->balhe", weights[..., length:], own_value)
+        return torch.cat([out, slots.flatten(1, 2).flatten(2)], dim=1)
+
+    return attend

@@ -140,8 +140,8 @@ def ctc(lesson: Lesson) -> Learned:
     entries = head.enter(frozen.embed(batch.ids[:, 1:]), batch.features[:, :-1])
     own = entries.gather(1, anchors[..., None].expand(-1, -1, entries.shape[-1]))
     slots = (own[:, :, None] + head.slots).flatten(1, 2)
-    _, attention = with_slots(lesson.rotary, entries.shape[1], anchors, head.num_slots)
-    out = head(torch.cat([entries, slots], dim=1), attention())[:, entries.shape[1] :]
+    attend = with_slots(lesson.rotary, entries.shape[1], anchors, head.num_slots)
+    out = head(torch.cat([entries, slots], dim=1), attend)[:, entries.shape[1] :]
     chosen = mask.gather(1, anchors)
     states = out.unflatten(1, (anchors.shape[1], head.num_slots))[chosen]
     rows, _ = chosen.nonzero(as_tuple=True)

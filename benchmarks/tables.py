@@ -1,6 +1,7 @@
-"""The tables of docs/performance.md: Markdown of what `foredraft bench --output` wrote.
+"""The tables of docs/performance.md and docs/drafters/measured.md: Markdown of what `foredraft bench --output` and
+benchmarks/heads.py wrote.
 
-python benchmarks/tables.py benchmarks/350m-greedy.jsonl
+python benchmarks/tables.py benchmarks/350m-greedy.jsonl benchmarks/heads-350m-greedy.jsonl
 """
 
 from __future__ import annotations
@@ -33,6 +34,36 @@ def row_of(row: dict[str, Any]) -> list[str]:
         return [*cells, "", ""]
     draft, verify, *rest = (1000 * row[name] / row["num_tokens"] for name in SPLIT)
     return [*cells, f"{row['acceptance_length']:.2f}", f"{draft:.2f} / {verify:.2f} / {sum(rest):.2f}"]
+
+
+def of_heads(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """A line a method of benchmarks/heads.py: tokens a step, in all and by family, and what drafting costs."""
+    families = list(rows[0]["families"])
+    head = ["method", "parameters", "training, min", "tokens a step", "not looping", *families, "accepted at depth 1, 2, ..."]
+    head += ["forwards, ms to draft", "speed-up (95 %)", "not looping"]
+    lines = [head, ["---"] * len(head)]
+    for row in rows[1:]:
+        lengths = [row["acceptance_length"], row["not_looping"], *row["families"].values()]
+        made = [f"{row['parameters'] / 1e6:.2f} M" if "parameters" in row else "", f"{row.get('minutes', '')}"]
+        lines.append(
+            [
+                f"`{shortened(row['name'])}`",
+                *made,
+                *(f"{length:.2f}" for length in lengths),
+                " ".join(f"{rate:.2f}" for rate in row["joint_acceptance_rate"][:6]),
+                f"{row['draft_forwards']:.1f}, {row['draft_ms']:.2f}",
+                f"{row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})",
+                f"{row.get('speedup_not_looping', row['speedup']):.2f}",
+            ]
+        )
+    return lines
+
+
+def shortened(name: str) -> str:
+    """A method without the folders of its head: ``fspad=build/heads/fs-s0:topk:8`` is ``fspad=fs-s0:topk:8``."""
+    drafter, equals, rest = name.partition("=")
+    folder, *more = rest.split(":")
+    return drafter + equals + ":".join([Path(folder).name, *more])
 
 
 MANY = 12
@@ -68,6 +99,12 @@ def main() -> None:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         plain = rows[0]
         print(f"\n`{plain['command']}` (`{path}`)\n")
+        if "families" in plain:
+            cut = ", ".join(f"{number} of {family}" for family, number in plain["cut"].items()) or "none"
+            loops = f"{plain['looping_share']:.0%} of the plain outputs loop"
+            print(f"{plain['num_prompts']} prompts, cut in the middle: {cut}; {loops}.\n")
+            print("\n".join("| " + " | ".join(cells) + " |" for cells in of_heads(rows)))
+            continue
         print(f"{plain['num_prompts']} prompts, {plain['looping_share']:.0%} of the plain outputs loop.", end=" ")
         print("Plain decoding reads {weights_mb} MB a step at {read_gb_per_s} GB/s,".format_map(plain), end=" ")
         print("{bandwidth_share:.0%} of the measured {bandwidth_gb_per_s} GB/s.\n".format_map(plain))

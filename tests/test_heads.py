@@ -278,6 +278,20 @@ def test_a_long_prompt_is_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         assert trees[0] == trees[1]
 
 
+def test_slots_are_filled_up_to_the_end_of_the_context() -> None:
+    """Where fewer tokens fit than there are slots, beside a short request in one batch."""
+    end = target().max_len
+    text = (TOKENS * 20)[:end]
+    for method in ("parallel", "ctc"):
+        drafter = drafter_of(method, GROWERS["chain"].grower() if method == "parallel" else None, num_slots=3)
+        states = [drafter.start(text[:n], features_of(text[: n - 1], drafter.feature_layers)) for n in (end - 1, end, 9)]
+        batch = drafter.propose(states, [Budget(8, 8)] * 3, [SamplingParams(temperature=0)] * 3, [Draws(0)] * 3)
+        depths = [int(batch[b].depths.max()) for b in range(3)]
+        assert depths[0] == 2
+        assert depths[1] == 1
+        assert depths[2] > 2
+
+
 def head_of(method: str, config: Any, **more: Any) -> Any:
     """A head of random weights in bfloat16, its logits about as large as those of a trained one."""
     options = {"feature_layers": [2, 4, 5], "draft_vocab_size": 1000} if method in ("eagle3", NARROW) else {}

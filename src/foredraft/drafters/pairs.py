@@ -56,12 +56,13 @@ class PairCaches:
     Args:
         config: a Llama configuration of the layer.
         num_slots: requests in flight at most.
+        ahead: places behind the context's end that are run, though nothing is drafted there.
     """
 
-    def __init__(self, config: Any, num_slots: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, config: Any, num_slots: int, dtype: torch.dtype, device: torch.device, *, ahead: int = 0):
         self.max_len: int = config.max_position_embeddings
         self._shape, self._dtype, self._device = Shape.of(config), dtype, device
-        self._cos, self._sin = rotary_tables(config, self.max_len, dtype, device)
+        self._cos, self._sin = rotary_tables(config, self.max_len + ahead, dtype, device)
         self._pool = KVPool(
             num_slots=num_slots,
             num_layers=1,

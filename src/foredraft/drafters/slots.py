@@ -44,7 +44,7 @@ class LayerSlots:
         self.head, self.feature_layers = head, head.feature_layers
         self.num_tokens = head.num_slots
         self._embed, self._target_head = target.embed, target.head
-        self._caches = PairCaches(config, num_slots, target.dtype, target.device)
+        self._caches = PairCaches(config, num_slots, target.dtype, target.device, ahead=self.num_tokens)
         compiled = can_compile(head, config, target) if compiled is None else compiled
         self.compiled = CompiledHead(head, config, target) if compiled else None
         self._run = self.compiled.fill if self.compiled else self._plain

@@ -135,3 +135,16 @@ def test_a_text_that_repeats_itself_is_looked_up() -> None:
 def test_a_match_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="lookup_min_match must be at least 1, got 0; without lookup leave '-lookup' out"):
         LLM(TARGET, {**CONFIG, "lookup_min_match": 0})
+
+
+def test_pairs_that_wait_for_a_head_are_not_copied_in_every_step() -> None:
+    """Whatever a step brings while the lookup drafts is put beside the rest once, when the head drafts again."""
+    llm = LLM(TARGET, config_of("fspad-lookup"), dtype="float64", max_num_seqs=1)
+    drafter = llm.engine.drafter
+    assert isinstance(drafter, LookupFirst)
+    state = drafter.start([5, 9, 31, 7] * 6, torch.randn(23, 128, dtype=torch.float64))
+    for _ in range(20):
+        drafter.observe(state, [5], torch.randn(1, 128, dtype=torch.float64), [])
+    assert [len(part) for part in state.other.parts] == [23] + [1] * 20
+    assert len(state.other.features) == len(state.other.pending) == 43
+    assert len(state.other.parts) == 1

@@ -103,8 +103,7 @@ class HydraDrafter:
         for state in states:
             state.tokens = list(state.pending)
         batch = TreeBatch.chains([state.tokens for state in states])
-        features = [state.features for state in states if state.features is not None]
-        read = self._read(batch, [state.cache for state in states], features)
+        read = self._read(batch, [state.cache for state in states], [state.features for state in states])
         for state, end in zip(states, batch.offsets[1:].tolist(), strict=True):
             state.carried = read[end - 1 : end]
 

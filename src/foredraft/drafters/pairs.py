@@ -7,7 +7,7 @@ forgotten after the step: its features were guesses.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,24 +30,31 @@ class PairState(Growing):
 
     Attributes:
         root: the last committed token.
-        features: of the pending pairs.
+        parts: the pending pairs' features, in the parts in which they came; see `features`.
         carried: what a recurrent head foretold at each place of this step's run, in a table with room for more.
         ran: how many pairs of this step's run are to be kept; None until the step is over.
     """
 
     root: int = 0
-    features: Float[Tensor, "p d"] | None = None
+    parts: list[Float[Tensor, "_ d"]] = field(default_factory=list)
     carried: Float[Tensor, "n d"] | None = None
     ran: int | None = None
+
+    @property
+    def features(self) -> Float[Tensor, "p d"]:
+        """Of the pending pairs; there must be some. Put together when they are used: while others draft, only parts come in."""
+        if len(self.parts) > 1:
+            self.parts = [torch.cat(self.parts)]
+        return self.parts[0]
 
     def take(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> None:
         """Adds pairs."""
         if self.tokens and self.ran is None:
-            self.ran, self.pending, self.features = len(self.pending), [], None
+            self.ran, self.pending, self.parts = len(self.pending), [], []
         self.root = tokens[-1]
         if features is not None and len(features):
             self.pending += tokens[-len(features) :]
-            self.features = features if self.features is None else torch.cat([self.features, features])
+            self.parts.append(features)
 
 
 class PairCaches:
@@ -96,12 +103,10 @@ class PairCaches:
             state.ran = None
         while late := [state for state in states if len(state.pending) > PREFILL_CHUNK and self.room(state)]:
             chunk = TreeBatch.chains([state.pending[:PREFILL_CHUNK] for state in late])
-            features = [state.features[:PREFILL_CHUNK] for state in late if state.features is not None]
-            run(chunk, [state.cache for state in late], features)
+            run(chunk, [state.cache for state in late], [state.features[:PREFILL_CHUNK] for state in late])
             self._pool.keep([state.cache for state in late], [range(1, PREFILL_CHUNK)] * len(late))
             for state in late:
-                assert state.features is not None
-                state.pending, state.features = state.pending[PREFILL_CHUNK:], state.features[PREFILL_CHUNK:]
+                state.pending, state.parts = state.pending[PREFILL_CHUNK:], [state.features[PREFILL_CHUNK:]]
 
     def behind(self, batch: TreeBatch, caches: Sequence[Any], start: Sequence[int] | None) -> tuple[Tensor, Attend]:
         """Token ids of the new nodes, and the attention of each to its cache and its path."""

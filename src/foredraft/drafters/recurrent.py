@@ -102,7 +102,7 @@ class RecurrentDrafter:
         some = [states[b] for b in live]
         for state in some:
             state.carried = self._with_room(state.carried, len(state.tokens))
-        given = [state.features for state in some if state.features is not None]
+        given = [state.features for state in some]
         tables = [state.carried for state in some if state.carried is not None]
         return self._run(batch, [state.cache for state in some], given, start, rows, tables)
 

@@ -71,7 +71,7 @@ class LayerSlots:
         for state in states:
             state.tokens = [*state.pending, *[0] * count]
         batch = TreeBatch.chains([state.tokens for state in states])
-        features = [state.features for state in states if state.features is not None]
+        features = [state.features for state in states]
         rows = (batch.offsets[1:, None] - np.arange(count, 0, -1)).flatten()
         return self._run(batch, [state.cache for state in states], features, rows, count).view(len(states), count, -1)
 
@@ -119,15 +119,15 @@ class FeatureSlots:
     def observe(self, state: PairState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> None:
         """Remembers the last pair."""
         state.root = tokens[-1]
-        state.features = features[-1:] if features is not None and len(features) else state.features
+        state.parts = [features[-1:]] if features is not None and len(features) else state.parts
 
     def room(self, state: PairState) -> int:
         """How deep a path may be."""
-        return 0 if state.features is None else self.num_tokens
+        return self.num_tokens if state.parts else 0
 
     def fill(self, states: Sequence[PairState]) -> Float[Tensor, "b k v"]:
         """Logits of every slot."""
-        return self.head(torch.cat([state.features for state in states if state.features is not None]))
+        return self.head(torch.cat([state.features for state in states]))
 
     def settle(self, states: Sequence[PairState]) -> None:
         """Nothing is kept."""

@@ -327,6 +327,26 @@ def test_damaged_model(run, broken, how, said, option):
     assert_two_lines(err, said)
 
 
+HEAD = str(DATA / "heads" / "eagle")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", HEAD], "holds a draft head and no model"),
+        (["--model", TARGET, "--draft-model", HEAD, "--method", "lm"], "holds a draft head and no model"),
+        (["--model", TARGET, "--draft-model", HEAD, "--method", "fspad"], "hint: give the method of the head, or none"),
+        (["--model", TARGET, "--method", "fspad"], "needs a trained head"),
+        (["--model", OTHER, "--draft-model", HEAD], "trained for 'babyllama-105', and this target has other weights"),
+    ],
+)
+def test_a_head_in_the_wrong_place(run, arguments, said):
+    code, out, err = run("generate", STORY, *arguments)
+    assert (code, out) == (1, "")
+    assert_two_lines(err, said)
+    assert "`foredraft generate --help`" not in err
+
+
 @pytest.mark.parametrize(
     ("option", "how", "said"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foredraft.compiled import library
@@ -23,6 +25,7 @@ from foredraft.drafters.slots import LayerSlots
 from foredraft.draws import Draws
 from foredraft.grow import GROWERS
 from foredraft.llm import BUNDLED_TARGET
+from foredraft.models.checkpoint import read_json
 from foredraft.models.loading import load_target
 from foredraft.protocols import Budget
 from foredraft.sampling import SamplingParams
@@ -393,3 +396,26 @@ def test_a_head_is_asked_for_by_its_own_method(method: str) -> None:
     other = "eagle" if own == "fspad" else "fspad"
     with pytest.raises(ValueError, match=f"is of method '{other}', asked for was '{own}'"):
         DRAFTERS[method].build(setting._replace(model=HEAD_FOLDER / other))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "match"),
+    [
+        ("eagle3", "d2t", 26, r"drafts tokens outside its vocabulary; `foredraft doctor`"),
+        ("eagle3", "d2t", -1, r"drafts tokens outside its vocabulary"),
+        ("eagle3", "feature_layers", [2, 3, 9], r"features after layers \[2, 3, 9\], and this target has 5:"),
+    ],
+)
+def test_a_head_that_reaches_beyond_its_target_is_refused(tmp_path: Path, name: str, key: str, value: Any, match: str) -> None:
+    """Its tokens are places in memory that the compiled code writes to."""
+    weights, config = load_file(HEAD_FOLDER / name / "model.safetensors"), read_json(HEAD_FOLDER / name / "config.json")
+    if key in weights:
+        place = -1 if value > 0 else 0
+        weights[key][place] = value
+    else:
+        config["foredraft"]["options"][key] = value
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    setting = Setting(name, target(), tmp_path, lambda _: None, lambda _: None, GROWERS["chain"].grower(), 1, lambda: "")
+    with pytest.raises(ValueError, match=match):
+        DRAFTERS[name].build(setting, force=True)

@@ -20,9 +20,7 @@ from foredraft.drafters import Setting
 from foredraft.drafters.heads import HEADS
 from foredraft.drafters.layers import Shape
 from foredraft.errors import unknown_name
-from foredraft.models.checkpoint import ModelError, open_weights, read_json, resolve, some
-
-_OURS = "foredraft"
+from foredraft.models.checkpoint import HEAD_KEY, ModelError, open_weights, read_json, resolve, some
 
 
 class LoadedHead(NamedTuple):
@@ -110,7 +108,7 @@ def save_head(
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: one if as_given else as_stored(one) for name, one in head.state_dict().items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    content = {**config.to_diff_dict(), "architectures": ["ForedraftHead"], _OURS: dict(about)}
+    content = {**config.to_diff_dict(), "architectures": ["ForedraftHead"], HEAD_KEY: dict(about)}
     write_json(folder / "config.json", content)
     if provenance is not None:
         write_json(folder / "provenance.json", provenance)
@@ -132,7 +130,7 @@ def method_of(folder: Path) -> str | None:
     Raises:
         ModelError: there is no config.json that can be read.
     """
-    about = read_json(folder / "config.json").get(_OURS)
+    about = read_json(folder / "config.json").get(HEAD_KEY)
     return about.get("method") if isinstance(about, dict) else None
 
 
@@ -146,7 +144,7 @@ def read_head(folder: Path, kinds: Sequence[str] | None = None) -> LoadedHead:
         ModelError: there is none, of another method, or incomplete.
     """
     content = read_json(folder / "config.json")
-    about = content.pop(_OURS, None)
+    about = content.pop(HEAD_KEY, None)
     if not isinstance(about, dict) or "method" not in about:
         raise ModelError(
             f"{str(folder)!r} holds no draft head of this library: train one with `foredraft train`, or convert a released "
@@ -156,7 +154,10 @@ def read_head(folder: Path, kinds: Sequence[str] | None = None) -> LoadedHead:
     if method not in HEADS:
         raise ModelError(str(unknown_name("method in config.json", str(method), list(HEADS))))
     if kinds is not None and method not in kinds:
-        raise ModelError(f"the head in {str(folder)!r} is of method {method!r}, asked for was {' or '.join(map(repr, kinds))}")
+        asked = " or ".join(map(repr, kinds))
+        raise ModelError(
+            f"the head in {str(folder)!r} is of method {method!r}, asked for was {asked}: give the method of the head, or none"
+        )
     config = LlamaConfig(**content)
     with torch.device("meta"):
         head = HEADS[method].make(Shape.of(config), **about.get("options", {}))
@@ -171,8 +172,11 @@ def read_head(folder: Path, kinds: Sequence[str] | None = None) -> LoadedHead:
         ),
     ):
         if names:
-            raise ModelError(f"the head in {str(folder)!r} {problem} {some(names)}: `foredraft doctor` says more")
+            raise ModelError(f"the head in {str(folder)!r} {problem} {some(names)}; `foredraft doctor` says more")
     head.load_state_dict({name: one.read() for name, one in weights.items()}, assign=True)
+    drafted = getattr(head, "token_ids", None)
+    if drafted is not None and not bool(((drafted >= 0) & (drafted < config.vocab_size)).all()):
+        raise ModelError(f"the head in {str(folder)!r} drafts tokens outside its vocabulary; `foredraft doctor` says more")
     return LoadedHead(head.float().eval().requires_grad_(False), config, about)
 
 
@@ -187,17 +191,12 @@ def load_head(setting: Setting, *, also: Sequence[str] = (), force: bool = False
     """
     if setting.model is None:
         raise ModelError(
-            f"method {setting.method!r} needs a trained head: give its directory as 'model', or train one (`foredraft train`)"
+            f"method {setting.method!r} needs a trained head: give its directory as 'model' (--draft-model), "
+            "or train one (`foredraft train`)"
         )
     target: Any = setting.target
     loaded = read_head(resolve(setting.model, None), (setting.method, *also))
-    hidden, vocab = target.embed(torch.zeros(1, dtype=torch.long, device=target.device)).shape[-1], target.vocab_size
-    shape = Shape.of(loaded.config)
-    if (shape.features, shape.vocab) != (hidden, vocab):
-        raise ModelError(
-            f"the head is for a target of width {shape.features} and {shape.vocab} tokens, "
-            f"this one has {hidden} and {vocab}: give the target that it was trained for"
-        )
+    _refuse_misfit(loaded, target)
     belongs = (loaded.about.get("target") or {}).get("fingerprint")
     if not force and belongs is not None and belongs != setting.fingerprint():
         name = loaded.about["target"].get("name", "another model")
@@ -206,3 +205,19 @@ def load_head(setting: Setting, *, also: Sequence[str] = (), force: bool = False
             "target, or overrule with --force (config key 'force')"
         )
     return loaded._replace(head=loaded.head.to(target.device, target.dtype))
+
+
+def _refuse_misfit(loaded: LoadedHead, target: Any) -> None:
+    """Raises `ModelError` where a head does not fit a target's widths or number of layers."""
+    hidden, vocab = target.embed(torch.zeros(1, dtype=torch.long, device=target.device)).shape[-1], target.vocab_size
+    shape, layers = Shape.of(loaded.config), target.config.get_text_config(decoder=True).num_hidden_layers
+    if (shape.features, shape.vocab) != (hidden, vocab):
+        raise ModelError(
+            f"the head is for a target of width {shape.features} and {shape.vocab} tokens, "
+            f"this one has {hidden} and {vocab}: give the target that it was trained for"
+        )
+    if not all(-1 <= one <= layers for one in loaded.head.feature_layers):
+        raise ModelError(
+            f"the head takes features after layers {list(loaded.head.feature_layers)}, and this target has {layers}: "
+            "give the target that it was trained for"
+        )

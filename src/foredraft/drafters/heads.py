@@ -243,6 +243,11 @@ class MedusaHeads(nn.Module):
         )
         self.lm_heads = nn.ModuleList(nn.Linear(shape.hidden, size, bias=False) for _ in range(num_heads))
 
+    @property
+    def token_ids(self) -> Int[Tensor, " w"] | None:
+        """The token of every draft id; None: all tokens, in their order."""
+        return self.token_map
+
     def foretellings(self) -> list[Foretelling]:
         """What can be fitted."""
         return [Foretelling(one, ahead=1 + k, num_embeddings=0) for k, one in enumerate(self.lm_heads)]

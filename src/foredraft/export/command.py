@@ -16,7 +16,7 @@ from foredraft.export.layouts import LAYOUTS, OURS, Plan, plan
 from foredraft.export.reading import Finding, Found, lengthened, target_facts
 from foredraft.export.source import Source, open_source
 from foredraft.export.weights import assembled, inspect, shares_embedding
-from foredraft.models.checkpoint import ModelError
+from foredraft.models.checkpoint import HEAD_KEY, ModelError
 from foredraft.models.loading import fingerprint_of
 
 
@@ -112,12 +112,12 @@ def _as_it_stands(source: Source, made: Plan, model: str | None) -> list[Finding
     if made.layout != OURS:
         pickled = [Finding("the weights are pickled, which `LLM` does not read", "convert it", fatal=False)]
         return pickled if source.pickled else []
-    belongs = (source.config[OURS].get("target") or {}).get("fingerprint")
+    belongs = (source.config[HEAD_KEY].get("target") or {}).get("fingerprint")
     if source.pickled:
         return [Finding("the weights are pickled, which `LLM` does not read", "save them as model.safetensors")]
     if model is None or belongs is None or belongs == fingerprint_of(model):
         return []
-    name = source.config[OURS]["target"].get("name", "another model")
+    name = source.config[HEAD_KEY]["target"].get("name", "another model")
     return [Finding(f"it was trained for {name!r}, and this target has other weights", "give that target")]
 
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from foredraft.drafters.heads import HEADS
 from foredraft.errors import unknown_name
 from foredraft.export.reading import Finding, Found, Reading, new_layer
-from foredraft.models.checkpoint import ModelError
+from foredraft.models.checkpoint import HEAD_KEY, ModelError
 
 _HEADS_KEYS, _LAYERS_KEYS = ("num_heads", "medusa_num_heads"), ("num_hidden_layers", "medusa_num_layers")
 _PREFIX = "prefix_embeding_layer"
@@ -20,13 +20,13 @@ _PREFIX = "prefix_embeding_layer"
 
 def is_ours(found: Found) -> bool:
     """config.json says so."""
-    return isinstance(found.config.get("foredraft"), dict)
+    return isinstance(found.config.get(HEAD_KEY), dict)
 
 
 def read_ours(found: Found) -> Reading:
     """A head of this library, as `foredraft.drafters.folder` writes it."""
     content = dict(found.config)
-    about = content.pop("foredraft", {})
+    about = content.pop(HEAD_KEY, {})
     if about.get("method") not in HEADS:
         raise ModelError(str(unknown_name("method in config.json", about.get("method"), list(HEADS))))
     reading = Reading(about["method"], dict(about.get("options") or {}), LlamaConfig(**content), theirs=lambda name: name)

@@ -17,6 +17,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+HEAD_KEY = "foredraft"
+"""Under which key of config.json a draft head of this library says what it is."""
+
 _PICKLES = (".bin", ".pt", ".pth")
 _HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "model*.safetensors"]
 
@@ -89,9 +92,15 @@ def read_config(path: Path) -> PretrainedConfig:
     """The configuration in a directory.
 
     Raises:
-        ModelError: it is missing or invalid, of a type that Transformers does not know, or needs code of the checkpoint.
+        ModelError: it is missing or invalid, that of a draft head, of a type that Transformers does not know, or needs code of
+            the checkpoint.
     """
     given = read_json(path / "config.json")
+    if HEAD_KEY in given:
+        raise ModelError(
+            f"{str(path)!r} holds a draft head and no model: give it as --draft-model (config key 'model') with its own method "
+            "or none, and as --model the model that it was trained for"
+        )
     model_type = given.get("model_type")
     if not isinstance(model_type, str):
         raise ModelError(f"config.json in {str(path)!r} names no model_type: give a Transformers checkpoint")

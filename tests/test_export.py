@@ -26,6 +26,7 @@ from foredraft.draws import Draws
 from foredraft.export.command import convert, doctor_command, examine
 from foredraft.export.layouts import LAYOUTS, plan
 from foredraft.export.reading import Found, TargetFacts
+from foredraft.export.source import open_source
 from foredraft.models.checkpoint import ModelError, open_weights
 from foredraft.models.loading import fingerprint_of, load_target
 from foredraft.protocols import Budget
@@ -692,3 +693,16 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (code, "no directory" in err) == (1, True)
     given = ["--model", STORIES, "--method", "medusa", "--draft-model", out, "--max-tokens", 8]
     assert call(capsys, "generate", "Once upon a time", *given, "--temperature", 0, "--budget", 4, "--tree", "chain")[0] == 0
+
+
+def test_a_pickle_of_a_sparse_tensor_is_refused(tmp_path: Path) -> None:
+    torch.save({"layers.0.self_attn.q_proj.weight": torch.eye(4).to_sparse()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="is no table of dense tensors by name"):
+        open_source(tmp_path)
+
+
+def test_an_index_that_names_no_files_is_refused(tmp_path: Path) -> None:
+    for named in ({"a": 3}, {}, []):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
+        with pytest.raises(ModelError, match="has no weight_map: copy it again"):
+            open_source(tmp_path)

@@ -23,9 +23,10 @@ from foredraft.drafters.layers import Shape
 from foredraft.drafters.recurrent import RecurrentDrafter
 from foredraft.drafters.slots import LayerSlots
 from foredraft.draws import Draws
+from foredraft.export.command import examine
 from foredraft.grow import GROWERS
 from foredraft.llm import BUNDLED_TARGET
-from foredraft.models.checkpoint import read_json
+from foredraft.models.checkpoint import ModelError, read_json
 from foredraft.models.loading import load_target
 from foredraft.protocols import Budget
 from foredraft.sampling import SamplingParams
@@ -419,3 +420,32 @@ def test_a_head_that_reaches_beyond_its_target_is_refused(tmp_path: Path, name: 
     setting = Setting(name, target(), tmp_path, lambda _: None, lambda _: None, GROWERS["chain"].grower(), 1, lambda: "")
     with pytest.raises(ValueError, match=match):
         DRAFTERS[name].build(setting, force=True)
+
+
+@pytest.mark.parametrize(
+    ("about", "match"),
+    [
+        ({"method": "egale"}, "unknown method in config.json 'egale'. Did you mean 'eagle'?"),
+        ({"method": ["eagle"]}, "unknown method in config.json"),
+        (3, "unknown method in config.json 'None'"),
+        ({"method": "eagle", "options": 3}, "says options 3 of the head, and it must be an object: copy it again"),
+        ({"method": "eagle", "target": 3}, "says target 3 of the head, and it must be an object: copy it again"),
+        (
+            {"method": "eagle", "options": {"wide": True}},
+            (
+                {"method": "eagle", "options": {"wide": True}},
+                r"'eagle' cannot have options {'wide': True} .*: copy config.json",
+            ),
+        ),
+        ({"method": "eagle3", "options": {"feature_layers": ["a"]}}, r"feature_layers \['a'\], and it must be a list of whole"),
+    ],
+)
+def test_a_head_that_says_nonsense_of_itself_is_refused(tmp_path: Path, about: Any, match: str) -> None:
+    """By whoever reads it: the drafter, and the doctor."""
+    (tmp_path / "model.safetensors").symlink_to(HEAD_FOLDER / "eagle" / "model.safetensors")
+    config = {**read_json(HEAD_FOLDER / "eagle" / "config.json"), "foredraft": about}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=match):
+        read_head(tmp_path)
+    with pytest.raises(ModelError, match=match):
+        examine(tmp_path, None)

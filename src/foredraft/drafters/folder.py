@@ -130,8 +130,42 @@ def method_of(folder: Path) -> str | None:
     Raises:
         ModelError: there is no config.json that can be read.
     """
-    about = read_json(folder / "config.json").get(HEAD_KEY)
-    return about.get("method") if isinstance(about, dict) else None
+    about = about_head(read_json(folder / "config.json"))
+    return about["method"] if about else None
+
+
+def about_head(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What config.json says of a head of this library: `method`, `options` and `target`; None where it is of something else.
+
+    Raises:
+        ModelError: it is of no known method, or not of this form.
+    """
+    if HEAD_KEY not in content:
+        return None
+    given = content[HEAD_KEY] if isinstance(content[HEAD_KEY], dict) else {}
+    about = {"options": {}, "target": {}, **{key: one for key, one in given.items() if one is not None}}
+    if about.get("method") not in list(HEADS):
+        raise ModelError(str(unknown_name("method in config.json", str(about.get("method")), list(HEADS))))
+    for key in ("options", "target"):
+        if not isinstance(about[key], dict):
+            raise ModelError(f"config.json says {key} {about[key]!r} of the head, and it must be an object: copy it again")
+    layers = about["options"].get("feature_layers", [])
+    if not isinstance(layers, list) or not all(type(one) is int for one in layers):
+        raise ModelError(f"config.json says feature_layers {layers!r}, and it must be a list of whole numbers: copy it again")
+    return about
+
+
+def empty_head(method: str, options: Mapping[str, Any], config: LlamaConfig) -> Any:
+    """A head without data.
+
+    Raises:
+        ModelError: the method has no such options.
+    """
+    try:
+        with torch.device("meta"):
+            return HEADS[method].make(Shape.of(config), **options)
+    except (TypeError, RuntimeError) as error:
+        raise ModelError(f"method {method!r} cannot have options {dict(options)} ({error}): copy config.json again") from None
 
 
 def read_head(folder: Path, kinds: Sequence[str] | None = None) -> LoadedHead:
@@ -144,23 +178,17 @@ def read_head(folder: Path, kinds: Sequence[str] | None = None) -> LoadedHead:
         ModelError: there is none, of another method, or incomplete.
     """
     content = read_json(folder / "config.json")
-    about = content.pop(HEAD_KEY, None)
-    if not isinstance(about, dict) or "method" not in about:
+    about = about_head(content)
+    if about is None:
         raise ModelError(
             f"{str(folder)!r} holds no draft head of this library: train one with `foredraft train`, or convert a released "
             "checkpoint with `foredraft convert`"
         )
-    method = about["method"]
-    if method not in HEADS:
-        raise ModelError(str(unknown_name("method in config.json", str(method), list(HEADS))))
-    if kinds is not None and method not in kinds:
-        asked = " or ".join(map(repr, kinds))
-        raise ModelError(
-            f"the head in {str(folder)!r} is of method {method!r}, asked for was {asked}: give the method of the head, or none"
-        )
-    config = LlamaConfig(**content)
-    with torch.device("meta"):
-        head = HEADS[method].make(Shape.of(config), **about.get("options", {}))
+    if kinds is not None and about["method"] not in kinds:
+        what = f"is of method {about['method']!r}, asked for was {' or '.join(map(repr, kinds))}"
+        raise ModelError(f"the head in {str(folder)!r} {what}: give the method of the head, or none")
+    config = LlamaConfig(**{key: one for key, one in content.items() if key != HEAD_KEY})
+    head = empty_head(about["method"], about["options"], config)
     weights = open_weights(folder)
     wanted = head.state_dict()
     for problem, names in (
@@ -197,7 +225,7 @@ def load_head(setting: Setting, *, also: Sequence[str] = (), force: bool = False
     target: Any = setting.target
     loaded = read_head(resolve(setting.model, None), (setting.method, *also))
     _refuse_misfit(loaded, target)
-    belongs = (loaded.about.get("target") or {}).get("fingerprint")
+    belongs = loaded.about["target"].get("fingerprint")
     if not force and belongs is not None and belongs != setting.fingerprint():
         name = loaded.about["target"].get("name", "another model")
         raise ModelError(

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from foredraft.drafters.folder import save_head
+from foredraft.drafters.folder import about_head, save_head
 from foredraft.export.layouts import LAYOUTS, OURS, Plan, plan
 from foredraft.export.reading import Finding, Found, lengthened, target_facts
 from foredraft.export.source import Source, open_source
 from foredraft.export.weights import assembled, inspect, shares_embedding
-from foredraft.models.checkpoint import HEAD_KEY, ModelError
+from foredraft.models.checkpoint import ModelError
 from foredraft.models.loading import fingerprint_of
 
 
@@ -112,12 +112,13 @@ def _as_it_stands(source: Source, made: Plan, model: str | None) -> list[Finding
     if made.layout != OURS:
         pickled = [Finding("the weights are pickled, which `LLM` does not read", "convert it", fatal=False)]
         return pickled if source.pickled else []
-    belongs = (source.config[HEAD_KEY].get("target") or {}).get("fingerprint")
+    its_target = (about_head(source.config) or {}).get("target", {})
+    belongs = its_target.get("fingerprint")
     if source.pickled:
         return [Finding("the weights are pickled, which `LLM` does not read", "save them as model.safetensors")]
     if model is None or belongs is None or belongs == fingerprint_of(model):
         return []
-    name = source.config[HEAD_KEY]["target"].get("name", "another model")
+    name = its_target.get("name", "another model")
     return [Finding(f"it was trained for {name!r}, and this target has other weights", "give that target")]
 
 

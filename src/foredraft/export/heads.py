@@ -9,8 +9,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from foredraft.drafters.heads import HEADS
-from foredraft.errors import unknown_name
+from foredraft.drafters.folder import about_head
 from foredraft.export.reading import Finding, Found, Reading, new_layer
 from foredraft.models.checkpoint import HEAD_KEY, ModelError
 
@@ -20,16 +19,16 @@ _PREFIX = "prefix_embeding_layer"
 
 def is_ours(found: Found) -> bool:
     """config.json says so."""
-    return isinstance(found.config.get(HEAD_KEY), dict)
+    return HEAD_KEY in found.config
 
 
 def read_ours(found: Found) -> Reading:
     """A head of this library, as `foredraft.drafters.folder` writes it."""
-    content = dict(found.config)
-    about = content.pop(HEAD_KEY, {})
-    if about.get("method") not in HEADS:
-        raise ModelError(str(unknown_name("method in config.json", about.get("method"), list(HEADS))))
-    reading = Reading(about["method"], dict(about.get("options") or {}), LlamaConfig(**content), theirs=lambda name: name)
+    about = about_head(found.config)
+    if about is None:
+        raise ModelError(f"config.json says nothing of {HEAD_KEY!r}, so this is no head of this library: name another --format")
+    config = LlamaConfig(**{key: one for key, one in found.config.items() if key != HEAD_KEY})
+    reading = Reading(about["method"], about["options"], config, theirs=lambda name: name)
     layers = reading.options.get("feature_layers", ())
     if found.target is not None and not all(-1 <= one <= found.target.num_layers for one in layers):
         reading.findings.append(

@@ -5,13 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import nn
 
-from foredraft.drafters.heads import HEADS
-from foredraft.drafters.layers import Shape
+from foredraft.drafters.folder import empty_head
 from foredraft.errors import unknown_name
 from foredraft.export import eagle, heads
 from foredraft.export.reading import Finding, Found, Reading, beside, refuse_malformed
@@ -101,13 +99,7 @@ def plan(found: Found, layout: str | None = None) -> Plan:
     refuse_malformed(found)
     layout = layout or recognise(found)
     reading = LAYOUTS[layout].read(found)
-    try:
-        with torch.device("meta"):
-            head: Any = HEADS[reading.method].make(Shape.of(reading.config), **reading.options)
-    except (TypeError, RuntimeError) as error:
-        raise ModelError(
-            f"method {reading.method!r} cannot have options {reading.options} ({error}): copy config.json again"
-        ) from None
+    head = empty_head(reading.method, reading.options, reading.config)
     sources = {name: None if name in reading.zeros else reading.theirs(name) for name in head.state_dict()}
     findings = compare(found, reading, head, sources) + reading.findings
     if found.target is not None:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from foredraft.models.checkpoint import ModelError, StoredTensor, one_line, read_json
+from foredraft.models.checkpoint import INDEX, ModelError, StoredTensor, one_line, open_files, read_json, shards_of
 
 _PICKLES = (".bin", ".pt", ".pth")
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "trainer_state")
@@ -88,30 +87,16 @@ def open_source(folder: Path) -> Source:
     if not folder.is_dir():
         raise ModelError(f"no directory {str(folder)!r}: check the path, or download the checkpoint first with `hf download`")
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    files = _listed(folder, "model.safetensors.index.json") or _one_of(folder, (".safetensors",), "model.safetensors")
+    files = shards_of(folder, INDEX) or _one_of(folder, (".safetensors",), "model.safetensors")
     if files:
-        return Source(folder, config, _open_safetensors(files), files, pickled=False)
-    files = _listed(folder, "pytorch_model.bin.index.json") or _one_of(folder, _PICKLES, "pytorch_model.bin")
+        return Source(folder, config, open_files(files), files, pickled=False)
+    files = shards_of(folder, "pytorch_model.bin.index.json") or _one_of(folder, _PICKLES, "pytorch_model.bin")
     if not files:
         raise ModelError(f"{str(folder)!r} holds no weights: give the directory of a draft head (.safetensors, .bin or .pt)")
     tensors: dict[str, StoredTensor | PickledTensor] = {}
     for file in files:
         tensors |= {name: PickledTensor(one) for name, one in _unpickle(file).items()}
     return Source(folder, config, tensors, files, pickled=True)
-
-
-def _listed(folder: Path, index: str) -> list[Path]:
-    """The shards that an index names."""
-    if not (folder / index).is_file():
-        return []
-    shards = read_json(folder / index).get("weight_map")
-    if not isinstance(shards, dict):
-        raise ModelError(f"{index} in {str(folder)!r} has no weight_map: copy it again")
-    files = [folder / name for name in sorted(set(shards.values()))]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise ModelError(f"{str(folder)!r} lacks {', '.join(missing)}, named in {index}: copy the missing files")
-    return files
 
 
 def _one_of(folder: Path, endings: Sequence[str], usual: str) -> list[Path]:
@@ -125,17 +110,6 @@ def _one_of(folder: Path, endings: Sequence[str], usual: str) -> list[Path]:
     return files
 
 
-def _open_safetensors(files: Sequence[Path]) -> dict[str, StoredTensor | PickledTensor]:
-    tensors: dict[str, StoredTensor | PickledTensor] = {}
-    for file in files:
-        try:
-            handle = safe_open(file, framework="pt")
-            tensors.update({name: StoredTensor(handle, name) for name in handle.keys()})  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file.name} is corrupt or cut off ({one_line(error)}): copy it again") from None
-    return tensors
-
-
 def _unpickle(file: Path) -> dict[str, Tensor]:
     """The tensors of a pickle; what would run code is refused, as torch does with ``weights_only``."""
     try:
@@ -147,6 +121,8 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ModelError(f"{file.name} is corrupt or cut off ({one_line(error)}): copy it again") from None
-    if not isinstance(content, dict) or not all(isinstance(one, Tensor) for one in content.values()):
-        raise ModelError(f"{file.name} is no table of tensors by name: give the file that `torch.save(state_dict)` wrote")
+    if not isinstance(content, dict) or not all(
+        isinstance(one, Tensor) and one.layout is torch.strided for one in content.values()
+    ):
+        raise ModelError(f"{file.name} is no table of dense tensors by name: give the file that `torch.save(state_dict)` wrote")
     return {str(name): one for name, one in content.items()}

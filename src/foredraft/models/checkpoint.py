@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 HEAD_KEY = "foredraft"
 """Under which key of config.json a draft head of this library says what it is."""
@@ -143,29 +143,50 @@ def open_weights(path: Path) -> dict[str, StoredTensor]:
     Raises:
         ModelError: a file is missing, corrupt or cut off, or there are no safetensors.
     """
+    return open_files(_weight_files(path))
+
+
+def open_files(files: Sequence[Path]) -> dict[str, StoredTensor]:
+    """Every tensor in some safetensors files of one directory, by name. Reads the headers only.
+
+    Raises:
+        ModelError: a file is corrupt or cut off, or there is no tensor in any.
+    """
     tensors: dict[str, StoredTensor] = {}
-    for file in _weight_files(path):
+    for file in files:
         try:
             handle = safe_open(file, framework="pt")
             tensors.update({name: StoredTensor(handle, name) for name in handle.keys()})  # noqa: SIM118 (not a mapping)
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file.name} in {str(path)!r} is corrupt or cut off ({one_line(error)}): copy it again") from None
+            where = f"{file.name} in {str(file.parent)!r}"
+            raise ModelError(f"{where} is corrupt or cut off ({one_line(error)}): copy it again") from None
     if not tensors:
-        raise ModelError(f"the weights in {str(path)!r} hold no tensor: copy them again")
+        raise ModelError(f"the weights in {str(files[0].parent)!r} hold no tensor: copy them again")
     return tensors
 
 
+def shards_of(path: Path, index: str) -> list[Path]:
+    """The files of weights that an index in a directory names; none where there is no such index.
+
+    Raises:
+        ModelError: it names none, or one that is missing.
+    """
+    if not (path / index).is_file():
+        return []
+    names = read_json(path / index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ModelError(f"{index} in {str(path)!r} has no weight_map: copy it again")
+    files = [path / name for name in sorted(set(names.values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ModelError(f"{str(path)!r} lacks {', '.join(missing)}, named in {index}: copy the missing files")
+    return files
+
+
 def _weight_files(path: Path) -> list[Path]:
-    index = path / _INDEX
-    if index.is_file():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise ModelError(f"{_INDEX} in {str(path)!r} has no weight_map: copy it again")
-        files = [path / name for name in sorted(set(names.values()))]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise ModelError(f"{str(path)!r} lacks {', '.join(missing)}, named in {_INDEX}: copy the missing files")
-        return files
+    shards = shards_of(path, INDEX)
+    if shards:
+        return shards
     if (path / _SINGLE).is_file():
         return [path / _SINGLE]
     pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
@@ -174,7 +195,7 @@ def _weight_files(path: Path) -> list[Path]:
             f"{str(path)!r} holds only pickled weights ({pickles[0]}), which can run code: convert them to safetensors with "
             "AutoModelForCausalLM.from_pretrained(directory).save_pretrained(new_directory), if you trust them"
         )
-    raise ModelError(f"{str(path)!r} holds no weights: it needs {_SINGLE} or {_INDEX} with its shards")
+    raise ModelError(f"{str(path)!r} holds no weights: it needs {_SINGLE} or {INDEX} with its shards")
 
 
 _SAMPLE = 256

@@ -276,11 +276,8 @@ def run_step(
     features = torch.empty(count, len(feature_layers) * model.hidden, dtype=torch.bfloat16) if feature_layers else None
     per_tree = lengths, [cache.slot for cache in caches], first
     tables = [one.data_ptr() for one in given], [len(one) for one in given], [one.data_ptr() for one in carried]
-    parts = (batch.tokens, batch.parents, batch.offsets, *per_tree, wanted, feature_layers, *tables)
-    numbers = np.concatenate([one for one in parts if len(one)], dtype=np.int64)  # one address to ask for
-    begin = list(accumulate((_WORD * len(one) for one in parts[:-1]), initial=numbers.__array_interface__["data"][0]))
-    pairs_stride, layer_stride, slot_stride, head_stride, _, _ = pool.kv.stride()
-    keys = pool.kv.data_ptr()
+    _alive, begin = _side_by_side(batch.tokens, batch.parents, batch.offsets, *per_tree, wanted, feature_layers, *tables)
+    keys, (pairs_stride, layer_stride, slot_stride, head_stride, _, _) = pool.kv.data_ptr(), pool.kv.stride()
     step = CStep(
         num_trees,
         *begin[:6],
@@ -304,6 +301,13 @@ def run_step(
     if code.foredraft_forward(ctypes.byref(model), ctypes.byref(step)):
         raise MemoryError(f"no memory for a step of {count} tokens")
     return Scores(logits, features)
+
+
+def _side_by_side(*parts: np.ndarray | Sequence[int]) -> tuple[np.ndarray, list[int]]:
+    """Whole numbers in one array, of which the address is asked for once, and the address of each part in it."""
+    numbers = np.concatenate([one for one in parts if len(one)], dtype=np.int64)
+    begin = numbers.__array_interface__["data"][0]
+    return numbers, list(accumulate((_WORD * len(one) for one in parts[:-1]), initial=begin))
 
 
 def run_linear(layer: CLinear, x: Float[Tensor, "n i"], threads: int) -> Float[Tensor, "n o"]:

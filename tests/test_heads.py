@@ -430,13 +430,7 @@ def test_a_head_that_reaches_beyond_its_target_is_refused(tmp_path: Path, name: 
         (3, "unknown method in config.json 'None'"),
         ({"method": "eagle", "options": 3}, "says options 3 of the head, and it must be an object: copy it again"),
         ({"method": "eagle", "target": 3}, "says target 3 of the head, and it must be an object: copy it again"),
-        (
-            {"method": "eagle", "options": {"wide": True}},
-            (
-                {"method": "eagle", "options": {"wide": True}},
-                r"'eagle' cannot have options {'wide': True} .*: copy config.json",
-            ),
-        ),
+        ({"method": "eagle", "options": {"wide": True}}, "'eagle' cannot have options {'wide': True} .*: copy config.json"),
         ({"method": "eagle3", "options": {"feature_layers": ["a"]}}, r"feature_layers \['a'\], and it must be a list of whole"),
     ],
 )

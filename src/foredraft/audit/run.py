@@ -219,6 +219,7 @@ class Auditor:
             audit.num_greedy += 1
             audit.num_greedy_tokens += len(pair[1])
             audit.divergences += [part] if part is not None else []
+        self._drafted.clear()  # only sampled tokens are tested against what was drafted
 
     def _sampled(self, audit: Audit | None, kind: type[Draws]) -> Evidence:
         evidence, rng, bounds = Evidence(), np.random.default_rng(0), []

@@ -1,6 +1,5 @@
 """The layers of EAGLE, FSPAD, EAGLE-3 and parallel slots in bfloat16 on a CPU, by `compiled/decoder.c`: one call a level of
-the tree, or one for all slots.
-`foredraft.drafters.heads` is the plain version; a test equates the two."""
+the tree, or one for all slots. `foredraft.drafters.heads` is the plain version; a test equates the two."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ DEFAULT_BEAM, DEFAULT_TOKENS = 16, 8
 
 class CtcDrafter:
     """Drafts the trie of the likeliest sequences, repeats merged and blanks dropped. Every node's position is its depth, so
-    that nothing is
-    left of what was dropped; the trie is a function of the slots, which makes it exact with every rule for deterministic nodes.
+    that nothing is left of what was dropped; the trie is a function of the slots, which makes it exact with every rule for
+    deterministic nodes.
 
     Args:
         slots: fills the slots.

@@ -119,11 +119,12 @@ def _medusa(found: Found, theirs: Any, num_heads: int, num_layers: int) -> Readi
                 fatal=False,
             )
         )
+    whose = "the weights have" if found.target is None else "the target's is"
     for key in ("hidden_size", "vocab_size"):
         if found.config.get(key, getattr(reading.config, key)) != getattr(reading.config, key):
             reading.findings.append(
                 Finding(
-                    f"config.json says {key} {found.config[key]}, the target's is {getattr(reading.config, key)}",
+                    f"config.json says {key} {found.config[key]}, {whose} {getattr(reading.config, key)}",
                     "give the target that it was trained for",
                 )
             )

@@ -203,9 +203,8 @@ _SAMPLE = 256
 
 
 def fingerprint(weights: Mapping[str, Tensor | StoredTensor]) -> str:
-    """What tells the weights of two models apart: equal however they are cut into files, named, tied or (in bfloat16 or
-    finer) stored;
-    different as soon as training has gone on. Reads a few entries of each tensor, so it costs the same for all sizes."""
+    """What tells the weights of two models apart: equal however they are cut into files, named, tied or (in bfloat16 or finer)
+    stored; different as soon as training has gone on. Reads a few entries of a tensor, so it costs the same for all sizes."""
     found = set()
     for one in weights.values():
         flat = (one if isinstance(one, Tensor) else one.read()).detach().flatten()

@@ -380,8 +380,8 @@ def test_calibrating_the_bundled_pair_leaves_the_package_alone(
     assert Path(found["file"]).parent == tmp_path
     assert set(found["seconds"]) == {"target", "drafter"}
     assert (BUNDLED_DRAFTER / "calibration.json").read_text() == before
-    llm = LLM(speculative_config={"method": "ngram", "num_speculative_tokens": 2})
-    assert llm.measured(parse({"method": "lm"}))["num_prompts"] == 1
+    config = {"method": "lm", "tree": "sequoia", "num_speculative_tokens": 2}
+    assert LLM(speculative_config=config).measured(parse(config))["num_prompts"] == 1
 
 
 def test_reading_counts_the_steps_of_a_batch_once() -> None:

@@ -27,7 +27,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {"method": "ar"},
     "all accepted": {"method": "lm", "model": str(TARGET), "tree": "chain", "num_speculative_tokens": 7},
     "tree": {"method": "lm", "model": str(OTHER), "tree": "dyspec", "num_speculative_tokens": 8},
-    "suffix": {"method": "suffix"},
+    "suffix": {"method": "suffix", "num_speculative_tokens": 8},
 }
 methods = pytest.mark.parametrize("method", CONFIGS)
 

@@ -262,8 +262,8 @@ def train(
     warmup: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps.", rich_help_panel=_LEARN)] = 0.02,
     schedule: Annotated[str, typer.Option(help="cosine or linear, down to 0.", rich_help_panel=_LEARN)] = "cosine",
     optimizer: Annotated[
-        str, typer.Option(help="adamw; or muon for inner matrices and adamw for the rest.", rich_help_panel=_LEARN)
-    ] = "adamw",
+        str, typer.Option(help="muon for inner matrices and adamw for the rest; or adamw.", rich_help_panel=_LEARN)
+    ] = "muon",
     answer_share: Annotated[
         float, typer.Option(min=0, max=1, help="Texts with a smaller share of answer are left out.", rich_help_panel=_LEARN)
     ] = 0.125,
@@ -294,8 +294,7 @@ def train(
     layers = command.numbers("--feature-layers", feature_layers or "", int)
     ways = command.numbers("--temperatures", temperatures, float)
     given = command.options(set_option or [])
-    text: dict[str, Any] = {"shards": shards, "num_tokens": tokens, "temperatures": ways, "max_len": max_len}
-    text["feature_layers"] = layers
+    text = {"shards": shards, "num_tokens": tokens, "temperatures": ways, "max_len": max_len, "feature_layers": layers}
     choice = TrainChoice(method, model, data, out, options=given, settings=settings, device=device, seed=seed, **text)
     raise typer.Exit(command.command(choice, plot=plot))
 

@@ -329,7 +329,7 @@ class CtcHead(nn.Module):
 
     feature_layers: Sequence[int] = FINAL
 
-    def __init__(self, shape: Shape, *, num_slots: int = 8, blank: bool = True):
+    def __init__(self, shape: Shape, *, num_slots: int = 6, blank: bool = True):
         super().__init__()
         self.fc = Fusion(shape)
         self.slots = nn.Parameter(0.02 * torch.randn(num_slots, shape.hidden))

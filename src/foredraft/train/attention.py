@@ -93,8 +93,8 @@ def with_slots(rotary: Tables, length: int, anchors: Int[Tensor, "b a"], num_slo
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         rotation = cos.to(query.dtype), sin.to(query.dtype)
         query, key = rotate(query, rotation), rotate(key, rotation)
-        pairs = (one[:, :length].transpose(1, 2) for one in (query, key, value))
-        out = F.scaled_dot_product_attention(*pairs, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
+        q, k, v = (one[:, :length].transpose(1, 2) for one in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
         query = query[:, length:].unflatten(1, (-1, num_slots))
         key, value = (one.repeat_interleave(query.shape[3] // one.shape[2], dim=2) for one in (key, value))
         own_key, own_value = (one[:, length:].unflatten(1, (-1, num_slots)) for one in (key, value))

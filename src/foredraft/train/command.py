@@ -91,12 +91,7 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
     texts = captured(choice, llm, source, layers)
     if workers.writes:
         workers.wait()
-    held_out = [one for one in texts if one.held_out]
-    learned = [one for one in texts if not one.held_out and one.answer_share >= settings.answer_share]
-    if not learned:
-        raise ValueError(
-            f"none of the {len(texts)} texts has an answer that is {settings.answer_share:.1%} of it: give --answer-share 0"
-        )
+    learned = _learned(texts, settings.answer_share)
     frozen = Frozen(llm.target, shape.features)
     few = islice(endless(learned, settings.batch_tokens, choice.seed), -(-FITTED_TOKENS // settings.batch_tokens))
     begin(head, frozen, _counts(learned, llm.target), [collate(one, head.feature_layers, llm.target.device) for one in few])
@@ -107,7 +102,7 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
         frozen=frozen,
         rotary=tables(config, llm.target.device),
         texts=learned,
-        held_out=held_out,
+        held_out=[one for one in texts if one.held_out],
         device=llm.target.device,
         facts={
             "method": choice.method,
@@ -127,6 +122,15 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
     if workers.writes:
         save_head(choice.out, head, config, about, provenance(course, settings, done, head))
     return done
+
+
+def _learned(texts: Sequence[Text], answer_share: float) -> list[Text]:
+    found = [one for one in texts if not one.held_out and one.answer_share >= answer_share]
+    if not found:
+        raise ValueError(
+            f"none of the {len(texts)} texts has an answer that is {answer_share:.1%} of it: give --answer-share 0"
+        )
+    return found
 
 
 def captured(choice: TrainChoice, llm: LLM, source: Any, layers: Sequence[int]) -> list[Text]:
@@ -159,13 +163,14 @@ def _split_options(method: str, given: Mapping[str, Any], target: Any) -> Option
         ValueError: nobody has an option of that name.
     """
     sizes = HEADS[method].sizes
-    known = list(inspect.signature(HEADS[method].cls.__init__).parameters)[2:]
-    of_head = [name for name in known if name not in HEADS[method].converted]
+    known = list(inspect.signature(HEADS[method].cls.__init__).parameters.values())[2:]
+    of_head = {one.name: one.default for one in known if one.name not in HEADS[method].converted}
     recipe = RECIPES[method].options
     for name in given:
         if name not in (*sizes, *of_head, *recipe):
             raise unknown_name(f"option of method {method!r}:", name, [*sizes, *of_head, *recipe])
-    head = {**HEADS[method].options, **{name: given[name] for name in of_head if name in given}}
+    usual = {name: value for name, value in of_head.items() if value not in (None, inspect.Parameter.empty)}
+    head = {**usual, **HEADS[method].options, **{name: given[name] for name in of_head if name in given}}
     if "feature_layers" in of_head and "feature_layers" not in head:
         count = target.config.num_hidden_layers
         head["feature_layers"] = [2, count // 2, count - 3]  # the released EAGLE-3's

@@ -28,7 +28,7 @@ from foredraft.train.workers import Workers
 
 CHECKPOINT = "checkpoint.pt"
 SCHEDULES = ("cosine", "linear")
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("muon", "adamw")
 
 Optimizers = Sequence[torch.optim.Optimizer]
 
@@ -44,7 +44,7 @@ class Settings:
         lr: peak learning rate.
         warmup: share of the steps until it is reached.
         schedule: ``cosine`` or ``linear``, down to 0.
-        optimizer: ``adamw``, or ``muon``: Muon for the matrices between input and output layers, AdamW for the others.
+        optimizer: ``muon``: Muon for the matrices between input and output layers, AdamW for the others; or ``adamw``.
         clip: largest norm of the gradient.
         evaluate_every: steps between evaluations and checkpoints.
         patience: evaluations without a better loss until training ends; 0: it never ends early.
@@ -58,10 +58,10 @@ class Settings:
     steps: int
     batch_tokens: int = 8192
     accumulate: int = 1
-    lr: float = 1e-3
+    lr: float = 5e-3
     warmup: float = 0.02
     schedule: str = "cosine"
-    optimizer: str = "adamw"
+    optimizer: str = "muon"
     weight_decay: float = 0.0
     clip: float = 1.0
     seed: int = 0

@@ -284,7 +284,7 @@ class Recipe:
 
     learn: Callable[[Lesson], Learned]
     options: Mapping[str, Any]
-    lr: float = 1e-3
+    lr: float = 5e-3
 
 
 _RECURRENT = {"regression": 1.0, "classification": 0.1, "unroll": 1, "decay": 0.8, "noise": NOISE, "ctc": 0.0}
@@ -295,6 +295,6 @@ RECIPES: dict[str, Recipe] = {
     "eagle3": Recipe(recurrent, {**_RECURRENT, "regression": 0.0, "classification": 1.0, "unroll": 7, "noise": 0.0}),
     "medusa": Recipe(medusa, {"decay": 0.8}),
     "hydra": Recipe(hydra, {}),
-    "parallel": Recipe(ctc, {"anchors": 32, "decay": 0.8}),
-    "ctc": Recipe(ctc, {"anchors": 32, "labels": 4, "prefixes": False}),
+    "parallel": Recipe(ctc, {"anchors": 64, "decay": 0.8}),
+    "ctc": Recipe(ctc, {"anchors": 64, "labels": 6, "prefixes": True}),
 }

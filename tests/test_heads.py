@@ -360,7 +360,7 @@ def test_compiled_slots_are_the_plain_ones(method: str, monkeypatch: pytest.Monk
     native = load_target(BUNDLED_TARGET)
     config = layer_config(native.config, native.vocab_size)
     torch.manual_seed(0)
-    head = HEADS[method].make(Shape.of(config))
+    head = HEADS[method].make(Shape.of(config), num_slots=8)
     torch.nn.init.normal_(head.slots, std=0.3)
     head = head.bfloat16()
     tokens = list(range(5, 45))

@@ -1,16 +1,19 @@
 """Trains the draft heads for the bundled target: prompts, the target's answers and features once, then every head on the same
-shards.
+shards, with the same number of token passes.
 
-    python recipes/bundled_heads.py --data ../shared/data --out build/heads
+    python recipes/bundled_heads.py --data ../shared/data --out build/heads --seeds 0 1 2
+    python recipes/bundled_heads.py --data ../shared/data --out build/shipped --shards build/heads/shards \
+        --only fspad ctc eagle --steps 1600
 
-Every head learns from the same number of token passes. A run that was cut off goes on where it was. ``--only`` picks methods,
-``--steps`` and ``--seed`` are for experiments; what ships is trained with the defaults.
+The first makes the heads that are compared, seed after seed, so that what is there compares at any moment; the second those
+that ship. A run that was cut off goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
+import itertools
 import json
 import subprocess
 import sys
@@ -32,7 +35,21 @@ CHATS = (
 )
 """Files of chats and questions; what else there is becomes questions by `other_prompts`."""
 
-METHODS = ("eagle", "fspad", "ctc", "hydra", "medusa", "parallel", "eagle3")
+VARIANTS = {
+    "fspad": "--method fspad",
+    "eagle": "--method eagle",
+    "ctc": "--method ctc",
+    "hydra": "--method hydra",
+    "medusa": "--method medusa",
+    "fspad-sampling": "--method fspad --set partial_alignment=false",
+    "fspad-alignment": "--method fspad --set feature_sampling=false",
+    "ctc-whole": "--method ctc --set prefixes=false --set labels=5",
+    "parallel": "--method parallel",
+    "fspad-slim": "--method fspad --set intermediate=256",
+    "eagle3": "--method eagle3 --set heads=3 --set kv_heads=3 --set feature_layers=[2,5,-1]",
+}
+"""Heads by name: the methods, their ablations (FSPAD with one of its parts, CTC's loss over whole answers, its layer with
+cross-entropy), and narrower ones."""
 
 
 def records(file: Path) -> Iterator[dict]:
@@ -58,21 +75,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and eval/")
     parser.add_argument("--out", type=Path, required=True, help="gets a folder for each head, and the shards (8 GB)")
-    parser.add_argument("--only", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
+    parser.add_argument("--shards", type=Path, help="folder of the shards; OUT/shards if not given")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS))
     parser.add_argument("--tokens", type=int, default=1_000_000, help="answer tokens that the target writes")
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--name", default="", help="added to the folder's name")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args, more = parser.parse_known_args()
     args.out.mkdir(parents=True, exist_ok=True)
     asked = args.out / "asked.jsonl"
     asked.write_text("".join(json.dumps({"prompt": one}) + "\n" for one in other_prompts(args.data)))
     files = [args.data / "train" / f"{name}.jsonl.gz" for name in CHATS] + [asked]
-    for method in args.only:
-        command = f"""{sys.executable} -m foredraft train --method {method} --out {args.out / (method + args.name)}
-            --shards {args.out / "shards"} --tokens {args.tokens} --temperatures 0,0.7,1 --max-len 512 --feature-layers 2,4,5
-            --steps {args.steps} --seed {args.seed} --plot {args.out / (method + args.name)}.png"""
-        given = [part for file in files for part in ("--data", str(file))]
+    given = [part for file in files for part in ("--data", str(file))]
+    for seed, name in itertools.product(args.seeds, args.only):
+        out = args.out / f"{name}-{seed}"
+        command = f"""{sys.executable} -m foredraft train {VARIANTS[name]} --out {out} --plot {out}.png
+            --shards {args.shards or args.out / "shards"} --feature-layers 2,4,5 --tokens {args.tokens} --temperatures 0,0.7,1
+            --max-len 512 --steps {args.steps} --seed {seed}"""
         subprocess.run([*command.split(), *given, *more], check=True)
 
 

@@ -303,7 +303,7 @@ def own_head(folder: Path, method: str) -> Path:
     return folder / method
 
 
-@pytest.mark.parametrize("method", ["fspad", "parallel"])
+@pytest.mark.parametrize("method", ["fspad", pytest.param("parallel", marks=pytest.mark.slow)])
 def test_calibrate_a_head(
     capsys: pytest.CaptureFixture[str], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:

@@ -31,8 +31,10 @@ def config_of(method: str) -> dict[str, Any]:
     return {"method": method, "model": str(DATA / "heads" / str(row.asks)) if row.weights == "head" else OTHER, **tree, **own}
 
 
-@pytest.mark.parametrize("method", ["lm-lookup", *HEADS])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("method", "temperature"),
+    [*((one, 0.0) for one in ("lm-lookup", *HEADS)), ("lm-lookup", 1.0), ("fspad-lookup", 1.0), ("ctc-lookup", 1.0)],
+)
 def test_both_take_part_and_the_output_is_that_of_plain_decoding(method: str, temperature: float) -> None:
     llm = LLM(TARGET, config_of(method), dtype="float64", max_num_seqs=3)
     sampling = SamplingParams(temperature=temperature, max_tokens=60, seed=3, ignore_eos=True)

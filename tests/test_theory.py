@@ -516,7 +516,7 @@ def test_the_chains_of_a_real_pair_can_be_read_again(tmp_path: Path, capsys: pyt
         assert says in err
 
 
-@pytest.mark.parametrize("method", ["eagle3", "hydra"])
+@pytest.mark.parametrize("method", ["eagle3", pytest.param("hydra", marks=pytest.mark.slow)])
 def test_rejections_of_a_head_are_predicted_for_one_token(tmp_path: Path, method: str) -> None:
     """480 tokens or more a number of drafts: a z of 4 or more has a chance below 1e-4; the seed is fixed."""
     prompts = tmp_path / "stories.txt"

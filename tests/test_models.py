@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from foredraft.drafters.beam import prefix_beam, trie
 from foredraft.models.check import refuse_unsupported, self_check
 from foredraft.models.hf import HFTarget
 from foredraft.models.llama import LlamaTarget
@@ -157,6 +158,23 @@ def test_chain_and_tree_agree_with_plain_transformers(name):
         cache = prefilled(target, pool, prompt)
         assert cache.length == 9
         assert_close(target.forward(TreeBatch.chains([tokens], [PARENTS]), [cache]).logits, wanted)
+
+
+@every_model
+def test_logits_of_a_ctc_trie_are_those_of_each_path_run_alone(name):
+    """Of random slots: paths that repeat a token at the start, in the middle and at the end among them."""
+    model, targets = make_targets(name)
+    prompt = tokens_of(1, 9)
+    law = np.random.default_rng(0).dirichlet(np.full(4, 0.7), 6)
+    slots = np.tile([5, 17, 42], (6, 1))
+    tokens, parents = trie(prefix_beam(slots, law[:, :3], law[:, 3], beam=64), root=5, nodes=24, depth=6)
+    drafted = [[tokens[node] for node in path] for path in paths_of(parents)]
+    assert {place for path in drafted for place in range(1, len(path)) if path[place] == path[place - 1]} >= {1, 2, 3}
+    wanted = expected(model, prompt, tokens, parents)
+    for target in targets:
+        pool = target.new_pool(2, 64)
+        cache = prefilled(target, pool, prompt)
+        assert_close(target.forward(TreeBatch.chains([tokens], [parents]), [cache]).logits, wanted)
 
 
 @every_model

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from foredraft import LLM
 from foredraft.compiled import library
 from foredraft.drafters import DRAFTERS, Setting, pairs
+from foredraft.drafters.compiled import compile_linears
 from foredraft.drafters.folder import layer_config, read_head
 from foredraft.drafters.growing import paths_of
 from foredraft.drafters.heads import HEADS, FeatureHead
@@ -28,6 +30,7 @@ from foredraft.grow import GROWERS
 from foredraft.llm import BUNDLED_TARGET
 from foredraft.models.checkpoint import ModelError, read_json
 from foredraft.models.loading import load_target
+from foredraft.models.native import FEW, FULL, NativeTarget, in_bytes
 from foredraft.protocols import Budget
 from foredraft.sampling import SamplingParams
 from foredraft.train.attention import tables, unrolled, with_slots
@@ -308,6 +311,22 @@ def head_of(method: str, config: Any, **more: Any) -> Any:
     return head.bfloat16()
 
 
+def rounded(weight: Tensor) -> Tensor:
+    """A weight as 7 bits say it."""
+    steps, scales = in_bytes(weight)
+    return ((steps.float() - 64) * scales[: len(weight), None]).to(weight.dtype)
+
+
+def in_few_bits(head: Any) -> NativeTarget:
+    """Rounds the linear layers of a head, and gives the bundled target with a head that is rounded too."""
+    for one in head.modules():
+        if isinstance(one, torch.nn.Linear):
+            one.weight.data = rounded(one.weight.data)
+    weights = load_file(BUNDLED_TARGET / "model.safetensors")
+    embedding = "model.embed_tokens.weight"
+    return NativeTarget(load_target(BUNDLED_TARGET).config, {**weights, embedding: rounded(weights[embedding])})
+
+
 COMPILED: list[tuple[str, dict[str, Any]]] = [
     *((method, {}) for method in ("eagle", "fspad", "eagle3", NARROW)),
     *(("eagle", {"qkv_bias": True}), ("eagle3", {"qkv_bias": True, "qk_norm": True, "own_embedding": True})),
@@ -315,14 +334,17 @@ COMPILED: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.skipif(library() is None, reason="needs AVX-512 BF16 and a C compiler")
+@pytest.mark.parametrize("bits", [FULL, FEW])
 @pytest.mark.parametrize(("method", "options"), COMPILED)
-def test_the_compiled_layer_is_the_plain_one(method: str, options: dict[str, Any]) -> None:
+def test_the_compiled_layer_is_the_plain_one(method: str, options: dict[str, Any], bits: int) -> None:
     """In bfloat16, where the plain one rounds in more places: logits of size 3 differ by less than 0.05, and by 0.005 on
-    average. A node of a tree has bit for bit what it has in a chain."""
+    average. A node of a tree has bit for bit what it has in a chain. With weights of 7 bits it is the plain one of the weights
+    that these say."""
     native = load_target(BUNDLED_TARGET)
     config = layer_config(native.config, native.vocab_size, {"hidden": 192} if method == NARROW else {})
     torch.manual_seed(0)
     head = head_of(method, config, **options)
+    native = native if bits == FULL else in_few_bits(head)
     tokens = list(range(5, 45))
     cache = native.new_pool(1, 64).allocate()
     none = np.empty(0, np.int64)
@@ -330,7 +352,7 @@ def test_the_compiled_layer_is_the_plain_one(method: str, options: dict[str, Any
 
     def laws(shape: tuple[list[int], list[int]], compiled: bool) -> Tensor:
         grower = Remembering(*shape)
-        drafter = RecurrentDrafter(head, config, native, grower, 1, compiled=compiled)
+        drafter = RecurrentDrafter(head, config, native, grower, 1, compiled=compiled, weight_bits=bits)
         state, found = drafter.start(tokens[:30], features[:29]), []
         for more in (3, 0):
             drafter.propose([state], [Budget(8, 8)], [SamplingParams()], [Draws(0)])
@@ -353,8 +375,8 @@ def test_the_compiled_layer_is_the_plain_one(method: str, options: dict[str, Any
 
 
 @pytest.mark.skipif(library() is None, reason="needs AVX-512 BF16 and a C compiler")
-@pytest.mark.parametrize("method", ["parallel", "ctc"])
-def test_compiled_slots_are_the_plain_ones(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("method", "bits"), [("parallel", FULL), ("ctc", FULL), ("ctc", FEW)])
+def test_compiled_slots_are_the_plain_ones(method: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As above, for two requests of different lengths over two steps; each has bit for bit what it has alone, its prompt run in
     parts."""
     native = load_target(BUNDLED_TARGET)
@@ -363,12 +385,13 @@ def test_compiled_slots_are_the_plain_ones(method: str, monkeypatch: pytest.Monk
     head = HEADS[method].make(Shape.of(config), num_slots=8)
     torch.nn.init.normal_(head.slots, std=0.3)
     head = head.bfloat16()
+    native = native if bits == FULL else in_few_bits(head)
     tokens = list(range(5, 45))
     cache = native.new_pool(1, 64).allocate()
     features = native.forward(TreeBatch.chains([tokens]), [cache], np.empty(0, np.int64), feature_layers=(-1,)).features
 
     def logits(begins: list[int], compiled: bool) -> Tensor:
-        slots = LayerSlots(head, config, native, len(begins), compiled=compiled)
+        slots = LayerSlots(head, config, native, len(begins), compiled=compiled, weight_bits=bits)
         states = [slots.start(tokens[: begin + 1], features[:begin]) for begin in begins]
         found = []
         for more in (2, 0):
@@ -386,6 +409,35 @@ def test_compiled_slots_are_the_plain_ones(method: str, monkeypatch: pytest.Monk
     assert (plain - compiled).abs().mean() < 0.005
     monkeypatch.setattr(pairs, "PREFILL_CHUNK", 4)
     assert torch.equal(logits([9], compiled=True)[:, 0], compiled[:, 1])
+
+
+@pytest.mark.skipif(library() is None, reason="needs AVX-512 BF16 and a C compiler")
+@pytest.mark.parametrize("bits", [FULL, FEW])
+@pytest.mark.parametrize("method", ["medusa", "hydra"])
+def test_compiled_linear_layers_are_the_plain_ones(method: str, bits: int) -> None:
+    """Of a whole head, in the place of all of its own."""
+    config = layer_config(load_target(BUNDLED_TARGET).config, 4096)
+    torch.manual_seed(0)
+    head = HEADS[method].make(Shape.of(config)).bfloat16()
+    for one in (one for one in head.modules() if isinstance(one, torch.nn.Linear)):
+        torch.nn.init.normal_(one.weight, std=0.6 * one.in_features**-0.5)
+    target = in_few_bits(head) if bits == FEW else load_target(BUNDLED_TARGET)
+    feature, embedding = torch.randn(2, 5, config.hidden_size, dtype=torch.bfloat16)
+    given = (feature,) if method == "medusa" else (0, feature, embedding)
+    with torch.inference_mode():
+        plain = head(*given).float()
+        compile_linears(head, target, bits)
+        assert not any(isinstance(one, torch.nn.Linear) for one in head.modules())
+        compiled = head(*given).float()
+    assert 2 < plain.abs().max() < 5
+    assert (plain - compiled).abs().max() < 0.05
+    assert (plain - compiled).abs().mean() < 0.005
+
+
+def test_weights_of_so_many_bits_are_refused() -> None:
+    with pytest.raises(ValueError, match="weight_bits must be 7 or 16, got 8"):
+        drafting = {"method": "eagle", "model": str(DATA / "heads" / "eagle"), "tree": "chain", "num_speculative_tokens": 4}
+        LLM(DATA / "babyllama-105", {**drafting, "weight_bits": 8})
 
 
 @pytest.mark.parametrize("method", [name for name, row in DRAFTERS.items() if row.weights == "head"])

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from foredraft import LLM, SamplingParams, compiled
 from foredraft.models.llama import LlamaTarget
 from foredraft.models.loading import load_target
-from foredraft.models.native import NativeTarget, blocked, can_run
+from foredraft.models.native import FEW, FULL, Memory, NativeTarget, blocked, can_run, describe_weight, in_bytes, run_linear
 from foredraft.tree import TreeBatch
 from test_models import LLAMA3
 
@@ -172,6 +172,23 @@ def test_blocked_layout() -> None:
     assert laid_out.shape == (2, 3, 32, 2)
     assert all(laid_out[o // 32, i // 2, o % 32, i % 2] == weight[o, i] for o in range(40) for i in range(6))
     assert not laid_out[1, :, 8:].any()
+
+
+@pytest.mark.parametrize("bits", [FEW, FULL])
+def test_linear_layers(bits: int) -> None:
+    """As in float64 on the weights that the bits say, for up to 30 rows; what a row gets does not hang on the others."""
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(75, 96).bfloat16(), torch.randn(75).bfloat16(), (torch.randn(30, 96) + 1).bfloat16()
+    weight[7] = 0
+    memory = Memory()
+    layer = describe_weight(memory, weight, bias, bits)
+    steps, scales = in_bytes(weight)
+    said = (steps.double() - 64) * scales[:75, None].double() if bits == FEW else weight.double()
+    assert (said - weight.double()).abs().max() <= (scales.max() / 2 * 1.001 if bits == FEW else 0)
+    all_rows = run_linear(layer, x, 1)
+    torch.testing.assert_close(all_rows.double(), x.double() @ said.T + bias.double(), atol=2e-4, rtol=0)
+    for rows in range(1, 14):
+        assert torch.equal(run_linear(layer, x[:rows], 2), all_rows[:rows])
 
 
 def test_who_runs_what() -> None:

@@ -29,8 +29,9 @@ typedef uint16_t bf16;
 /* ---- what native.py passes: the same fields in the same order stand there ------------------------------------------------ */
 
 typedef struct {
-    const bf16 *weight; /* [out / 32][in / 2][32][2], out padded with zeros to a multiple of 32 */
-    const bf16 *bias;   /* [out] or NULL */
+    const void *weight;  /* [out / 32][in / 2][32][2], out padded with zeros to a multiple of 32: bf16, or with scales: */
+    const float *scales; /* [out], padded alike: a byte b of output o is the weight (b - 64) scales[o]; NULL: there are none */
+    const bf16 *bias;    /* [out] or NULL */
     int64_t out, in;
 } Linear;
 
@@ -220,11 +221,54 @@ INLINE void products_of(const int n, const bf16 *x, int64_t stride, const bf16 *
     for (int m = 0; m < n; m++) _mm512_storeu_ps(out[m], low[m]), _mm512_storeu_ps(out[m] + 16, high[m]);
 }
 
+/* 32 weights of 7 bits as numbers: 0x4300 and the byte below it are 128 more than the byte says. */
+INLINE __m512bh numbers_of(__m256i bytes) {
+    return (__m512bh)_mm512_or_si512(_mm512_cvtepu8_epi16(bytes), _mm512_set1_epi16(0x4300));
+}
+
+INLINE float total(const bf16 *x, int64_t size) {
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3F80);
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < size; i += 32) sum = _mm512_dpbf16_ps(sum, pairs(x + i), ones);
+    return _mm512_reduce_add_ps(sum);
+}
+
+/* The same for weights of 7 bits: they are summed up as 192 more than they are, which is then taken off. */
+INLINE void products_of_bytes(
+    const int n, const bf16 *x, int64_t stride, const uint8_t *w, const float *scales, int64_t size, float (*out)[TILE]
+) {
+    __m512 low[MOST_ROWS], high[MOST_ROWS];
+#pragma GCC unroll 12
+    for (int m = 0; m < n; m++) low[m] = high[m] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < size; i += 2, w += 2 * TILE) {
+        __m512i both = _mm512_loadu_si512(w);
+        __m512bh first = numbers_of(_mm512_castsi512_si256(both)), second = numbers_of(_mm512_extracti64x4_epi64(both, 1));
+#pragma GCC unroll 12
+        for (int m = 0; m < n; m++) {
+            int32_t pair;
+            memcpy(&pair, x + m * stride + i, sizeof pair);
+            __m512bh twice = (__m512bh)_mm512_set1_epi32(pair);
+            low[m] = _mm512_dpbf16_ps(low[m], first, twice);
+            high[m] = _mm512_dpbf16_ps(high[m], second, twice);
+        }
+    }
+#pragma GCC unroll 12
+    for (int m = 0; m < n; m++) {
+        __m512 more = _mm512_set1_ps(192 * total(x + m * stride, size));
+        _mm512_storeu_ps(out[m], _mm512_mul_ps(_mm512_sub_ps(low[m], more), _mm512_loadu_ps(scales)));
+        _mm512_storeu_ps(out[m] + 16, _mm512_mul_ps(_mm512_sub_ps(high[m], more), _mm512_loadu_ps(scales + 16)));
+    }
+}
+
 static void products(int n, const bf16 *x, const Linear *layer, int64_t tile, float (*out)[TILE]) {
-    const int64_t size = layer->in;
-    const bf16 *w = layer->weight + tile * TILE * size;
-    switch (n) {
-#define CASE(N) case N: products_of(N, x, size, w, size, out); break;
+    const int64_t size = layer->in, at = tile * TILE * size;
+    const bf16 *w = (const bf16 *)layer->weight + at;
+    const uint8_t *bytes = (const uint8_t *)layer->weight + at;
+    const float *scales = layer->scales ? layer->scales + tile * TILE : NULL;
+    switch (scales ? n + MOST_ROWS : n) {
+#define CASE(N) \
+        case N: products_of(N, x, size, w, size, out); break; \
+        case N + MOST_ROWS: products_of_bytes(N, x, size, bytes, scales, size, out); break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #undef CASE
     }

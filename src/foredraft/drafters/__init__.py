@@ -77,7 +77,7 @@ class DrafterRow(NamedTuple):
 
 def _head(module: str, cls: str, source: str, *, gives: str = "expand", options: Sequence[str] = ()) -> DrafterRow:
     """A drafter over the target's features, whose weights are a head trained for that target."""
-    return DrafterRow(f"foredraft.drafters.{module}", cls, gives, ("force", *options), False, source, "head")
+    return DrafterRow(f"foredraft.drafters.{module}", cls, gives, ("force", "weight_bits", *options), False, source, "head")
 
 
 DRAFTERS: dict[str, DrafterRow] = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from foredraft.cache import KVCache
@@ -17,7 +17,10 @@ from foredraft.drafters.heads import CtcHead, Eagle3Head, FeatureHead
 from foredraft.drafters.layers import Shape
 from foredraft.models.llama import Reader
 from foredraft.models.native import (
+    FEW,
+    FULL,
     ONE_THREAD_BYTES,
+    TILE,
     CEntry,
     CLayer,
     CLinear,
@@ -27,6 +30,7 @@ from foredraft.models.native import (
     can_run,
     describe_layer,
     describe_linear,
+    describe_weight,
     run_linear,
     run_step,
 )
@@ -44,6 +48,39 @@ def can_compile(head: Any, config: Any, target: Any) -> bool:
     return is_native and can_run(config, torch.bfloat16, torch.device("cpu"))
 
 
+def check_bits(bits: int) -> None:
+    """Raises `ValueError` where weights cannot have so many bits."""
+    if bits not in (FEW, FULL):
+        raise ValueError(f"weight_bits must be {FEW} or {FULL}, got {bits}")
+
+
+class CompiledLinear(nn.Module):
+    """A linear layer in bfloat16 by `compiled/decoder.c`."""
+
+    def __init__(self, plain: nn.Linear, memory: Memory, threads: int, bits: int):
+        super().__init__()
+        bias = None if plain.bias is None else plain.bias.detach()
+        self._memory, self._threads = memory, threads
+        self._described = describe_weight(memory, plain.weight.detach(), bias, bits)
+
+    def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
+        """A linear layer."""
+        return run_linear(self._described, x.flatten(0, -2), self._threads).to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+def compile_linears(head: nn.Module, target: Any, bits: int) -> None:
+    """Puts compiled layers in the place of linear ones, beside a target that is compiled too, where their widths allow it."""
+    if not isinstance(target, NativeTarget):
+        return
+    memory, threads = Memory(), torch.get_num_threads()
+    if sum(one.numel() for one in head.parameters()) * bits <= 8 * ONE_THREAD_BYTES:
+        threads = 1
+    for parent in [*head.modules()]:
+        for name, one in parent.named_children():
+            if isinstance(one, nn.Linear) and one.in_features % TILE == 0:
+                setattr(parent, name, CompiledLinear(one, memory, threads, bits))
+
+
 class CompiledHead:
     """A head of one layer that shares the embedding and the head of a compiled target, as far as it has none of its own.
 
@@ -51,18 +88,20 @@ class CompiledHead:
         head: in bfloat16.
         config: the Llama configuration of its layer.
         threads: None is what torch uses, or one for a small head.
+        bits: of a weight, 7 or 16.
 
     Attributes:
         threads: those that it runs on.
     """
 
-    def __init__(self, head: LayerHead, config: Any, target: NativeTarget, *, threads: int | None = None):
+    def __init__(self, head: LayerHead, config: Any, target: NativeTarget, *, threads: int | None = None, bits: int = FEW):
         self._memory, self._target = Memory(), target  # the target lives as long as what is shared with it
+        self._bits = bits
         read = Reader(config, head.state_dict(), torch.bfloat16, torch.device("cpu"), packed=False)
         shape, rotary = Shape.of(config), LlamaRotaryEmbedding(config=config)
         is_wide = isinstance(head, Eagle3Head)
-        self._layers = (CLayer * 1)(describe_layer(self._memory, read, "midlayer" if is_wide else "layers.0", None))
-        self._fc = describe_linear(self._memory, read, "fc") if is_wide else None
+        self._layers = (CLayer * 1)(describe_layer(self._memory, read, "midlayer" if is_wide else "layers.0", None, bits))
+        self._fc = self._linear(read, "fc") if is_wide else None
         if isinstance(head, Eagle3Head):
             own = self._wide(read, head.token_ids)
         else:
@@ -78,35 +117,45 @@ class CompiledHead:
             rotary_scale=rotary.attention_scaling,
             frequencies=self._memory.put(rotary.inv_freq.float().contiguous()).data_ptr(),  # type: ignore[operator]
             layers=ctypes.addressof(self._layers),
-            **{**target.shared, **own},
+            **{**(target.shared if is_wide else self._shared()), **own},
         )
         self.threads = threads or (torch.get_num_threads() if self._memory.num_bytes > ONE_THREAD_BYTES else 1)
 
     def _entry(self, read: Reader) -> CEntry:
         """EAGLE's and FSPAD's."""
         if not read.has("fc.fc"):
-            return CEntry(describe_linear(self._memory, read, "fc"))
+            return CEntry(self._linear(read, "fc"))
         norm = self._put(read, "fc.post_attention_layernorm")
-        linears = (describe_linear(self._memory, read, f"fc.mlp.{name}_proj") for name in ("gate", "up", "down"))
-        return CEntry(describe_linear(self._memory, read, "fc.fc"), norm, *linears)
+        linears = (self._linear(read, f"fc.mlp.{name}_proj") for name in ("gate", "up", "down"))
+        return CEntry(self._linear(read, "fc.fc"), norm, *linears)
 
     def _wide(self, read: Reader, token_ids: Int[Tensor, " w"]) -> dict[str, Any]:
         """What of a model is EAGLE-3's own."""
         own = {
             "entry": CEntry(feature_norm=self._put(read, "midlayer.hidden_norm")),
             "norm": self._put(read, "norm"),
-            "head": describe_linear(self._memory, read, "lm_head"),
+            "head": self._linear(read, "lm_head"),
             "token_ids": self._memory.put(token_ids).data_ptr(),
         }
         return own | ({"embedding": self._put(read, "embed_tokens")} if read.has("embed_tokens") else {})
 
     def _parallel(self, read: Reader, head: CtcHead) -> dict[str, Any]:
         """What of a model is that of parallel slots."""
-        entry = CEntry(describe_linear(self._memory, read, "fc"), slots=self._memory.put(head.slots).data_ptr())
+        entry = CEntry(self._linear(read, "fc"), slots=self._memory.put(head.slots).data_ptr())
         if head.blank is None:
             return {"entry": entry}
-        blank = describe_linear(self._memory, read, "blank")
+        blank = self._linear(read, "blank")
         return {"entry": entry, "blank": blank, "vocabulary": self._target.vocab_size + 1}
+
+    def _shared(self) -> dict[str, Any]:
+        """What is the target's; its head in as few bits as the rest."""
+        if self._bits == FULL:
+            return self._target.shared
+        head = describe_weight(self._memory, self._target.head_weight, None, self._bits)
+        return {**self._target.shared, "head": head}
+
+    def _linear(self, read: Reader, name: str) -> CLinear:
+        return describe_linear(self._memory, read, name, bits=self._bits)
 
     def _put(self, read: Reader, name: str) -> int:
         return self._memory.put(read.tensor(name)).data_ptr()

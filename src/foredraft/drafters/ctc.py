@@ -11,6 +11,7 @@ from torch import Tensor
 
 from foredraft.drafters import Setting
 from foredraft.drafters.beam import likeliest_prefixes
+from foredraft.drafters.compiled import FEW, check_bits
 from foredraft.drafters.folder import load_head
 from foredraft.drafters.pairs import PairState
 from foredraft.drafters.slots import LayerSlots
@@ -45,14 +46,16 @@ class CtcDrafter:
         self._beam, self._num_tokens = ctc_beam, ctc_tokens
 
     @classmethod
-    def build(cls, setting: Setting, *, force: bool = False, **options: int) -> CtcDrafter:
+    def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = FEW, **options: int) -> CtcDrafter:
         """The drafter of a speculative config.
 
         Raises:
-            ValueError: there is no head in the directory, or it belongs to another target.
+            ValueError: there is no head in the directory, it belongs to another target, or `weight_bits` are not 7 or 16.
         """
+        check_bits(weight_bits)
         loaded = load_head(setting, force=force)
-        return cls(LayerSlots(loaded.head, loaded.config, setting.target, setting.num_slots), **options)
+        slots = LayerSlots(loaded.head, loaded.config, setting.target, setting.num_slots, weight_bits=weight_bits)
+        return cls(slots, **options)
 
     @torch.inference_mode()
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> PairState:

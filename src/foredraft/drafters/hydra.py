@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.drafters import Setting
+from foredraft.drafters.compiled import FEW, check_bits, compile_linears
 from foredraft.drafters.folder import load_head
 from foredraft.drafters.growing import capped, paths_of
 from foredraft.drafters.heads import HydraHeads
@@ -41,14 +42,16 @@ class HydraDrafter:
         self._caches = PairCaches(config, num_slots, target.dtype, target.device)
 
     @classmethod
-    def build(cls, setting: Setting, *, force: bool = False) -> HydraDrafter:
+    def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = FEW) -> HydraDrafter:
         """The drafter of a speculative config.
 
         Raises:
-            ValueError: there is no head in the directory, or it belongs to another target.
+            ValueError: there is no head in the directory, it belongs to another target, or `weight_bits` are not 7 or 16.
         """
+        check_bits(weight_bits)
         loaded = load_head(setting, force=force)
         assert setting.grower is not None
+        compile_linears(loaded.head, setting.target, weight_bits)
         return cls(loaded.head, loaded.config, setting.target, setting.grower, setting.num_slots)
 
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> PairState:

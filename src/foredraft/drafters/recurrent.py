@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foredraft.cache import among_new
 from foredraft.drafters import Setting
-from foredraft.drafters.compiled import CompiledHead, can_compile
+from foredraft.drafters.compiled import FEW, CompiledHead, can_compile, check_bits
 from foredraft.drafters.folder import load_head
 from foredraft.drafters.growing import capped, next_pass
 from foredraft.drafters.heads import Eagle3Head, FeatureHead
@@ -36,6 +36,7 @@ class RecurrentDrafter:
         grower: how its trees grow.
         num_slots: requests in flight at most.
         compiled: whether the compiled layer runs; None is wherever it can.
+        weight_bits: those of the compiled layer.
 
     Attributes:
         compiled: the compiled layer, if it runs.
@@ -52,6 +53,7 @@ class RecurrentDrafter:
         num_slots: int,
         *,
         compiled: bool | None = None,
+        weight_bits: int = FEW,
     ):
         self.head, self.grower, self.vocab_size = head, grower, target.vocab_size
         self.feature_layers = head.feature_layers
@@ -59,19 +61,21 @@ class RecurrentDrafter:
         self._width, self._dtype, self._device = config.hidden_size, target.dtype, target.device
         self._caches = PairCaches(config, num_slots, target.dtype, target.device)
         compiled = can_compile(head, config, target) if compiled is None else compiled
-        self.compiled = CompiledHead(head, config, target) if compiled else None
+        self.compiled = CompiledHead(head, config, target, bits=weight_bits) if compiled else None
         self._run, self._fuse = (self.compiled or self._plain), (self.compiled or head).fuse
 
     @classmethod
-    def build(cls, setting: Setting, *, force: bool = False) -> RecurrentDrafter:
+    def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = FEW) -> RecurrentDrafter:
         """The drafter of a speculative config.
 
         Raises:
-            ValueError: there is no head in the directory, or it belongs to another target.
+            ValueError: there is no head in the directory, it belongs to another target, or `weight_bits` are not 7 or 16.
         """
+        check_bits(weight_bits)
         loaded = load_head(setting, force=force)
         assert setting.grower is not None
-        return cls(loaded.head, loaded.config, setting.target, setting.grower, setting.num_slots)
+        given = loaded.head, loaded.config, setting.target, setting.grower, setting.num_slots
+        return cls(*given, weight_bits=weight_bits)
 
     @torch.inference_mode()
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m f"] | None) -> PairState:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.drafters import Setting
-from foredraft.drafters.compiled import CompiledHead, can_compile
+from foredraft.drafters.compiled import FEW, CompiledHead, can_compile, check_bits, compile_linears
 from foredraft.drafters.folder import load_head
 from foredraft.drafters.growing import capped, paths_of
 from foredraft.drafters.heads import CtcHead, MedusaHeads
@@ -35,18 +35,28 @@ class LayerSlots:
         target: gives the embedding and the head that are shared.
         num_slots: requests in flight at most.
         compiled: whether the compiled layer runs; None is wherever it can.
+        weight_bits: those of the compiled layer.
 
     Attributes:
         compiled: the compiled layer, if it runs.
     """
 
-    def __init__(self, head: CtcHead, config: Any, target: Any, num_slots: int, *, compiled: bool | None = None):
+    def __init__(
+        self,
+        head: CtcHead,
+        config: Any,
+        target: Any,
+        num_slots: int,
+        *,
+        compiled: bool | None = None,
+        weight_bits: int = FEW,
+    ):
         self.head, self.feature_layers = head, head.feature_layers
         self.num_tokens = head.num_slots
         self._embed, self._target_head = target.embed, target.head
         self._caches = PairCaches(config, num_slots, target.dtype, target.device, ahead=self.num_tokens)
         compiled = can_compile(head, config, target) if compiled is None else compiled
-        self.compiled = CompiledHead(head, config, target) if compiled else None
+        self.compiled = CompiledHead(head, config, target, bits=weight_bits) if compiled else None
         self._run = self.compiled.fill if self.compiled else self._plain
 
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> PairState:
@@ -149,14 +159,16 @@ class SlotDrafter:
         self.feature_layers = slots.feature_layers
 
     @classmethod
-    def build(cls, setting: Setting, *, force: bool = False) -> SlotDrafter:
+    def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = FEW) -> SlotDrafter:
         """The drafter of a speculative config.
 
         Raises:
-            ValueError: there is no head in the directory, or it belongs to another target.
+            ValueError: there is no head in the directory, it belongs to another target, or `weight_bits` are not 7 or 16.
         """
+        check_bits(weight_bits)
         loaded = load_head(setting, force=force)
         assert setting.grower is not None
+        compile_linears(loaded.head, setting.target, weight_bits)
         return cls(FeatureSlots(loaded.head), setting.grower, setting.target.vocab_size)
 
     @torch.inference_mode()
@@ -208,9 +220,14 @@ class LayerSlotDrafter(SlotDrafter):
     """The CTC paper's layer without its transform: slots are tokens one for one."""
 
     @classmethod
-    def build(cls, setting: Setting, *, force: bool = False) -> LayerSlotDrafter:
-        """The drafter of a speculative config; see `SlotDrafter.build`."""
+    def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = FEW) -> LayerSlotDrafter:
+        """The drafter of a speculative config; see `SlotDrafter.build`.
+
+        Raises:
+            ValueError: `weight_bits` are not 7 or 16 either.
+        """
+        check_bits(weight_bits)
         loaded = load_head(setting, also=("ctc",), force=force)
         assert setting.grower is not None
-        slots = LayerSlots(loaded.head, loaded.config, setting.target, setting.num_slots)
+        slots = LayerSlots(loaded.head, loaded.config, setting.target, setting.num_slots, weight_bits=weight_bits)
         return cls(slots, setting.grower, setting.target.vocab_size)

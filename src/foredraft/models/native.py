@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num, UInt8
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -26,7 +26,7 @@ from foredraft.models.llama import Reader, head_dim_of, window_of
 from foredraft.protocols import Scores
 from foredraft.tree import Ids, TreeBatch
 
-_TILE = 32
+TILE = 32
 """Outputs of a linear layer whose weights stand side by side; every width but the vocabulary's must be a multiple of it."""
 
 NO_WINDOW = 1 << 62
@@ -34,6 +34,12 @@ NO_WINDOW = 1 << 62
 ONE_THREAD_BYTES = 8 << 20
 """Models up to this size run on one thread: a second one saves at most a tenth of a step of 0.1 ms (3 MB of weights, two
 cores), and when it is late the step waits for it."""
+
+FEW, FULL = 7, 16
+"""Bits of a weight. Seven are read twice as fast; the bytes that hold them become exact numbers by one `or`."""
+
+_MIDDLE = 64
+"""The byte that stands for a weight of 0."""
 
 _WORD = 8
 """Bytes of the whole numbers that the decoder is given."""
@@ -45,9 +51,9 @@ _at, _whole, _real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 class CLinear(ctypes.Structure):
-    """A linear layer, its weight laid out by `blocked`."""
+    """A linear layer, its weight laid out by `blocked`; with scales, in bytes."""
 
-    _fields_ = (("weight", _at), ("bias", _at), ("outputs", _whole), ("inputs", _whole))
+    _fields_ = (("weight", _at), ("scales", _at), ("bias", _at), ("outputs", _whole), ("inputs", _whole))
 
 
 class CLayer(ctypes.Structure):
@@ -106,7 +112,7 @@ class CStep(ctypes.Structure):
 def can_run(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether this decoder runs a model that `foredraft.models.llama` runs: in bfloat16 on a CPU, with even widths."""
     widths = (config.hidden_size, config.intermediate_size, head_dim_of(config))
-    fits = dtype == torch.bfloat16 and device.type == "cpu" and all(width % _TILE == 0 for width in widths)
+    fits = dtype == torch.bfloat16 and device.type == "cpu" and all(width % TILE == 0 for width in widths)
     return fits and library() is not None
 
 
@@ -150,7 +156,7 @@ class NativeTarget:
         """Input embeddings."""
         if self._embedding is not None:
             return self._embedding[token_ids]
-        return self._head[token_ids // _TILE, :, token_ids % _TILE].flatten(1)
+        return self._head[token_ids // TILE, :, token_ids % TILE].flatten(1)
 
     def head(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
         """Logits (float32) of final features, those after the last norm."""
@@ -201,9 +207,14 @@ class NativeTarget:
             tied=self._head.data_ptr(),
             layers=ctypes.addressof(layers),
             norm=self._memory.put(read.tensor("model.norm")).data_ptr(),
-            head=CLinear(self._head.data_ptr(), None, *head.shape),
+            head=CLinear(self._head.data_ptr(), None, None, *head.shape),
             vocabulary=len(head),
         )
+
+    @property
+    def head_weight(self) -> Float[Tensor, "v d"]:
+        """That of the head."""
+        return self._head.transpose(1, 2).flatten(2).flatten(0, 1)[: self.vocab_size]
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -211,21 +222,33 @@ class NativeTarget:
         return {name: getattr(self._model, name) for name in ("embedding", "tied", "head", "vocabulary")}
 
 
-def describe_linear(memory: Memory, read: Reader, *names: str) -> CLinear:
-    """Linear layers fused into one, as `decoder.c` reads it."""
-    weight, bias = read.tensor(*names), read.bias(*names)
-    laid_out = memory.put(blocked(weight))
-    return CLinear(laid_out.data_ptr(), None if bias is None else memory.put(bias).data_ptr(), *weight.shape)
+def describe_linear(memory: Memory, read: Reader, *names: str, bits: int = FULL) -> CLinear:
+    """Linear layers fused into one, as `decoder.c` reads it, with weights of `FEW` or `FULL` bits."""
+    return describe_weight(memory, read.tensor(*names), read.bias(*names), bits)
 
 
-def describe_layer(memory: Memory, read: Reader, at: str, window: int | None) -> CLayer:
+def describe_weight(memory: Memory, weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None, bits: int) -> CLinear:
+    """The same of a weight."""
+    given, scales = in_bytes(weight) if bits == FEW else (weight, None)
+    parts = (blocked(given), scales, bias)
+    return CLinear(*(None if one is None else memory.put(one).data_ptr() for one in parts), *weight.shape)
+
+
+def in_bytes(weight: Float[Tensor, "o i"]) -> tuple[UInt8[Tensor, "o i"], Float[Tensor, " padded"]]:
+    """Weights of 7 bits, as bytes from 1 to 127, and what one step of each output is worth; outputs there are not get 0."""
+    scales = weight.float().abs().amax(1) / (_MIDDLE - 1)
+    steps = weight.float() / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    return (steps.round() + _MIDDLE).to(torch.uint8), torch.nn.functional.pad(scales, (0, -len(scales) % TILE))
+
+
+def describe_layer(memory: Memory, read: Reader, at: str, window: int | None, bits: int = FULL) -> CLayer:
     """The decoder layer called `at`, as `decoder.c` reads it."""
 
     def norm(name: str) -> int | None:
         return memory.put(read.tensor(f"{at}.{name}")).data_ptr() if read.has(f"{at}.{name}") else None
 
     def linear(*names: str) -> CLinear:
-        return describe_linear(memory, read, *(f"{at}.{name}_proj" for name in names))
+        return describe_linear(memory, read, *(f"{at}.{name}_proj" for name in names), bits=bits)
 
     return CLayer(
         norm("input_layernorm"),
@@ -350,8 +373,8 @@ def _pages(num_bytes: int) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def blocked(weight: Float[Tensor, "o i"]) -> Float[Tensor, "t half 32 2"]:
+def blocked(weight: Num[Tensor, "o i"]) -> Num[Tensor, "t half 32 2"]:
     """A weight in the order in which it is read: for 32 outputs, two entries of each of them after another."""
     outputs, inputs = weight.shape
-    padded = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % _TILE))
-    return padded.view(-1, _TILE, inputs // 2, 2).transpose(1, 2).contiguous()
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % TILE))
+    return padded.view(-1, TILE, inputs // 2, 2).transpose(1, 2).contiguous()

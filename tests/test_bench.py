@@ -23,7 +23,7 @@ from foredraft.bench.run import Outcome, parse_method
 from foredraft.bench.tasks import is_looping, read_prompts
 from foredraft.drafters.folder import read_head, save_head
 from foredraft.grow import GROWERS
-from foredraft.llm import BUNDLED_DRAFTER
+from foredraft.llm import BUNDLED_LM
 from foredraft.metrics import StepRecord
 from foredraft.models.hf import HFTarget
 from foredraft.models.loading import load_target
@@ -373,13 +373,13 @@ def test_calibrating_the_bundled_pair_leaves_the_package_alone(
     """It is kept in the user's cache, and read from there before what came with the package."""
     monkeypatch.setattr(calibrate, "SIZES", (2,))
     monkeypatch.setenv("FOREDRAFT_CACHE", str(tmp_path))
-    before = (BUNDLED_DRAFTER / "calibration.json").read_text()
+    before = (BUNDLED_LM / "calibration.json").read_text()
     code, out, err = run(capsys, "calibrate", "--prompts", prompts, "--limit", 1, "--max-tokens", 4, "--json")
     assert code == 0, err
     found = json.loads(out)
     assert Path(found["file"]).parent == tmp_path
     assert set(found["seconds"]) == {"target", "drafter"}
-    assert (BUNDLED_DRAFTER / "calibration.json").read_text() == before
+    assert (BUNDLED_LM / "calibration.json").read_text() == before
     config = {"method": "lm", "tree": "sequoia", "num_speculative_tokens": 2}
     assert LLM(speculative_config=config).measured(parse(config))["num_prompts"] == 1
 

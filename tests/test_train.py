@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from foredraft.train.batches import Batch
 from foredraft.train.command import TrainChoice, run
 from foredraft.train.corpus import encode, read_turns, turns_of
 from foredraft.train.loop import Settings, rate
-from foredraft.train.recipes import RECIPES
+from foredraft.train.recipes import RECIPES, Lesson
 from foredraft.train.shards import TrainingError
 from foredraft.train.start import directions, fitted
 
@@ -446,3 +447,40 @@ def test_attention_of_slots_is_that_of_the_whole_mask() -> None:
     query, key, value = (torch.randn(2, length + 12, heads, 8, generator=generator) for heads in (4, 2, 2))
     plain = masked(tabs, *slot_rows(length, anchors, 4))(query, key, value)
     torch.testing.assert_close(with_slots(tabs, length, anchors, 4)(query, key, value), plain, atol=1e-5, rtol=1e-5)
+
+
+class Echo(nn.Module):
+    """A head of slots that gives back what enters."""
+
+    num_slots, blank = 2, None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots = nn.Parameter(torch.randn(2, 4))
+
+    def enter(self, embedding: Tensor, feature: Tensor) -> Tensor:
+        return feature
+
+    def forward(self, entries: Tensor, attend: Any) -> Tensor:
+        return entries
+
+
+def test_states_of_slots_and_pairs_regress_on_the_features_before_their_tokens() -> None:
+    torch.manual_seed(0)
+    final, begin, length = torch.randn(1, 9, 4), 4, 9
+    batch = Batch(torch.arange(9)[None], final, final, torch.arange(9)[None] >= begin)
+    frozen: Any = SimpleNamespace(weight=torch.randn(50, 4), embed=lambda ids: torch.zeros(*ids.shape, 4))
+    head, loss = Echo(), {}
+    for regression in (0.0, 2.0):
+        options = {"anchors": 64, "regression": regression, "decay": 0.8}
+        lesson = Lesson(head, batch, frozen, tables(CONFIG, torch.device("cpu")), options, torch.Generator())
+        loss[regression] = RECIPES["parallel"].learn(lesson).loss
+
+    def apart(state: Tensor, at: int) -> Tensor:
+        return nn.functional.smooth_l1_loss(state, final[0, at])
+
+    pairs = [j for j in range(length - 1) if begin <= j + 2 < length]
+    slots = [apart(final[0, j] + head.slots[k], j + 1 + k) for j in pairs for k in range(2) if j + 2 + k < length]
+    own = [apart(final[0, j], j + 1) for j in pairs]
+    wanted = 2 * (torch.stack(slots).mean() + torch.stack(own).mean())
+    torch.testing.assert_close(loss[2.0] - loss[0.0], wanted, atol=1e-4, rtol=1e-4)

@@ -29,7 +29,9 @@ DEFAULT_NUM_SEQS = 8
 
 BUNDLED = Path(__file__).parent / "bundled"
 BUNDLED_TARGET = BUNDLED / "chat-14m"
-BUNDLED_DRAFTER = BUNDLED / "draft-lm"
+BUNDLED_LM = BUNDLED / "draft-lm"
+BUNDLED_HEAD = BUNDLED / "fspad"
+"""The drafter of the bundled target unless another is asked for."""
 
 
 class LLM:
@@ -39,7 +41,7 @@ class LLM:
         model: a directory, a Hub id, or a loaded `PreTrainedModel`. None is the bundled pair.
         speculative_config: ``{"method": ..., "model": ..., "tree": ..., "num_speculative_tokens": ..., "rule": ...}`` and the
             options of the method and the tree; ``{"method": "ar"}`` drafts nothing. Without ``method`` it is that of the head
-            in ``model``, else ``lm``. None is method ``auto`` for the
+            in ``model`` (beside the bundled target, of the bundled head), else ``lm``. None is method ``auto`` for the
             bundled target, and method ``suffix``, which needs no weights, for any other. Without ``tree`` or
             ``num_speculative_tokens`` (or with ``"auto"``) the fastest is chosen from measurements, see `foredraft.auto`.
         tokenizer: a Transformers tokenizer, where `model` is a loaded one.
@@ -104,6 +106,9 @@ class LLM:
     def _parse(self, config: Mapping[str, Any] | None) -> Speculation | None:
         if config is None:
             config = {"method": AUTO if self._bundled else "suffix"}
+        if self._bundled and isinstance(config, Mapping):
+            names_none = config.get("method") in (None, AUTO) and config.get("model") is None
+            config = {**config, "model": str(BUNDLED_HEAD)} if names_none else config
         return parse(config)
 
     def _speculate(self, speculation: Speculation | None) -> None:
@@ -305,7 +310,7 @@ class LLM:
         """What calibration found out about the drafter."""
         source = self.draft_source
         if source is None and self._bundled and DRAFTERS[speculation.calibrated].weights is None:
-            source = BUNDLED_DRAFTER  # its calibration has the drafters without weights too
+            source = BUNDLED_LM  # its calibration has the drafters without weights too
         return read_calibration(source, self.target, speculation.calibrated, self._weights(source))
 
     @property
@@ -333,7 +338,7 @@ class LLM:
 def bundled_drafter(name: str) -> Path | None:
     """The directory of a drafter for the bundled target; None where none is bundled."""
     row = DRAFTERS[name]
-    folder = BUNDLED / (row.asks or name) if row.weights == "head" else BUNDLED_DRAFTER
+    folder = BUNDLED / (row.asks or name) if row.weights == "head" else BUNDLED_LM
     return folder if folder.is_dir() else None
 
 

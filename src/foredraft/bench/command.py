@@ -20,7 +20,7 @@ from foredraft.bench import report, tasks
 from foredraft.bench.bandwidth import read_bandwidth, reading
 from foredraft.bench.peers import PEERS, VLLM_PEERS, Peer
 from foredraft.bench.run import Contender, Ours, measure, parse_method
-from foredraft.llm import BUNDLED_DRAFTER, BUNDLED_TARGET, LLM
+from foredraft.llm import BUNDLED_LM, BUNDLED_TARGET, LLM
 from foredraft.progress import progress_bar
 from foredraft.sampling import SamplingParams
 from foredraft.speculation import PLAIN, parse
@@ -113,7 +113,7 @@ def _contender(
     peer = Peer(
         name,
         str(BUNDLED_TARGET if bundled else choice.model),
-        str(BUNDLED_DRAFTER) if bundled and choice.draft_model is None else choice.draft_model,
+        str(BUNDLED_LM) if bundled and choice.draft_model is None else choice.draft_model,
         dtype=str(plain.target.dtype).removeprefix("torch."),
         device=str(plain.target.device),
         max_len=plain.max_model_len,

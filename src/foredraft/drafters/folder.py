@@ -7,6 +7,7 @@ target that the head was trained for. What is shared with the target (embedding,
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,6 +111,7 @@ def save_head(
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     content = {**config.to_diff_dict(), "architectures": ["ForedraftHead"], HEAD_KEY: dict(about)}
     write_json(folder / "config.json", content)
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which is written for its owner alone
     if provenance is not None:
         write_json(folder / "provenance.json", provenance)
 

@@ -97,48 +97,50 @@ class _Distilled(torch.autograd.Function):
         return to_states * grad, None if to_weight is None else to_weight * grad, None, None, None
 
 
-def log_probs(
-    states: Float[Tensor, "n d"], weight: Float[Tensor, "w d"], bias: Float[Tensor, " w"] | None, ids: Int[Tensor, "n s"]
-) -> Float[Tensor, "n s"]:
-    """``log_softmax(states weight^T + bias)`` at `ids`, some rows at a time."""
-    return _LogProbs.apply(states, weight, bias, ids)
+def log_probs(states: Float[Tensor, "n d"], weight: Float[Tensor, "w d"], ids: Int[Tensor, "n s"]) -> Float[Tensor, "n s"]:
+    """``log_softmax(states weight^T)`` at `ids`, some rows at a time."""
+    found, log_sum = logits_at(states, weight, ids)
+    return found - log_sum[:, None]
 
 
-class _LogProbs(torch.autograd.Function):
+def logits_at(
+    states: Float[Tensor, "n d"], weight: Float[Tensor, "w d"], ids: Int[Tensor, "n s"]
+) -> tuple[Float[Tensor, "n s"], Float[Tensor, " n"]]:
+    """``states weight^T`` at `ids`, and the log of the sum of the exponentials of all; some rows at a time."""
+    return _LogitsAt.apply(states, weight, ids)
+
+
+class _LogitsAt(torch.autograd.Function):
     """Keeps the probabilities in the dtype of the states, for the gradient is made of them."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:  # type: ignore[override]
-        states, weight, bias, ids = args
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        states, weight, ids = args
         output, probs = weight.to(states.dtype), states.new_empty(len(states), len(weight))
         found = torch.empty(ids.shape, dtype=torch.promote_types(states.dtype, torch.float32), device=states.device)
+        log_sum = found.new_empty(len(states))
         for first in range(0, len(states), _ROWS):
             part = slice(first, first + _ROWS)
             logits = F.linear(states[part], output).to(found.dtype)
-            logits = logits if bias is None else logits.add_(bias)
             chances = logits.softmax(-1)
-            log_sum = logits.amax(-1, keepdim=True) - chances.amax(-1, keepdim=True).log()
-            found[part] = logits.gather(1, ids[part]) - log_sum
-            probs[part] = chances
-        ctx.save_for_backward(states, output, bias, ids, probs)
-        return found
+            log_sum[part] = logits.amax(-1) - chances.amax(-1).log()
+            found[part], probs[part] = logits.gather(1, ids[part]), chances
+        ctx.save_for_backward(states, output, ids, probs)
+        return found, log_sum
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        states, output, bias, ids, probs = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        states, output, ids, probs = ctx.saved_tensors
         to_states = torch.empty_like(states)
-        to_weight = torch.zeros_like(output, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
-        to_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
+        to_weight = torch.zeros_like(output, dtype=grads[0].dtype) if ctx.needs_input_grad[1] else None
+        to_found, to_sum = (one.to(probs.dtype) for one in grads)
         for first in range(0, len(states), _ROWS):
             part = slice(first, first + _ROWS)
-            slope = probs[part] * -grad[part].sum(1, keepdim=True).to(probs.dtype)
-            slope.scatter_add_(1, ids[part], grad[part].to(probs.dtype))
+            slope = (probs[part] * to_sum[part, None]).scatter_add_(1, ids[part], to_found[part])
             to_states[part] = slope @ output
             if to_weight is not None:
                 to_weight += slope.T @ states[part]
-            if to_bias is not None:
-                to_bias += slope.sum(0)
-        return to_states, to_weight, to_bias, None
+        return to_states, to_weight, None
 
 
 def kl(logits: Float[Tensor, "*n v"], target_probs: Float[Tensor, "*n v"], mask: Float[Tensor, "*n"]) -> Float[Tensor, ""]:

@@ -128,7 +128,8 @@ def hydra(lesson: Lesson) -> Learned:
 def ctc(lesson: Lesson) -> Learned:
     """The CTC-based drafter: -log of the probability that the slots collapse to the next `labels` tokens or, with `prefixes`,
     the mean of those that what they collapse to begins with the next one, two, ... of them; without a blank, cross-entropy
-    of slot k with token k.
+    of slot k with token k. `regression` weighs SmoothL1 of slot k's state with the target's feature before token k, and of
+    every pair's own with that before the next token.
 
     Slots are filled behind `anchors` pairs of each text, drawn anew in every step.
 
@@ -141,28 +142,38 @@ def ctc(lesson: Lesson) -> Learned:
     own = entries.gather(1, anchors[..., None].expand(-1, -1, entries.shape[-1]))
     slots = (own[:, :, None] + head.slots).flatten(1, 2)
     attend = with_slots(lesson.rotary, entries.shape[1], anchors, head.num_slots)
-    out = head(torch.cat([entries, slots], dim=1), attend)[:, entries.shape[1] :]
+    paired, out = head(torch.cat([entries, slots], dim=1), attend).split([entries.shape[1], slots.shape[1]], dim=1)
     chosen = mask.gather(1, anchors)
     states = out.unflatten(1, (anchors.shape[1], head.num_slots))[chosen]
     rows, _ = chosen.nonzero(as_tuple=True)
     count = lesson.options.get("labels", head.num_slots)
     labels, there = _following(batch, (rows, anchors[chosen]), count)
+    regression = torch.zeros((), device=states.device)
+    if lesson.options["regression"]:
+        places = (anchors[chosen][:, None] + 1 + torch.arange(count, device=rows.device)).clamp(max=batch.ids.shape[1] - 1)
+        wanted = batch.final[rows[:, None], places]
+        behind = losses.smooth_l1(states[:, :count].float(), wanted, there.float())
+        every = losses.smooth_l1(paired.float(), _shifted(batch.final, 1), mask.float())
+        regression = lesson.options["regression"] * (behind + every)
     if head.blank is None:
-        return _spelled(lesson, [(one, frozen.weight) for one in states.unbind(1)], labels, there)
-    weight = torch.cat([frozen.weight, head.blank.weight])
-    bias = torch.cat([torch.zeros_like(frozen.weight[:, 0]), head.blank.bias])
-    ids = torch.cat([labels, torch.full_like(labels[:, :1], len(bias) - 1)], dim=1)[:, None].expand(-1, head.num_slots, -1)
-    emitted = losses.log_probs(states.flatten(0, 1), weight, bias, ids.flatten(0, 1)).view(ids.shape)
+        learned = _spelled(lesson, [(one, frozen.weight) for one in states.unbind(1)], labels, there)
+        return learned._replace(loss=learned.loss + regression)
+    ids = labels[:, None].expand(-1, head.num_slots, -1)
+    found, log_sum = losses.logits_at(states.flatten(0, 1), frozen.weight, ids.flatten(0, 1))
+    blank = head.blank(states.flatten(0, 1)).to(found.dtype)
+    emitted = torch.cat([found, blank], dim=1) - torch.logaddexp(log_sum[:, None], blank)
+    emitted = emitted.unflatten(0, ids.shape[:2])
     if lesson.options["prefixes"]:
         each, counts = losses.ctc_prefixes(emitted, labels), there
     else:
         each, counts = losses.ctc_of(emitted, labels, there.sum(-1)) / count, there[:, 0]
     possible = counts & (each < losses.IMPOSSIBLE)
-    loss = losses.masked_mean(each.masked_fill(~possible, 0.0), possible.float())
+    loss = losses.masked_mean(each.masked_fill(~possible, 0.0), possible.float()) + regression
     if lesson.generator is not None:
         return Learned(loss, {})
-    best = F.linear(states, weight, bias).argmax(-1)
-    return Learned(loss, {"blank": (best == len(bias) - 1).float().mean(), "top1": (best[:, 0] == labels[:, 0]).float().mean()})
+    best = head.logits(states, frozen.head).argmax(-1)
+    figures = {"blank": (best == len(frozen.weight)).float().mean(), "top1": (best[:, 0] == labels[:, 0]).float().mean()}
+    return Learned(loss, figures)
 
 
 def _shifted(
@@ -221,7 +232,7 @@ def _spelled(
     """Cross-entropy of slot k, a state and its output layer, with label k; weighted ``decay^k``."""
     total, figures = torch.zeros((), device=labels.device), {}
     for k, (states, weight) in enumerate(slots):
-        nll = -losses.log_probs(states, weight, None, labels[:, k : k + 1])[:, 0]
+        nll = -losses.log_probs(states, weight, labels[:, k : k + 1])[:, 0]
         total = total + lesson.options["decay"] ** k * losses.masked_mean(nll, there[:, k].float())
         if lesson.generator is None:
             right = (F.linear(states, weight).argmax(-1) == labels[:, k]) & there[:, k]
@@ -295,6 +306,6 @@ RECIPES: dict[str, Recipe] = {
     "eagle3": Recipe(recurrent, {**_RECURRENT, "regression": 0.0, "classification": 1.0, "unroll": 7, "noise": 0.0}),
     "medusa": Recipe(medusa, {"decay": 0.8}),
     "hydra": Recipe(hydra, {}),
-    "parallel": Recipe(ctc, {"anchors": 64, "decay": 0.8}),
-    "ctc": Recipe(ctc, {"anchors": 64, "labels": 6, "prefixes": True}),
+    "parallel": Recipe(ctc, {"anchors": 64, "regression": 0.0, "decay": 0.8}),
+    "ctc": Recipe(ctc, {"anchors": 64, "labels": 6, "prefixes": True, "regression": 0.0}),
 }

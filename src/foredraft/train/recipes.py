@@ -306,6 +306,6 @@ RECIPES: dict[str, Recipe] = {
     "eagle3": Recipe(recurrent, {**_RECURRENT, "regression": 0.0, "classification": 1.0, "unroll": 7, "noise": 0.0}),
     "medusa": Recipe(medusa, {"decay": 0.8}),
     "hydra": Recipe(hydra, {}),
-    "parallel": Recipe(ctc, {"anchors": 64, "regression": 0.0, "decay": 0.8}),
-    "ctc": Recipe(ctc, {"anchors": 64, "labels": 6, "prefixes": True, "regression": 0.0}),
+    "parallel": Recipe(ctc, {"anchors": 64, "regression": 30.0, "decay": 0.8}),
+    "ctc": Recipe(ctc, {"anchors": 64, "labels": 6, "prefixes": True, "regression": 30.0}),
 }

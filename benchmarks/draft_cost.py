@@ -7,13 +7,13 @@ tree. The bare products are those of the very same packed weights, for as many r
 compiled code that does nothing else. Slots are filled once a step, so that for them a level is the whole forward. Level and
 products take turns; ratios are of one turn each, and their median stands between the ends of its 95 % interval (from order
 statistics, whatever the distribution). The weights are random, which changes no cost. Two widths: 1536, and the bundled
-target's.
+target's; weights of 16 bits, and of the usual 7.
 
 | column | meaning |
 |---|---|
 | forwards | calls of the head for a whole tree |
 | bare_ms | the products |
-| forward_ms | the compiled forward: the products, attention, norms, what is written to the cache (Medusa: torch) |
+| forward_ms | the forward: the products, attention, norms, what is written to the cache |
 | level_ms | `expand`: the forward, and what Python lays out for it |
 | grown_ms | from one `expand` to the next: also laws, picking and the growth of the tree |
 | ratio | level / bare; `allowed` is what it may be |
@@ -31,20 +31,19 @@ from typing import Any, NamedTuple
 
 import torch
 from measuring import arguments, median, report, rounded, rounds
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from foredraft import SamplingParams
 from foredraft.compiled import library
 from foredraft.drafters import heads, slots
+from foredraft.drafters.compiled import CompiledLinear, compile_linears
 from foredraft.drafters.ctc import CtcDrafter
 from foredraft.drafters.folder import layer_config
 from foredraft.drafters.layers import Shape
 from foredraft.drafters.recurrent import RecurrentDrafter
 from foredraft.draws import Draws
 from foredraft.grow import GROWERS
-from foredraft.models.llama import Reader
-from foredraft.models.native import CLinear, Memory, NativeTarget, describe_linear
+from foredraft.models.native import FEW, FULL, CLinear, NativeTarget
 from foredraft.progress import progress_bar
 from foredraft.protocols import Budget
 
@@ -55,7 +54,7 @@ SIZES: dict[int, dict[str, int]] = {
 """Widths and what belongs to them; head_dim 64 and 4096 tokens for both."""
 
 ALLOWED = {(1536, 1): 1.3, (1536, 10): 1.15, (384, 10): 1.7}
-"""The most that a level of EAGLE or FSPAD may cost, by width and rows."""
+"""The most that a level of EAGLE or FSPAD may cost, by width and rows; with weights of 16 bits."""
 
 CONTEXT, BLOCK = 256, 10
 """Pairs in the cache, and turns of one setting before the next one's."""
@@ -64,7 +63,7 @@ TREES = {1: ("chain", Budget(3, 3)), 10: ("topk", Budget(10, 3))}
 """Trees whose second and later levels have so many rows."""
 
 COLUMNS = (
-    *("method", "width", "rows", "threads", "forwards", "bare_ms", "forward_ms", "level_ms", "grown_ms"),
+    *("method", "width", "bits", "rows", "threads", "forwards", "bare_ms", "forward_ms", "level_ms", "grown_ms"),
     *("ratio", "ratio_low", "ratio_high", "allowed"),
 )
 
@@ -97,6 +96,7 @@ class Setting:
 
     method: str
     width: int
+    bits: int
     rows: int
     drafter: Any
     state: Any
@@ -125,10 +125,11 @@ class Setting:
         ratios = sorted(one.level / one.bare for one in self.turns)
         low, high = interval(len(ratios))
         times = {f"{name}_ms": 1000 * median([getattr(one, name) for one in self.turns]) for name in Turn._fields[:4]}
-        found = {"method": self.method, "width": self.width, "rows": self.rows, "threads": self.threads}
+        found = {"method": self.method, "width": self.width, "bits": self.bits, "rows": self.rows, "threads": self.threads}
         found |= {"context": CONTEXT, "turns": len(ratios), "forwards": self.turns[-1].forwards, **times}
         found |= {"ratio": median(ratios), "ratio_low": ratios[low], "ratio_high": ratios[high]}
-        allowed = ALLOWED.get((self.width, self.rows)) if self.method in ("eagle", "fspad") else None
+        is_bound = self.method in ("eagle", "fspad") and self.bits == FULL
+        allowed = ALLOWED.get((self.width, self.rows)) if is_bound else None
         return rounded({**found, "allowed": allowed})
 
 
@@ -194,25 +195,25 @@ def started(drafter: Any, num_features: int) -> Any:
     return state
 
 
-def recurrent(method: str, target: NativeTarget, rows: int) -> Setting:
+def recurrent(method: str, target: NativeTarget, rows: int, bits: int) -> Setting:
     """EAGLE, FSPAD or EAGLE-3."""
     config = layer_config(target.config, target.vocab_size)
     options: dict[str, Any] = {"feature_layers": (0, 1, -1)} if method == "eagle3" else {}
     head = heads.HEADS[method].make(Shape.of(config), **options).bfloat16()
     tree, budget = TREES[rows]
-    drafter = RecurrentDrafter(head, config, target, GROWERS[tree].grower(), 1, compiled=True)
+    drafter = RecurrentDrafter(head, config, target, GROWERS[tree].grower(), 1, compiled=True, weight_bits=bits)
     state = started(drafter, len(head.feature_layers) * config.hidden_size)
     run: Any = drafter.compiled
     products = bare([Products(run.linears, rows)], run.threads)
     ends = (drafter, "expand"), (library(), "foredraft_forward")
-    return Setting(method, config.hidden_size, rows, drafter, state, budget, *ends, products, run.threads)
+    return Setting(method, config.hidden_size, bits, rows, drafter, state, budget, *ends, products, run.threads)
 
 
-def ctc(target: NativeTarget) -> Setting:
+def ctc(target: NativeTarget, bits: int) -> Setting:
     """All slots behind one pair."""
     config = layer_config(target.config, target.vocab_size)
     head = heads.HEADS["ctc"].make(Shape.of(config)).bfloat16()
-    drafter = CtcDrafter(slots.LayerSlots(head, config, target, 1, compiled=True))
+    drafter = CtcDrafter(slots.LayerSlots(head, config, target, 1, compiled=True, weight_bits=bits))
     state = started(drafter, config.hidden_size)
     run: Any = drafter.slots.compiled
     entry, *layer, last, blank = run.linears
@@ -220,25 +221,21 @@ def ctc(target: NativeTarget) -> Setting:
     groups = Products([entry], 1), Products(layer, count + 1), Products([last, blank], count)
     ends = (drafter.slots, "fill"), (library(), "foredraft_forward")
     products, budget = bare(groups, run.threads), Budget(10, count)
-    return Setting("ctc", config.hidden_size, count + 1, drafter, state, budget, *ends, products, run.threads)
+    return Setting("ctc", config.hidden_size, bits, count + 1, drafter, state, budget, *ends, products, run.threads)
 
 
-def medusa(target: NativeTarget) -> Setting:
-    """All heads on one feature; it is run by torch."""
+def medusa(target: NativeTarget, bits: int) -> Setting:
+    """All heads on one feature."""
     config = layer_config(target.config, target.vocab_size)
     head = heads.HEADS["medusa"].make(Shape.of(config)).bfloat16().requires_grad_(False)
+    compile_linears(head, target, bits)
     drafter = slots.SlotDrafter(slots.FeatureSlots(head), GROWERS["topk"].grower(), target.vocab_size)
-    state, memory, threads = started(drafter, config.hidden_size), Memory(), torch.get_num_threads()
-    weights: dict[str, Tensor] = head.state_dict()
-    read = Reader(config, weights, torch.bfloat16, torch.device("cpu"), packed=False)
-    names = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
-    run = bare([Products([describe_linear(memory, read, name) for name in names], 1)], threads)
-
-    def products(_kept: Memory = memory) -> None:
-        run()
-
+    state = started(drafter, config.hidden_size)
+    linears = [one for one in head.modules() if isinstance(one, CompiledLinear)]
+    products = bare([Products([one.described for one in linears], 1)], linears[0].threads)
     ends = (drafter.slots, "fill"), (drafter.slots.head, "forward")
-    return Setting("medusa", config.hidden_size, 1, drafter, state, Budget(10, 4), *ends, products, threads)
+    given = drafter, state, Budget(10, 4), *ends, products, linears[0].threads
+    return Setting("medusa", config.hidden_size, bits, 1, *given)
 
 
 def settings(widths: Sequence[int]) -> list[Setting]:
@@ -246,8 +243,9 @@ def settings(widths: Sequence[int]) -> list[Setting]:
     found = []
     for width in widths:
         target = target_of(width)
-        found += [recurrent(method, target, rows) for method in ("eagle", "fspad", "eagle3") for rows in TREES]
-        found += [ctc(target), medusa(target)]
+        for bits in (FULL, FEW):
+            found += [recurrent(method, target, rows, bits) for method in ("eagle", "fspad", "eagle3") for rows in TREES]
+            found += [ctc(target, bits), medusa(target, bits)]
     return found
 
 

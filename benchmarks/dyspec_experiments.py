@@ -29,7 +29,7 @@ from foredraft.bench.calibrate import PROMPTS
 from foredraft.calibration import read_calibration
 from foredraft.grow import Branching, Chain, DySpec, Options, Sequoia
 from foredraft.grow.acceptance import PROB_EDGES, AcceptanceTable
-from foredraft.llm import BUNDLED_DRAFTER
+from foredraft.llm import BUNDLED_LM
 from foredraft.models.loading import load_target
 from foredraft.progress import progress_bar
 from foredraft.verify import RULES
@@ -48,10 +48,10 @@ class Bench:
 
     def __init__(self, data: Path, each: int, max_tokens: int):
         self.llm = LLM(None, {"method": "ar"}, max_num_seqs=8)
-        self.model = load_target(BUNDLED_DRAFTER)
+        self.model = load_target(BUNDLED_LM)
         self.prompts = tasks.encode(self.llm, read_prompts(data, each), raw=False)
         self.max_tokens = max_tokens
-        self.vector = read_calibration(BUNDLED_DRAFTER, self.llm.target, "lm")["acceptance"]
+        self.vector = read_calibration(BUNDLED_LM, self.llm.target, "lm")["acceptance"]
 
     def texts(self, prompts: list[list[int]], temperature: float) -> list[Any]:
         """The target's own outputs."""

@@ -19,7 +19,7 @@ import numpy as np
 from foredraft.drafters.lm import LMDrafter
 from foredraft.draws import Draws
 from foredraft.grow.dyspec import DySpec
-from foredraft.llm import BUNDLED_DRAFTER, BUNDLED_TARGET
+from foredraft.llm import BUNDLED_LM, BUNDLED_TARGET
 from foredraft.models.loading import load_target, load_tokenizer
 from foredraft.progress import progress_bar
 from foredraft.protocols import Budget
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    model, tokenizer = load_target(BUNDLED_DRAFTER), load_tokenizer(BUNDLED_TARGET)
+    model, tokenizer = load_target(BUNDLED_LM), load_tokenizer(BUNDLED_TARGET)
     with gzip.open(args.data / "gsm8k_train.jsonl.gz", "rt", encoding="utf-8") as lines:
         rows = [json.loads(next(lines)) for _ in range(args.prompts)]
     halves = [row["answer"][: len(row["answer"]) // 2] for row in rows]

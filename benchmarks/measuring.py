@@ -20,7 +20,7 @@ from foredraft import SamplingParams
 from foredraft.bench import tasks
 from foredraft.bench.command import machine
 from foredraft.bench.run import forget_peak, peak_bytes
-from foredraft.llm import BUNDLED, BUNDLED_DRAFTER, LLM
+from foredraft.llm import BUNDLED, BUNDLED_LM, LLM
 
 PROMPTS = BUNDLED / "calibration.jsonl"
 """Training prompts, so that nothing is tuned on what is reported."""
@@ -39,7 +39,7 @@ def arguments(doc: str | None, *, models: bool = True, minutes: float = 4.0) -> 
     parser = argparse.ArgumentParser(description=str(doc).split("\n\n")[0])
     if models:
         parser.add_argument("--model", help="directory of the target; the bundled one if not given")
-        parser.add_argument("--draft-model", default=str(BUNDLED_DRAFTER), help="directory of the draft model")
+        parser.add_argument("--draft-model", default=str(BUNDLED_LM), help="directory of the draft model")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", help="cpu or cuda; cuda where there is one if not given")
     parser.add_argument("--minutes", type=float, default=minutes, help="start no further round after so long")

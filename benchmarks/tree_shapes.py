@@ -16,7 +16,7 @@ from foredraft.drafters.lm import LMDrafter
 from foredraft.draws import Draws
 from foredraft.grow.base import Policy, Sapling
 from foredraft.grow.dyspec import DySpec
-from foredraft.llm import BUNDLED_DRAFTER
+from foredraft.llm import BUNDLED_LM
 from foredraft.models.loading import load_target
 from foredraft.protocols import Budget
 from foredraft.sampling import SamplingParams
@@ -70,7 +70,7 @@ class HeapOrder(DySpec):
 def grown_trees(nodes: int, count: int) -> list[DraftTree]:
     """DySpec's trees of the bundled drafter after training prompts; they are smaller where its law has too little mass."""
     grower, plain = HeapOrder(), LLM(None, {"method": "ar"})
-    model = load_target(BUNDLED_DRAFTER)
+    model = load_target(BUNDLED_LM)
     drafter = LMDrafter(model, grower, model.vocab_size, 1)
     for number, prompt in enumerate(read_prompts(plain, count)):
         state = drafter.start(prompt, None)

@@ -16,7 +16,7 @@ from exact import MEASURED
 from foredraft import LLM, RequestOutput, SamplingParams
 from foredraft.drafters import DRAFTERS
 from foredraft.grow import GROWERS
-from foredraft.llm import BUNDLED_DRAFTER, BUNDLED_TARGET, bundled_drafter
+from foredraft.llm import BUNDLED_LM, BUNDLED_TARGET, bundled_drafter
 from narrow import narrow_head
 
 pytestmark = pytest.mark.unchecked
@@ -88,13 +88,13 @@ def test_a_narrow_head(tree: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("drafter", "tree"), [("lm", "dyspec"), ("lm", "branching"), ("suffix", None)])
 def test_bundled_pair(drafter: str, tree: str | None) -> None:
-    results = outputs(BUNDLED_TARGET, config_of(drafter, tree, BUNDLED_DRAFTER), chat_prompts()[:2], 60)
+    results = outputs(BUNDLED_TARGET, config_of(drafter, tree, BUNDLED_LM), chat_prompts()[:2], 60)
     assert token_ids(results) == [ids[:60] for ids in plain(BUNDLED_TARGET, 2, 60)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("drafter", "tree"), COMBINATIONS)
-@pytest.mark.parametrize(("target", "draft"), [(STORIES, OTHER_STORIES), (BUNDLED_TARGET, BUNDLED_DRAFTER)])
+@pytest.mark.parametrize(("target", "draft"), [(STORIES, OTHER_STORIES), (BUNDLED_TARGET, BUNDLED_LM)])
 def test_200_tokens(target: Path, draft: Path, drafter: str, tree: str | None) -> None:
     if DRAFTERS[drafter].weights == "head" and target == BUNDLED_TARGET:
         draft = bundled_drafter(drafter) or pytest.skip("this head is not bundled")

@@ -55,17 +55,21 @@ def check_bits(bits: int) -> None:
 
 
 class CompiledLinear(nn.Module):
-    """A linear layer in bfloat16 by `compiled/decoder.c`."""
+    """A linear layer in bfloat16 by `compiled/decoder.c`.
+
+    Attributes:
+        described, threads: what is run, and on how many.
+    """
 
     def __init__(self, plain: nn.Linear, memory: Memory, threads: int, bits: int):
         super().__init__()
         bias = None if plain.bias is None else plain.bias.detach()
-        self._memory, self._threads = memory, threads
-        self._described = describe_weight(memory, plain.weight.detach(), bias, bits)
+        self._memory, self.threads = memory, threads
+        self.described = describe_weight(memory, plain.weight.detach(), bias, bits)
 
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
         """A linear layer."""
-        return run_linear(self._described, x.flatten(0, -2), self._threads).to(x.dtype).unflatten(0, x.shape[:-1])
+        return run_linear(self.described, x.flatten(0, -2), self.threads).to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 def compile_linears(head: nn.Module, target: Any, bits: int) -> None:

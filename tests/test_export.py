@@ -686,6 +686,8 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (code, json.loads(printed)["fits"], json.loads(printed)["layout"]) == (0, True, "foredraft")
     code, _, err = call(capsys, "convert", source, "--model", STORIES, "--out", out)
     assert (code, "is there already" in err, "hint: " in err) == (1, True, True)
+    code, _, err = call(capsys, "convert", source, "--model", STORIES, "--out", source, "--force")
+    assert (code, "holds what is to be converted" in err, "hint: " in err) == (1, True, True)
     assert call(capsys, "convert", source, "--model", STORIES, "--out", out, "--force")[0] == 0
     code, _, err = call(capsys, "convert", source, "--model", STORIES, "--out", out, "--force", "--format", "medusaa")
     assert (code, "Did you mean 'medusa'" in err) == (1, True)

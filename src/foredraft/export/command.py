@@ -33,6 +33,8 @@ def convert(source: Path, model: str, out: Path, *, layout: str | None = None, f
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
         raise ModelError(f"{str(out)!r} is there already: give another --out, or write into it with --force")
+    if out.resolve() == (source.parent if source.is_file() else source).resolve():
+        raise ModelError(f"{str(out)!r} holds what is to be converted: give another --out")
     opened, made = examine(source, model, layout)
     if made.layout == OURS:
         raise ModelError(f"{str(source)!r} is a head of this library already: use it as it is")

@@ -3,10 +3,10 @@ shards, with the same number of token passes.
 
     python recipes/bundled_heads.py --data ../shared/data --out build/heads --seeds 0 1 2
     python recipes/bundled_heads.py --data ../shared/data --out build/shipped --shards build/heads/shards \
-        --only fspad ctc eagle --steps 1600
+        --only fspad-slim ctc eagle --steps 1600 --calibrate
 
 The first makes the heads that are compared, seed after seed, so that what is there compares at any moment; the second those
-that ship. A run that was cut off goes on where it was.
+that ship, as fspad, ctc and eagle, and measures what their trees are worth. A run that was cut off goes on where it was.
 """
 
 from __future__ import annotations
@@ -80,6 +80,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1_000_000, help="answer tokens that the target writes")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument(
+        "--calibrate", action="store_true", help="measure tokens a step of every tree, for the automatic choice"
+    )
     args, more = parser.parse_known_args()
     args.out.mkdir(parents=True, exist_ok=True)
     asked = args.out / "asked.jsonl"
@@ -92,6 +95,8 @@ def main() -> None:
             --shards {args.shards or args.out / "shards"} --feature-layers 2,4,5 --tokens {args.tokens} --temperatures 0,0.7,1
             --max-len 512 --steps {args.steps} --seed {seed}"""
         subprocess.run([*command.split(), *given, *more], check=True)
+        if args.calibrate:
+            subprocess.run([sys.executable, "-m", "foredraft", "calibrate", "--draft-model", out], check=True)
 
 
 if __name__ == "__main__":

@@ -223,6 +223,18 @@ def test_a_drafter_that_asks_another_costs_what_calibration_saw_of_both(monkeypa
     )
 
 
+@pytest.mark.parametrize(
+    ("head", "way"),
+    [("ctc", Way("ctc-lookup", None)), ("fspad", Way("fspad-lookup", "opt")), ("medusa", Way("medusa-lookup", "opt"))],
+)
+def test_a_head_that_was_not_calibrated_is_timed(head: str, way: Way) -> None:
+    speculation = parse({"method": "auto", "model": str(DATA / "heads" / head)})
+    assert speculation is not None
+    build: Any = lambda way: NgramDrafter()  # noqa: E731
+    chooser = auto.Chooser(TableTarget(random_law(2, 0), 2), speculation, True, build, {}, 1, [1])
+    assert chooser._worth_timing("greedy") == [way]
+
+
 def test_slower_steps_are_slower_than_plain_ones() -> None:
     """A drafter that waits makes steps slower, by what it waits."""
     target = TableTarget(random_law(2, 0), 2, max_len=4000)

@@ -161,7 +161,8 @@ class Chooser:
         ways = self.speculation.ways(has_model=self.has_model)
         curves = self._curves(kind)
         if not curves:
-            usual = [way for way in ways if way.tree == ("opt" if kind == "greedy" else "chain")]
+            tree = "opt" if kind == "greedy" else "chain"
+            usual = [way for way in ways if way.tree == tree or (has_weights(way) and way.tree is None)]
             return usual[-1:] or ways[:1]
         known = [way for way in ways if curve_name(way) in curves]
         weighty = sorted((way for way in known if has_weights(way)), key=lambda way: -(self._tokens(curves, way)))

@@ -7,8 +7,10 @@ python benchmarks/tables.py benchmarks/350m-greedy.jsonl benchmarks/heads-350m-g
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from foredraft.bench.report import setting_of
@@ -59,6 +61,24 @@ def of_heads(rows: list[dict[str, Any]]) -> list[list[str]]:
     return lines
 
 
+def of_seeds(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """A line a method whose heads of several seeds were measured (folders NAME-0, NAME-1, ...): tokens a step of each, their
+    mean and its standard error; none without such methods."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows[1:]:
+        groups.setdefault(re.sub(r"=(.*?)-\d+(?=:|$)", r"=\1", shortened(row["name"])), []).append(row)
+    head = ["method", "tokens a step of each seed", "mean", "not looping"]
+    lines = [head, ["---"] * len(head)]
+    for name, group in groups.items():
+        if len(group) > 1:
+            every, quiet = ([row[key] for row in group] for key in ("acceptance_length", "not_looping"))
+            each = ", ".join(f"{one:.2f}" for one in every)
+            lines.append(
+                [f"`{name}`", each, *(f"{fmean(some):.3f} ± {stdev(some) / len(some) ** 0.5:.3f}" for some in (every, quiet))]
+            )
+    return lines if len(lines) > 2 else []
+
+
 def shortened(name: str) -> str:
     """A method without the folders of its head: ``fspad=build/heads/fs-s0:topk:8`` is ``fspad=fs-s0:topk:8``."""
     drafter, equals, rest = name.partition("=")
@@ -103,7 +123,8 @@ def main() -> None:
             cut = ", ".join(f"{number} of {family}" for family, number in plain["cut"].items()) or "none"
             loops = f"{plain['looping_share']:.0%} of the plain outputs loop"
             print(f"{plain['num_prompts']} prompts, cut in the middle: {cut}; {loops}.\n")
-            print("\n".join("| " + " | ".join(cells) + " |" for cells in of_heads(rows)))
+            for lines in (of_heads(rows), of_seeds(rows)):
+                print("\n".join("| " + " | ".join(cells) + " |" for cells in lines), end="\n\n")
             continue
         print(f"{plain['num_prompts']} prompts, {plain['looping_share']:.0%} of the plain outputs loop.", end=" ")
         print("Plain decoding reads {weights_mb} MB a step at {read_gb_per_s} GB/s,".format_map(plain), end=" ")

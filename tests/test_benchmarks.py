@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from batches import counted_moves, moved_nodes, node_bytes
 from draft_cost import interval, settings
 from measuring import rounds, table
+from tables import of_seeds
 from tree_attention import BLOCK, case_of, dense, skipping, visible_blocks
 from tree_shapes import ORDERS, HeapOrder, random_tree, reordered
 
@@ -93,6 +94,15 @@ def test_rounds_and_tables() -> None:
         "| 1.23 | - |",
         "| 2346 | x |",
     ]
+
+
+def test_heads_of_several_seeds_are_averaged() -> None:
+    def row(name: str, length: float) -> dict[str, object]:
+        return {"name": name, "acceptance_length": length, "not_looping": length - 1}
+
+    rows = [row("ar", 1.0), row("fspad=a/fspad-0:topk:8", 4.0), row("ctc=a/ctc-0", 2.0), row("fspad=a/fspad-1:topk:8", 4.2)]
+    assert of_seeds(rows)[2:] == [["`fspad=fspad:topk:8`", "4.00, 4.20", "4.100 ± 0.100", "3.100 ± 0.100"]]
+    assert of_seeds(rows[:3]) == []
 
 
 def test_the_interval_holds_the_median_19_times_of_20() -> None:

@@ -1,5 +1,5 @@
 """The bundled pair at work: plain decoding against speculative decoding, greedy: in bfloat16 with the drafter that is
-fastest here, then in float64 with token trees of the draft model.
+fastest here, then in float64 with token trees of the bundled head.
 
     python examples/demo.py
 
@@ -31,7 +31,7 @@ PROMPTS = [
 ]
 PLAIN = {"method": "ar"}
 FASTEST = {"method": "auto"}
-TREES = {"method": "lm", "tree": "dyspec", "num_speculative_tokens": 8}
+TREES = {"method": "fspad", "tree": "dyspec", "num_speculative_tokens": 8}
 SAMPLING = SamplingParams(temperature=0, max_tokens=96)
 OUT = Console(highlight=False, soft_wrap=True)
 

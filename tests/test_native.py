@@ -216,7 +216,7 @@ def test_without_a_compiler_torch_runs(
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-@pytest.mark.parametrize(("method", "tree"), [("lm", "dyspec"), ("lm", "chain"), ("suffix", None)])
+@pytest.mark.parametrize(("method", "tree"), [("lm", "dyspec"), ("lm", "chain"), ("fspad", "topk"), ("suffix", None)])
 def test_bfloat16_output_is_that_of_plain_decoding(method: str, tree: str | None, temperature: float) -> None:
     """At temperature 0 token for token, as in float64; sampled text is the same for every batch."""
     prompts = ["Write a poem about the sea.", "What is 17 times 3?", "Name three animals and say what they eat."]

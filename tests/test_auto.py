@@ -135,12 +135,12 @@ def test_it_is_really_measured(method: str) -> None:
 
 
 def test_two_drafters_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Greedy requests by suffix, sampled ones by the draft model: each is what it is alone with its drafter."""
-    fixed(monkeypatch, Choice(Way("suffix", None), 6, 2.0, 1.0, 2.0), Choice(Way("lm", "sequoia"), 5, 2.0, 1.0, 2.0))
+    """Greedy requests by suffix, sampled ones by the bundled head: each is what it is alone with its drafter."""
+    fixed(monkeypatch, Choice(Way("suffix", None), 6, 2.0, 1.0, 2.0), Choice(Way("fspad", "sequoia"), 5, 2.0, 1.0, 2.0))
     llm = LLM(dtype="float64", max_model_len=128)
     sampling = [SamplingParams(temperature=i % 2, seed=i, max_tokens=16) for i in range(4)]
     together = [one.outputs[0] for one in llm.generate(PROMPTS, sampling)]
-    assert [llm.drafting(one)["method"] for one in sampling[:2]] == ["suffix", "lm"]
+    assert [llm.drafting(one)["method"] for one in sampling[:2]] == ["suffix", "fspad"]
     parts = [{"method": "suffix", "num_speculative_tokens": 6}, {"tree": "sequoia", "num_speculative_tokens": 5}]
     alone = [llm.with_speculation(part) for part in parts]
     for i, (prompt, one) in enumerate(zip(PROMPTS, sampling, strict=True)):

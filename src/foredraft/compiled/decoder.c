@@ -201,26 +201,6 @@ static void normalize(const float *x, const bf16 *weight, bf16 *out, int64_t siz
 
 enum { TILE = 32, MOST_ROWS = 12 };
 
-/* 32 outputs of n rows, n a constant: 2 n sums stay in registers, each weight is loaded once for all rows. */
-INLINE void products_of(const int n, const bf16 *x, int64_t stride, const bf16 *w, int64_t size, float (*out)[TILE]) {
-    __m512 low[MOST_ROWS], high[MOST_ROWS];
-#pragma GCC unroll 12
-    for (int m = 0; m < n; m++) low[m] = high[m] = _mm512_setzero_ps();
-    for (int64_t i = 0; i < size; i += 2, w += 2 * TILE) {
-        __m512bh first = pairs(w), second = pairs(w + TILE);
-#pragma GCC unroll 12
-        for (int m = 0; m < n; m++) {
-            int32_t pair;
-            memcpy(&pair, x + m * stride + i, sizeof pair);
-            __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-            low[m] = _mm512_dpbf16_ps(low[m], first, both);
-            high[m] = _mm512_dpbf16_ps(high[m], second, both);
-        }
-    }
-#pragma GCC unroll 12
-    for (int m = 0; m < n; m++) _mm512_storeu_ps(out[m], low[m]), _mm512_storeu_ps(out[m] + 16, high[m]);
-}
-
 /* 32 weights of 7 bits as numbers: 0x4300 and the byte below it are 128 more than the byte says. */
 INLINE __m512bh numbers_of(__m256i bytes) {
     return (__m512bh)_mm512_or_si512(_mm512_cvtepu8_epi16(bytes), _mm512_set1_epi16(0x4300));
@@ -233,30 +213,37 @@ INLINE float total(const bf16 *x, int64_t size) {
     return _mm512_reduce_add_ps(sum);
 }
 
-/* The same for weights of 7 bits: they are summed up as 192 more than they are, which is then taken off. */
-INLINE void products_of_bytes(
-    const int n, const bf16 *x, int64_t stride, const uint8_t *w, const float *scales, int64_t size, float (*out)[TILE]
+/* 32 outputs of n rows: 2 n sums stay in registers, each weight is loaded once for all rows. Weights are bytes if `few`; those are
+   summed up as 192 more than they are, which is then taken off. n and `few` are constants. */
+INLINE void products_of(
+    const int n, const int few, const bf16 *x, int64_t stride, const void *weight, const float *scales, int64_t size, float (*out)[TILE]
 ) {
+    const bf16 *w = weight;
+    const uint8_t *bytes = weight;
     __m512 low[MOST_ROWS], high[MOST_ROWS];
 #pragma GCC unroll 12
     for (int m = 0; m < n; m++) low[m] = high[m] = _mm512_setzero_ps();
-    for (int64_t i = 0; i < size; i += 2, w += 2 * TILE) {
-        __m512i both = _mm512_loadu_si512(w);
-        __m512bh first = numbers_of(_mm512_castsi512_si256(both)), second = numbers_of(_mm512_extracti64x4_epi64(both, 1));
+    for (int64_t i = 0; i < size; i += 2, w += 2 * TILE, bytes += 2 * TILE) {
+        __m512i line = _mm512_loadu_si512(few ? (const void *)bytes : w);
+        __m512bh first = few ? numbers_of(_mm512_castsi512_si256(line)) : (__m512bh)line;
+        __m512bh second = few ? numbers_of(_mm512_extracti64x4_epi64(line, 1)) : pairs(w + TILE);
 #pragma GCC unroll 12
         for (int m = 0; m < n; m++) {
             int32_t pair;
             memcpy(&pair, x + m * stride + i, sizeof pair);
-            __m512bh twice = (__m512bh)_mm512_set1_epi32(pair);
-            low[m] = _mm512_dpbf16_ps(low[m], first, twice);
-            high[m] = _mm512_dpbf16_ps(high[m], second, twice);
+            __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+            low[m] = _mm512_dpbf16_ps(low[m], first, both);
+            high[m] = _mm512_dpbf16_ps(high[m], second, both);
         }
     }
 #pragma GCC unroll 12
     for (int m = 0; m < n; m++) {
-        __m512 more = _mm512_set1_ps(192 * total(x + m * stride, size));
-        _mm512_storeu_ps(out[m], _mm512_mul_ps(_mm512_sub_ps(low[m], more), _mm512_loadu_ps(scales)));
-        _mm512_storeu_ps(out[m] + 16, _mm512_mul_ps(_mm512_sub_ps(high[m], more), _mm512_loadu_ps(scales + 16)));
+        if (few) {
+            __m512 more = _mm512_set1_ps(192 * total(x + m * stride, size));
+            low[m] = _mm512_mul_ps(_mm512_sub_ps(low[m], more), _mm512_loadu_ps(scales));
+            high[m] = _mm512_mul_ps(_mm512_sub_ps(high[m], more), _mm512_loadu_ps(scales + 16));
+        }
+        _mm512_storeu_ps(out[m], low[m]), _mm512_storeu_ps(out[m] + 16, high[m]);
     }
 }
 
@@ -267,8 +254,8 @@ static void products(int n, const bf16 *x, const Linear *layer, int64_t tile, fl
     const float *scales = layer->scales ? layer->scales + tile * TILE : NULL;
     switch (scales ? n + MOST_ROWS : n) {
 #define CASE(N) \
-        case N: products_of(N, x, size, w, size, out); break; \
-        case N + MOST_ROWS: products_of_bytes(N, x, size, bytes, scales, size, out); break;
+        case N: products_of(N, 0, x, size, w, NULL, size, out); break; \
+        case N + MOST_ROWS: products_of(N, 1, x, size, bytes, scales, size, out); break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #undef CASE
     }

@@ -452,11 +452,11 @@ def test_attention_of_slots_is_that_of_the_whole_mask() -> None:
 class Echo(nn.Module):
     """A head of slots that gives back what enters."""
 
-    num_slots, blank = 2, None
+    num_slots = 2
 
     def __init__(self) -> None:
         super().__init__()
-        self.slots = nn.Parameter(torch.randn(2, 4))
+        self.slots, self.blank = nn.Parameter(torch.randn(2, 4)), None
 
     def enter(self, embedding: Tensor, feature: Tensor) -> Tensor:
         return feature
@@ -470,11 +470,13 @@ def test_states_of_slots_and_pairs_regress_on_the_features_before_their_tokens()
     final, begin, length = torch.randn(1, 9, 4), 4, 9
     batch = Batch(torch.arange(9)[None], final, final, torch.arange(9)[None] >= begin)
     frozen: Any = SimpleNamespace(weight=torch.randn(50, 4), embed=lambda ids: torch.zeros(*ids.shape, 4))
-    head, loss = Echo(), {}
-    for regression in (0.0, 2.0):
-        options = {"anchors": 64, "regression": regression, "decay": 0.8}
-        lesson = Lesson(head, batch, frozen, tables(CONFIG, torch.device("cpu")), options, torch.Generator())
-        loss[regression] = RECIPES["parallel"].learn(lesson).loss
+    head, rotary = Echo(), tables(CONFIG, torch.device("cpu"))
+
+    def part(**more: Any) -> Tensor:
+        """What `regression` 2 adds to the loss."""
+        several = [{"anchors": 64, "decay": 0.8, "prefixes": True, "regression": one, **more} for one in (0.0, 2.0)]
+        none, with_it = (RECIPES["ctc"].learn(Lesson(head, batch, frozen, rotary, one, torch.Generator())) for one in several)
+        return with_it.loss - none.loss
 
     def apart(state: Tensor, at: int) -> Tensor:
         return nn.functional.smooth_l1_loss(state, final[0, at])
@@ -483,4 +485,7 @@ def test_states_of_slots_and_pairs_regress_on_the_features_before_their_tokens()
     slots = [apart(final[0, j] + head.slots[k], j + 1 + k) for j in pairs for k in range(2) if j + 2 + k < length]
     own = [apart(final[0, j], j + 1) for j in pairs]
     wanted = 2 * (torch.stack(slots).mean() + torch.stack(own).mean())
-    torch.testing.assert_close(loss[2.0] - loss[0.0], wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(part(), wanted, atol=1e-4, rtol=1e-4)
+    head.blank = nn.Linear(4, 1)
+    for labels in (2, 3):  # as many as slots, and more
+        torch.testing.assert_close(part(labels=labels), wanted, atol=1e-4, rtol=1e-4)

@@ -150,9 +150,10 @@ def ctc(lesson: Lesson) -> Learned:
     labels, there = _following(batch, (rows, anchors[chosen]), count)
     regression = torch.zeros((), device=states.device)
     if lesson.options["regression"]:
-        places = (anchors[chosen][:, None] + 1 + torch.arange(count, device=rows.device)).clamp(max=batch.ids.shape[1] - 1)
-        wanted = batch.final[rows[:, None], places]
-        behind = losses.smooth_l1(states[:, :count].float(), wanted, there.float())
+        some = states[:, :count].float()  # labels may be fewer than slots, or more
+        places = anchors[chosen][:, None] + 1 + torch.arange(some.shape[1], device=rows.device)
+        wanted = batch.final[rows[:, None], places.clamp(max=batch.ids.shape[1] - 1)]
+        behind = losses.smooth_l1(some, wanted, there[:, : some.shape[1]].float())
         every = losses.smooth_l1(paired.float(), _shifted(batch.final, 1), mask.float())
         regression = lesson.options["regression"] * (behind + every)
     if head.blank is None:

@@ -210,18 +210,18 @@ def recurrent(method: str, target: NativeTarget, rows: int, bits: int) -> Settin
 
 
 def ctc(target: NativeTarget, bits: int) -> Setting:
-    """All slots behind one pair."""
+    """All slots, the first of which is the last pair."""
     config = layer_config(target.config, target.vocab_size)
     head = heads.HEADS["ctc"].make(Shape.of(config)).bfloat16()
     drafter = CtcDrafter(slots.LayerSlots(head, config, target, 1, compiled=True, weight_bits=bits))
     state = started(drafter, config.hidden_size)
     run: Any = drafter.slots.compiled
-    entry, *layer, last, blank = run.linears
+    entry, ahead, *layer, last, blank = run.linears
     count = head.num_slots
-    groups = Products([entry], 1), Products(layer, count + 1), Products([last, blank], count)
+    groups = Products([entry, ahead], 1), Products(layer, count), Products([last, blank], count)
     ends = (drafter.slots, "fill"), (library(), "foredraft_forward")
     products, budget = bare(groups, run.threads), Budget(10, count)
-    return Setting("ctc", config.hidden_size, bits, count + 1, drafter, state, budget, *ends, products, run.threads)
+    return Setting("ctc", config.hidden_size, bits, count, drafter, state, budget, *ends, products, run.threads)
 
 
 def medusa(target: NativeTarget, bits: int) -> Setting:

@@ -18,7 +18,9 @@ from foredraft.drafters.heads import HEADS
 from foredraft.drafters.layers import Shape
 from foredraft.models.checkpoint import fingerprint, open_weights, read_json
 
-_SIDE_BY_SIDE = re.compile(r"(fc|fc\.fc|blocks\.\d+\.0\.(linear|res_connection)|midlayer\.self_attn\.[qkv]_proj)\.weight")
+_SIDE_BY_SIDE = re.compile(
+    r"(fc|fc\.fc|ahead\.\d+|blocks\.\d+\.0\.(linear|res_connection)|midlayer\.self_attn\.[qkv]_proj)\.weight"
+)
 """Weights whose inputs are several hidden states side by side."""
 
 

@@ -114,7 +114,8 @@ def by_budget(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def main() -> None:
-    """Prints every file's table under its command."""
+    """Prints every file's table under its command, and what heads of several seeds have in common, over all files."""
+    seeds: dict[tuple[float, float], list[dict[str, Any]]] = {}
     for path in map(Path, sys.argv[1:]):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         plain = rows[0]
@@ -123,14 +124,22 @@ def main() -> None:
             cut = ", ".join(f"{number} of {family}" for family, number in plain["cut"].items()) or "none"
             loops = f"{plain['looping_share']:.0%} of the plain outputs loop"
             print(f"{plain['num_prompts']} prompts, cut in the middle: {cut}; {loops}.\n")
-            for lines in (of_heads(rows), of_seeds(rows)):
-                print("\n".join("| " + " | ".join(cells) + " |" for cells in lines), end="\n\n")
+            print(markdown(of_heads(rows)))
+            seeds.setdefault((plain["temperature"], plain["weights_mb"]), [plain]).extend(rows[1:])
             continue
         print(f"{plain['num_prompts']} prompts, {plain['looping_share']:.0%} of the plain outputs loop.", end=" ")
         print("Plain decoding reads {weights_mb} MB a step at {read_gb_per_s} GB/s,".format_map(plain), end=" ")
         print("{bandwidth_share:.0%} of the measured {bandwidth_gb_per_s} GB/s.\n".format_map(plain))
         lines = full(rows) if len(rows) <= MANY else by_budget(rows)
-        print("\n".join("| " + " | ".join(cells) + " |" for cells in lines))
+        print(markdown(lines))
+    for (temperature, size), rows in seeds.items():
+        if lines := of_seeds(rows):
+            print(f"\nHeads of several seeds, temperature {temperature}, a target of {size} MB:\n\n{markdown(lines)}")
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table of cells."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ VARIANTS = {
     "eagle": "--method eagle",
     "ctc": "--method ctc",
     "hydra": "--method hydra",
+    "hydra-plain": "--method hydra --set prefix_attention=false --set num_layers=1",
     "medusa": "--method medusa",
     "fspad-sampling": "--method fspad --set partial_alignment=false",
     "fspad-alignment": "--method fspad --set feature_sampling=false",
@@ -48,8 +49,8 @@ VARIANTS = {
     "fspad-slim": "--method fspad --set intermediate=256",
     "eagle3": "--method eagle3 --set heads=3 --set kv_heads=3 --set feature_layers=[2,5,-1]",
 }
-"""Heads by name: the methods, their ablations (FSPAD with one of its parts, CTC's loss over whole answers, its layer with
-cross-entropy), and narrower ones."""
+"""Heads by name: the methods (`hydra` is Hydra++, `hydra-plain` Hydra without the layer before its heads), their ablations
+(FSPAD with one of its parts, CTC's loss over whole answers, its layer with cross-entropy), and narrower ones."""
 
 
 def records(file: Path) -> Iterator[dict]:

@@ -194,9 +194,9 @@ def without_cache(method: str, tokens: list[int], path: list[int]) -> Tensor:
         embedded = embed(torch.tensor([tokens[-1], *path])).flatten()[None]
         return head(len(path), read, embedded)[0]
     entries = head.enter(embed(torch.tensor(tokens[1:])), given)
-    slots = entries[-1] + head.slots
-    attend = with_slots(tabs, len(entries), torch.tensor([[len(entries) - 1]]), head.num_slots)
-    out = head(torch.cat([entries, slots])[None], attend)[0, len(entries) :]
+    slots = head.enter_ahead(embed(torch.tensor(tokens[-1:])), given[-1:])[0]
+    attend = with_slots(tabs, len(entries), torch.tensor([[len(entries) - 1]]), head.num_slots - 1)
+    out = head(torch.cat([entries, slots])[None], attend)[0, len(entries) - 1 :]
     return head.logits(out, target().head)[len(path)]
 
 
@@ -383,7 +383,6 @@ def test_compiled_slots_are_the_plain_ones(method: str, bits: int, monkeypatch: 
     config = layer_config(native.config, native.vocab_size)
     torch.manual_seed(0)
     head = HEADS[method].make(Shape.of(config), num_slots=8)
-    torch.nn.init.normal_(head.slots, std=0.3)
     head = head.bfloat16()
     native = native if bits == FULL else in_few_bits(head)
     tokens = list(range(5, 45))

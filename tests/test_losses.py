@@ -176,9 +176,12 @@ def test_a_prefix_is_the_sum_over_all_paths_that_begin_with_it(labels: tuple[int
     logprobs = raw.log_softmax(-1)
     every = [(path, collapse(path, BLANK)) for path in product(range(4), repeat=6)]
     spelled = torch.tensor([*labels, BLANK])
-    found = ctc_prefixes(logprobs[None, :, spelled], torch.tensor([labels]))[0]
-    for k, loss in enumerate(found):
-        paths = [list(path) for path, said in every if said[: k + 1] == labels[: k + 1]]
+    lasts = torch.tensor([1, 2, 3]).expand(1, len(labels), -1)
+    said = logprobs[None, :, lasts[0].flatten()].unflatten(2, lasts.shape[1:])
+    found = ctc_prefixes(logprobs[None, :, spelled], torch.tensor([labels]), lasts, said)[0]
+    for k, last in product(range(len(labels)), (1, 2, 3)):
+        paths = [list(path) for path, said in every if said[: k + 1] == (*labels[:k], last)]
+        loss = found[k, last - 1]
         if not paths:
             assert loss > 1e29
             continue

@@ -428,17 +428,17 @@ def test_unrolled_attention_is_that_of_a_drafted_chain(runs: int) -> None:
 def test_slots_of_a_text_are_those_behind_each_anchor_alone() -> None:
     torch.manual_seed(0)
     head = HEADS["ctc"].make(SHAPE, num_slots=3)
-    tabs, entries = tables(CONFIG, torch.device("cpu")), torch.randn(1, 9, 32)
+    tabs, entries, later = tables(CONFIG, torch.device("cpu")), torch.randn(1, 9, 32), torch.randn(1, 9, 2, 32)
     anchors = torch.tensor([[1, 4, 8]])
 
     def run_with(rows: Tensor, some: Tensor) -> Tensor:
-        slots = (rows[:, some[0], None] + head.slots).flatten(1, 2)
-        return head(torch.cat([rows, slots], dim=1), with_slots(tabs, rows.shape[1], some, 3))[:, rows.shape[1] :]
+        slots = later[:, some[0]].flatten(1, 2)
+        return head(torch.cat([rows, slots], dim=1), with_slots(tabs, rows.shape[1], some, 2))[:, rows.shape[1] :]
 
     together = run_with(entries, anchors)
     for i, anchor in enumerate(anchors[0].tolist()):
         alone = run_with(entries[:, : anchor + 1], torch.tensor([[anchor]]))
-        torch.testing.assert_close(together[:, 3 * i : 3 * i + 3], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together[:, 2 * i : 2 * i + 2], alone, atol=1e-5, rtol=1e-5)
 
 
 def test_attention_of_slots_is_that_of_the_whole_mask() -> None:
@@ -456,10 +456,13 @@ class Echo(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.slots, self.blank = nn.Parameter(torch.randn(2, 4)), None
+        self.added, self.blank = nn.Parameter(torch.randn(1, 4)), None
 
     def enter(self, embedding: Tensor, feature: Tensor) -> Tensor:
         return feature
+
+    def enter_ahead(self, embedding: Tensor, feature: Tensor) -> Tensor:
+        return feature[..., None, :] + self.added
 
     def forward(self, entries: Tensor, attend: Any) -> Tensor:
         return entries
@@ -474,7 +477,10 @@ def test_states_of_slots_and_pairs_regress_on_the_features_before_their_tokens()
 
     def part(**more: Any) -> Tensor:
         """What `regression` 2 adds to the loss."""
-        several = [{"anchors": 64, "decay": 0.8, "prefixes": True, "regression": one, **more} for one in (0.0, 2.0)]
+        several = [
+            {"anchors": 1.0, "decay": 0.8, "prefixes": True, "soft_labels": 0} | {"regression": one, **more}
+            for one in (0.0, 2.0)
+        ]
         none, with_it = (RECIPES["ctc"].learn(Lesson(head, batch, frozen, rotary, one, torch.Generator())) for one in several)
         return with_it.loss - none.loss
 
@@ -482,10 +488,53 @@ def test_states_of_slots_and_pairs_regress_on_the_features_before_their_tokens()
         return nn.functional.smooth_l1_loss(state, final[0, at])
 
     pairs = [j for j in range(length - 1) if begin <= j + 2 < length]
-    slots = [apart(final[0, j] + head.slots[k], j + 1 + k) for j in pairs for k in range(2) if j + 2 + k < length]
+    added = torch.cat([torch.zeros(1, 4), head.added])  # to the pair's own state: nothing for the first slot
+    slots = [apart(final[0, j] + added[k], j + 1 + k) for j in pairs for k in range(2) if j + 2 + k < length]
     own = [apart(final[0, j], j + 1) for j in pairs]
     wanted = 2 * (torch.stack(slots).mean() + torch.stack(own).mean())
     torch.testing.assert_close(part(), wanted, atol=1e-4, rtol=1e-4)
     head.blank = nn.Linear(4, 1)
     for labels in (2, 3):  # as many as slots, and more
         torch.testing.assert_close(part(labels=labels), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_soft_labels_are_the_likeliest_tokens_of_the_target_at_every_place() -> None:
+    """Two slots, so that few paths begin with a token, or with the text's first and then any: they are spelled out."""
+    torch.manual_seed(0)
+    final, begin, length = torch.randn(1, 7, 4), 3, 7
+    ids = torch.tensor([[0, 1, 2, 3, 5, 2, 4]])
+    batch = Batch(ids, final, final, torch.arange(length)[None] >= begin)
+    frozen: Any = SimpleNamespace(weight=torch.randn(6, 4), embed=lambda ids: torch.zeros(*ids.shape, 4))
+    head, rotary = Echo(), tables(CONFIG, torch.device("cpu"))
+    options = {"anchors": 1.0, "decay": 0.8, "prefixes": True, "soft_labels": 3, "regression": 0.0}
+
+    def loss() -> Tensor:
+        return RECIPES["ctc"].learn(Lesson(head, batch, frozen, rotary, options, torch.Generator())).loss
+
+    def shares(at: int) -> list[tuple[int, Tensor]]:
+        """Tokens that may stand at a place of the text, and what each counts."""
+        best = (final[0, at - 1] @ frozen.weight.T).topk(3)
+        return list(zip(best.indices.tolist(), best.values.softmax(-1), strict=True))
+
+    def frames(j: int) -> list[Tensor]:
+        states = torch.stack([final[0, j], final[0, j] + head.added[0]])
+        blank = states.new_zeros(2, 0) if head.blank is None else head.blank(states)
+        return [*torch.cat([states @ frozen.weight.T, blank], dim=1).softmax(-1)]
+
+    pairs = [j for j in range(length - 1) if begin <= j + 2 < length]
+    spelled = [
+        [sum(-share * frames(j)[k][token].log() for token, share in shares(j + 2 + k)) for j in pairs if j + 2 + k < length]
+        for k in range(2)
+    ]
+    wanted = sum(0.8**k * sum(some) / len(some) for k, some in enumerate(spelled))
+    torch.testing.assert_close(loss(), torch.as_tensor(wanted), atol=1e-5, rtol=1e-5)
+    head.blank = nn.Linear(4, 1)
+    total, count = torch.zeros(()), 0.0
+    for j in pairs:
+        one, two = frames(j)
+        for token, share in shares(j + 2):
+            total, count = total - share * (one[token] + one[-1] * two[token]).log(), count + float(share)
+        for token, share in shares(j + 3) if j + 3 < length else []:
+            if token != ids[0, j + 2]:  # two slots cannot say a token twice
+                total, count = total - share * (one[ids[0, j + 2]] * two[token]).log(), count + float(share)
+    torch.testing.assert_close(loss(), total / count, atol=1e-5, rtol=1e-5)

@@ -272,7 +272,10 @@ def train(
     patience: Annotated[
         int, typer.Option(min=0, help="Evaluations without a better loss until it ends; 0: never.", rich_help_panel=_LEARN)
     ] = 0,
-    fp32: Annotated[bool, typer.Option("--fp32", help="No bfloat16 in matrix products.", rich_help_panel=_LEARN)] = False,
+    bf16: Annotated[
+        bool | None,
+        typer.Option("--bf16/--fp32", help="Dtype of matrix products.  [default: the faster one here]", rich_help_panel=_LEARN),
+    ] = None,
     plot: PlotFile = None,
     seed: Annotated[int, typer.Option(help="Of text, weights, order and noise.")] = 0,
     device: Device = None,
@@ -288,7 +291,8 @@ def train(
         "warmup": warmup,
         "clip": clip,
     }
-    settings |= {"schedule": schedule, "evaluate_every": evaluate_every, "patience": patience, "bf16": not fp32}
+    settings |= {"schedule": schedule, "evaluate_every": evaluate_every, "patience": patience}
+    settings |= {"bf16": bf16} if bf16 is not None else {}
     settings |= {"optimizer": optimizer, "answer_share": answer_share}
     settings |= {"lr": lr} if lr is not None else {}
     layers = command.numbers("--feature-layers", feature_layers or "", int)

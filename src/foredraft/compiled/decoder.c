@@ -47,7 +47,7 @@ typedef struct {
     const bf16 *norm;     /* of FSPAD's perceptron, whose gate is driven by the embedding; NULL: there is none */
     Linear gate, up, down;
     const bf16 *feature_norm; /* EAGLE-3's: qkv takes [input_norm of the embedding ; this of the feature], the residual is the feature */
-    const bf16 *slots;        /* of a head that drafts in parallel: what each adds to the last pair's entry, [slots][hidden] */
+    Linear ahead;             /* of a head that drafts in parallel: entries of all slots behind a pair, of [embedding ; feature] */
 } Entry;
 
 typedef struct {
@@ -597,7 +597,7 @@ static void pair_row(const void *given, int64_t row, int id) {
     memcpy(pair + size, feature_of(job, row), size * sizeof(bf16));
 }
 
-/* The pairs' entries, which stand one after another, to their places, and each slot's behind those of its tree. */
+/* The pairs' entries, which stand one after another, to their places, and those of the slots behind the ones of each tree. */
 static void place_slots(const Job *job) {
     const Step *s = job->step;
     const int64_t size = job->model->hidden, slots = s->num_slots;
@@ -605,12 +605,8 @@ static void place_slots(const Job *job) {
         const int64_t first = s->offsets[tree], pairs = s->offsets[tree + 1] - first - slots;
         float *to = job->states + first * size;
         memmove(to, to - tree * slots * size, pairs * size * sizeof(float));
-        const float *last = to + (pairs - 1) * size;
-        for (int64_t k = 0; k < slots; k++)
-            for (int64_t i = 0; i < size; i += 16) {
-                __m512 own = widen(job->model->entry.slots + k * size + i);
-                _mm512_storeu_ps(to + (pairs + k) * size + i, _mm512_add_ps(_mm512_loadu_ps(last + i), own));
-            }
+        const bf16 *last = job->pair + 2 * (first - tree * slots + pairs - 1) * size;
+        linear(job->threads, &job->model->entry.ahead, last, 1, to + pairs * size, 0);
     }
 }
 

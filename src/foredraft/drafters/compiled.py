@@ -145,7 +145,7 @@ class CompiledHead:
 
     def _parallel(self, read: Reader, head: CtcHead) -> dict[str, Any]:
         """What of a model is that of parallel slots."""
-        entry = CEntry(self._linear(read, "fc"), slots=self._memory.put(head.slots).data_ptr())
+        entry = CEntry(self._linear(read, "fc"), ahead=self._linear(read, *(f"ahead.{k}" for k in range(len(head.ahead)))))
         if head.blank is None:
             return {"entry": entry}
         blank = self._linear(read, "blank")
@@ -158,8 +158,8 @@ class CompiledHead:
         head = describe_weight(self._memory, self._target.head_weight, None, self._bits)
         return {**self._target.shared, "head": head}
 
-    def _linear(self, read: Reader, name: str) -> CLinear:
-        return describe_linear(self._memory, read, name, bits=self._bits)
+    def _linear(self, read: Reader, *names: str) -> CLinear:
+        return describe_linear(self._memory, read, *names, bits=self._bits)
 
     def _put(self, read: Reader, name: str) -> int:
         return self._memory.put(read.tensor(name)).data_ptr()
@@ -168,7 +168,7 @@ class CompiledHead:
     def linears(self) -> list[CLinear]:
         """The matrix products of a forward, in their order."""
         entry, layer, model = self._model.entry, self._layers[0], self._model
-        before = (entry.fc, entry.gate, entry.up, entry.down)
+        before = (entry.fc, entry.gate, entry.up, entry.down, entry.ahead)
         inside = (layer.qkv, layer.output, layer.gate, layer.up, layer.down)
         return [one for one in (*before, *inside, model.head, model.blank) if one.weight]
 

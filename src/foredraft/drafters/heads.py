@@ -321,33 +321,43 @@ class HydraHeads(nn.Module):
 class CtcHead(nn.Module):
     """One decoder layer over the target's features that fills L slots at once, over the vocabulary and a blank.
 
-    A pair enters as in EAGLE; slot k as the last pair's entry plus a vector of its own. Slots see all pairs and the slots
-    before them. With `blank` off there is none: slot k is the token k + 1 places after the root, as in Medusa.
+    A pair enters as in EAGLE, and the state of the last one is the first slot; slot k > 1 enters by a linear layer of its own
+    over the last pair. Slots see all pairs and the slots before them. With `blank` off there is none: slot k is the token k
+    places after the root, as in Medusa.
 
     Source: Wen, Gui, Feng 2024 (arXiv 2412.00061), section 3. What the paper leaves open is said in docs/drafters/ctc.md.
+
+    Raises:
+        ValueError: fewer than 2 slots.
     """
 
     feature_layers: Sequence[int] = FINAL
 
     def __init__(self, shape: Shape, *, num_slots: int = 6, blank: bool = True):
         super().__init__()
+        if num_slots < 2:
+            raise ValueError(f"num_slots must be at least 2, got {num_slots}")
         self.fc = Fusion(shape)
-        self.slots = nn.Parameter(0.02 * torch.randn(num_slots, shape.hidden))
+        self.ahead = nn.ModuleList(Fusion(shape) for _ in range(num_slots - 1))
         self.layers = nn.ModuleList([Layer(shape)])
         self.blank = nn.Linear(shape.hidden, 1) if blank else None
 
     def foretellings(self) -> list[Foretelling]:
         """What can be fitted."""
-        return [Foretelling(self.fc)]
+        return [Foretelling(one, ahead=1 + k) for k, one in enumerate([self.fc, *self.ahead])]
 
     @property
     def num_slots(self) -> int:
         """L."""
-        return len(self.slots)
+        return len(self.ahead) + 1
 
     def enter(self, embedding: Float[Tensor, "*n d"], feature: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
         """Entries of pairs."""
         return self.fc(embedding, feature)
+
+    def enter_ahead(self, embedding: Float[Tensor, "*n d"], feature: Float[Tensor, "*n d"]) -> Float[Tensor, "*n k d"]:
+        """Entries of the slots behind pairs, from the second on."""
+        return torch.stack([one(embedding, feature) for one in self.ahead], dim=-2)
 
     def forward(self, entries: Float[Tensor, "*n d"], attend: Attend) -> Float[Tensor, "*n d"]:
         """The layer, over entries of pairs and slots."""

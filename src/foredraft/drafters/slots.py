@@ -54,7 +54,7 @@ class LayerSlots:
         self.head, self.feature_layers = head, head.feature_layers
         self.num_tokens = head.num_slots
         self._embed, self._target_head = target.embed, target.head
-        self._caches = PairCaches(config, num_slots, target.dtype, target.device, ahead=self.num_tokens)
+        self._caches = PairCaches(config, num_slots, target.dtype, target.device, ahead=self.num_tokens - 1)
         compiled = can_compile(head, config, target) if compiled is None else compiled
         self.compiled = CompiledHead(head, config, target, bits=weight_bits) if compiled else None
         self._run = self.compiled.fill if self.compiled else self._plain
@@ -76,14 +76,14 @@ class LayerSlots:
         return min(self._caches.room(state), self.num_tokens)
 
     def fill(self, states: Sequence[PairState]) -> Float[Tensor, "b k w"]:
-        """Logits of every slot, from one forward over the pending pairs and the slots."""
+        """Logits of every slot, from one forward over the pending pairs (the last is the first slot) and the others."""
         count = self.num_tokens
         for state in states:
-            state.tokens = [*state.pending, *[0] * count]
+            state.tokens = [*state.pending, *[0] * (count - 1)]
         batch = TreeBatch.chains([state.tokens for state in states])
         features = [state.features for state in states]
         rows = (batch.offsets[1:, None] - np.arange(count, 0, -1)).flatten()
-        return self._run(batch, [state.cache for state in states], features, rows, count).view(len(states), count, -1)
+        return self._run(batch, [state.cache for state in states], features, rows, count - 1).view(len(states), count, -1)
 
     def settle(self, states: Sequence[PairState]) -> None:
         """Keeps what is committed."""
@@ -99,13 +99,16 @@ class LayerSlots:
         token_ids, attend = self._caches.behind(batch, caches, None)
         sizes = np.diff(batch.offsets)
         places = np.arange(len(token_ids)) - np.repeat(batch.offsets[:-1], sizes)
-        pairs = np.repeat(sizes - num_slots, sizes)
+        counts = np.repeat(sizes - num_slots, sizes)
         first = np.repeat(batch.offsets[:-1] - num_slots * np.arange(len(sizes)), sizes)  # pair of each row's chain
         is_slot, source = (
-            torch.from_numpy(one).to(token_ids.device) for one in (places >= pairs, first + np.minimum(places, pairs - 1))
+            torch.from_numpy(one).to(token_ids.device) for one in (places >= counts, first + np.minimum(places, counts - 1))
         )
-        entries = self.head.enter(self._embed(token_ids[~is_slot]), torch.cat([*features]))[source]
-        entries[is_slot] += self.head.slots[:num_slots].repeat(len(sizes), 1)
+        pairs = self._embed(token_ids[~is_slot]), torch.cat([*features])
+        entries = self.head.enter(*pairs)[source]
+        if num_slots:
+            last = source[is_slot][::num_slots]
+            entries[is_slot] = self.head.enter_ahead(*(one[last] for one in pairs)).flatten(0, 1)
         states = self.head(entries, attend)
         return self.head.logits(states[torch.from_numpy(rows).to(states.device)], self._target_head)
 

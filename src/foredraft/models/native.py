@@ -74,7 +74,7 @@ class CEntry(ctypes.Structure):
         ("norm", _at),
         *((name, CLinear) for name in ("gate", "up", "down")),
         ("feature_norm", _at),
-        ("slots", _at),
+        ("ahead", CLinear),
     )
 
 

@@ -26,7 +26,7 @@ from foredraft.train.attention import tables
 from foredraft.train.batches import collate, endless
 from foredraft.train.corpus import read_prompts
 from foredraft.train.frozen import Frozen
-from foredraft.train.loop import Course, Progress, Settings, train
+from foredraft.train.loop import Course, Progress, Settings, faster_in_bf16, train
 from foredraft.train.recipes import RECIPES
 from foredraft.train.shards import Plan, Text, capture
 from foredraft.train.start import FITTED_TOKENS, begin
@@ -72,10 +72,13 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
     """
     if choice.method not in RECIPES:
         raise unknown_name("method", choice.method, list(RECIPES))
-    settings = Settings(**{"steps": 1000, "lr": RECIPES[choice.method].lr, "seed": choice.seed, **choice.settings})
     source, workers = choice.model or BUNDLED_TARGET, workers or Workers()
     device = choice.device or workers.device
     llm = LLM(source, {"method": "ar"}, device=device, max_num_seqs=WRITERS, seed=choice.seed)
+    usual = {"steps": 1000, "lr": RECIPES[choice.method].lr, "seed": choice.seed}
+    if "bf16" not in choice.settings:
+        usual["bf16"] = workers.count > 1 or faster_in_bf16(choice.out, llm.target.device)
+    settings = Settings(**{**usual, **choice.settings})
     if llm.tokenizer is None:
         raise ValueError("the target has no tokenizer, so that its data cannot be read: give a directory with one")
     given = _split_options(choice.method, choice.options, llm.target)
@@ -141,7 +144,7 @@ def captured(choice: TrainChoice, llm: LLM, source: Any, layers: Sequence[int]) 
     folder = choice.shards or choice.out / "shards"
     width = llm.target.config.hidden_size * len(every) * 2
     Console(stderr=True).print(f"shards in {folder}: about {1.6 * choice.num_tokens * width / 1e9:.1f} GB in all")
-    return capture(llm, lambda: read_prompts(choice.data, llm.tokenizer, choice.seed), plan, folder, about, layers)
+    return capture(llm, lambda seed: read_prompts(choice.data, llm.tokenizer, seed), plan, folder, about, layers)
 
 
 def _names(choice: TrainChoice) -> list[str]:

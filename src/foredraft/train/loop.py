@@ -157,8 +157,8 @@ def train(course: Course, settings: Settings, folder: Path) -> Progress:
     return done
 
 
-_ENDS = ("embed_tokens", "lm_head", "slots", "blank")
-"""Parameters that Muon is not for: their rows are tokens or places."""
+_ENDS = ("embed_tokens", "lm_head", "blank")
+"""Parameters that Muon is not for: their rows are tokens."""
 
 
 def new_optimizers(head: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
@@ -265,6 +265,26 @@ def save(course: Course, settings: Settings, optimizers: Optimizers, done: Progr
         "facts": facts_of(course, settings),
     }
     write_whole(file, lambda part: torch.save(content, part))
+
+
+def faster_in_bf16(folder: Path, device: torch.device) -> bool:
+    """Whether matrix products are to be made in bfloat16 where nothing is asked for: as in the checkpoint in `folder`, or else
+    unless float32 is clearly faster, as it is on CPUs that are made for bfloat16 in tiles and have none."""
+    try:
+        return torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)["facts"]["bf16"]
+    except Exception:  # there is none, or it cannot be read, of which `resume` speaks
+        if device.type != "cpu":
+            return True
+    seconds = []
+    for dtype in (torch.bfloat16, torch.float32):
+        rows, weight = torch.randn(2048, 512).to(dtype), torch.randn(1024, 512).to(dtype)
+        took = []
+        for _ in range(5):
+            began = time.perf_counter()
+            torch.nn.functional.linear(rows, weight)
+            took.append(time.perf_counter() - began)
+        seconds.append(min(took))
+    return seconds[0] < 1.25 * seconds[1]
 
 
 def facts_of(course: Course, settings: Settings) -> dict[str, Any]:

@@ -27,7 +27,7 @@ IMPOSSIBLE = 1e20
 
 
 def masked_mean(values: Float[Tensor, "*n"], mask: Float[Tensor, "*n"]) -> Float[Tensor, ""]:
-    """Mean of `values` where the mask is 1."""
+    """Mean of `values` where the mask is 1, or weighted by it."""
     return (values * mask).sum() / (mask.sum() + _SMALL)
 
 
@@ -143,6 +143,17 @@ class _LogitsAt(torch.autograd.Function):
         return to_states, to_weight, None
 
 
+@torch.no_grad()
+def likeliest(
+    states: Float[Tensor, "n d"], weight: Float[Tensor, "w d"], count: int
+) -> tuple[Int[Tensor, "n m"], Float[Tensor, "n m"]]:
+    """The `count` likeliest tokens by ``softmax(states weight^T)``, and their probabilities among themselves; some rows at a
+    time."""
+    found = [F.linear(some, weight.to(some.dtype)).topk(count) for some in states.split(_ROWS)]
+    ids, logits = torch.cat([one.indices for one in found]), torch.cat([one.values for one in found])
+    return ids, logits.float().softmax(-1)
+
+
 def kl(logits: Float[Tensor, "*n v"], target_probs: Float[Tensor, "*n v"], mask: Float[Tensor, "*n"]) -> Float[Tensor, ""]:
     """Mean of KL(q || p): `soft_cross_entropy` less the entropy of q, which has no gradient."""
     entropy = torch.special.entr(target_probs).sum(-1)
@@ -186,37 +197,49 @@ def ctc(
 
 def ctc_of(emitted: Float[Tensor, "n t _"], labels: Int[Tensor, "n s"], lengths: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """`ctc` from the log-probabilities of each row's own labels and, last, of the blank: nothing else enters it."""
-    *_, (alpha, _) = _walk(emitted, labels)
+    *_, alpha = _walk(emitted, labels)
     last = 2 * lengths[:, None]
     ends = torch.cat([alpha.gather(1, last), alpha.gather(1, (last - 1).clamp(min=0)).masked_fill(last == 0, _NEVER)], dim=1)
     return -ends.logsumexp(1)
 
 
-def ctc_prefixes(emitted: Float[Tensor, "n t _"], labels: Int[Tensor, "n s"]) -> Float[Tensor, "n s"]:
-    """-log of the probability that what the frames collapse to *begins* with the first k + 1 labels, whatever follows.
+def ctc_prefixes(
+    emitted: Float[Tensor, "n t _"],
+    labels: Int[Tensor, "n s"],
+    lasts: Int[Tensor, "n s m"],
+    said: Float[Tensor, "n t s m"],
+) -> Float[Tensor, "n s m"]:
+    """-log of the probability that what the frames collapse to *begins* with the first k labels and then one of `lasts[k]`,
+    whatever follows.
 
-    A prefix is complete in the frame in which its last label is said first; what the later frames say is free. This is the
-    probability by which prefix beam search orders drafts, and that the first k + 1 drafted tokens are the labels.
+    A prefix is complete in the frame in which its last token is said first; what the later frames say is free. This is the
+    probability by which prefix beam search orders drafts, and that the first k + 1 drafted tokens are those.
 
     Args:
         emitted: as for `ctc_of`.
+        said: log-probabilities of `lasts`, in every frame.
     """
-    said = [entered[:, 1::2] for _, entered in _walk(emitted, labels)]
-    return -torch.stack(said).logsumexp(0)
+    repeats = lasts == F.pad(labels, (1, 0), value=-1)[:, :-1, None]
+    before = F.pad(emitted.new_zeros(len(labels), 1), (0, 2 * labels.shape[1]), value=_NEVER)
+    found = []
+    for frame, alpha in zip(said.unbind(1), _walk(emitted, labels), strict=True):
+        label = F.pad(before[:, 1:-2:2], (1, 0), value=_NEVER)[..., None].masked_fill(repeats, _NEVER)
+        found.append(torch.logaddexp(before[:, :-1:2, None], label).clamp(min=_NEVER) + frame)
+        before = alpha
+    return -torch.stack(found).logsumexp(0)
 
 
-def _walk(emitted: Float[Tensor, "n t _"], labels: Int[Tensor, "n s"]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Frame by frame, of all states of ``(blank, y_1, blank, ..., y_s, blank)``: log alpha, and the part of it that was not in
-    the state before."""
+def _walk(emitted: Float[Tensor, "n t _"], labels: Int[Tensor, "n s"]) -> Iterator[Tensor]:
+    """Frame by frame, log alpha of all states of ``(blank, y_1, blank, ..., y_s, blank)``."""
     count, size = labels.shape
     skips = torch.zeros(count, 2 * size + 1, dtype=torch.bool, device=labels.device)
     skips[:, 3::2] = labels[:, 1:] != labels[:, :-1]
     states = torch.arange(2 * size + 1, device=labels.device)
     emitted = emitted[:, :, torch.where(states % 2 == 1, states // 2, size)]
     alpha = torch.cat([emitted[:, 0, :2], emitted.new_full((count, 2 * size - 1), _NEVER)], dim=1)[:, : len(states)]
-    yield alpha, alpha
+    yield alpha
     for frame in emitted.unbind(1)[1:]:
         one, two = (F.pad(alpha, (back, 0), value=_NEVER)[:, :-back] for back in (1, 2))
         entered = torch.logaddexp(one, two.masked_fill(~skips, _NEVER)).clamp(min=_NEVER)
         alpha = torch.logaddexp(alpha, entered).clamp(min=_NEVER) + frame
-        yield alpha, entered + frame
+        yield alpha

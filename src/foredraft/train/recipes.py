@@ -90,7 +90,7 @@ def recurrent(lesson: Lesson) -> Learned:
 
 
 def medusa(lesson: Lesson) -> Learned:
-    """Medusa's heads: cross-entropy of each with the token so many places on, weighted ``decay^k``.
+    """Medusa's heads: cross-entropy of each with the token so many places on, weighted ``decay^k``; see `_labelled`.
 
     Source: Medusa (arXiv 2401.10774), section 2.2.1.
     """
@@ -98,9 +98,7 @@ def medusa(lesson: Lesson) -> Learned:
     mask = _shifted(batch.answer, 2, to=batch.ids.shape[1] - 1)
     features = batch.features[:, :-1][mask]
     slots = [(block(features), one.weight) for block, one in zip(head.blocks, head.lm_heads, strict=True)]
-    rows, places = mask.nonzero(as_tuple=True)
-    labels, there = _following(batch, (rows, places), len(slots))
-    return _spelled(lesson, slots, labels, there)
+    return _spelled(lesson, slots, _labelled(lesson, mask.nonzero(as_tuple=True), len(slots), features.dtype))
 
 
 def hydra(lesson: Lesson) -> Learned:
@@ -127,27 +125,29 @@ def hydra(lesson: Lesson) -> Learned:
 
 def ctc(lesson: Lesson) -> Learned:
     """The CTC-based drafter: -log of the probability that the slots collapse to the next `labels` tokens or, with `prefixes`,
-    the mean of those that what they collapse to begins with the next one, two, ... of them; without a blank, cross-entropy
-    of slot k with token k. `regression` weighs SmoothL1 of slot k's state with the target's feature before token k, and of
-    every pair's own with that before the next token.
+    the mean of those that what they collapse to begins with the next one, two, ... of them, the last of which is any of
+    `_labelled`; without a blank, cross-entropy of slot k with token k. `regression` weighs SmoothL1 of slot k's state with
+    the target's feature before token k, and of every pair's own with that before the next token.
 
-    Slots are filled behind `anchors` pairs of each text, drawn anew in every step.
+    Slots are filled behind a share `anchors` of the pairs of each text, drawn anew in every step.
 
     Source: Wen, Gui, Feng 2024 (arXiv 2412.00061), section 3.2.
     """
     head, batch, frozen = lesson.head, lesson.batch, lesson.frozen
     mask = _shifted(batch.answer, 2, to=batch.ids.shape[1] - 1)
     anchors = _anchors(mask, lesson)
-    entries = head.enter(frozen.embed(batch.ids[:, 1:]), batch.features[:, :-1])
-    own = entries.gather(1, anchors[..., None].expand(-1, -1, entries.shape[-1]))
-    slots = (own[:, :, None] + head.slots).flatten(1, 2)
-    attend = with_slots(lesson.rotary, entries.shape[1], anchors, head.num_slots)
-    paired, out = head(torch.cat([entries, slots], dim=1), attend).split([entries.shape[1], slots.shape[1]], dim=1)
+    pairs = frozen.embed(batch.ids[:, 1:]), batch.features[:, :-1]
+    entries = head.enter(*pairs)
+    later = head.enter_ahead(*(one.take_along_dim(anchors[..., None], 1) for one in pairs)).flatten(1, 2)
+    attend = with_slots(lesson.rotary, entries.shape[1], anchors, head.num_slots - 1)
+    paired, out = head(torch.cat([entries, later], dim=1), attend).split([entries.shape[1], later.shape[1]], dim=1)
     chosen = mask.gather(1, anchors)
-    states = out.unflatten(1, (anchors.shape[1], head.num_slots))[chosen]
+    first = paired.take_along_dim(anchors[..., None], 1)
+    states = torch.cat([first[:, :, None], out.unflatten(1, (anchors.shape[1], -1))], dim=2)[chosen]
     rows, _ = chosen.nonzero(as_tuple=True)
     count = lesson.options.get("labels", head.num_slots)
-    labels, there = _following(batch, (rows, anchors[chosen]), count)
+    following = _labelled(lesson, (rows, anchors[chosen]), count, states.dtype)
+    labels, there = following.tokens, following.there
     regression = torch.zeros((), device=states.device)
     if lesson.options["regression"]:
         some = states[:, :count].float()  # labels may be fewer than slots, or more
@@ -157,19 +157,22 @@ def ctc(lesson: Lesson) -> Learned:
         every = losses.smooth_l1(paired.float(), _shifted(batch.final, 1), mask.float())
         regression = lesson.options["regression"] * (behind + every)
     if head.blank is None:
-        learned = _spelled(lesson, [(one, frozen.weight) for one in states.unbind(1)], labels, there)
+        learned = _spelled(lesson, [(one, frozen.weight) for one in states.unbind(1)], following)
         return learned._replace(loss=learned.loss + regression)
-    ids = labels[:, None].expand(-1, head.num_slots, -1)
+    ids = torch.cat([labels, following.likely.flatten(1)], dim=1)[:, None].expand(-1, head.num_slots, -1)
     found, log_sum = losses.logits_at(states.flatten(0, 1), frozen.weight, ids.flatten(0, 1))
     blank = head.blank(states.flatten(0, 1)).to(found.dtype)
     emitted = torch.cat([found, blank], dim=1) - torch.logaddexp(log_sum[:, None], blank)
     emitted = emitted.unflatten(0, ids.shape[:2])
+    said = emitted[..., count:-1].unflatten(2, following.likely.shape[1:])
+    emitted = torch.cat([emitted[..., :count], emitted[..., -1:]], dim=2)
     if lesson.options["prefixes"]:
-        each, counts = losses.ctc_prefixes(emitted, labels), there
+        each = losses.ctc_prefixes(emitted, labels, following.likely, said)
+        weights = following.shares * there[..., None]
     else:
-        each, counts = losses.ctc_of(emitted, labels, there.sum(-1)) / count, there[:, 0]
-    possible = counts & (each < losses.IMPOSSIBLE)
-    loss = losses.masked_mean(each.masked_fill(~possible, 0.0), possible.float()) + regression
+        each, weights = losses.ctc_of(emitted, labels, there.sum(-1)) / count, there[:, 0].float()
+    possible = each < losses.IMPOSSIBLE
+    loss = losses.masked_mean(each.masked_fill(~possible, 0.0), weights * possible) + regression
     if lesson.generator is not None:
         return Learned(loss, {})
     best = head.logits(states, frozen.head).argmax(-1)
@@ -227,23 +230,23 @@ def _agreement(logits: Float[Tensor, "n w"], target_logits: Float[Tensor, "n w"]
 def _spelled(
     lesson: Lesson,
     slots: Sequence[tuple[Float[Tensor, "n d"], Float[Tensor, "v d"]]],
-    labels: Int[Tensor, "n k"],
-    there: Bool[Tensor, "n k"],
+    following: Following,
 ) -> Learned:
     """Cross-entropy of slot k, a state and its output layer, with label k; weighted ``decay^k``."""
-    total, figures = torch.zeros((), device=labels.device), {}
+    total, figures = torch.zeros((), device=following.tokens.device), {}
     for k, (states, weight) in enumerate(slots):
-        nll = -losses.log_probs(states, weight, labels[:, k : k + 1])[:, 0]
-        total = total + lesson.options["decay"] ** k * losses.masked_mean(nll, there[:, k].float())
+        there = following.there[:, k]
+        nll = -torch.linalg.vecdot(losses.log_probs(states, weight, following.likely[:, k]), following.shares[:, k])
+        total = total + lesson.options["decay"] ** k * losses.masked_mean(nll, there.float())
         if lesson.generator is None:
-            right = (F.linear(states, weight).argmax(-1) == labels[:, k]) & there[:, k]
-            figures[f"top1_{k}" if k else "top1"] = right.sum() / there[:, k].sum().clamp(min=1)
+            right = (F.linear(states, weight).argmax(-1) == following.tokens[:, k]) & there
+            figures[f"top1_{k}" if k else "top1"] = right.sum() / there.sum().clamp(min=1)
     return Learned(total, figures)
 
 
 def _anchors(mask: Bool[Tensor, "b p"], lesson: Lesson) -> Int[Tensor, "b a"]:
     """Pairs to draft behind, drawn among those of answers; evenly spread while evaluating."""
-    count = min(lesson.options["anchors"], mask.shape[1])
+    count = min(max(1, round(lesson.options["anchors"] * mask.shape[1])), mask.shape[1])
     if lesson.generator is None:
         order = -torch.arange(mask.shape[1], device=mask.device).expand_as(mask).mul(7919).remainder(mask.shape[1]).float()
     else:
@@ -251,18 +254,37 @@ def _anchors(mask: Bool[Tensor, "b p"], lesson: Lesson) -> Int[Tensor, "b a"]:
     return order.masked_fill(~mask, -torch.inf).topk(count, dim=1).indices.sort(dim=1).values
 
 
-def _following(
-    batch: Batch, pairs: tuple[Int[Tensor, " n"], Int[Tensor, " n"]], count: int
-) -> tuple[Int[Tensor, "n k"], Bool[Tensor, "n k"]]:
-    """The next `count` answer tokens behind the root of each pair, and which of them there are.
+class Following(NamedTuple):
+    """The next answer tokens behind the roots of some pairs, and what else might have stood in the place of each.
+
+    Attributes:
+        there: which of the tokens there are.
+        likely, shares: the target's likeliest tokens in each place, and their probabilities among themselves.
+    """
+
+    tokens: Int[Tensor, "n k"]
+    there: Bool[Tensor, "n k"]
+    likely: Int[Tensor, "n k m"]
+    shares: Float[Tensor, "n k m"]
+
+
+def _labelled(lesson: Lesson, pairs: tuple[Int[Tensor, " n"], ...], count: int, dtype: torch.dtype) -> Following:
+    """The next `count` answer tokens behind the root of each pair; `soft_labels` of the target's law stand beside each, or
+    else the token itself alone.
 
     Args:
         pairs: text and place of each.
     """
+    batch, soft = lesson.batch, lesson.options["soft_labels"]
     rows, places = pairs[0][:, None], pairs[1][:, None] + 2 + torch.arange(count, device=batch.ids.device)
     inside = places < batch.ids.shape[1]
     places = places.clamp(max=batch.ids.shape[1] - 1)
-    return batch.ids[rows, places], (batch.answer[rows, places] & inside).long().cumprod(-1).bool()
+    tokens, there = batch.ids[rows, places], (batch.answer[rows, places] & inside).long().cumprod(-1).bool()
+    if not soft:
+        return Following(tokens, there, tokens[..., None], torch.ones(*tokens.shape, 1, device=tokens.device))
+    before, weight = batch.final[rows, places - 1].flatten(0, 1).to(dtype), lesson.frozen.weight
+    likely, shares = (one.unflatten(0, tokens.shape) for one in losses.likeliest(before, weight, min(soft, len(weight))))
+    return Following(tokens, there, likely, shares)
 
 
 def _over_positions(
@@ -305,8 +327,8 @@ RECIPES: dict[str, Recipe] = {
     "eagle": Recipe(recurrent, _RECURRENT),
     "fspad": Recipe(recurrent, _RECURRENT),
     "eagle3": Recipe(recurrent, {**_RECURRENT, "regression": 0.0, "classification": 1.0, "unroll": 7, "noise": 0.0}),
-    "medusa": Recipe(medusa, {"decay": 0.8}),
+    "medusa": Recipe(medusa, {"decay": 0.8, "soft_labels": 8}),
     "hydra": Recipe(hydra, {}),
-    "parallel": Recipe(ctc, {"anchors": 64, "regression": 30.0, "decay": 0.8}),
-    "ctc": Recipe(ctc, {"anchors": 64, "labels": 6, "prefixes": True, "regression": 30.0}),
+    "parallel": Recipe(ctc, {"anchors": 0.125, "regression": 10.0, "decay": 0.8, "soft_labels": 8}),
+    "ctc": Recipe(ctc, {"anchors": 0.125, "labels": 6, "prefixes": True, "regression": 10.0, "soft_labels": 8}),
 }

@@ -31,8 +31,8 @@ SHARD_TEXTS = 256
 CAPTURE_TOKENS = 2048
 """Positions in one pass of the target: wider passes leave the cache of a small CPU."""
 
-_MAY_DIFFER = ("num_tokens", "feature_layers")
-"""More shards may be asked for, and fewer layers used."""
+_MAY_DIFFER = ("num_tokens", "feature_layers", "seed")
+"""More shards may be asked for, fewer layers used, and several seeds may learn from the same texts."""
 
 _ROOM = 32
 """Tokens that an answer gets at least; longer prompts are left out."""
@@ -74,13 +74,13 @@ class Text(NamedTuple):
 
 
 def capture(
-    llm: LLM, read: Callable[[], list[Prompt]], plan: Plan, folder: Path, about: Mapping[str, Any], layers: Sequence[int]
+    llm: LLM, read: Callable[[int], list[Prompt]], plan: Plan, folder: Path, about: Mapping[str, Any], layers: Sequence[int]
 ) -> list[Text]:
     """Writes what is missing of the shards, and opens them all.
 
     Args:
         llm: the target, decoding plainly.
-        read: gives the prompts; asked where shards are missing.
+        read: gives the prompts in the order of a seed; asked where shards are missing.
         about: what the shards depend on beside the plan: the target's fingerprint, the data.
         layers: whose features are opened.
 
@@ -90,12 +90,12 @@ def capture(
     folder.mkdir(parents=True, exist_ok=True)
     facts = json.loads(json.dumps({**plan._asdict(), **about}))
     manifest = _read_manifest(folder, facts)
-    plan = plan._replace(feature_layers=manifest["made_from"]["feature_layers"])
+    plan = plan._replace(feature_layers=manifest["made_from"]["feature_layers"], seed=manifest["made_from"]["seed"])
     if missing := {*layers} - {*plan.feature_layers}:
         raise TrainingError(f"the shards in {folder} lack the target's layers {sorted(missing)}: give another --shards folder")
     tokens = sum(shard["answer_tokens"] for shard in manifest["shards"])
     if tokens < plan.num_tokens:
-        prompts = [prompt for prompt in read() if len(prompt.ids) <= plan.max_len - _ROOM]
+        prompts = [prompt for prompt in read(plan.seed) if len(prompt.ids) <= plan.max_len - _ROOM]
         prompts.sort(key=lambda prompt: not prompt.held_out)  # held-out ones are in the first shards
         _write(llm, prompts, plan, folder, manifest)
     return [text for shard in manifest["shards"] for text in open_shard(folder / shard["name"], shard["sha256"], layers)]

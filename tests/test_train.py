@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import os
@@ -85,6 +86,15 @@ def test_every_method_learns_and_drafts(made: Path, method: str) -> None:
     llm = LLM(STORIES, {"method": method, "model": made / f"learn-{method}", "num_speculative_tokens": 4}, max_num_seqs=2)
     [output] = llm.generate("Tom", SamplingParams(max_tokens=12, seed=1))
     assert len(output.outputs[0].token_ids) == 12
+
+
+def test_several_seeds_learn_from_the_same_shards(made: Path) -> None:
+    before = (made / "shards" / "manifest.json").read_bytes()
+    run(dataclasses.replace(choice(made, "eagle", "seed-1", steps=1), seed=1))
+    assert (made / "shards" / "manifest.json").read_bytes() == before
+    run(choice(made, "eagle", "seed-0", steps=1))
+    first, second = weights(made / "seed-0"), weights(made / "seed-1")
+    assert not torch.equal(first["layers.0.mlp.up_proj.weight"], second["layers.0.mlp.up_proj.weight"])
 
 
 def test_a_narrow_head_learns_and_drafts(made: Path) -> None:
@@ -447,6 +457,20 @@ def test_attention_of_slots_is_that_of_the_whole_mask() -> None:
     query, key, value = (torch.randn(2, length + 12, heads, 8, generator=generator) for heads in (4, 2, 2))
     plain = masked(tabs, *slot_rows(length, anchors, 4))(query, key, value)
     torch.testing.assert_close(with_slots(tabs, length, anchors, 4)(query, key, value), plain, atol=1e-5, rtol=1e-5)
+
+
+def test_products_are_in_the_dtype_that_is_faster_and_stay_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = torch.bfloat16
+
+    def linear(rows: Tensor, weight: Tensor) -> None:
+        time.sleep(0.002 if rows.dtype == slow else 0.001)
+
+    monkeypatch.setattr(nn.functional, "linear", linear)
+    assert loop.faster_in_bf16(tmp_path, torch.device("cpu")) is False
+    slow = torch.float32
+    assert loop.faster_in_bf16(tmp_path, torch.device("cpu")) is True
+    torch.save({"facts": {"bf16": False}}, tmp_path / loop.CHECKPOINT)
+    assert loop.faster_in_bf16(tmp_path, torch.device("cpu")) is False
 
 
 class Echo(nn.Module):

@@ -274,7 +274,7 @@ def train(
     ] = 0,
     bf16: Annotated[
         bool | None,
-        typer.Option("--bf16/--fp32", help="Dtype of matrix products.  [default: the faster one here]", rich_help_panel=_LEARN),
+        typer.Option("--bf16/--fp32", help="Dtype of matrix products; default: the faster one here.", rich_help_panel=_LEARN),
     ] = None,
     plot: PlotFile = None,
     seed: Annotated[int, typer.Option(help="Of text, weights, order and noise.")] = 0,

@@ -113,6 +113,11 @@ def made(config: dict[str, Any]) -> dict[str, Any]:
     return {"parameters": about["parameters"], "minutes": about["minutes"], "token_passes": about["token_passes"]}
 
 
+def is_time(key: str) -> bool:
+    """Whether a column of a row hangs on the clock."""
+    return key.endswith(("_s", "_ms")) or key.startswith(("speedup", "ms_"))
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
@@ -123,6 +128,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--no-times", action="store_true", help="tokens a step alone: the machine need not be quiet")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     plain = LLM(args.model, {"method": PLAIN}, dtype=args.dtype, max_num_seqs=1)
@@ -141,7 +147,7 @@ def main() -> None:
     rows = rows_of(contenders, rounds, args.temperature)
     for row in rows:
         outcomes = [one[row["name"]] for one in rounds]
-        row |= made(configs.get(row["name"], {}))
+        row |= {"weights_mb": plain.target.num_weight_bytes / 1e6, **made(configs.get(row["name"], {}))}
         row["not_looping"] = lengths([outcomes[i] for i in quiet])
         row["families"] = {
             family: lengths([one for one, task in zip(outcomes, every, strict=True) if task.family == family])
@@ -151,7 +157,8 @@ def main() -> None:
         if row["name"] != PLAIN:
             row["draft_forwards"] = forwards_a_step(llms[row["name"]], warm_up, sampling)
             row |= {f"{part}_ms": 1000 * row[f"{part}_s"] / row["num_steps"] for part in ("draft", "verify")}
-    report(args.output, [rounded(row) for row in rows], COLUMNS, device=plain.target.device, dtype=args.dtype)
+    kept = [{key: row[key] for key in row if not (args.no_times and is_time(key))} for row in rows]
+    report(args.output, [rounded(row) for row in kept], COLUMNS, device=plain.target.device, dtype=args.dtype)
 
 
 if __name__ == "__main__":

@@ -53,23 +53,27 @@ def of_heads(rows: list[dict[str, Any]]) -> list[list[str]]:
                 *made,
                 *(f"{length:.2f}" for length in lengths),
                 " ".join(f"{rate:.2f}" for rate in row["joint_acceptance_rate"][:6]),
-                f"{row['draft_forwards']:.1f}, {row['draft_ms']:.2f}",
-                f"{row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})",
-                f"{row.get('speedup_not_looping', row['speedup']):.2f}",
+                *costs(row),
             ]
         )
     return lines
 
 
+def costs(row: dict[str, Any]) -> list[str]:
+    """What drafting costs and gains; empty where no clock ran."""
+    if "speedup" not in row:
+        return [f"{row['draft_forwards']:.1f}", "", ""]
+    gains = f"{row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
+    quiet = f"{row.get('speedup_not_looping', row['speedup']):.2f}"
+    return [f"{row['draft_forwards']:.1f}, {row['draft_ms']:.2f}", gains, quiet]
+
+
 def of_seeds(rows: list[dict[str, Any]]) -> list[list[str]]:
     """A line a method whose heads of several seeds were measured (folders NAME-0, NAME-1, ...): tokens a step of each, their
     mean and its standard error; none without such methods."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows[1:]:
-        groups.setdefault(re.sub(r"=(.*?)-\d+(?=:|$)", r"=\1", shortened(row["name"])), []).append(row)
     head = ["method", "tokens a step of each seed", "mean", "not looping"]
     lines = [head, ["---"] * len(head)]
-    for name, group in groups.items():
+    for name, group in by_method(rows).items():
         if len(group) > 1:
             every, quiet = ([row[key] for row in group] for key in ("acceptance_length", "not_looping"))
             each = ", ".join(f"{one:.2f}" for one in every)
@@ -77,6 +81,14 @@ def of_seeds(rows: list[dict[str, Any]]) -> list[list[str]]:
                 [f"`{name}`", each, *(f"{fmean(some):.3f} ± {stdev(some) / len(some) ** 0.5:.3f}" for some in (every, quiet))]
             )
     return lines if len(lines) > 2 else []
+
+
+def by_method(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows behind the first one by method, heads that differ in their seed alone together."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows[1:]:
+        groups.setdefault(re.sub(r"=(.*?)-\d+(?=:|$)", r"=\1", shortened(row["name"])), []).append(row)
+    return groups
 
 
 def shortened(name: str) -> str:

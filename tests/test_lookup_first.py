@@ -110,11 +110,11 @@ def test_every_drafter_with_weights_can_stand_behind_a_lookup() -> None:
         assert (front.asks, front.gives, front.weights) == (name, row.gives, row.weights)
         assert {*row.options, "lookup_min_match"} == set(front.options) == set(front.option_types()) & set(front.options)
         assert bundled_drafter(f"{name}-lookup") == bundled_drafter(name)
-    found = parse({"method": "ctc-lookup", "ctc_beam": 3, "lookup_min_match": 2, "force": True})
+    found = parse({"method": "ctc-lookup", "ctc_tokens": 3, "lookup_min_match": 2, "force": True})
     assert found is not None
     assert found.calibrated == "ctc"
-    with pytest.raises(TypeError, match="ctc_beam must be a whole number, got 'x'"):
-        parse({"method": "ctc-lookup", "ctc_beam": "x"})
+    with pytest.raises(TypeError, match="ctc_tokens must be a whole number, got 'x'"):
+        parse({"method": "ctc-lookup", "ctc_tokens": "x"})
 
 
 def test_options_reach_the_drafter_that_they_are_for() -> None:
@@ -122,8 +122,8 @@ def test_options_reach_the_drafter_that_they_are_for() -> None:
     drafter = llm.engine.drafter
     assert isinstance(drafter, LookupFirst)
     assert drafter._other._num_tokens == 3  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="ctc_beam and ctc_tokens must be at least 1, got 0"):
-        llm.with_speculation({**config_of("ctc-lookup"), "ctc_beam": 0})
+    with pytest.raises(ValueError, match="ctc_tokens must be at least 1, got 0"):
+        llm.with_speculation({**config_of("ctc-lookup"), "ctc_tokens": 0})
 
 
 def test_a_text_that_repeats_itself_is_looked_up() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from foredraft.drafters.beam import prefix_beam, trie
+from foredraft.drafters.prefixes import prefix_search, trie
 from foredraft.models.check import refuse_unsupported, self_check
 from foredraft.models.hf import HFTarget
 from foredraft.models.llama import LlamaTarget
@@ -167,7 +167,7 @@ def test_logits_of_a_ctc_trie_are_those_of_each_path_run_alone(name):
     prompt = tokens_of(1, 9)
     law = np.random.default_rng(0).dirichlet(np.full(4, 0.7), 6)
     slots = np.tile([5, 17, 42], (6, 1))
-    tokens, parents = trie(prefix_beam(slots, law[:, :3], law[:, 3], beam=64), root=5, nodes=24, depth=6)
+    tokens, parents = trie(prefix_search(slots, law[:, :3], law[:, 3], nodes=24, depth=6), root=5)
     drafted = [[tokens[node] for node in path] for path in paths_of(parents)]
     assert {place for path in drafted for place in range(1, len(path)) if path[place] == path[place - 1]} >= {1, 2, 3}
     wanted = expected(model, prompt, tokens, parents)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from foredraft.folders import cache_folder
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("decoder.c", "draws.c", "laws.c", "beam.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("decoder.c", "draws.c", "laws.c", "prefixes.c"))
 _HEADERS = (Path(__file__).with_name("numbers.h"),)
 
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
@@ -41,7 +41,7 @@ def library() -> ctypes.CDLL | None:
         said = getattr(error, "stderr", None) or str(error)
         _log.warning("cannot compile the fast decoder (%s), so torch runs, which is slower", said.strip().splitlines()[-1])
         return None
-    code.foredraft_categorical.restype = code.foredraft_beam.restype = ctypes.c_int64
+    code.foredraft_categorical.restype = code.foredraft_prefixes.restype = ctypes.c_int64
     code.foredraft_subtract.restype = code.foredraft_without.restype = ctypes.c_double
     return code
 

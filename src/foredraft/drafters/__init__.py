@@ -119,7 +119,7 @@ DRAFTERS: dict[str, DrafterRow] = {
         "CtcDrafter",
         "CTC-based drafter (arXiv 2412.00061): parallel slots, collapsed",
         gives="own tree",
-        options=("ctc_beam", "ctc_tokens"),
+        options=("ctc_tokens",),
     ),
 }
 

@@ -10,40 +10,40 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.drafters import Setting
-from foredraft.drafters.beam import likeliest_prefixes
 from foredraft.drafters.compiled import FEW, check_bits
 from foredraft.drafters.folder import load_head
 from foredraft.drafters.pairs import PairState
+from foredraft.drafters.prefixes import likeliest_prefixes
 from foredraft.drafters.slots import LayerSlots
 from foredraft.draws import Draws
+from foredraft.grow.base import draft_sampling
 from foredraft.protocols import Budget
 from foredraft.sampling import SamplingParams
 from foredraft.tree import TreeBatch
 
-DEFAULT_BEAM, DEFAULT_TOKENS = 16, 8
+DEFAULT_TOKENS = 8
 
 
 class CtcDrafter:
     """Drafts the trie of the likeliest sequences, repeats merged and blanks dropped. Every node's position is its depth, so
     that nothing is left of what was dropped; the trie is a function of the slots, which makes it exact with every rule for
-    deterministic nodes.
+    deterministic nodes. Slots are taken at the temperature of other draft laws: the request's, 0.6 where it is greedy.
 
     Args:
         slots: fills the slots.
-        ctc_beam: sequences kept after every slot.
         ctc_tokens: likeliest tokens that a slot may take.
 
     Source: Wen, Gui, Feng 2024 (arXiv 2412.00061), sections 3.2 and 3.3.
 
     Raises:
-        ValueError: an option below 1.
+        ValueError: `ctc_tokens` is below 1.
     """
 
-    def __init__(self, slots: LayerSlots, *, ctc_beam: int = DEFAULT_BEAM, ctc_tokens: int = DEFAULT_TOKENS):
-        if ctc_beam < 1 or ctc_tokens < 1:
-            raise ValueError(f"ctc_beam and ctc_tokens must be at least 1, got {ctc_beam}, {ctc_tokens}")
+    def __init__(self, slots: LayerSlots, *, ctc_tokens: int = DEFAULT_TOKENS):
+        if ctc_tokens < 1:
+            raise ValueError(f"ctc_tokens must be at least 1, got {ctc_tokens}")
         self.slots, self.feature_layers = slots, slots.feature_layers
-        self._beam, self._num_tokens = ctc_beam, ctc_tokens
+        self._num_tokens = ctc_tokens
 
     @classmethod
     def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = FEW, **options: int) -> CtcDrafter:
@@ -80,12 +80,12 @@ class CtcDrafter:
         live = [b for b, state in enumerate(states) if self.slots.room(state) and min(budgets[b])]
         if live:
             filled = self.slots.fill([states[b] for b in live])
-            for b, (tokens, probs, blanks) in zip(live, zip(*self._frames(filled), strict=True), strict=True):
+            heat = filled.new_tensor([draft_sampling(sampling[b], None).temperature for b in live])
+            for b, (tokens, probs, blanks) in zip(live, zip(*self._frames(filled, heat), strict=True), strict=True):
                 trees[b] = likeliest_prefixes(
                     tokens,
                     probs,
                     blanks,
-                    beam=max(self._beam, budgets[b].nodes),
                     root=states[b].root,
                     nodes=budgets[b].nodes,
                     depth=min(budgets[b].depth, self.slots.room(states[b])),
@@ -99,8 +99,9 @@ class CtcDrafter:
         """New pairs."""
         self.slots.observe(state, tokens, features)
 
-    def _frames(self, filled: Float[Tensor, "b k w"]) -> tuple[Any, Any, Any]:
-        """Of every slot the likeliest tokens, their probabilities and that of the blank, which stands last."""
-        probs = filled.float().softmax(-1)
+    def _frames(self, filled: Float[Tensor, "b k w"], heat: Float[Tensor, " b"]) -> tuple[Any, Any, Any]:
+        """Of every slot the likeliest tokens, their probabilities at each request's temperature, and that of the blank, which
+        stands last."""
+        probs = (filled / heat[:, None, None]).float().softmax(-1)
         best, tokens = probs[..., :-1].topk(min(self._num_tokens, probs.shape[-1] - 1))
         return tokens.cpu().numpy(), best.double().cpu().numpy(), probs[..., -1].double().cpu().numpy()

@@ -213,7 +213,7 @@ def ctc_prefixes(
     whatever follows.
 
     A prefix is complete in the frame in which its last token is said first; what the later frames say is free. This is the
-    probability by which prefix beam search orders drafts, and that the first k + 1 drafted tokens are those.
+    probability by which drafts are chosen, and that the first k + 1 drafted tokens are those.
 
     Args:
         emitted: as for `ctc_of`.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from foredraft.compiled import library
-from foredraft.drafters.beam import collapse, likeliest_prefixes, prefix_beam, trie
+from foredraft.drafters.prefixes import collapse, likeliest_prefixes, prefix_search, trie
 
 BLANK = -1
 
@@ -25,23 +25,22 @@ def all_paths(probs: np.ndarray, blanks: np.ndarray) -> dict[tuple[int, ...], fl
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("frames", "size"), [(1, 3), (3, 2), (4, 3), (6, 2)])
-def test_a_beam_with_room_for_all_is_exact(frames: int, size: int, seed: int) -> None:
+def test_prefixes_are_the_likeliest_of_all(frames: int, size: int, seed: int) -> None:
+    """Against the sums over all paths; every prefix there is, and the first seven."""
     law = np.random.default_rng(seed).dirichlet(np.ones(size + 1), frames)
-    probs, blanks = law[:, :-1], law[:, -1]
-    tokens = np.tile(np.arange(size), (frames, 1))
-    found = prefix_beam(tokens, probs, blanks, beam=10_000)
-    expected = all_paths(probs, blanks)
-    assert found.keys() == expected.keys()
-    assert sum(found.values()) == pytest.approx(1, abs=1e-14)
-    assert all(found[labels] == pytest.approx(prob, abs=1e-15) for labels, prob in expected.items())
-
-
-def test_a_narrow_beam_never_promises_more() -> None:
-    law = np.random.default_rng(0).dirichlet(np.ones(4), 6)
-    expected = all_paths(law[:, :3], law[:, 3])
-    found = prefix_beam(np.tile(np.arange(3), (6, 1)), law[:, :3], law[:, 3], beam=5)
-    assert len(found) == 5
-    assert all(prob <= expected[labels] + 1e-15 for labels, prob in found.items())
+    every = all_paths(law[:, :-1], law[:, -1])
+    assert sum(every.values()) == pytest.approx(1, abs=1e-14)
+    mass: dict[tuple[int, ...], float] = defaultdict(float)
+    for labels, prob in every.items():
+        for length in range(1, len(labels) + 1):
+            mass[labels[:length]] += prob
+    given = np.tile(np.arange(size), (frames, 1)), law[:, :-1], law[:, -1]
+    found = prefix_search(*given, nodes=10_000, depth=frames)
+    assert found.keys() == mass.keys()
+    assert all(found[labels] == pytest.approx(prob, abs=1e-14) for labels, prob in mass.items())
+    assert [*found] == sorted(mass, key=lambda labels: -mass[labels])
+    assert [*prefix_search(*given, nodes=7, depth=frames)] == [*found][:7]
+    assert [*prefix_search(*given, nodes=7, depth=2)] == [labels for labels in found if len(labels) <= 2][:7]
 
 
 def frames_of(*path: int, size: int = 4) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -65,33 +64,29 @@ def frames_of(*path: int, size: int = 4) -> tuple[np.ndarray, np.ndarray, np.nda
     ],
 )
 def test_repeats_and_blanks_at_every_place(path: tuple[int, ...], labels: tuple[int, ...]) -> None:
-    tokens, parents = trie(prefix_beam(*frames_of(*path), beam=16), root=9, nodes=len(labels), depth=8)
+    tokens, parents = trie(prefix_search(*frames_of(*path), nodes=len(labels), depth=8), root=9)
     assert tokens == [9, *labels]
     assert parents == [-1, *range(len(labels))]
 
 
 def test_blanks_everywhere_draft_nothing() -> None:
     tokens, probs, blanks = frames_of(BLANK, BLANK, BLANK)
-    assert prefix_beam(tokens, probs * 0, blanks / 0.99, beam=8).keys() == {()}
-    assert trie({(): 1.0}, 7, 5, 5) == ([7], [-1])
+    assert trie(prefix_search(tokens, probs * 0, blanks / 0.99, nodes=8, depth=8), root=7) == ([7], [-1])
 
 
-def test_trie_holds_the_likeliest_prefixes_once() -> None:
-    sequences = {(1, 2): 0.4, (1, 3): 0.3, (2,): 0.2, (): 0.1}
-    assert trie(sequences, 0, 4, 8) == ([0, 1, 2, 3, 2], [-1, 0, 1, 1, 0])
-    assert trie(sequences, 0, 2, 8) == ([0, 1, 2], [-1, 0, 1])
-    assert trie(sequences, 0, 4, 1) == ([0, 1, 2], [-1, 0, 0])
+def test_trie_holds_every_prefix_behind_what_it_extends() -> None:
+    assert trie([(1,), (1, 2), (2,), (1, 3)], 0) == ([0, 1, 2, 2, 3], [-1, 0, 1, 0, 1])
 
 
 @pytest.mark.skipif(library() is None, reason="needs AVX-512 BF16 and a C compiler")
 @pytest.mark.parametrize("steps", [None, 8, 2])
 def test_the_compiled_search_is_the_plain_one(steps: int | None) -> None:
-    """300 random laws each; on a grid of few probabilities many sequences and prefixes are equally likely, some impossible."""
+    """300 random laws each; on a grid of few probabilities many prefixes are equally likely, some impossible."""
     rng = np.random.default_rng(0)
     for _ in range(300):
-        frames, size, beam, nodes, depth = (int(rng.integers(1, most)) for most in (9, 9, 40, 30, 9))
+        frames, size, nodes, depth = (int(rng.integers(1, most)) for most in (9, 9, 40, 9))
         law = rng.dirichlet(np.full(size + 1, 0.5), frames) if steps is None else rng.integers(0, steps, (frames, size + 1)) / 8
         tokens = np.array([rng.choice(12, size, replace=False) for _ in range(frames)])
         given = tokens, law[:, :-1], law[:, -1]
-        found = likeliest_prefixes(*given, beam=beam, root=5, nodes=nodes, depth=depth)
-        assert found == trie(prefix_beam(*given, beam), 5, nodes, depth)
+        found = likeliest_prefixes(*given, root=5, nodes=nodes, depth=depth)
+        assert found == trie(prefix_search(*given, nodes, depth), 5)

@@ -1,0 +1,109 @@
+/* The prefix search of prefixes.py, to the last bit. Called by prefixes.py. */
+
+#include <stdint.h>
+#include <stdlib.h>
+
+typedef int64_t whole;
+
+/* Frames, and the prefixes that were taken, the empty one first. */
+typedef struct {
+    const whole *tokens;         /* [frames][width]: what each frame may take */
+    const double *probs, *blanks; /* their probabilities; those of the blank */
+    whole frames, width;
+    whole *token, *parent, *depth; /* of a prefix: its last label, what it extends, how long it is */
+    double *in_blank, *in_token;   /* [prefixes][frames]: paths before each frame that collapse to it, by what they end in */
+} Search;
+
+/* A prefix that may be taken next. */
+typedef struct {
+    whole parent, token;
+    double mass;
+} Candidate;
+
+static double chance_of(const Search *s, whole frame, whole token) {
+    for (whole i = 0; i < s->width; i++)
+        if (s->tokens[frame * s->width + i] == token) return s->probs[frame * s->width + i];
+    return 0;
+}
+
+/* The probability that a frame completes a prefix. */
+static double said(const Search *s, whole parent, whole token, whole frame) {
+    const double in_blank = s->in_blank[parent * s->frames + frame], in_token = s->in_token[parent * s->frames + frame];
+    const int is_new = parent == 0 || s->token[parent] != token;
+    return chance_of(s, frame, token) * (is_new ? in_blank + in_token : in_blank);
+}
+
+/* Whether `a` goes first: the likelier one; of equals the shorter one, then the smaller one in the order of words. */
+static int before(const Search *s, const Candidate *a, const Candidate *b) {
+    if (a->mass != b->mass) return a->mass > b->mass;
+    whole p = a->parent, q = b->parent, x = a->token, y = b->token;
+    if (s->depth[p] != s->depth[q]) return s->depth[p] < s->depth[q];
+    while (p != q) x = s->token[p], y = s->token[q], p = s->parent[p], q = s->parent[q];
+    return x < y;
+}
+
+/* Puts a candidate among the best so far, which are in order and at most `room`. Returns how many there are. */
+static whole offer(const Search *s, const Candidate *one, Candidate *best, whole count, whole room) {
+    if (!(one->mass > 0) || room == 0) return count;
+    if (count == room && !before(s, one, best + count - 1)) return count;
+    whole at = count < room ? count++ : count - 1;
+    for (; at > 0 && before(s, one, best + at - 1); at--) best[at] = best[at - 1];
+    best[at] = *one;
+    return count;
+}
+
+/* Whether a frame's token was among those of an earlier one. */
+static int is_old(const Search *s, whole frame, whole token) {
+    for (whole i = 0; i < frame * s->width; i++)
+        if (s->tokens[i] == token) return 1;
+    return 0;
+}
+
+/* Follows a prefix through the frames, and offers what extends it. */
+static whole take(const Search *s, whole place, whole depth, Candidate *best, whole count, whole room) {
+    double *in_blank = s->in_blank + place * s->frames, *in_token = s->in_token + place * s->frames;
+    double blank_now = place == 0, token_now = 0;
+    for (whole t = 0; t < s->frames; t++) {
+        in_blank[t] = blank_now, in_token[t] = token_now;
+        blank_now = (in_blank[t] + in_token[t]) * s->blanks[t];
+        if (place == 0) continue;
+        const double repeated = chance_of(s, t, s->token[place]) * in_token[t];
+        token_now = repeated + said(s, s->parent[place], s->token[place], t);
+    }
+    if (s->depth[place] >= depth) return count;
+    for (whole frame = 0; frame < s->frames; frame++)
+        for (whole i = 0; i < s->width; i++) {
+            Candidate one = {place, s->tokens[frame * s->width + i], 0};
+            if (is_old(s, frame, one.token)) continue;
+            for (whole t = 0; t < s->frames; t++) one.mass += said(s, place, one.token, t);
+            count = offer(s, &one, best, count, room);
+        }
+    return count;
+}
+
+/* tokens, probs [frames][width], blanks [frames]; drafted and parents have room for `room` nodes and the root. Returns how many
+   nodes there are, the root included, or -1 where there is no memory. */
+int64_t foredraft_prefixes(
+    const int64_t *tokens, const double *probs, const double *blanks, int64_t frames, int64_t width, int64_t room, int64_t depth,
+    int64_t *drafted, int64_t *parents
+) {
+    const size_t places = (size_t)room + 1, cells = places * (size_t)frames;
+    double *numbers = malloc(2 * cells * sizeof(double) + places * (sizeof(whole) + sizeof(Candidate)));
+    if (numbers == NULL) return -1;
+    Candidate *best = (Candidate *)(numbers + 2 * cells);
+    const Search s = {
+        tokens, probs, blanks, frames, width, drafted, parents, (whole *)(best + places), numbers, numbers + cells,
+    };
+    whole size = 1;
+    s.token[0] = s.parent[0] = -1, s.depth[0] = 0;
+    whole count = take(&s, 0, depth, best, 0, room);
+    while (size <= room && count > 0) {
+        const Candidate one = best[0];
+        for (whole i = 1; i < count; i++) best[i - 1] = best[i];
+        s.token[size] = one.token, s.parent[size] = one.parent, s.depth[size] = s.depth[one.parent] + 1;
+        count = take(&s, size, depth, best, count - 1, room);
+        size++;
+    }
+    free(numbers);
+    return size;
+}

@@ -22,6 +22,7 @@ from foredraft.drafters.folder import layer_config, read_head
 from foredraft.drafters.growing import paths_of
 from foredraft.drafters.heads import HEADS, FeatureHead
 from foredraft.drafters.layers import Shape
+from foredraft.drafters.prefixes import prefix_search, trie
 from foredraft.drafters.recurrent import RecurrentDrafter
 from foredraft.drafters.slots import LayerSlots
 from foredraft.draws import Draws
@@ -297,6 +298,23 @@ def test_slots_are_filled_up_to_the_end_of_the_context() -> None:
         assert depths[0] == 2
         assert depths[1] == 1
         assert depths[2] > 2
+
+
+@torch.inference_mode()
+def test_a_ctc_trie_is_that_of_the_slots_at_the_temperature_of_draft_laws() -> None:
+    """The request's, and 0.6 where it is greedy; requests of one batch each at their own."""
+    drafter = drafter_of("ctc", None, num_slots=2)
+    features = features_of(TOKENS[:8], drafter.feature_layers)
+    states = [drafter.start(TOKENS[:9], features) for _ in range(2)]
+    sampling = [SamplingParams(temperature=one) for one in (0.0, 1.0)]
+    batch = drafter.propose(states, [Budget(12, 6)] * 2, sampling, [Draws(0)] * 2)
+    trees = [(batch[b].tokens.tolist(), batch[b].parents.tolist()) for b in range(2)]
+    slots = torch.stack([without_cache("ctc", TOKENS[:9], [0] * k) for k in range(drafter.slots.num_tokens)]).double()
+    for tree, heat in zip(trees, (0.6, 1.0), strict=True):
+        probs = (slots / heat).softmax(-1)
+        best, tokens = (one.numpy() for one in probs[:, :-1].topk(8))
+        assert tree == trie(prefix_search(tokens, best, probs[:, -1].numpy(), nodes=12, depth=6), TOKENS[8])
+    assert trees[0] != trees[1]
 
 
 def head_of(method: str, config: Any, **more: Any) -> Any:

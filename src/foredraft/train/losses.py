@@ -144,6 +144,25 @@ class _LogitsAt(torch.autograd.Function):
 
 
 @torch.no_grad()
+def agreement(
+    states: Float[Tensor, "n d"],
+    weight: Float[Tensor, "w d"],
+    wanted: Float[Tensor, "n f"],
+    target_weight: Float[Tensor, "w f"],
+) -> dict[str, Float[Tensor, ""]]:
+    """Share of positions where ``states weight^T`` and ``wanted target_weight^T`` have the same likeliest token, and of sampled
+    drafts that would be accepted; some rows at a time."""
+    if not len(states):
+        return {}
+    same, kept = [], []
+    for some, other in zip(states.split(_ROWS), wanted.split(_ROWS), strict=True):
+        logits, target_logits = F.linear(some, weight), F.linear(other, target_weight)
+        same.append(logits.argmax(-1) == target_logits.argmax(-1))
+        kept.append(torch.minimum(logits.float().softmax(-1), target_logits.float().softmax(-1)).sum(-1))
+    return {"top1": torch.cat(same).float().mean(), "acceptance": torch.cat(kept).mean()}
+
+
+@torch.no_grad()
 def likeliest(
     states: Float[Tensor, "n d"], weight: Float[Tensor, "w d"], count: int
 ) -> tuple[Int[Tensor, "n m"], Float[Tensor, "n m"]]:

@@ -215,16 +215,7 @@ def _classified(
         known = torch.isin(lesson.frozen.head(wanted).argmax(-1), token_ids).float()
         target_weight = target_weight[token_ids]
     loss = losses.distilled(states, weight, wanted, target_weight, known)
-    return loss, _agreement(F.linear(states, weight), F.linear(wanted, target_weight)) if lesson.generator is None else {}
-
-
-def _agreement(logits: Float[Tensor, "n w"], target_logits: Float[Tensor, "n w"]) -> dict[str, Float[Tensor, ""]]:
-    """Share of positions with the same likeliest token, and of sampled drafts that would be accepted."""
-    if not len(logits):
-        return {}
-    probs = target_logits.float().softmax(-1)
-    top1 = (logits.argmax(-1) == probs.argmax(-1)).float().mean()
-    return {"top1": top1, "acceptance": torch.minimum(logits.float().softmax(-1), probs).sum(-1).mean()}
+    return loss, losses.agreement(states, weight, wanted, target_weight) if lesson.generator is None else {}
 
 
 def _spelled(

@@ -73,9 +73,8 @@ def cut(ids: list[int]) -> list[int]:
 def counted(drafter: Any) -> Iterator[list[int]]:
     """Gives a list that holds the forwards of the drafter meanwhile: calls of the head on rows of new nodes or slots."""
     calls = [0]
-    names = [name for name in ("expand", "fill") if hasattr(drafter, name)]
-    whole = drafter if names else getattr(drafter, "slots", None)
-    names = names or (["fill"] if whole is not None else [])
+    whole = getattr(drafter, "slots", drafter)  # parallel heads are run once, by `fill`, and only looked up by `expand`
+    names = [name for name in ("fill", "expand") if hasattr(whole, name)][:1]
 
     def counting(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -154,7 +153,7 @@ def main() -> None:
             for family in FAMILIES
         }
         row["cut"] = dict(Counter(task.family for task in every if task.was_cut))
-        if row["name"] != PLAIN:
+        if row["name"] != PLAIN and not args.no_times:
             row["draft_forwards"] = forwards_a_step(llms[row["name"]], warm_up, sampling)
             row |= {f"{part}_ms": 1000 * row[f"{part}_s"] / row["num_steps"] for part in ("draft", "verify")}
     kept = [{key: row[key] for key in row if not (args.no_times and is_time(key))} for row in rows]

@@ -62,7 +62,7 @@ def of_heads(rows: list[dict[str, Any]]) -> list[list[str]]:
 def costs(row: dict[str, Any]) -> list[str]:
     """What drafting costs and gains; empty where no clock ran."""
     if "speedup" not in row:
-        return [f"{row['draft_forwards']:.1f}", "", ""]
+        return ["", "", ""]
     gains = f"{row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
     quiet = f"{row.get('speedup_not_looping', row['speedup']):.2f}"
     return [f"{row['draft_forwards']:.1f}, {row['draft_ms']:.2f}", gains, quiet]

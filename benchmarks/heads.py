@@ -6,6 +6,7 @@
 A method is spelled as in `foredraft bench`; all take turns on every prompt, against plain decoding. Prompts over 448 tokens are
 cut in the middle. Beside the figures of `foredraft bench`, a row has the tokens per step of every family and of the prompts
 whose plain output does not loop, forwards and milliseconds of drafting a step, parameters and training minutes of the head.
+With `--no-times` a row has no figure that hangs on the clock, and no forwards: for heads that are measured while others train.
 """
 
 from __future__ import annotations

@@ -88,6 +88,11 @@ def test_every_method_learns_and_drafts(made: Path, method: str) -> None:
     assert len(output.outputs[0].token_ids) == 12
 
 
+def test_whole_sequences_are_learned_too(made: Path) -> None:
+    done = run(choice(made, "ctc", "whole", options={"prefixes": False, "labels": 3}, steps=8, evaluate_every=4))
+    assert done.history[-1]["loss"] < done.history[0]["loss"]
+
+
 def test_several_seeds_learn_from_the_same_shards(made: Path) -> None:
     before = (made / "shards" / "manifest.json").read_bytes()
     run(dataclasses.replace(choice(made, "eagle", "seed-1", steps=1), seed=1))
@@ -342,6 +347,10 @@ def test_wrong_names_are_said(made: Path, tmp_path: Path) -> None:
         run(choice(made, "egale", "x"))
     with pytest.raises(ValueError, match=r"option of method 'ctc': 'num_slot'\. Did you mean 'num_slots'"):
         run(choice(made, "ctc", "x", options={"num_slot": 4}))
+    with pytest.raises(ValueError, match="anchors is a share of the places, above 0 and at most 1, got 64"):
+        run(choice(made, "ctc", "x", options={"anchors": 64}))
+    with pytest.raises(ValueError, match=r"soft_labels must be at least 0 \(0: the text's own tokens\), got -1"):
+        run(choice(made, "medusa", "x", options={"soft_labels": -1}))
     with pytest.raises(ValueError, match=r"unknown schedule 'cosin'\. Did you mean 'cosine'"):
         run(choice(made, "eagle", "x", schedule="cosin"))
     with pytest.raises(ValueError, match=r"--plot must be a \.png or \.svg file, got 'curves'"):

@@ -284,17 +284,10 @@ def train(
     from foredraft.train import command
     from foredraft.train.command import TrainChoice
 
-    settings: dict[str, Any] = {
-        "steps": steps,
-        "batch_tokens": batch_tokens,
-        "accumulate": accumulate,
-        "warmup": warmup,
-        "clip": clip,
-    }
-    settings |= {"schedule": schedule, "evaluate_every": evaluate_every, "patience": patience}
-    settings |= {"bf16": bf16} if bf16 is not None else {}
+    settings: dict[str, Any] = {"steps": steps, "batch_tokens": batch_tokens, "accumulate": accumulate, "warmup": warmup}
+    settings |= {"clip": clip, "schedule": schedule, "evaluate_every": evaluate_every, "patience": patience}
     settings |= {"optimizer": optimizer, "answer_share": answer_share}
-    settings |= {"lr": lr} if lr is not None else {}
+    settings |= {name: value for name, value in {"lr": lr, "bf16": bf16}.items() if value is not None}
     layers = command.numbers("--feature-layers", feature_layers or "", int)
     ways = command.numbers("--temperatures", temperatures, float)
     given = command.options(set_option or [])

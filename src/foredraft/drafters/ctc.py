@@ -79,7 +79,7 @@ class CtcDrafter:
         trees: list[tuple[list[int], list[int]]] = [([state.root], [-1]) for state in states]
         live = [b for b, state in enumerate(states) if self.slots.room(state) and min(budgets[b])]
         if live:
-            filled = self.slots.fill([states[b] for b in live])
+            filled = self.slots.fill([states[b] for b in live]).float()
             heat = filled.new_tensor([draft_sampling(sampling[b], None).temperature for b in live])
             for b, (tokens, probs, blanks) in zip(live, zip(*self._frames(filled, heat), strict=True), strict=True):
                 trees[b] = likeliest_prefixes(
@@ -102,6 +102,6 @@ class CtcDrafter:
     def _frames(self, filled: Float[Tensor, "b k w"], heat: Float[Tensor, " b"]) -> tuple[Any, Any, Any]:
         """Of every slot the likeliest tokens, their probabilities at each request's temperature, and that of the blank, which
         stands last."""
-        probs = (filled / heat[:, None, None]).float().softmax(-1)
+        probs = (filled / heat[:, None, None]).softmax(-1)
         best, tokens = probs[..., :-1].topk(min(self._num_tokens, probs.shape[-1] - 1))
         return tokens.cpu().numpy(), best.double().cpu().numpy(), probs[..., -1].double().cpu().numpy()

@@ -27,7 +27,7 @@ from foredraft.train.batches import collate, endless
 from foredraft.train.corpus import read_prompts
 from foredraft.train.frozen import Frozen
 from foredraft.train.loop import Course, Progress, Settings, faster_in_bf16, train
-from foredraft.train.recipes import RECIPES
+from foredraft.train.recipes import RECIPES, check
 from foredraft.train.shards import Plan, Text, capture
 from foredraft.train.start import FITTED_TOKENS, begin
 from foredraft.train.workers import Workers, find_workers
@@ -75,10 +75,7 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
     source, workers = choice.model or BUNDLED_TARGET, workers or Workers()
     device = choice.device or workers.device
     llm = LLM(source, {"method": "ar"}, device=device, max_num_seqs=WRITERS, seed=choice.seed)
-    usual = {"steps": 1000, "lr": RECIPES[choice.method].lr, "seed": choice.seed}
-    if "bf16" not in choice.settings:
-        usual["bf16"] = workers.count > 1 or faster_in_bf16(choice.out, llm.target.device)
-    settings = Settings(**{**usual, **choice.settings})
+    settings = _settings(choice, workers, llm.target.device)
     if llm.tokenizer is None:
         raise ValueError("the target has no tokenizer, so that its data cannot be read: give a directory with one")
     given = _split_options(choice.method, choice.options, llm.target)
@@ -127,6 +124,14 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
     return done
 
 
+def _settings(choice: TrainChoice, workers: Workers, device: torch.device) -> Settings:
+    """The usual settings, but for those that are given."""
+    usual = {"steps": 1000, "lr": RECIPES[choice.method].lr, "seed": choice.seed}
+    if "bf16" not in choice.settings:
+        usual["bf16"] = workers.count > 1 or faster_in_bf16(choice.out, device)
+    return Settings(**{**usual, **choice.settings})
+
+
 def _learned(texts: Sequence[Text], answer_share: float) -> list[Text]:
     found = [one for one in texts if not one.held_out and one.answer_share >= answer_share]
     if not found:
@@ -163,7 +168,7 @@ def _split_options(method: str, given: Mapping[str, Any], target: Any) -> Option
     """Whose the given options are.
 
     Raises:
-        ValueError: nobody has an option of that name.
+        ValueError: nobody has an option of that name, or its value cannot be.
     """
     sizes = HEADS[method].sizes
     known = list(inspect.signature(HEADS[method].cls.__init__).parameters.values())[2:]
@@ -177,11 +182,9 @@ def _split_options(method: str, given: Mapping[str, Any], target: Any) -> Option
     if "feature_layers" in of_head and "feature_layers" not in head:
         count = target.config.num_hidden_layers
         head["feature_layers"] = [2, count // 2, count - 3]  # the released EAGLE-3's
-    return Options(
-        {name: given[name] for name in sizes if name in given},
-        head,
-        {**recipe, **{name: given[name] for name in recipe if name in given}},
-    )
+    learned = {**recipe, **{name: given[name] for name in recipe if name in given}}
+    check(learned)
+    return Options({name: given[name] for name in sizes if name in given}, head, learned)
 
 
 def _counts(texts: Sequence[Text], target: Any) -> torch.Tensor:

@@ -237,7 +237,7 @@ def _spelled(
 
 def _anchors(mask: Bool[Tensor, "b p"], lesson: Lesson) -> Int[Tensor, "b a"]:
     """Pairs to draft behind, drawn among those of answers; evenly spread while evaluating."""
-    count = min(max(1, round(lesson.options["anchors"] * mask.shape[1])), mask.shape[1])
+    count = max(1, round(lesson.options["anchors"] * mask.shape[1]))
     if lesson.generator is None:
         order = -torch.arange(mask.shape[1], device=mask.device).expand_as(mask).mul(7919).remainder(mask.shape[1]).float()
     else:
@@ -261,12 +261,12 @@ class Following(NamedTuple):
 
 def _labelled(lesson: Lesson, pairs: tuple[Int[Tensor, " n"], ...], count: int, dtype: torch.dtype) -> Following:
     """The next `count` answer tokens behind the root of each pair; `soft_labels` of the target's law stand beside each, or
-    else the token itself alone.
+    else (and where whole sequences are learned) the token itself alone.
 
     Args:
         pairs: text and place of each.
     """
-    batch, soft = lesson.batch, lesson.options["soft_labels"]
+    batch, soft = lesson.batch, lesson.options["soft_labels"] if lesson.options.get("prefixes", True) else 0
     rows, places = pairs[0][:, None], pairs[1][:, None] + 2 + torch.arange(count, device=batch.ids.device)
     inside = places < batch.ids.shape[1]
     places = places.clamp(max=batch.ids.shape[1] - 1)
@@ -310,6 +310,18 @@ class Recipe:
     learn: Callable[[Lesson], Learned]
     options: Mapping[str, Any]
     lr: float = 5e-3
+
+
+def check(options: Mapping[str, Any]) -> None:
+    """Looks at a recipe's options before anything is made.
+
+    Raises:
+        ValueError: one of them cannot be.
+    """
+    if not 0 < options.get("anchors", 1) <= 1:
+        raise ValueError(f"anchors is a share of the places, above 0 and at most 1, got {options['anchors']}")
+    if options.get("soft_labels", 0) < 0:
+        raise ValueError(f"soft_labels must be at least 0 (0: the text's own tokens), got {options['soft_labels']}")
 
 
 _RECURRENT = {"regression": 1.0, "classification": 0.1, "unroll": 1, "decay": 0.8, "noise": NOISE, "ctc": 0.0}

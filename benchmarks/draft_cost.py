@@ -7,7 +7,8 @@ tree. The bare products are those of the very same packed weights, for as many r
 compiled code that does nothing else. Slots are filled once a step, so that for them a level is the whole forward. Level and
 products take turns; ratios are of one turn each, and their median stands between the ends of its 95 % interval (from order
 statistics, whatever the distribution). The weights are random, which changes no cost. Two widths: 1536, and the bundled
-target's; weights of 16 bits, and of the usual 7.
+target's; weights of 16 bits, and of the usual 7. Torch has one thread meanwhile, as while generating (`decode.paced`): its workers wait
+for more without sleeping, on the processors that the compiled code's threads need.
 
 | column | meaning |
 |---|---|
@@ -261,6 +262,7 @@ def main() -> None:
     torch.set_num_threads(args.threads or torch.get_num_threads())
     with torch.inference_mode():
         every = settings(args.widths)
+        torch.set_num_threads(1)
         with progress_bar("measuring", (args.rounds + 1) * len(every)) as advance:
             for number in rounds(args.rounds + 1, args.minutes):
                 for one in every:

@@ -64,7 +64,7 @@ TREES = {1: ("chain", Budget(3, 3)), 10: ("topk", Budget(10, 3))}
 """Trees whose second and later levels have so many rows."""
 
 COLUMNS = (
-    *("method", "width", "bits", "rows", "threads", "forwards", "bare_ms", "forward_ms", "level_ms", "grown_ms"),
+    *("method", "width", "bits", "rows", "head_threads", "forwards", "bare_ms", "forward_ms", "level_ms", "grown_ms"),
     *("ratio", "ratio_low", "ratio_high", "allowed"),
 )
 
@@ -126,7 +126,7 @@ class Setting:
         ratios = sorted(one.level / one.bare for one in self.turns)
         low, high = interval(len(ratios))
         times = {f"{name}_ms": 1000 * median([getattr(one, name) for one in self.turns]) for name in Turn._fields[:4]}
-        found = {"method": self.method, "width": self.width, "bits": self.bits, "rows": self.rows, "threads": self.threads}
+        found = {"method": self.method, "width": self.width, "bits": self.bits, "rows": self.rows, "head_threads": self.threads}
         found |= {"context": CONTEXT, "turns": len(ratios), "forwards": self.turns[-1].forwards, **times}
         found |= {"ratio": median(ratios), "ratio_low": ratios[low], "ratio_high": ratios[high]}
         is_bound = self.method in ("eagle", "fspad") and self.bits == FULL
@@ -262,6 +262,7 @@ def main() -> None:
     torch.set_num_threads(args.threads or torch.get_num_threads())
     with torch.inference_mode():
         every = settings(args.widths)
+        usual = torch.get_num_threads()
         torch.set_num_threads(1)
         with progress_bar("measuring", (args.rounds + 1) * len(every)) as advance:
             for number in rounds(args.rounds + 1, args.minutes):
@@ -269,6 +270,7 @@ def main() -> None:
                     found = [one.turn() for _ in range(BLOCK)]
                     one.turns += found if number else []
                     advance(1)
+        torch.set_num_threads(usual)
     rows = [one.row() for one in every if one.turns]
     report(args.output, rows, COLUMNS, device=torch.device("cpu"), dtype="bfloat16")
 

@@ -7,8 +7,8 @@ tree. The bare products are those of the very same packed weights, for as many r
 compiled code that does nothing else. Slots are filled once a step, so that for them a level is the whole forward. Level and
 products take turns; ratios are of one turn each, and their median stands between the ends of its 95 % interval (from order
 statistics, whatever the distribution). The weights are random, which changes no cost. Two widths: 1536, and the bundled
-target's; weights of 16 bits, and of the usual 7. Torch has one thread meanwhile, as while generating (`decode.paced`): its workers wait
-for more without sleeping, on the processors that the compiled code's threads need.
+target's; weights of 16 bits, and of the usual 7. Torch has one thread meanwhile, as while generating (`decode.paced`):
+its workers wait for more without sleeping, on the processors that the compiled code's threads need.
 
 | column | meaning |
 |---|---|
@@ -214,7 +214,7 @@ def ctc(target: NativeTarget, bits: int) -> Setting:
     """All slots, the first of which is the last pair."""
     config = layer_config(target.config, target.vocab_size)
     head = heads.HEADS["ctc"].make(Shape.of(config)).bfloat16()
-    drafter = CtcDrafter(slots.LayerSlots(head, config, target, 1, compiled=True, weight_bits=bits))
+    drafter = CtcDrafter(slots.LayerSlots(head, config, target, 1, compiled=True, weight_bits=bits), None, target.vocab_size)
     state = started(drafter, config.hidden_size)
     run: Any = drafter.slots.compiled
     entry, ahead, *layer, last, blank = run.linears

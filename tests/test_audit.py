@@ -162,7 +162,7 @@ def test_drafted_is_the_law_of_draws_and_the_set_of_choices() -> None:
 def test_every_drafted_token_has_its_law(method: str) -> None:
     """A drafted token that was accepted had some probability there, and whatever is accepted or recovered was drafted for."""
     config = {**(LM if method == "lm" else head(method)), "num_speculative_tokens": 4}
-    llm = LLM(TARGET, {**config, **({"tree": "dyspec"} if DRAFTERS[method].gives == "expand" else {})}, dtype="float64")
+    llm = LLM(TARGET, {**config, **({"tree": "dyspec"} if not DRAFTERS[method].makes_own else {})}, dtype="float64")
     sampling = SamplingParams(temperature=1.0, max_tokens=60, ignore_eos=True)
     auditor = Auditor(llm, [llm.tokenizer(PROMPTS[0])["input_ids"]], sampling, 2)
     [request] = auditor._run(sampling, 2, Draws)

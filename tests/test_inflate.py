@@ -79,7 +79,7 @@ def test_a_head_keeps_its_laws(method: str, narrow: bool, tmp_path: Path) -> Non
     small = narrow_head(STORIES, tmp_path / "narrow") if narrow else DATA / "heads" / method
     inflate(STORIES, 15_000_000, tmp_path / "large")
     inflate_head(small, tmp_path / "large", tmp_path / "head")
-    tree = {"tree": "topk"} if DRAFTERS[method].gives == "expand" else {}
+    tree = {"tree": "topk"} if not DRAFTERS[method].makes_own else {}
     found = []
     for target, head in ((STORIES, small), (tmp_path / "large", tmp_path / "head")):
         llm = LLM(target, {"method": method, "model": head, "num_speculative_tokens": 6, **tree}, dtype="float64")

@@ -27,7 +27,7 @@ def config_of(method: str) -> dict[str, Any]:
     """The asked drafter's weights, and a tree where it grows one."""
     row = DRAFTERS[method]
     own = {key: CONFIG[key] for key in ("num_speculative_tokens", "lookup_min_match")}
-    tree = {"tree": "dyspec"} if row.gives == "expand" else {}
+    tree = {"tree": "dyspec"} if not row.makes_own else {}
     return {"method": method, "model": str(DATA / "heads" / str(row.asks)) if row.weights == "head" else OTHER, **tree, **own}
 
 
@@ -107,7 +107,7 @@ def test_every_drafter_with_weights_can_stand_behind_a_lookup() -> None:
         if row.weights is None or row.asks:
             continue
         front = DRAFTERS[f"{name}-lookup"]
-        assert (front.asks, front.gives, front.weights) == (name, row.gives, row.weights)
+        assert (front.asks, front.gives, front.makes_own, front.weights) == (name, row.gives, row.makes_own, row.weights)
         assert {*row.options, "lookup_min_match"} == set(front.options) == set(front.option_types()) & set(front.options)
         assert bundled_drafter(f"{name}-lookup") == bundled_drafter(name)
     found = parse({"method": "ctc-lookup", "ctc_tokens": 3, "lookup_min_match": 2, "force": True})

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from exact import MEASURED
 from foredraft import LLM, RequestOutput, SamplingParams
 from foredraft.drafters import DRAFTERS
-from foredraft.grow import GROWERS
 from foredraft.llm import BUNDLED_LM, BUNDLED_TARGET, bundled_drafter
+from foredraft.speculation import trees_of
 from narrow import narrow_head
 
 pytestmark = pytest.mark.unchecked
@@ -28,11 +28,7 @@ HEADS = DATA / "heads"
 LEAST = {"medusa": 1.2, "medusa-lookup": 1.2}
 """Tokens a step that a drafter gives at least, where it is not 1.5: so small a Medusa learns little."""
 STORY_PROMPTS = ["Once upon a time", "Tom", "One day, a girl named Sue went to the park with her red ball and"]
-COMBINATIONS = [
-    (drafter, tree)
-    for drafter, row in DRAFTERS.items()
-    for tree in ([name for name, grower in GROWERS.items() if grower.needs == row.gives] or [None])
-]
+COMBINATIONS = [(drafter, tree) for drafter, row in DRAFTERS.items() for tree in trees_of(row)]
 USUAL = [
     pytest.param(
         drafter, tree, marks=[pytest.mark.slow] if DRAFTERS[drafter].asks and tree not in ("chain", "dyspec", None) else []

@@ -7,9 +7,10 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 
 from foredraft.compiled import library
-from foredraft.drafters.prefixes import collapse, likeliest_prefixes, prefix_search, trie
+from foredraft.drafters.prefixes import PrefixLaws, collapse, likeliest_prefixes, prefix_search, trie
 
 BLANK = -1
 
@@ -23,6 +24,15 @@ def all_paths(probs: np.ndarray, blanks: np.ndarray) -> dict[tuple[int, ...], fl
     return found
 
 
+def prefix_masses(every: dict[tuple[int, ...], float]) -> dict[tuple[int, ...], float]:
+    """Every prefix of at least one label, with the probability that the labels begin with it."""
+    mass: dict[tuple[int, ...], float] = defaultdict(float)
+    for labels, prob in every.items():
+        for length in range(1, len(labels) + 1):
+            mass[labels[:length]] += prob
+    return mass
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("frames", "size"), [(1, 3), (3, 2), (4, 3), (6, 2)])
 def test_prefixes_are_the_likeliest_of_all(frames: int, size: int, seed: int) -> None:
@@ -30,10 +40,7 @@ def test_prefixes_are_the_likeliest_of_all(frames: int, size: int, seed: int) ->
     law = np.random.default_rng(seed).dirichlet(np.ones(size + 1), frames)
     every = all_paths(law[:, :-1], law[:, -1])
     assert sum(every.values()) == pytest.approx(1, abs=1e-14)
-    mass: dict[tuple[int, ...], float] = defaultdict(float)
-    for labels, prob in every.items():
-        for length in range(1, len(labels) + 1):
-            mass[labels[:length]] += prob
+    mass = prefix_masses(every)
     given = np.tile(np.arange(size), (frames, 1)), law[:, :-1], law[:, -1]
     found = prefix_search(*given, nodes=10_000, depth=frames)
     assert found.keys() == mass.keys()
@@ -41,6 +48,25 @@ def test_prefixes_are_the_likeliest_of_all(frames: int, size: int, seed: int) ->
     assert [*found] == sorted(mass, key=lambda labels: -mass[labels])
     assert [*prefix_search(*given, nodes=7, depth=frames)] == [*found][:7]
     assert [*prefix_search(*given, nodes=7, depth=2)] == [labels for labels in found if len(labels) <= 2][:7]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("frames", "size"), [(1, 3), (3, 2), (4, 3), (6, 2)])
+def test_laws_after_every_prefix(frames: int, size: int, seed: int) -> None:
+    """Against the sums over all paths; nodes asked for all at once, the deepest first, and one by one."""
+    law = np.random.default_rng(seed).dirichlet(np.ones(size + 1), frames)
+    mass = prefix_masses(all_paths(law[:, :-1], law[:, -1]))
+    prefixes = sorted(mass, key=len)
+    tokens, parents = trie(prefixes, root=0)
+    nodes = [*range(len(tokens))][::-1]
+    found = PrefixLaws(torch.from_numpy(law)).logits(tokens, parents, nodes)
+    for node, row in zip(nodes, found.softmax(-1).numpy(), strict=True):
+        labels = prefixes[node - 1] if node else ()
+        after = np.array([mass.get((*labels, one), 0.0) for one in range(size)])
+        wanted = after / after.sum() if after.any() else np.full(size, 1 / size)
+        np.testing.assert_allclose(row, wanted, atol=1e-12)
+    one_by_one = PrefixLaws(torch.from_numpy(law))
+    torch.testing.assert_close(torch.cat([one_by_one.logits(tokens, parents, [node]) for node in nodes]), found)
 
 
 def frames_of(*path: int, size: int = 4) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from foredraft.tree import Drawn
 from foredraft.verify import RULES
 
 EXACT = {name for name, row in RULES.items() if row.guarantee.startswith("exact")}
-OWN_TREE = [name for name, row in DRAFTERS.items() if row.gives == "own tree"]
+OWN_TREE = [name for name, row in DRAFTERS.items() if row.makes_own]
 GROWN = [(name, tree) for name, row in DRAFTERS.items() for tree in GROWERS if GROWERS[tree].needs == row.gives]
 
 

@@ -516,7 +516,7 @@ def test_the_chains_of_a_real_pair_can_be_read_again(tmp_path: Path, capsys: pyt
         assert says in err
 
 
-@pytest.mark.parametrize("method", ["eagle3", pytest.param("hydra", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["eagle3", "ctc", pytest.param("hydra", marks=pytest.mark.slow)])
 def test_rejections_of_a_head_are_predicted_for_one_token(tmp_path: Path, method: str) -> None:
     """480 tokens or more a number of drafts: a z of 4 or more has a chance below 1e-4; the seed is fixed."""
     prompts = tmp_path / "stories.txt"
@@ -528,13 +528,3 @@ def test_rejections_of_a_head_are_predicted_for_one_token(tmp_path: Path, method
         assert one.counted > 50
     with pytest.raises(ValueError, match="use --lookahead 1"):
         predict.predict(texts, lookahead=4, drafts=(1,))
-
-
-def test_a_head_without_laws_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prompts = tmp_path / "stories.txt"
-    prompts.write_text("Once upon a time\n")
-    given = ("--model", STORIES[0], "--drafter", str(HEADS / "ctc"), "--raw", "--prompts", str(prompts))
-    for command in (("predict",), ("estimate", "--output", str(tmp_path / "laws.json"))):
-        code, out, err = run(capsys, *command, *given)
-        assert (code, out) == (1, "")
-        assert err.startswith("error: method 'ctc' makes its own tree and gives no laws\nhint: ")

@@ -8,7 +8,7 @@ from typing import Any
 from foredraft.drafters import DRAFTERS
 from foredraft.engine import CompletionOutput
 from foredraft.grow import GROWERS
-from foredraft.speculation import fits, fitting_rules
+from foredraft.speculation import fits, fitting_rules, trees_of
 from foredraft.tree import Drawn
 from foredraft.verify import RULES
 
@@ -38,9 +38,10 @@ def tree_as_dict(completion: CompletionOutput | None) -> dict[str, Any] | None:
 
 def _drafter(name: str) -> dict[str, Any]:
     row = DRAFTERS[name]
-    fitting = [tree for tree, grower in GROWERS.items() if grower.needs == row.gives]
+    fitting = [tree for tree in trees_of(row) if tree]
     found: dict[str, Any] = {"name": name, "guarantee": _ANY_PROPOSAL, "gives": row.gives, "trees": fitting}
-    if not fitting:
+    found |= {"own_tree": row.makes_own}
+    if row.makes_own:
         found |= {"rules": fitting_rules(row), "default_rule": "deterministic"}
     return found | {"options": list(row.options), "source": row.source}
 

@@ -172,7 +172,8 @@ def method_tables(tables: dict[str, list[dict[str, Any]]]) -> None:
 def _cell(row: dict[str, Any], column: str, trees: list[str]) -> str:
     value = row[column]
     if column == "trees" and "gives" in row:
-        return "every tree" if value == trees else ", ".join(value) or "its own"
+        named = "every tree" if value == trees else ", ".join(value)
+        return " or ".join(filter(None, ("its own" if row["own_tree"] else "", named)))
     if isinstance(value, dict):
         return ", ".join(f"{name}={default}" for name, default in value.items())
     return ", ".join(value) if isinstance(value, list) else str(value)

@@ -70,12 +70,13 @@ class Speculation:
         return [Way(name, tree) for name in names for tree in self._trees(DRAFTERS[name])]
 
     def _trees(self, drafter: DrafterRow) -> list[str | None]:
-        able = [name for name, row in GROWERS.items() if row.needs == drafter.gives]
-        if not able:
-            return [None] if self.tree in (None, AUTO) and self.rule_name in (None, *fitting_rules(drafter)) else []
-        if self.tree != AUTO:
-            return [self.tree]
-        return [name for name in able if self.rule_name in (None, *fitting_rules(GROWERS[name]))]
+        able = trees_of(drafter)
+        wanted = able if self.tree == AUTO else [self.tree]
+        return [
+            name
+            for name in able
+            if name in wanted and self.rule_name in (None, *fitting_rules(GROWERS[name] if name else drafter))
+        ]
 
     @property
     def calibrated(self) -> str:
@@ -188,7 +189,9 @@ def _check_unused(config: Mapping[str, Any]) -> None:
 
 
 def _named_tree(method: str, drafter: DrafterRow, tree: str | None) -> tuple[str | None, GrowerRow | None]:
-    fitting = [name for name, row in GROWERS.items() if row.needs == drafter.gives]
+    fitting = [name for name in trees_of(drafter) if name]
+    if tree is None and drafter.makes_own and method != AUTO:
+        return None, None
     if tree in (None, AUTO):
         return (AUTO, None) if fitting else (None, None)
     if tree not in GROWERS:
@@ -213,6 +216,12 @@ def _named_rule(method: str, drafter: DrafterRow, tree: str | None, grower: Grow
         named = [f"{name} (lossy)" if RULES[name].guarantee.startswith("lossy") else name for name in fitting]
         raise ValueError(f"rule {rule!r} is not exact for {what}; rules that can be used with it: {', '.join(named)}")
     return rule
+
+
+def trees_of(drafter: DrafterRow) -> list[str | None]:
+    """Names of the trees that a drafter can grow; None is its own."""
+    grown = [name for name, row in GROWERS.items() if row.needs == drafter.gives]
+    return [*grown, None] if drafter.makes_own else [*grown]
 
 
 def fitting_rules(row: GrowerRow | DrafterRow) -> list[str]:

@@ -14,7 +14,6 @@ from foredraft.audit.run import PLANTED, TOLERANCE, Audit, Auditor, versions
 from foredraft.bench import tasks
 from foredraft.bench.calibrate import PROMPTS
 from foredraft.drafters import DRAFTERS
-from foredraft.grow import GROWERS
 from foredraft.llm import LLM
 from foredraft.sampling import SamplingParams
 
@@ -42,7 +41,7 @@ class AuditChoice:
 def with_usual_tree(config: dict[str, Any]) -> dict[str, Any]:
     """A speculative config in which neither tree nor rule is named, with the usual tree where its drafter grows trees."""
     row = DRAFTERS.get(config.get("method", ""))
-    is_open = row is not None and row.gives == GROWERS[USUAL_TREE].needs and not {"tree", "rule"} & set(config)
+    is_open = row is not None and not row.makes_own and not {"tree", "rule"} & set(config)
     return {**config, "tree": USUAL_TREE} if is_open else config
 
 

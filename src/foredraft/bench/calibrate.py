@@ -32,14 +32,13 @@ from foredraft.drafters import DRAFTERS
 from foredraft.drafters.along import AskedAlong
 from foredraft.drafters.lookup_first import LookupFirst
 from foredraft.draws import Draws
-from foredraft.grow import GROWERS
 from foredraft.grow.acceptance import AcceptanceTable, Trial, conditional
 from foredraft.grow.base import GREEDY_DRAFT_TEMPERATURE
 from foredraft.llm import BUNDLED, LLM
 from foredraft.progress import progress_bar
 from foredraft.protocols import Target
 from foredraft.sampling import SamplingParams, TargetLaw, warp
-from foredraft.speculation import Way, drafter_for
+from foredraft.speculation import Way, drafter_for, trees_of
 from foredraft.tree import DraftTree, Drawn, TreeBatch
 from foredraft.verify import RULES
 
@@ -120,7 +119,7 @@ def tokens_per_step(plain: LLM, config: dict[str, Any], prompts: Sequence[list[i
     With a draft model or a head the drafters that need none are measured too: what it is worth can only be said beside them.
     """
     method = config["method"]
-    own = [Way(method, name) for name, row in GROWERS.items() if row.needs == DRAFTERS[method].gives] or [Way(method, None)]
+    own = [Way(method, name) for name in trees_of(DRAFTERS[method])]
     free = [Way(name, None) for name, row in DRAFTERS.items() if row.weights is None]
     asking = [name for name, row in DRAFTERS.items() if row.asks == method]
     ways = [*own, *free] if has_weights(own[0]) else own

@@ -37,11 +37,12 @@ class DrafterRow(NamedTuple):
 
     Attributes:
         module, cls: where it lives; imported when it is used.
-        gives: ``expand`` (the law after any path), ``slots`` (laws of the next positions) or ``own tree``.
+        gives: ``expand``, the law after any path, which is what growers need; or nothing but an ``own tree``.
         options: config keys of its own.
-        chains_only: for ``own tree``: whether it never branches.
+        chains_only: of its own tree: whether it never branches.
         weights: what config key ``model`` is to it: a language ``model``, a ``head`` trained for the target; None: nothing.
         asks: the drafter that it asks where it finds nothing itself, whose options it takes too.
+        own_tree: whether it makes a tree of its own where none is named, though it gives laws.
     """
 
     module: str
@@ -52,6 +53,12 @@ class DrafterRow(NamedTuple):
     source: str
     weights: str | None = None
     asks: str | None = None
+    own_tree: bool = False
+
+    @property
+    def makes_own(self) -> bool:
+        """Whether it makes a tree of its own where none is named."""
+        return self.own_tree or self.gives == "own tree"
 
     def load(self) -> Any:
         """Its class."""
@@ -75,9 +82,10 @@ class DrafterRow(NamedTuple):
         return self.load().build(asked.build(setting._replace(method=self.asks), **theirs), **options)
 
 
-def _head(module: str, cls: str, source: str, *, gives: str = "expand", options: Sequence[str] = ()) -> DrafterRow:
+def _head(module: str, cls: str, source: str, *, options: Sequence[str] = (), own_tree: bool = False) -> DrafterRow:
     """A drafter over the target's features, whose weights are a head trained for that target."""
-    return DrafterRow(f"foredraft.drafters.{module}", cls, gives, ("force", "weight_bits", *options), False, source, "head")
+    options = ("force", "weight_bits", *options)
+    return DrafterRow(f"foredraft.drafters.{module}", cls, "expand", options, False, source, "head", own_tree=own_tree)
 
 
 DRAFTERS: dict[str, DrafterRow] = {
@@ -118,8 +126,8 @@ DRAFTERS: dict[str, DrafterRow] = {
         "ctc",
         "CtcDrafter",
         "CTC-based drafter (arXiv 2412.00061): parallel slots, collapsed",
-        gives="own tree",
         options=("ctc_tokens",),
+        own_tree=True,
     ),
 }
 

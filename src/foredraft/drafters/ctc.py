@@ -1,10 +1,11 @@
-"""The CTC-based drafter at work: slots filled in one forward, the likeliest label sequences of them as a trie."""
+"""The CTC-based drafter at work: slots filled in one forward, what they collapse to as a trie of its own or as a law."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -13,36 +14,42 @@ from foredraft.drafters import Setting
 from foredraft.drafters.compiled import FEW, check_bits
 from foredraft.drafters.folder import load_head
 from foredraft.drafters.pairs import PairState
-from foredraft.drafters.prefixes import likeliest_prefixes
-from foredraft.drafters.slots import LayerSlots
+from foredraft.drafters.prefixes import PrefixLaws, likeliest_prefixes
+from foredraft.drafters.slots import LayerSlots, SlotDrafter
 from foredraft.draws import Draws
 from foredraft.grow.base import draft_sampling
-from foredraft.protocols import Budget
+from foredraft.protocols import Budget, Grower
 from foredraft.sampling import SamplingParams
-from foredraft.tree import TreeBatch
+from foredraft.tree import Ids, TreeBatch
 
 DEFAULT_TOKENS = 8
 
 
-class CtcDrafter:
-    """Drafts the trie of the likeliest sequences, repeats merged and blanks dropped. Every node's position is its depth, so
-    that nothing is left of what was dropped; the trie is a function of the slots, which makes it exact with every rule for
-    deterministic nodes. Slots are taken at the temperature of other draft laws: the request's, 0.6 where it is greedy.
+class CtcDrafter(SlotDrafter):
+    """Drafts what the slots collapse to, repeats merged and blanks dropped. Every node's position is its depth, so that
+    nothing is left of what was dropped.
+
+    Without a grower its tree is the trie of the likeliest prefixes: a function of the slots, which makes it exact with every
+    rule for deterministic nodes. These slots are taken at the temperature of other draft laws: the request's, 0.6 where it is
+    greedy. A grower is given laws: P(token | path) is the probability of the longer prefix over that of the path, summed over
+    all that collapses to it, so that children can be sampled from it and every tree and rule can be used.
 
     Args:
         slots: fills the slots.
-        ctc_tokens: likeliest tokens that a slot may take.
+        grower: how its trees grow; None for its own.
+        vocab_size: the target's.
+        ctc_tokens: likeliest tokens that a slot may take in its own tree.
 
-    Source: Wen, Gui, Feng 2024 (arXiv 2412.00061), sections 3.2 and 3.3.
+    Source: Wen, Gui, Feng 2024 (arXiv 2412.00061), sections 3.2 and 3.3; the laws are ours.
 
     Raises:
         ValueError: `ctc_tokens` is below 1.
     """
 
-    def __init__(self, slots: LayerSlots, *, ctc_tokens: int = DEFAULT_TOKENS):
+    def __init__(self, slots: LayerSlots, grower: Grower | None, vocab_size: int, *, ctc_tokens: int = DEFAULT_TOKENS):
         if ctc_tokens < 1:
             raise ValueError(f"ctc_tokens must be at least 1, got {ctc_tokens}")
-        self.slots, self.feature_layers = slots, slots.feature_layers
+        super().__init__(slots, grower, vocab_size)
         self._num_tokens = ctc_tokens
 
     @classmethod
@@ -55,16 +62,7 @@ class CtcDrafter:
         check_bits(weight_bits)
         loaded = load_head(setting, force=force)
         slots = LayerSlots(loaded.head, loaded.config, setting.target, setting.num_slots, weight_bits=weight_bits)
-        return cls(slots, **options)
-
-    @torch.inference_mode()
-    def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> PairState:
-        """A new request."""
-        return self.slots.start(tokens, features)
-
-    def finish(self, state: PairState) -> None:
-        """Gives back what the request held."""
-        self.slots.finish(state)
+        return cls(slots, setting.grower, setting.target.vocab_size, **options)
 
     @torch.inference_mode()
     def propose(
@@ -74,7 +72,9 @@ class CtcDrafter:
         sampling: Sequence[SamplingParams],
         draws: Sequence[Draws],
     ) -> TreeBatch:
-        """One trie a request; none before the target has run a token, and none where the head's context is full."""
+        """One tree a request; none before the target has run a token, and none where the head's context is full."""
+        if self.grower is not None:
+            return super().propose(states, budgets, sampling, draws)
         self.slots.settle(states)
         trees: list[tuple[list[int], list[int]]] = [([state.root], [-1]) for state in states]
         live = [b for b, state in enumerate(states) if self.slots.room(state) and min(budgets[b])]
@@ -93,11 +93,20 @@ class CtcDrafter:
         return TreeBatch.chains([tokens for tokens, _ in trees], [parents for _, parents in trees])
 
     @torch.inference_mode()
-    def observe(
-        self, state: PairState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]
-    ) -> None:
-        """New pairs."""
-        self.slots.observe(state, tokens, features)
+    def expand(self, states: Sequence[PairState], partial: TreeBatch, node_ids: Ids) -> Float[Tensor, "n v"]:
+        """Logarithms of the laws after the packed nodes `node_ids`; the first call of a step fills the slots."""
+        owners = np.searchsorted(partial.offsets, node_ids, side="right") - 1
+        live = np.unique(owners).tolist()
+        self._begin([states[b] for b in live if states[b].carried is None])
+        parts = []
+        for b in live:
+            tree, begin = slice(*partial.offsets[b : b + 2]), partial.offsets[b]
+            given = partial.tokens[tree].tolist(), partial.parents[tree].tolist(), (node_ids[owners == b] - begin).tolist()
+            parts.append(states[b].carried.logits(*given))
+        return torch.cat(parts)[torch.from_numpy(np.argsort(np.argsort(owners, kind="stable")))]
+
+    def _held(self, filled: Float[Tensor, "k w"]) -> PrefixLaws:
+        return PrefixLaws(filled.float().softmax(-1))
 
     def _frames(self, filled: Float[Tensor, "b k w"], heat: Float[Tensor, " b"]) -> tuple[Any, Any, Any]:
         """Of every slot the likeliest tokens, their probabilities at each request's temperature, and that of the blank, which

@@ -31,13 +31,14 @@ class PairState(Growing):
     Attributes:
         root: the last committed token.
         parts: the pending pairs' features, in the parts in which they came; see `features`.
-        carried: what a recurrent head foretold at each place of this step's run, in a table with room for more.
+        carried: what was foretold in this step: by a recurrent head at each place of its run, in a table with room for more;
+            the slots of other heads, or their laws.
         ran: how many pairs of this step's run are to be kept; None until the step is over.
     """
 
     root: int = 0
     parts: list[Float[Tensor, "_ d"]] = field(default_factory=list)
-    carried: Float[Tensor, "n d"] | None = None
+    carried: Any = None
     ran: int | None = None
 
     @property

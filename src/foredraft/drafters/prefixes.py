@@ -1,4 +1,4 @@
-"""Label sequences of CTC frames: the likeliest prefixes, as a tree.
+"""Label sequences of CTC frames: the likeliest prefixes, as a tree, and the law of the label after any prefix.
 
 Source: prefix search: Graves et al. 2006, Connectionist Temporal Classification, section 3.2; collapsing: section 3.1.
 
@@ -13,10 +13,14 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
+from torch import Tensor
 
 from foredraft.compiled import library
 
 Labels = tuple[int, ...]
+
+Ends = Sequence[tuple[float, float]]
+"""Of some labels, before each frame: the probability that the frames so far stand for them and end in a blank; in a label."""
 
 
 def likeliest_prefixes(
@@ -68,27 +72,17 @@ def prefix_search(
     every = sorted({token for frame in chances for token in frame})
     found: dict[Labels, float] = {}
     queue: list[tuple[float, int, Labels]] = []
-    ends: dict[Labels, list[tuple[float, float]]] = {}  # before each frame: paths so far that end in a blank, and in a token
+    ends: dict[Labels, Ends] = {}
 
     def said(labels: Labels) -> list[float]:
         """Frame by frame, the probability that it completes the labels."""
         *before, token = labels
-        is_new = not before or before[-1] != token  # a repeat is one only behind a blank
-        return [
-            frame.get(token, 0.0) * (in_blank + in_token if is_new else in_blank)
-            for frame, (in_blank, in_token) in zip(chances, ends[labels[:-1]], strict=True)
-        ]
+        return completed([one.get(token, 0.0) for one in chances], ends[labels[:-1]], not before or before[-1] != token)
 
     def take(labels: Labels) -> None:
         """Follows the labels through the frames and offers what extends them."""
-        new = said(labels) if labels else [0.0] * len(chances)
-        now = (0.0, 0.0) if labels else (1.0, 0.0)
-        ends[labels] = []
-        for frame, blank, entered in zip(chances, blanks.tolist(), new, strict=True):
-            ends[labels].append(now)
-            in_blank, in_token = now
-            repeated = frame.get(labels[-1], 0.0) * in_token if labels else 0.0
-            now = (in_blank + in_token) * blank, repeated + entered
+        own = [one.get(labels[-1], 0.0) for one in chances] if labels else [0.0] * len(chances)
+        ends[labels] = followed(own, blanks.tolist(), said(labels) if labels else None)
         for token in every if len(labels) < depth else ():
             mass = 0.0
             for one in said((*labels, token)):
@@ -102,6 +96,60 @@ def prefix_search(
         found[labels] = -mass
         take(labels)
     return found
+
+
+class PrefixLaws:
+    """The law of the label that comes next in what frames collapse to, after any labels: the probability that they go on with
+    it, over that of all labels which they can go on with. Of a growing tree, whose labels are those of the path to a node.
+
+    Args:
+        probs: of each frame the law over the labels and the blank, which stands last.
+    """
+
+    def __init__(self, probs: Float[Tensor, "l w"]):
+        self._probs, self._blanks = probs, probs[:, -1].tolist()
+        self._ends = {0: followed([0.0] * len(probs), self._blanks, None)}
+
+    def logits(self, tokens: Sequence[int], parents: Sequence[int], nodes: Sequence[int]) -> Float[Tensor, "n v"]:
+        """Logarithms of the laws after `nodes` of a tree (node 0 is the root, no label); all equal where the frames have no
+        room for another label."""
+        ends = self._probs.new_tensor([self._ends_of(node, tokens, parents) for node in nodes])
+        masses = ends.sum(-1) @ self._probs[:, :-1]
+        for row, node in enumerate(nodes):
+            if node:  # a repeat is a label only behind a blank
+                masses[row, tokens[node]] = ends[row, :, 0] @ self._probs[:, tokens[node]]
+        masses[masses.sum(-1) == 0] = 1
+        return masses.log()
+
+    def _ends_of(self, node: int, tokens: Sequence[int], parents: Sequence[int]) -> Ends:
+        if node not in self._ends:
+            own, before = self._probs[:, tokens[node]].tolist(), self._ends_of(parents[node], tokens, parents)
+            is_new = not parents[node] or tokens[parents[node]] != tokens[node]
+            self._ends[node] = followed(own, self._blanks, completed(own, before, is_new))
+        return self._ends[node]
+
+
+def completed(chances: Sequence[float], ends: Ends, is_new: bool) -> list[float]:
+    """Frame by frame, the probability that it completes labels whose last one it takes with `chances`.
+
+    Args:
+        ends: of the labels before.
+        is_new: whether the last label differs from the one before; a repeat is one only behind a blank.
+    """
+    return [
+        chance * (in_blank + in_token if is_new else in_blank)
+        for chance, (in_blank, in_token) in zip(chances, ends, strict=True)
+    ]
+
+
+def followed(chances: Sequence[float], blanks: Sequence[float], completes: Sequence[float] | None) -> Ends:
+    """`Ends` of labels that each frame `completes` so, and whose last one it takes with `chances`; None: of no labels."""
+    ends, now = [], (1.0, 0.0) if completes is None else (0.0, 0.0)
+    for chance, blank, entered in zip(chances, blanks, completes or [0.0] * len(chances), strict=True):
+        ends.append(now)
+        in_blank, in_token = now
+        now = (in_blank + in_token) * blank, chance * in_token + entered
+    return ends
 
 
 def trie(prefixes: Sequence[Labels] | dict[Labels, float], root: int) -> tuple[list[int], list[int]]:

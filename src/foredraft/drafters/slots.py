@@ -151,13 +151,13 @@ class SlotDrafter:
 
     Args:
         slots: fills the slots.
-        grower: how its trees grow.
+        grower: how its trees grow; None where a subclass makes its own.
         vocab_size: the target's.
 
     Source: Medusa (arXiv 2401.10774), section 2.1.
     """
 
-    def __init__(self, slots: LayerSlots | FeatureSlots, grower: Grower, vocab_size: int):
+    def __init__(self, slots: LayerSlots | FeatureSlots, grower: Grower | None, vocab_size: int):
         self.slots, self.grower, self.vocab_size = slots, grower, vocab_size
         self.feature_layers = slots.feature_layers
 
@@ -195,6 +195,7 @@ class SlotDrafter:
         self.slots.settle(states)
         for state in states:
             state.carried = None
+        assert self.grower is not None
         room = [self.slots.room(state) for state in states]
         return self.grower.grow(self, states, [state.root for state in states], capped(budgets, room), sampling, draws)
 
@@ -203,11 +204,8 @@ class SlotDrafter:
         """The laws of the nodes' depths; the first call of a step fills the slots."""
         owners, depths, _ = paths_of(partial, node_ids)
         live = np.unique(owners)
-        new = [states[b] for b in live.tolist() if states[b].carried is None]
-        if new:
-            for state, slots in zip(new, self.slots.fill(new), strict=True):
-                state.carried = slots[:, : self.vocab_size]
-        filled = torch.stack([states[b].carried for b in live.tolist()])  # type: ignore[misc]
+        self._begin([states[b] for b in live.tolist() if states[b].carried is None])
+        filled = torch.stack([states[b].carried for b in live.tolist()])
         places = (torch.from_numpy(one).to(filled.device) for one in (np.searchsorted(live, owners), depths))
         return filled[tuple(places)]
 
@@ -217,6 +215,16 @@ class SlotDrafter:
     ) -> None:
         """New pairs."""
         self.slots.observe(state, tokens, features)
+
+    def _begin(self, states: Sequence[PairState]) -> None:
+        """Fills the slots of requests whose first nodes are asked for."""
+        if states:
+            for state, filled in zip(states, self.slots.fill(states), strict=True):
+                state.carried = self._held(filled)
+
+    def _held(self, filled: Float[Tensor, "k w"]) -> Any:
+        """What is kept of a request's slots while its tree grows."""
+        return filled[:, : self.vocab_size]
 
 
 class LayerSlotDrafter(SlotDrafter):

@@ -27,7 +27,7 @@ def estimated_pair(texts: Texts, states: int) -> tuple[Pair, list[int]]:
         The pair, and the token of each state but the last.
 
     Raises:
-        ValueError: there are too few or too many states, the drafter gives no laws, or models or prompts cannot be read.
+        ValueError: there are too few or too many states, or models or prompts cannot be read.
     """
     if states < 2:
         raise ValueError(f"an estimate needs at least 2 states, got {states}")

@@ -19,7 +19,6 @@ import numpy as np
 from jaxtyping import Float
 
 from foredraft.bench import tasks
-from foredraft.drafters import DRAFTERS
 from foredraft.drafters.along import AskedAlong
 from foredraft.engine import CompletionOutput
 from foredraft.grow.base import draft_sampling
@@ -144,15 +143,8 @@ class Texts:
 
     @property
     def drafting(self) -> dict[str, Any]:
-        """The speculative config without a tree.
-
-        Raises:
-            ValueError: the drafter gives no laws.
-        """
-        method = drafter_for(self.draft_model)
-        if DRAFTERS[method].gives != "expand":
-            raise ValueError(f"method {method!r} makes its own tree and gives no laws: use a draft model, or another head")
-        return {"method": method} | ({"model": self.draft_model} if self.draft_model else {})
+        """The speculative config without a tree."""
+        return {"method": drafter_for(self.draft_model)} | ({"model": self.draft_model} if self.draft_model else {})
 
     def load(self) -> LLM:
         """The target, decoding plainly."""

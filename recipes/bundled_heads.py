@@ -3,7 +3,7 @@ shards, with the same number of token passes.
 
     python recipes/bundled_heads.py --data ../shared/data --out build/heads --seeds 0 1 2
     python recipes/bundled_heads.py --data ../shared/data --out build/shipped --shards build/heads/shards \
-        --only fspad-slim ctc eagle --steps 1600 --calibrate
+        --only fspad-slim ctc eagle-slim --steps 1600 --calibrate
 
 The first makes the heads that are compared, seed after seed, so that what is there compares at any moment; the second those
 that ship, as fspad, ctc and eagle, and measures what their trees are worth. A run that was cut off goes on where it was.
@@ -47,6 +47,7 @@ VARIANTS = {
     "ctc-whole": "--method ctc --set prefixes=false --set labels=5",
     "parallel": "--method parallel",
     "fspad-slim": "--method fspad --set intermediate=256",
+    "eagle-slim": "--method eagle --set intermediate=256",
     "eagle3": "--method eagle3 --set heads=3 --set kv_heads=3 --set feature_layers=[2,5,-1]",
 }
 """Heads by name: the methods (`hydra` is Hydra++, `hydra-plain` Hydra without the layer before its heads), their ablations

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import transformers
 
-from foredraft import DRAFTERS, GROWERS, LLM, SamplingParams
+from foredraft import DRAFTERS, LLM, SamplingParams
 from foredraft.llm import bundled_drafter
 from foredraft.progress import progress_bar
+from foredraft.speculation import trees_of
 
 SETS = (("gsm8k_test.jsonl", "question"), ("mt_bench.jsonl", "turns"), ("humaneval.jsonl", "prompt"))
 
@@ -37,7 +38,7 @@ def combinations() -> list[tuple[str, str | None]]:
         (drafter, tree)
         for drafter, row in DRAFTERS.items()
         if row.weights is None or bundled_drafter(drafter) is not None
-        for tree in ([name for name, grower in GROWERS.items() if grower.needs == row.gives] or [None])
+        for tree in trees_of(row)
     ]
 
 

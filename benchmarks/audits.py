@@ -23,7 +23,7 @@ from foredraft.audit.run import Audit, Auditor
 from foredraft.drafters.folder import method_of
 from foredraft.llm import bundled_drafter
 from foredraft.progress import progress_bar
-from foredraft.speculation import fitting_rules
+from foredraft.speculation import fitting_rules, trees_of
 
 COLUMNS = (
     *("drafter", "tree", "rule", "fault", "temperature", "must_pass", "lossless", "enumerated_error"),
@@ -65,13 +65,13 @@ def exact(weights: Mapping[str, Path], only: Sequence[str]) -> list[dict[str, An
         if (row.weights is not None and folder is None) or (only and drafter not in only):
             continue
         config = {"method": drafter} | ({"model": str(folder)} if folder is not None else {})
-        trees = [name for name, grower in GROWERS.items() if grower.needs == row.gives]
+        trees = [name for name in trees_of(row) if name]
         for rule in (name for name, one in RULES.items() if not one.guarantee.startswith("lossy")):
             fitting = [name for name in trees if rule in fitting_rules(GROWERS[name])]
             if fitting:
                 tree = TREES[rule] if TREES.get(rule) in fitting else fitting[0]
                 found.append({**config, "tree": tree, "rule": rule})
-            elif not trees and rule in fitting_rules(row):
+            if row.makes_own and rule in fitting_rules(row):
                 found.append({**config, "rule": rule})
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,16 @@ PARENTS = [[-1, 0, 0, 1, 2, 1, 3, 4, 6, 2, 6, 0, 8, 12, 13], [-1, 0, 1, 2, 2]]
 PROMPTS = [list(range(3, 40)), list(range(50, 60))]
 
 every_model = pytest.mark.parametrize("name", MODELS)
+summed_either_way = pytest.mark.usefixtures("summed")
+
+
+@pytest.fixture(params=[False, True], ids=["in pairs", "one by one"])
+def summed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """How products are summed up; which way is taken hangs on the processor."""
+    code: Any = compiled.library()
+    code.foredraft_set_wide(int(request.param))
+    yield
+    code.foredraft_set_wide(-1)
 
 
 def make_weights(name: str) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -87,6 +98,7 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @every_model
+@summed_either_way
 def test_it_is_no_less_exact_than_torch_in_bfloat16(name: str) -> None:
     """Against the torch decoder in float64, with the same weights: features of every kind and all logits."""
     config, weights = make_weights(name)
@@ -106,6 +118,7 @@ def test_it_is_no_less_exact_than_torch_in_bfloat16(name: str) -> None:
 
 
 @every_model
+@summed_either_way
 def test_a_node_has_the_bits_of_its_path_decoded_alone(name: str) -> None:
     target = NativeTarget(*make_weights(name))
     batch, scores = trees(), run(target)
@@ -120,6 +133,7 @@ def test_a_node_has_the_bits_of_its_path_decoded_alone(name: str) -> None:
 
 
 @every_model
+@summed_either_way
 def test_threads_rows_and_passes_change_no_bit(name: str) -> None:
     config, weights = make_weights(name)
     target = NativeTarget(config, weights, threads=1)
@@ -142,6 +156,7 @@ def part_of(batch: TreeBatch, sizes: list[int]) -> TreeBatch:
     return TreeBatch.chains(*zip(*pairs, strict=True))
 
 
+@summed_either_way
 def test_many_rows_and_a_long_context() -> None:
     """More rows than fit in one group, a prompt of several hundred tokens, and the same tokens one at a time."""
     target = NativeTarget(*make_weights("qwen3"))
@@ -175,6 +190,7 @@ def test_blocked_layout() -> None:
 
 
 @pytest.mark.parametrize("bits", [FEW, FULL])
+@summed_either_way
 def test_linear_layers(bits: int) -> None:
     """As in float64 on the weights that the bits say, for up to 30 rows; what a row gets does not hang on the others."""
     torch.manual_seed(0)

@@ -206,20 +206,40 @@ INLINE __m512bh numbers_of(__m256i bytes) {
     return (__m512bh)_mm512_or_si512(_mm512_cvtepu8_epi16(bytes), _mm512_set1_epi16(0x4300));
 }
 
-INLINE float total(const bf16 *x, int64_t size) {
+/* Whether inputs are widened to float32 and products summed one by one, or as VDPBF16PS does it, in pairs. Intel's processors
+   have twice as many units for the former. All products of a process are made alike. */
+static int is_wide = -1;
+
+/* For tests and measurements; -1: as suits the processor. */
+void foredraft_set_wide(int wide) { is_wide = wide; }
+
+INLINE int wide_inputs(void) {
+    if (is_wide < 0) is_wide = __builtin_cpu_is("intel") != 0;
+    return is_wide;
+}
+
+INLINE __m512 evens(__m512bh x) { return _mm512_castsi512_ps(_mm512_slli_epi32((__m512i)x, 16)); }
+
+INLINE __m512 odds(__m512bh x) { return _mm512_castsi512_ps(_mm512_and_si512((__m512i)x, _mm512_set1_epi32(-65536))); }
+
+INLINE float total(const int wide, const void *x, int64_t size) {
     const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3F80);
     __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < size; i += 32) sum = _mm512_dpbf16_ps(sum, pairs(x + i), ones);
+    if (wide)
+        for (int64_t i = 0; i < size; i += 16) sum = _mm512_add_ps(sum, _mm512_loadu_ps((const float *)x + i));
+    else
+        for (int64_t i = 0; i < size; i += 32) sum = _mm512_dpbf16_ps(sum, pairs((const bf16 *)x + i), ones);
     return _mm512_reduce_add_ps(sum);
 }
 
 /* 32 outputs of n rows: 2 n sums stay in registers, each weight is loaded once for all rows. Weights are bytes if `few`; those are
-   summed up as 192 more than they are, which is then taken off. n and `few` are constants. */
+   summed up as 192 more than they are, which is then taken off. Rows are float32 if `wide`. n, `few` and `wide` are constants. */
 INLINE void products_of(
-    const int n, const int few, const bf16 *x, int64_t stride, const void *weight, const float *scales, int64_t size, float (*out)[TILE]
+    const int n, const int few, const int wide, const void *x, const void *weight, const float *scales, int64_t size, float (*out)[TILE]
 ) {
-    const bf16 *w = weight;
+    const bf16 *w = weight, *narrow_x = x;
     const uint8_t *bytes = weight;
+    const float *wide_x = x;
     __m512 low[MOST_ROWS], high[MOST_ROWS];
 #pragma GCC unroll 12
     for (int m = 0; m < n; m++) low[m] = high[m] = _mm512_setzero_ps();
@@ -227,19 +247,26 @@ INLINE void products_of(
         __m512i line = _mm512_loadu_si512(few ? (const void *)bytes : w);
         __m512bh first = few ? numbers_of(_mm512_castsi512_si256(line)) : (__m512bh)line;
         __m512bh second = few ? numbers_of(_mm512_extracti64x4_epi64(line, 1)) : pairs(w + TILE);
+        __m512 low_even = evens(first), high_even = evens(second), low_odd = odds(first), high_odd = odds(second);
 #pragma GCC unroll 12
         for (int m = 0; m < n; m++) {
-            int32_t pair;
-            memcpy(&pair, x + m * stride + i, sizeof pair);
-            __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-            low[m] = _mm512_dpbf16_ps(low[m], first, both);
-            high[m] = _mm512_dpbf16_ps(high[m], second, both);
+            if (wide) {
+                __m512 even = _mm512_set1_ps(wide_x[m * size + i]), odd = _mm512_set1_ps(wide_x[m * size + i + 1]);
+                low[m] = _mm512_fmadd_ps(low_even, even, low[m]), high[m] = _mm512_fmadd_ps(high_even, even, high[m]);
+                low[m] = _mm512_fmadd_ps(low_odd, odd, low[m]), high[m] = _mm512_fmadd_ps(high_odd, odd, high[m]);
+            } else {
+                int32_t pair;
+                memcpy(&pair, narrow_x + m * size + i, sizeof pair);
+                __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+                low[m] = _mm512_dpbf16_ps(low[m], first, both), high[m] = _mm512_dpbf16_ps(high[m], second, both);
+            }
         }
     }
 #pragma GCC unroll 12
     for (int m = 0; m < n; m++) {
         if (few) {
-            __m512 more = _mm512_set1_ps(192 * total(x + m * stride, size));
+            float sum = total(wide, wide ? (const void *)(wide_x + m * size) : narrow_x + m * size, size);
+            __m512 more = _mm512_set1_ps(192 * sum);
             low[m] = _mm512_mul_ps(_mm512_sub_ps(low[m], more), _mm512_loadu_ps(scales));
             high[m] = _mm512_mul_ps(_mm512_sub_ps(high[m], more), _mm512_loadu_ps(scales + 16));
         }
@@ -247,16 +274,23 @@ INLINE void products_of(
     }
 }
 
-static void products(int n, const bf16 *x, const Linear *layer, int64_t tile, float (*out)[TILE]) {
+/* Of n rows from `row` on, which are float32 where inputs are widened. */
+static void products(int n, const void *x, int64_t row, const Linear *layer, int64_t tile, float (*out)[TILE]) {
     const int64_t size = layer->in, at = tile * TILE * size;
+    const int wide = wide_inputs();
+    const void *rows = wide ? (const void *)((const float *)x + row * size) : (const bf16 *)x + row * size;
     const bf16 *w = (const bf16 *)layer->weight + at;
     const uint8_t *bytes = (const uint8_t *)layer->weight + at;
     const float *scales = layer->scales ? layer->scales + tile * TILE : NULL;
-    switch (scales ? n + MOST_ROWS : n) {
-#define CASE(N) \
-        case N: products_of(N, 0, x, size, w, NULL, size, out); break; \
-        case N + MOST_ROWS: products_of(N, 1, x, size, bytes, scales, size, out); break;
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+    switch (n + MOST_ROWS * ((scales != NULL) + 2 * wide)) {
+#define CASE(N, WIDE) \
+        case N + 2 * WIDE * MOST_ROWS: products_of(N, 0, WIDE, rows, w, NULL, size, out); break; \
+        case N + (2 * WIDE + 1) * MOST_ROWS: products_of(N, 1, WIDE, rows, bytes, scales, size, out); break;
+#define CASES(WIDE) \
+        CASE(1, WIDE) CASE(2, WIDE) CASE(3, WIDE) CASE(4, WIDE) CASE(5, WIDE) CASE(6, WIDE) \
+        CASE(7, WIDE) CASE(8, WIDE) CASE(9, WIDE) CASE(10, WIDE) CASE(11, WIDE) CASE(12, WIDE)
+        CASES(0) CASES(1)
+#undef CASES
 #undef CASE
     }
     if (layer->bias == NULL) return;
@@ -274,9 +308,36 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 INLINE int64_t tiles_of(const Linear *layer) { return (layer->out + TILE - 1) / TILE; }
 
+/* Who works on a linear layer, and where its inputs are widened to: room for two of them. */
+typedef struct {
+    int64_t threads;
+    float *room[2];
+} Hands;
+
+typedef struct {
+    const bf16 *x;
+    int64_t size;
+    float *wide;
+} Widening;
+
+static void widen_piece(const void *given, int64_t piece, int id) {
+    const Widening *job = given;
+    const int64_t at = piece * job->size;
+    (void)id;
+    for (int64_t i = at; i < at + job->size; i += 16) _mm512_storeu_ps(job->wide + i, widen(job->x + i));
+}
+
+/* The inputs of a layer as `products` wants them. */
+static const void *inputs(const Hands *hands, const bf16 *x, int64_t rows, int64_t size, int room) {
+    Widening job = {.x = x, .size = size, .wide = hands->room[room]};
+    if (!wide_inputs()) return x;
+    parallel(hands->threads, widen_piece, &job, rows);
+    return job.wide;
+}
+
 typedef struct {
     const Linear *layer, *other;
-    const bf16 *x, *gate_x;
+    const void *x, *gate_x;
     int64_t rows, stride;
     float *y;
     bf16 *act;
@@ -290,7 +351,7 @@ static void linear_tile(const void *given, int64_t tile, int id) {
     (void)id;
     for (int64_t row = 0, group = group_of(job->rows); row < job->rows; row += group) {
         int64_t n = least(group, job->rows - row), width = least(TILE, layer->out - tile * TILE);
-        products((int)n, job->x + row * layer->in, layer, tile, out);
+        products((int)n, job->x, row, layer, tile, out);
         for (int64_t m = 0; m < n; m++) {
             float *to = job->y + (row + m) * job->stride + tile * TILE;
             for (int64_t o = 0; o < width; o++) to[o] = job->add ? to[o] + out[m][o] : out[m][o];
@@ -298,16 +359,19 @@ static void linear_tile(const void *given, int64_t tile, int id) {
     }
 }
 
+static void run_linear(const Hands *hands, Product job, const bf16 *x) {
+    job.x = inputs(hands, x, job.rows, job.layer->in, 0);
+    parallel(hands->threads, linear_tile, &job, tiles_of(job.layer));
+}
+
 /* y = x W^T + b, whose rows stand `stride` numbers apart. */
-static void linear_into(int64_t threads, const Linear *layer, const bf16 *x, int64_t rows, float *y, int64_t stride) {
-    Product job = {.layer = layer, .x = x, .rows = rows, .y = y, .stride = stride};
-    parallel(threads, linear_tile, &job, tiles_of(layer));
+static void linear_into(const Hands *hands, const Linear *layer, const bf16 *x, int64_t rows, float *y, int64_t stride) {
+    run_linear(hands, (Product){.layer = layer, .rows = rows, .y = y, .stride = stride}, x);
 }
 
 /* y = x W^T + b, or y += that. */
-static void linear(int64_t threads, const Linear *layer, const bf16 *x, int64_t rows, float *y, int add) {
-    Product job = {.layer = layer, .x = x, .rows = rows, .y = y, .stride = layer->out, .add = add};
-    parallel(threads, linear_tile, &job, tiles_of(layer));
+static void linear(const Hands *hands, const Linear *layer, const bf16 *x, int64_t rows, float *y, int add) {
+    run_linear(hands, (Product){.layer = layer, .rows = rows, .y = y, .stride = layer->out, .add = add}, x);
 }
 
 static void gated_tile(const void *given, int64_t tile, int id) {
@@ -317,8 +381,8 @@ static void gated_tile(const void *given, int64_t tile, int id) {
     (void)id;
     for (int64_t row = 0, group = group_of(job->rows); row < job->rows; row += group) {
         int64_t n = least(group, job->rows - row);
-        products((int)n, job->gate_x + row * gate->in, gate, tile, g);
-        products((int)n, job->x + row * up->in, up, tile, u);
+        products((int)n, job->gate_x, row, gate, tile, g);
+        products((int)n, job->x, row, up, tile, u);
         for (int64_t m = 0; m < n; m++)
             for (int64_t o = 0; o < TILE; o += 16) {
                 __m512 v = _mm512_loadu_ps(g[m] + o), e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), v));
@@ -329,9 +393,11 @@ static void gated_tile(const void *given, int64_t tile, int id) {
 }
 
 /* act = silu(gate of gate_x) * up of x */
-static void gated(int64_t threads, const Linear *gate, const Linear *up, const bf16 *gate_x, const bf16 *x, int64_t rows, bf16 *act) {
-    Product job = {.layer = gate, .other = up, .x = x, .gate_x = gate_x, .rows = rows, .act = act};
-    parallel(threads, gated_tile, &job, tiles_of(gate));
+static void gated(const Hands *hands, const Linear *gate, const Linear *up, const bf16 *gate_x, const bf16 *x, int64_t rows, bf16 *act) {
+    Product job = {.layer = gate, .other = up, .rows = rows, .act = act};
+    job.x = inputs(hands, x, rows, up->in, 0);
+    job.gate_x = gate_x == x ? job.x : inputs(hands, gate_x, rows, gate->in, 1);
+    parallel(hands->threads, gated_tile, &job, tiles_of(gate));
 }
 
 /* ---- a step ---------------------------------------------------------------------------------------------------------------- */
@@ -339,7 +405,7 @@ static void gated(int64_t threads, const Linear *gate, const Linear *up, const b
 typedef struct {
     const Model *model;
     const Step *step;
-    int64_t threads;
+    Hands hands;
     int64_t count;                 /* new nodes, M */
     int64_t *tree, *node, *depth;  /* of each new node; depth of every node, by packed index */
     float *states, *qkv, *rotary;  /* [M][hidden], [M][heads + 2 kv_heads][head_dim], [M][head_dim]: cosines, then sines */
@@ -392,7 +458,7 @@ static void normalize_row(const void *given, int64_t row, int id) {
 
 static void normalize_rows(const Job *job, const bf16 *weight) {
     Phase phase = {.job = job, .weight = weight};
-    parallel(job->threads, normalize_row, &phase, job->count);
+    parallel(job->hands.threads, normalize_row, &phase, job->count);
 }
 
 /* One head of one row: norm if there is one, then the rotation. */
@@ -568,7 +634,7 @@ static void feature_row(const void *given, int64_t row, int id) {
 static void save_features(const Job *job, int64_t layer) {
     for (int64_t f = 0; f < job->step->num_features; f++) {
         Phase phase = {.job = job, .index = f};
-        if (job->step->feature_layers[f] == layer) parallel(job->threads, feature_row, &phase, job->count);
+        if (job->step->feature_layers[f] == layer) parallel(job->hands.threads, feature_row, &phase, job->count);
     }
 }
 
@@ -606,7 +672,7 @@ static void place_slots(const Job *job) {
         float *to = job->states + first * size;
         memmove(to, to - tree * slots * size, pairs * size * sizeof(float));
         const bf16 *last = job->pair + 2 * (first - tree * slots + pairs - 1) * size;
-        linear(job->threads, &job->model->entry.ahead, last, 1, to + pairs * size, 0);
+        linear(&job->hands, &job->model->entry.ahead, last, 1, to + pairs * size, 0);
     }
 }
 
@@ -629,13 +695,13 @@ static void enter(const Job *job) {
     const Entry *entry = &job->model->entry;
     const int64_t num_slots = job->step->num_slots * job->step->num_trees;
     Phase phase = {.job = job};
-    parallel(job->threads, pair_row, &phase, job->count);
-    linear(job->threads, &entry->fc, job->pair, job->count - num_slots, job->states, 0);
+    parallel(job->hands.threads, pair_row, &phase, job->count);
+    linear(&job->hands, &entry->fc, job->pair, job->count - num_slots, job->states, 0);
     if (num_slots) place_slots(job);
     if (entry->norm == NULL) return;
     normalize_rows(job, entry->norm);
-    gated(job->threads, &entry->gate, &entry->up, job->embedded, job->normed, job->count, job->act);
-    linear(job->threads, &entry->down, job->act, job->count, job->states, 1);
+    gated(&job->hands, &entry->gate, &entry->up, job->embedded, job->normed, job->count, job->act);
+    linear(&job->hands, &entry->down, job->act, job->count, job->states, 1);
 }
 
 static void carry_row(const void *given, int64_t row, int id) {
@@ -661,8 +727,8 @@ static void finish_doubled(const Job *job, const Linear *down) {
     for (int64_t row = 0; row < job->count; row++)
         for (int64_t half = 0; half < 2; half++)
             memcpy(job->doubled + (2 * row + half) * size, job->states + row * size, size * sizeof(float));
-    linear(job->threads, down, job->act, job->count, job->doubled, 1);
-    parallel(job->threads, split_row, &phase, job->count);
+    linear(&job->hands, down, job->act, job->count, job->doubled, 1);
+    parallel(job->hands.threads, split_row, &phase, job->count);
 }
 
 static void spread_row(const void *given, int64_t row, int id) {
@@ -684,36 +750,36 @@ static void score(const Job *job) {
     for (int64_t i = 0; i < s->num_rows; i++)
         memcpy(job->last + i * m->hidden, job->normed + s->rows[i] * m->hidden, m->hidden * sizeof(bf16));
     if (m->token_ids) {
-        linear(job->threads, &m->head, job->last, s->num_rows, job->drafted, 0);
-        parallel(job->threads, spread_row, &phase, s->num_rows);
-    } else linear_into(job->threads, &m->head, job->last, s->num_rows, s->logits, m->vocabulary);
-    if (m->blank.weight) linear_into(job->threads, &m->blank, job->last, s->num_rows, s->logits + m->head.out, m->vocabulary);
+        linear(&job->hands, &m->head, job->last, s->num_rows, job->drafted, 0);
+        parallel(job->hands.threads, spread_row, &phase, s->num_rows);
+    } else linear_into(&job->hands, &m->head, job->last, s->num_rows, s->logits, m->vocabulary);
+    if (m->blank.weight) linear_into(&job->hands, &m->blank, job->last, s->num_rows, s->logits + m->head.out, m->vocabulary);
 }
 
 static void run(const Job *job) {
     const Model *m = job->model;
     const Step *s = job->step;
     Phase phase = {.job = job};
-    parallel(job->threads, begin_row, &phase, job->count);
+    parallel(job->hands.threads, begin_row, &phase, job->count);
     if (m->entry.fc.weight) enter(job);
-    if (m->entry.feature_norm) parallel(job->threads, wide_row, &phase, job->count);
+    if (m->entry.feature_norm) parallel(job->hands.threads, wide_row, &phase, job->count);
     save_features(job, 0);
     for (int64_t i = 0; i < m->num_layers; i++) {
         const Layer *layer = m->layers + i;
         phase.index = i;
         const int wide = layer->qkv.in > m->hidden;
         if (!wide) normalize_rows(job, layer->input_norm);
-        linear(job->threads, &layer->qkv, wide ? job->pair : job->normed, job->count, job->qkv, 0);
-        parallel(job->threads, store_row, &phase, job->count);
-        parallel(job->threads, attend_part, &phase, job->count * m->kv_heads);
-        linear(job->threads, &layer->output, job->mixed, job->count, job->states, 1);
+        linear(&job->hands, &layer->qkv, wide ? job->pair : job->normed, job->count, job->qkv, 0);
+        parallel(job->hands.threads, store_row, &phase, job->count);
+        parallel(job->hands.threads, attend_part, &phase, job->count * m->kv_heads);
+        linear(&job->hands, &layer->output, job->mixed, job->count, job->states, 1);
         normalize_rows(job, layer->post_norm);
-        gated(job->threads, &layer->gate, &layer->up, job->normed, job->normed, job->count, job->act);
+        gated(&job->hands, &layer->gate, &layer->up, job->normed, job->normed, job->count, job->act);
         if (layer->down.out > m->hidden) finish_doubled(job, &layer->down);
-        else linear(job->threads, &layer->down, job->act, job->count, job->states, 1);
+        else linear(&job->hands, &layer->down, job->act, job->count, job->states, 1);
         save_features(job, i + 1);
     }
-    if (s->carried && m->layers[m->num_layers - 1].down.out == m->hidden) parallel(job->threads, carry_row, &phase, job->count);
+    if (s->carried && m->layers[m->num_layers - 1].down.out == m->hidden) parallel(job->hands.threads, carry_row, &phase, job->count);
     normalize_rows(job, m->norm);
     save_features(job, -1);
     score(job);
@@ -726,6 +792,17 @@ static void *cut(char *block, size_t *used, int64_t count, size_t size) {
     void *here = block ? block + *used : NULL;
     *used += ((size_t)count * size + 63) / 64 * 64;
     return here;
+}
+
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Inputs of the layer that has the most. */
+static int64_t widest(const Model *m) {
+    const Entry *entry = &m->entry;
+    int64_t size = most(most(m->head.in, entry->fc.in), most(most(entry->gate.in, entry->down.in), entry->ahead.in));
+    for (const Layer *one = m->layers; one < m->layers + m->num_layers; one++)
+        size = most(size, most(most(one->qkv.in, one->output.in), most(one->gate.in, one->down.in)));
+    return size;
 }
 
 static size_t lay_out(Job *job, char *block, int64_t num_nodes) {
@@ -745,6 +822,8 @@ static size_t lay_out(Job *job, char *block, int64_t num_nodes) {
     job->last = cut(block, &used, job->step->num_rows * m->hidden, sizeof(bf16));
     job->weights = cut(block, &used, team.size * MOST_HEADS * job->room, sizeof(float));
     if (m->token_ids) job->drafted = cut(block, &used, job->step->num_rows * m->head.out, sizeof(float));
+    if (wide_inputs())
+        for (int i = 0; i < 2; i++) job->hands.room[i] = cut(block, &used, widest(m) * most(n, job->step->num_rows), sizeof(float));
     if (job->step->given == NULL) return used;
     job->embedded = cut(block, &used, n * m->hidden, sizeof(bf16));
     job->pair = cut(block, &used, 2 * n * m->hidden, sizeof(bf16));
@@ -761,7 +840,7 @@ int foredraft_forward(const Model *model, const Step *step) {
         job.count += size - step->first[b];
         if (seen > job.room) job.room = (seen + 15) / 16 * 16;
     }
-    job.threads = enlist(step->threads);
+    job.hands.threads = enlist(step->threads);
     char *block = aligned_alloc(64, lay_out(&job, NULL, num_nodes) + 64);
     if (block == NULL) {
         dismiss();
@@ -779,9 +858,15 @@ int foredraft_forward(const Model *model, const Step *step) {
     return 0;
 }
 
-/* Linear layers one after another, each x [rows][in] to y [rows][out]. */
-void foredraft_linears(const Linear *layers, int64_t count, const bf16 *x, int64_t rows, float *y, int64_t threads) {
-    threads = enlist(threads);
-    for (int64_t i = 0; i < count; i++) linear(threads, layers + i, x, rows, y, 0);
+/* Linear layers one after another, each x [rows][in] to y [rows][out]. Returns 0, or 1 where there is no memory. */
+int foredraft_linears(const Linear *layers, int64_t count, const bf16 *x, int64_t rows, float *y, int64_t threads) {
+    int64_t size = 0;
+    for (int64_t i = 0; i < count; i++) size = most(size, layers[i].in);
+    Hands hands = {.threads = enlist(threads)};
+    hands.room[0] = wide_inputs() ? aligned_alloc(64, (size_t)(rows * size + 16) / 16 * 16 * sizeof(float)) : NULL;
+    const int has_room = hands.room[0] || !wide_inputs();
+    for (int64_t i = 0; has_room && i < count; i++) linear(&hands, layers + i, x, rows, y, 0);
     dismiss();
+    free(hands.room[0]);
+    return !has_room;
 }

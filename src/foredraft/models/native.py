@@ -338,9 +338,9 @@ def run_linear(layer: CLinear, x: Float[Tensor, "n i"], threads: int) -> Float[T
     code, x = library(), x.contiguous()
     assert code is not None
     out = torch.empty(len(x), layer.outputs)
-    code.foredraft_linears(
-        ctypes.byref(layer), _whole(1), _at(x.data_ptr()), _whole(len(x)), _at(out.data_ptr()), _whole(threads)
-    )
+    given = ctypes.byref(layer), _whole(1), _at(x.data_ptr()), _whole(len(x)), _at(out.data_ptr()), _whole(threads)
+    if code.foredraft_linears(*given):
+        raise MemoryError(f"no memory for a linear layer of {len(x)} rows")
     return out
 
 

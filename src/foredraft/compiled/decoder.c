@@ -199,7 +199,7 @@ static void normalize(const float *x, const bf16 *weight, bf16 *out, int64_t siz
 
 /* ---- linear layers --------------------------------------------------------------------------------------------------------- */
 
-enum { TILE = 32, MOST_ROWS = 12 };
+enum { TILE = 32, MOST_ROWS = 12, AHEAD = 4096 };
 
 /* 32 weights of 7 bits as numbers: 0x4300 and the byte below it are 128 more than the byte says. */
 INLINE __m512bh numbers_of(__m256i bytes) {
@@ -232,8 +232,9 @@ INLINE float total(const int wide, const void *x, int64_t size) {
     return _mm512_reduce_add_ps(sum);
 }
 
-/* 32 outputs of n rows: 2 n sums stay in registers, each weight is loaded once for all rows. Weights are bytes if `few`; those are
-   summed up as 192 more than they are, which is then taken off. Rows are float32 if `wide`. n, `few` and `wide` are constants. */
+/* 32 outputs of n rows: 2 n sums stay in registers, each weight is loaded once for all rows, and asked for AHEAD bytes before: the
+   processor's own prefetching is too late where many rows keep it from running ahead. Weights are bytes if `few`; those are summed
+   up as 192 more than they are, which is then taken off. Rows are float32 if `wide`. n, `few` and `wide` are constants. */
 INLINE void products_of(
     const int n, const int few, const int wide, const void *x, const void *weight, const float *scales, int64_t size, float (*out)[TILE]
 ) {
@@ -244,6 +245,8 @@ INLINE void products_of(
 #pragma GCC unroll 12
     for (int m = 0; m < n; m++) low[m] = high[m] = _mm512_setzero_ps();
     for (int64_t i = 0; i < size; i += 2, w += 2 * TILE, bytes += 2 * TILE) {
+        _mm_prefetch((const char *)(few ? (const void *)bytes : w) + AHEAD, _MM_HINT_T0);
+        if (!few) _mm_prefetch((const char *)(w + TILE) + AHEAD, _MM_HINT_T0);
         __m512i line = _mm512_loadu_si512(few ? (const void *)bytes : w);
         __m512bh first = few ? numbers_of(_mm512_castsi512_si256(line)) : (__m512bh)line;
         __m512bh second = few ? numbers_of(_mm512_extracti64x4_epi64(line, 1)) : pairs(w + TILE);

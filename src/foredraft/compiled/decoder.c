@@ -199,7 +199,7 @@ static void normalize(const float *x, const bf16 *weight, bf16 *out, int64_t siz
 
 /* ---- linear layers --------------------------------------------------------------------------------------------------------- */
 
-enum { TILE = 32, MOST_ROWS = 12, AHEAD = 4096 };
+enum { TILE = 32, MOST_ROWS = 12, AHEAD = 4096, PARTS = 4 };
 
 /* 32 weights of 7 bits as numbers: 0x4300 and the byte below it are 128 more than the byte says. */
 INLINE __m512bh numbers_of(__m256i bytes) {
@@ -341,17 +341,15 @@ static const void *inputs(const Hands *hands, const bf16 *x, int64_t rows, int64
 typedef struct {
     const Linear *layer, *other;
     const void *x, *gate_x;
-    int64_t rows, stride;
+    int64_t rows, stride, span;
     float *y;
     bf16 *act;
     int add;
 } Product;
 
-static void linear_tile(const void *given, int64_t tile, int id) {
-    const Product *job = given;
+static void linear_tile(const Product *job, int64_t tile) {
     const Linear *layer = job->layer;
     float out[MOST_ROWS][TILE];
-    (void)id;
     for (int64_t row = 0, group = group_of(job->rows); row < job->rows; row += group) {
         int64_t n = least(group, job->rows - row), width = least(TILE, layer->out - tile * TILE);
         products((int)n, job->x, row, layer, tile, out);
@@ -362,26 +360,9 @@ static void linear_tile(const void *given, int64_t tile, int id) {
     }
 }
 
-static void run_linear(const Hands *hands, Product job, const bf16 *x) {
-    job.x = inputs(hands, x, job.rows, job.layer->in, 0);
-    parallel(hands->threads, linear_tile, &job, tiles_of(job.layer));
-}
-
-/* y = x W^T + b, whose rows stand `stride` numbers apart. */
-static void linear_into(const Hands *hands, const Linear *layer, const bf16 *x, int64_t rows, float *y, int64_t stride) {
-    run_linear(hands, (Product){.layer = layer, .rows = rows, .y = y, .stride = stride}, x);
-}
-
-/* y = x W^T + b, or y += that. */
-static void linear(const Hands *hands, const Linear *layer, const bf16 *x, int64_t rows, float *y, int add) {
-    run_linear(hands, (Product){.layer = layer, .rows = rows, .y = y, .stride = layer->out, .add = add}, x);
-}
-
-static void gated_tile(const void *given, int64_t tile, int id) {
-    const Product *job = given;
+static void gated_tile(const Product *job, int64_t tile) {
     const Linear *gate = job->layer, *up = job->other;
     float g[MOST_ROWS][TILE], u[MOST_ROWS][TILE];
-    (void)id;
     for (int64_t row = 0, group = group_of(job->rows); row < job->rows; row += group) {
         int64_t n = least(group, job->rows - row);
         products((int)n, job->gate_x, row, gate, tile, g);
@@ -395,12 +376,44 @@ static void gated_tile(const void *given, int64_t tile, int id) {
     }
 }
 
+/* `span` tiles, one behind the other: what is asked for ahead of one is the next one's. */
+static void tiles_piece(const void *given, int64_t piece, int id) {
+    const Product *job = given;
+    const int64_t end = least((piece + 1) * job->span, tiles_of(job->layer));
+    (void)id;
+    for (int64_t tile = piece * job->span; tile < end; tile++)
+        if (job->other) gated_tile(job, tile);
+        else linear_tile(job, tile);
+}
+
+/* Some pieces for each thread, so that one that is held up is helped. */
+static void run_tiles(const Hands *hands, Product *job) {
+    const int64_t tiles = tiles_of(job->layer), pieces = hands->threads * PARTS;
+    job->span = (tiles + pieces - 1) / pieces;
+    parallel(hands->threads, tiles_piece, job, (tiles + job->span - 1) / job->span);
+}
+
+static void run_linear(const Hands *hands, Product job, const bf16 *x) {
+    job.x = inputs(hands, x, job.rows, job.layer->in, 0);
+    run_tiles(hands, &job);
+}
+
+/* y = x W^T + b, whose rows stand `stride` numbers apart. */
+static void linear_into(const Hands *hands, const Linear *layer, const bf16 *x, int64_t rows, float *y, int64_t stride) {
+    run_linear(hands, (Product){.layer = layer, .rows = rows, .y = y, .stride = stride}, x);
+}
+
+/* y = x W^T + b, or y += that. */
+static void linear(const Hands *hands, const Linear *layer, const bf16 *x, int64_t rows, float *y, int add) {
+    run_linear(hands, (Product){.layer = layer, .rows = rows, .y = y, .stride = layer->out, .add = add}, x);
+}
+
 /* act = silu(gate of gate_x) * up of x */
 static void gated(const Hands *hands, const Linear *gate, const Linear *up, const bf16 *gate_x, const bf16 *x, int64_t rows, bf16 *act) {
     Product job = {.layer = gate, .other = up, .rows = rows, .act = act};
     job.x = inputs(hands, x, rows, up->in, 0);
     job.gate_x = gate_x == x ? job.x : inputs(hands, gate_x, rows, gate->in, 1);
-    parallel(hands->threads, gated_tile, &job, tiles_of(gate));
+    run_tiles(hands, &job);
 }
 
 /* ---- a step ---------------------------------------------------------------------------------------------------------------- */

@@ -5,7 +5,8 @@
 
 A method is spelled as in `foredraft bench`; all take turns on every prompt, against plain decoding. Prompts over 448 tokens are
 cut in the middle. Beside the figures of `foredraft bench`, a row has the tokens per step of every family and of the prompts
-whose plain output does not loop, forwards and milliseconds of drafting a step, parameters and training minutes of the head.
+whose plain output does not loop, the speed-up of the steps alone (without the prompts' own pass), forwards and milliseconds of
+drafting a step, parameters and training minutes of the head.
 With `--no-times` a row has no figure that hangs on the clock, and no forwards: for heads that are measured while others train.
 """
 
@@ -113,6 +114,11 @@ def made(config: dict[str, Any]) -> dict[str, Any]:
     return {"parameters": about["parameters"], "minutes": about["minutes"], "token_passes": about["token_passes"]}
 
 
+def step_seconds(row: dict[str, Any]) -> float:
+    """Seconds a token in the steps alone: without the prompt's own pass, which all methods share."""
+    return sum(row[f"{part}_s"] for part in ("draft", "verify", "rule", "cache")) / row["num_tokens"]
+
+
 def is_time(key: str) -> bool:
     """Whether a column of a row hangs on the clock."""
     return key.endswith(("_s", "_ms")) or key.startswith(("speedup", "ms_"))
@@ -147,6 +153,7 @@ def main() -> None:
     rows = rows_of(contenders, rounds, args.temperature)
     for row in rows:
         outcomes = [one[row["name"]] for one in rounds]
+        row["speedup_steps"] = step_seconds(rows[0]) / step_seconds(row)
         row |= {"weights_mb": plain.target.num_weight_bytes / 1e6, **made(configs.get(row["name"], {}))}
         row["not_looping"] = lengths([outcomes[i] for i in quiet])
         row["families"] = {

@@ -26,7 +26,7 @@ class Outcome:
         seconds: from the prompts to the last token, the prompts' own pass included.
         token_ids: of every output.
         records: of every output's steps; empty for a peer.
-        prefill_s, draft_s, verify_s, rule_s, cache_s: where the seconds went, as far as known.
+        draft_s, verify_s, rule_s, cache_s: where the seconds went, as far as known.
         peak_bytes: the most memory the process (the device, on CUDA) held meanwhile; None for a peer.
     """
 

@@ -272,6 +272,21 @@ def test_other_settings_do_not_go_on(made: Path) -> None:
     refused(choice(made, "fspad", "settled"), "another method and head_options")
 
 
+def test_a_run_begins_with_another_head(made: Path) -> None:
+    run(choice(made, "eagle", "longer"))
+    given = dataclasses.replace(choice(made, "eagle", "further", steps=1, lr=1e-7), init=made / "first")
+    run(given)
+    old, new, other = weights(made / "first"), weights(given.out), weights(made / "longer")
+    for name, one in old.items():
+        assert torch.allclose(new[name], one, rtol=1e-2, atol=1e-5), name  # saved in bfloat16
+    assert any(not torch.allclose(new[name], one, rtol=1e-2, atol=1e-5) for name, one in other.items())
+    refused(dataclasses.replace(given, init=made / "longer"), "of a run with another init")
+    with pytest.raises(ValueError, match=r"has other sizes than the one that is asked for: give its own options \(--set\)"):
+        run(dataclasses.replace(given, options={"intermediate": 16}))
+    with pytest.raises(ModelError, match="is of method 'eagle', asked for was 'fspad'"):
+        run(dataclasses.replace(choice(made, "fspad", "wrong"), init=made / "first"))
+
+
 def test_a_damaged_checkpoint_is_said(made: Path) -> None:
     given = choice(made, "eagle", "damaged")
     run(given)

@@ -246,6 +246,9 @@ def train(
     set_option: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An option of the method.", show_default=False)
     ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Head of the same method and sizes to begin with.", show_default=False)
+    ] = None,
     shards: Annotated[
         Path | None, typer.Option(help="Folder of captured text, to be shared; default: in --out.", rich_help_panel=_TEXT)
     ] = None,
@@ -292,7 +295,9 @@ def train(
     ways = command.numbers("--temperatures", temperatures, float)
     given = command.options(set_option or [])
     text = {"shards": shards, "num_tokens": tokens, "temperatures": ways, "max_len": max_len, "feature_layers": layers}
-    choice = TrainChoice(method, model, data, out, options=given, settings=settings, device=device, seed=seed, **text)
+    choice = TrainChoice(
+        method, model, data, out, options=given, init=init, settings=settings, device=device, seed=seed, **text
+    )
     raise typer.Exit(command.command(choice, plot=plot))
 
 

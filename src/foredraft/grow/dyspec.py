@@ -23,6 +23,9 @@ from jaxtyping import Float
 from foredraft.grow.acceptance import AcceptanceTable, Worth, as_drafted
 from foredraft.grow.base import Options, Policy, Sapling, Siblings
 
+MOST_AT_ONCE = 8
+"""Nodes expanded in a pass, unless it is said."""
+
 Judge = Callable[[Float[np.ndarray, " k"], bool], Worth]
 """(draft probabilities of siblings in draw order, whether they were drawn) -> what they are worth."""
 
@@ -33,10 +36,11 @@ class DySpec(Options):
 
     Attributes:
         width: how many of the best frontier nodes are expanded a pass; 1 is the paper's sequential order. The tree is the
-            same for every width. More nodes a pass cost fewer passes and some nodes evaluated in vain.
+            same for every width. More nodes a pass cost fewer passes and some nodes evaluated in vain. None is half of the
+            budget, at most 8.
     """
 
-    width: int = 8
+    width: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +63,7 @@ class DySpecCalibrated(Options):
     """
 
     acceptance_by_prob: Mapping[str, Any] | None = None
-    width: int = 8
+    width: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,9 +85,10 @@ class DySpecCalibrated(Options):
         return greedy(tree, self.width, self.tables[kind].worth)
 
 
-def greedy(tree: Sapling, width: int, judge: Judge) -> Policy:
-    """Grows the tree of the draws of highest priority, `width` of the best frontier nodes a pass."""
+def greedy(tree: Sapling, width: int | None, judge: Judge) -> Policy:
+    """Grows the tree of the draws of highest priority, `width` of the best frontier nodes a pass; see `DySpec`."""
     size = tree.budget.nodes
+    width = width or max(1, min(MOST_AT_ONCE, size // 2))
     expanded: set[int] = set()
     best: list[_Draw] = []
     while size:
@@ -143,9 +148,9 @@ class DySpecThreshold(Options):
         return self.threshold if self.threshold is not None else 1 / max(size, 1)
 
 
-def _check_width(width: int) -> None:
-    if width < 1:
-        raise ValueError(f"width must be at least 1, got {width}")
+def _check_width(width: int | None) -> None:
+    if width is not None and width < 1:
+        raise ValueError(f"width must be at least 1 (or None), got {width}")
 
 
 class _Draw(NamedTuple):

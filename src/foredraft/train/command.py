@@ -16,11 +16,12 @@ import torch
 from rich.console import Console
 
 from foredraft.bench.report import new_figure
-from foredraft.drafters.folder import layer_config, save_head
+from foredraft.drafters.folder import layer_config, read_head, save_head
 from foredraft.drafters.heads import FINAL, HEADS
 from foredraft.drafters.layers import Shape
 from foredraft.errors import unknown_name
 from foredraft.llm import BUNDLED_TARGET, LLM
+from foredraft.models.checkpoint import fingerprint, resolve
 from foredraft.models.loading import fingerprint_of
 from foredraft.train.attention import tables
 from foredraft.train.batches import collate, endless
@@ -42,6 +43,7 @@ class TrainChoice:
 
     Attributes:
         options: of the head and of its recipe, by name.
+        init: directory of a head of the same method and sizes whose weights are begun with.
         shards: folder of the captured texts; None is one in `out`.
         feature_layers: captured beside those that the head needs, so that several heads can share the shards.
     """
@@ -51,6 +53,7 @@ class TrainChoice:
     data: Sequence[Path]
     out: Path
     options: Mapping[str, Any] = field(default_factory=dict)
+    init: Path | None = None
     shards: Path | None = None
     num_tokens: int = 500_000
     temperatures: Sequence[float] = (0.0, 0.6, 1.0)
@@ -86,6 +89,7 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
     torch.manual_seed(choice.seed)
     head = HEADS[choice.method].make(shape, **given.head).to(llm.target.device)
     layers = list(dict.fromkeys([*head.feature_layers, *FINAL]))
+    init = None if choice.init is None else _read_init(choice, head)
     if not workers.writes:
         workers.wait()  # the shards are written by one process, and read by all
     texts = captured(choice, llm, source, layers)
@@ -93,8 +97,11 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
         workers.wait()
     learned = _learned(texts, settings.answer_share)
     frozen = Frozen(llm.target, shape.features)
-    few = islice(endless(learned, settings.batch_tokens, choice.seed), -(-FITTED_TOKENS // settings.batch_tokens))
-    begin(head, frozen, _counts(learned, llm.target), [collate(one, head.feature_layers, llm.target.device) for one in few])
+    if init is not None:
+        head.load_state_dict(init)
+    else:
+        few = islice(endless(learned, settings.batch_tokens, choice.seed), -(-FITTED_TOKENS // settings.batch_tokens))
+        begin(head, frozen, _counts(learned, llm.target), [collate(one, head.feature_layers, llm.target.device) for one in few])
     course = Course(
         head=head,
         recipe=RECIPES[choice.method],
@@ -109,6 +116,7 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
             "target": fingerprint_of(source),
             "head_options": {**given.sizes, **given.head},
             "data": _names(choice),
+            **({} if init is None else {"init": fingerprint(init)}),
         },
         workers=workers,
     )
@@ -122,6 +130,22 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
     if workers.writes:
         save_head(choice.out, head, config, about, provenance(course, settings, done, head))
     return done
+
+
+def _read_init(choice: TrainChoice, head: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights to begin with.
+
+    Raises:
+        ValueError: they are of a head of other sizes; a `ModelError` says what else is wrong with them.
+    """
+    weights = read_head(resolve(choice.init, None), (choice.method,)).head.state_dict()
+    wanted = {name: one.shape for name, one in head.state_dict().items()}
+    if {name: one.shape for name, one in weights.items()} != wanted:
+        raise ValueError(
+            f"the head in {str(choice.init)!r} has other sizes than the one that is asked for: give its own options (--set); "
+            "its provenance.json names them"
+        )
+    return weights
 
 
 def _settings(choice: TrainChoice, workers: Workers, device: torch.device) -> Settings:

@@ -80,7 +80,7 @@ typedef struct {
     int64_t threads;
     const bf16 *const *given; /* of a draft head, per tree: [num_given][hidden] features of its first nodes, */
     const int64_t *num_given;
-    bf16 *const *carried;     /* and [nodes][hidden] those that come out, which a node behind them has from its parent; or NULL */
+    bf16 *const *carried;     /* and [nodes][hidden] those that come out of wanted nodes, for the nodes behind them; or NULL */
     int64_t num_slots; /* the last so many nodes of every tree are slots to be filled; such trees have no nodes run before */
 } Step;
 
@@ -422,7 +422,8 @@ typedef struct {
     const Model *model;
     const Step *step;
     Hands hands;
-    int64_t count;                 /* new nodes, M */
+    int64_t count;                 /* new nodes, M; in the last layer only those whose logits are wanted, if `only_wanted` */
+    int only_wanted;
     int64_t *tree, *node, *depth;  /* of each new node; depth of every node, by packed index */
     float *states, *qkv, *rotary;  /* [M][hidden], [M][heads + 2 kv_heads][head_dim], [M][head_dim]: cosines, then sines */
     bf16 *normed, *query, *mixed, *act, *last; /* [M][hidden], [M][heads][head_dim] twice, [M][mlp], [rows][hidden] */
@@ -764,7 +765,7 @@ static void score(const Job *job) {
     Phase phase = {.job = job};
     if (s->num_rows == 0) return;
     for (int64_t i = 0; i < s->num_rows; i++)
-        memcpy(job->last + i * m->hidden, job->normed + s->rows[i] * m->hidden, m->hidden * sizeof(bf16));
+        memcpy(job->last + i * m->hidden, job->normed + (job->only_wanted ? i : s->rows[i]) * m->hidden, m->hidden * sizeof(bf16));
     if (m->token_ids) {
         linear(&job->hands, &m->head, job->last, s->num_rows, job->drafted, 0);
         parallel(job->hands.threads, spread_row, &phase, s->num_rows);
@@ -772,7 +773,30 @@ static void score(const Job *job) {
     if (m->blank.weight) linear_into(&job->hands, &m->blank, job->last, s->num_rows, s->logits + m->head.out, m->vocabulary);
 }
 
-static void run(const Job *job) {
+/* Whether some rows are only there for their keys and values once the last layer has stored those: nobody asks for features that
+   come later, and the wanted rows stand in order. */
+static int is_rest_done(const Job *job) {
+    const Step *s = job->step;
+    for (int64_t f = 0; f < s->num_features; f++)
+        if (s->feature_layers[f] < 0 || s->feature_layers[f] >= job->model->num_layers) return 0;
+    for (int64_t i = 1; i < s->num_rows; i++)
+        if (s->rows[i] <= s->rows[i - 1]) return 0;
+    return s->num_rows < job->count;
+}
+
+/* Leaves the wanted rows alone. */
+static void keep_wanted(Job *job) {
+    const Model *m = job->model;
+    const int64_t *rows = job->step->rows, q = m->heads * m->head_dim;
+    for (int64_t i = 0; i < job->step->num_rows; i++) {
+        job->tree[i] = job->tree[rows[i]], job->node[i] = job->node[rows[i]];
+        memmove(job->states + i * m->hidden, job->states + rows[i] * m->hidden, m->hidden * sizeof(float));
+        memmove(job->query + i * q, job->query + rows[i] * q, q * sizeof(bf16));
+    }
+    job->count = job->step->num_rows, job->only_wanted = 1;
+}
+
+static void run(Job *job) {
     const Model *m = job->model;
     const Step *s = job->step;
     Phase phase = {.job = job};
@@ -787,6 +811,8 @@ static void run(const Job *job) {
         if (!wide) normalize_rows(job, layer->input_norm);
         linear(&job->hands, &layer->qkv, wide ? job->pair : job->normed, job->count, job->qkv, 0);
         parallel(job->hands.threads, store_row, &phase, job->count);
+        if (i == m->num_layers - 1 && is_rest_done(job)) keep_wanted(job);
+        if (job->count == 0) return;
         parallel(job->hands.threads, attend_part, &phase, job->count * m->kv_heads);
         linear(&job->hands, &layer->output, job->mixed, job->count, job->states, 1);
         normalize_rows(job, layer->post_norm);

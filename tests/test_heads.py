@@ -130,7 +130,7 @@ def test_degenerate_heads_are_the_ablations() -> None:
 
 @cache
 def target() -> Any:
-    return load_target(STORIES, dtype="float32")
+    return load_target(STORIES, dtype="float32", device="cpu")
 
 
 def features_of(tokens: list[int], layers: Any) -> Tensor:
@@ -342,7 +342,7 @@ def in_few_bits(head: Any) -> NativeTarget:
             one.weight.data = rounded(one.weight.data)
     weights = load_file(BUNDLED_TARGET / "model.safetensors")
     embedding = "model.embed_tokens.weight"
-    return NativeTarget(load_target(BUNDLED_TARGET).config, {**weights, embedding: rounded(weights[embedding])})
+    return NativeTarget(load_target(BUNDLED_TARGET, device="cpu").config, {**weights, embedding: rounded(weights[embedding])})
 
 
 COMPILED: list[tuple[str, dict[str, Any]]] = [
@@ -358,7 +358,7 @@ def test_the_compiled_layer_is_the_plain_one(method: str, options: dict[str, Any
     """In bfloat16, where the plain one rounds in more places: logits of size 3 differ by less than 0.05, and by 0.005 on
     average. A node of a tree has bit for bit what it has in a chain. With weights of 7 bits it is the plain one of the weights
     that these say."""
-    native = load_target(BUNDLED_TARGET)
+    native = load_target(BUNDLED_TARGET, device="cpu")
     config = layer_config(native.config, native.vocab_size, {"hidden": 192} if method == NARROW else {})
     torch.manual_seed(0)
     head = head_of(method, config, **options)
@@ -397,7 +397,7 @@ def test_the_compiled_layer_is_the_plain_one(method: str, options: dict[str, Any
 def test_compiled_slots_are_the_plain_ones(method: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As above, for two requests of different lengths over two steps; each has bit for bit what it has alone, its prompt run in
     parts."""
-    native = load_target(BUNDLED_TARGET)
+    native = load_target(BUNDLED_TARGET, device="cpu")
     config = layer_config(native.config, native.vocab_size)
     torch.manual_seed(0)
     head = HEADS[method].make(Shape.of(config), num_slots=8)
@@ -433,12 +433,12 @@ def test_compiled_slots_are_the_plain_ones(method: str, bits: int, monkeypatch: 
 @pytest.mark.parametrize("method", ["medusa", "hydra"])
 def test_compiled_linear_layers_are_the_plain_ones(method: str, bits: int) -> None:
     """Of a whole head, in the place of all of its own."""
-    config = layer_config(load_target(BUNDLED_TARGET).config, 4096)
+    config = layer_config(load_target(BUNDLED_TARGET, device="cpu").config, 4096)
     torch.manual_seed(0)
     head = HEADS[method].make(Shape.of(config)).bfloat16()
     for one in (one for one in head.modules() if isinstance(one, torch.nn.Linear)):
         torch.nn.init.normal_(one.weight, std=0.6 * one.in_features**-0.5)
-    target = in_few_bits(head) if bits == FEW else load_target(BUNDLED_TARGET)
+    target = in_few_bits(head) if bits == FEW else load_target(BUNDLED_TARGET, device="cpu")
     feature, embedding = torch.randn(2, 5, config.hidden_size, dtype=torch.bfloat16)
     given = (feature,) if method == "medusa" else (0, feature, embedding)
     with torch.inference_mode():

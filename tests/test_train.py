@@ -102,6 +102,18 @@ def test_several_seeds_learn_from_the_same_shards(made: Path) -> None:
     assert not torch.equal(first["layers.0.mlp.up_proj.weight"], second["layers.0.mlp.up_proj.weight"])
 
 
+@pytest.mark.parametrize("method", ["eagle", "eagle3", "ctc"])
+def test_without_features_in_the_shards_a_head_learns_the_same(made: Path, method: str) -> None:
+    options = {"feature_layers": [2, 3, -1]} if method == "eagle3" else {}
+    kept = choice(made, method, f"{method}-kept", options=options, bf16=False)
+    again = dataclasses.replace(kept, out=made / f"{method}-again", shards=made / "texts", keep_features=False)
+    run(kept)
+    run(again)
+    assert all(torch.equal(one, weights(again.out)[name]) for name, one in weights(kept.out).items())
+    held = sum(file.stat().st_size for file in (made / "texts").glob("*.safetensors"))
+    assert 20 * held < sum(file.stat().st_size for file in (made / "shards").glob("*.safetensors"))
+
+
 def test_a_narrow_head_learns_and_drafts(made: Path) -> None:
     """Sizes that are not given are the target's in proportion; the head has an embedding of its own, and learns it."""
     options = {"unroll": 2, "feature_layers": [2, 3], "hidden": 64, "intermediate": 96, "draft_vocab_size": 60}
@@ -163,7 +175,7 @@ def test_an_entry_is_fitted_to_what_is_linear(ahead: int, embeddings: int, featu
         def embed(self, token_ids: Tensor) -> Tensor:
             return table[token_ids]
 
-    batch = Batch(ids, features, final, torch.ones(40, length, dtype=torch.bool))
+    batch = Batch(ids, features, final, torch.ones(40, length, dtype=torch.bool), 40 * length)
     one = Foretelling(nn.Linear(size, 8), ahead, embeddings, features_first)
     found, bias = fitted(one, Table(), [batch])
     torch.testing.assert_close(found, matrix, atol=0.03, rtol=0.0)
@@ -519,7 +531,7 @@ class Echo(nn.Module):
 def test_states_of_slots_and_pairs_regress_on_the_features_before_their_tokens() -> None:
     torch.manual_seed(0)
     final, begin, length = torch.randn(1, 9, 4), 4, 9
-    batch = Batch(torch.arange(9)[None], final, final, torch.arange(9)[None] >= begin)
+    batch = Batch(torch.arange(9)[None], final, final, torch.arange(9)[None] >= begin, 9 - begin)
     frozen: Any = SimpleNamespace(weight=torch.randn(50, 4), embed=lambda ids: torch.zeros(*ids.shape, 4))
     head, rotary = Echo(), tables(CONFIG, torch.device("cpu"))
 
@@ -551,7 +563,7 @@ def test_soft_labels_are_the_likeliest_tokens_of_the_target_at_every_place() -> 
     torch.manual_seed(0)
     final, begin, length = torch.randn(1, 7, 4), 3, 7
     ids = torch.tensor([[0, 1, 2, 3, 5, 2, 4]])
-    batch = Batch(ids, final, final, torch.arange(length)[None] >= begin)
+    batch = Batch(ids, final, final, torch.arange(length)[None] >= begin, length - begin)
     frozen: Any = SimpleNamespace(weight=torch.randn(6, 4), embed=lambda ids: torch.zeros(*ids.shape, 4))
     head, rotary = Echo(), tables(CONFIG, torch.device("cpu"))
     options = {"anchors": 1.0, "decay": 0.8, "prefixes": True, "soft_labels": 3, "regression": 0.0}

@@ -258,6 +258,10 @@ def train(
     feature_layers: Annotated[
         str | None, typer.Option(help="Layers to capture beside the head's own: 2,4,5.", rich_help_panel=_TEXT)
     ] = None,
+    keep_features: Annotated[
+        bool,
+        typer.Option(help="Write the model's features into the shards, or run it again in every batch.", rich_help_panel=_TEXT),
+    ] = True,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the optimizer.", rich_help_panel=_LEARN)] = 1000,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Positions in a batch.", rich_help_panel=_LEARN)] = 8192,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches in a step.", rich_help_panel=_LEARN)] = 1,
@@ -295,6 +299,7 @@ def train(
     ways = command.numbers("--temperatures", temperatures, float)
     given = command.options(set_option or [])
     text = {"shards": shards, "num_tokens": tokens, "temperatures": ways, "max_len": max_len, "feature_layers": layers}
+    text["keep_features"] = keep_features
     choice = TrainChoice(
         method, model, data, out, options=given, init=init, settings=settings, device=device, seed=seed, **text
     )

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -41,13 +42,13 @@ Capture = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
 
 
 class Shape(NamedTuple):
-    """What two steps must share to be one graph; `place` is where the pool's memory begins."""
+    """What two steps must share to be one graph; `place` is where the pool's memory begins, and its sizes."""
 
     slots: tuple[int, ...]
     width: int
     length: int
     feature_layers: tuple[int, ...]
-    place: int
+    place: tuple[int, ...]
 
 
 @dataclass
@@ -88,7 +89,7 @@ class Graphs:
         width = 1 << (layout.width - 1).bit_length()
         length = -(-(layout.length + width) // LENGTH_STEP) * LENGTH_STEP
         pool.reserve(length)
-        shape = Shape(tuple(layout.slots), width, length, tuple(feature_layers), pool.kv.data_ptr())
+        shape = Shape(tuple(layout.slots), width, length, tuple(feature_layers), (pool.kv.data_ptr(), *pool.kv.shape))
         graph = self._graphs.get(shape) or self._new(shape, layout, pool, masks)
         if graph is None:
             return None
@@ -104,8 +105,6 @@ class Graphs:
         if self._seen.setdefault(shape, 0) < self.seen_before:
             self._seen[shape] += 1
             return None
-        for other in [one for one in self._graphs if one.place != shape.place]:
-            del self._graphs[other]  # its pool has moved
         if len(self._graphs) == MAX_GRAPHS:
             self._graphs.popitem(last=False)
         graph = self._graphs[shape] = self._room_for(shape, layout, masks)
@@ -147,10 +146,17 @@ def load(graph: Graph, layout: Layout, masks: Masks) -> None:
 
 
 def cuda_capture() -> Capture:
-    """Captures CUDA graphs that share scratch memory: they run one after another, and what they give is copied at once."""
+    """Captures CUDA graphs that share scratch memory: they run one after another, and what they give is copied at once.
+
+    Memory that the last graph has left cannot be shared again: what comes after it gets another.
+    """
+    living: WeakSet[Any] = WeakSet()
     memory = torch.cuda.graph_pool_handle()
 
     def capture(run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        nonlocal memory
+        if not living:
+            memory = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -160,6 +166,7 @@ def cuda_capture() -> Capture:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=memory):
             outputs = run()
+        living.add(graph)
         return outputs, graph.replay
 
     return capture

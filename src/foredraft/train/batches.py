@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from foredraft.drafters.heads import FINAL
-from foredraft.train.shards import Text, grouped
+from foredraft.train.shards import Text, features_of, grouped
 
 POOL = 1024
 """Texts among which those of like length are put together."""
@@ -26,36 +26,42 @@ class Batch(NamedTuple):
         features: the target's, of the layers that a head is given.
         final: those after the target's last norm.
         answer: whether the token at a position belongs to an answer; padding does not.
+        num_tokens: answer tokens: one token pass each.
     """
 
     ids: Int[Tensor, "b t"]
     features: Float[Tensor, "b t f"]
     final: Float[Tensor, "b t d"]
     answer: Bool[Tensor, "b t"]
-
-    @property
-    def num_tokens(self) -> int:
-        """Answer tokens: one token pass each."""
-        return int(self.answer.sum())
+    num_tokens: int
 
 
-def collate(texts: Sequence[Text], layers: Sequence[int], device: torch.device) -> Batch:
-    """Puts texts side by side.
+def collate(texts: Sequence[Text], layers: Sequence[int], target: Any) -> Batch:
+    """Puts texts side by side, on the target's device.
 
     Args:
         layers: whose features a head is given, side by side.
+        target: what wrote the texts; it is run where they have come without features.
     """
     ids = pad_sequence([text.ids.long() for text in texts], batch_first=True)
     answers = [torch.arange(len(text.ids)) >= text.prompt_len for text in texts]
     answer = pad_sequence(answers, batch_first=True)
-    final = _features(texts, FINAL)
-    features = final if tuple(layers) == FINAL else _features(texts, layers)
-    return Batch(*(one.to(device) for one in (ids, features, final, answer)))
+    if not texts[0].features:
+        texts = _with_features(texts, list(dict.fromkeys([*layers, *FINAL])), target)
+    final = _features(texts, FINAL, target.device)
+    features = final if tuple(layers) == FINAL else _features(texts, layers, target.device)
+    return Batch(ids.to(target.device), features, final, answer.to(target.device), int(answer.sum()))
 
 
-def _features(texts: Sequence[Text], layers: Sequence[int]) -> Float[Tensor, "b t f"]:
+def _with_features(texts: Sequence[Text], layers: Sequence[int], target: Any) -> list[Text]:
+    found = features_of(target, [text.ids.tolist() for text in texts], layers)
+    parts = [one.chunk(len(layers), dim=1) for one in found]
+    return [text._replace(features=dict(zip(layers, some, strict=True))) for text, some in zip(texts, parts, strict=True)]
+
+
+def _features(texts: Sequence[Text], layers: Sequence[int], device: torch.device) -> Float[Tensor, "b t f"]:
     parts = [torch.cat([text.features[layer] for layer in layers], dim=1) for text in texts]
-    return pad_sequence(parts, batch_first=True).float()
+    return pad_sequence(parts, batch_first=True).to(device).float()
 
 
 def epoch(texts: Sequence[Text], tokens: int, seed: int, number: int) -> list[list[Text]]:

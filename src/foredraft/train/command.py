@@ -46,6 +46,7 @@ class TrainChoice:
         init: directory of a head of the same method and sizes whose weights are begun with.
         shards: folder of the captured texts; None is one in `out`.
         feature_layers: captured beside those that the head needs, so that several heads can share the shards.
+        keep_features: in new shards; without them the model is run over every batch again, and shards are small.
     """
 
     method: str
@@ -59,6 +60,7 @@ class TrainChoice:
     temperatures: Sequence[float] = (0.0, 0.6, 1.0)
     max_len: int = 512
     feature_layers: Sequence[int] = ()
+    keep_features: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
     device: str | None = None
     seed: int = 0
@@ -101,7 +103,7 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
         head.load_state_dict(init)
     else:
         few = islice(endless(learned, settings.batch_tokens, choice.seed), -(-FITTED_TOKENS // settings.batch_tokens))
-        begin(head, frozen, _counts(learned, llm.target), [collate(one, head.feature_layers, llm.target.device) for one in few])
+        begin(head, frozen, _counts(learned, llm.target), [collate(one, head.feature_layers, llm.target) for one in few])
     course = Course(
         head=head,
         recipe=RECIPES[choice.method],
@@ -110,7 +112,7 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
         rotary=tables(config, llm.target.device),
         texts=learned,
         held_out=[one for one in texts if one.held_out],
-        device=llm.target.device,
+        target=llm.target,
         facts={
             "method": choice.method,
             "target": fingerprint_of(source),
@@ -167,12 +169,12 @@ def _learned(texts: Sequence[Text], answer_share: float) -> list[Text]:
 
 def captured(choice: TrainChoice, llm: LLM, source: Any, layers: Sequence[int]) -> list[Text]:
     """The texts to learn from, with the features of `layers`, written and captured as far as they are not there yet."""
-    every = list(dict.fromkeys([*choice.feature_layers, *layers]))
+    every = list(dict.fromkeys([*choice.feature_layers, *layers])) if choice.keep_features else []
     plan = Plan(choice.temperatures, min(choice.max_len, llm.max_model_len), choice.num_tokens, every, choice.seed)
     about = {"target": fingerprint_of(source), "data": _names(choice)}
     folder = choice.shards or choice.out / "shards"
-    width = llm.target.config.hidden_size * len(every) * 2
-    Console(stderr=True).print(f"shards in {folder}: about {1.6 * choice.num_tokens * width / 1e9:.1f} GB in all")
+    width = llm.target.config.hidden_size * len(every) * 2 + 4  # bytes of a token: bfloat16, and its id
+    Console(stderr=True).print(f"shards in {folder}: about {1.6 * choice.num_tokens * width / 1e9:.2g} GB in all")
     return capture(llm, lambda seed: read_prompts(choice.data, llm.tokenizer, seed), plan, folder, about, layers)
 
 

@@ -101,6 +101,7 @@ class Course:
     """Everything a run is made of, but its settings.
 
     Attributes:
+        target: what wrote the texts.
         facts: what a checkpoint must agree with to be gone on from.
         workers: the processes that share a step's batches.
     """
@@ -112,9 +113,14 @@ class Course:
     rotary: Tables
     texts: Sequence[Text]
     held_out: Sequence[Text]
-    device: torch.device
+    target: Any
     facts: Mapping[str, Any]
     workers: Workers = field(default_factory=Workers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is."""
+        return self.target.device
 
 
 def train(course: Course, settings: Settings, folder: Path) -> Progress:
@@ -135,7 +141,7 @@ def train(course: Course, settings: Settings, folder: Path) -> Progress:
             for group in (group for one in optimizers for group in one.param_groups):
                 group["lr"] = settings.lr * rate(settings, done.step)
             for part in range(settings.accumulate):
-                batch = collate(next(batches), course.head.feature_layers, course.device)
+                batch = collate(next(batches), course.head.feature_layers, course.target)
                 recent.add(backward(course, settings, batch, done.step, part), batch.num_tokens)
                 done.token_passes += workers.total(batch.num_tokens)
             workers.share_gradients(head.parameters())
@@ -189,7 +195,7 @@ def rate(settings: Settings, step: int) -> float:
 
 def backward(course: Course, settings: Settings, batch: Batch, step: int, part: int) -> dict[str, Tensor]:
     """Adds the gradient of one batch."""
-    generator = torch.Generator().manual_seed(hash((settings.seed, step, part, course.workers.rank)) & 0x7FFFFFFF)
+    generator = torch.Generator(course.device).manual_seed(hash((settings.seed, step, part, course.workers.rank)) & 0x7FFFFFFF)
     try:
         with torch.autocast(course.device.type, torch.bfloat16, enabled=settings.bf16):
             learned = course.recipe.learn(lesson(course, batch, generator))
@@ -214,7 +220,7 @@ def evaluate(course: Course, settings: Settings) -> dict[str, float]:
     """Means over the held-out texts."""
     means = Means()
     for group in grouped(course.held_out, [len(text.ids) for text in course.held_out], settings.batch_tokens):
-        batch = collate(group, course.head.feature_layers, course.device)
+        batch = collate(group, course.head.feature_layers, course.target)
         with torch.autocast(course.device.type, torch.bfloat16, enabled=settings.bf16):
             learned = course.recipe.learn(lesson(course, batch, None))
         means.add({"loss": learned.loss, **learned.figures}, batch.num_tokens)
@@ -222,21 +228,21 @@ def evaluate(course: Course, settings: Settings) -> dict[str, float]:
 
 
 class Means:
-    """Weighted means of figures."""
+    """Weighted means of figures; a device is not waited for before they are taken."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, Any] = {}
         self._weight = 0.0
 
     def add(self, figures: Mapping[str, Tensor], weight: int) -> None:
         """Adds a batch's."""
         for name, value in figures.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value) * weight
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().double() * weight
         self._weight += weight
 
     def take(self) -> dict[str, float]:
         """The means since the last call."""
-        means = {name: value / max(self._weight, 1e-9) for name, value in self._sums.items()}
+        means = {name: float(value) / max(self._weight, 1e-9) for name, value in self._sums.items()}
         self._sums, self._weight = {}, 0.0
         return means
 

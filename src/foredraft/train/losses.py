@@ -16,8 +16,8 @@ from torch import Tensor
 _SMALL = 1e-5
 """Added to the number of positions, so that a batch without any has loss 0 (EAGLE's released code)."""
 
-_ROWS = 128
-"""Rows whose logits are held at once: they fit in the cache of a CPU."""
+_ROWS, _ROWS_ON_A_CARD = 128, 4096
+"""Rows whose logits are held at once: on a CPU they fit in its cache, a card is kept busy."""
 
 _NEVER = -1e30
 """Log-probability of what cannot happen: finite, because the gradient through two infinities would not be a number."""
@@ -67,6 +67,12 @@ def distilled(
     return _Distilled.apply(states, weight, wanted, target_weight, mask) / (mask.sum() + _SMALL)
 
 
+def _parts(states: Tensor) -> Iterator[slice]:
+    """Some rows at a time."""
+    rows = _ROWS if states.device.type == "cpu" else _ROWS_ON_A_CARD
+    return (slice(first, first + rows) for first in range(0, len(states), rows))
+
+
 class _Distilled(torch.autograd.Function):
     """The sum over rows, with its gradient already made in the forward pass."""
 
@@ -78,8 +84,7 @@ class _Distilled(torch.autograd.Function):
         exact = torch.promote_types(states.dtype, torch.float32)
         total, to_states = mask.new_zeros(()), torch.empty_like(states)
         to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for first in range(0, len(states), _ROWS):
-            part = slice(first, first + _ROWS)
+        for part in _parts(states):
             logits, wanted_logits = F.linear(states[part], output).to(exact), F.linear(wanted[part], target_output).to(exact)
             draft, probs = logits.softmax(-1), wanted_logits.softmax(-1)
             log_sum = logits.amax(-1) - draft.amax(-1).log()
@@ -119,8 +124,7 @@ class _LogitsAt(torch.autograd.Function):
         output, probs = weight.to(states.dtype), states.new_empty(len(states), len(weight))
         found = torch.empty(ids.shape, dtype=torch.promote_types(states.dtype, torch.float32), device=states.device)
         log_sum = found.new_empty(len(states))
-        for first in range(0, len(states), _ROWS):
-            part = slice(first, first + _ROWS)
+        for part in _parts(states):
             logits = F.linear(states[part], output).to(found.dtype)
             chances = logits.softmax(-1)
             log_sum[part] = logits.amax(-1) - chances.amax(-1).log()
@@ -134,8 +138,7 @@ class _LogitsAt(torch.autograd.Function):
         to_states = torch.empty_like(states)
         to_weight = torch.zeros_like(output, dtype=grads[0].dtype) if ctx.needs_input_grad[1] else None
         to_found, to_sum = (one.to(probs.dtype) for one in grads)
-        for first in range(0, len(states), _ROWS):
-            part = slice(first, first + _ROWS)
+        for part in _parts(states):
             slope = (probs[part] * to_sum[part, None]).scatter_add_(1, ids[part], to_found[part])
             to_states[part] = slope @ output
             if to_weight is not None:
@@ -155,8 +158,8 @@ def agreement(
     if not len(states):
         return {}
     same, kept = [], []
-    for some, other in zip(states.split(_ROWS), wanted.split(_ROWS), strict=True):
-        logits, target_logits = F.linear(some, weight), F.linear(other, target_weight)
+    for part in _parts(states):
+        logits, target_logits = F.linear(states[part], weight), F.linear(wanted[part], target_weight)
         same.append(logits.argmax(-1) == target_logits.argmax(-1))
         kept.append(torch.minimum(logits.float().softmax(-1), target_logits.float().softmax(-1)).sum(-1))
     return {"top1": torch.cat(same).float().mean(), "acceptance": torch.cat(kept).mean()}
@@ -168,7 +171,7 @@ def likeliest(
 ) -> tuple[Int[Tensor, "n m"], Float[Tensor, "n m"]]:
     """The `count` likeliest tokens by ``softmax(states weight^T)``, and their probabilities among themselves; some rows at a
     time."""
-    found = [F.linear(some, weight.to(some.dtype)).topk(count) for some in states.split(_ROWS)]
+    found = [F.linear(some, weight.to(some.dtype)).topk(count) for some in map(states.__getitem__, _parts(states))]
     ids, logits = torch.cat([one.indices for one in found]), torch.cat([one.values for one in found])
     return ids, logits.float().softmax(-1)
 

@@ -70,12 +70,12 @@ def recurrent(lesson: Lesson) -> Learned:
         embedding = head.embed(_shifted(batch.ids, 1 + run), lesson.frozen.embed)
         wanted = _shifted(batch.final, 1 + run)
         mask = _shifted(batch.answer, 2 + run, to=wanted.shape[1])
-        out = head(embedding, feature, attend)
-        wanted = wanted[mask]
-        classification, agreement = _classified(lesson, *head.readout(out.scored[mask], lesson.frozen.weight), wanted)
+        out, learned = head(embedding, feature, attend), mask.nonzero(as_tuple=True)
+        wanted = wanted[learned]
+        classification, agreement = _classified(lesson, *head.readout(out.scored[learned], lesson.frozen.weight), wanted)
         loss, parts = options["classification"] * classification, {"classification": classification.detach()}
         if options["regression"]:
-            regression = losses.smooth_l1(out.carried[mask].float(), wanted, wanted.new_ones(len(wanted)))
+            regression = losses.smooth_l1(out.carried[learned].float(), wanted, wanted.new_ones(len(wanted)))
             loss, parts = loss + options["regression"] * regression, {"regression": regression.detach(), **parts}
         total = total + options["decay"] ** run * loss
         if options["ctc"]:
@@ -194,7 +194,7 @@ def _shifted(
 def _noisy(features: Float[Tensor, "b t f"], lesson: Lesson) -> Float[Tensor, "b t f"]:
     if lesson.generator is None:
         return features
-    noise = torch.rand(features.shape, generator=lesson.generator).to(features) - 0.5
+    noise = torch.rand(features.shape, generator=lesson.generator, device=features.device).to(features) - 0.5
     return features + noise * (lesson.options["noise"] * NOISE_LENGTH / features.shape[1])
 
 
@@ -241,7 +241,7 @@ def _anchors(mask: Bool[Tensor, "b p"], lesson: Lesson) -> Int[Tensor, "b a"]:
     if lesson.generator is None:
         order = -torch.arange(mask.shape[1], device=mask.device).expand_as(mask).mul(7919).remainder(mask.shape[1]).float()
     else:
-        order = torch.rand(mask.shape, generator=lesson.generator).to(mask.device)
+        order = torch.rand(mask.shape, generator=lesson.generator, device=mask.device)
     return order.masked_fill(~mask, -torch.inf).topk(count, dim=1).indices.sort(dim=1).values
 
 

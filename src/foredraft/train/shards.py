@@ -1,4 +1,5 @@
-"""Texts that the target wrote, with its features at every token, in files that are mapped into memory.
+"""Texts that the target wrote, with its features at every token, in files that are mapped into memory. Without layers, a shard
+holds the texts alone, and the target is run over each batch again (`foredraft.train.batches`).
 
 A shard is whole or not there: it is written under another name first. `manifest.json` says what the shards were made from and
 what each tensor of them hashes to, so that a run goes on where it was cut off, and damage is found before it is trained on.
@@ -31,6 +32,8 @@ SHARD_TEXTS = 256
 CAPTURE_TOKENS = 2048
 """Positions in one pass of the target: wider passes leave the cache of a small CPU."""
 
+CAPTURE_TOKENS_ON_A_CARD = 16_384
+
 _MAY_DIFFER = ("num_tokens", "feature_layers", "seed")
 """More shards may be asked for, fewer layers used, and several seeds may learn from the same texts."""
 
@@ -49,7 +52,7 @@ class Plan(NamedTuple):
         temperatures: of the answers, in turn over the prompts.
         max_len: tokens of prompt and answer together.
         num_tokens: answer tokens in all, held-out ones apart.
-        feature_layers: of the target, as in `Target.forward`.
+        feature_layers: of the target, as in `Target.forward`; none: texts alone are kept.
     """
 
     temperatures: Sequence[float]
@@ -60,7 +63,7 @@ class Plan(NamedTuple):
 
 
 class Text(NamedTuple):
-    """One text; its features, by layer, stay on disk until they are read."""
+    """One text; its features, by layer, stay on disk until they are read. None are there where texts alone are kept."""
 
     ids: Int[Tensor, " n"]
     features: Mapping[int, Float[Tensor, "n d"]]
@@ -82,7 +85,7 @@ def capture(
         llm: the target, decoding plainly.
         read: gives the prompts in the order of a seed; asked where shards are missing.
         about: what the shards depend on beside the plan: the target's fingerprint, the data.
-        layers: whose features are opened.
+        layers: whose features are opened, if any are kept.
 
     Raises:
         TrainingError: shards there were made from something else, lack a layer, are damaged, or cannot be written.
@@ -91,6 +94,7 @@ def capture(
     facts = json.loads(json.dumps({**plan._asdict(), **about}))
     manifest = _read_manifest(folder, facts)
     plan = plan._replace(feature_layers=manifest["made_from"]["feature_layers"], seed=manifest["made_from"]["seed"])
+    layers = layers if plan.feature_layers else ()
     if missing := {*layers} - {*plan.feature_layers}:
         raise TrainingError(f"the shards in {folder} lack the target's layers {sorted(missing)}: give another --shards folder")
     tokens = sum(shard["answer_tokens"] for shard in manifest["shards"])
@@ -155,8 +159,10 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
 
 def _write_shard(llm: LLM, prompts: Sequence[Prompt], plan: Plan, folder: Path, number: int, first: int) -> dict[str, Any]:
     texts = _answer(llm, prompts, plan, first)
-    features = torch.cat(list(_run(llm.target, texts, plan.feature_layers))).bfloat16()
-    layers = features.chunk(len(plan.feature_layers), dim=1)
+    kept = (
+        torch.cat([one.cpu() for one in features_of(llm.target, texts, plan.feature_layers)]) if plan.feature_layers else None
+    )
+    layers = kept.chunk(len(plan.feature_layers), dim=1) if kept is not None else ()
     tensors = {
         "ids": torch.tensor([token for text in texts for token in text], dtype=torch.int32),
         "lengths": torch.tensor([len(text) for text in texts]),
@@ -186,17 +192,18 @@ def _answer(llm: LLM, prompts: Sequence[Prompt], plan: Plan, first: int) -> list
     return [prompt.ids + result.outputs[0].token_ids for prompt, result in zip(prompts, results, strict=True)]
 
 
-def _run(target: Any, texts: Sequence[list[int]], feature_layers: Sequence[int]) -> Iterator[Float[Tensor, "n f"]]:
-    """The target's features at the tokens of each text."""
+def features_of(target: Any, texts: Sequence[list[int]], feature_layers: Sequence[int]) -> list[Float[Tensor, "n f"]]:
+    """The target's features at the tokens of each text, as they are kept: in bfloat16, the layers side by side."""
     found: dict[int, Tensor] = {}
-    for group in grouped(range(len(texts)), [len(text) for text in texts], CAPTURE_TOKENS):
+    tokens = CAPTURE_TOKENS if target.device.type == "cpu" else CAPTURE_TOKENS_ON_A_CARD
+    for group in grouped(range(len(texts)), [len(text) for text in texts], tokens):
         pool = target.new_pool(len(group), max(len(texts[i]) for i in group))
         batch = TreeBatch.chains([texts[i] for i in group])
         scores = target.forward(
             batch, [pool.allocate() for _ in group], np.empty(0, np.int64), feature_layers=tuple(feature_layers)
         )
-        found |= dict(zip(group, scores.features.cpu().split([len(texts[i]) for i in group]), strict=True))
-    return (found[i] for i in range(len(texts)))
+        found |= dict(zip(group, scores.features.bfloat16().split([len(texts[i]) for i in group]), strict=True))
+    return [found[i] for i in range(len(texts))]
 
 
 def open_shard(file: Path, sha256: Mapping[str, str], layers: Sequence[int]) -> list[Text]:
@@ -216,11 +223,11 @@ def open_shard(file: Path, sha256: Mapping[str, str], layers: Sequence[int]) -> 
             f"the shard {file} is missing or damaged: delete the folder {file.parent} and run again, and it is made anew"
         )
     lengths = whole["lengths"].tolist()
-    features = zip(*(whole[_name(layer)].split(lengths) for layer in layers), strict=True)
-    columns = whole["ids"].split(lengths), features, whole["prompt_lens"], whole["held_out"]
+    features = {layer: whole[_name(layer)].split(lengths) for layer in layers}
+    columns = whole["ids"].split(lengths), whole["prompt_lens"], whole["held_out"]
     return [
-        Text(ids, dict(zip(layers, some, strict=True)), int(start), bool(held))
-        for ids, some, start, held in zip(*columns, strict=True)
+        Text(ids, {layer: features[layer][i] for layer in layers}, int(start), bool(held))
+        for i, (ids, start, held) in enumerate(zip(*columns, strict=True))
     ]
 
 

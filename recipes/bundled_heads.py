@@ -1,12 +1,14 @@
 """Trains the draft heads for the bundled target: prompts, the target's answers and features once, then every head on the same
 shards, with the same number of token passes.
 
-    python recipes/bundled_heads.py --data ../shared/data --out build/heads --seeds 0 1 2
-    python recipes/bundled_heads.py --data ../shared/data --out build/shipped --shards build/heads/shards \
-        --only fspad-slim ctc eagle-slim --steps 1600 --calibrate
+    python recipes/bundled_heads.py --data ../shared/data --out build/heads --tokens 1500000 --seeds 0 1 2
+    python recipes/bundled_heads.py --data ../shared/data --out build/shipped --only fspad-slim ctc-long eagle-slim \
+        --tokens 2400000 --steps 1920 --batch-tokens 16384 --calibrate
 
 The first makes the heads that are compared, seed after seed, so that what is there compares at any moment; the second those
 that ship, as fspad, ctc and eagle, and measures what their trees are worth. A run that was cut off goes on where it was.
+`--no-keep-features` and other options of `foredraft train` are passed on. The heads that were measured and those that ship
+were made so on one GPU, with the target's answers from a CPU.
 """
 
 from __future__ import annotations
@@ -46,12 +48,13 @@ VARIANTS = {
     "fspad-alignment": "--method fspad --set feature_sampling=false",
     "ctc-whole": "--method ctc --set prefixes=false --set labels=5",
     "parallel": "--method parallel",
-    "fspad-slim": "--method fspad --set intermediate=256",
-    "eagle-slim": "--method eagle --set intermediate=256",
+    "fspad-slim": "--method fspad --set intermediate=256 --set unroll=3 --set classification=1",
+    "eagle-slim": "--method eagle --set intermediate=256 --set unroll=3 --set classification=1",
+    "ctc-long": "--method ctc --set num_slots=8 --set labels=8",
     "eagle3": "--method eagle3 --set heads=3 --set kv_heads=3 --set feature_layers=[2,5,-1]",
 }
 """Heads by name: the methods (`hydra` is Hydra++, `hydra-plain` Hydra without the layer before its heads), their ablations
-(FSPAD with one of its parts, CTC's loss over whole answers, its layer with cross-entropy), and narrower ones."""
+(FSPAD with one of its parts, CTC's loss over whole answers, its layer with cross-entropy), and those that ship."""
 
 
 def records(file: Path) -> Iterator[dict]:

@@ -199,7 +199,7 @@ static void normalize(const float *x, const bf16 *weight, bf16 *out, int64_t siz
 
 /* ---- linear layers --------------------------------------------------------------------------------------------------------- */
 
-enum { TILE = 32, MOST_ROWS = 12, AHEAD = 4096, PARTS = 4 };
+enum { TILE = 32, MOST_ROWS = 12, LINE = 64, AHEAD = 4096, PARTS = 2 };
 
 /* 32 weights of 7 bits as numbers: 0x4300 and the byte below it are 128 more than the byte says. */
 INLINE __m512bh numbers_of(__m256i bytes) {
@@ -232,11 +232,28 @@ INLINE float total(const int wide, const void *x, int64_t size) {
     return _mm512_reduce_add_ps(sum);
 }
 
-/* 32 outputs of n rows: 2 n sums stay in registers, each weight is loaded once for all rows, and asked for AHEAD bytes before: the
-   processor's own prefetching is too late where many rows keep it from running ahead. Weights are bytes if `few`; those are summed
-   up as 192 more than they are, which is then taken off. Rows are float32 if `wide`. n, `few` and `wide` are constants. */
+/* Rows are run in groups of about equal size, at most MOST_ROWS each. */
+INLINE int64_t groups_of(int64_t rows) { return rows > MOST_ROWS ? (rows + MOST_ROWS - 1) / MOST_ROWS : 1; }
+
+INLINE int64_t group_of(int64_t rows) { return (rows + groups_of(rows) - 1) / groups_of(rows); }
+
+/* What is asked for while some weights are worked through: the processor's own prefetching is too late where many rows keep it
+   from running ahead. One group of rows asks for what comes AHEAD bytes later; of several, each for its share of the next tile. */
+typedef struct {
+    const char *at;
+    int64_t pace; /* bytes for every two inputs */
+} Ahead;
+
+INLINE Ahead ahead_of(const void *tile, int64_t bytes, int64_t size, int64_t group, int64_t groups) {
+    const char *at = (const char *)tile + (groups == 1 ? AHEAD : bytes + group * bytes / groups);
+    return (Ahead){at, 2 * bytes / size / groups};
+}
+
+/* 32 outputs of n rows: 2 n sums stay in registers, each weight is loaded once for all rows. Weights are bytes if `few`; those are
+   summed up as 192 more than they are, which is then taken off. Rows are float32 if `wide`. n, `few` and `wide` are constants. */
 INLINE void products_of(
-    const int n, const int few, const int wide, const void *x, const void *weight, const float *scales, int64_t size, float (*out)[TILE]
+    const int n, const int few, const int wide, const void *x, const void *weight, const float *scales, int64_t size, Ahead ahead,
+    float (*out)[TILE]
 ) {
     const bf16 *w = weight, *narrow_x = x;
     const uint8_t *bytes = weight;
@@ -245,8 +262,9 @@ INLINE void products_of(
 #pragma GCC unroll 12
     for (int m = 0; m < n; m++) low[m] = high[m] = _mm512_setzero_ps();
     for (int64_t i = 0; i < size; i += 2, w += 2 * TILE, bytes += 2 * TILE) {
-        _mm_prefetch((const char *)(few ? (const void *)bytes : w) + AHEAD, _MM_HINT_T0);
-        if (!few) _mm_prefetch((const char *)(w + TILE) + AHEAD, _MM_HINT_T0);
+        _mm_prefetch(ahead.at, _MM_HINT_T1);
+        if (ahead.pace > LINE) _mm_prefetch(ahead.at + LINE, _MM_HINT_T1);
+        ahead.at += ahead.pace;
         __m512i line = _mm512_loadu_si512(few ? (const void *)bytes : w);
         __m512bh first = few ? numbers_of(_mm512_castsi512_si256(line)) : (__m512bh)line;
         __m512bh second = few ? numbers_of(_mm512_extracti64x4_epi64(line, 1)) : pairs(w + TILE);
@@ -277,18 +295,20 @@ INLINE void products_of(
     }
 }
 
-/* Of n rows from `row` on, which are float32 where inputs are widened. */
-static void products(int n, const void *x, int64_t row, const Linear *layer, int64_t tile, float (*out)[TILE]) {
+/* Of the n rows from `row` on, a group of all `count`, which are float32 where inputs are widened. */
+static void products(int n, const void *x, int64_t row, int64_t count, const Linear *layer, int64_t tile, float (*out)[TILE]) {
     const int64_t size = layer->in, at = tile * TILE * size;
     const int wide = wide_inputs();
     const void *rows = wide ? (const void *)((const float *)x + row * size) : (const bf16 *)x + row * size;
     const bf16 *w = (const bf16 *)layer->weight + at;
     const uint8_t *bytes = (const uint8_t *)layer->weight + at;
     const float *scales = layer->scales ? layer->scales + tile * TILE : NULL;
+    const int64_t bytes_each = scales ? 1 : sizeof(bf16), groups = groups_of(count);
+    const Ahead ahead = ahead_of((const char *)layer->weight + at * bytes_each, TILE * size * bytes_each, size, row / group_of(count), groups);
     switch (n + MOST_ROWS * ((scales != NULL) + 2 * wide)) {
 #define CASE(N, WIDE) \
-        case N + 2 * WIDE * MOST_ROWS: products_of(N, 0, WIDE, rows, w, NULL, size, out); break; \
-        case N + (2 * WIDE + 1) * MOST_ROWS: products_of(N, 1, WIDE, rows, bytes, scales, size, out); break;
+        case N + 2 * WIDE * MOST_ROWS: products_of(N, 0, WIDE, rows, w, NULL, size, ahead, out); break; \
+        case N + (2 * WIDE + 1) * MOST_ROWS: products_of(N, 1, WIDE, rows, bytes, scales, size, ahead, out); break;
 #define CASES(WIDE) \
         CASE(1, WIDE) CASE(2, WIDE) CASE(3, WIDE) CASE(4, WIDE) CASE(5, WIDE) CASE(6, WIDE) \
         CASE(7, WIDE) CASE(8, WIDE) CASE(9, WIDE) CASE(10, WIDE) CASE(11, WIDE) CASE(12, WIDE)
@@ -299,12 +319,6 @@ static void products(int n, const void *x, int64_t row, const Linear *layer, int
     if (layer->bias == NULL) return;
     for (int m = 0; m < n; m++)
         for (int64_t o = 0; o < TILE && tile * TILE + o < layer->out; o++) out[m][o] += float_of(layer->bias[tile * TILE + o]);
-}
-
-/* Rows are run in groups of about equal size, at most MOST_ROWS each. */
-INLINE int64_t group_of(int64_t rows) {
-    int64_t groups = (rows + MOST_ROWS - 1) / MOST_ROWS;
-    return groups ? (rows + groups - 1) / groups : 1;
 }
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -352,7 +366,7 @@ static void linear_tile(const Product *job, int64_t tile) {
     float out[MOST_ROWS][TILE];
     for (int64_t row = 0, group = group_of(job->rows); row < job->rows; row += group) {
         int64_t n = least(group, job->rows - row), width = least(TILE, layer->out - tile * TILE);
-        products((int)n, job->x, row, layer, tile, out);
+        products((int)n, job->x, row, job->rows, layer, tile, out);
         for (int64_t m = 0; m < n; m++) {
             float *to = job->y + (row + m) * job->stride + tile * TILE;
             for (int64_t o = 0; o < width; o++) to[o] = job->add ? to[o] + out[m][o] : out[m][o];
@@ -365,8 +379,8 @@ static void gated_tile(const Product *job, int64_t tile) {
     float g[MOST_ROWS][TILE], u[MOST_ROWS][TILE];
     for (int64_t row = 0, group = group_of(job->rows); row < job->rows; row += group) {
         int64_t n = least(group, job->rows - row);
-        products((int)n, job->gate_x, row, gate, tile, g);
-        products((int)n, job->x, row, up, tile, u);
+        products((int)n, job->gate_x, row, job->rows, gate, tile, g);
+        products((int)n, job->x, row, job->rows, up, tile, u);
         for (int64_t m = 0; m < n; m++)
             for (int64_t o = 0; o < TILE; o += 16) {
                 __m512 v = _mm512_loadu_ps(g[m] + o), e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), v));

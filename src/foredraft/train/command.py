@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
+from foredraft.bench.command import machine
 from foredraft.bench.report import new_figure
 from foredraft.drafters.folder import layer_config, read_head, save_head
 from foredraft.drafters.heads import FINAL, HEADS
@@ -235,6 +236,7 @@ def provenance(course: Course, settings: Settings, done: Progress, head: torch.n
         "texts": len(course.texts),
         "token_passes": done.token_passes,
         "minutes": round(done.seconds / 60, 1),
+        "device": machine(course.device)["device"],
         "held_out": done.history[-1] if done.history else {},
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -159,10 +159,8 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
 
 def _write_shard(llm: LLM, prompts: Sequence[Prompt], plan: Plan, folder: Path, number: int, first: int) -> dict[str, Any]:
     texts = _answer(llm, prompts, plan, first)
-    kept = (
-        torch.cat([one.cpu() for one in features_of(llm.target, texts, plan.feature_layers)]) if plan.feature_layers else None
-    )
-    layers = kept.chunk(len(plan.feature_layers), dim=1) if kept is not None else ()
+    features = [one.cpu() for one in features_of(llm.target, texts, plan.feature_layers)] if plan.feature_layers else []
+    layers = torch.cat(features).chunk(len(plan.feature_layers), dim=1) if features else ()
     tensors = {
         "ids": torch.tensor([token for text in texts for token in text], dtype=torch.int32),
         "lengths": torch.tensor([len(text) for text in texts]),

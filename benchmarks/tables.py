@@ -42,7 +42,7 @@ def of_heads(rows: list[dict[str, Any]]) -> list[list[str]]:
     """A line a method of benchmarks/heads.py: tokens a step, in all and by family, and what drafting costs."""
     families = list(rows[0]["families"])
     head = ["method", "parameters", "training, min", "tokens a step", "not looping", *families, "accepted at depth 1, 2, ..."]
-    head += ["forwards, ms to draft", "speed-up (95 %)", "not looping", "steps alone"]
+    head += ["forwards, ms to draft (a forward / the target's)", "speed-up (95 %)", "not looping", "steps alone"]
     lines = [head, ["---"] * len(head)]
     for row in rows[1:]:
         lengths = [row["acceptance_length"], row["not_looping"], *row["families"].values()]
@@ -53,20 +53,21 @@ def of_heads(rows: list[dict[str, Any]]) -> list[list[str]]:
                 *made,
                 *(f"{length:.2f}" for length in lengths),
                 " ".join(f"{rate:.2f}" for rate in row["joint_acceptance_rate"][:6]),
-                *costs(row),
+                *costs(row, 1000 * rows[0].get("verify_s", 0.0) / rows[0]["num_steps"]),
             ]
         )
     return lines
 
 
-def costs(row: dict[str, Any]) -> list[str]:
-    """What drafting costs and gains; empty where no clock ran."""
+def costs(row: dict[str, Any], target_ms: float) -> list[str]:
+    """What drafting costs, also beside a forward of the target for one token, and what it gains; empty where no clock ran."""
     if "speedup" not in row:
         return [""] * 4
     gains = f"{row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
     quiet = f"{row.get('speedup_not_looping', row['speedup']):.2f}"
     steps = f"{row['speedup_steps']:.2f}" if "speedup_steps" in row else ""
-    return [f"{row['draft_forwards']:.1f}, {row['draft_ms']:.2f}", gains, quiet, steps]
+    share = row["draft_ms"] / max(row["draft_forwards"], 1.0) / target_ms
+    return [f"{row['draft_forwards']:.1f}, {row['draft_ms']:.2f} ({share:.2f})", gains, quiet, steps]
 
 
 def of_seeds(rows: list[dict[str, Any]]) -> list[list[str]]:

@@ -82,7 +82,10 @@ def test_a_narrow_head(tree: str, tmp_path: Path) -> None:
     assert token_ids(outputs(STORIES, config, STORY_PROMPTS[:2], 100)) == plain(STORIES, 2, 100)
 
 
-@pytest.mark.parametrize(("drafter", "tree"), [("lm", "dyspec"), ("lm", "branching"), ("fspad", "dyspec"), ("suffix", None)])
+@pytest.mark.parametrize(
+    ("drafter", "tree"),
+    [("lm", "dyspec"), ("lm", "branching"), ("fspad", "dyspec"), ("eagle", "topk"), ("ctc", None), ("suffix", None)],
+)
 def test_bundled_pair(drafter: str, tree: str | None) -> None:
     results = outputs(BUNDLED_TARGET, config_of(drafter, tree, bundled_drafter(drafter) or BUNDLED_LM), chat_prompts()[:2], 60)
     assert token_ids(results) == [ids[:60] for ids in plain(BUNDLED_TARGET, 2, 60)]

@@ -151,7 +151,7 @@ def chat(
 @app.command()
 def bench(
     *,
-    methods: Annotated[str, typer.Option(help="Comma-separated: drafter[:tree[:budget[:rule]]], or a peer.")],
+    methods: Annotated[str, typer.Option(help="Comma-separated: drafter[:tree[:budget[:rule[:option=value]]]], or a peer.")],
     prompts: Annotated[Path, typer.Option(help="A .jsonl (prompt, question, messages or turns) or .txt file.")],
     model: Model = None,
     draft_model: DraftModel = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,19 +58,20 @@ class Contender(Protocol):
 
 
 def parse_method(text: str, draft_model: str | None) -> dict[str, Any]:
-    """The speculative config of ``drafter[=DIRECTORY][:tree[:budget[:rule]]]``. What is wrong with the names is said by the
-    config.
+    """The speculative config of ``drafter[=DIRECTORY][:tree[:budget[:rule[:option=value ...]]]]``. What is wrong with the
+    names is said by the config.
 
     Args:
         draft_model: a draft model or a head, for the drafters that it is for and that name no directory.
 
     Raises:
-        ValueError: there are more than four parts, or the budget is no number.
+        ValueError: a part behind the rule is no option, or the budget is no number.
     """
     drafter, *rest = text.split(":")
-    if len(rest) > 3 or not drafter:
-        raise ValueError(f"a method is drafter[:tree[:budget[:rule]]], for instance lm:dyspec:16, got {text!r}")
-    tree, budget, rule = [part or None for part in [*rest, *[""] * (3 - len(rest))]]
+    options = [part.partition("=") for part in rest[3:]]
+    if not drafter or not all(name and value for name, _, value in options):
+        raise ValueError(f"a method is drafter[:tree[:budget[:rule[:option=value]]]], for instance lm:dyspec:16, got {text!r}")
+    tree, budget, rule = [part or None for part in [*rest[:3], *[""] * (3 - len(rest))]]
     if tree is not None and tree.isdigit():
         raise ValueError(f"method {text!r} has a number in the place of its tree. Leave that place empty: {drafter}::{tree}")
     if budget is not None and budget != AUTO and not budget.isdigit():
@@ -83,7 +85,16 @@ def parse_method(text: str, draft_model: str | None) -> dict[str, Any]:
         config |= {"tree": tree} if tree else {}
         config |= {"num_speculative_tokens": budget if budget == AUTO else int(budget)} if budget else {}
         config |= {"rule": rule} if rule else {}
+        config |= {name: _read(value) for name, _, value in options}
     return config
+
+
+def _read(value: str) -> Any:
+    """As JSON where it can be read so."""
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 class Ours:

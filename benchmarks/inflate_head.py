@@ -7,12 +7,14 @@ which reach nothing and cost what others cost. Norms are rescaled as the target'
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from foredraft.calibration import file_beside
 from foredraft.drafters.folder import read_head, save_head
 from foredraft.drafters.heads import HEADS
 from foredraft.drafters.layers import Shape
@@ -25,7 +27,7 @@ _SIDE_BY_SIDE = re.compile(
 
 
 def inflate_head(drafter: Path, target: Path, output: Path) -> None:
-    """Writes the head `drafter` as one for the inflated `target`.
+    """Writes the head `drafter` as one for the inflated `target`, with what its calibration says of its laws, which stay.
 
     Raises:
         ValueError: there is no head, or the target's hidden size is no multiple of its own.
@@ -60,6 +62,9 @@ def inflate_head(drafter: Path, target: Path, output: Path) -> None:
     head.load_state_dict(wide)
     about = {**loaded.about, "target": {"name": target.name, "fingerprint": fingerprint(open_weights(target))}}
     save_head(output, head, config, about)
+    measured, copied = file_beside(drafter), file_beside(output)
+    if measured is not None and copied is not None and measured.exists():
+        copied.write_text(json.dumps({**read_json(measured), "weights": fingerprint(open_weights(output))}, indent=1) + "\n")
 
 
 def widened(name: str, weight: Tensor, like: Tensor, hidden: int, factor: int) -> Tensor:

@@ -47,6 +47,8 @@ FIELDS += ["draft_s", "verify_s", "rule_s", "cache_s", "other_s"]
         ("lm:chain:4:block", {"method": "lm", "model": "D", "tree": "chain", "num_speculative_tokens": 4, "rule": "block"}),
         ("lm:opt:auto", {"method": "lm", "model": "D", "tree": "opt", "num_speculative_tokens": "auto"}),
         ("fspad=H:opt", {"method": "fspad", "model": "H", "tree": "opt"}),
+        ("ngram::8::prompt_lookup_max=3", {"method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_max": 3}),
+        ("fspad:opt:::draft_sampling=auto", {"method": "fspad", "tree": "opt", "draft_sampling": "auto"}),
     ],
 )
 def test_methods(text: str, config: dict[str, Any]) -> None:

@@ -55,7 +55,6 @@ ONLY_SMALL: list[tuple[str, dict[str, Any]]] = [  # more options, at V = 2 in th
     ("branching", {"expansion": [1, 2, 1], "merge": False}),
     ("dyspec", {"width": 1}),
     ("dyspec", {"draft_temperature": 0.5}),
-    ("dyspec", {"node_cost": 0.1, "pass_cost": 0.3}),
     ("dyspec-threshold", {"threshold": 0.15}),
 ]
 BUDGETS = {2: 6, 3: 4, 4: 3}

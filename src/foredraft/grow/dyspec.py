@@ -8,10 +8,6 @@ priorities never rise along the tree, so the nodes of the N highest priorities a
 one. Here the children of many nodes are drawn in one pass. Losslessness rests on deciding whether to draw without looking.
 Where nothing is sampled (temperature 0) the likeliest children are known beforehand, and a draw is worth what it will give,
 ``v(u) * p(token)``: the tree of largest draft mass.
-
-A budget alone makes trees of one size, whether the next tokens are certain or not. With costs, measured in tokens, a draw is
-made where it promises more than a node costs, and a pass where the nodes that it expands promise more than a pass costs: long
-trees where the drafter is sure, small ones where it is not.
 """
 
 from __future__ import annotations
@@ -42,21 +38,16 @@ class DySpec(Options):
         width: how many of the best frontier nodes are expanded a pass; 1 is the paper's sequential order. The tree is the
             same for every width. More nodes a pass cost fewer passes and some nodes evaluated in vain. None is half of the
             budget, at most 8.
-        node_cost, pass_cost: what one more node to verify and one more pass of the drafter cost, in tokens that their time
-            would give otherwise. With a `pass_cost` the tree hangs on the width too.
     """
 
     width: int | None = None
-    node_cost: float | int = 0.0
-    pass_cost: float | int = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_width(self.width)
-        _check_costs(self)
 
     def policy(self, tree: Sapling) -> Policy:
-        return greedy(tree, self.width, as_drafted, Costs(self.node_cost, self.pass_cost))
+        return greedy(tree, self.width, as_drafted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,18 +59,15 @@ class DySpecCalibrated(Options):
 
     Attributes:
         acceptance_by_prob: `sampled` and `greedy`, each as `foredraft calibrate` writes it; see `AcceptanceTable`.
-        width, node_cost, pass_cost: as in `DySpec`.
+        width: as in `DySpec`.
     """
 
     acceptance_by_prob: Mapping[str, Any] | None = None
     width: int | None = None
-    node_cost: float | int = 0.0
-    pass_cost: float | int = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_width(self.width)
-        _check_costs(self)
         _ = self.tables  # says now what is wrong with them
 
     @cached_property
@@ -94,31 +82,24 @@ class DySpecCalibrated(Options):
                 f"tree 'dyspec-calibrated' needs the measured acceptance of {kind} requests: give it as the config key "
                 "'acceptance_by_prob', or measure it with `foredraft calibrate`"
             )
-        return greedy(tree, self.width, self.tables[kind].worth, Costs(self.node_cost, self.pass_cost))
+        return greedy(tree, self.width, self.tables[kind].worth)
 
 
-class Costs(NamedTuple):
-    """Of one more node to verify and of one more pass of the drafter, in tokens."""
-
-    node: float
-    one_pass: float
-
-
-def greedy(tree: Sapling, width: int | None, judge: Judge, costs: Costs) -> Policy:
+def greedy(tree: Sapling, width: int | None, judge: Judge) -> Policy:
     """Grows the tree of the draws of highest priority, `width` of the best frontier nodes a pass; see `DySpec`."""
     size = tree.budget.nodes
     width = width or max(1, min(MOST_AT_ONCE, size // 2))
     expanded: set[int] = set()
     best: list[_Draw] = []
     while size:
-        least = max(costs.node, best[-1].priority if len(best) == size else 0.0)
+        least = best[-1].priority if len(best) == size else 0.0
         frontier = [
             node
             for node in [0, *(one.node for one in best)]
             if node not in expanded and tree.depths[node] < tree.budget.depth and tree.values[node] >= least
         ]
         frontier = sorted(frontier, key=lambda node: -tree.values[node])[:width]
-        if not frontier or sum(tree.values[node] for node in frontier) < costs.one_pass:
+        if not frontier:
             break
         laws = yield frontier
         expanded.update(frontier)
@@ -170,12 +151,6 @@ class DySpecThreshold(Options):
 def _check_width(width: int | None) -> None:
     if width is not None and width < 1:
         raise ValueError(f"width must be at least 1 (or None), got {width}")
-
-
-def _check_costs(given: DySpec | DySpecCalibrated) -> None:
-    for name in ("node_cost", "pass_cost"):
-        if not 0 <= getattr(given, name) < 1:
-            raise ValueError(f"{name} is in tokens, at least 0 and below 1, got {getattr(given, name)}")
 
 
 class _Draw(NamedTuple):

@@ -89,7 +89,7 @@ def by_method(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The rows behind the first one by method, heads that differ in their seed alone together."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows[1:]:
-        groups.setdefault(re.sub(r"=(.*?)-\d+(?=:|$)", r"=\1", shortened(row["name"])), []).append(row)
+        groups.setdefault(re.sub(r"=(.*?)-\d+(?=:|$)", r"=\1-*", shortened(row["name"])), []).append(row)
     return groups
 
 

@@ -101,7 +101,7 @@ def test_heads_of_several_seeds_are_averaged() -> None:
         return {"name": name, "acceptance_length": length, "not_looping": length - 1}
 
     rows = [row("ar", 1.0), row("fspad=a/fspad-0:topk:8", 4.0), row("ctc=a/ctc-0", 2.0), row("fspad=a/fspad-1:topk:8", 4.2)]
-    assert of_seeds(rows)[2:] == [["`fspad=fspad:topk:8`", "4.00, 4.20", "4.100 ± 0.100", "3.100 ± 0.100"]]
+    assert of_seeds(rows)[2:] == [["`fspad=fspad-*:topk:8`", "4.00, 4.20", "4.100 ± 0.100", "3.100 ± 0.100"]]
     assert of_seeds(rows[:3]) == []
 
 

@@ -62,8 +62,8 @@ def inflate_head(drafter: Path, target: Path, output: Path) -> None:
     head.load_state_dict(wide)
     about = {**loaded.about, "target": {"name": target.name, "fingerprint": fingerprint(open_weights(target))}}
     save_head(output, head, config, about)
-    measured, copied = file_beside(drafter), file_beside(output)
-    if measured is not None and copied is not None and measured.exists():
+    copied = file_beside(output)
+    if copied is not None and (measured := drafter / copied.name).exists():
         copied.write_text(json.dumps({**read_json(measured), "weights": fingerprint(open_weights(output))}, indent=1) + "\n")
 
 

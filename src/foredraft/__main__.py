@@ -236,6 +236,19 @@ def calibrate(
 _LEARN, _TEXT = "Learning", "Text"
 
 
+_Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An option of the method.", show_default=False)
+]
+_KeepFeatures = Annotated[
+    bool,
+    typer.Option(help="Write the model's features into the shards, or run it again in every batch.", rich_help_panel=_TEXT),
+]
+_Dtype = Annotated[
+    bool | None,
+    typer.Option("--bf16/--fp32", help="Dtype of matrix products; default: the faster one here.", rich_help_panel=_LEARN),
+]
+
+
 @app.command()
 def train(
     *,
@@ -243,9 +256,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Directory of the head; a run that was cut off goes on from there.")],
     data: Annotated[list[Path], typer.Option(help="JSON Lines files of questions or chats; may be given several times.")],
     model: Model = None,
-    set_option: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An option of the method.", show_default=False)
-    ] = None,
+    set_option: _Set = None,
     init: Annotated[
         Path | None, typer.Option(help="Head of the same method and sizes to begin with.", show_default=False)
     ] = None,
@@ -258,10 +269,7 @@ def train(
     feature_layers: Annotated[
         str | None, typer.Option(help="Layers to capture beside the head's own: 2,4,5.", rich_help_panel=_TEXT)
     ] = None,
-    keep_features: Annotated[
-        bool,
-        typer.Option(help="Write the model's features into the shards, or run it again in every batch.", rich_help_panel=_TEXT),
-    ] = True,
+    keep_features: _KeepFeatures = True,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the optimizer.", rich_help_panel=_LEARN)] = 1000,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Positions in a batch.", rich_help_panel=_LEARN)] = 8192,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches in a step.", rich_help_panel=_LEARN)] = 1,
@@ -279,10 +287,7 @@ def train(
     patience: Annotated[
         int, typer.Option(min=0, help="Evaluations without a better loss until it ends; 0: never.", rich_help_panel=_LEARN)
     ] = 0,
-    bf16: Annotated[
-        bool | None,
-        typer.Option("--bf16/--fp32", help="Dtype of matrix products; default: the faster one here.", rich_help_panel=_LEARN),
-    ] = None,
+    bf16: _Dtype = None,
     plot: PlotFile = None,
     seed: Annotated[int, typer.Option(help="Of text, weights, order and noise.")] = 0,
     device: Device = None,
@@ -299,7 +304,7 @@ def train(
     ways = command.numbers("--temperatures", temperatures, float)
     given = command.options(set_option or [])
     text = {"shards": shards, "num_tokens": tokens, "temperatures": ways, "max_len": max_len, "feature_layers": layers}
-    text["keep_features"] = keep_features
+    text |= {"keep_features": keep_features}
     choice = TrainChoice(
         method, model, data, out, options=given, init=init, settings=settings, device=device, seed=seed, **text
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from foredraft.llm import LLM
 from foredraft.metrics import StepRecord
 from foredraft.sampling import SamplingParams
 from foredraft.speculation import AUTO, PLAIN, drafter_for
+from foredraft.typed import option
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ def parse_method(text: str, draft_model: str | None) -> dict[str, Any]:
         ValueError: a part behind the rule is no option, or the budget is no number.
     """
     drafter, *rest = text.split(":")
-    options = [part.partition("=") for part in rest[3:]]
-    if not drafter or not all(name and value for name, _, value in options):
+    if not drafter:
         raise ValueError(f"a method is drafter[:tree[:budget[:rule[:option=value]]]], for instance lm:dyspec:16, got {text!r}")
+    options = dict(option(part, f"method {text!r}, behind its rule,") for part in rest[3:])
     tree, budget, rule = [part or None for part in [*rest[:3], *[""] * (3 - len(rest))]]
     if tree is not None and tree.isdigit():
         raise ValueError(f"method {text!r} has a number in the place of its tree. Leave that place empty: {drafter}::{tree}")
@@ -85,16 +85,8 @@ def parse_method(text: str, draft_model: str | None) -> dict[str, Any]:
         config |= {"tree": tree} if tree else {}
         config |= {"num_speculative_tokens": budget if budget == AUTO else int(budget)} if budget else {}
         config |= {"rule": rule} if rule else {}
-        config |= {name: _read(value) for name, _, value in options}
+        config |= options
     return config
-
-
-def _read(value: str) -> Any:
-    """As JSON where it can be read so."""
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
 
 
 class Ours:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +32,7 @@ from foredraft.train.recipes import RECIPES, check
 from foredraft.train.shards import Plan, Text, capture
 from foredraft.train.start import FITTED_TOKENS, begin
 from foredraft.train.workers import Workers, find_workers
+from foredraft.typed import option
 
 WRITERS = 128
 """Answers written at once."""
@@ -92,19 +92,14 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
     torch.manual_seed(choice.seed)
     head = HEADS[choice.method].make(shape, **given.head).to(llm.target.device)
     layers = list(dict.fromkeys([*head.feature_layers, *FINAL]))
-    init = None if choice.init is None else _read_init(choice, head)
-    if not workers.writes:
-        workers.wait()  # the shards are written by one process, and read by all
-    texts = captured(choice, llm, source, layers)
-    if workers.writes:
-        workers.wait()
+    init = _read_init(choice, head)
+    texts = workers.one_first(lambda: captured(choice, llm, source, layers))  # one writes the shards, all read them
     learned = _learned(texts, settings.answer_share)
     frozen = Frozen(llm.target, shape.features)
     if init is not None:
         head.load_state_dict(init)
     else:
-        few = islice(endless(learned, settings.batch_tokens, choice.seed), -(-FITTED_TOKENS // settings.batch_tokens))
-        begin(head, frozen, _counts(learned, llm.target), [collate(one, head.feature_layers, llm.target) for one in few])
+        _begin(head, frozen, learned, settings, llm.target)
     course = Course(
         head=head,
         recipe=RECIPES[choice.method],
@@ -125,22 +120,27 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
     )
     choice.out.mkdir(parents=True, exist_ok=True)
     done = train(course, settings, choice.out)
-    about = {
-        "method": choice.method,
-        "options": given.head,
-        "target": {"name": Path(str(source)).name, "fingerprint": course.facts["target"]},
-    }
     if workers.writes:
+        belongs = {"name": Path(str(source)).name, "fingerprint": course.facts["target"]}
+        about = {"method": choice.method, "options": given.head, "target": belongs}
         save_head(choice.out, head, config, about, provenance(course, settings, done, head))
     return done
 
 
-def _read_init(choice: TrainChoice, head: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights to begin with.
+def _begin(head: Any, frozen: Frozen, learned: Sequence[Text], settings: Settings, target: Any) -> None:
+    """Gives a head its first weights, from the first batches that it will learn from."""
+    few = islice(endless(learned, settings.batch_tokens, settings.seed), -(-FITTED_TOKENS // settings.batch_tokens))
+    begin(head, frozen, _counts(learned, target), [collate(one, head.feature_layers, target) for one in few])
+
+
+def _read_init(choice: TrainChoice, head: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+    """The weights to begin with; None where no head is named.
 
     Raises:
         ValueError: they are of a head of other sizes; a `ModelError` says what else is wrong with them.
     """
+    if choice.init is None:
+        return None
     weights = read_head(resolve(choice.init, None), (choice.method,)).head.state_dict()
     wanted = {name: one.shape for name, one in head.state_dict().items()}
     if {name: one.shape for name, one in weights.items()} != wanted:
@@ -279,21 +279,8 @@ def curves_of(done: Progress, method: str, figure: Any) -> None:
 
 
 def options(given: Sequence[str]) -> dict[str, Any]:
-    """Options of ``--set NAME=VALUE``; values are JSON where they can be read as such.
-
-    Raises:
-        ValueError: there is no ``=``.
-    """
-    found = {}
-    for one in given:
-        name, equals, value = one.partition("=")
-        if not equals:
-            raise ValueError(f"--set takes NAME=VALUE, got {one!r}")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return found
+    """Options of ``--set``; see `foredraft.typed`."""
+    return dict(option(one, "--set") for one in given)
 
 
 def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:

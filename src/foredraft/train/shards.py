@@ -33,6 +33,7 @@ CAPTURE_TOKENS = 2048
 """Positions in one pass of the target: wider passes leave the cache of a small CPU."""
 
 CAPTURE_TOKENS_ON_A_CARD = 16_384
+"""The same on a card, which wider passes keep busy."""
 
 _MAY_DIFFER = ("num_tokens", "feature_layers", "seed")
 """More shards may be asked for, fewer layers used, and several seeds may learn from the same texts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,15 @@ class Workers:
         """Until all processes are here."""
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()
+
+    def one_first(self, work: Callable[[], Any]) -> Any:
+        """What `work` gives, done by the process that writes files before all others."""
+        if not self.writes:
+            self.wait()
+        found = work()
+        if self.writes:
+            self.wait()
+        return found
 
     def share_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replaces every gradient by its mean over the processes."""

@@ -7,7 +7,7 @@ tree. The bare products are those of the very same packed weights, for as many r
 compiled code that does nothing else. Slots are filled once a step, so that for them a level is the whole forward. Level and
 products take turns; ratios are of one turn each, and their median stands between the ends of its 95 % interval (from order
 statistics, whatever the distribution). The weights are random, which changes no cost. Two widths: 1536, and the bundled
-target's; weights of 16 bits, and of the usual 7. Torch has one thread meanwhile, as while generating (`decode.paced`):
+target's; weights of 16 bits, and of the usual 4. Torch has one thread meanwhile, as while generating (`decode.paced`):
 its workers wait for more without sleeping, on the processors that the compiled code's threads need.
 
 | column | meaning |

@@ -12,10 +12,22 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from few_bits import in_eight_bits, in_few_bits
 from foredraft import LLM, SamplingParams, compiled
 from foredraft.models.llama import LlamaTarget
 from foredraft.models.loading import load_target
-from foredraft.models.native import FEW, FULL, Memory, NativeTarget, blocked, can_run, describe_weight, in_bytes, run_linear
+from foredraft.models.native import (
+    FEW,
+    FULL,
+    FewBits,
+    Memory,
+    NativeTarget,
+    blocked,
+    blocked_few,
+    can_run,
+    describe_weight,
+    run_linear,
+)
 from foredraft.tree import TreeBatch
 from test_models import LLAMA3
 
@@ -189,22 +201,47 @@ def test_blocked_layout() -> None:
     assert not laid_out[1, :, 8:].any()
 
 
+def test_layout_of_few_bits() -> None:
+    """32 scales and the numbers of 32 inputs after another; outputs there are not are worth 0."""
+    torch.manual_seed(0)
+    weight = torch.randn(40, 64)
+    numbers, scales = FewBits.of(weight)
+    laid_out = blocked_few(weight)
+    assert laid_out.shape == (2, 2, 576)
+    for o, i in ((0, 0), (15, 5), (16, 38), (31, 63), (37, 31)):
+        block = laid_out[o // 32, i // 32]
+        byte = block[64:].view(8, 16, 4)[i % 32 // 4, o % 16, i % 4]
+        assert (byte >> 4 if o % 32 >= 16 else byte & 15) == numbers[o, i]
+        assert block[:64].view(torch.bfloat16)[o % 32] == scales[o, i // 32]
+    assert not laid_out[1, :, 16:64].contiguous().view(torch.bfloat16).any()
+
+
 @pytest.mark.parametrize("bits", [FEW, FULL])
 @summed_either_way
 def test_linear_layers(bits: int) -> None:
-    """As in float64 on the weights that the bits say, for up to 30 rows; what a row gets does not hang on the others."""
+    """As in float64 on the weights and inputs that the bits say, for up to 30 rows; a row does not hang on the others."""
     torch.manual_seed(0)
     weight, bias, x = torch.randn(75, 96).bfloat16(), torch.randn(75).bfloat16(), (torch.randn(30, 96) + 1).bfloat16()
-    weight[7] = 0
-    memory = Memory()
-    layer = describe_weight(memory, weight, bias, bits)
-    steps, scales = in_bytes(weight)
-    said = (steps.double() - 64) * scales[:75, None].double() if bits == FEW else weight.double()
-    assert (said - weight.double()).abs().max() <= (scales.max() / 2 * 1.001 if bits == FEW else 0)
+    weight[7], x[3, 32:64] = 0, 0
+    layer = describe_weight(memory := Memory(), weight, bias, bits)
+    said, given = (in_few_bits(weight), in_eight_bits(x)) if bits == FEW else (weight.double(), x.double())
     all_rows = run_linear(layer, x, 1)
-    torch.testing.assert_close(all_rows.double(), x.double() @ said.T + bias.double(), atol=2e-4, rtol=0)
+    torch.testing.assert_close(all_rows.double(), given @ said.T + bias.double(), atol=2e-4, rtol=0)
     for rows in range(1, 14):
         assert torch.equal(run_linear(layer, x[:rows], 2), all_rows[:rows])
+    assert memory.num_bytes > 0
+
+
+def test_few_bits_are_near_what_they_stand_for() -> None:
+    """Weights within half a step, inputs too; where all are equal, exactly; a block of zeros is one."""
+    torch.manual_seed(0)
+    weight = torch.randn(64, 96).bfloat16()
+    weight[5], weight[6] = 0, -3
+    off = (in_few_bits(weight) - weight.double()).abs().unflatten(1, (-1, 32)).amax(2)
+    assert (off <= 1.01 * weight.double().abs().unflatten(1, (-1, 32)).amax(2) / 8).all()
+    assert off.mean() < 0.16
+    assert not off[5:7].any()
+    assert (in_eight_bits(weight) - weight.double()).abs().max() < 0.51 * weight.abs().max() / 127
 
 
 def test_who_runs_what() -> None:

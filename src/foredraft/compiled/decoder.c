@@ -7,7 +7,8 @@
    on the number of threads: sums run over the inner dimension, or over visible tokens by their position, in one fixed order. A
    token scored in a tree therefore has bit for bit the logits that it has when it is decoded alone.
 
-   Rounded to bfloat16 are the inputs of every linear layer, queries, keys and values; all else is float32. */
+   Rounded to bfloat16 are the inputs of every linear layer, queries, keys and values; all else is float32. Where the weights of a
+   layer have four bits, its inputs are rounded to eight: a drafter may, for what it says is only proposed. */
 
 #include <math.h>
 #include <pthread.h>
@@ -29,11 +30,18 @@ typedef uint16_t bf16;
 /* ---- what native.py passes: the same fields in the same order stand there ------------------------------------------------ */
 
 typedef struct {
-    const void *weight;  /* [out / 32][in / 2][32][2], out padded with zeros to a multiple of 32: bf16, or with scales: */
-    const float *scales; /* [out], padded alike: a byte b of output o is the weight (b - 64) scales[o]; NULL: there are none */
-    const bf16 *bias;    /* [out] or NULL */
+    const void *weight; /* [out / 32][in / 2][32][2] bf16, out padded with zeros to a multiple of 32; or if `few`, of four bits: */
+    int64_t few;        /* [out / 32][in / 32] Block, padded alike */
+    const bf16 *bias;   /* [out] or NULL */
     int64_t out, in;
 } Linear;
+
+/* 32 inputs of 32 outputs: the weight of output o is (number - 8) scales[o], and its number the lower half of the bytes
+   numbers[i / 4][o][i % 4] for o < 16, the upper half of numbers[i / 4][o - 16][i % 4] for the others. */
+typedef struct {
+    bf16 scales[32];
+    uint8_t numbers[8][16][4];
+} Block;
 
 typedef struct {
     const bf16 *input_norm, *q_norm, *k_norm, *post_norm; /* NULL: no norm there; q_norm, k_norm: [head_dim] */
@@ -201,11 +209,6 @@ static void normalize(const float *x, const bf16 *weight, bf16 *out, int64_t siz
 
 enum { TILE = 32, MOST_ROWS = 12, LINE = 64, AHEAD = 4096, PARTS = 2 };
 
-/* 32 weights of 7 bits as numbers: 0x4300 and the byte below it are 128 more than the byte says. */
-INLINE __m512bh numbers_of(__m256i bytes) {
-    return (__m512bh)_mm512_or_si512(_mm512_cvtepu8_epi16(bytes), _mm512_set1_epi16(0x4300));
-}
-
 /* Whether inputs are widened to float32 and products summed one by one, or as VDPBF16PS does it, in pairs. Intel's processors
    have twice as many units for the former. All products of a process are made alike. */
 static int is_wide = -1;
@@ -222,52 +225,55 @@ INLINE __m512 evens(__m512bh x) { return _mm512_castsi512_ps(_mm512_slli_epi32((
 
 INLINE __m512 odds(__m512bh x) { return _mm512_castsi512_ps(_mm512_and_si512((__m512i)x, _mm512_set1_epi32(-65536))); }
 
-INLINE float total(const int wide, const void *x, int64_t size) {
-    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3F80);
-    __m512 sum = _mm512_setzero_ps();
-    if (wide)
-        for (int64_t i = 0; i < size; i += 16) sum = _mm512_add_ps(sum, _mm512_loadu_ps((const float *)x + i));
-    else
-        for (int64_t i = 0; i < size; i += 32) sum = _mm512_dpbf16_ps(sum, pairs((const bf16 *)x + i), ones);
-    return _mm512_reduce_add_ps(sum);
+/* Rows are run in groups of about equal size, at most so many each: their sums stay in registers. */
+INLINE int64_t most_rows(const Linear *layer) { return layer->few ? MOST_ROWS / 2 : MOST_ROWS; }
+
+INLINE int64_t groups_of(const Linear *layer, int64_t rows) {
+    return rows > most_rows(layer) ? (rows + most_rows(layer) - 1) / most_rows(layer) : 1;
 }
 
-/* Rows are run in groups of about equal size, at most MOST_ROWS each. */
-INLINE int64_t groups_of(int64_t rows) { return rows > MOST_ROWS ? (rows + MOST_ROWS - 1) / MOST_ROWS : 1; }
-
-INLINE int64_t group_of(int64_t rows) { return (rows + groups_of(rows) - 1) / groups_of(rows); }
+INLINE int64_t group_of(const Linear *layer, int64_t rows) { return (rows + groups_of(layer, rows) - 1) / groups_of(layer, rows); }
 
 /* What is asked for while some weights are worked through: the processor's own prefetching is too late where many rows keep it
    from running ahead. One group of rows asks for what comes AHEAD bytes later; of several, each for its share of the next tile. */
 typedef struct {
     const char *at;
-    int64_t pace; /* bytes for every two inputs */
+    int64_t pace; /* bytes for every line of weights */
 } Ahead;
 
-INLINE Ahead ahead_of(const void *tile, int64_t bytes, int64_t size, int64_t group, int64_t groups) {
+INLINE Ahead ahead_of(const void *tile, int64_t bytes, int64_t group, int64_t groups) {
     const char *at = (const char *)tile + (groups == 1 ? AHEAD : bytes + group * bytes / groups);
-    return (Ahead){at, 2 * bytes / size / groups};
+    return (Ahead){at, LINE / groups};
 }
 
-/* 32 outputs of n rows: 2 n sums stay in registers, each weight is loaded once for all rows. Weights are bytes if `few`; those are
-   summed up as 192 more than they are, which is then taken off. Rows are float32 if `wide`. n, `few` and `wide` are constants. */
-INLINE void products_of(
-    const int n, const int few, const int wide, const void *x, const void *weight, const float *scales, int64_t size, Ahead ahead,
-    float (*out)[TILE]
-) {
-    const bf16 *w = weight, *narrow_x = x;
-    const uint8_t *bytes = weight;
+INLINE void ask(Ahead *ahead) {
+    _mm_prefetch(ahead->at, _MM_HINT_T1);
+    ahead->at += ahead->pace;
+}
+
+INLINE __m512i four_bytes(const void *x) {
+    int32_t four;
+    memcpy(&four, x, sizeof four);
+    return _mm512_set1_epi32(four);
+}
+
+/* Rows of inputs as a layer's products want them: bf16, float32 (widened), or whole numbers of eight bits. */
+typedef struct {
+    const void *rows;
+    const float *steps;     /* of whole numbers, [rows][in / 32]: what one is worth, */
+    const int32_t *offsets; /* and -8 times their sum: weights are summed up as 8 more than they are */
+} Rows;
+
+/* 32 outputs of n rows: 2 n sums stay in registers, each weight is loaded once for all rows. n and `wide` are constants. */
+INLINE void products_of(const int n, const int wide, const void *x, const bf16 *w, int64_t size, Ahead ahead, float (*out)[TILE]) {
+    const bf16 *narrow_x = x;
     const float *wide_x = x;
     __m512 low[MOST_ROWS], high[MOST_ROWS];
 #pragma GCC unroll 12
     for (int m = 0; m < n; m++) low[m] = high[m] = _mm512_setzero_ps();
-    for (int64_t i = 0; i < size; i += 2, w += 2 * TILE, bytes += 2 * TILE) {
-        _mm_prefetch(ahead.at, _MM_HINT_T1);
-        if (ahead.pace > LINE) _mm_prefetch(ahead.at + LINE, _MM_HINT_T1);
-        ahead.at += ahead.pace;
-        __m512i line = _mm512_loadu_si512(few ? (const void *)bytes : w);
-        __m512bh first = few ? numbers_of(_mm512_castsi512_si256(line)) : (__m512bh)line;
-        __m512bh second = few ? numbers_of(_mm512_extracti64x4_epi64(line, 1)) : pairs(w + TILE);
+    for (int64_t i = 0; i < size; i += 2, w += 2 * TILE) {
+        ask(&ahead), ask(&ahead);
+        __m512bh first = pairs(w), second = pairs(w + TILE);
         __m512 low_even = evens(first), high_even = evens(second), low_odd = odds(first), high_odd = odds(second);
 #pragma GCC unroll 12
         for (int m = 0; m < n; m++) {
@@ -276,44 +282,68 @@ INLINE void products_of(
                 low[m] = _mm512_fmadd_ps(low_even, even, low[m]), high[m] = _mm512_fmadd_ps(high_even, even, high[m]);
                 low[m] = _mm512_fmadd_ps(low_odd, odd, low[m]), high[m] = _mm512_fmadd_ps(high_odd, odd, high[m]);
             } else {
-                int32_t pair;
-                memcpy(&pair, narrow_x + m * size + i, sizeof pair);
-                __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+                __m512bh both = (__m512bh)four_bytes(narrow_x + m * size + i);
                 low[m] = _mm512_dpbf16_ps(low[m], first, both), high[m] = _mm512_dpbf16_ps(high[m], second, both);
             }
         }
     }
 #pragma GCC unroll 12
-    for (int m = 0; m < n; m++) {
-        if (few) {
-            float sum = total(wide, wide ? (const void *)(wide_x + m * size) : narrow_x + m * size, size);
-            __m512 more = _mm512_set1_ps(192 * sum);
-            low[m] = _mm512_mul_ps(_mm512_sub_ps(low[m], more), _mm512_loadu_ps(scales));
-            high[m] = _mm512_mul_ps(_mm512_sub_ps(high[m], more), _mm512_loadu_ps(scales + 16));
-        }
-        _mm512_storeu_ps(out[m], low[m]), _mm512_storeu_ps(out[m] + 16, high[m]);
-    }
+    for (int m = 0; m < n; m++) _mm512_storeu_ps(out[m], low[m]), _mm512_storeu_ps(out[m] + 16, high[m]);
 }
 
-/* Of the n rows from `row` on, a group of all `count`, which are float32 where inputs are widened. */
-static void products(int n, const void *x, int64_t row, int64_t count, const Linear *layer, int64_t tile, float (*out)[TILE]) {
-    const int64_t size = layer->in, at = tile * TILE * size;
-    const int wide = wide_inputs();
-    const void *rows = wide ? (const void *)((const float *)x + row * size) : (const bf16 *)x + row * size;
-    const bf16 *w = (const bf16 *)layer->weight + at;
-    const uint8_t *bytes = (const uint8_t *)layer->weight + at;
-    const float *scales = layer->scales ? layer->scales + tile * TILE : NULL;
-    const int64_t bytes_each = scales ? 1 : sizeof(bf16), groups = groups_of(count);
-    const Ahead ahead = ahead_of((const char *)layer->weight + at * bytes_each, TILE * size * bytes_each, size, row / group_of(count), groups);
-    switch (n + MOST_ROWS * ((scales != NULL) + 2 * wide)) {
-#define CASE(N, WIDE) \
-        case N + 2 * WIDE * MOST_ROWS: products_of(N, 0, WIDE, rows, w, NULL, size, ahead, out); break; \
-        case N + (2 * WIDE + 1) * MOST_ROWS: products_of(N, 1, WIDE, rows, bytes, scales, size, ahead, out); break;
-#define CASES(WIDE) \
-        CASE(1, WIDE) CASE(2, WIDE) CASE(3, WIDE) CASE(4, WIDE) CASE(5, WIDE) CASE(6, WIDE) \
-        CASE(7, WIDE) CASE(8, WIDE) CASE(9, WIDE) CASE(10, WIDE) CASE(11, WIDE) CASE(12, WIDE)
-        CASES(0) CASES(1)
-#undef CASES
+/* The same of weights of four bits: whole numbers within a block, which is then scaled. */
+INLINE void few_products_of(
+    const int n, const Rows *x, int64_t row, const Block *block, int64_t size, Ahead ahead, float (*out)[TILE]
+) {
+    const int8_t *numbers = (const int8_t *)x->rows + row * size;
+    const int64_t blocks = size / TILE, at = row * blocks;
+    const __m512i half = _mm512_set1_epi8(15);
+    __m512 low[MOST_ROWS / 2], high[MOST_ROWS / 2];
+#pragma GCC unroll 6
+    for (int m = 0; m < n; m++) low[m] = high[m] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < blocks; b++, block++) {
+        __m512i first[MOST_ROWS / 2], second[MOST_ROWS / 2];
+        ask(&ahead);
+#pragma GCC unroll 6
+        for (int m = 0; m < n; m++) first[m] = second[m] = _mm512_set1_epi32(x->offsets[at + m * blocks + b]);
+        for (int i = 0; i < TILE / 4; i++) {
+            ask(&ahead);
+            __m512i both = _mm512_loadu_si512(block->numbers[i]);
+            __m512i lower = _mm512_and_si512(both, half), upper = _mm512_and_si512(_mm512_srli_epi16(both, 4), half);
+#pragma GCC unroll 6
+            for (int m = 0; m < n; m++) {
+                __m512i four = four_bytes(numbers + m * size + b * TILE + 4 * i);
+                first[m] = _mm512_dpbusd_epi32(first[m], lower, four), second[m] = _mm512_dpbusd_epi32(second[m], upper, four);
+            }
+        }
+        __m512 low_scales = widen(block->scales), high_scales = widen(block->scales + 16);
+#pragma GCC unroll 6
+        for (int m = 0; m < n; m++) {
+            __m512 step = _mm512_set1_ps(x->steps[at + m * blocks + b]);
+            low[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(first[m]), _mm512_mul_ps(low_scales, step), low[m]);
+            high[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(second[m]), _mm512_mul_ps(high_scales, step), high[m]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int m = 0; m < n; m++) _mm512_storeu_ps(out[m], low[m]), _mm512_storeu_ps(out[m] + 16, high[m]);
+}
+
+/* Of the n rows from `row` on, a group of all `count`. */
+static void products(int n, const Rows *x, int64_t row, int64_t count, const Linear *layer, int64_t tile, float (*out)[TILE]) {
+    const int64_t size = layer->in, blocks = size / TILE;
+    const int64_t bytes = layer->few ? blocks * (int64_t)sizeof(Block) : TILE * size * (int64_t)sizeof(bf16);
+    const void *w = (const char *)layer->weight + tile * bytes;
+    const bf16 *narrow_x = (const bf16 *)x->rows + row * size;
+    const float *wide_x = (const float *)x->rows + row * size;
+    const Ahead ahead = ahead_of(w, bytes, row / group_of(layer, count), groups_of(layer, count));
+    switch (n + MOST_ROWS * (layer->few ? 2 : wide_inputs())) {
+#define CASE(N) \
+        case N: products_of(N, 0, narrow_x, w, size, ahead, out); break; \
+        case N + MOST_ROWS: products_of(N, 1, wide_x, w, size, ahead, out); break;
+#define FEW_CASE(N) case N + 2 * MOST_ROWS: few_products_of(N, x, row, w, size, ahead, out); break;
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+        FEW_CASE(1) FEW_CASE(2) FEW_CASE(3) FEW_CASE(4) FEW_CASE(5) FEW_CASE(6)
+#undef FEW_CASE
 #undef CASE
     }
     if (layer->bias == NULL) return;
@@ -325,7 +355,7 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 INLINE int64_t tiles_of(const Linear *layer) { return (layer->out + TILE - 1) / TILE; }
 
-/* Who works on a linear layer, and where its inputs are widened to: room for two of them. */
+/* Who works on a linear layer, and where its inputs are made what its products want: room for two of them, float32 each. */
 typedef struct {
     int64_t threads;
     float *room[2];
@@ -335,6 +365,9 @@ typedef struct {
     const bf16 *x;
     int64_t size;
     float *wide;
+    int8_t *numbers;
+    float *steps;
+    int32_t *offsets;
 } Widening;
 
 static void widen_piece(const void *given, int64_t piece, int id) {
@@ -344,17 +377,38 @@ static void widen_piece(const void *given, int64_t piece, int id) {
     for (int64_t i = at; i < at + job->size; i += 16) _mm512_storeu_ps(job->wide + i, widen(job->x + i));
 }
 
-/* The inputs of a layer as `products` wants them. */
-static const void *inputs(const Hands *hands, const bf16 *x, int64_t rows, int64_t size, int room) {
-    Widening job = {.x = x, .size = size, .wide = hands->room[room]};
-    if (!wide_inputs()) return x;
+/* A row in whole numbers from -127 to 127, 32 of which have one step. */
+static void round_piece(const void *given, int64_t row, int id) {
+    const Widening *job = given;
+    (void)id;
+    for (int64_t i = row * job->size; i < (row + 1) * job->size; i += TILE) {
+        __m512 first = widen(job->x + i), second = widen(job->x + i + 16);
+        const float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(first), _mm512_abs_ps(second)));
+        const __m512 steps = _mm512_set1_ps(most > 0 ? 127 / most : 0);
+        __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps(first, steps)), high = _mm512_cvtps_epi32(_mm512_mul_ps(second, steps));
+        _mm_storeu_si128((__m128i *)(job->numbers + i), _mm512_cvtsepi32_epi8(low));
+        _mm_storeu_si128((__m128i *)(job->numbers + i + 16), _mm512_cvtsepi32_epi8(high));
+        job->steps[i / TILE] = most / 127, job->offsets[i / TILE] = -8 * _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
+    }
+}
+
+/* Inputs as the products of `layer` want them. */
+static Rows inputs(const Hands *hands, const Linear *layer, const bf16 *x, int64_t rows, int room) {
+    Widening job = {.x = x, .size = layer->in, .wide = hands->room[room]};
+    if (layer->few) {
+        const int64_t blocks = rows * layer->in / TILE;
+        job.steps = job.wide, job.offsets = (int32_t *)(job.steps + blocks), job.numbers = (int8_t *)(job.offsets + blocks);
+        parallel(hands->threads, round_piece, &job, rows);
+        return (Rows){job.numbers, job.steps, job.offsets};
+    }
+    if (!wide_inputs()) return (Rows){.rows = x};
     parallel(hands->threads, widen_piece, &job, rows);
-    return job.wide;
+    return (Rows){.rows = job.wide};
 }
 
 typedef struct {
     const Linear *layer, *other;
-    const void *x, *gate_x;
+    Rows x, gate_x;
     int64_t rows, stride, span;
     float *y;
     bf16 *act;
@@ -364,9 +418,9 @@ typedef struct {
 static void linear_tile(const Product *job, int64_t tile) {
     const Linear *layer = job->layer;
     float out[MOST_ROWS][TILE];
-    for (int64_t row = 0, group = group_of(job->rows); row < job->rows; row += group) {
+    for (int64_t row = 0, group = group_of(layer, job->rows); row < job->rows; row += group) {
         int64_t n = least(group, job->rows - row), width = least(TILE, layer->out - tile * TILE);
-        products((int)n, job->x, row, job->rows, layer, tile, out);
+        products((int)n, &job->x, row, job->rows, layer, tile, out);
         for (int64_t m = 0; m < n; m++) {
             float *to = job->y + (row + m) * job->stride + tile * TILE;
             for (int64_t o = 0; o < width; o++) to[o] = job->add ? to[o] + out[m][o] : out[m][o];
@@ -377,10 +431,10 @@ static void linear_tile(const Product *job, int64_t tile) {
 static void gated_tile(const Product *job, int64_t tile) {
     const Linear *gate = job->layer, *up = job->other;
     float g[MOST_ROWS][TILE], u[MOST_ROWS][TILE];
-    for (int64_t row = 0, group = group_of(job->rows); row < job->rows; row += group) {
+    for (int64_t row = 0, group = group_of(gate, job->rows); row < job->rows; row += group) {
         int64_t n = least(group, job->rows - row);
-        products((int)n, job->gate_x, row, job->rows, gate, tile, g);
-        products((int)n, job->x, row, job->rows, up, tile, u);
+        products((int)n, &job->gate_x, row, job->rows, gate, tile, g);
+        products((int)n, &job->x, row, job->rows, up, tile, u);
         for (int64_t m = 0; m < n; m++)
             for (int64_t o = 0; o < TILE; o += 16) {
                 __m512 v = _mm512_loadu_ps(g[m] + o), e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), v));
@@ -408,7 +462,7 @@ static void run_tiles(const Hands *hands, Product *job) {
 }
 
 static void run_linear(const Hands *hands, Product job, const bf16 *x) {
-    job.x = inputs(hands, x, job.rows, job.layer->in, 0);
+    job.x = inputs(hands, job.layer, x, job.rows, 0);
     run_tiles(hands, &job);
 }
 
@@ -425,8 +479,8 @@ static void linear(const Hands *hands, const Linear *layer, const bf16 *x, int64
 /* act = silu(gate of gate_x) * up of x */
 static void gated(const Hands *hands, const Linear *gate, const Linear *up, const bf16 *gate_x, const bf16 *x, int64_t rows, bf16 *act) {
     Product job = {.layer = gate, .other = up, .rows = rows, .act = act};
-    job.x = inputs(hands, x, rows, up->in, 0);
-    job.gate_x = gate_x == x ? job.x : inputs(hands, gate_x, rows, gate->in, 1);
+    job.x = inputs(hands, up, x, rows, 0);
+    job.gate_x = gate_x == x ? job.x : inputs(hands, gate, gate_x, rows, 1);
     run_tiles(hands, &job);
 }
 
@@ -878,7 +932,7 @@ static size_t lay_out(Job *job, char *block, int64_t num_nodes) {
     job->last = cut(block, &used, job->step->num_rows * m->hidden, sizeof(bf16));
     job->weights = cut(block, &used, team.size * MOST_HEADS * job->room, sizeof(float));
     if (m->token_ids) job->drafted = cut(block, &used, job->step->num_rows * m->head.out, sizeof(float));
-    if (wide_inputs())
+    if (wide_inputs() || m->head.few)
         for (int i = 0; i < 2; i++) job->hands.room[i] = cut(block, &used, widest(m) * most(n, job->step->num_rows), sizeof(float));
     if (job->step->given == NULL) return used;
     job->embedded = cut(block, &used, n * m->hidden, sizeof(bf16));
@@ -918,11 +972,10 @@ int foredraft_forward(const Model *model, const Step *step) {
 int foredraft_linears(const Linear *layers, int64_t count, const bf16 *x, int64_t rows, float *y, int64_t threads) {
     int64_t size = 0;
     for (int64_t i = 0; i < count; i++) size = most(size, layers[i].in);
-    Hands hands = {.threads = enlist(threads)};
-    hands.room[0] = wide_inputs() ? aligned_alloc(64, (size_t)(rows * size + 16) / 16 * 16 * sizeof(float)) : NULL;
-    const int has_room = hands.room[0] || !wide_inputs();
-    for (int64_t i = 0; has_room && i < count; i++) linear(&hands, layers + i, x, rows, y, 0);
+    float *room = aligned_alloc(64, (size_t)(rows * size + 16) / 16 * 16 * sizeof(float));
+    Hands hands = {.threads = enlist(threads), .room = {room}};
+    for (int64_t i = 0; room && i < count; i++) linear(&hands, layers + i, x, rows, y, 0);
     dismiss();
-    free(hands.room[0]);
-    return !has_room;
+    free(room);
+    return room == NULL;
 }

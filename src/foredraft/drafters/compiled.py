@@ -92,7 +92,7 @@ class CompiledHead:
         head: in bfloat16.
         config: the Llama configuration of its layer.
         threads: None is what torch uses, or one for a small head.
-        bits: of a weight, 7 or 16.
+        bits: of a weight, 4 or 16.
 
     Attributes:
         threads: those that it runs on.

@@ -57,7 +57,7 @@ class CtcDrafter(SlotDrafter):
         """The drafter of a speculative config.
 
         Raises:
-            ValueError: there is no head in the directory, it belongs to another target, or `weight_bits` are not 7 or 16.
+            ValueError: there is no head in the directory, it belongs to another target, or `weight_bits` are not 4 or 16.
         """
         check_bits(weight_bits)
         loaded = load_head(setting, force=force)

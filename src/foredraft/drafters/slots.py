@@ -166,7 +166,7 @@ class SlotDrafter:
         """The drafter of a speculative config.
 
         Raises:
-            ValueError: there is no head in the directory, it belongs to another target, or `weight_bits` are not 7 or 16.
+            ValueError: there is no head in the directory, it belongs to another target, or `weight_bits` are not 4 or 16.
         """
         check_bits(weight_bits)
         loaded = load_head(setting, force=force)
@@ -235,7 +235,7 @@ class LayerSlotDrafter(SlotDrafter):
         """The drafter of a speculative config; see `SlotDrafter.build`.
 
         Raises:
-            ValueError: `weight_bits` are not 7 or 16 either.
+            ValueError: `weight_bits` are not 4 or 16 either.
         """
         check_bits(weight_bits)
         loaded = load_head(setting, also=("ctc",), force=force)

@@ -287,3 +287,10 @@ def test_prefill_in_chunks(lengths: list[int], scored: bool) -> None:
         assert len(rows) == (len(prompt) if scored else 0)
         for i, row in enumerate(rows):
             np.testing.assert_allclose(row, law(tuple(prompt[: i + 1][-3:])), atol=1e-15)
+
+
+def test_a_pool_is_one_tensor() -> None:
+    """A captured forward is run again on a pool whose tensor lies where that of a pool that is gone did; it may know no other."""
+    pool = KVPool(num_slots=2, num_layers=1, num_heads=3, head_dim=4, dtype=torch.float32, device=torch.device("cpu"))
+    pool.reserve(8)
+    assert [name for name, value in vars(pool).items() if isinstance(value, torch.Tensor)] == ["kv"]

@@ -38,7 +38,8 @@ class KVCache:
 
 
 class KVPool:
-    """Keys and values of up to `num_slots` requests in one tensor, [2, L, slots, H, T, D].
+    """Keys and values of up to `num_slots` requests in one tensor, [2, L, slots, H, T, D], the only one that there is: a captured
+    forward (`foredraft.models.graphs`) is run again on any pool whose tensor lies where the captured one's did.
 
     Tree nodes stand behind a request's committed tokens, node i at ``length + i``, until `keep` commits a path.
     """
@@ -54,7 +55,6 @@ class KVPool:
         device: torch.device,
     ):
         self.kv = torch.zeros(2, num_layers, num_slots, num_heads, 0, head_dim, dtype=dtype, device=device)
-        self._heads = torch.arange(num_heads, device=device)
         self._free = list(range(num_slots))[::-1]
 
     def allocate(self) -> KVCache:
@@ -93,8 +93,9 @@ class KVPool:
             there = self.kv[:, layer, layout.slots[0], :, first : first + layout.count]
             there[0], there[1] = key.transpose(0, 1), value.transpose(0, 1)
         else:
-            self.kv[0, layer].index_put_((layout.slot[:, None], self._heads, layout.place[:, None]), key)
-            self.kv[1, layer].index_put_((layout.slot[:, None], self._heads, layout.place[:, None]), value)
+            places = self.kv[:, layer].transpose(2, 3)  # [2, slots, T, H, D]
+            places[0].index_put_((layout.slot, layout.place), key)
+            places[1].index_put_((layout.slot, layout.place), value)
 
     def read(self, layer: int, layout: Layout) -> tuple[Float[Tensor, "b h t e"], Float[Tensor, "b h t e"]]:
         """Keys and values of one layer, for the slots of `layout`, up to the longest live length."""

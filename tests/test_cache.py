@@ -290,7 +290,7 @@ def test_prefill_in_chunks(lengths: list[int], scored: bool) -> None:
 
 
 def test_a_pool_is_one_tensor() -> None:
-    """A captured forward is run again on a pool whose tensor lies where that of a pool that is gone did; it may know no other."""
+    """A captured forward runs again on a pool whose tensor lies where that of a pool that is gone did; it may know no other."""
     pool = KVPool(num_slots=2, num_layers=1, num_heads=3, head_dim=4, dtype=torch.float32, device=torch.device("cpu"))
     pool.reserve(8)
     assert [name for name, value in vars(pool).items() if isinstance(value, torch.Tensor)] == ["kv"]

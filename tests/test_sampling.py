@@ -28,7 +28,7 @@ from foredraft.grow import GROWERS
 from foredraft.models.table import TableTarget, random_law
 from foredraft.processors import prefix_processors
 from foredraft.protocols import Budget
-from foredraft.sampling import PrefixProcessor, SamplingParams, TargetLaw, warp
+from foredraft.sampling import PrefixProcessor, SamplingParams, TargetLaw, largest, warp
 from foredraft.text import TextStream
 from foredraft.tree import TreeBatch
 from foredraft.verify import RULES
@@ -428,3 +428,19 @@ def test_the_parameters_change_the_law(name: str) -> None:
 )
 def test_a_processor_blind_to_the_path_is_found_out(name: str, tree: Any) -> None:
     assert distance(output_law(name, tree, fault=True), output_law(name, None)) > 1e-3
+
+
+@pytest.mark.skipif(compiled.library() is None, reason="needs AVX-512 and a C compiler")
+@pytest.mark.parametrize(("rows", "size", "k"), [(1, 4096, 8), (5, 4097, 64), (3, 17, 8), (2, 5, 8), (4, 96, 1), (2, 40, 40)])
+def test_the_largest_by_compiled_code(rows: int, size: int, k: int) -> None:
+    """As by torch where all differ; of equal ones the first, whichever stand beside them."""
+    torch.manual_seed(0)
+    x = torch.randn(rows, size)
+    assert all(torch.equal(a, b) for a, b in zip(largest(x, k), x.topk(min(k, size)), strict=True))
+    coarse = (x * 2).round()
+    found = largest(coarse, k)
+    assert torch.equal(found.values, coarse.topk(min(k, size)).values)
+    for row, values, places in zip(coarse.tolist(), found.values.tolist(), found.places.tolist(), strict=True):
+        order = sorted(range(size), key=lambda place: (-row[place], place))
+        assert places == order[: len(places)]
+        assert values == [row[place] for place in places]

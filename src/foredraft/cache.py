@@ -38,8 +38,8 @@ class KVCache:
 
 
 class KVPool:
-    """Keys and values of up to `num_slots` requests in one tensor, [2, L, slots, H, T, D], the only one that there is: a captured
-    forward (`foredraft.models.graphs`) is run again on any pool whose tensor lies where the captured one's did.
+    """Keys and values of up to `num_slots` requests in one tensor, [2, L, slots, H, T, D], the only one that there is: a
+    captured forward (`foredraft.models.graphs`) is run again on any pool whose tensor lies where the captured one's did.
 
     Tree nodes stand behind a request's committed tokens, node i at ``length + i``, until `keep` commits a path.
     """

@@ -11,11 +11,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from ctypes import CDLL, c_double, c_int64, c_void_p
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from foredraft.compiled import compiled_for
@@ -238,6 +238,30 @@ def _descending(probs: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
     if probs.device.type != "cpu":
         return probs.sort(dim=-1, descending=True).values
     return torch.from_numpy(np.sort(probs.numpy(), axis=-1)[:, ::-1].copy())
+
+
+class Largest(NamedTuple):
+    """The largest numbers of each row, largest first, and where they are."""
+
+    values: Float[Tensor, "n k"]
+    places: Int[Tensor, "n k"]
+
+
+_FEW_LARGEST = 64
+"""So many are found faster one by one than by sorting."""
+
+
+def largest(x: Float[Tensor, "n v"], k: int) -> Largest:
+    """At most `k` of each row. On a CPU the first of equal ones come first."""
+    count = min(k, x.shape[1])
+    code = compiled_for(x)
+    if code is None or not 0 < count <= _FEW_LARGEST:
+        return Largest(*x.topk(count))
+    x = x.contiguous()
+    found = Largest(x.new_empty(len(x), count), torch.empty(len(x), count, dtype=torch.int64))
+    sizes = (c_int64(one) for one in (*x.shape, count))
+    code.foredraft_largest(c_void_p(x.data_ptr()), *sizes, *(c_void_p(one.data_ptr()) for one in found))
+    return found
 
 
 def likeliest(logits: Float[Tensor, "n v"]) -> list[int]:

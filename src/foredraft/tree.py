@@ -11,7 +11,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Ids = Int[np.ndarray, " n"]
+
+_NO_LAWS = torch.empty(0, 0)
 
 
 class Drawn(enum.IntEnum):
@@ -177,15 +179,14 @@ class TreeBatch:
         """Trees in which nothing was sampled: chains, or the shapes given by `parents`."""
         if parents is None:
             parents = [range(-1, len(tokens) - 1) for tokens in token_lists]
-        lengths = [len(tokens) for tokens in token_lists]
-        total = sum(lengths)
+        tokens = np.array([*chain.from_iterable(token_lists)], np.int64)
         return TreeBatch(
-            tokens=np.fromiter(chain.from_iterable(token_lists), np.int64, total),
-            parents=np.fromiter(chain.from_iterable(parents), np.int64, total),
-            drawn=np.zeros(total, dtype=np.int64),
-            draft_row=np.full(total, -1, dtype=np.int64),
-            offsets=np.cumsum([0, *lengths], dtype=np.int64),
-            draft_probs=torch.empty(0, 0),
+            tokens=tokens,
+            parents=np.fromiter(chain.from_iterable(parents), np.int64, len(tokens)),
+            drawn=np.zeros_like(tokens),
+            draft_row=np.full_like(tokens, -1),
+            offsets=np.array([*accumulate(map(len, token_lists), initial=0)], np.int64),
+            draft_probs=_NO_LAWS,
         )
 
     @staticmethod

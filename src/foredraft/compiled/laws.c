@@ -110,6 +110,26 @@ void foredraft_laws(
         law_of(logits + row * size, size, (float)temperature, (float)least, top_k, top_p, probs + row * size);
 }
 
+/* The `count` largest numbers of every row, largest first, of equal ones the first, and where they are. */
+void foredraft_largest(const float *x, int64_t rows, int64_t size, int64_t count, float *values, int64_t *places) {
+    for (int64_t row = 0; row < rows; row++, x += size, values += count, places += count) {
+        int64_t have = 0;
+        for (int64_t i = 0; i < size; i += 16) {
+            const __mmask16 there = size - i >= 16 ? 0xFFFF : (__mmask16)((1 << (size - i)) - 1);
+            const __m512 least = _mm512_set1_ps(have < count ? -INFINITY : values[count - 1]);
+            const __m512 numbers = _mm512_maskz_loadu_ps(there, x + i);
+            __mmask16 larger = have < count ? there : _mm512_mask_cmp_ps_mask(there, numbers, least, _CMP_GT_OQ);
+            for (; larger; larger &= larger - 1) {
+                const int64_t place = i + __builtin_ctz(larger);
+                if (have == count && !(x[place] > values[count - 1])) continue; /* one of this line was put before it */
+                int64_t at = have < count ? have++ : count - 1;
+                for (; at && values[at - 1] < x[place]; at--) values[at] = values[at - 1], places[at] = places[at - 1];
+                values[at] = x[place], places[at] = place;
+            }
+        }
+    }
+}
+
 /* The token of the law (need not be normalised) at which its cumulated mass exceeds `uniform` of all; -1 without mass. */
 int64_t foredraft_categorical(const float *probs, int64_t size, double uniform) {
     enum { STRIDE = 128 };

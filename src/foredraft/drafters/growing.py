@@ -3,6 +3,7 @@ nodes of the growing tree, in the order in which a grower asks for them."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -65,16 +66,18 @@ class Pass(NamedTuple):
 
 def next_pass(runs: Sequence[Growing], partial: TreeBatch, node_ids: Ids) -> Pass:
     """Adds the packed nodes `node_ids` of the growing trees `partial` to the runs, and plans the forward that runs them."""
-    owners = np.searchsorted(partial.offsets, node_ids, side="right") - 1
-    places, tokens, parents = node_ids - partial.offsets[owners], partial.tokens[node_ids], partial.parents[node_ids]
-    nodes = list(zip(owners.tolist(), places.tolist(), tokens.tolist(), parents.tolist(), strict=True))
-    live = sorted({b for b, *_ in nodes})
+    begins, packed = partial.offsets.tolist(), node_ids.tolist()
+    owners = [bisect_right(begins, node) - 1 for node in packed]
+    live = sorted(set(owners))
     start = [len(runs[b].tokens) for b in live]
-    for b, *node in nodes:
-        runs[b].add(*node)
+    for b, node, token, parent in zip(
+        owners, packed, partial.tokens[node_ids].tolist(), partial.parents[node_ids].tolist(), strict=True
+    ):
+        runs[b].add(node - begins[b], token, parent)
     batch = TreeBatch.chains([runs[b].tokens for b in live], [runs[b].parents for b in live])
-    first = {b: int(batch.offsets[i]) for i, b in enumerate(live)}
-    return Pass(live, batch, start, np.array([first[b] + runs[b].place[place] for b, place, *_ in nodes]))
+    first = dict(zip(live, batch.offsets.tolist(), strict=False))
+    rows = [first[b] + runs[b].place[node - begins[b]] for b, node in zip(owners, packed, strict=True)]
+    return Pass(live, batch, start, np.array(rows, np.int64))
 
 
 class Paths(NamedTuple):

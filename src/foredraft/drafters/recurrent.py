@@ -99,7 +99,6 @@ class RecurrentDrafter:
         room = [self._caches.room(state) for state in states]
         return self.grower.grow(self, states, [state.root for state in states], capped(budgets, room), sampling, draws)
 
-    @torch.inference_mode()
     def expand(self, states: Sequence[PairState], partial: TreeBatch, node_ids: Ids) -> Float[Tensor, "n v"]:
         """Draft logits after the packed nodes `node_ids` of the growing trees, in one pass of the head."""
         live, batch, start, rows = next_pass(states, partial, node_ids)
@@ -129,6 +128,7 @@ class RecurrentDrafter:
     def _store(self, batch: TreeBatch, caches: Sequence[Any], features: Sequence[Float[Tensor, "_ d"]]) -> None:
         self._run(batch, caches, features, None, np.empty(0, np.int64))
 
+    @torch.inference_mode()
     def _plain(
         self,
         batch: TreeBatch,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from foredraft.draws import Draws
 from foredraft.protocols import Budget, Expander
-from foredraft.sampling import SamplingParams, warp
+from foredraft.sampling import SamplingParams, largest, warp
 from foredraft.tree import Drawn, TreeBatch
 
 
@@ -129,7 +129,7 @@ class Sapling:
         if laws.token_ids is not None:
             tokens, probs = laws.token_ids[:, :k], laws.probs[:, :k]
         else:
-            probs, tokens = laws.probs.topk(min(k, laws.probs.shape[1]))
+            probs, tokens = largest(laws.probs, k)
         tokens, probs = tokens.cpu().numpy(), probs.double().cpu().numpy()
         counts = (probs > 0).sum(1).tolist()  # in descending order
         return [Siblings(tokens[row, :count], probs[row, :count]) for row, count in enumerate(counts)]

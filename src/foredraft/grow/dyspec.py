@@ -173,12 +173,12 @@ def _make_draws(tree: Sapling, node: int, siblings: Siblings, judge: Judge, leas
     Priorities are computed in float64: in float32 ``1 - S`` is not monotone and would orphan nodes.
     """
     promises, values = judge(siblings.probs, tree.sampled)
-    priorities = np.minimum.accumulate(np.minimum(1.0, promises)) * tree.values[node]
-    count = int((priorities >= least).sum())
-    made = []
-    for token, value, priority in zip(
-        siblings.tokens[:count].tolist(), values[:count].tolist(), priorities[:count].tolist(), strict=True
-    ):
+    made, promised = [], 1.0
+    for token, promise, value in zip(siblings.tokens.tolist(), promises.tolist(), values.tolist(), strict=True):
+        promised = min(promised, promise)
+        priority = promised * tree.values[node]
+        if priority < least:
+            break
         child = tree.add(node, token, value, tree.way)
         tree.values[child] = min(tree.values[child], priority)
         made.append(_Draw(-priority, tree.depths[child], tree.ranks[child], child))

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+from array import array
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -308,7 +309,8 @@ def run_step(
     features = torch.empty(count, len(feature_layers) * model.hidden, dtype=torch.bfloat16) if feature_layers else None
     per_tree = lengths, [cache.slot for cache in caches], first
     tables = [one.data_ptr() for one in given], [len(one) for one in given], [one.data_ptr() for one in carried]
-    _alive, begin = _side_by_side(batch.tokens, batch.parents, batch.offsets, *per_tree, wanted, feature_layers, *tables)
+    nodes = batch.tokens.tolist(), batch.parents.tolist(), offsets
+    _alive, begin = _side_by_side(*nodes, *per_tree, wanted.tolist(), feature_layers, *tables)
     keys, (pairs_stride, layer_stride, slot_stride, head_stride, _, _) = pool.kv.data_ptr(), pool.kv.stride()
     step = CStep(
         num_trees,
@@ -335,10 +337,10 @@ def run_step(
     return Scores(logits, features)
 
 
-def _side_by_side(*parts: np.ndarray | Sequence[int]) -> tuple[np.ndarray, list[int]]:
+def _side_by_side(*parts: Sequence[int]) -> tuple[array[int], list[int]]:
     """Whole numbers in one array, of which the address is asked for once, and the address of each part in it."""
-    numbers = np.concatenate([one for one in parts if len(one)], dtype=np.int64)
-    begin = numbers.__array_interface__["data"][0]
+    numbers = array("q", chain.from_iterable(parts))
+    begin, _ = numbers.buffer_info()
     return numbers, list(accumulate((_WORD * len(one) for one in parts[:-1]), initial=begin))
 
 

@@ -5,8 +5,9 @@
 
 A method is spelled as in `foredraft bench`; all take turns on every prompt, against plain decoding. Prompts over 448 tokens are
 cut in the middle. Beside the figures of `foredraft bench`, a row has the tokens per step of every family and of the prompts
-whose plain output does not loop, the speed-up of the steps alone (without the prompts' own pass), forwards and milliseconds of
-drafting a step, parameters and training minutes of the head.
+whose plain output does not loop, the speed-up of the steps alone (without the prompts' own pass) and, in plain decoding's row,
+that of steps which take no time (`speedup_most`: the prompts' own pass is left), forwards and milliseconds of drafting a step,
+parameters and training minutes of the head.
 With `--no-times` a row has no figure that hangs on the clock, and no forwards: for heads that are measured while others train.
 """
 
@@ -114,9 +115,21 @@ def made(config: dict[str, Any]) -> dict[str, Any]:
     return {"parameters": about["parameters"], "minutes": about["minutes"], "token_passes": about["token_passes"]}
 
 
-def step_seconds(row: dict[str, Any]) -> float:
-    """Seconds a token in the steps alone: without the prompt's own pass, which all methods share."""
-    return sum(row[f"{part}_s"] for part in ("draft", "verify", "rule", "cache")) / row["num_tokens"]
+def step_seconds(outcomes: Sequence[Outcome]) -> float:
+    """Seconds in the steps alone: without the prompt's own pass, which all methods share."""
+    return sum(getattr(one, f"{part}_s") for one in outcomes for part in ("draft", "verify", "rule", "cache"))
+
+
+def of_steps(plain: Sequence[Outcome], outcomes: Sequence[Outcome]) -> float:
+    """Speed-up of the steps alone, a token."""
+    before, after = (step_seconds(some) / sum(one.num_tokens for one in some) for some in (plain, outcomes))
+    return before / after
+
+
+def at_most(plain: Sequence[Outcome]) -> float:
+    """Speed-up of steps that take no time, in which only the prompt's own pass is left."""
+    whole = sum(one.seconds for one in plain)
+    return whole / (whole - step_seconds(plain))
 
 
 def is_time(key: str) -> bool:
@@ -153,7 +166,14 @@ def main() -> None:
     rows = rows_of(contenders, rounds, args.temperature)
     for row in rows:
         outcomes = [one[row["name"]] for one in rounds]
-        row["speedup_steps"] = step_seconds(rows[0]) / step_seconds(row)
+        plainly = [one[PLAIN] for one in rounds]
+        row["speedup_steps"] = of_steps(plainly, outcomes)
+        if quiet:
+            some = [plainly[i] for i in quiet], [outcomes[i] for i in quiet]
+            row["speedup_steps_not_looping"] = of_steps(*some)
+            row |= (
+                {"speedup_most": at_most(plainly), "speedup_most_not_looping": at_most(some[0])} if row["name"] == PLAIN else {}
+            )
         row |= {"weights_mb": plain.target.num_weight_bytes / 1e6, **made(configs.get(row["name"], {}))}
         row["not_looping"] = lengths([outcomes[i] for i in quiet])
         row["families"] = {

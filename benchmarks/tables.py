@@ -42,7 +42,7 @@ def of_heads(rows: list[dict[str, Any]]) -> list[list[str]]:
     """A line a method of benchmarks/heads.py: tokens a step, in all and by family, and what drafting costs."""
     families = list(rows[0]["families"])
     head = ["method", "parameters", "training, min", "tokens a step", "not looping", *families, "accepted at depth 1, 2, ..."]
-    head += ["forwards, ms to draft (a forward / the target's)", "speed-up (95 %)", "not looping", "steps alone"]
+    head += ["forwards, ms to draft (a forward / the target's)", "speed-up (95 %)", "not looping", "steps alone", "not looping"]
     lines = [head, ["---"] * len(head)]
     for row in rows[1:]:
         lengths = [row["acceptance_length"], row["not_looping"], *row["families"].values()]
@@ -62,12 +62,12 @@ def of_heads(rows: list[dict[str, Any]]) -> list[list[str]]:
 def costs(row: dict[str, Any], target_ms: float) -> list[str]:
     """What drafting costs, also beside a forward of the target for one token, and what it gains; empty where no clock ran."""
     if "speedup" not in row:
-        return [""] * 4
+        return [""] * 5
     gains = f"{row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
     quiet = f"{row.get('speedup_not_looping', row['speedup']):.2f}"
-    steps = f"{row['speedup_steps']:.2f}" if "speedup_steps" in row else ""
+    steps = [f"{row[name]:.2f}" if name in row else "" for name in ("speedup_steps", "speedup_steps_not_looping")]
     share = row["draft_ms"] / max(row["draft_forwards"], 1.0) / target_ms
-    return [f"{row['draft_forwards']:.1f}, {row['draft_ms']:.2f} ({share:.2f})", gains, quiet, steps]
+    return [f"{row['draft_forwards']:.1f}, {row['draft_ms']:.2f} ({share:.2f})", gains, quiet, *steps]
 
 
 def of_seeds(rows: list[dict[str, Any]]) -> list[list[str]]:

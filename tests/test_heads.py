@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -38,6 +39,7 @@ from foredraft.sampling import SamplingParams
 from foredraft.train.attention import tables, unrolled, with_slots
 from foredraft.tree import DraftTree, TreeBatch
 from narrow import narrow_head
+from test_models import replayed
 
 DATA = Path(__file__).parent / "data"
 STORIES = DATA / "babyllama-105"
@@ -394,6 +396,27 @@ def test_the_compiled_layer_is_the_plain_one(method: str, options: dict[str, Any
     assert are_near(plain, compiled, bits)
     alone = laws(chain, compiled=True)
     assert torch.equal(alone[:3], both[1][[0, 2, 4]])
+
+
+@pytest.mark.parametrize("method", ["eagle", "fspad", "eagle3"])
+def test_captured_levels_change_nothing(method: str) -> None:
+    """Levels padded to fixed shapes and run again where they were, as on CUDA, draft the very trees of float64."""
+    config = {"method": method, "model": str(HEAD_FOLDER / method), "tree": "topk", "num_speculative_tokens": 6}
+    plain, captured = (LLM(STORIES, config, dtype="float64", device="cpu", max_num_seqs=2) for _ in range(2))
+    runs = []
+
+    def capture(run: Any) -> Any:
+        runs.append(run)
+        return replayed(run)
+
+    drafter: Any = captured.engine.drafter
+    drafter.graphs = replace(drafter.make_graphs(capture), seen_before=0)
+    for temperature in (0, 1):
+        sampling = SamplingParams(temperature=temperature, max_tokens=24, seed=3)
+        outputs = [llm.generate([TOKENS, TOKENS[:5], TOKENS[3:12]], sampling) for llm in (plain, captured)]
+        wanted, found = ([(one.outputs[0].token_ids, one.metrics.num_steps) for one in some] for some in outputs)
+        assert found == wanted
+    assert 0 < len(runs) < 20
 
 
 @pytest.mark.skipif(library() is None, reason="needs AVX-512 BF16 and a C compiler")

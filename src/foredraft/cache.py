@@ -222,18 +222,18 @@ def lay_out(batch: TreeBatch, caches: Sequence[KVCache], start: Sequence[int] | 
     new = local + batch.offsets[request]
     slots = np.asarray([cache.slot for cache in caches], np.int64)
 
-    def tensor(values: Ids) -> Tensor:
-        return torch.from_numpy(values).to(device)
-
+    positions = np.concatenate([one[f:] for one, f in zip(depths, first, strict=True)]) + lengths[request]
+    numbers = batch.tokens[new], positions, request, local - first[request], slots[request], lengths[request] + local
+    token_ids, at, whose, column, slot, place = torch.from_numpy(np.stack(numbers)).to(device)  # one transfer
     return Layout(
-        token_ids=tensor(batch.tokens[new]),
-        positions=tensor(np.concatenate([one[f:] for one, f in zip(depths, first, strict=True)]) + lengths[request]),
+        token_ids=token_ids,
+        positions=at,
         new=new,
         count=len(new),
-        request=tensor(request),
-        column=tensor(local - first[request]),
-        slot=tensor(slots[request]),
-        place=tensor(lengths[request] + local),
+        request=whose,
+        column=column,
+        slot=slot,
+        place=place,
         slots=slots.tolist(),
         first_place=int(lengths[0] + first[0]),
         width=width,

@@ -18,7 +18,7 @@ from torch import Tensor
 from foredraft.folders import cache_folder
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("decoder.c", "draws.c", "laws.c", "prefixes.c"))
-_HEADERS = (Path(__file__).with_name("numbers.h"),)
+_HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 """No contraction and no fast math: equal rows must give equal bits, however the compiler unrolls."""

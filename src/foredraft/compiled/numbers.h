@@ -1,8 +1,13 @@
 /* What the files beside it share. */
 
 #include <immintrin.h>
+#include <stdint.h>
 
 #define INLINE static inline __attribute__((always_inline))
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* e^x: 2^n times a polynomial in the remainder, relative error below 1e-6; 0 far below 0, not a number where x is none. */
 INLINE __m512 exponential(__m512 x) {

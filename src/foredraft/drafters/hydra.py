@@ -111,4 +111,5 @@ class HydraDrafter:
             state.carried = read[end - 1 : end]
 
     def _read(self, batch: TreeBatch, caches: Sequence[Any], features: Sequence[Float[Tensor, "_ d"]]) -> Float[Tensor, "m d"]:
-        return self.head.read(torch.cat([*features]), self._caches.behind(batch, caches, None)[1])
+        layout, mask = self._caches.behind(batch, caches, None)
+        return self.head.read(torch.cat([*features]), self._caches.attention(layout, mask))

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.cache import PREFILL_CHUNK, KVPool, lay_out
+from foredraft.cache import PREFILL_CHUNK, KVPool, Layout, lay_out
 from foredraft.drafters.growing import Growing
 from foredraft.drafters.layers import Attend, Shape
 from foredraft.models.attention import attend, rotary_tables, rotate
@@ -65,13 +65,18 @@ class PairCaches:
         config: a Llama configuration of the layer.
         num_slots: requests in flight at most.
         ahead: places behind the context's end that are run, though nothing is drafted there.
+
+    Attributes:
+        pool: keys and values.
+        group: query heads that share a key head.
     """
 
     def __init__(self, config: Any, num_slots: int, dtype: torch.dtype, device: torch.device, *, ahead: int = 0):
         self.max_len: int = config.max_position_embeddings
         self._shape, self._dtype, self._device = Shape.of(config), dtype, device
+        self.group = self._shape.heads // self._shape.kv_heads
         self._cos, self._sin = rotary_tables(config, self.max_len + ahead, dtype, device)
-        self._pool = KVPool(
+        self.pool = KVPool(
             num_slots=num_slots,
             num_layers=1,
             num_heads=self._shape.kv_heads,
@@ -83,13 +88,13 @@ class PairCaches:
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> PairState:
         """A new request, `tokens` and `features` as in `Drafter.start`: token 0 is in no pair, and the last feature meets the
         root."""
-        state = PairState(self._pool.allocate(), [])
+        state = PairState(self.pool.allocate(), [])
         state.take(tokens, features)
         return state
 
     def finish(self, state: PairState) -> None:
         """Frees the request's slot."""
-        self._pool.free(state.cache)
+        self.pool.free(state.cache)
 
     def room(self, state: PairState) -> int:
         """How many nodes below the root a path may have: none without a pair, and as many as there are positions left."""
@@ -98,27 +103,29 @@ class PairCaches:
     def settle(self, states: Sequence[PairState], run: Run) -> None:
         """Keeps the pairs of the last step's run, and runs all but the last part of long pending text."""
         over = [state for state in states if state.ran is not None]
-        self._pool.keep([state.cache for state in over], [range(1, state.ran or 0) for state in over])
+        self.pool.keep([state.cache for state in over], [range(1, state.ran or 0) for state in over])
         for state in over:
             state.clear()
             state.ran = None
         while late := [state for state in states if len(state.pending) > PREFILL_CHUNK and self.room(state)]:
             chunk = TreeBatch.chains([state.pending[:PREFILL_CHUNK] for state in late])
             run(chunk, [state.cache for state in late], [state.features[:PREFILL_CHUNK] for state in late])
-            self._pool.keep([state.cache for state in late], [range(1, PREFILL_CHUNK)] * len(late))
+            self.pool.keep([state.cache for state in late], [range(1, PREFILL_CHUNK)] * len(late))
             for state in late:
                 state.pending, state.parts = state.pending[PREFILL_CHUNK:], [state.features[PREFILL_CHUNK:]]
 
-    def behind(self, batch: TreeBatch, caches: Sequence[Any], start: Sequence[int] | None) -> tuple[Tensor, Attend]:
-        """Token ids of the new nodes, and the attention of each to its cache and its path."""
+    def behind(self, batch: TreeBatch, caches: Sequence[Any], start: Sequence[int] | None) -> tuple[Layout, Tensor | None]:
+        """Where the new nodes go, and the mask of what each sees: its cache and its path."""
         layout = lay_out(batch, caches, start, self._device)
-        self._pool.reserve(layout.length)
+        self.pool.reserve(layout.length)
         mask = layout.mask(self._dtype, self._device)
-        if mask is not None:
-            mask = mask.repeat(1, 1, self._shape.heads // self._shape.kv_heads, 1)
+        return layout, None if mask is None else mask.repeat(1, 1, self.group, 1)
+
+    def attention(self, layout: Layout, mask: Tensor | None) -> Attend:
+        """The attention of new nodes that were laid out by `behind`."""
         rotation = self._cos[layout.positions][:, None], self._sin[layout.positions][:, None]
 
         def attend_to_path(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return attend(0, (rotate(query, rotation), rotate(key, rotation), value), mask, layout, self._pool)
+            return attend(0, (rotate(query, rotation), rotate(key, rotation), value), mask, layout, self.pool)
 
-        return layout.token_ids, attend_to_path
+        return attend_to_path

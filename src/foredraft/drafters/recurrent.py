@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.cache import among_new
+from foredraft.cache import KVPool, Layout
 from foredraft.drafters import Setting
 from foredraft.drafters.compiled import FEW, CompiledHead, can_compile, check_bits
 from foredraft.drafters.folder import load_head
@@ -18,7 +18,8 @@ from foredraft.drafters.growing import capped, next_pass
 from foredraft.drafters.heads import Eagle3Head, FeatureHead
 from foredraft.drafters.pairs import PairCaches, PairState
 from foredraft.draws import Draws
-from foredraft.protocols import Budget, Grower
+from foredraft.models.graphs import Capture, Graphs, Masks, cuda_capture
+from foredraft.protocols import Budget, Grower, Scores
 from foredraft.sampling import SamplingParams
 from foredraft.tree import Ids, TreeBatch
 
@@ -63,6 +64,11 @@ class RecurrentDrafter:
         compiled = can_compile(head, config, target) if compiled is None else compiled
         self.compiled = CompiledHead(head, config, target, bits=weight_bits) if compiled else None
         self._run, self._fuse = (self.compiled or self._plain), (self.compiled or head).fuse
+        self.graphs = self.make_graphs(cuda_capture()) if self._device.type == "cuda" else None
+
+    def make_graphs(self, capture: Capture) -> Graphs:
+        """Levels of fixed shape of this head."""
+        return Graphs(self._compute, capture, self._caches.group, self._dtype)
 
     @classmethod
     def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = FEW) -> RecurrentDrafter:
@@ -144,12 +150,23 @@ class RecurrentDrafter:
             given: per tree, features of its first nodes.
             carried: per tree, a table of what its nodes carry on, which is filled; a later node is given its parent's row.
         """
-        token_ids, attend = self._caches.behind(batch, caches, start)
+        layout, mask = self._caches.behind(batch, caches, start)
         first, ends = [0] * len(batch) if start is None else list(start), batch.offsets.tolist()
         parents = [batch.parents[begin + f : end] for f, begin, end in zip(first, ends, ends[1:], strict=False)]
-        features = [carried[b][torch.from_numpy(parents[b])] if f else given[b] for b, f in enumerate(first)]
-        drafted = self.head(self.head.embed(token_ids, self._embed), torch.cat(features), attend)
-        for table, f, new in zip(carried, first, drafted.carried.split([len(one) for one in parents]), strict=False):
+        features = torch.cat([carried[b][torch.from_numpy(parents[b])] if f else given[b] for b, f in enumerate(first)])
+        masks: Masks = {None: mask}
+        arguments = layout, self._caches.pool, masks, (), features
+        found = self.graphs(*arguments) if self.graphs is not None else None
+        logits, foretold = found or self._compute(*arguments, rows=rows)
+        assert foretold is not None
+        for table, f, new in zip(carried, first, foretold.split([len(one) for one in parents]), strict=False):
             table[f : f + len(new)] = new
-        new = torch.from_numpy(among_new(rows, batch.offsets, first)).to(drafted.scored.device)
-        return self.head.logits(drafted.scored[new], self._target_head)
+        return logits if found is None else logits[layout.rows_of(rows)]
+
+    def _compute(
+        self, layout: Layout, pool: KVPool, masks: Masks, _: Sequence[int], given: Tensor | None, *, rows: Ids | None = None
+    ) -> Scores:
+        """Logits of all new nodes or of the packed nodes `rows`, and what all carry on."""
+        drafted = self.head(self.head.embed(layout.token_ids, self._embed), given, self._caches.attention(layout, masks[None]))
+        scored = drafted.scored if rows is None else drafted.scored[layout.rows_of(rows)]
+        return Scores(self.head.logits(scored, self._target_head), drafted.carried)

@@ -96,7 +96,8 @@ class LayerSlots:
         self, batch: TreeBatch, caches: Sequence[Any], features: Sequence[Float[Tensor, "_ d"]], rows: Ids, num_slots: int
     ) -> Float[Tensor, "r w"]:
         """Logits at the packed nodes `rows` of chains of pairs, each with `num_slots` slots behind it."""
-        token_ids, attend = self._caches.behind(batch, caches, None)
+        layout, mask = self._caches.behind(batch, caches, None)
+        token_ids, attend = layout.token_ids, self._caches.attention(layout, mask)
         sizes = np.diff(batch.offsets)
         places = np.arange(len(token_ids)) - np.repeat(batch.offsets[:-1], sizes)
         counts = np.repeat(sizes - num_slots, sizes)

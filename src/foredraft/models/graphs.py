@@ -34,8 +34,9 @@ SEEN_BEFORE = 2
 """Capturing costs a few forwards: a shape is captured when it comes for the third time."""
 
 Masks = Mapping[int | None, Tensor | None]
-Compute = Callable[[Layout, KVPool, Masks, Sequence[int]], Scores]
-"""Scores of all new nodes; a pure function of tensors, apart from the keys and values that it writes."""
+Compute = Callable[[Layout, KVPool, Masks, Sequence[int], Tensor | None], Scores]
+"""Scores of all new nodes, of which the last argument gives a vector each where the model takes such; a pure function of
+tensors, apart from the keys and values that it writes."""
 
 Capture = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
 """Runs something; gives its result, and what computes it again into the same place."""
@@ -57,6 +58,7 @@ class Graph:
 
     layout: Layout
     masks: dict[int | None, Tensor]
+    given: Tensor | None = None
     outputs: Scores | None = None
     run: Callable[[], None] = lambda: None
 
@@ -81,7 +83,9 @@ class Graphs:
     _graphs: OrderedDict[Shape, Graph] = field(default_factory=OrderedDict)
     _seen: dict[Shape, int] = field(default_factory=dict)
 
-    def __call__(self, layout: Layout, pool: KVPool, masks: Masks, feature_layers: Sequence[int]) -> Scores | None:
+    def __call__(
+        self, layout: Layout, pool: KVPool, masks: Masks, feature_layers: Sequence[int], given: Tensor | None = None
+    ) -> Scores | None:
         """Logits and features of the new nodes; None where the shape is wide, or has not come often enough."""
         first = layout.slots[0]
         if layout.width > MAX_WIDTH or layout.slots != list(range(first, first + len(layout.slots))):
@@ -90,30 +94,30 @@ class Graphs:
         length = -(-(layout.length + width) // LENGTH_STEP) * LENGTH_STEP
         pool.reserve(length)
         shape = Shape(tuple(layout.slots), width, length, tuple(feature_layers), (pool.kv.data_ptr(), *pool.kv.shape))
-        graph = self._graphs.get(shape) or self._new(shape, layout, pool, masks)
+        graph = self._graphs.get(shape) or self._new(shape, layout, pool, masks, given)
         if graph is None:
             return None
         self._graphs.move_to_end(shape)
-        load(graph, layout, masks)
+        load(graph, layout, masks, given)
         graph.run()
         mine = layout.request * width + layout.column
         assert graph.outputs is not None
         logits, features = graph.outputs
         return Scores(logits[mine], None if features is None else features[mine])
 
-    def _new(self, shape: Shape, layout: Layout, pool: KVPool, masks: Masks) -> Graph | None:
+    def _new(self, shape: Shape, layout: Layout, pool: KVPool, masks: Masks, given: Tensor | None) -> Graph | None:
         if self._seen.setdefault(shape, 0) < self.seen_before:
             self._seen[shape] += 1
             return None
         if len(self._graphs) == MAX_GRAPHS:
             self._graphs.popitem(last=False)
-        graph = self._graphs[shape] = self._room_for(shape, layout, masks)
-        load(graph, layout, masks)
-        arguments = graph.layout, pool, graph.masks, shape.feature_layers
+        graph = self._graphs[shape] = self._room_for(shape, layout, masks, given)
+        load(graph, layout, masks, given)
+        arguments = graph.layout, pool, graph.masks, shape.feature_layers, graph.given
         graph.outputs, graph.run = self.capture(lambda: self.compute(*arguments))
         return graph
 
-    def _room_for(self, shape: Shape, layout: Layout, masks: Masks) -> Graph:
+    def _room_for(self, shape: Shape, layout: Layout, masks: Masks, given: Tensor | None) -> Graph:
         """Empty inputs: every tree as wide as the widest, every mask there."""
         count, device = len(shape.slots) * shape.width, layout.token_ids.device
         names = ("token_ids", "positions", "slot", "place", "request", "column")
@@ -122,10 +126,10 @@ class Graphs:
         fixed = replace(layout, **ids, **unused, count=count, width=shape.width, length=shape.length)
         size = len(shape.slots), 1, self.group * shape.width, shape.length
         rooms = {window: torch.empty(size, dtype=self.dtype, device=device) for window in masks}
-        return Graph(fixed, rooms)
+        return Graph(fixed, rooms, None if given is None else given.new_zeros(count, given.shape[1]))
 
 
-def load(graph: Graph, layout: Layout, masks: Masks) -> None:
+def load(graph: Graph, layout: Layout, masks: Masks, given: Tensor | None) -> None:
     """Copies a step's inputs to where the graph reads them."""
     fixed = graph.layout
     slots, width, device = len(fixed.slots), fixed.width, fixed.place.device
@@ -136,6 +140,9 @@ def load(graph: Graph, layout: Layout, masks: Masks) -> None:
     fixed.positions.zero_()
     for name in ("token_ids", "positions", "place"):
         getattr(fixed, name).view(slots, width)[layout.request, layout.column] = getattr(layout, name)
+    if graph.given is not None and given is not None:
+        graph.given.zero_()
+        graph.given.view(slots, width, -1)[layout.request, layout.column] = given
     for window, whole in graph.masks.items():
         given = masks[window]
         by_head = whole.view(slots, -1, width, fixed.length)

@@ -142,11 +142,18 @@ class LlamaTarget:
         masks = self._masks(layout)
         found = self.graphs(layout, pool, masks, feature_layers) if self.graphs is not None else None
         if found is None:
-            return self._compute(layout, pool, masks, feature_layers, rows)
+            return self._compute(layout, pool, masks, feature_layers, rows=rows)
         return found if rows is None else Scores(found.logits[layout.rows_of(rows)], found.features)
 
     def _compute(
-        self, layout: Layout, pool: KVPool, masks: Masks, feature_layers: Sequence[int], rows: Ids | None = None
+        self,
+        layout: Layout,
+        pool: KVPool,
+        masks: Masks,
+        feature_layers: Sequence[int],
+        given: Tensor | None = None,
+        *,
+        rows: Ids | None = None,
     ) -> Scores:
         rotation = self._cos[layout.positions][:, None], self._sin[layout.positions][:, None]
         hidden = self._padded(self.embed(layout.token_ids))

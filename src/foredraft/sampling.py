@@ -252,7 +252,7 @@ _FEW_LARGEST = 64
 
 
 def largest(x: Float[Tensor, "n v"], k: int) -> Largest:
-    """At most `k` of each row. On a CPU the first of equal ones come first."""
+    """At most `k` of each row. Which of equal ones come first hangs on who finds them: of compiled code, the first."""
     count = min(k, x.shape[1])
     code = compiled_for(x)
     if code is None or not 0 < count <= _FEW_LARGEST:

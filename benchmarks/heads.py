@@ -150,6 +150,8 @@ def main() -> None:
     parser.add_argument("--no-times", action="store_true", help="tokens a step alone: the machine need not be quiet")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
+    if not (args.data / "spec_bench.jsonl").is_file():
+        parser.error(f"no spec_bench.jsonl in {str(args.data)!r}: give the folder of evaluation prompts as --data")
     plain = LLM(args.model, {"method": PLAIN}, dtype=args.dtype, max_num_seqs=1)
     sampling = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=0)
     every = read_tasks(plain, args.data, args.count)

@@ -8,6 +8,8 @@ cut in the middle. Beside the figures of `foredraft bench`, a row has the tokens
 whose plain output does not loop, the speed-up of the steps alone (without the prompts' own pass) and, in plain decoding's row,
 that of steps which take no time (`speedup_most`: the prompts' own pass is left), forwards and milliseconds of drafting a step,
 parameters and training minutes of the head.
+`transformers` among the methods is that library's own plain decoding, which then takes turns too; every row says what it gains
+over that (`speedup_over`: in all, and where nothing loops, each with the ends of its interval).
 With `--no-times` a row has no figure that hangs on the clock, and no forwards: for heads that are measured while others train.
 """
 
@@ -17,7 +19,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +27,10 @@ from measuring import report, rounded
 
 from foredraft import LLM, SamplingParams
 from foredraft.bench import tasks
-from foredraft.bench.report import rows_of
-from foredraft.bench.run import Ours, Outcome, measure, parse_method
+from foredraft.bench.command import BenchChoice, contender
+from foredraft.bench.report import rows_of, speedup
+from foredraft.bench.run import Outcome, measure, parse_method
+from foredraft.drafters.folder import read_head
 from foredraft.metrics import summarize
 from foredraft.progress import progress_bar
 from foredraft.speculation import PLAIN
@@ -35,6 +39,7 @@ FAMILIES = ("chat", "translation", "summarization", "qa", "math_reasoning", "rag
 """Of Spec-Bench; the eight categories of MT-bench are `chat`."""
 
 LONGEST = 448
+PEER = "transformers"
 COLUMNS = (
     *("name", "parameters", "minutes", "acceptance_length", "not_looping", "speedup", "speedup_low", "speedup_high"),
     *("speedup_not_looping", "draft_forwards", "draft_ms", "verify_ms"),
@@ -107,12 +112,14 @@ def lengths(outcomes: Sequence[Outcome]) -> float | None:
 
 
 def made(config: dict[str, Any]) -> dict[str, Any]:
-    """What the head's own files say of it."""
-    file = Path(str(config.get("model"))) / "provenance.json"
-    if not file.is_file():
+    """What is known of a head: its parameters, and what its training took if its files say so."""
+    folder = Path(str(config.get("model")))
+    if not folder.is_dir():
         return {}
-    about = json.loads(file.read_text())
-    return {"parameters": about["parameters"], "minutes": about["minutes"], "token_passes": about["token_passes"]}
+    found = {"parameters": sum(one.numel() for one in read_head(folder).head.parameters())}
+    file = folder / "provenance.json"
+    about = json.loads(file.read_text()) if file.is_file() else {}
+    return found | {key: about[key] for key in ("minutes", "token_passes") if key in about}
 
 
 def step_seconds(outcomes: Sequence[Outcome]) -> float:
@@ -121,15 +128,21 @@ def step_seconds(outcomes: Sequence[Outcome]) -> float:
 
 
 def of_steps(plain: Sequence[Outcome], outcomes: Sequence[Outcome]) -> float:
-    """Speed-up of the steps alone, a token."""
+    """Speed-up of the steps alone, a token; 0 for a peer, whose steps nobody sees."""
     before, after = (step_seconds(some) / sum(one.num_tokens for one in some) for some in (plain, outcomes))
-    return before / after
+    return before / after if after else 0.0
 
 
 def at_most(plain: Sequence[Outcome]) -> float:
     """Speed-up of steps that take no time, in which only the prompt's own pass is left."""
     whole = sum(one.seconds for one in plain)
     return whole / (whole - step_seconds(plain))
+
+
+def over_peer(peer: Sequence[Outcome], outcomes: Sequence[Outcome], quiet: Sequence[int]) -> dict[str, Any]:
+    """Speed-up over a peer, and the same on the prompts `quiet` alone, each with the ends of its interval."""
+    chosen = {"all": range(len(peer)), "not_looping": quiet}
+    return {name: speedup([peer[i] for i in some], [outcomes[i] for i in some]) for name, some in chosen.items() if some}
 
 
 def is_time(key: str) -> bool:
@@ -140,7 +153,7 @@ def is_time(key: str) -> bool:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
-    parser.add_argument("methods", nargs="+", help="drafter=DIRECTORY:tree:budget")
+    parser.add_argument("methods", nargs="+", help="drafter=DIRECTORY:tree:budget, or transformers")
     parser.add_argument("--data", type=Path, required=True, help="folder of evaluation prompts")
     parser.add_argument("--model", help="directory of the target; the bundled one if not given")
     parser.add_argument("--count", type=int, default=100, help="prompts in all")
@@ -156,11 +169,11 @@ def main() -> None:
     sampling = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=0)
     every = read_tasks(plain, args.data, args.count)
     warm_up = tasks.encode(plain, tasks.WARM_UP, raw=False)
-    configs = {name: parse_method(name, None) for name in args.methods}
-    llms = {name: plain.with_speculation(config) for name, config in configs.items()}
-    contenders = [Ours(PLAIN, plain, sampling), *(Ours(name, llm, sampling) for name, llm in llms.items())]
-    rounds = []
-    with progress_bar("measuring", len(every)) as advance:
+    configs = {name: parse_method(name, None) for name in args.methods if name != PEER}
+    choice = BenchChoice("", args.data, model=args.model)
+    names, rounds = dict.fromkeys([PLAIN, *args.methods]), []
+    with ExitStack() as stack, progress_bar("measuring", len(every)) as advance:
+        contenders = [contender(name, plain, choice, warm_up, sampling, stack) for name in names]
         for outcome in measure(contenders, [task.ids for task in every], sampling, batch_size=1, warm_up=warm_up):
             rounds.append(outcome)
             advance(1)
@@ -170,6 +183,8 @@ def main() -> None:
         outcomes = [one[row["name"]] for one in rounds]
         plainly = [one[PLAIN] for one in rounds]
         row["speedup_steps"] = of_steps(plainly, outcomes)
+        if PEER in args.methods:
+            row["speedup_over"] = {PEER: over_peer([one[PEER] for one in rounds], outcomes, quiet)}
         if quiet:
             some = [plainly[i] for i in quiet], [outcomes[i] for i in quiet]
             row["speedup_steps_not_looping"] = of_steps(*some)
@@ -183,8 +198,9 @@ def main() -> None:
             for family in FAMILIES
         }
         row["cut"] = dict(Counter(task.family for task in every if task.was_cut))
-        if row["name"] != PLAIN and not args.no_times:
-            row["draft_forwards"] = forwards_a_step(llms[row["name"]], warm_up, sampling)
+        if row["name"] in configs and not args.no_times:
+            drafting = plain.with_speculation(configs[row["name"]])
+            row["draft_forwards"] = forwards_a_step(drafting, warm_up, sampling)
             row |= {f"{part}_ms": 1000 * row[f"{part}_s"] / row["num_steps"] for part in ("draft", "verify")}
     kept = [{key: row[key] for key in row if not (args.no_times and is_time(key))} for row in rows]
     report(args.output, [rounded(row) for row in kept], COLUMNS, device=plain.target.device, dtype=args.dtype)

@@ -43,8 +43,12 @@ def of_heads(rows: list[dict[str, Any]]) -> list[list[str]]:
     families = list(rows[0]["families"])
     head = ["method", "parameters", "training, min", "tokens a step", "not looping", *families, "accepted at depth 1, 2, ..."]
     head += ["forwards, ms to draft (a forward / the target's)", "speed-up (95 %)", "not looping", "steps alone", "not looping"]
+    over = list(rows[0].get("speedup_over", {}))
+    head += [cell for name in over for cell in (f"over plain decoding by {name} (95 %)", "not looping")]
     lines = [head, ["---"] * len(head)]
     for row in rows[1:]:
+        if row["name"] in over:
+            continue
         lengths = [row["acceptance_length"], row["not_looping"], *row["families"].values()]
         made = [f"{row['parameters'] / 1e6:.2f} M" if "parameters" in row else "", f"{row.get('minutes', '')}"]
         lines.append(
@@ -54,6 +58,7 @@ def of_heads(rows: list[dict[str, Any]]) -> list[list[str]]:
                 *(f"{length:.2f}" for length in lengths),
                 " ".join(f"{rate:.2f}" for rate in row["joint_acceptance_rate"][:6]),
                 *costs(row, 1000 * rows[0].get("verify_s", 0.0) / rows[0]["num_steps"]),
+                *(gain(*some) for name in over for some in row["speedup_over"][name].values()),
             ]
         )
     return lines
@@ -63,11 +68,16 @@ def costs(row: dict[str, Any], target_ms: float) -> list[str]:
     """What drafting costs, also beside a forward of the target for one token, and what it gains; empty where no clock ran."""
     if "speedup" not in row:
         return [""] * 5
-    gains = f"{row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
+    gains = gain(row["speedup"], row["speedup_low"], row["speedup_high"])
     quiet = f"{row.get('speedup_not_looping', row['speedup']):.2f}"
     steps = [f"{row[name]:.2f}" if name in row else "" for name in ("speedup_steps", "speedup_steps_not_looping")]
     share = row["draft_ms"] / max(row["draft_forwards"], 1.0) / target_ms
     return [f"{row['draft_forwards']:.1f}, {row['draft_ms']:.2f} ({share:.2f})", gains, quiet, *steps]
+
+
+def gain(ratio: float, low: float, high: float) -> str:
+    """A speed-up and its interval."""
+    return f"{ratio:.2f} ({low:.2f} to {high:.2f})"
 
 
 def of_seeds(rows: list[dict[str, Any]]) -> list[list[str]]:

@@ -113,7 +113,7 @@ def test_every_drafter_with_weights_can_stand_behind_a_lookup() -> None:
     found = parse({"method": "ctc-lookup", "ctc_tokens": 3, "lookup_min_match": 2, "force": True})
     assert found is not None
     assert found.calibrated == "ctc"
-    with pytest.raises(TypeError, match="ctc_tokens must be a whole number, got 'x'"):
+    with pytest.raises(TypeError, match="ctc_tokens must be a whole number or null, got 'x'"):
         parse({"method": "ctc-lookup", "ctc_tokens": "x"})
 
 
@@ -124,6 +124,8 @@ def test_options_reach_the_drafter_that_they_are_for() -> None:
     assert drafter._other._num_tokens == 3  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="ctc_tokens must be at least 1, got 0"):
         llm.with_speculation({**config_of("ctc-lookup"), "ctc_tokens": 0})
+    with pytest.raises(ValueError, match="ctc_tokens=3 is of ctc's own tree"):
+        llm.with_speculation({**config_of("ctc-lookup"), "ctc_tokens": 3, "tree": "dyspec"})
 
 
 def test_a_text_that_repeats_itself_is_looked_up() -> None:

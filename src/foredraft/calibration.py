@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from foredraft.folders import cache_folder
 from foredraft.protocols import Target
 
@@ -67,3 +69,12 @@ def recalled(kind: str, facts: Any, measure: Callable[[], dict[str, Any]]) -> di
     except OSError:
         pass
     return found
+
+
+def versions() -> dict[str, str]:
+    """What figures were measured with."""
+    import transformers
+
+    import foredraft
+
+    return {"foredraft": foredraft.__version__, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -10,9 +10,10 @@ from typing import Any
 from rich.console import Console
 
 from foredraft.audit.hypotheses import FALSE_ALARM, POWER, Evidence
-from foredraft.audit.run import PLANTED, TOLERANCE, Audit, Auditor, versions
+from foredraft.audit.run import PLANTED, TOLERANCE, Audit, Auditor
 from foredraft.bench import tasks
 from foredraft.bench.calibrate import PROMPTS
+from foredraft.calibration import versions
 from foredraft.drafters import DRAFTERS
 from foredraft.llm import LLM
 from foredraft.sampling import SamplingParams

@@ -9,7 +9,6 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float
 
 from foredraft.audit.exact import joint_law, target_joint, tree_law
@@ -293,12 +292,3 @@ def enumerated_error(grower: Any, rule: AcceptanceRule, size: int, nodes: int, t
             law = joint_law(trees, rule, target, size, length, temperature, _PREFIX)
             worst = max(worst, float(np.abs(law - target_joint(target, size, length, temperature, _PREFIX)).max()))
     return worst
-
-
-def versions() -> dict[str, str]:
-    """What it ran on."""
-    import transformers
-
-    import foredraft
-
-    return {"foredraft": foredraft.__version__, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from foredraft.bench import report, tasks
 from foredraft.bench.bandwidth import read_bandwidth, reading
 from foredraft.bench.peers import PEERS, VLLM_PEERS, Peer
 from foredraft.bench.run import Contender, Ours, measure, parse_method
+from foredraft.calibration import versions
 from foredraft.llm import BUNDLED_LM, BUNDLED_TARGET, LLM
 from foredraft.progress import progress_bar
 from foredraft.sampling import SamplingParams
@@ -76,7 +76,7 @@ def bench(choice: BenchChoice) -> int:
     warm_up = tasks.encode(plain, tasks.WARM_UP, raw=choice.raw)
     bandwidth = read_bandwidth(plain.target.device)
     with ExitStack() as stack:
-        contenders = [_contender(name, plain, choice, warm_up, sampling, stack) for name in names]
+        contenders = [contender(name, plain, choice, warm_up, sampling, stack) for name in names]
         rounds = []
         with progress_bar("measuring", len(fitting)) as advance:
             for outcome in measure(contenders, fitting, sampling, batch_size=choice.batch_size, warm_up=warm_up):
@@ -104,9 +104,10 @@ def _names(choice: BenchChoice) -> list[str]:
     return list(dict.fromkeys([PLAIN, *names]))
 
 
-def _contender(
+def contender(
     name: str, plain: LLM, choice: BenchChoice, warm_up: Sequence[list[int]], sampling: SamplingParams, stack: ExitStack
 ) -> Contender:
+    """A method on `plain`'s weights, or a peer on the same ones, which ends with `stack`."""
     if name not in PEERS:
         return Ours(name, plain if name == PLAIN else plain.with_speculation(parse_method(name, choice.draft_model)), sampling)
     bundled = choice.model is None
@@ -147,7 +148,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("foredraft", "torch", "transformers")},
+        **versions(),
     }
 
 

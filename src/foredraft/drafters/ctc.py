@@ -38,19 +38,21 @@ class CtcDrafter(SlotDrafter):
         slots: fills the slots.
         grower: how its trees grow; None for its own.
         vocab_size: the target's.
-        ctc_tokens: likeliest tokens that a slot may take in its own tree.
+        ctc_tokens: likeliest tokens that a slot may take in its own tree; None: 8.
 
     Source: Wen, Gui, Feng 2024 (arXiv 2412.00061), sections 3.2 and 3.3; the laws are ours.
 
     Raises:
-        ValueError: `ctc_tokens` is below 1.
+        ValueError: `ctc_tokens` is below 1, or given beside a grower.
     """
 
-    def __init__(self, slots: LayerSlots, grower: Grower | None, vocab_size: int, *, ctc_tokens: int = DEFAULT_TOKENS):
-        if ctc_tokens < 1:
+    def __init__(self, slots: LayerSlots, grower: Grower | None, vocab_size: int, *, ctc_tokens: int | None = None):
+        if ctc_tokens is not None and ctc_tokens < 1:
             raise ValueError(f"ctc_tokens must be at least 1, got {ctc_tokens}")
+        if ctc_tokens is not None and grower is not None:
+            raise ValueError(f"ctc_tokens={ctc_tokens} is of ctc's own tree, and another tree is named: leave out one of them")
         super().__init__(slots, grower, vocab_size)
-        self._num_tokens = ctc_tokens
+        self._num_tokens = ctc_tokens or DEFAULT_TOKENS
 
     @classmethod
     def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = FEW, **options: int) -> CtcDrafter:

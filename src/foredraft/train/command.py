@@ -176,7 +176,10 @@ def captured(choice: TrainChoice, llm: LLM, source: Any, layers: Sequence[int]) 
     folder = choice.shards or choice.out / "shards"
     width = llm.target.config.hidden_size * len(every) * 2 + 4  # bytes of a token: bfloat16, and its id
     Console(stderr=True).print(f"shards in {folder}: about {1.6 * choice.num_tokens * width / 1e9:.2g} GB in all")
-    return capture(llm, lambda seed: read_prompts(choice.data, llm.tokenizer, seed), plan, folder, about, layers)
+    texts = capture(llm, lambda seed: read_prompts(choice.data, llm.tokenizer, seed), plan, folder, about, layers)
+    if every and texts and not texts[0].features:
+        Console(stderr=True).print("they keep no features: the model is run over every batch; other --shards would keep them")
+    return texts
 
 
 def _names(choice: TrainChoice) -> list[str]:

@@ -31,7 +31,7 @@ static void normalize(const float *x, const bf16 *weight, bf16 *out, int64_t siz
         narrow(out + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), scale), widen(weight + i)));
 }
 
-enum { TILE = 32, MOST_ROWS = 12, MANY_ROWS = 40, LINE = 64, AHEAD = 4096, PARTS = 2 };
+enum { TILE = 32, MOST_ROWS = 12, MANY_ROWS = 40, FEW_ROWS = 5, LINE = 64, AHEAD = 6144, PARTS = 2 };
 
 /* Whether inputs are widened to float32 and products summed one by one, or as VDPBF16PS does it, in pairs. Intel's processors
    have twice as many units for the former. All products of a process are made alike. */
@@ -60,7 +60,8 @@ INLINE int64_t groups_of(const Linear *layer, int64_t rows) {
 INLINE int64_t group_of(const Linear *layer, int64_t rows) { return (rows + groups_of(layer, rows) - 1) / groups_of(layer, rows); }
 
 /* What is asked for while some weights are worked through: the processor's own prefetching is too late where many rows keep it
-   from running ahead. One group of rows asks for what comes AHEAD bytes later; of several, each for its share of the next tile. */
+   from running ahead. One group of rows asks for what comes AHEAD bytes later (no whole number of pages, which would be slower by
+   a tenth); of several, each for its share of the next tile. */
 typedef struct {
     const char *at;
     int64_t pace; /* bytes for every line of weights */
@@ -71,9 +72,10 @@ INLINE Ahead ahead_of(const void *tile, int64_t bytes, int64_t group, int64_t gr
     return (Ahead){at, LINE / groups};
 }
 
-INLINE void ask(Ahead *ahead) {
+/* Asks for the next of `lines` lines. */
+INLINE void ask(Ahead *ahead, int lines) {
     _mm_prefetch(ahead->at, _MM_HINT_T1);
-    ahead->at += ahead->pace;
+    ahead->at += lines * ahead->pace;
 }
 
 INLINE __m512i four_bytes(const void *x) {
@@ -97,7 +99,8 @@ INLINE void products_of(const int n, const int wide, const void *x, const bf16 *
 #pragma GCC unroll 12
     for (int m = 0; m < n; m++) low[m] = high[m] = _mm512_setzero_ps();
     for (int64_t i = 0; i < size; i += 2, w += 2 * TILE) {
-        ask(&ahead), ask(&ahead);
+        if (n > FEW_ROWS) ask(&ahead, 1), ask(&ahead, 1);
+        else ask(&ahead, 2); /* the other line comes along */
         __m512bh first = pairs(w), second = pairs(w + TILE);
         __m512 low_even = evens(first), high_even = evens(second), low_odd = odds(first), high_odd = odds(second);
 #pragma GCC unroll 12
@@ -128,11 +131,11 @@ INLINE void few_products_of(
     for (int m = 0; m < n; m++) low[m] = high[m] = _mm512_setzero_ps();
     for (int64_t b = 0; b < blocks; b++, block++) {
         __m512i first[MOST_ROWS / 2], second[MOST_ROWS / 2];
-        ask(&ahead);
+        ask(&ahead, 1);
 #pragma GCC unroll 6
         for (int m = 0; m < n; m++) first[m] = second[m] = _mm512_set1_epi32(x->offsets[at + m * blocks + b]);
         for (int i = 0; i < TILE / 4; i++) {
-            ask(&ahead);
+            ask(&ahead, 1);
             __m512i both = _mm512_loadu_si512(block->numbers[i]);
             __m512i lower = _mm512_and_si512(both, half), upper = _mm512_and_si512(_mm512_srli_epi16(both, 4), half);
 #pragma GCC unroll 6

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from foredraft.metrics import StepRecord
 from foredraft.models.hf import HFTarget
 from foredraft.models.loading import load_target
 from foredraft.models.table import TableTarget, random_law
-from foredraft.speculation import parse
+from foredraft.speculation import Way, parse
 
 DATA = Path(__file__).parent / "data"
 PAIR = sorted(path.parent for path in DATA.glob("*/config.json"))
@@ -349,6 +350,21 @@ def test_calibrate_a_head_with_a_tree_of_its_own(
     assert {name.split(":")[0] for name in found["drafted_share"]["sampled"]} == {"ctc-lookup"}
     chosen = LLM(PAIR[0], {"method": "auto", "model": str(head)}).drafting(SamplingParams(temperature=0))
     assert chosen["method"] in found["tokens_per_step"]["greedy"]
+
+
+@pytest.mark.parametrize(("best", "sizes"), [(0.0, [4, 8, 16]), (3.3, [4, 8, 16]), (3.4, [4, 8])])
+def test_calibrate_leaves_larger_trees_where_another_way_is_better(
+    monkeypatch: pytest.MonkeyPatch, best: float, sizes: list[int]
+) -> None:
+    monkeypatch.setattr(calibrate, "SIZES", (4, 8, 16))
+    monkeypatch.setattr(calibrate, "acceptance_length", lambda llm, *_: 1 + llm.nodes / 4)
+    plain: Any = SimpleNamespace(
+        with_speculation=lambda config: SimpleNamespace(
+            nodes=config["num_speculative_tokens"], engine=SimpleNamespace(drafter=None)
+        )
+    )
+    points = calibrate.curve(plain, {"method": "ngram"}, Way("ngram", None), [], 0.0, 8, best)
+    assert [(one.nodes, one.acceptance_length) for one in points] == [(nodes, 1 + nodes / 4) for nodes in sizes]
 
 
 @pytest.mark.parametrize("method", ["lm", "eagle", "medusa"])

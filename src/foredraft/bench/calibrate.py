@@ -49,6 +49,10 @@ RANKS = 32
 DEPTHS = 8
 SIZES = (2, 4, 8, 16, 32, 64)
 _GAIN = 1.01
+_HOPELESS = 0.9
+"""What has, at a usual size, fewer tokens a step than this share of the best way's is not tried with larger trees, which take
+most of the time: `auto` would not choose it."""
+
 TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}
 COST_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -128,9 +132,10 @@ def tokens_per_step(plain: LLM, config: dict[str, Any], prompts: Sequence[list[i
     with progress_bar("tokens a step", len(TEMPERATURES) * (len(ways) + tried)) as advance:
 
         def curves(some: Sequence[Way], temperature: float) -> dict[str, list[Point]]:
-            points = {}
+            points: dict[str, list[Point]] = {}
             for way in some:
-                points[curve_name(way)] = list(curve(plain, config, way, prompts, temperature, max_tokens))
+                best = max((at_most(one, TYPICAL_SIZE).acceptance_length for one in points.values()), default=0.0)
+                points[curve_name(way)] = list(curve(plain, config, way, prompts, temperature, max_tokens, best))
                 advance(1)
             return points
 
@@ -161,9 +166,9 @@ def at_most(points: Sequence[Point], nodes: int) -> Point:
 
 
 def curve(
-    plain: LLM, config: dict[str, Any], way: Way, prompts: Sequence[list[int]], temperature: float, max_tokens: int
+    plain: LLM, config: dict[str, Any], way: Way, prompts: Sequence[list[int]], temperature: float, max_tokens: int, best: float
 ) -> Iterator[Point]:
-    """Sizes upwards, until a larger tree of this kind gains nothing."""
+    """Sizes upwards, until a larger tree of this kind gains nothing or falls behind `best`, the best way's tokens a step."""
     before = 0.0
     for nodes in SIZES:
         tree = {"tree": way.tree} if way.tree else {}
@@ -175,7 +180,7 @@ def curve(
         if isinstance(drafter, LookupFirst):
             share = round(drafter.num_drafted / (drafter.num_drafted + drafter.num_looked_up), 4)
         yield Point(nodes, length, share)
-        if length < _GAIN * before:
+        if length < _GAIN * before or (nodes >= TYPICAL_SIZE and length < _HOPELESS * best):
             return
         before = length
 

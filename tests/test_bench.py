@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -357,14 +356,10 @@ def test_calibrate_leaves_larger_trees_where_another_way_is_better(
     monkeypatch: pytest.MonkeyPatch, best: float, sizes: list[int]
 ) -> None:
     monkeypatch.setattr(calibrate, "SIZES", (4, 8, 16))
-    monkeypatch.setattr(calibrate, "acceptance_length", lambda llm, *_: 1 + llm.nodes / 4)
-    plain: Any = SimpleNamespace(
-        with_speculation=lambda config: SimpleNamespace(
-            nodes=config["num_speculative_tokens"], engine=SimpleNamespace(drafter=None)
-        )
-    )
-    points = calibrate.curve(plain, {"method": "ngram"}, Way("ngram", None), [], 0.0, 8, best)
-    assert [(one.nodes, one.acceptance_length) for one in points] == [(nodes, 1 + nodes / 4) for nodes in sizes]
+    lengths = iter([2.0, 3.0, 5.0])
+    monkeypatch.setattr(calibrate, "acceptance_length", lambda *_: next(lengths))
+    points = calibrate.curve(LLM(PAIR[0], {"method": "ar"}), {"method": "ngram"}, Way("ngram", None), [], 0.0, 8, best)
+    assert [(one.nodes, one.acceptance_length) for one in points] == list(zip(sizes, [2.0, 3.0, 5.0], strict=False))
 
 
 @pytest.mark.parametrize("method", ["lm", "eagle", "medusa"])

@@ -128,9 +128,9 @@ def step_seconds(outcomes: Sequence[Outcome]) -> float:
 
 
 def of_steps(plain: Sequence[Outcome], outcomes: Sequence[Outcome]) -> float:
-    """Speed-up of the steps alone, a token; 0 for a peer, whose steps nobody sees."""
+    """Speed-up of the steps alone, a token."""
     before, after = (step_seconds(some) / sum(one.num_tokens for one in some) for some in (plain, outcomes))
-    return before / after if after else 0.0
+    return before / after
 
 
 def at_most(plain: Sequence[Outcome]) -> float:
@@ -150,10 +150,25 @@ def is_time(key: str) -> bool:
     return key.endswith(("_s", "_ms")) or key.startswith(("speedup", "ms_"))
 
 
-def main() -> None:
-    """Command line."""
+def compared(row: dict[str, Any], rounds: Sequence[dict[str, Outcome]], quiet: Sequence[int]) -> dict[str, Any]:
+    """What a row says beside that of `foredraft bench`: its speed in other parts of the time, on other prompts, over others."""
+    name, found = row["name"], dict[str, Any]()
+    outcomes, plainly = ([one[key] for one in rounds] for key in (name, PLAIN))
+    few, few_plainly = ([some[i] for i in quiet] for some in (outcomes, plainly))
+    if PEER in rounds[0]:
+        found["speedup_over"] = {PEER: over_peer([one[PEER] for one in rounds], outcomes, quiet)}
+    if name != PEER:  # nobody sees the steps of a peer
+        found["speedup_steps"] = of_steps(plainly, outcomes)
+        found |= {"speedup_steps_not_looping": of_steps(few_plainly, few)} if quiet else {}
+    if name == PLAIN and quiet:
+        found |= {"speedup_most": at_most(plainly), "speedup_most_not_looping": at_most(few_plainly)}
+    return found | {"not_looping": lengths(few)}
+
+
+def arguments() -> argparse.Namespace:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
-    parser.add_argument("methods", nargs="+", help="drafter=DIRECTORY:tree:budget, or transformers")
+    parser.add_argument("methods", nargs="+", help=f"drafter=DIRECTORY:tree:budget, or {PEER}")
     parser.add_argument("--data", type=Path, required=True, help="folder of evaluation prompts")
     parser.add_argument("--model", help="directory of the target; the bundled one if not given")
     parser.add_argument("--count", type=int, default=100, help="prompts in all")
@@ -165,6 +180,14 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.data / "spec_bench.jsonl").is_file():
         parser.error(f"no spec_bench.jsonl in {str(args.data)!r}: give the folder of evaluation prompts as --data")
+    if args.no_times and PEER in args.methods:
+        parser.error(f"{PEER} is there for its speed alone: leave it out, or --no-times")
+    return args
+
+
+def main() -> None:
+    """Command line."""
+    args = arguments()
     plain = LLM(args.model, {"method": PLAIN}, dtype=args.dtype, max_num_seqs=1)
     sampling = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=0)
     every = read_tasks(plain, args.data, args.count)
@@ -180,19 +203,9 @@ def main() -> None:
     quiet = [i for i, one in enumerate(rounds) if not tasks.is_looping(one[PLAIN].token_ids[0])]
     rows = rows_of(contenders, rounds, args.temperature)
     for row in rows:
-        outcomes = [one[row["name"]] for one in rounds]
-        plainly = [one[PLAIN] for one in rounds]
-        row["speedup_steps"] = of_steps(plainly, outcomes)
-        if PEER in args.methods:
-            row["speedup_over"] = {PEER: over_peer([one[PEER] for one in rounds], outcomes, quiet)}
-        if quiet:
-            some = [plainly[i] for i in quiet], [outcomes[i] for i in quiet]
-            row["speedup_steps_not_looping"] = of_steps(*some)
-            row |= (
-                {"speedup_most": at_most(plainly), "speedup_most_not_looping": at_most(some[0])} if row["name"] == PLAIN else {}
-            )
+        row |= compared(row, rounds, quiet)
         row |= {"weights_mb": plain.target.num_weight_bytes / 1e6, **made(configs.get(row["name"], {}))}
-        row["not_looping"] = lengths([outcomes[i] for i in quiet])
+        outcomes = [one[row["name"]] for one in rounds]
         row["families"] = {
             family: lengths([one for one, task in zip(outcomes, every, strict=True) if task.family == family])
             for family in FAMILIES

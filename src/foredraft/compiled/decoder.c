@@ -78,22 +78,37 @@ static void rotate(const Model *m, float *x, const bf16 *norm, const float *cosi
     }
 }
 
+/* Keys and values of a row, behind its queries in `qkv`, into the pool. */
 static void store_row(const void *given, int64_t row, int id) {
     const Job *job = ((const Phase *)given)->job;
     const int64_t index = ((const Phase *)given)->index;
     const Model *m = job->model;
     const Step *s = job->step;
-    const Layer *layer = m->layers + index;
     const int64_t heads = m->heads, kv = m->kv_heads, size = m->head_dim;
     float *x = job->qkv + row * (heads + 2 * kv) * size, *cosines = job->rotary + row * size;
     int64_t tree = job->tree[row], place = (s->lengths[tree] + job->node[row]) * size;
     (void)id;
-    for (int64_t h = 0; h < heads; h++) rotate(m, x + h * size, layer->q_norm, cosines, job->query + (row * heads + h) * size);
     for (int64_t h = 0; h < kv; h++) {
-        rotate(m, x + (heads + h) * size, layer->k_norm, cosines, stored(s, s->keys, index, tree, h) + place);
+        rotate(m, x + (heads + h) * size, m->layers[index].k_norm, cosines, stored(s, s->keys, index, tree, h) + place);
         bf16 *value = stored(s, s->values, index, tree, h) + place;
         for (int64_t i = 0; i < size; i += 16) narrow(value + i, _mm512_loadu_ps(x + (heads + kv + h) * size + i));
     }
+}
+
+static void query_row(const void *given, int64_t row, int id) {
+    const Phase *phase = given;
+    const Job *job = phase->job;
+    const Model *m = job->model;
+    const int64_t size = m->head_dim, width = (m->heads + 2 * m->kv_heads) * size;
+    (void)id;
+    for (int64_t h = 0; h < m->heads; h++)
+        rotate(m, job->qkv + row * width + h * size, m->layers[phase->index].q_norm, job->rotary + row * size,
+               job->query + (row * m->heads + h) * size);
+}
+
+static void row_of_layer(const void *given, int64_t row, int id) {
+    query_row(given, row, id);
+    store_row(given, row, id);
 }
 
 static void feature_row(const void *given, int64_t row, int id) {
@@ -243,16 +258,24 @@ static int is_rest_done(const Job *job) {
     return s->num_rows < job->count;
 }
 
-/* Leaves the wanted rows alone. */
-static void keep_wanted(Job *job) {
+/* Keys and values of all rows, which stand in x, then the queries of the wanted ones, which alone are left. */
+static void keep_wanted(Job *job, const Phase *phase, bf16 *x) {
     const Model *m = job->model;
-    const int64_t *rows = job->step->rows, q = m->heads * m->head_dim;
+    const Linear *qkv = &m->layers[phase->index].qkv;
+    const int64_t *rows = job->step->rows, size = m->head_dim, q = m->heads * size;
+    const Linear queries = outputs(qkv, 0, q), rest = outputs(qkv, q, qkv->out - q);
+    linear_into(&job->hands, &rest, x, job->count, job->qkv + q, qkv->out);
+    parallel(job->hands.threads, store_row, phase, job->count);
     for (int64_t i = 0; i < job->step->num_rows; i++) {
         job->tree[i] = job->tree[rows[i]], job->node[i] = job->node[rows[i]];
         memmove(job->states + i * m->hidden, job->states + rows[i] * m->hidden, m->hidden * sizeof(float));
-        memmove(job->query + i * q, job->query + rows[i] * q, q * sizeof(bf16));
+        memmove(job->rotary + i * size, job->rotary + rows[i] * size, size * sizeof(float));
+        memmove(x + i * qkv->in, x + rows[i] * qkv->in, qkv->in * sizeof(bf16));
     }
     job->count = job->step->num_rows, job->only_wanted = 1;
+    if (job->count == 0) return;
+    linear_into(&job->hands, &queries, x, job->count, job->qkv, qkv->out);
+    parallel(job->hands.threads, query_row, phase, job->count);
 }
 
 static void run(Job *job) {
@@ -266,11 +289,13 @@ static void run(Job *job) {
     for (int64_t i = 0; i < m->num_layers; i++) {
         const Layer *layer = m->layers + i;
         phase.index = i;
-        const int wide = layer->qkv.in > m->hidden;
-        if (!wide) normalize_rows(job, layer->input_norm);
-        linear(&job->hands, &layer->qkv, wide ? job->pair : job->normed, job->count, job->qkv, 0);
-        parallel(job->hands.threads, store_row, &phase, job->count);
-        if (i == m->num_layers - 1 && is_rest_done(job)) keep_wanted(job);
+        bf16 *x = layer->qkv.in > m->hidden ? job->pair : job->normed;
+        if (x == job->normed) normalize_rows(job, layer->input_norm);
+        if (i == m->num_layers - 1 && is_rest_done(job)) keep_wanted(job, &phase, x);
+        else {
+            linear(&job->hands, &layer->qkv, x, job->count, job->qkv, 0);
+            parallel(job->hands.threads, row_of_layer, &phase, job->count);
+        }
         if (job->count == 0) return;
         const int64_t together = rows_together(job);
         parallel(job->hands.threads, attend_part, &phase, (job->count + together - 1) / together * m->kv_heads);

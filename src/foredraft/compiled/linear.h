@@ -156,10 +156,14 @@ INLINE void few_products_of(
     for (int m = 0; m < n; m++) _mm512_storeu_ps(out[m], low[m]), _mm512_storeu_ps(out[m] + 16, high[m]);
 }
 
+/* Bytes of the weights of 32 outputs. */
+INLINE int64_t tile_bytes(const Linear *layer) {
+    return layer->few ? layer->in / TILE * (int64_t)sizeof(Block) : TILE * layer->in * (int64_t)sizeof(bf16);
+}
+
 /* Of the n rows from `row` on, a group of all `count`. */
 static void products(int n, const Rows *x, int64_t row, int64_t count, const Linear *layer, int64_t tile, float (*out)[TILE]) {
-    const int64_t size = layer->in, blocks = size / TILE;
-    const int64_t bytes = layer->few ? blocks * (int64_t)sizeof(Block) : TILE * size * (int64_t)sizeof(bf16);
+    const int64_t size = layer->in, bytes = tile_bytes(layer);
     const void *w = (const char *)layer->weight + tile * bytes;
     const bf16 *narrow_x = (const bf16 *)x->rows + row * size;
     const float *wide_x = (const float *)x->rows + row * size;
@@ -177,6 +181,14 @@ static void products(int n, const Rows *x, int64_t row, int64_t count, const Lin
     if (layer->bias == NULL) return;
     for (int m = 0; m < n; m++)
         for (int64_t o = 0; o < TILE && tile * TILE + o < layer->out; o++) out[m][o] += float_of(layer->bias[tile * TILE + o]);
+}
+
+/* `count` outputs of a layer from `first` on, a multiple of 32. */
+INLINE Linear outputs(const Linear *layer, int64_t first, int64_t count) {
+    Linear some = *layer;
+    some.weight = (const char *)layer->weight + first / TILE * tile_bytes(layer), some.out = count;
+    if (layer->bias) some.bias += first;
+    return some;
 }
 
 INLINE int64_t tiles_of(const Linear *layer) { return (layer->out + TILE - 1) / TILE; }

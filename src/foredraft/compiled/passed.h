@@ -18,6 +18,11 @@ typedef struct {
     uint8_t numbers[8][16][4];
 } Block;
 
+/* x + silu(linear of x), or with `skip` (weight not NULL) skip of x + that. */
+typedef struct {
+    Linear linear, skip;
+} Residual;
+
 typedef struct {
     const bf16 *input_norm, *q_norm, *k_norm, *post_norm; /* NULL: no norm there; q_norm, k_norm: [head_dim] */
     Linear qkv, output, gate, up, down; /* down of a draft head's layer: 2 hidden outputs, where what is scored and what is carried differ */

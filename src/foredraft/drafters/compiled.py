@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from foredraft.cache import KVCache
 from foredraft.drafters.heads import CtcHead, Eagle3Head, FeatureHead
-from foredraft.drafters.layers import Shape
+from foredraft.drafters.layers import ResBlock, Shape
 from foredraft.models.llama import Reader
 from foredraft.models.native import (
     FEW,
@@ -25,6 +25,7 @@ from foredraft.models.native import (
     CLayer,
     CLinear,
     CModel,
+    CResidual,
     Memory,
     NativeTarget,
     can_run,
@@ -32,6 +33,7 @@ from foredraft.models.native import (
     describe_linear,
     describe_weight,
     run_linear,
+    run_residuals,
     run_step,
 )
 from foredraft.tree import Ids, TreeBatch
@@ -63,26 +65,56 @@ class CompiledLinear(nn.Module):
 
     def __init__(self, plain: nn.Linear, memory: Memory, threads: int, bits: int):
         super().__init__()
-        bias = None if plain.bias is None else plain.bias.detach()
         self._memory, self.threads = memory, threads
-        self.described = describe_weight(memory, plain.weight.detach(), bias, bits)
+        self.described = describe(plain, memory, bits)
 
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
         """A linear layer."""
         return run_linear(self.described, x.flatten(0, -2), self.threads).to(x.dtype).unflatten(0, x.shape[:-1])
 
 
+class CompiledBlocks(nn.Module):
+    """Residual blocks in bfloat16, one after another in one call; what they add up is not rounded on the way."""
+
+    def __init__(self, plain: Sequence[ResBlock], memory: Memory, threads: int, bits: int):
+        super().__init__()
+        self._memory, self._threads = memory, threads
+        both = [[describe(linear, memory, bits) for linear in (one.linear, one.res_connection)] for one in plain]
+        self._blocks = (CResidual * len(both))(*(CResidual(*pair) for pair in both))
+
+    def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n d"]:
+        """The last one's output."""
+        return run_residuals(self._blocks, x.flatten(0, -2), self._threads).unflatten(0, x.shape[:-1])
+
+
+def describe(plain: nn.Linear | nn.Identity, memory: Memory, bits: int) -> CLinear:
+    """A linear layer as `decoder.c` reads it; one without a weight is the identity."""
+    if not isinstance(plain, nn.Linear):
+        return CLinear()
+    return describe_weight(memory, plain.weight.detach(), None if plain.bias is None else plain.bias.detach(), bits)
+
+
 def compile_linears(head: nn.Module, target: Any, bits: int) -> None:
-    """Puts compiled layers in the place of linear ones, beside a target that is compiled too, where their widths allow it."""
+    """Puts compiled layers in the place of linear ones and of residual blocks, beside a target that is compiled too, where
+    their widths allow it."""
     if not isinstance(target, NativeTarget):
         return
     memory, threads = Memory(), torch.get_num_threads()
     if sum(one.numel() for one in head.parameters()) * bits <= 8 * ONE_THREAD_BYTES:
         threads = 1
-    for parent in [*head.modules()]:
-        for name, one in parent.named_children():
-            if isinstance(one, nn.Linear) and one.in_features % TILE == 0:
-                setattr(parent, name, CompiledLinear(one, memory, threads, bits))
+    _compile_inside(head, memory, threads, bits)
+
+
+def _compile_inside(parent: nn.Module, *how: Any) -> None:
+    for name, one in [*parent.named_children()]:
+        fits = all(linear.in_features % TILE == 0 for linear in one.modules() if isinstance(linear, nn.Linear))
+        blocks = [block for block in one.children() if isinstance(block, ResBlock)]
+        if fits and isinstance(one, nn.Linear):
+            setattr(parent, name, CompiledLinear(one, *how))
+        elif fits and isinstance(one, nn.Sequential) and len(blocks) == len(one):
+            setattr(parent, name, CompiledBlocks(blocks, *how))
+        else:
+            _compile_inside(one, *how)
 
 
 class CompiledHead:

@@ -58,6 +58,12 @@ class CLinear(ctypes.Structure):
     _fields_ = (("weight", _at), ("few", _whole), ("bias", _at), ("outputs", _whole), ("inputs", _whole))
 
 
+class CResidual(ctypes.Structure):
+    """A residual block; without a weight of `skip`, its inputs are passed by as they are."""
+
+    _fields_ = (("linear", CLinear), ("skip", CLinear))
+
+
 class CLayer(ctypes.Structure):
     """A decoder layer; what is None there is left out."""
 
@@ -352,6 +358,17 @@ def run_linear(layer: CLinear, x: Float[Tensor, "n i"], threads: int) -> Float[T
     given = ctypes.byref(layer), _whole(1), _at(x.data_ptr()), _whole(len(x)), _at(out.data_ptr()), _whole(threads)
     if code.foredraft_linears(*given):
         raise MemoryError(f"no memory for a linear layer of {len(x)} rows")
+    return out
+
+
+def run_residuals(blocks: ctypes.Array[CResidual], x: Float[Tensor, "n i"], threads: int) -> Float[Tensor, "n d"]:
+    """Residual blocks of `decoder.c` one after another, all as wide, in bfloat16; between them sums are float32."""
+    code, x = library(), x.contiguous()
+    assert code is not None
+    out = torch.empty(len(x), blocks[0].linear.outputs, dtype=torch.bfloat16)
+    given = blocks, _whole(len(blocks)), _at(x.data_ptr()), _whole(len(x)), _at(out.data_ptr()), _whole(threads)
+    if code.foredraft_residuals(*given):
+        raise MemoryError(f"no memory for residual blocks of {len(x)} rows")
     return out
 
 

@@ -44,7 +44,8 @@ from foredraft.drafters.layers import Shape
 from foredraft.drafters.recurrent import RecurrentDrafter
 from foredraft.draws import Draws
 from foredraft.grow import GROWERS
-from foredraft.models.native import FEW, FULL, CLinear, NativeTarget
+from foredraft.models.native import NativeTarget
+from foredraft.models.packed import FEW, FULL, CLinear
 from foredraft.progress import progress_bar
 from foredraft.protocols import Budget
 

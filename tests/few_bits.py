@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foredraft.models.native import FewBits, NativeTarget
+from foredraft.models.native import NativeTarget
+from foredraft.models.packed import FewBits
 
 
 def in_few_bits(weight: Tensor) -> Tensor:

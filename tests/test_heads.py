@@ -33,7 +33,8 @@ from foredraft.grow import GROWERS
 from foredraft.llm import BUNDLED_TARGET
 from foredraft.models.checkpoint import ModelError, read_json
 from foredraft.models.loading import load_target
-from foredraft.models.native import FEW, FULL, NativeTarget
+from foredraft.models.native import NativeTarget
+from foredraft.models.packed import FEW, FULL
 from foredraft.protocols import Budget
 from foredraft.sampling import SamplingParams
 from foredraft.train.attention import tables, unrolled, with_slots

@@ -16,18 +16,8 @@ from few_bits import in_eight_bits, in_few_bits
 from foredraft import LLM, SamplingParams, compiled
 from foredraft.models.llama import LlamaTarget
 from foredraft.models.loading import load_target
-from foredraft.models.native import (
-    FEW,
-    FULL,
-    FewBits,
-    Memory,
-    NativeTarget,
-    blocked,
-    blocked_few,
-    can_run,
-    describe_weight,
-    run_linear,
-)
+from foredraft.models.native import NativeTarget, can_run, run_linear
+from foredraft.models.packed import FEW, FULL, FewBits, Memory, blocked, blocked_few, describe_weight
 from foredraft.tree import TreeBatch
 from test_models import LLAMA3
 

@@ -1,4 +1,4 @@
-/* What native.py passes to decoder.c: the same fields in the same order stand there. */
+/* What decoder.c is given: the same fields in the same order stand in models/packed.py. */
 
 #include <stdint.h>
 

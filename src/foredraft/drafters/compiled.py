@@ -16,10 +16,10 @@ from foredraft.cache import KVCache
 from foredraft.drafters.heads import CtcHead, Eagle3Head, FeatureHead
 from foredraft.drafters.layers import ResBlock, Shape
 from foredraft.models.llama import Reader
-from foredraft.models.native import (
+from foredraft.models.native import ONE_THREAD_BYTES, NativeTarget, can_run, run_linear, run_residuals, run_step
+from foredraft.models.packed import (
     FEW,
     FULL,
-    ONE_THREAD_BYTES,
     TILE,
     CEntry,
     CLayer,
@@ -27,14 +27,9 @@ from foredraft.models.native import (
     CModel,
     CResidual,
     Memory,
-    NativeTarget,
-    can_run,
     describe_layer,
     describe_linear,
     describe_weight,
-    run_linear,
-    run_residuals,
-    run_step,
 )
 from foredraft.tree import Ids, TreeBatch
 

@@ -19,10 +19,12 @@ from few_bits import FewBitsTarget, in_few_bits, round_inputs
 from foredraft import LLM
 from foredraft.compiled import library
 from foredraft.drafters import DRAFTERS, Setting, pairs
+from foredraft.drafters.along import Roots
 from foredraft.drafters.compiled import compile_linears
 from foredraft.drafters.folder import layer_config, read_head
 from foredraft.drafters.growing import paths_of
 from foredraft.drafters.heads import HEADS, FeatureHead
+from foredraft.drafters.hydra import HydraDrafter
 from foredraft.drafters.layers import Shape
 from foredraft.drafters.prefixes import prefix_search, trie
 from foredraft.drafters.recurrent import RecurrentDrafter
@@ -449,6 +451,42 @@ def test_compiled_slots_are_the_plain_ones(method: str, bits: int, monkeypatch: 
 
     plain, compiled = logits([30, 9], compiled=False), logits([30, 9], compiled=True)
     assert plain.shape == (2, 2, head.num_slots, native.vocab_size + (method == "ctc"))
+    assert 2 < plain.abs().max() < 5
+    assert are_near(plain, compiled, bits)
+    monkeypatch.setattr(pairs, "PREFILL_CHUNK", 4)
+    assert torch.equal(logits([9], compiled=True)[:, 0], compiled[:, 1])
+
+
+@pytest.mark.skipif(library() is None, reason="needs AVX-512 BF16 and a C compiler")
+@pytest.mark.parametrize(("options", "bits"), [({}, FULL), ({"prefix_norms": True}, FULL), ({}, FEW)])
+def test_the_compiled_prefix_layer_is_the_plain_one(
+    options: dict[str, Any], bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As above: the laws after the roots of two requests, over two steps."""
+    native = load_target(BUNDLED_TARGET, device="cpu")
+    config = layer_config(native.config, native.vocab_size)
+    torch.manual_seed(0)
+    head = HEADS["hydra"].make(Shape.of(config), num_layers=1, **options).bfloat16()
+    for one in (one for one in head.modules() if isinstance(one, torch.nn.Linear)):
+        torch.nn.init.normal_(one.weight, std=0.8 * one.in_features**-0.5)
+    native = native if bits == FULL else with_few_bits(head)
+    tokens = list(range(5, 45))
+    cache = native.new_pool(1, 64).allocate()
+    features = native.forward(TreeBatch.chains([tokens]), [cache], np.empty(0, np.int64), feature_layers=(-1,)).features
+
+    def logits(begins: list[int], compiled: bool) -> Tensor:
+        drafter = HydraDrafter(head, config, native, (grower := Roots()), len(begins), compiled=compiled, weight_bits=bits)
+        states = [drafter.start(tokens[: begin + 1], features[:begin]) for begin in begins]
+        found, many = [], len(begins)
+        for more in (2, 0):
+            drafter.propose(states, [Budget(1, 1)] * many, [SamplingParams()] * many, [Draws(0)] * many)
+            found.append(grower.logits.float())
+            for state, begin in zip(states, begins, strict=True):
+                if more:
+                    drafter.observe(state, tokens[begin + 1 : begin + 1 + more], features[begin : begin + more], ())
+        return torch.stack(found)
+
+    plain, compiled = logits([30, 9], compiled=False), logits([30, 9], compiled=True)
     assert 2 < plain.abs().max() < 5
     assert are_near(plain, compiled, bits)
     monkeypatch.setattr(pairs, "PREFILL_CHUNK", 4)

@@ -35,6 +35,17 @@ static void embed(const Model *m, int64_t token, float *out) {
     for (int64_t i = 0; i < m->hidden; i += 2, w += 2 * TILE) out[i] = float_of(w[0]), out[i + 1] = float_of(w[1]);
 }
 
+/* The feature that a draft head is given for a row. */
+static const bf16 *feature_of(const Job *job, int64_t row) {
+    const Step *s = job->step;
+    const int64_t tree = job->tree[row], node = job->node[row], size = job->model->hidden;
+    if (node < s->num_given[tree]) return s->given[tree] + node * size;
+    return s->carried[tree] + s->parents[s->offsets[tree] + node] * size;
+}
+
+/* A layer behind the target's features alone. */
+INLINE int is_bare(const Model *m) { return m->head.weight == NULL; }
+
 static void begin_row(const void *given, int64_t row, int id) {
     const Job *job = ((const Phase *)given)->job;
     const Model *m = job->model;
@@ -42,7 +53,10 @@ static void begin_row(const void *given, int64_t row, int id) {
     const int64_t half = m->head_dim / 2, tree = job->tree[row], at = s->offsets[tree] + job->node[row];
     float *cosines = job->rotary + row * m->head_dim, position = (float)(s->lengths[tree] + job->depth[at]);
     (void)id;
-    embed(m, s->tokens[at], job->states + row * m->hidden);
+    float *state = job->states + row * m->hidden;
+    if (!is_bare(m)) embed(m, s->tokens[at], state);
+    else
+        for (int64_t i = 0; i < m->hidden; i += 16) _mm512_storeu_ps(state + i, widen(feature_of(job, row) + i));
     for (int64_t i = 0; i < half; i++) {
         float angle = position * m->frequencies[i];
         cosines[i] = cosf(angle) * m->rotary_scale, cosines[half + i] = sinf(angle) * m->rotary_scale;
@@ -127,14 +141,6 @@ static void save_features(const Job *job, int64_t layer) {
         Phase phase = {.job = job, .index = f};
         if (job->step->feature_layers[f] == layer) parallel(job->hands.threads, feature_row, &phase, job->count);
     }
-}
-
-/* The feature that a draft head is given for a row. */
-static const bf16 *feature_of(const Job *job, int64_t row) {
-    const Step *s = job->step;
-    const int64_t tree = job->tree[row], node = job->node[row], size = job->model->hidden;
-    if (node < s->num_given[tree]) return s->given[tree] + node * size;
-    return s->carried[tree] + s->parents[s->offsets[tree] + node] * size;
 }
 
 static bf16 *carried_by(const Job *job, int64_t row) {
@@ -237,7 +243,7 @@ static void score(const Job *job) {
     const Model *m = job->model;
     const Step *s = job->step;
     Phase phase = {.job = job};
-    if (s->num_rows == 0) return;
+    if (s->num_rows == 0 || is_bare(m)) return;
     for (int64_t i = 0; i < s->num_rows; i++)
         memcpy(job->last + i * m->hidden, job->normed + (job->only_wanted ? i : s->rows[i]) * m->hidden, m->hidden * sizeof(bf16));
     if (m->token_ids) {
@@ -347,7 +353,7 @@ static size_t lay_out(Job *job, char *block, int64_t num_nodes) {
     job->last = cut(block, &used, job->step->num_rows * m->hidden, sizeof(bf16));
     job->weights = cut(block, &used, team.size * MOST_QUERIES * job->room, sizeof(float));
     if (m->token_ids) job->drafted = cut(block, &used, job->step->num_rows * m->head.out, sizeof(float));
-    if (wide_inputs() || m->head.few)
+    if (wide_inputs() || m->layers->qkv.few || m->head.few)
         for (int i = 0; i < 2; i++) job->hands.room[i] = cut(block, &used, widest(m) * most(n, job->step->num_rows), sizeof(float));
     if (job->step->given == NULL) return used;
     job->embedded = cut(block, &used, n * m->hidden, sizeof(bf16));

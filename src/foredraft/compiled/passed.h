@@ -46,7 +46,7 @@ typedef struct {
     const bf16 *tied;         /* laid out as the weight of a linear layer */
     const Layer *layers;
     const bf16 *norm;         /* NULL: none */
-    Linear head;
+    Linear head;              /* weight NULL: there is none, and the states are the features that are given */
     int64_t vocabulary;
     const int64_t *token_ids; /* of the head's outputs; NULL: it has one for every token */
     Linear blank;             /* one output more, behind the head's; weight NULL: none */

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from foredraft.cache import KVCache
-from foredraft.drafters.heads import CtcHead, Eagle3Head, FeatureHead
+from foredraft.drafters.heads import CtcHead, Eagle3Head, FeatureHead, HydraHeads
 from foredraft.drafters.layers import ResBlock, Shape
 from foredraft.models.llama import Reader
 from foredraft.models.native import ONE_THREAD_BYTES, NativeTarget, can_run, run_linear, run_residuals, run_step
@@ -33,16 +33,18 @@ from foredraft.models.packed import (
 )
 from foredraft.tree import Ids, TreeBatch
 
-LayerHead = FeatureHead | Eagle3Head | CtcHead
-"""Heads of one decoder layer that share the target's embedding or head."""
+LayerHead = FeatureHead | Eagle3Head | CtcHead | HydraHeads
+"""Heads with one decoder layer. Hydra's takes the target's features, and its heads read what comes out; the others share the
+target's embedding or head."""
 
 
 def can_compile(head: Any, config: Any, target: Any) -> bool:
     """Whether the compiled layer runs this head: one of one layer, beside a target that is compiled too."""
     is_native = isinstance(target, NativeTarget) and isinstance(head, LayerHead)
-    if isinstance(head, Eagle3Head) and not head.has_only_released_norms:
-        return False
-    return is_native and can_run(config, torch.bfloat16, torch.device("cpu"))
+    has_other_norms = isinstance(head, Eagle3Head) and not head.has_only_released_norms
+    has_no_layer = isinstance(head, HydraHeads) and head.prefix is None
+    fits = is_native and not has_other_norms and not has_no_layer
+    return fits and can_run(config, torch.bfloat16, torch.device("cpu"))
 
 
 def check_bits(bits: int) -> None:
@@ -130,13 +132,10 @@ class CompiledHead:
         self._bits = bits
         read = Reader(config, head.state_dict(), torch.bfloat16, torch.device("cpu"), packed=False)
         shape, rotary = Shape.of(config), LlamaRotaryEmbedding(config=config)
-        is_wide = isinstance(head, Eagle3Head)
-        self._layers = (CLayer * 1)(describe_layer(self._memory, read, "midlayer" if is_wide else "layers.0", None, bits))
-        self._fc = self._linear(read, "fc") if is_wide else None
-        if isinstance(head, Eagle3Head):
-            own = self._wide(read, head.token_ids)
-        else:
-            own = self._parallel(read, head) if isinstance(head, CtcHead) else {"entry": self._entry(read)}
+        at = "midlayer" if isinstance(head, Eagle3Head) else "prefix" if isinstance(head, HydraHeads) else "layers.0"
+        self._layers = (CLayer * 1)(describe_layer(self._memory, read, at, None, bits))
+        self._fc = self._linear(read, "fc") if isinstance(head, Eagle3Head) else None
+        own = self._own(head, read)
         self._model = CModel(
             hidden=shape.hidden,
             heads=shape.heads,
@@ -148,9 +147,17 @@ class CompiledHead:
             rotary_scale=rotary.attention_scaling,
             frequencies=self._memory.put(rotary.inv_freq.float().contiguous()).data_ptr(),  # type: ignore[operator]
             layers=ctypes.addressof(self._layers),
-            **{**(target.shared if is_wide else self._shared()), **own},
+            **(target.shared if "head" in own else self._shared()) | own,
         )
         self.threads = threads or (torch.get_num_threads() if self._memory.num_bytes > ONE_THREAD_BYTES else 1)
+
+    def _own(self, head: LayerHead, read: Reader) -> dict[str, Any]:
+        """What of a model is the head's own: how pairs enter, and what is scored with."""
+        if isinstance(head, HydraHeads):
+            return {"head": CLinear(), "vocabulary": 0}
+        if isinstance(head, Eagle3Head):
+            return self._wide(read, head.token_ids)
+        return self._parallel(read, head) if isinstance(head, CtcHead) else {"entry": self._entry(read)}
 
     def _entry(self, read: Reader) -> CEntry:
         """EAGLE's and FSPAD's."""
@@ -216,6 +223,12 @@ class CompiledHead:
         features = [one.contiguous() for one in given]
         step = {"threads": self.threads, "given": features, "carried": carried}
         return run_step(self._model, batch, caches, rows, start, **step).logits
+
+    def read(self, batch: TreeBatch, caches: Sequence[KVCache], given: Sequence[Float[Tensor, "_ d"]]) -> Float[Tensor, "b d"]:
+        """What comes out of the layer at the end of each chain of features."""
+        out = [torch.empty_like(one) for one in given]
+        self(batch, caches, given, None, batch.offsets[1:] - 1, out)
+        return torch.stack([one[-1] for one in out])
 
     def fill(
         self, batch: TreeBatch, caches: Sequence[KVCache], given: Sequence[Float[Tensor, "_ d"]], rows: Ids, num_slots: int

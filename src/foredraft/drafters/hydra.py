@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.drafters import Setting
-from foredraft.drafters.compiled import FEW, check_bits, compile_linears
+from foredraft.drafters.compiled import FEW, CompiledHead, can_compile, check_bits, compile_linears
 from foredraft.drafters.folder import load_head
 from foredraft.drafters.growing import capped, paths_of
 from foredraft.drafters.heads import HydraHeads
@@ -31,15 +31,29 @@ class HydraDrafter:
         target: gives the embedding.
         grower: how its trees grow.
         num_slots: requests in flight at most.
+        compiled: whether the compiled prefix layer runs; None is wherever it can.
+        weight_bits: those of the compiled layer.
 
     Source: Hydra (arXiv 2402.05109), sections 3 and 4.
     """
 
-    def __init__(self, head: HydraHeads, config: Any, target: Any, grower: Grower, num_slots: int):
+    def __init__(
+        self,
+        head: HydraHeads,
+        config: Any,
+        target: Any,
+        grower: Grower,
+        num_slots: int,
+        *,
+        compiled: bool | None = None,
+        weight_bits: int = FEW,
+    ):
         self.head, self.grower, self.vocab_size = head, grower, target.vocab_size
         self.feature_layers = head.feature_layers
         self._embed = target.embed
         self._caches = PairCaches(config, num_slots, target.dtype, target.device)
+        compiled = can_compile(head, config, target) if compiled is None else compiled
+        self._prefix = CompiledHead(head, config, target, bits=weight_bits) if compiled else None
 
     @classmethod
     def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = FEW) -> HydraDrafter:
@@ -51,8 +65,11 @@ class HydraDrafter:
         check_bits(weight_bits)
         loaded = load_head(setting, force=force)
         assert setting.grower is not None
-        compile_linears(loaded.head, setting.target, weight_bits)
-        return cls(loaded.head, loaded.config, setting.target, setting.grower, setting.num_slots)
+        given = loaded.head, loaded.config, setting.target, setting.grower, setting.num_slots
+        drafter = cls(*given, weight_bits=weight_bits)
+        for heads in (loaded.head.blocks, loaded.head.lm_heads):
+            compile_linears(heads, setting.target, weight_bits)
+        return drafter
 
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> PairState:
         """A new request; nothing is run before its first tree."""
@@ -107,9 +124,13 @@ class HydraDrafter:
             state.tokens = list(state.pending)
         batch = TreeBatch.chains([state.tokens for state in states])
         read = self._read(batch, [state.cache for state in states], [state.features for state in states])
-        for state, end in zip(states, batch.offsets[1:].tolist(), strict=True):
-            state.carried = read[end - 1 : end]
+        for state, row in zip(states, read.split(1), strict=True):
+            state.carried = row
 
-    def _read(self, batch: TreeBatch, caches: Sequence[Any], features: Sequence[Float[Tensor, "_ d"]]) -> Float[Tensor, "m d"]:
+    def _read(self, batch: TreeBatch, caches: Sequence[Any], features: Sequence[Float[Tensor, "_ d"]]) -> Float[Tensor, "b d"]:
+        """What the heads see of chains of features: what was read at the end of each."""
+        if self._prefix is not None:
+            return self.head.prefix_norm(self._prefix.read(batch, caches, features))
         layout, mask = self._caches.behind(batch, caches, None)
-        return self.head.read(torch.cat([*features]), self._caches.attention(layout, mask))
+        read = self.head.read(torch.cat([*features]), self._caches.attention(layout, mask))
+        return read[torch.from_numpy(batch.offsets[1:] - 1).to(read.device)]

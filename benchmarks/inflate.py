@@ -1,6 +1,6 @@
 """Makes a Llama-family checkpoint cost what a larger model costs, without changing its function.
 
-    python benchmarks/inflate.py [--model DIR] --params 350M --output DIR [--drafter HEAD ...]
+    python benchmarks/inflate.py [--model DIR] --params 350M --output DIR [--drafter HEAD] ...
 
 Hidden dimensions, heads, neurons and layers are added that reach nothing: dead hidden dimensions stay zero in the residual
 stream, so whatever reads them may be random; dead heads and neurons are random and end in columns of zeros; dead layers are

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -127,26 +128,24 @@ class Layout:
     """Where the nodes of one forward go; M of them are new, in packed order.
 
     Attributes:
-        token_ids, positions: of the new nodes; a node's position is its cache length plus its depth.
+        numbers: of the new nodes, a row each: token ids, positions, `request`, `column`, `slot` and `place`. A node's position
+            is its cache length plus its depth; it stands in row `request`, column `column` of the padded [B, N] batch; its
+            key and value are written to `place` of `slot`.
+        device: where the forward runs.
         new: packed index of each new node; there are `count` of them.
-        request, column: new node m stands in row ``request[m]``, column ``column[m]`` of the padded [B, N] batch.
-        slot, place: where its key and value are written.
         slots: slot of each request.
-        first_place: ``place[0]``; None where it is not known before the step runs.
+        first_place: the place of the first new node; None where it is not known before the step runs.
         width: N, the most new nodes of any request.
         length: positions read per slot, the longest request's.
         visible: which positions of its slot each padded query may attend to.
         lengths, depths: committed positions of each request, and the depth of each of its nodes.
+        lying: `numbers` on the device, where they lie there already.
     """
 
-    token_ids: Int[Tensor, " m"]
-    positions: Int[Tensor, " m"]
-    new: Int[np.ndarray, " m"]
+    numbers: Int[np.ndarray, "6 m"]
+    device: torch.device
+    new: Int[np.ndarray, " _"]
     count: int
-    request: Int[Tensor, " m"]
-    column: Int[Tensor, " m"]
-    slot: Int[Tensor, " m"]
-    place: Int[Tensor, " m"]
     slots: list[int]
     first_place: int | None
     width: int
@@ -154,6 +153,42 @@ class Layout:
     visible: Bool[np.ndarray, "b n t"]
     lengths: list[int]
     depths: list[Int[np.ndarray, " _"]]
+    lying: Int[Tensor, "6 m"] | None = None
+
+    @cached_property
+    def _there(self) -> Int[Tensor, "6 m"]:
+        """`numbers` on the device, in one transfer."""
+        return torch.from_numpy(self.numbers).to(self.device) if self.lying is None else self.lying
+
+    @property
+    def token_ids(self) -> Int[Tensor, " m"]:
+        """Of the new nodes, as all of the following."""
+        return self._there[0]
+
+    @property
+    def positions(self) -> Int[Tensor, " m"]:
+        """Cache length plus depth."""
+        return self._there[1]
+
+    @property
+    def request(self) -> Int[Tensor, " m"]:
+        """Row of the padded batch."""
+        return self._there[2]
+
+    @property
+    def column(self) -> Int[Tensor, " m"]:
+        """Column of the padded batch."""
+        return self._there[3]
+
+    @property
+    def slot(self) -> Int[Tensor, " m"]:
+        """Whose keys and values they become."""
+        return self._there[4]
+
+    @property
+    def place(self) -> Int[Tensor, " m"]:
+        """Where in the slot."""
+        return self._there[5]
 
     @property
     def ends(self) -> list[int]:
@@ -168,23 +203,24 @@ class Layout:
             row[length : length + len(depths)] = length + depths
         return positions
 
+    def seen(self, window: int | None = None) -> Bool[np.ndarray, "b n t"]:
+        """`visible`, without what lies `window` positions back or more, where positions count depth, not node index."""
+        if window is None:
+            return self.visible
+        queries = np.zeros(self.visible.shape[:2], np.int64)
+        queries[self.numbers[2], self.numbers[3]] = self.numbers[1]
+        seen = self.visible & (self.key_positions[:, None, :] > queries[:, :, None] - window)
+        seen[:, :, 0] |= ~seen.any(-1)  # padding rows attend to something, or softmax gives NaN
+        return seen
+
     def mask(self, dtype: torch.dtype, device: torch.device, window: int | None = None) -> Float[Tensor, "b 1 n t"] | None:
-        """Additive attention mask; None if every query sees every key. `window` hides what lies that many positions back or
-        more, where positions count depth, not node index."""
-        visible = self.visible
-        if window is not None:
-            queries = np.zeros(visible.shape[:2], np.int64)
-            queries[self.request.cpu().numpy(), self.column.cpu().numpy()] = self.positions.cpu().numpy()
-            visible = visible & (self.key_positions[:, None, :] > queries[:, :, None] - window)
-            visible[:, :, 0] |= ~visible.any(-1)  # padding rows attend to something, or softmax gives NaN
-        if visible.all():
-            return None
-        mask = torch.zeros(visible.shape, dtype=dtype, device=device)
-        return mask.masked_fill_(torch.from_numpy(~visible).to(device), -torch.inf)[:, None]
+        """Additive attention mask of what is `seen`; None if every query sees every key."""
+        seen = self.seen(window)
+        return None if seen.all() else additive(torch.from_numpy(seen).to(device), dtype)
 
     def rows_of(self, rows: Ids) -> Int[Tensor, " r"]:
         """Where among the new nodes the packed nodes `rows` stand."""
-        return torch.from_numpy(np.searchsorted(self.new, rows)).to(self.token_ids.device)
+        return torch.from_numpy(np.searchsorted(self.new, rows)).to(self.device)
 
     def pad(self, states: Float[Tensor, "m h e"]) -> Float[Tensor, "b n h e"]:
         """New nodes to the padded batch."""
@@ -199,6 +235,11 @@ class Layout:
         if len(self.slots) * self.width == self.count:
             return states.flatten(0, 1)
         return states[self.request, self.column]
+
+
+def additive(seen: Bool[Tensor, "b n t"], dtype: torch.dtype) -> Float[Tensor, "b 1 n t"]:
+    """The attention mask that hides what is not seen."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None]
 
 
 def lay_out(batch: TreeBatch, caches: Sequence[KVCache], start: Sequence[int] | None, device: torch.device) -> Layout:
@@ -224,16 +265,11 @@ def lay_out(batch: TreeBatch, caches: Sequence[KVCache], start: Sequence[int] | 
 
     positions = np.concatenate([one[f:] for one, f in zip(depths, first, strict=True)]) + lengths[request]
     numbers = batch.tokens[new], positions, request, local - first[request], slots[request], lengths[request] + local
-    token_ids, at, whose, column, slot, place = torch.from_numpy(np.stack(numbers)).to(device)  # one transfer
     return Layout(
-        token_ids=token_ids,
-        positions=at,
+        numbers=np.stack(numbers),
+        device=device,
         new=new,
         count=len(new),
-        request=whose,
-        column=column,
-        slot=slot,
-        place=place,
         slots=slots.tolist(),
         first_place=int(lengths[0] + first[0]),
         width=width,
@@ -252,6 +288,19 @@ def among_new(
         return rows - first[0]
     trees = np.searchsorted(offsets, rows, side="right") - 1
     return np.asarray(rows, np.int64) - np.cumsum(first)[trees]
+
+
+def index_of(rows: Sequence[int] | Int[np.ndarray, " r"], device: torch.device) -> slice | Int[Tensor, " r"]:
+    """What gives `rows` of a tensor on `device`: a slice where they follow each other, which needs no transfer."""
+    first, count = (int(rows[0]) if len(rows) else 0), len(rows)
+    if np.array_equal(rows, range(first, first + count)):
+        return slice(first, first + count)
+    return torch.from_numpy(np.asarray(rows, np.int64)).to(device)
+
+
+def rows_of(table: Float[Tensor, "n d"], rows: Sequence[int] | Int[np.ndarray, " r"]) -> Float[Tensor, "r d"]:
+    """`rows` of a table; a view where they follow each other."""
+    return table[index_of(rows, table.device)]
 
 
 PREFILL_CHUNK = 512

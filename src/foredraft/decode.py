@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.cache import prefill
+from foredraft.cache import prefill, rows_of
 from foredraft.draws import Draws
 from foredraft.metrics import StepRecord
 from foredraft.protocols import AcceptanceRule, Budget, Drafter, Pool, Target, Verdict
@@ -167,7 +167,7 @@ def draft_and_verify(
     cache_s = clock.lap()
     for b, (one, tree, law, verdict) in enumerate(zip(running, trees, laws, verdicts, strict=True)):
         tokens = [*tree.tokens[verdict.path].tolist(), verdict.next_token]
-        features = None if scores.features is None else scores.features[part(batch, b)][[0, *verdict.path]]
+        features = None if scores.features is None else rows_of(scores.features[part(batch, b)], [0, *verdict.path])
         drafter.observe(one.draft_state, tokens, features, verdict.path)
         settle(one, law, tokens, verdict)
         one.last_tree, one.last_path = tree, verdict.path

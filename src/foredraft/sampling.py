@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from ctypes import CDLL, c_double, c_int64, c_void_p
 from dataclasses import dataclass, fields
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -280,6 +281,9 @@ def one_hot(token_ids: Tensor, like: Float[Tensor, "n v"]) -> Float[Tensor, "n v
 class TargetLaw:
     """The target's law at each node of one tree, after sampling parameters; computed on demand and kept.
 
+    Where more is asked than the likeliest tokens, logits come to the CPU, all at once: a rule asks for row after row, which
+    would cost a card more in launches and waits than in work.
+
     Args:
         logits: row i scores the children of node i.
         sampling: what to make of them.
@@ -332,10 +336,15 @@ class TargetLaw:
 
     def raw_logprobs(self, node: int) -> Float[Tensor, " v"]:
         """Log-probabilities of the model itself after `node`, before any transformation."""
-        return at_least_float32(self._logits[node]).log_softmax(-1)
+        return at_least_float32(self._here[node]).log_softmax(-1)
+
+    @cached_property
+    def _here(self) -> Float[Tensor, "n v"]:
+        """The logits on a CPU."""
+        return self._logits.cpu()
 
     def _processed(self, node: int) -> Tensor:
-        logits = self._logits[node]
+        logits = self._here[node]
         if self._processors:
             assert self._tree is not None, "prefix processors need the tree"
             logits = at_least_float32(logits)

@@ -108,7 +108,7 @@ class CtcDrafter(SlotDrafter):
         return torch.cat(parts)[torch.from_numpy(np.argsort(np.argsort(owners, kind="stable")))]
 
     def _held(self, filled: Float[Tensor, "k w"]) -> PrefixLaws:
-        return PrefixLaws(filled.float().softmax(-1))
+        return PrefixLaws(filled.cpu().float().softmax(-1))  # walked node by node
 
     def _frames(self, filled: Float[Tensor, "b k w"], heat: Float[Tensor, " b"]) -> tuple[Any, Any, Any]:
         """Of every slot the likeliest tokens, their probabilities at each request's temperature, and that of the blank, which

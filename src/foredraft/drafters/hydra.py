@@ -131,6 +131,6 @@ class HydraDrafter:
         """What the heads see of chains of features: what was read at the end of each."""
         if self._prefix is not None:
             return self.head.prefix_norm(self._prefix.read(batch, caches, features))
-        layout, mask = self._caches.behind(batch, caches, None)
-        read = self.head.read(torch.cat([*features]), self._caches.attention(layout, mask))
+        layout = self._caches.behind(batch, caches, None)
+        read = self.head.read(torch.cat([*features]), self._caches.attention(layout, self._caches.masks(layout)))
         return read[torch.from_numpy(batch.offsets[1:] - 1).to(read.device)]

@@ -18,6 +18,7 @@ from foredraft.cache import PREFILL_CHUNK, KVPool, Layout, lay_out
 from foredraft.drafters.growing import Growing
 from foredraft.drafters.layers import Attend, Shape
 from foredraft.models.attention import attend, rotary_tables, rotate
+from foredraft.models.graphs import Masks
 from foredraft.tree import TreeBatch
 
 Run = Callable[[TreeBatch, Sequence[Any], Sequence[Float[Tensor, "_ d"]]], Any]
@@ -114,18 +115,22 @@ class PairCaches:
             for state in late:
                 state.pending, state.parts = state.pending[PREFILL_CHUNK:], [state.features[PREFILL_CHUNK:]]
 
-    def behind(self, batch: TreeBatch, caches: Sequence[Any], start: Sequence[int] | None) -> tuple[Layout, Tensor | None]:
-        """Where the new nodes go, and the mask of what each sees: its cache and its path."""
+    def behind(self, batch: TreeBatch, caches: Sequence[Any], start: Sequence[int] | None) -> Layout:
+        """Where the new nodes go."""
         layout = lay_out(batch, caches, start, self._device)
         self.pool.reserve(layout.length)
-        mask = layout.mask(self._dtype, self._device)
-        return layout, None if mask is None else mask.repeat(1, 1, self.group, 1)
+        return layout
 
-    def attention(self, layout: Layout, mask: Tensor | None) -> Attend:
+    def masks(self, layout: Layout) -> Masks:
+        """What each of them sees: its cache and its path."""
+        mask = layout.mask(self._dtype, self._device)
+        return {None: None if mask is None else mask.repeat(1, 1, self.group, 1)}
+
+    def attention(self, layout: Layout, masks: Masks) -> Attend:
         """The attention of new nodes that were laid out by `behind`."""
         rotation = self._cos[layout.positions][:, None], self._sin[layout.positions][:, None]
 
         def attend_to_path(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return attend(0, (rotate(query, rotation), rotate(key, rotation), value), mask, layout, self.pool)
+            return attend(0, (rotate(query, rotation), rotate(key, rotation), value), masks[None], layout, self.pool)
 
         return attend_to_path

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.cache import KVPool, Layout
+from foredraft.cache import KVPool, Layout, rows_of
 from foredraft.drafters import Setting
 from foredraft.drafters.compiled import FEW, CompiledHead, can_compile, check_bits
 from foredraft.drafters.folder import load_head
@@ -150,23 +150,22 @@ class RecurrentDrafter:
             given: per tree, features of its first nodes.
             carried: per tree, a table of what its nodes carry on, which is filled; a later node is given its parent's row.
         """
-        layout, mask = self._caches.behind(batch, caches, start)
+        layout = self._caches.behind(batch, caches, start)
         first, ends = [0] * len(batch) if start is None else list(start), batch.offsets.tolist()
         parents = [batch.parents[begin + f : end] for f, begin, end in zip(first, ends, ends[1:], strict=False)]
-        features = torch.cat([carried[b][torch.from_numpy(parents[b])] if f else given[b] for b, f in enumerate(first)])
-        masks: Masks = {None: mask}
-        arguments = layout, self._caches.pool, masks, (), features
-        found = self.graphs(*arguments) if self.graphs is not None else None
-        logits, foretold = found or self._compute(*arguments, rows=rows)
+        features = torch.cat([rows_of(carried[b], parents[b]) if f else given[b] for b, f in enumerate(first)])
+        pool = self._caches.pool
+        found = self.graphs(layout, pool, (), features, rows=rows) if self.graphs is not None else None
+        logits, foretold = found or self._compute(layout, pool, self._caches.masks(layout), (), features, rows=rows)
         assert foretold is not None
         for table, f, new in zip(carried, first, foretold.split([len(one) for one in parents]), strict=False):
             table[f : f + len(new)] = new
-        return logits if found is None else logits[layout.rows_of(rows)]
+        return logits
 
     def _compute(
         self, layout: Layout, pool: KVPool, masks: Masks, _: Sequence[int], given: Tensor | None, *, rows: Ids | None = None
     ) -> Scores:
         """Logits of all new nodes or of the packed nodes `rows`, and what all carry on."""
-        drafted = self.head(self.head.embed(layout.token_ids, self._embed), given, self._caches.attention(layout, masks[None]))
+        drafted = self.head(self.head.embed(layout.token_ids, self._embed), given, self._caches.attention(layout, masks))
         scored = drafted.scored if rows is None else drafted.scored[layout.rows_of(rows)]
         return Scores(self.head.logits(scored, self._target_head), drafted.carried)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from foredraft.cache import index_of
 from foredraft.drafters import Setting
 from foredraft.drafters.compiled import FEW, CompiledHead, can_compile, check_bits, compile_linears
 from foredraft.drafters.folder import load_head
@@ -96,22 +97,22 @@ class LayerSlots:
         self, batch: TreeBatch, caches: Sequence[Any], features: Sequence[Float[Tensor, "_ d"]], rows: Ids, num_slots: int
     ) -> Float[Tensor, "r w"]:
         """Logits at the packed nodes `rows` of chains of pairs, each with `num_slots` slots behind it."""
-        layout, mask = self._caches.behind(batch, caches, None)
-        token_ids, attend = layout.token_ids, self._caches.attention(layout, mask)
+        layout = self._caches.behind(batch, caches, None)
+        token_ids, attend = layout.token_ids, self._caches.attention(layout, self._caches.masks(layout))
         sizes = np.diff(batch.offsets)
         places = np.arange(len(token_ids)) - np.repeat(batch.offsets[:-1], sizes)
         counts = np.repeat(sizes - num_slots, sizes)
         first = np.repeat(batch.offsets[:-1] - num_slots * np.arange(len(sizes)), sizes)  # pair of each row's chain
-        is_slot, source = (
-            torch.from_numpy(one).to(token_ids.device) for one in (places >= counts, first + np.minimum(places, counts - 1))
+        is_slot, source = places >= counts, first + np.minimum(places, counts - 1)
+        of_pairs, of_slots, sources, wanted, last = (
+            index_of(one, layout.device)
+            for one in (np.flatnonzero(~is_slot), np.flatnonzero(is_slot), source, rows, source[is_slot][:: num_slots or 1])
         )
-        pairs = self._embed(token_ids[~is_slot]), torch.cat([*features])
-        entries = self.head.enter(*pairs)[source]
+        pairs = self._embed(token_ids[of_pairs]), torch.cat([*features])
+        entries = self.head.enter(*pairs)[sources]
         if num_slots:
-            last = source[is_slot][::num_slots]
-            entries[is_slot] = self.head.enter_ahead(*(one[last] for one in pairs)).flatten(0, 1)
-        states = self.head(entries, attend)
-        return self.head.logits(states[torch.from_numpy(rows).to(states.device)], self._target_head)
+            entries[of_slots] = self.head.enter_ahead(*(one[last] for one in pairs)).flatten(0, 1)
+        return self.head.logits(self.head(entries, attend)[wanted], self._target_head)
 
 
 class FeatureSlots:
@@ -225,7 +226,7 @@ class SlotDrafter:
 
     def _held(self, filled: Float[Tensor, "k w"]) -> Any:
         """What is kept of a request's slots while its tree grows."""
-        return filled[:, : self.vocab_size]
+        return filled[:, : self.vocab_size].cpu()  # picked from row by row
 
 
 class LayerSlotDrafter(SlotDrafter):

@@ -34,7 +34,7 @@ class Siblings(NamedTuple):
 
 @dataclass(frozen=True)
 class Laws:
-    """Draft laws of some nodes, a row each.
+    """Draft laws of some nodes, a row each, on a CPU.
 
     Attributes:
         token_ids: where laws are cut to their likeliest tokens, the token of each entry, likeliest first; else entry j is
@@ -50,8 +50,8 @@ class Laws:
     def siblings(self, row: int, entries: Sequence[int]) -> Siblings:
         """Some entries of a row."""
         places = np.asarray(entries, np.int64)
-        tokens = places if self.token_ids is None else self.token_ids[row].cpu().numpy()[places]
-        return Siblings(tokens, self.probs[row].double().cpu().numpy()[places])
+        tokens = places if self.token_ids is None else self.token_ids[row].numpy()[places]
+        return Siblings(tokens, self.probs[row].double().numpy()[places])
 
     @staticmethod
     def joined(parts: Sequence[Laws]) -> Laws:
@@ -130,7 +130,7 @@ class Sapling:
             tokens, probs = laws.token_ids[:, :k], laws.probs[:, :k]
         else:
             probs, tokens = largest(laws.probs, k)
-        tokens, probs = tokens.cpu().numpy(), probs.double().cpu().numpy()
+        tokens, probs = tokens.numpy(), probs.double().numpy()
         counts = (probs > 0).sum(1).tolist()  # in descending order
         return [Siblings(tokens[row, :count], probs[row, :count]) for row, count in enumerate(counts)]
 
@@ -259,9 +259,11 @@ def _advance(policy: Policy, laws: Laws | None) -> list[int]:
 def _warp_batch(
     logits: Float[Tensor, "n v"], laws: Sequence[SamplingParams], wanted: Sequence[Sequence[int]], cut: int
 ) -> Laws:
+    """Draft laws, on a CPU: whatever is drawn from them one by one would cost a card more in launches than in work."""
     token_ids = None
     if cut < logits.shape[1]:
-        logits, token_ids = logits.topk(cut)
+        logits, token_ids = (one.cpu() for one in logits.topk(cut))
+    logits = logits.cpu()
     if all(law == laws[0] for law in laws[1:]):
         return Laws(warp(logits, laws[0]), token_ids)
     parts = logits.split([len(nodes) for nodes in wanted])

@@ -16,10 +16,12 @@ from weakref import WeakSet
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 
-from foredraft.cache import KVPool, Layout
+from foredraft.cache import KVPool, Layout, additive, index_of
 from foredraft.protocols import Scores
+from foredraft.tree import Ids
 
 LENGTH_STEP = 256
 """Masks and attention reach over so many positions more than needed, at most."""
@@ -32,6 +34,9 @@ MAX_GRAPHS = 64
 
 SEEN_BEFORE = 2
 """Capturing costs a few forwards: a shape is captured when it comes for the third time."""
+
+_ROW = 6 * 8
+"""Bytes of the numbers of a node."""
 
 Masks = Mapping[int | None, Tensor | None]
 Compute = Callable[[Layout, KVPool, Masks, Sequence[int], Tensor | None], Scores]
@@ -54,11 +59,18 @@ class Shape(NamedTuple):
 
 @dataclass
 class Graph:
-    """One captured forward: its inputs, its outputs, and what runs it."""
+    """One captured forward.
 
+    Attributes:
+        inputs: what a step gives it, as bytes: the numbers of a `Layout`, and what every query sees.
+        layout: every tree as wide as the widest; its numbers lie in `inputs`.
+        given: the vectors that a step gives it, where the model takes such.
+        run: computes `outputs` anew.
+    """
+
+    inputs: UInt8[Tensor, " bytes"]
     layout: Layout
-    masks: dict[int | None, Tensor]
-    given: Tensor | None = None
+    given: Tensor | None
     outputs: Scores | None = None
     run: Callable[[], None] = lambda: None
 
@@ -72,6 +84,7 @@ class Graphs:
         capture: `cuda_capture()`, or a stand-in where there is no card.
         group: query heads that share a key head; a mask has a row for each.
         dtype: of masks.
+        windows: of attention, a mask each.
         seen_before: how often a shape has to come before it is captured.
     """
 
@@ -79,14 +92,22 @@ class Graphs:
     capture: Capture
     group: int
     dtype: torch.dtype
+    windows: Sequence[int | None] = (None,)
     seen_before: int = SEEN_BEFORE
     _graphs: OrderedDict[Shape, Graph] = field(default_factory=OrderedDict)
     _seen: dict[Shape, int] = field(default_factory=dict)
 
     def __call__(
-        self, layout: Layout, pool: KVPool, masks: Masks, feature_layers: Sequence[int], given: Tensor | None = None
+        self,
+        layout: Layout,
+        pool: KVPool,
+        feature_layers: Sequence[int] = (),
+        given: Tensor | None = None,
+        *,
+        rows: Ids | None = None,
     ) -> Scores | None:
-        """Logits and features of the new nodes; None where the shape is wide, or has not come often enough."""
+        """Logits of the new nodes, or of the packed nodes `rows`, and features of all; None where the shape is wide, or has not
+        come often enough."""
         first = layout.slots[0]
         if layout.width > MAX_WIDTH or layout.slots != list(range(first, first + len(layout.slots))):
             return None  # slots apart are gathered by indices that a graph cannot hold
@@ -94,62 +115,61 @@ class Graphs:
         length = -(-(layout.length + width) // LENGTH_STEP) * LENGTH_STEP
         pool.reserve(length)
         shape = Shape(tuple(layout.slots), width, length, tuple(feature_layers), (pool.kv.data_ptr(), *pool.kv.shape))
-        graph = self._graphs.get(shape) or self._new(shape, layout, pool, masks, given)
+        graph = self._graphs.get(shape) or self._new(shape, layout, given)
         if graph is None:
             return None
         self._graphs.move_to_end(shape)
-        load(graph, layout, masks, given)
+        graph.inputs.copy_(torch.from_numpy(self._bytes(layout, width, length)))
+        mine = layout.numbers[2] * width + layout.numbers[3]
+        there = index_of(mine, layout.device)
+        if graph.given is not None and given is not None:
+            graph.given[there] = given
+        if graph.outputs is None:
+            graph.outputs, graph.run = self.capture(lambda: self._run(graph, pool, shape.feature_layers))
         graph.run()
-        mine = layout.request * width + layout.column
         assert graph.outputs is not None
         logits, features = graph.outputs
-        return Scores(logits[mine], None if features is None else features[mine])
+        asked = there if rows is None else index_of(mine[np.searchsorted(layout.new, rows)], layout.device)
+        return Scores(logits[asked].clone(), None if features is None else features[there].clone())
 
-    def _new(self, shape: Shape, layout: Layout, pool: KVPool, masks: Masks, given: Tensor | None) -> Graph | None:
+    def _new(self, shape: Shape, layout: Layout, given: Tensor | None) -> Graph | None:
+        """Room for a shape that came often enough."""
         if self._seen.setdefault(shape, 0) < self.seen_before:
             self._seen[shape] += 1
             return None
         if len(self._graphs) == MAX_GRAPHS:
             self._graphs.popitem(last=False)
-        graph = self._graphs[shape] = self._room_for(shape, layout, masks, given)
-        load(graph, layout, masks, given)
-        arguments = graph.layout, pool, graph.masks, shape.feature_layers, graph.given
-        graph.outputs, graph.run = self.capture(lambda: self.compute(*arguments))
+        slots, count = len(shape.slots), len(shape.slots) * shape.width
+        size = _ROW * count + len(self.windows) * count * shape.length
+        inputs = torch.zeros(size, dtype=torch.uint8, device=layout.device)
+        numbers = inputs[: _ROW * count].view(torch.int64).view(-1, count)
+        unused = {"numbers": np.zeros((6, count), np.int64), "new": np.arange(count), "visible": np.zeros((slots, 0, 0), bool)}
+        sizes = {"count": count, "width": shape.width, "length": shape.length}
+        fixed = replace(layout, lying=numbers, first_place=None, **sizes, **unused)
+        graph = Graph(inputs, fixed, None if given is None else given.new_zeros(count, given.shape[1]))
+        self._graphs[shape] = graph
         return graph
 
-    def _room_for(self, shape: Shape, layout: Layout, masks: Masks, given: Tensor | None) -> Graph:
-        """Empty inputs: every tree as wide as the widest, every mask there."""
-        count, device = len(shape.slots) * shape.width, layout.token_ids.device
-        names = ("token_ids", "positions", "slot", "place", "request", "column")
-        ids = {name: torch.zeros(count, dtype=torch.int64, device=device) for name in names}
-        unused = {"new": np.arange(count), "visible": np.zeros((len(shape.slots), 0, 0), bool), "first_place": None}
-        fixed = replace(layout, **ids, **unused, count=count, width=shape.width, length=shape.length)
-        size = len(shape.slots), 1, self.group * shape.width, shape.length
-        rooms = {window: torch.empty(size, dtype=self.dtype, device=device) for window in masks}
-        return Graph(fixed, rooms, None if given is None else given.new_zeros(count, given.shape[1]))
+    def _run(self, graph: Graph, pool: KVPool, feature_layers: Sequence[int]) -> Scores:
+        """The forward on what `graph` was given."""
+        fixed, masks = graph.layout, {}
+        seen = graph.inputs[_ROW * fixed.count :].view(torch.bool)
+        for window, part in zip(self.windows, seen.view(len(self.windows), -1, fixed.width, fixed.length), strict=True):
+            masks[window] = additive(part, self.dtype).repeat(1, 1, self.group, 1)
+        return self.compute(fixed, pool, masks, feature_layers, graph.given)
 
-
-def load(graph: Graph, layout: Layout, masks: Masks, given: Tensor | None) -> None:
-    """Copies a step's inputs to where the graph reads them."""
-    fixed = graph.layout
-    slots, width, device = len(fixed.slots), fixed.width, fixed.place.device
-    slot, end = torch.tensor([layout.slots, layout.ends], device=device)[:, :, None]
-    fixed.slot.view(slots, width)[:] = slot
-    fixed.place.view(slots, width)[:] = end + torch.arange(width, device=device)  # of padding; nothing is kept there
-    fixed.token_ids.zero_()
-    fixed.positions.zero_()
-    for name in ("token_ids", "positions", "place"):
-        getattr(fixed, name).view(slots, width)[layout.request, layout.column] = getattr(layout, name)
-    if graph.given is not None and given is not None:
-        graph.given.zero_()
-        graph.given.view(slots, width, -1)[layout.request, layout.column] = given
-    for window, whole in graph.masks.items():
-        given = masks[window]
-        by_head = whole.view(slots, -1, width, fixed.length)
-        by_head.fill_(-torch.inf)
-        by_head[..., 0] = 0.0
-        part = by_head[:, :, : layout.width, : layout.length]
-        part.copy_(torch.zeros_like(part) if given is None else given.view(part.shape))
+    def _bytes(self, layout: Layout, width: int, length: int) -> UInt8[np.ndarray, " bytes"]:
+        """What a graph of this width and length is given. Padding is written behind the trees, where nothing is kept."""
+        slots = np.asarray(layout.slots)[:, None]
+        numbers = np.zeros((6, len(slots), width), np.int64)
+        numbers[2], numbers[3] = np.arange(len(slots))[:, None], np.arange(width)
+        numbers[4], numbers[5] = slots, np.asarray(layout.ends)[:, None] + np.arange(width)
+        numbers[:, layout.numbers[2], layout.numbers[3]] = layout.numbers
+        seen = np.zeros((len(self.windows), len(slots), width, length), bool)
+        seen[..., 0] = True
+        for part, window in zip(seen, self.windows, strict=True):
+            part[:, : layout.width, : layout.length] = layout.seen(window)
+        return np.concatenate([one.reshape(-1).view(np.uint8) for one in (numbers, seen)])
 
 
 def cuda_capture() -> Capture:

@@ -103,7 +103,8 @@ class LlamaTarget:
 
     def make_graphs(self, capture: Capture) -> Graphs:
         """Forwards of fixed shape of this model."""
-        return Graphs(self._compute, capture, self._heads // self._kv_heads, self.dtype)
+        windows = tuple({layer.window for layer in self._layers})
+        return Graphs(self._compute, capture, self._heads // self._kv_heads, self.dtype, windows)
 
     def new_pool(self, num_slots: int, max_len: int) -> KVPool:
         """Caches for `num_slots` requests. `max_len` is advice: slots grow as they are used."""
@@ -139,11 +140,8 @@ class LlamaTarget:
         pool = caches[0].pool
         layout = lay_out(batch, caches, start, self.device)
         pool.reserve(layout.length)
-        masks = self._masks(layout)
-        found = self.graphs(layout, pool, masks, feature_layers) if self.graphs is not None else None
-        if found is None:
-            return self._compute(layout, pool, masks, feature_layers, rows=rows)
-        return found if rows is None else Scores(found.logits[layout.rows_of(rows)], found.features)
+        found = self.graphs(layout, pool, feature_layers, rows=rows) if self.graphs is not None else None
+        return found or self._compute(layout, pool, self._masks(layout), feature_layers, rows=rows)
 
     def _compute(
         self,

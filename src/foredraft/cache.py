@@ -292,10 +292,11 @@ def among_new(
 
 def index_of(rows: Sequence[int] | Int[np.ndarray, " r"], device: torch.device) -> slice | Int[Tensor, " r"]:
     """What gives `rows` of a tensor on `device`: a slice where they follow each other, which needs no transfer."""
-    first, count = (int(rows[0]) if len(rows) else 0), len(rows)
-    if np.array_equal(rows, range(first, first + count)):
+    listed = list(rows) if isinstance(rows, Sequence) else rows.tolist()
+    first, count = listed[0] if listed else 0, len(listed)
+    if listed == list(range(first, first + count)):
         return slice(first, first + count)
-    return torch.from_numpy(np.asarray(rows, np.int64)).to(device)
+    return torch.tensor(listed, device=device)
 
 
 def rows_of(table: Float[Tensor, "n d"], rows: Sequence[int] | Int[np.ndarray, " r"]) -> Float[Tensor, "r d"]:

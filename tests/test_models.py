@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from foredraft.drafters.prefixes import prefix_search, trie
+from foredraft.models.attention import steady
 from foredraft.models.check import refuse_unsupported, self_check
 from foredraft.models.hf import HFTarget
 from foredraft.models.llama import LlamaTarget
@@ -299,6 +300,16 @@ def test_graphs_are_reused_and_change_nothing(name, num_seqs, monkeypatch):
             assert_close(kept, wanted, 1e-10)
     assert longest > 40
     assert 0 < len(captured) < num_steps / 2
+
+
+def test_attention_on_a_card_needs_no_plan():
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    with steady(torch.device("cuda")):
+        assert not enabled()
+        assert torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert enabled()
+    with steady(torch.device("cpu")):
+        assert enabled()
 
 
 def test_sizes_and_context():

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from foredraft.cache import KVPool, Layout
+
+_STEADY = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 Rotation = tuple[Float[Tensor, "*p 1 e"], Float[Tensor, "*p 1 e"]]
 """Cosines and signed sines of the position of each row, see `rotary_tables`; rows of a batch may share them."""
@@ -36,6 +40,12 @@ def rotate(x: Float[Tensor, "*n h e"], rotation: Rotation, out: Tensor | None = 
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin, out=out)
 
 
+def steady(device: torch.device) -> AbstractContextManager[Any]:
+    """Attention by kernels that take any length at once. What torch prefers on recent cards, cuDNN's, makes a plan for every
+    length that it has not seen: tens of milliseconds in nearly every step."""
+    return sdpa_kernel(_STEADY) if device.type == "cuda" else nullcontext()
+
+
 def attend(
     index: int, states: Sequence[Float[Tensor, "m _ e"]], mask: Tensor | None, layout: Layout, pool: KVPool
 ) -> Float[Tensor, "m he"]:
@@ -53,6 +63,7 @@ def attend(
     count, width = padded.shape[:2]
     padded = padded.view(count, width, key.shape[1], -1, size).permute(0, 2, 3, 1, 4)
     padded = padded.reshape(count, key.shape[1], -1, size)  # query heads that share a key head become rows
-    out = F.scaled_dot_product_attention(padded, keys, values, attn_mask=mask)
+    with steady(query.device):
+        out = F.scaled_dot_product_attention(padded, keys, values, attn_mask=mask)
     out = out.view(count, key.shape[1], -1, width, size).permute(0, 3, 1, 2, 4)
     return layout.unpad(out.reshape(count, width, -1))

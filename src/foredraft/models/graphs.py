@@ -29,7 +29,7 @@ LENGTH_STEP = 256
 MAX_WIDTH = 64
 """Wider steps, prompts above all, keep the card busy without a graph."""
 
-MAX_GRAPHS = 64
+MAX_GRAPHS = 128
 """Graphs kept, the latest used ones."""
 
 SEEN_BEFORE = 2

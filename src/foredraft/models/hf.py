@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from foredraft.cache import KVCache, KVPool, Layout, lay_out
+from foredraft.models.attention import steady
 from foredraft.models.check import agree, refuse_unsupported
 from foredraft.protocols import Scores
 from foredraft.tree import Ids, TreeBatch
@@ -176,7 +177,7 @@ class HFTarget:
         request, column = layout.request[new], layout.column[new]
         kept, inverse = column.unique(return_inverse=True) if len(column) else (column.new_zeros(1), column)
         some = self._keeps_some_logits and len(kept) < layout.width
-        with self._captured(feature_layers) as states:
+        with self._captured(feature_layers) as states, steady(self.device):
             logits = self.model(
                 input_ids=_padded(layout, layout.token_ids),
                 position_ids=_padded(layout, layout.positions),

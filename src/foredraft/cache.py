@@ -15,8 +15,9 @@ from torch import Tensor
 from foredraft.protocols import Pool, Scores, Target
 from foredraft.tree import Ids, TreeBatch, ancestor_mask, depths_of
 
-_GROWTH = 256
-"""Slots grow by this many positions at least, so that short requests do not pay for a long context."""
+_GROWTH, _GROWTH_ON_CARD = 256, 1024
+"""Slots grow by this many positions at least, so that short requests do not pay for a long context. On a card by more: what was
+captured there is captured anew when the memory moves."""
 
 
 @dataclass(eq=False)
@@ -57,6 +58,7 @@ class KVPool:
     ):
         self.kv = torch.zeros(2, num_layers, num_slots, num_heads, 0, head_dim, dtype=dtype, device=device)
         self._free = list(range(num_slots))[::-1]
+        self._growth = _GROWTH_ON_CARD if device.type == "cuda" else _GROWTH
 
     def allocate(self) -> KVCache:
         """A new empty cache.
@@ -84,7 +86,7 @@ class KVPool:
         """Makes room for `length` positions in every slot."""
         have = self.kv.shape[4]
         if length > have:
-            more = max(length - have, _GROWTH, have // 2)
+            more = max(length - have, self._growth, have // 2)
             self.kv = torch.cat([self.kv, self.kv.new_zeros(*self.kv.shape[:4], more, self.kv.shape[5])], dim=4)
 
     def write(self, layer: int, layout: Layout, key: Float[Tensor, "m h e"], value: Float[Tensor, "m h e"]) -> None:

@@ -401,10 +401,11 @@ def test_the_compiled_layer_is_the_plain_one(method: str, options: dict[str, Any
     assert torch.equal(alone[:3], both[1][[0, 2, 4]])
 
 
-@pytest.mark.parametrize("method", ["eagle", "fspad", "eagle3"])
-def test_captured_levels_change_nothing(method: str) -> None:
-    """Levels padded to fixed shapes and run again where they were, as on CUDA, draft the very trees of float64."""
-    config = {"method": method, "model": str(HEAD_FOLDER / method), "tree": "topk", "num_speculative_tokens": 6}
+@pytest.mark.parametrize("method", ["eagle", "fspad", "eagle3", "ctc", "parallel"])
+def test_captured_forwards_change_nothing(method: str) -> None:
+    """Levels and slots padded to fixed shapes and run again where they were, as on CUDA, draft the very trees of float64."""
+    tree = {} if method == "ctc" else {"tree": "topk"}
+    config = {"method": method, "model": str(HEAD_FOLDER / method), "num_speculative_tokens": 6, **tree}
     plain, captured = (LLM(STORIES, config, dtype="float64", device="cpu", max_num_seqs=2) for _ in range(2))
     runs = []
 
@@ -413,7 +414,8 @@ def test_captured_levels_change_nothing(method: str) -> None:
         return replayed(run)
 
     drafter: Any = captured.engine.drafter
-    drafter.graphs = replace(drafter.make_graphs(capture), seen_before=0)
+    runner = getattr(drafter, "slots", drafter)
+    runner.graphs = replace(runner.make_graphs(capture), seen_before=0)
     for temperature in (0, 1):
         sampling = SamplingParams(temperature=temperature, max_tokens=24, seed=3)
         outputs = [llm.generate([TOKENS, TOKENS[:5], TOKENS[3:12]], sampling) for llm in (plain, captured)]

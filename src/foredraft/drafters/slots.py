@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.cache import index_of
+from foredraft.cache import KVPool, Layout, index_of, rows_of
 from foredraft.drafters import Setting
 from foredraft.drafters.compiled import FEW, CompiledHead, can_compile, check_bits, compile_linears
 from foredraft.drafters.folder import load_head
@@ -22,7 +22,8 @@ from foredraft.drafters.growing import capped, paths_of
 from foredraft.drafters.heads import CtcHead, MedusaHeads
 from foredraft.drafters.pairs import PairCaches, PairState
 from foredraft.draws import Draws
-from foredraft.protocols import Budget, Grower
+from foredraft.models.graphs import Capture, Graphs, Masks, cuda_capture
+from foredraft.protocols import Budget, Grower, Scores
 from foredraft.sampling import SamplingParams
 from foredraft.tree import Ids, TreeBatch
 
@@ -59,6 +60,12 @@ class LayerSlots:
         compiled = can_compile(head, config, target) if compiled is None else compiled
         self.compiled = CompiledHead(head, config, target, bits=weight_bits) if compiled else None
         self._run = self.compiled.fill if self.compiled else self._plain
+        self._dtype = target.dtype
+        self.graphs = self.make_graphs(cuda_capture()) if target.device.type == "cuda" else None
+
+    def make_graphs(self, capture: Capture) -> Graphs:
+        """Forwards of fixed shape of the layer and what gives its logits."""
+        return Graphs(self._compute, capture, self._caches.group, self._dtype)
 
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> PairState:
         """A new request."""
@@ -98,21 +105,36 @@ class LayerSlots:
     ) -> Float[Tensor, "r w"]:
         """Logits at the packed nodes `rows` of chains of pairs, each with `num_slots` slots behind it."""
         layout = self._caches.behind(batch, caches, None)
-        token_ids, attend = layout.token_ids, self._caches.attention(layout, self._caches.masks(layout))
+        entries, pool = self._enter(layout, batch, features, num_slots), self._caches.pool
+        found = self.graphs(layout, pool, (), entries, rows=rows) if self.graphs is not None else None
+        return (found or self._compute(layout, pool, self._caches.masks(layout), (), entries, rows=rows)).logits
+
+    def _enter(
+        self, layout: Layout, batch: TreeBatch, features: Sequence[Float[Tensor, "_ d"]], num_slots: int
+    ) -> Float[Tensor, "n d"]:
+        """Entries of chains of pairs, each with `num_slots` slots behind it."""
         sizes = np.diff(batch.offsets)
-        places = np.arange(len(token_ids)) - np.repeat(batch.offsets[:-1], sizes)
+        places = np.arange(layout.count) - np.repeat(batch.offsets[:-1], sizes)
         counts = np.repeat(sizes - num_slots, sizes)
         first = np.repeat(batch.offsets[:-1] - num_slots * np.arange(len(sizes)), sizes)  # pair of each row's chain
         is_slot, source = places >= counts, first + np.minimum(places, counts - 1)
-        of_pairs, of_slots, sources, wanted, last = (
+        of_pairs, of_slots, sources, last = (
             index_of(one, layout.device)
-            for one in (np.flatnonzero(~is_slot), np.flatnonzero(is_slot), source, rows, source[is_slot][:: num_slots or 1])
+            for one in (np.flatnonzero(~is_slot), np.flatnonzero(is_slot), source, source[is_slot][:: num_slots or 1])
         )
-        pairs = self._embed(token_ids[of_pairs]), torch.cat([*features])
+        pairs = self._embed(layout.token_ids[of_pairs]), torch.cat([*features])
         entries = self.head.enter(*pairs)[sources]
         if num_slots:
             entries[of_slots] = self.head.enter_ahead(*(one[last] for one in pairs)).flatten(0, 1)
-        return self.head.logits(self.head(entries, attend)[wanted], self._target_head)
+        return entries
+
+    def _compute(
+        self, layout: Layout, pool: KVPool, masks: Masks, _: Sequence[int], given: Tensor | None, *, rows: Ids | None = None
+    ) -> Scores:
+        """Logits of all new nodes, whose entries are given, or of the packed nodes `rows`."""
+        states = self.head(given, self._caches.attention(layout, masks))
+        wanted = states if rows is None else rows_of(states, rows)
+        return Scores(self.head.logits(wanted, self._target_head), None)
 
 
 class FeatureSlots:

@@ -130,7 +130,7 @@ class Graphs:
         assert graph.outputs is not None
         logits, features = graph.outputs
         asked = there if rows is None else index_of(mine[np.searchsorted(layout.new, rows)], layout.device)
-        return Scores(logits[asked].clone(), None if features is None else features[there].clone())
+        return Scores(copied(logits, asked), None if features is None else copied(features, there))
 
     def _new(self, shape: Shape, layout: Layout, given: Tensor | None) -> Graph | None:
         """Room for a shape that came often enough."""
@@ -170,6 +170,11 @@ class Graphs:
         for part, window in zip(seen, self.windows, strict=True):
             part[:, : layout.width, : layout.length] = layout.seen(window)
         return np.concatenate([one.reshape(-1).view(np.uint8) for one in (numbers, seen)])
+
+
+def copied(table: Tensor, index: slice | Tensor) -> Tensor:
+    """Rows of what the next graph may write over."""
+    return table[index].clone() if isinstance(index, slice) else table[index]
 
 
 def cuda_capture() -> Capture:

@@ -15,8 +15,9 @@ from foredraft.draws import Draws
 from foredraft.grow.acceptance import AcceptanceTable, Trial, conditional
 from foredraft.grow.base import draft_sampling
 from foredraft.grow.dyspec import DySpec, DySpecCalibrated
+from foredraft.params import SamplingParams
 from foredraft.protocols import Target
-from foredraft.sampling import SamplingParams, TargetLaw, warp
+from foredraft.sampling import TargetLaw, warp
 from foredraft.tree import DraftTree, Drawn
 from foredraft.verify import RULES
 

@@ -21,9 +21,9 @@ from foredraft.draws import Draws
 from foredraft.grow.dyspec import DySpec
 from foredraft.llm import BUNDLED_LM, BUNDLED_TARGET
 from foredraft.models.loading import load_target, load_tokenizer
+from foredraft.params import SamplingParams
 from foredraft.progress import progress_bar
 from foredraft.protocols import Budget
-from foredraft.sampling import SamplingParams
 
 LEVELS = 1 << 20
 

@@ -22,8 +22,9 @@ from foredraft.drafters.lm import LMDrafter
 from foredraft.draws import Draws, hash_seed
 from foredraft.grow import Options
 from foredraft.grow.base import Policy, Sapling, grow_batch
+from foredraft.params import SamplingParams
 from foredraft.protocols import AcceptanceRule, Budget, Target
-from foredraft.sampling import SamplingParams, likeliest, warp
+from foredraft.sampling import likeliest, warp
 from foredraft.speculation import MAX_DEPTH
 from foredraft.tree import DraftTree, TreeBatch
 

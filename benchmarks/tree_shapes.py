@@ -18,8 +18,8 @@ from foredraft.grow.base import Policy, Sapling
 from foredraft.grow.dyspec import DySpec
 from foredraft.llm import BUNDLED_LM
 from foredraft.models.loading import load_target
+from foredraft.params import SamplingParams
 from foredraft.protocols import Budget
-from foredraft.sampling import SamplingParams
 from foredraft.tree import DraftTree, TreeBatch, bfs_order, dfs_order, heavy_path_order
 
 ORDERS: dict[str, Callable[[DraftTree], Sequence[int]]] = {

@@ -17,9 +17,9 @@ from foredraft.drafters.suffix import SuffixDrafter
 from foredraft.draws import Draws
 from foredraft.grow import GROWERS
 from foredraft.models.table import Law, TableTarget, random_law
+from foredraft.params import SamplingParams
 from foredraft.processors import prefix_processors
 from foredraft.protocols import Budget
-from foredraft.sampling import SamplingParams
 from foredraft.text import TextStream
 from foredraft.verify import RULES
 

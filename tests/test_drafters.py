@@ -20,8 +20,8 @@ from foredraft.drafters.suffix import SuffixDrafter
 from foredraft.draws import Draws
 from foredraft.grow import GROWERS
 from foredraft.models.loading import load_target
+from foredraft.params import SamplingParams
 from foredraft.protocols import Budget
-from foredraft.sampling import SamplingParams
 from foredraft.tree import DraftTree, Drawn
 
 DRAFT_MODEL = Path(__file__).parent / "data" / "babyllama-105-b"

@@ -29,8 +29,8 @@ from foredraft.export.reading import Found, TargetFacts
 from foredraft.export.source import open_source
 from foredraft.models.checkpoint import ModelError, open_weights
 from foredraft.models.loading import fingerprint_of, load_target
+from foredraft.params import SamplingParams as Sampling
 from foredraft.protocols import Budget
-from foredraft.sampling import SamplingParams as Sampling
 from foredraft.train.command import TrainChoice
 from foredraft.train.command import run as train_run
 from foredraft.tree import TreeBatch

@@ -20,8 +20,8 @@ from foredraft.grow.budget import Costs, best_paths, tree_values
 from foredraft.grow.dyspec import DySpec, DySpecThreshold
 from foredraft.grow.topk import Opt
 from foredraft.models.table import Law, random_law
+from foredraft.params import SamplingParams
 from foredraft.protocols import Budget
-from foredraft.sampling import SamplingParams
 from foredraft.tree import DraftTree, TreeBatch, ancestor_mask, bfs_order, dfs_order, heavy_path_order
 from foredraft.verify import RULES
 

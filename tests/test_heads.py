@@ -37,8 +37,8 @@ from foredraft.models.checkpoint import ModelError, read_json
 from foredraft.models.loading import load_target
 from foredraft.models.native import NativeTarget
 from foredraft.models.packed import FEW, FULL
+from foredraft.params import SamplingParams
 from foredraft.protocols import Budget
-from foredraft.sampling import SamplingParams
 from foredraft.train.attention import tables, unrolled, with_slots
 from foredraft.tree import DraftTree, TreeBatch
 from narrow import narrow_head

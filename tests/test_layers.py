@@ -11,7 +11,7 @@ ROOT = Path(foredraft.__file__).parent
 
 LAYERS = [  # lowest first; modules of one line may import each other
     {"folders", "compiled"},
-    {"errors", "tree", "draws", "sampling", "processors", "metrics", "text", "prompts", "progress", "typed"},
+    {"errors", "params", "tree", "draws", "sampling", "processors", "metrics", "text", "prompts", "progress", "typed"},
     {"protocols"},
     {"cache", "calibration"},
     {"models", "grow", "verify"},

@@ -13,8 +13,9 @@ from foredraft import compiled
 from foredraft.draws import Draws
 from foredraft.grow import GROWERS
 from foredraft.models.table import Law, random_law
+from foredraft.params import SamplingParams
 from foredraft.protocols import Budget
-from foredraft.sampling import SamplingParams, TargetLaw
+from foredraft.sampling import TargetLaw
 from foredraft.tree import DraftTree, Drawn
 from foredraft.verify import RULES, residual
 from foredraft.verify.kseq import discount

@@ -26,9 +26,10 @@ from foredraft.decode import Continuation, autoregressive, speculative
 from foredraft.drafters.lm import LMDrafter
 from foredraft.grow import GROWERS
 from foredraft.models.table import TableTarget, random_law
+from foredraft.params import SamplingParams
 from foredraft.processors import prefix_processors
 from foredraft.protocols import Budget
-from foredraft.sampling import PrefixProcessor, SamplingParams, TargetLaw, largest, warp
+from foredraft.sampling import PrefixProcessor, TargetLaw, largest, warp
 from foredraft.text import TextStream
 from foredraft.tree import TreeBatch
 from foredraft.verify import RULES

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from foredraft.grow import GROWERS as GROWERS
     from foredraft.llm import LLM as LLM
     from foredraft.metrics import Metrics as Metrics
+    from foredraft.params import SamplingParams as SamplingParams
     from foredraft.protocols import Verdict as Verdict
-    from foredraft.sampling import SamplingParams as SamplingParams
     from foredraft.sampling import TargetLaw as TargetLaw
     from foredraft.tree import DraftTree as DraftTree
     from foredraft.tree import TreeBatch as TreeBatch
@@ -27,7 +27,7 @@ _HOMES = {
     "GROWERS": "grow",
     "RULES": "verify",
     "LLM": "llm",
-    "SamplingParams": "sampling",
+    "SamplingParams": "params",
     "RequestOutput": "engine",
     "CompletionOutput": "engine",
     "Logprob": "decode",

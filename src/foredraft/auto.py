@@ -28,8 +28,8 @@ from foredraft.drafters import DRAFTERS
 from foredraft.draws import Draws
 from foredraft.grow.budget import best_paths
 from foredraft.grow.static import TYPICAL_ACCEPTANCE
+from foredraft.params import SamplingParams
 from foredraft.protocols import AcceptanceRule, Budget, Drafter, Target
-from foredraft.sampling import SamplingParams
 from foredraft.speculation import MAX_DEPTH, Speculation, Way
 from foredraft.text import TextStream
 from foredraft.tree import TreeBatch

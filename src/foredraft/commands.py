@@ -12,7 +12,7 @@ from foredraft import methods as tables
 from foredraft import show
 from foredraft.engine import CompletionOutput, RequestOutput
 from foredraft.llm import LLM, Prompt
-from foredraft.sampling import SamplingParams
+from foredraft.params import SamplingParams
 from foredraft.speculation import AUTO, drafter_for
 
 INTERRUPTED = 130

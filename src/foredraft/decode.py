@@ -17,8 +17,9 @@ from torch import Tensor
 from foredraft.cache import prefill, rows_of
 from foredraft.draws import Draws
 from foredraft.metrics import StepRecord
+from foredraft.params import SamplingParams
 from foredraft.protocols import AcceptanceRule, Budget, Drafter, Pool, Target, Verdict
-from foredraft.sampling import PrefixProcessor, SamplingParams, TargetLaw, at_least_float32
+from foredraft.sampling import PrefixProcessor, TargetLaw, at_least_float32
 from foredraft.text import TextStream
 from foredraft.tree import DraftTree, TreeBatch
 

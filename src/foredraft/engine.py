@@ -10,9 +10,9 @@ from typing import Any
 from foredraft.decode import Continuation, Logprob, Steps, autoregressive, hand_over, paced, speculative
 from foredraft.draws import Draws, hash_seed
 from foredraft.metrics import Metrics, StepRecord, summarize
+from foredraft.params import SamplingParams
 from foredraft.processors import prefix_processors
 from foredraft.protocols import AcceptanceRule, Budget, Drafter, Target
-from foredraft.sampling import SamplingParams
 from foredraft.text import TextStream, bad_word_ids
 from foredraft.tree import DraftTree
 

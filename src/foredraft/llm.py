@@ -18,10 +18,10 @@ from foredraft.engine import Engine, Request, RequestOutput
 from foredraft.grow import ByTemperature
 from foredraft.models.checkpoint import ModelError
 from foredraft.models.loading import fingerprint_of, load_generation_config, load_target, load_tokenizer
+from foredraft.params import SamplingParams
 from foredraft.progress import progress_bar
 from foredraft.prompts import Prompt, encode, is_list, not_a_prompt
 from foredraft.protocols import Budget
-from foredraft.sampling import SamplingParams
 from foredraft.speculation import AUTO, MAX_DEPTH, PLAIN, Speculation, Way, parse
 from foredraft.verify import for_sampled
 

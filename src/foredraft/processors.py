@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from foredraft.sampling import PrefixProcessor, SamplingParams
+from foredraft.params import SamplingParams
+from foredraft.sampling import PrefixProcessor
 
 
 def prefix_processors(

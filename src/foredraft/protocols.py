@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.draws import Draws
-from foredraft.sampling import SamplingParams, TargetLaw
+from foredraft.params import SamplingParams
+from foredraft.sampling import TargetLaw
 from foredraft.tree import DraftTree, Ids, TreeBatch
 
 

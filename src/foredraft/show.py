@@ -17,7 +17,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from foredraft.engine import CompletionOutput
-from foredraft.sampling import SamplingParams
+from foredraft.params import SamplingParams
 from foredraft.text import TextStream
 from foredraft.tree import DraftTree
 

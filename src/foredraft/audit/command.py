@@ -16,7 +16,7 @@ from foredraft.bench.calibrate import PROMPTS
 from foredraft.calibration import versions
 from foredraft.drafters import DRAFTERS
 from foredraft.llm import LLM
-from foredraft.sampling import SamplingParams
+from foredraft.params import SamplingParams
 
 USUAL_TREE = "dyspec"
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from foredraft.draws import Draws, Key
+from foredraft.params import SamplingParams
 from foredraft.protocols import Budget, Verdict
-from foredraft.sampling import SamplingParams, TargetLaw
+from foredraft.sampling import TargetLaw
 from foredraft.tree import DraftTree, TreeBatch
 
 T = TypeVar("T")

@@ -21,10 +21,11 @@ from foredraft.draws import Draws, Key
 from foredraft.grow import GROWERS
 from foredraft.llm import LLM
 from foredraft.models.table import random_law
+from foredraft.params import SamplingParams
 from foredraft.processors import prefix_processors
 from foredraft.progress import progress_bar
 from foredraft.protocols import AcceptanceRule, Budget
-from foredraft.sampling import SamplingParams, TargetLaw
+from foredraft.sampling import TargetLaw
 from foredraft.speculation import PLAIN
 from foredraft.tree import DraftTree, Ids, TreeBatch
 from foredraft.verify import RULES

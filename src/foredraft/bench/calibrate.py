@@ -35,9 +35,10 @@ from foredraft.draws import Draws
 from foredraft.grow.acceptance import AcceptanceTable, Trial, conditional
 from foredraft.grow.base import GREEDY_DRAFT_TEMPERATURE
 from foredraft.llm import BUNDLED, LLM
+from foredraft.params import SamplingParams
 from foredraft.progress import progress_bar
 from foredraft.protocols import Target
-from foredraft.sampling import SamplingParams, TargetLaw, warp
+from foredraft.sampling import TargetLaw, warp
 from foredraft.speculation import Way, drafter_for, trees_of
 from foredraft.tree import DraftTree, Drawn, TreeBatch
 from foredraft.verify import RULES

@@ -21,8 +21,8 @@ from foredraft.bench.peers import PEERS, VLLM_PEERS, Peer
 from foredraft.bench.run import Contender, Ours, measure, parse_method
 from foredraft.calibration import versions
 from foredraft.llm import BUNDLED_LM, BUNDLED_TARGET, LLM
+from foredraft.params import SamplingParams
 from foredraft.progress import progress_bar
-from foredraft.sampling import SamplingParams
 from foredraft.speculation import PLAIN, parse
 
 _WIDTH = 140

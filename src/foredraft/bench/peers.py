@@ -13,7 +13,7 @@ from time import sleep
 from typing import Any
 
 from foredraft.bench.run import Outcome
-from foredraft.sampling import SamplingParams
+from foredraft.params import SamplingParams
 
 VLLM_PEERS = ("vllm", "vllm-ngram")
 PEERS = ("transformers", "transformers-assisted", *VLLM_PEERS)

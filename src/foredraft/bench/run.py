@@ -14,7 +14,7 @@ import torch
 from foredraft.drafters import DRAFTERS
 from foredraft.llm import LLM
 from foredraft.metrics import StepRecord
-from foredraft.sampling import SamplingParams
+from foredraft.params import SamplingParams
 from foredraft.speculation import AUTO, PLAIN, drafter_for
 from foredraft.typed import option
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from foredraft.cache import prefill
 from foredraft.draws import Draws
+from foredraft.params import SamplingParams
 from foredraft.protocols import Budget, Drafter, Expander, Grower, Target
-from foredraft.sampling import SamplingParams, at_least_float32
+from foredraft.sampling import at_least_float32
 from foredraft.tree import TreeBatch
 
 

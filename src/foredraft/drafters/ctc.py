@@ -18,8 +18,8 @@ from foredraft.drafters.prefixes import PrefixLaws, likeliest_prefixes
 from foredraft.drafters.slots import LayerSlots, SlotDrafter
 from foredraft.draws import Draws
 from foredraft.grow.base import draft_sampling
+from foredraft.params import SamplingParams
 from foredraft.protocols import Budget, Grower
-from foredraft.sampling import SamplingParams
 from foredraft.tree import Ids, TreeBatch
 
 DEFAULT_TOKENS = 8

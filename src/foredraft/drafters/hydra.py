@@ -17,8 +17,8 @@ from foredraft.drafters.growing import capped, paths_of
 from foredraft.drafters.heads import HydraHeads
 from foredraft.drafters.pairs import PairCaches, PairState
 from foredraft.draws import Draws
+from foredraft.params import SamplingParams
 from foredraft.protocols import Budget, Grower
-from foredraft.sampling import SamplingParams
 from foredraft.tree import Ids, TreeBatch
 
 

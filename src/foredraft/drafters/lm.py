@@ -13,8 +13,8 @@ from foredraft.cache import PREFILL_CHUNK, prefill
 from foredraft.drafters import Setting
 from foredraft.drafters.growing import Growing, capped, next_pass
 from foredraft.draws import Draws
+from foredraft.params import SamplingParams
 from foredraft.protocols import Budget, Grower, Target
-from foredraft.sampling import SamplingParams
 from foredraft.tree import Ids, TreeBatch
 
 MAX_PADDING = 1024

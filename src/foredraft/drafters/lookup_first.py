@@ -10,8 +10,8 @@ from torch import Tensor
 
 from foredraft.drafters.ngram import NgramDrafter, NgramState
 from foredraft.draws import Draws
+from foredraft.params import SamplingParams
 from foredraft.protocols import Budget, Drafter
-from foredraft.sampling import SamplingParams
 from foredraft.tree import TreeBatch
 
 DEFAULT_MATCH = 4

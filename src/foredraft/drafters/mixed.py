@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.draws import Draws
+from foredraft.params import SamplingParams
 from foredraft.protocols import Budget, Drafter
-from foredraft.sampling import SamplingParams
 from foredraft.tree import DraftTree, TreeBatch
 
 

@@ -23,8 +23,8 @@ from foredraft.drafters.heads import CtcHead, MedusaHeads
 from foredraft.drafters.pairs import PairCaches, PairState
 from foredraft.draws import Draws
 from foredraft.models.graphs import Capture, Graphs, Masks, cuda_capture
+from foredraft.params import SamplingParams
 from foredraft.protocols import Budget, Grower, Scores
-from foredraft.sampling import SamplingParams
 from foredraft.tree import Ids, TreeBatch
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from foredraft.drafters import Setting
 from foredraft.draws import Draws
+from foredraft.params import SamplingParams
 from foredraft.protocols import Budget
-from foredraft.sampling import SamplingParams
 from foredraft.tree import TreeBatch
 
 

@@ -16,8 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from foredraft.draws import Draws
+from foredraft.params import SamplingParams
 from foredraft.protocols import Budget, Expander
-from foredraft.sampling import SamplingParams, largest, warp
+from foredraft.sampling import largest, warp
 from foredraft.tree import Drawn, TreeBatch
 
 

@@ -23,8 +23,9 @@ from foredraft.drafters.along import AskedAlong
 from foredraft.engine import CompletionOutput
 from foredraft.grow.base import draft_sampling
 from foredraft.llm import LLM
+from foredraft.params import SamplingParams
 from foredraft.progress import progress_bar
-from foredraft.sampling import SamplingParams, warp
+from foredraft.sampling import warp
 from foredraft.speculation import drafter_for
 from foredraft.theory.chains import Rows, total_variation
 from foredraft.theory.rejections import Place, Rounds, retry

@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from foredraft.llm import LLM
+from foredraft.params import SamplingParams
 from foredraft.progress import progress_bar
-from foredraft.sampling import SamplingParams
 from foredraft.train.corpus import Prompt
 from foredraft.tree import TreeBatch
 

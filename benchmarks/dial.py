@@ -21,8 +21,8 @@ from measuring import arguments, report, rounded
 from foredraft import LLM, SamplingParams
 from foredraft.audit.hypotheses import Evidence
 from foredraft.bench import tasks
-from foredraft.bench.report import new_figure
 from foredraft.drafters.along import AskedAlong
+from foredraft.plots import new_figure
 from foredraft.progress import progress_bar
 from foredraft.theory.predict import laws_of
 

@@ -28,8 +28,9 @@ from measuring import report, rounded
 from foredraft import LLM, SamplingParams
 from foredraft.bench import tasks
 from foredraft.bench.command import BenchChoice, contender
+from foredraft.bench.names import parse_method
 from foredraft.bench.report import rows_of, speedup
-from foredraft.bench.run import Outcome, measure, parse_method
+from foredraft.bench.run import Outcome, measure
 from foredraft.drafters.folder import read_head
 from foredraft.metrics import summarize
 from foredraft.progress import progress_bar

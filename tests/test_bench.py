@@ -17,9 +17,9 @@ from foredraft.__main__ import main
 from foredraft.bench import calibrate, peer_process
 from foredraft.bench.bandwidth import reading
 from foredraft.bench.calibrate import by_depth
-from foredraft.bench.peers import PEERS
+from foredraft.bench.names import PEERS, parse_method
 from foredraft.bench.report import setting_of, speedup
-from foredraft.bench.run import Outcome, parse_method
+from foredraft.bench.run import Outcome
 from foredraft.bench.tasks import is_looping, read_prompts
 from foredraft.drafters.folder import read_head, save_head
 from foredraft.grow import GROWERS

@@ -145,9 +145,9 @@ def test_observing_piece_by_piece_is_reading_the_whole(make: Any) -> None:
     ("make", "arguments", "said"),
     [
         (NgramDrafter, (4, 0), "prompt_lookup_min must be at least 1"),
-        (NgramDrafter, (2, 3), "at most prompt_lookup_max, got 3 and 2"),
-        (SuffixDrafter, (0,), "suffix_decoding_max_tree_depth must be at least 1"),
-        (SuffixDrafter, (24, 0.0), "suffix_decoding_max_spec_factor above 0"),
+        (NgramDrafter, (2, 3), "prompt_lookup_min must be at most prompt_lookup_max, got 3 and 2"),
+        (SuffixDrafter, (0,), "suffix_decoding_max_tree_depth must be between 1 and 64, got 0"),
+        (SuffixDrafter, (24, 0.0), "suffix_decoding_max_spec_factor must be above 0, got 0.0"),
         (SuffixDrafter, (24, 1.0, 1.5), "must be between 0 and 1, got 1.5"),
     ],
 )

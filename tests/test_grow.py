@@ -15,9 +15,10 @@ from exact import MEASURED, TableExpander, any_table, expected_tokens, tree_law
 from foredraft.draws import Draws
 from foredraft.grow import GROWERS
 from foredraft.grow.acceptance import PROB_EDGES, AcceptanceTable, Trial, as_drafted
-from foredraft.grow.base import GREEDY_DRAFT_TEMPERATURE, LARGE_CUT, LARGE_VOCABULARY
+from foredraft.grow.base import GREEDY_DRAFT_TEMPERATURE
 from foredraft.grow.budget import Costs, best_paths, tree_values
 from foredraft.grow.dyspec import DySpec, DySpecThreshold
+from foredraft.grow.options import LARGE_CUT, LARGE_VOCABULARY
 from foredraft.grow.topk import Opt
 from foredraft.models.table import Law, random_law
 from foredraft.params import SamplingParams

@@ -10,8 +10,8 @@ import foredraft
 ROOT = Path(foredraft.__file__).parent
 
 LAYERS = [  # lowest first; modules of one line may import each other
-    {"folders", "compiled"},
-    {"errors", "params", "tree", "draws", "sampling", "processors", "metrics", "text", "prompts", "progress", "typed"},
+    {"folders", "compiled", "errors", "params", "shape", "plots"},
+    {"tree", "draws", "sampling", "processors", "metrics", "text", "prompts", "progress", "typed"},
     {"protocols"},
     {"cache", "calibration"},
     {"models", "grow", "verify"},
@@ -21,7 +21,7 @@ LAYERS = [  # lowest first; modules of one line may import each other
     {"llm"},
     {"train", "theory", "bench", "audit", "export"},
     {"serve"},
-    {"show", "methods", "commands", "__main__"},
+    {"show", "methods", "choices", "commands", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = [file for file in sorted(ROOT.rglob("*.py")) if file != ROOT / "__init__.py"]

@@ -180,7 +180,6 @@ def test_budgets_out_of_range(nodes: int, method: str) -> None:
         ({"tree": "branching", "draft_depth": "DEPTH"}, "draft_depth"),
         ({"tree": "branching", "expansion": "ONES"}, "expansion"),
         ({"tree": "static", "paths": "CHAIN"}, "paths"),
-        ({"method": "suffix", "suffix_decoding_max_tree_depth": "DEPTH"}, "suffix_decoding_max_tree_depth"),
     ],
 )
 def test_depth_64_is_allowed_and_65_is_not(config: dict[str, Any], key: str) -> None:
@@ -190,6 +189,12 @@ def test_depth_64_is_allowed_and_65_is_not(config: dict[str, Any], key: str) -> 
 
     assert parse(deep(64)) is not None
     assert refusal(deep(65)) == f"{key} must be at most 64 deep, got 65"
+
+
+def test_suffix_trees_of_depth_64_are_allowed_and_of_65_are_not() -> None:
+    assert parse({"method": "suffix", "suffix_decoding_max_tree_depth": 64}) is not None
+    said = refusal({"method": "suffix", "suffix_decoding_max_tree_depth": 65})
+    assert said == "suffix_decoding_max_tree_depth must be between 1 and 64, got 65"
 
 
 @pytest.mark.parametrize(

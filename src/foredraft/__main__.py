@@ -78,25 +78,25 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue PROMPT, streaming. Accepted, recovered and bonus tokens differ in colour."""
+    from foredraft import choices
+
+    config = choices.speculative_config(model, method, draft_model, tree, budget, rule, extra=speculative_config, force=force)
+    sampling = choices.given(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        max_tokens=max_tokens,
+        stop=stop,
+        ignore_eos=ignore_eos,
+        seed=seed,
+    )
+    choices.check(model, config, sampling)
     from foredraft import commands
 
+    choice = choices.ModelChoice(model, dtype, device, revision)
     raise typer.Exit(
-        commands.generate(
-            prompt,
-            commands.ModelChoice(model, dtype, device, revision),
-            commands.speculative_config(model, method, draft_model, tree, budget, rule, extra=speculative_config, force=force),
-            commands.given(
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                min_p=min_p,
-                max_tokens=max_tokens,
-                stop=stop,
-                ignore_eos=ignore_eos,
-                seed=seed,
-            ),
-            commands.Shown(chat=chat, tree=show_tree, json=as_json),
-        )
+        commands.generate(prompt, choice, config, sampling, choices.Shown(chat=chat, tree=show_tree, json=as_json))
     )
 
 
@@ -126,26 +126,24 @@ def chat(
     show_tree: ShowTree = False,
 ) -> None:
     """Talk with the model. /reset forgets the conversation, /exit ends it, Ctrl-C stops an answer."""
+    from foredraft import choices
+
+    config = choices.speculative_config(model, method, draft_model, tree, budget, rule, extra=speculative_config, force=force)
+    sampling = choices.given(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        max_tokens=max_tokens,
+        stop=stop,
+        ignore_eos=ignore_eos,
+        seed=seed,
+    )
+    choices.check(model, config, sampling)
     from foredraft import commands
 
-    raise typer.Exit(
-        commands.chat(
-            system,
-            commands.ModelChoice(model, dtype, device, revision),
-            commands.speculative_config(model, method, draft_model, tree, budget, rule, extra=speculative_config, force=force),
-            commands.given(
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                min_p=min_p,
-                max_tokens=max_tokens,
-                stop=stop,
-                ignore_eos=ignore_eos,
-                seed=seed,
-            ),
-            commands.Shown(chat=True, tree=show_tree),
-        )
-    )
+    choice = choices.ModelChoice(model, dtype, device, revision)
+    raise typer.Exit(commands.chat(system, choice, config, sampling, choices.Shown(chat=True, tree=show_tree)))
 
 
 @app.command()
@@ -176,6 +174,11 @@ def bench(
 
     Peers on the same weights: transformers, transformers-assisted, vllm, vllm-ngram (both with --vllm-python).
     """
+    from foredraft import choices
+    from foredraft.bench.names import checked_names
+
+    checked_names(methods, model, draft_model, vllm_python)
+    choices.check(None, None, {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed})
     from foredraft.bench.command import BenchChoice
     from foredraft.bench.command import bench as run
 
@@ -226,6 +229,9 @@ def calibrate(
 
     The first two are written beside the drafter (or to the user's cache) and make the automatic choice of tree and size better.
     """
+    from foredraft import choices
+
+    choices.check(model, choices.given(method=method, model=draft_model) or None, {"max_tokens": max_tokens})
     from foredraft.bench.calibrate import PROMPTS, CalibrateChoice
     from foredraft.bench.calibrate import command as run
 
@@ -293,18 +299,21 @@ def train(
     device: Device = None,
 ) -> None:
     """Train a draft head for a model, on text that the model writes itself."""
-    from foredraft.train import command
-    from foredraft.train.command import TrainChoice
+    from foredraft import choices, typed
 
+    choices.check_head_method(method)
     settings: dict[str, Any] = {"steps": steps, "batch_tokens": batch_tokens, "accumulate": accumulate, "warmup": warmup}
     settings |= {"clip": clip, "schedule": schedule, "evaluate_every": evaluate_every, "patience": patience}
     settings |= {"optimizer": optimizer, "answer_share": answer_share}
     settings |= {name: value for name, value in {"lr": lr, "bf16": bf16}.items() if value is not None}
-    layers = command.numbers("--feature-layers", feature_layers or "", int)
-    ways = command.numbers("--temperatures", temperatures, float)
-    given = command.options(set_option or [])
+    layers = typed.numbers("--feature-layers", feature_layers or "", int)
+    ways = typed.numbers("--temperatures", temperatures, float)
+    given = typed.options(set_option or [])
     text = {"shards": shards, "num_tokens": tokens, "temperatures": ways, "max_len": max_len, "feature_layers": layers}
     text |= {"keep_features": keep_features}
+    from foredraft.train import command
+    from foredraft.train.command import TrainChoice
+
     choice = TrainChoice(
         method, model, data, out, options=given, init=init, settings=settings, device=device, seed=seed, **text
     )
@@ -526,25 +535,26 @@ def audit(
     Enumeration of the rule on small vocabularies, greedy output against plain decoding, sampled output against the target's
     law, and a planted bias that must be found.
     """
-    from foredraft import commands
-    from foredraft.audit.command import AuditChoice, with_usual_tree
-    from foredraft.audit.command import command as run
+    from foredraft import choices
 
-    config = commands.speculative_config(model, method, draft_model, tree, budget, rule, extra=speculative_config, force=force)
+    config = choices.speculative_config(model, method, draft_model, tree, budget, rule, extra=speculative_config, force=force)
     if epsilon is not None:
         config = {**(config or {}), "epsilon": epsilon}
-    choice = AuditChoice(
-        with_usual_tree(config or {}), model, prompts, limit, samples, temperature, top_p, max_tokens, dtype, device, seed, raw
-    )
+    config = choices.with_usual_tree(config or {})
+    choices.check(model, config, {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed})
+    from foredraft.audit.command import AuditChoice
+    from foredraft.audit.command import command as run
+
+    choice = AuditChoice(config, model, prompts, limit, samples, temperature, top_p, max_tokens, dtype, device, seed, raw)
     raise typer.Exit(run(choice, output=output, as_json=as_json))
 
 
 @app.command()
 def methods(*, as_json: AsJson = False) -> None:
     """List every drafter, tree and rule, with its guarantee and source."""
-    from foredraft import commands
+    from foredraft.methods import command
 
-    commands.methods(as_json=as_json)
+    command(as_json=as_json)
 
 
 @app.callback(invoke_without_command=True)

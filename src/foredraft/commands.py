@@ -8,82 +8,19 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from foredraft import methods as tables
 from foredraft import show
+from foredraft.choices import ModelChoice, Shown
 from foredraft.engine import CompletionOutput, RequestOutput
 from foredraft.llm import LLM, Prompt
 from foredraft.params import SamplingParams
-from foredraft.speculation import AUTO, drafter_for
 
 INTERRUPTED = 130
 """The exit code of a process that Ctrl-C ended: 128 and the number of the signal."""
 
 
-@dataclass(frozen=True)
-class ModelChoice:
-    """Which target, in what form, where; see `LLM`."""
-
-    model: str | None
-    dtype: str
-    device: str | None
-    revision: str | None
-
-
-@dataclass(frozen=True)
-class Shown:
-    """What is shown of a run; `chat`: the prompt goes through the chat template."""
-
-    chat: bool = False
-    tree: bool = False
-    json: bool = False
-
-
-def given(**options: Any) -> dict[str, Any]:
-    """The options that the user gave: neither None nor an empty list."""
-    return {name: value for name, value in options.items() if value is not None and value != []}
-
-
-def speculative_config(
-    model: str | None,
-    method: str | None,
-    draft_model: str | None,
-    tree: str | None,
-    budget: str | None,
-    rule: str | None,
-    *,
-    extra: str | None = None,
-    force: bool = False,
-) -> dict[str, Any] | None:
-    """The speculative config of the command line; None where nothing was said, which leaves the choice to `LLM`.
-
-    Raises:
-        ValueError: `extra` is not a JSON object, or the budget is no number.
-    """
-    if budget not in (None, AUTO) and not budget.lstrip("-").isdigit():
-        raise ValueError(f"--budget must be a whole number or {AUTO}, got {budget!r}")
-    nodes = int(budget) if budget not in (None, AUTO) else budget
-    named = given(method=method, model=draft_model, tree=tree, num_speculative_tokens=nodes, rule=rule)
-    config = {**_json_object(extra), **named, **({"force": True} if force else {})}
-    if not config:
-        return None
-    has_draft_model = model is None or "model" in config or "tree" in config
-    return {"method": drafter_for(config.get("model")) if has_draft_model else "suffix", **config}
-
-
-def _json_object(text: str | None) -> dict[str, Any]:
-    try:
-        found = json.loads(text) if text is not None else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--speculative-config is not JSON ({error}). Example: '{{\"num_chains\": 2}}'") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"--speculative-config must be a JSON object, got {text}. Example: '{{\"num_chains\": 2}}'")
-    return found
-
-
 def generate(prompt: str, choice: ModelChoice, config: dict[str, Any] | None, sampling: dict[str, Any], shown: Shown) -> int:
     """Runs ``foredraft generate``; returns its exit code."""
     text = sys.stdin.read() if prompt == "-" else prompt
-    SamplingParams(**sampling)  # says what is wrong with them before anything is loaded
     with show.waiting("loading the model"):
         llm = _load(choice, config, seed=sampling["seed"])
         params = replace(llm.get_default_sampling_params(), **sampling)
@@ -99,7 +36,6 @@ def generate(prompt: str, choice: ModelChoice, config: dict[str, Any] | None, sa
 
 def chat(system: str | None, choice: ModelChoice, config: dict[str, Any] | None, sampling: dict[str, Any], shown: Shown) -> int:
     """Runs ``foredraft chat`` until /exit or the end of input; returns its exit code."""
-    SamplingParams(**sampling)
     with show.waiting("loading the model"):
         llm = _load(choice, config, seed=sampling.pop("seed"))
         llm.chat_prompt([{"role": "user", "content": "?"}])  # says now that there is no chat template
@@ -118,14 +54,6 @@ def chat(system: str | None, choice: ModelChoice, config: dict[str, Any] | None,
         elif line:
             messages = _turn(llm, messages, line, params, shown)
     return 0
-
-
-def methods(*, as_json: bool) -> None:
-    """Runs ``foredraft methods``."""
-    if as_json:
-        print(json.dumps(tables.tables(), ensure_ascii=False))
-    else:
-        show.method_tables(tables.tables())
 
 
 def _load(choice: ModelChoice, config: dict[str, Any] | None, *, seed: int) -> LLM:
@@ -209,7 +137,7 @@ def _result(outcome: _Outcome, shown: Shown) -> dict[str, Any]:
     if outcome.output is not None:
         found["prompt_token_ids"] = outcome.output.prompt_token_ids
     if shown.tree:
-        found["tree"] = tables.tree_as_dict(outcome.drawn)
+        found["tree"] = show.tree_as_dict(outcome.drawn)
     return found
 
 

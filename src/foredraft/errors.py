@@ -6,6 +6,10 @@ import difflib
 from collections.abc import Iterable
 
 
+class ModelError(ValueError):
+    """A model cannot be loaded; the message says what was given, what is allowed and what to do next."""
+
+
 def unknown_name(kind: str, given: object, allowed: Iterable[str]) -> ValueError:
     """An error for a name that is not among `allowed`, with the nearest one suggested."""
     names = list(allowed)

@@ -15,23 +15,21 @@ from foredraft.calibration import read_calibration
 from foredraft.drafters import DRAFTERS, Setting
 from foredraft.drafters.mixed import MixedDrafter
 from foredraft.engine import Engine, Request, RequestOutput
-from foredraft.grow import ByTemperature
+from foredraft.folders import BUNDLED as BUNDLED
+from foredraft.folders import BUNDLED_HEAD as BUNDLED_HEAD
+from foredraft.folders import BUNDLED_LM as BUNDLED_LM
+from foredraft.folders import BUNDLED_TARGET as BUNDLED_TARGET
+from foredraft.grow.base import ByTemperature
 from foredraft.models.checkpoint import ModelError
 from foredraft.models.loading import fingerprint_of, load_generation_config, load_target, load_tokenizer
 from foredraft.params import SamplingParams
 from foredraft.progress import progress_bar
 from foredraft.prompts import Prompt, encode, is_list, not_a_prompt
-from foredraft.protocols import Budget
-from foredraft.speculation import AUTO, MAX_DEPTH, PLAIN, Speculation, Way, parse
-from foredraft.verify import for_sampled
+from foredraft.shape import MAX_DEPTH, Budget
+from foredraft.speculation import PLAIN, Speculation, Way, parse, usual_config
+from foredraft.verify.multiround import for_sampled
 
 DEFAULT_NUM_SEQS = 8
-
-BUNDLED = Path(__file__).parent / "bundled"
-BUNDLED_TARGET = BUNDLED / "chat-14m"
-BUNDLED_LM = BUNDLED / "draft-lm"
-BUNDLED_HEAD = BUNDLED / "fspad"
-"""The drafter of the bundled target unless another is asked for."""
 
 
 class LLM:
@@ -75,7 +73,7 @@ class LLM:
         self._bundled = model is None
         if self._bundled:
             model = BUNDLED_TARGET
-        speculation = self._parse(speculative_config)
+        speculation = parse(usual_config(speculative_config, bundled=self._bundled))
         self.target: Any = load_target(model, dtype=dtype, device=device, revision=revision)
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model, revision=revision)
         defaults = load_generation_config(model, revision=revision)
@@ -100,16 +98,8 @@ class LLM:
             ValueError: the config is wrong.
         """
         other = copy(self)
-        other._speculate(self._parse(speculative_config))
+        other._speculate(parse(usual_config(speculative_config, bundled=self._bundled)))
         return other
-
-    def _parse(self, config: Mapping[str, Any] | None) -> Speculation | None:
-        if config is None:
-            config = {"method": AUTO if self._bundled else "suffix"}
-        if self._bundled and isinstance(config, Mapping):
-            names_none = config.get("method") in (None, AUTO) and config.get("model") is None
-            config = {**config, "model": str(BUNDLED_HEAD)} if names_none else config
-        return parse(config)
 
     def _speculate(self, speculation: Speculation | None) -> None:
         """Builds the engine; what the config leaves open is chosen from measurements first."""

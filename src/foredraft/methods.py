@@ -1,15 +1,18 @@
-"""Every drafter, tree and rule as plain data: what ``foredraft methods`` lists."""
+"""Every drafter, tree and rule as plain data: what ``foredraft methods`` lists. Loads no torch."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from foredraft.drafters import DRAFTERS
-from foredraft.engine import CompletionOutput
 from foredraft.grow import GROWERS
+from foredraft.shape import Drawn
 from foredraft.speculation import fits, fitting_rules, trees_of
-from foredraft.tree import Drawn
 from foredraft.verify import RULES
 
 _ANY_PROPOSAL = "lossless with every exact rule: what is proposed changes the speed, never the law of the output"
@@ -26,14 +29,6 @@ def tables() -> dict[str, list[dict[str, Any]]]:
         "trees": [_tree(name) for name in GROWERS],
         "rules": [_rule(name) for name in RULES],
     }
-
-
-def tree_as_dict(completion: CompletionOutput | None) -> dict[str, Any] | None:
-    """The tree of the latest step as plain data; None where nothing was drafted."""
-    tree = completion.last_tree if completion is not None else None
-    if completion is None or tree is None:
-        return None
-    return {"token_ids": tree.tokens.tolist(), "parents": tree.parents.tolist(), "accepted_path": completion.last_path}
 
 
 def _drafter(name: str) -> dict[str, Any]:
@@ -72,3 +67,42 @@ def _rule(name: str) -> dict[str, Any]:
         "options": list(row.options),
         "source": row.source,
     }
+
+
+def command(*, as_json: bool) -> None:
+    """Runs ``foredraft methods``."""
+    if as_json:
+        print(json.dumps(tables(), ensure_ascii=False))
+    else:
+        print_tables(tables())
+
+
+def print_tables(tables: dict[str, list[dict[str, Any]]]) -> None:
+    """Prints what `tables` gives."""
+    out = Console(highlight=False)
+    columns = {
+        "drafters": ("name", "gives", "trees", "options"),
+        "trees": ("name", "drawn", "rules", "options"),
+        "rules": ("name", "guarantee", "trees"),
+    }
+    trees = [row["name"] for row in tables["trees"]]
+    for title, rows in tables.items():
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for column in (*columns[title], "source"):
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*(_cell(row, column, trees) for column in columns[title]), row["source"])
+        out.print(table)
+    for title in ("drafters", "trees"):
+        out.print(f"guarantee of {title}: {tables[title][0]['guarantee']}")
+    out.print("method ar drafts nothing: plain decoding. The first of a tree's rules need not be its default: see --json.")
+
+
+def _cell(row: dict[str, Any], column: str, trees: list[str]) -> str:
+    value = row[column]
+    if column == "trees" and "gives" in row:
+        named = "every tree" if value == trees else ", ".join(value)
+        return " or ".join(filter(None, ("its own" if row["own_tree"] else "", named)))
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={default}" for name, default in value.items())
+    return ", ".join(value) if isinstance(value, list) else str(value)

@@ -12,14 +12,8 @@ from torch import Tensor
 from foredraft.draws import Draws
 from foredraft.params import SamplingParams
 from foredraft.sampling import TargetLaw
+from foredraft.shape import Budget as Budget
 from foredraft.tree import DraftTree, Ids, TreeBatch
-
-
-class Budget(NamedTuple):
-    """The largest tree a request may get: `nodes` without the root, `depth` below the root."""
-
-    nodes: int
-    depth: int
 
 
 class Scores(NamedTuple):

@@ -12,7 +12,6 @@ from typing import Any
 from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
-from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
@@ -148,35 +147,12 @@ def _spell_id(tokenizer: Any, token_id: int) -> str:
     return str(token_id) if tokenizer is None else repr(tokenizer.decode([token_id]))
 
 
-def method_tables(tables: dict[str, list[dict[str, Any]]]) -> None:
-    """Prints what `foredraft.methods.tables` gives."""
-    out = Console(highlight=False)
-    columns = {
-        "drafters": ("name", "gives", "trees", "options"),
-        "trees": ("name", "drawn", "rules", "options"),
-        "rules": ("name", "guarantee", "trees"),
-    }
-    trees = [row["name"] for row in tables["trees"]]
-    for title, rows in tables.items():
-        table = Table(title=title, title_justify="left", title_style="bold")
-        for column in (*columns[title], "source"):
-            table.add_column(column, overflow="fold")
-        for row in rows:
-            table.add_row(*(_cell(row, column, trees) for column in columns[title]), row["source"])
-        out.print(table)
-    for title in ("drafters", "trees"):
-        out.print(f"guarantee of {title}: {tables[title][0]['guarantee']}")
-    out.print("method ar drafts nothing: plain decoding. The first of a tree's rules need not be its default: see --json.")
-
-
-def _cell(row: dict[str, Any], column: str, trees: list[str]) -> str:
-    value = row[column]
-    if column == "trees" and "gives" in row:
-        named = "every tree" if value == trees else ", ".join(value)
-        return " or ".join(filter(None, ("its own" if row["own_tree"] else "", named)))
-    if isinstance(value, dict):
-        return ", ".join(f"{name}={default}" for name, default in value.items())
-    return ", ".join(value) if isinstance(value, list) else str(value)
+def tree_as_dict(completion: CompletionOutput | None) -> dict[str, Any] | None:
+    """The tree of the latest step as plain data; None where nothing was drafted."""
+    tree = completion.last_tree if completion is not None else None
+    if completion is None or tree is None:
+        return None
+    return {"token_ids": tree.tokens.tolist(), "parents": tree.parents.tolist(), "accepted_path": completion.last_path}
 
 
 def note(message: str) -> None:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from foredraft.drafters import DRAFTERS, DrafterRow
-from foredraft.drafters.folder import method_of
+from foredraft.drafters.about import method_of
+from foredraft.drafters.options import check_options
 from foredraft.errors import unknown_name
-from foredraft.grow import GROWERS, GrowerRow, Options
-from foredraft.protocols import AcceptanceRule, Budget
-from foredraft.tree import Drawn
+from foredraft.folders import BUNDLED_HEAD
+from foredraft.grow import GROWERS, GrowerRow
+from foredraft.grow.options import Options
+from foredraft.shape import MAX_DEPTH, MAX_NODES, Budget, Drawn
 from foredraft.verify import RULES, RuleRow
 
-MAX_NODES = 1024
-MAX_DEPTH = 64
 PLAIN = "ar"
 """The method that drafts nothing."""
 AUTO = "auto"
@@ -98,7 +98,7 @@ class Speculation:
         """The rule for trees of one of `trees`."""
         return self.rule_name or (GROWERS[tree].rule if tree else "deterministic")
 
-    def rule_for(self, tree: str | None) -> AcceptanceRule:
+    def rule_for(self, tree: str | None) -> Callable[..., Any]:
         """The same, itself."""
         return RULES[self.rule_name_for(tree)].with_options(**self.rule_options)
 
@@ -142,10 +142,10 @@ def parse(config: Any) -> Speculation | None:
             raise unknown_name(f"key of speculative_config for {what}:", key, allowed)
     drafter_options = {key: config[key] for key in drafter.options if key in config}
     _check_types(drafter.option_types(), drafter_options)
+    check_options(**drafter_options)
     grower_options = {key: value for key, value in config.items() if policy and key in _option_names(policy)}
     if policy:
         _construct(policy, grower_options)  # says now what is wrong with them
-    _check_depth({**drafter_options, **grower_options})
     return Speculation(
         drafter=method,
         weights_for=weights_for,
@@ -157,6 +157,16 @@ def parse(config: Any) -> Speculation | None:
         grower_options=grower_options,
         rule_options=_rule_options({key: config[key] for key in of_rule if key in config}),
     )
+
+
+def usual_config(config: Any, *, bundled: bool) -> Any:
+    """`config` with what `LLM` adds where it is silent: method ``auto`` and the bundled head beside the bundled target, method
+    ``suffix`` beside any other."""
+    if config is None:
+        config = {"method": AUTO if bundled else "suffix"}
+    if bundled and isinstance(config, Mapping) and config.get("method") in (None, AUTO) and config.get("model") is None:
+        return {**config, "model": str(BUNDLED_HEAD)}
+    return config
 
 
 def drafter_for(model: Any) -> str:
@@ -249,15 +259,6 @@ def _budget(nodes: Any) -> Budget:
 
 def _option_names(cls: type[Options]) -> list[str]:
     return [one.name for one in fields(cls)]
-
-
-def _check_depth(options: Mapping[str, Any]) -> None:
-    depths = {key: options.get(key) for key in ("draft_depth", "suffix_decoding_max_tree_depth")}
-    depths["expansion"] = len(options.get("expansion") or ())
-    depths["paths"] = max(map(len, options.get("paths") or ()), default=0)
-    for key, depth in depths.items():
-        if depth is not None and depth > MAX_DEPTH:
-            raise ValueError(f"{key} must be at most {MAX_DEPTH} deep, got {depth}")
 
 
 def _construct(cls: type[Options], options: Mapping[str, Any]) -> Options:

@@ -7,7 +7,6 @@ here and carried nowhere.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,20 +17,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from foredraft.shape import Drawn as Drawn
+
 Ids = Int[np.ndarray, " n"]
 
 _NO_LAWS = torch.empty(0, 0)
-
-
-class Drawn(enum.IntEnum):
-    """How the children of one node were chosen; the exactness of a rule rests on it."""
-
-    DETERMINISTIC = 0
-    """A function of the draft law alone (the most likely tokens, a lookup): nothing was sampled."""
-    IID = 1
-    """Independent draws with replacement; equal siblings are kept, their number belongs to the law."""
-    WITHOUT_REPLACEMENT = 2
-    """Successive draws, each from the law renormalised over what is left; siblings stand in draw order."""
 
 
 @dataclass(frozen=True, eq=False)

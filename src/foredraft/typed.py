@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -22,3 +23,20 @@ def option(text: str, taker: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
+
+
+def options(given: Sequence[str]) -> dict[str, Any]:
+    """Options of ``--set``."""
+    return dict(option(one, "--set") for one in given)
+
+
+def numbers(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    """Numbers with commas between.
+
+    Raises:
+        ValueError: one is none.
+    """
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"{name} takes numbers with commas between, got {text!r}") from None

@@ -14,11 +14,8 @@ from foredraft.audit.run import PLANTED, TOLERANCE, Audit, Auditor
 from foredraft.bench import tasks
 from foredraft.bench.calibrate import PROMPTS
 from foredraft.calibration import versions
-from foredraft.drafters import DRAFTERS
 from foredraft.llm import LLM
 from foredraft.params import SamplingParams
-
-USUAL_TREE = "dyspec"
 
 
 @dataclass(frozen=True)
@@ -37,13 +34,6 @@ class AuditChoice:
     device: str | None
     seed: int
     raw: bool
-
-
-def with_usual_tree(config: dict[str, Any]) -> dict[str, Any]:
-    """A speculative config in which neither tree nor rule is named, with the usual tree where its drafter grows trees."""
-    row = DRAFTERS.get(config.get("method", ""))
-    is_open = row is not None and not row.makes_own and not {"tree", "rule"} & set(config)
-    return {**config, "tree": USUAL_TREE} if is_open else config
 
 
 def prepare(choice: AuditChoice) -> Auditor:

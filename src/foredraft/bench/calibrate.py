@@ -25,7 +25,6 @@ from torch import Tensor
 
 from foredraft.auto import SAMPLE_TEXT, TRIED_TREES, TYPICAL_SIZE, curve_name, has_weights
 from foredraft.bench import tasks
-from foredraft.bench.report import new_figure
 from foredraft.cache import prefill
 from foredraft.calibration import file_beside, file_in_cache
 from foredraft.drafters import DRAFTERS
@@ -36,6 +35,7 @@ from foredraft.grow.acceptance import AcceptanceTable, Trial, conditional
 from foredraft.grow.base import GREEDY_DRAFT_TEMPERATURE
 from foredraft.llm import BUNDLED, LLM
 from foredraft.params import SamplingParams
+from foredraft.plots import new_figure
 from foredraft.progress import progress_bar
 from foredraft.protocols import Target
 from foredraft.sampling import TargetLaw, warp

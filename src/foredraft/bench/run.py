@@ -11,12 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from foredraft.drafters import DRAFTERS
 from foredraft.llm import LLM
 from foredraft.metrics import StepRecord
 from foredraft.params import SamplingParams
-from foredraft.speculation import AUTO, PLAIN, drafter_for
-from foredraft.typed import option
 
 
 @dataclass(frozen=True)
@@ -55,38 +52,6 @@ class Contender(Protocol):
     def run(self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]) -> Outcome:
         """Generates for a batch."""
         ...
-
-
-def parse_method(text: str, draft_model: str | None) -> dict[str, Any]:
-    """The speculative config of ``drafter[=DIRECTORY][:tree[:budget[:rule[:option=value ...]]]]``. What is wrong with the
-    names is said by the config.
-
-    Args:
-        draft_model: a draft model or a head, for the drafters that it is for and that name no directory.
-
-    Raises:
-        ValueError: a part behind the rule is no option, or the budget is no number.
-    """
-    drafter, *rest = text.split(":")
-    if not drafter:
-        raise ValueError(f"a method is drafter[:tree[:budget[:rule[:option=value]]]], for instance lm:dyspec:16, got {text!r}")
-    options = dict(option(part, f"method {text!r}, behind its rule,") for part in rest[3:])
-    tree, budget, rule = [part or None for part in [*rest[:3], *[""] * (3 - len(rest))]]
-    if tree is not None and tree.isdigit():
-        raise ValueError(f"method {text!r} has a number in the place of its tree. Leave that place empty: {drafter}::{tree}")
-    if budget is not None and budget != AUTO and not budget.isdigit():
-        raise ValueError(f"the budget of method {text!r} must be a whole number or {AUTO!r}, got {budget!r}")
-    drafter, _, own_model = drafter.partition("=")
-    config: dict[str, Any] = {"method": drafter}
-    if drafter != PLAIN:
-        takes_model = drafter == AUTO or (drafter in DRAFTERS and drafter_for(draft_model) in (drafter, DRAFTERS[drafter].asks))
-        model = own_model or (draft_model if takes_model else None)
-        config |= {"model": model} if model is not None else {}
-        config |= {"tree": tree} if tree else {}
-        config |= {"num_speculative_tokens": budget if budget == AUTO else int(budget)} if budget else {}
-        config |= {"rule": rule} if rule else {}
-        config |= options
-    return config
 
 
 class Ours:

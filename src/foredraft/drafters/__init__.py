@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from foredraft.protocols import Drafter, Grower, Target
+from foredraft.drafters.options import OPTIONS, check_options
+
+if TYPE_CHECKING:
+    from foredraft.protocols import Grower, Target
 
 
 class Setting(NamedTuple):
@@ -66,15 +69,15 @@ class DrafterRow(NamedTuple):
 
     def option_types(self) -> dict[str, Any]:
         """The type of each option."""
-        cls, asked = self.load(), DRAFTERS[self.asks].option_types() if self.asks else {}
-        return asked | get_type_hints(cls.__init__) | get_type_hints(cls.build)
+        return {name: OPTIONS[name].kind for name in self.options}
 
-    def build(self, setting: Setting, **options: Any) -> Drafter:
+    def build(self, setting: Setting, **options: Any) -> Any:
         """The drafter itself; one that asks another is built around that.
 
         Raises:
             ValueError: it cannot be built from `setting` and `options`.
         """
+        check_options(**options)
         if self.asks is None:
             return self.load().build(setting, **options)
         asked = DRAFTERS[self.asks]

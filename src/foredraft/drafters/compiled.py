@@ -47,12 +47,6 @@ def can_compile(head: Any, config: Any, target: Any) -> bool:
     return fits and can_run(config, torch.bfloat16, torch.device("cpu"))
 
 
-def check_bits(bits: int) -> None:
-    """Raises `ValueError` where weights cannot have so many bits."""
-    if bits not in (FEW, FULL):
-        raise ValueError(f"weight_bits must be {FEW} or {FULL}, got {bits}")
-
-
 class CompiledLinear(nn.Module):
     """A linear layer in bfloat16 by `compiled/decoder.c`.
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.drafters import Setting
-from foredraft.drafters.compiled import FEW, check_bits
+from foredraft.drafters.compiled import FEW
 from foredraft.drafters.folder import load_head
 from foredraft.drafters.pairs import PairState
 from foredraft.drafters.prefixes import PrefixLaws, likeliest_prefixes
@@ -47,8 +47,6 @@ class CtcDrafter(SlotDrafter):
     """
 
     def __init__(self, slots: LayerSlots, grower: Grower | None, vocab_size: int, *, ctc_tokens: int | None = None):
-        if ctc_tokens is not None and ctc_tokens < 1:
-            raise ValueError(f"ctc_tokens must be at least 1, got {ctc_tokens}")
         if ctc_tokens is not None and grower is not None:
             raise ValueError(f"ctc_tokens={ctc_tokens} is of ctc's own tree, and another tree is named: leave out one of them")
         super().__init__(slots, grower, vocab_size)
@@ -59,9 +57,8 @@ class CtcDrafter(SlotDrafter):
         """The drafter of a speculative config.
 
         Raises:
-            ValueError: there is no head in the directory, it belongs to another target, or `weight_bits` are not 4 or 16.
+            ValueError: there is no head in the directory, it belongs to another target.
         """
-        check_bits(weight_bits)
         loaded = load_head(setting, force=force)
         slots = LayerSlots(loaded.head, loaded.config, setting.target, setting.num_slots, weight_bits=weight_bits)
         return cls(slots, setting.grower, setting.target.vocab_size, **options)

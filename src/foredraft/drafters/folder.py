@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from foredraft.drafters import Setting
+from foredraft.drafters.about import about_head as about_head
+from foredraft.drafters.about import method_of as method_of
 from foredraft.drafters.heads import HEADS
 from foredraft.drafters.layers import Shape
-from foredraft.errors import unknown_name
 from foredraft.models.checkpoint import HEAD_KEY, ModelError, open_weights, read_json, resolve, some
 
 
@@ -124,37 +125,6 @@ def as_stored(weight: Tensor) -> Tensor:
 def write_json(file: Path, content: Any) -> None:
     """Writes JSON that reads well."""
     file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def method_of(folder: Path) -> str | None:
-    """The method of the head in a directory; None where it holds something else.
-
-    Raises:
-        ModelError: there is no config.json that can be read.
-    """
-    about = about_head(read_json(folder / "config.json"))
-    return about["method"] if about else None
-
-
-def about_head(content: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What config.json says of a head of this library: `method`, `options` and `target`; None where it is of something else.
-
-    Raises:
-        ModelError: it is of no known method, or not of this form.
-    """
-    if HEAD_KEY not in content:
-        return None
-    given = content[HEAD_KEY] if isinstance(content[HEAD_KEY], dict) else {}
-    about = {"options": {}, "target": {}, **{key: one for key, one in given.items() if one is not None}}
-    if about.get("method") not in list(HEADS):
-        raise ModelError(str(unknown_name("method in config.json", str(about.get("method")), list(HEADS))))
-    for key in ("options", "target"):
-        if not isinstance(about[key], dict):
-            raise ModelError(f"config.json says {key} {about[key]!r} of the head, and it must be an object: copy it again")
-    layers = about["options"].get("feature_layers", [])
-    if not isinstance(layers, list) or not all(type(one) is int for one in layers):
-        raise ModelError(f"config.json says feature_layers {layers!r}, and it must be a list of whole numbers: copy it again")
-    return about
 
 
 def empty_head(method: str, options: Mapping[str, Any], config: LlamaConfig) -> Any:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.drafters import Setting
-from foredraft.drafters.compiled import FEW, CompiledHead, can_compile, check_bits, compile_linears
+from foredraft.drafters.compiled import FEW, CompiledHead, can_compile, compile_linears
 from foredraft.drafters.folder import load_head
 from foredraft.drafters.growing import capped, paths_of
 from foredraft.drafters.heads import HydraHeads
@@ -60,9 +60,8 @@ class HydraDrafter:
         """The drafter of a speculative config.
 
         Raises:
-            ValueError: there is no head in the directory, it belongs to another target, or `weight_bits` are not 4 or 16.
+            ValueError: there is no head in the directory, it belongs to another target.
         """
-        check_bits(weight_bits)
         loaded = load_head(setting, force=force)
         assert setting.grower is not None
         given = loaded.head, loaded.config, setting.target, setting.grower, setting.num_slots

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.drafters.ngram import NgramDrafter, NgramState
+from foredraft.drafters.options import check_options
 from foredraft.draws import Draws
 from foredraft.params import SamplingParams
 from foredraft.protocols import Budget, Drafter
@@ -45,8 +46,7 @@ class LookupFirst:
     """
 
     def __init__(self, other: Drafter, lookup_min_match: int = DEFAULT_MATCH):
-        if lookup_min_match < 1:
-            raise ValueError(f"lookup_min_match must be at least 1, got {lookup_min_match}; without lookup leave '-lookup' out")
+        check_options(lookup_min_match=lookup_min_match)
         self._lookup, self._other = NgramDrafter(lookup_min_match, lookup_min_match), other
         self.feature_layers: Sequence[int] = other.feature_layers
         self.num_looked_up = self.num_drafted = 0

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.drafters import Setting
+from foredraft.drafters.options import check_options
 from foredraft.draws import Draws
 from foredraft.params import SamplingParams
 from foredraft.protocols import Budget
@@ -35,11 +36,7 @@ class NgramDrafter:
     feature_layers: Sequence[int] = ()
 
     def __init__(self, prompt_lookup_max: int = 4, prompt_lookup_min: int = 1):
-        if not 1 <= prompt_lookup_min <= prompt_lookup_max:
-            raise ValueError(
-                "prompt_lookup_min must be at least 1 and at most prompt_lookup_max, "
-                f"got {prompt_lookup_min} and {prompt_lookup_max}"
-            )
+        check_options(prompt_lookup_max=prompt_lookup_max, prompt_lookup_min=prompt_lookup_min)
         self._sizes = range(prompt_lookup_max, prompt_lookup_min - 1, -1)
 
     @classmethod

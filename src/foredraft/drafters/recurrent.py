@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foredraft.cache import KVPool, Layout, rows_of
 from foredraft.drafters import Setting
-from foredraft.drafters.compiled import FEW, CompiledHead, can_compile, check_bits
+from foredraft.drafters.compiled import FEW, CompiledHead, can_compile
 from foredraft.drafters.folder import load_head
 from foredraft.drafters.growing import capped, next_pass
 from foredraft.drafters.heads import Eagle3Head, FeatureHead
@@ -75,9 +75,8 @@ class RecurrentDrafter:
         """The drafter of a speculative config.
 
         Raises:
-            ValueError: there is no head in the directory, it belongs to another target, or `weight_bits` are not 4 or 16.
+            ValueError: there is no head in the directory, it belongs to another target.
         """
-        check_bits(weight_bits)
         loaded = load_head(setting, force=force)
         assert setting.grower is not None
         given = loaded.head, loaded.config, setting.target, setting.grower, setting.num_slots

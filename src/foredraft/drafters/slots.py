@@ -16,7 +16,7 @@ from torch import Tensor
 
 from foredraft.cache import KVPool, Layout, index_of, rows_of
 from foredraft.drafters import Setting
-from foredraft.drafters.compiled import FEW, CompiledHead, can_compile, check_bits, compile_linears
+from foredraft.drafters.compiled import FEW, CompiledHead, can_compile, compile_linears
 from foredraft.drafters.folder import load_head
 from foredraft.drafters.growing import capped, paths_of
 from foredraft.drafters.heads import CtcHead, MedusaHeads
@@ -190,9 +190,8 @@ class SlotDrafter:
         """The drafter of a speculative config.
 
         Raises:
-            ValueError: there is no head in the directory, it belongs to another target, or `weight_bits` are not 4 or 16.
+            ValueError: there is no head in the directory, it belongs to another target.
         """
-        check_bits(weight_bits)
         loaded = load_head(setting, force=force)
         assert setting.grower is not None
         compile_linears(loaded.head, setting.target, weight_bits)
@@ -261,7 +260,6 @@ class LayerSlotDrafter(SlotDrafter):
         Raises:
             ValueError: `weight_bits` are not 4 or 16 either.
         """
-        check_bits(weight_bits)
         loaded = load_head(setting, also=("ctc",), force=force)
         assert setting.grower is not None
         slots = LayerSlots(loaded.head, loaded.config, setting.target, setting.num_slots, weight_bits=weight_bits)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.drafters import Setting
+from foredraft.drafters.options import check_options
 from foredraft.draws import Draws
 from foredraft.params import SamplingParams
 from foredraft.protocols import Budget
@@ -103,10 +104,11 @@ class SuffixDrafter:
         suffix_decoding_max_spec_factor: float | int = 1.0,
         suffix_decoding_min_token_prob: float | int = 0.1,
     ):
-        if suffix_decoding_max_tree_depth < 1 or suffix_decoding_max_spec_factor <= 0:
-            raise ValueError("suffix_decoding_max_tree_depth must be at least 1 and suffix_decoding_max_spec_factor above 0")
-        if not 0 <= suffix_decoding_min_token_prob <= 1:
-            raise ValueError(f"suffix_decoding_min_token_prob must be between 0 and 1, got {suffix_decoding_min_token_prob}")
+        check_options(
+            suffix_decoding_max_tree_depth=suffix_decoding_max_tree_depth,
+            suffix_decoding_max_spec_factor=suffix_decoding_max_spec_factor,
+            suffix_decoding_min_token_prob=suffix_decoding_min_token_prob,
+        )
         self._max_depth = suffix_decoding_max_tree_depth
         self._factor = suffix_decoding_max_spec_factor
         self._min_prob = suffix_decoding_min_token_prob

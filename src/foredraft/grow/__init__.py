@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from foredraft.grow.base import ByTemperature as ByTemperature
-from foredraft.grow.base import Options
-from foredraft.grow.chain import Branching, Chain
-from foredraft.grow.dyspec import DySpec, DySpecCalibrated, DySpecThreshold
-from foredraft.grow.static import Sequoia, Static
-from foredraft.grow.topk import Opt, TopK
-from foredraft.tree import Drawn
+from foredraft.grow.options import (
+    Branching,
+    Chain,
+    DySpec,
+    DySpecCalibrated,
+    DySpecThreshold,
+    Opt,
+    Options,
+    Sequoia,
+    Static,
+    TopK,
+)
+from foredraft.shape import Drawn
 
 
 class GrowerRow(NamedTuple):
     """One policy.
 
     Attributes:
-        grower: its class; the fields of the class are its options.
+        grower: its options, a dataclass that loads the policy when a tree is grown.
         needs: what it asks of a drafter, a capability of the drafters' table.
         drawn: how it draws at temperatures above 0 (at 0 everything is deterministic unless `draft_sampling` says otherwise).
         rule: the best exact rule for its trees.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from foredraft.draws import Draws
+from foredraft.grow.options import Options
 from foredraft.params import SamplingParams
 from foredraft.protocols import Budget, Expander
 from foredraft.sampling import largest, warp
@@ -65,9 +66,6 @@ Policy = Generator[list[int], Laws, None]
 
 GREEDY_DRAFT_TEMPERATURE = 0.6
 """Draft temperature where the request is greedy: the draft temperature of DySpec's and Sequoia's experiments."""
-
-LARGE_VOCABULARY, LARGE_CUT = 8192, 256
-"""Beyond so many tokens whole laws would cost more than the draft model itself; the likeliest few carry nearly all mass."""
 
 
 @dataclass
@@ -157,57 +155,6 @@ def draft_sampling(sampling: SamplingParams, draft_temperature: float | int | No
     """
     temperature = draft_temperature or sampling.temperature or GREEDY_DRAFT_TEMPERATURE
     return replace(sampling, temperature=temperature)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What every grower can be told.
-
-    Attributes:
-        draft_temperature: temperature of the draft law; None is the request's, or 0.6 where the request is greedy.
-        draft_sampling: ``auto`` takes the most likely tokens at target temperature 0; ``sampled`` draws there too.
-        draft_top_k: the draft law is cut to so many of its likeliest tokens; 0 keeps all, None cuts large vocabularies to 256.
-    """
-
-    draft_temperature: float | int | None = None
-    draft_sampling: str = "auto"
-    draft_top_k: int | None = None
-
-    can_sample: ClassVar[bool] = True
-    """Whether it draws at all; policies that only ever take the likeliest tokens do not."""
-
-    def __post_init__(self) -> None:
-        if self.draft_temperature is not None and not self.draft_temperature > 0:
-            raise ValueError(f"draft_temperature must be above 0 (or None), got {self.draft_temperature}")
-        if self.draft_sampling not in ("auto", "sampled"):
-            raise ValueError(f"draft_sampling must be 'auto' or 'sampled', got {self.draft_sampling!r}")
-        if self.draft_top_k is not None and self.draft_top_k < 0:
-            raise ValueError(f"draft_top_k must be at least 0 (or None), got {self.draft_top_k}")
-
-    def cut(self, vocab_size: int) -> int:
-        """Entries of a draft law."""
-        usual = LARGE_CUT if vocab_size > LARGE_VOCABULARY else 0
-        return min(vocab_size, (usual if self.draft_top_k is None else self.draft_top_k) or vocab_size)
-
-    def samples(self, sampling: SamplingParams) -> bool:
-        """Whether the children of a request's trees are drawn (else they are the likeliest tokens)."""
-        return self.can_sample and (self.draft_sampling == "sampled" or sampling.temperature > 0)
-
-    def policy(self, tree: Sapling) -> Policy:
-        """Grows one tree; every policy has its own."""
-        raise NotImplementedError
-
-    def grow(
-        self,
-        drafter: Expander,
-        states: Sequence[Any],
-        roots: Sequence[int],
-        budgets: Sequence[Budget],
-        sampling: Sequence[SamplingParams],
-        draws: Sequence[Draws],
-    ) -> TreeBatch:
-        """One tree a request by this policy; see `foredraft.protocols.Grower`."""
-        return grow_batch([self] * len(states), drafter, states, roots, budgets, sampling, draws)
 
 
 def grow_batch(

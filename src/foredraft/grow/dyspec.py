@@ -12,16 +12,17 @@ Where nothing is sampled (temperature 0) the likeliest children are known before
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from foredraft.grow.acceptance import AcceptanceTable, Worth, as_drafted
-from foredraft.grow.base import Options, Policy, Sapling, Siblings
+from foredraft.grow.acceptance import Worth, as_drafted
+from foredraft.grow.base import Policy, Sapling, Siblings
+from foredraft.grow.options import DySpec as DySpec
+from foredraft.grow.options import DySpecCalibrated as DySpecCalibrated
+from foredraft.grow.options import DySpecThreshold as DySpecThreshold
 
 MOST_AT_ONCE = 8
 """Nodes expanded in a pass, unless it is said."""
@@ -30,59 +31,24 @@ Judge = Callable[[Float[np.ndarray, " k"], bool], Worth]
 """(draft probabilities of siblings in draw order, whether they were drawn) -> what they are worth."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DySpec(Options):
-    """The greedy tree of Algorithm 1, exactly, in a few batched passes.
+def dyspec(options: DySpec, tree: Sapling) -> Policy:
+    """The tree of `DySpec`."""
+    return greedy(tree, options.width, as_drafted)
 
-    Attributes:
-        width: how many of the best frontier nodes are expanded a pass; 1 is the paper's sequential order. The tree is the
-            same for every width. More nodes a pass cost fewer passes and some nodes evaluated in vain. None is half of the
-            budget, at most 8.
+
+def dyspec_calibrated(options: DySpecCalibrated, tree: Sapling) -> Policy:
+    """The tree of `DySpecCalibrated`.
+
+    Raises:
+        ValueError: this kind of request was not measured.
     """
-
-    width: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_width(self.width)
-
-    def policy(self, tree: Sapling) -> Policy:
-        return greedy(tree, self.width, as_drafted)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DySpecCalibrated(Options):
-    """The greedy tree by measured acceptance: a draw is made where acceptance, not draft probability, promises most.
-
-    DySpec takes the draft probability of a child for the chance that it is accepted. At temperature 1 a first child is accepted
-    far more often than that, and a second one tested far less often (`docs/dyspec.md`), so its trees are too flat.
-
-    Attributes:
-        acceptance_by_prob: `sampled` and `greedy`, each as `foredraft calibrate` writes it; see `AcceptanceTable`.
-        width: as in `DySpec`.
-    """
-
-    acceptance_by_prob: Mapping[str, Any] | None = None
-    width: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_width(self.width)
-        _ = self.tables  # says now what is wrong with them
-
-    @cached_property
-    def tables(self) -> dict[str, AcceptanceTable]:
-        """By kind of request."""
-        return {kind: AcceptanceTable.read(given) for kind, given in (self.acceptance_by_prob or {}).items()}
-
-    def policy(self, tree: Sapling) -> Policy:
-        kind = "sampled" if tree.sampled else "greedy"
-        if kind not in self.tables:
-            raise ValueError(
-                f"tree 'dyspec-calibrated' needs the measured acceptance of {kind} requests: give it as the config key "
-                "'acceptance_by_prob', or measure it with `foredraft calibrate`"
-            )
-        return greedy(tree, self.width, self.tables[kind].worth)
+    kind = "sampled" if tree.sampled else "greedy"
+    if kind not in options.tables:
+        raise ValueError(
+            f"tree 'dyspec-calibrated' needs the measured acceptance of {kind} requests: give it as the config key "
+            "'acceptance_by_prob', or measure it with `foredraft calibrate`"
+        )
+    return greedy(tree, options.width, options.tables[kind].worth)
 
 
 def greedy(tree: Sapling, width: int | None, judge: Judge) -> Policy:
@@ -109,48 +75,22 @@ def greedy(tree: Sapling, width: int | None, judge: Judge) -> Policy:
     tree.keep_only([0, *sorted((one.node for one in best), key=lambda node: (tree.depths[node], tree.ranks[node]))])
 
 
-@dataclass(frozen=True, kw_only=True)
-class DySpecThreshold(Options):
-    """The layer-wise variant of Algorithm 2: every draw whose value is not below a threshold, one pass a layer.
-
-    The paper prints the test the other way round in both versions. If a layer would exceed the budget, the draws of lower
-    value are left out before they are made.
-
-    Attributes:
-        threshold: least value of a draw that is made; None is 1 / budget.
-    """
-
-    threshold: float | int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.threshold is not None and not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold must be above 0 and at most 1 (or None), got {self.threshold}")
-
-    def policy(self, tree: Sapling) -> Policy:
-        size = tree.budget.nodes
-        kept, layer = [0], [0]
-        for _ in range(tree.budget.depth):
-            left = size + 1 - len(kept)
-            layer = [node for node in layer if tree.values[node] >= self.least(size)]
-            if not left or not layer:
-                break
-            laws = yield layer
-            made = []
-            for node, siblings in zip(layer, tree.pick(layer, laws, left), strict=True):
-                made += _make_draws(tree, node, siblings, as_drafted, self.least(size))
-            layer = sorted((one.node for one in sorted(made)[:left]), key=lambda node: tree.ranks[node])
-            kept += layer
-        tree.keep_only(kept)
-
-    def least(self, size: int) -> float:
-        """The threshold for a budget of `size` nodes."""
-        return self.threshold if self.threshold is not None else 1 / max(size, 1)
-
-
-def _check_width(width: int | None) -> None:
-    if width is not None and width < 1:
-        raise ValueError(f"width must be at least 1 (or None), got {width}")
+def dyspec_threshold(options: DySpecThreshold, tree: Sapling) -> Policy:
+    """The tree of `DySpecThreshold`."""
+    size = tree.budget.nodes
+    kept, layer = [0], [0]
+    for _ in range(tree.budget.depth):
+        left = size + 1 - len(kept)
+        layer = [node for node in layer if tree.values[node] >= options.least(size)]
+        if not left or not layer:
+            break
+        laws = yield layer
+        made = []
+        for node, siblings in zip(layer, tree.pick(layer, laws, left), strict=True):
+            made += _make_draws(tree, node, siblings, as_drafted, options.least(size))
+        layer = sorted((one.node for one in sorted(made)[:left]), key=lambda node: tree.ranks[node])
+        kept += layer
+    tree.keep_only(kept)
 
 
 class _Draw(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,17 +14,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
+from foredraft.errors import ModelError as ModelError
+from foredraft.models.files import HEAD_KEY as HEAD_KEY
+from foredraft.models.files import one_line as one_line
+from foredraft.models.files import read_json as read_json
+from foredraft.models.files import some as some
+
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-HEAD_KEY = "foredraft"
-"""Under which key of config.json a draft head of this library says what it is."""
 
 _PICKLES = (".bin", ".pt", ".pth")
 _HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "model*.safetensors"]
-
-
-class ModelError(ValueError):
-    """A model cannot be loaded; the message says what was given, what is allowed and what to do next."""
 
 
 class StoredTensor(NamedTuple):
@@ -120,23 +119,6 @@ def read_config(path: Path) -> PretrainedConfig:
     return config
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ModelError: the file is missing, or is not a JSON object.
-    """
-    if not path.is_file():
-        raise ModelError(f"{str(path.parent)!r} holds no {path.name}: give the directory of a Transformers checkpoint")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{str(path)!r} is not JSON ({one_line(error)}): copy it again") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{str(path)!r} must be a JSON object, got a {type(content).__name__}: copy it again")
-    return content
-
-
 def open_weights(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of the checkpoint in a directory, by name. Reads the headers only.
 
@@ -213,15 +195,3 @@ def fingerprint(weights: Mapping[str, Tensor | StoredTensor]) -> str:
         shape = ",".join(map(str, one.shape))
         found.add(hashlib.sha256(shape.encode() + parts.view(torch.int16).numpy().tobytes()).hexdigest())
     return hashlib.sha256("".join(sorted(found)).encode()).hexdigest()
-
-
-def some(names: list[str]) -> str:
-    """The first names of a list, and how many more there are."""
-    more = f" and {len(names) - 2} more tensors" if len(names) > 2 else ""
-    return ", ".join(repr(name) for name in names[:2]) + more
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of a message that others wrote, kept short."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:400].rstrip(".:")

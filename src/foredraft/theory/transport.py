@@ -11,13 +11,11 @@ from math import comb, perm
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from scipy.optimize import linprog
 
 from foredraft.theory.chains import Row, residual, total_variation
 from foredraft.theory.rejections import retry
-from foredraft.verify.kseq import discount
 
 MOST_SETS = 5000
 """Sets of drafts that the linear programme is solved with; above, a bound is given."""
@@ -159,6 +157,10 @@ def reached(p: Row, q: Row, k: int) -> dict[str, float]:
     """
     check_count(k)
     fail, _ = retry(p[None], q[None], k)
+    import torch
+
+    from foredraft.verify.kseq import discount
+
     rho = discount(torch.from_numpy(q), torch.from_numpy(p), k)
     likeliest = np.argsort(-p, kind="stable")[:k]
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,6 @@ import torch
 from rich.console import Console
 
 from foredraft.bench.command import machine
-from foredraft.bench.report import new_figure
 from foredraft.drafters.folder import layer_config, read_head, save_head
 from foredraft.drafters.heads import FINAL, HEADS
 from foredraft.drafters.layers import Shape
@@ -23,6 +22,7 @@ from foredraft.errors import unknown_name
 from foredraft.llm import BUNDLED_TARGET, LLM
 from foredraft.models.checkpoint import fingerprint, resolve
 from foredraft.models.loading import fingerprint_of
+from foredraft.plots import new_figure
 from foredraft.train.attention import tables
 from foredraft.train.batches import collate, endless
 from foredraft.train.corpus import read_prompts
@@ -32,7 +32,6 @@ from foredraft.train.recipes import RECIPES, check
 from foredraft.train.shards import Plan, Text, capture
 from foredraft.train.start import FITTED_TOKENS, begin
 from foredraft.train.workers import Workers, find_workers
-from foredraft.typed import option
 
 WRITERS = 128
 """Answers written at once."""
@@ -279,20 +278,3 @@ def curves_of(done: Progress, method: str, figure: Any) -> None:
         axes.set_xlabel("step")
         axes.legend(fontsize=7)
     figure.suptitle(method)
-
-
-def options(given: Sequence[str]) -> dict[str, Any]:
-    """Options of ``--set``; see `foredraft.typed`."""
-    return dict(option(one, "--set") for one in given)
-
-
-def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
-    """Numbers with commas between.
-
-    Raises:
-        ValueError: one is none.
-    """
-    try:
-        return [kind(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise ValueError(f"{option} takes numbers with commas between, got {text!r}") from None

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib import import_module
 from typing import Any, NamedTuple
 
-from foredraft.draws import Draws
-from foredraft.protocols import AcceptanceRule, Verdict
-from foredraft.sampling import TargetLaw
-from foredraft.tree import DraftTree, Drawn
-from foredraft.verify.block import block
-from foredraft.verify.chain import chain
-from foredraft.verify.kseq import kseq
-from foredraft.verify.lossy import tolerance, typical, uno
-from foredraft.verify.multiround import deterministic, multiround, multiround_iid
+from foredraft.shape import Drawn
 
 
 class RuleRow(NamedTuple):
     """One rule.
 
     Attributes:
+        code: module of this package and function, as ``module:function``; imported when the rule is used.
         drawn: kinds of draws it is made for.
         chains_only: whether it needs a tree without branches.
         options: config keys of its own, arguments of the rule.
         exact_with: options with which a lossy rule is exact.
     """
 
-    rule: AcceptanceRule
+    code: str
     drawn: frozenset[Drawn]
     chains_only: bool
     guarantee: str
@@ -35,12 +29,18 @@ class RuleRow(NamedTuple):
     options: Sequence[str] = ()
     exact_with: Mapping[str, Any] = {}
 
+    @property
+    def rule(self) -> Callable[..., Any]:
+        """The rule itself, a `foredraft.protocols.AcceptanceRule`."""
+        module, name = self.code.split(":")
+        return getattr(import_module(f"foredraft.verify.{module}"), name)
+
     def claim(self, options: Mapping[str, Any]) -> str:
         """What it guarantees with these options."""
         exact = self.exact_with and all(options.get(key) == value for key, value in self.exact_with.items())
         return _EXACT if exact else self.guarantee
 
-    def with_options(self, **options: Any) -> AcceptanceRule:
+    def with_options(self, **options: Any) -> Callable[..., Any]:
         """The rule with some of its options given."""
         return partial(self.rule, **options) if options else self.rule
 
@@ -49,31 +49,57 @@ _D, _I, _W = Drawn.DETERMINISTIC, Drawn.IID, Drawn.WITHOUT_REPLACEMENT
 _EXACT = "exact in distribution"
 
 RULES: dict[str, RuleRow] = {
-    "chain": RuleRow(chain, frozenset({_D, _I, _W}), True, _EXACT, "Leviathan et al. 2023 (arXiv 2211.17192), Algorithm 1"),
+    "chain": RuleRow(
+        "chain:chain",
+        frozenset({_D, _I, _W}),
+        True,
+        _EXACT,
+        "Leviathan et al. 2023 (arXiv 2211.17192), Algorithm 1",
+    ),
     "multiround": RuleRow(
-        multiround,
+        "multiround:multiround",
         frozenset({_D, _I, _W}),
         False,
         _EXACT,
         "Sequoia (arXiv 2402.12374), Algorithm 2; DySpec (arXiv 2410.11744), Algorithm 3",
     ),
     "multiround-iid": RuleRow(
-        multiround_iid, frozenset({_D, _I}), False, _EXACT, "SpecInfer (arXiv 2305.09781), multi-step speculative sampling"
+        "multiround:multiround_iid",
+        frozenset({_D, _I}),
+        False,
+        _EXACT,
+        "SpecInfer (arXiv 2305.09781), multi-step speculative sampling",
     ),
     "deterministic": RuleRow(
-        deterministic, frozenset({_D}), False, _EXACT, "EAGLE-2 (arXiv 2406.16858), verification of top-k candidates"
+        "multiround:deterministic",
+        frozenset({_D}),
+        False,
+        _EXACT,
+        "EAGLE-2 (arXiv 2406.16858), verification of top-k candidates",
     ),
-    "kseq": RuleRow(kseq, frozenset({_D, _I}), False, _EXACT, "SpecTr (arXiv 2310.15141), Algorithm 3 (K-SEQ), per token"),
-    "block": RuleRow(block, frozenset({_D, _I, _W}), True, _EXACT, "Sun et al. 2024 (arXiv 2403.10444), block verification"),
+    "kseq": RuleRow(
+        "kseq:kseq",
+        frozenset({_D, _I}),
+        False,
+        _EXACT,
+        "SpecTr (arXiv 2310.15141), Algorithm 3 (K-SEQ), per token",
+    ),
+    "block": RuleRow(
+        "block:block",
+        frozenset({_D, _I, _W}),
+        True,
+        _EXACT,
+        "Sun et al. 2024 (arXiv 2403.10444), block verification",
+    ),
     "typical": RuleRow(
-        typical,
+        "lossy:typical",
         frozenset({_D, _I, _W}),
         False,
         "lossy: accepts any token above an entropy-dependent threshold; equal to greedy decoding at temperature 0",
         "Medusa (arXiv 2401.10774), section 2.3.1, typical acceptance",
     ),
     "tolerance": RuleRow(
-        tolerance,
+        "lossy:tolerance",
         frozenset({_D, _I, _W}),
         True,
         "lossy: over-accepts by epsilon; the output carries a bound of the distance of every token's law",
@@ -82,7 +108,7 @@ RULES: dict[str, RuleRow] = {
         {"epsilon": 0},
     ),
     "uno": RuleRow(
-        uno,
+        "lossy:uno",
         frozenset({_D, _I, _W}),
         True,
         "lossy, also at epsilon 0: over-accepts by epsilon and redraws from the target's law; a comparison",
@@ -90,12 +116,3 @@ RULES: dict[str, RuleRow] = {
         ("epsilon",),
     ),
 }
-
-
-def for_sampled(rule: AcceptanceRule) -> AcceptanceRule:
-    """`rule` for trees in which anything was sampled, `multiround`, which is exact for every tree, for all others."""
-
-    def choose(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
-        return (rule if tree.drawn.any() else multiround)(tree, target_law, draws)
-
-    return choose

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.draws import Draws
-from foredraft.protocols import Verdict
+from foredraft.protocols import AcceptanceRule, Verdict
 from foredraft.sampling import TargetLaw
 from foredraft.tree import DraftTree, Drawn
 from foredraft.verify.certain import follow
@@ -117,3 +117,12 @@ def test_children(
         if draft is not None and drawn == Drawn.WITHOUT_REPLACEMENT:
             draft = without(draft, token)
     return None, residual
+
+
+def for_sampled(rule: AcceptanceRule) -> AcceptanceRule:
+    """`rule` for trees in which anything was sampled, `multiround`, which is exact for every tree, for all others."""
+
+    def choose(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
+        return (rule if tree.drawn.any() else multiround)(tree, target_law, draws)
+
+    return choose

@@ -1,0 +1,41 @@
+"""Small files of a checkpoint, and how their faults are said. Loads no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from foredraft.errors import ModelError
+
+HEAD_KEY = "foredraft"
+"""Under which key of config.json a draft head of this library says what it is."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ModelError: the file is missing, or is not a JSON object.
+    """
+    if not path.is_file():
+        raise ModelError(f"{str(path.parent)!r} holds no {path.name}: give the directory of a Transformers checkpoint")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{str(path)!r} is not JSON ({one_line(error)}): copy it again") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{str(path)!r} must be a JSON object, got a {type(content).__name__}: copy it again")
+    return content
+
+
+def some(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - 2} more tensors" if len(names) > 2 else ""
+    return ", ".join(repr(name) for name in names[:2]) + more
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of a message that others wrote, kept short."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:400].rstrip(".:")

@@ -1,0 +1,18 @@
+"""Figures, for whoever has matplotlib."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure, in inches.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("plots need matplotlib: pip install 'foredraft[plots]'") from None
+    return Figure(figsize=(width, height), layout="constrained")

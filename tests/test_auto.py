@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from datetime import date
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -111,14 +112,18 @@ def test_a_batch_of_greedy_and_sampled_requests_is_each_alone(monkeypatch: pytes
     assert rules == [GROWERS[greedy].rule, GROWERS[sampled].rule]
 
 
-def test_plain_decoding_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_choice_is_logged_once_for_each_kind_of_request(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(auto, "choose", lambda trees, *rest, **more: Choice(next(iter(trees)), 0, 1.0, 1.0, 1.0))
-    monkeypatch.setattr(auto, "recalled", lambda kind, facts, measure: measure())
-    with caplog.at_level(logging.WARNING, "foredraft"):
+    monkeypatch.setattr(auto, "recalled", lambda kind, facts, measure, **more: measure())
+    today = date.today().isoformat()
+    with caplog.at_level(logging.INFO, "foredraft"):
         llm = LLM(PAIR[0], {"model": str(PAIR[1])}, dtype="float64")
         llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=4))
     assert [one.getMessage() for one in caplog.records] == [
-        "drafting does not pay with method 'lm' on this machine: decoding is plain"
+        f"{kind} requests: drafting: off (no method expected above plain: best lm, {tree} 1.00x; timed here on {today})"
+        for kind, tree in (("greedy", "opt"), ("sampled", "chain"))
     ]
     assert llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=4))[0].outputs[0].kinds == ["plain"] * 4
 

@@ -37,6 +37,7 @@ Tree = Annotated[str | None, _option(_DRAFT, "How the tree grows: see `foredraft
 Budget = Annotated[str | None, _option(_DRAFT, "Nodes of the tree without its root, 1 to 1024; default auto, the fastest.")]
 Rule = Annotated[str | None, _option(_DRAFT, "Acceptance rule; default: the best exact one for the tree.")]
 Force = Annotated[bool, typer.Option("--force", help="Use a head beside another target than its own.", rich_help_panel=_DRAFT)]
+Retime = Annotated[bool, typer.Option("--retime", help="Time drafters anew for the automatic choice.", rich_help_panel=_DRAFT)]
 Config = Annotated[str | None, _option(_DRAFT, "More keys of speculative_config, as JSON: '{\"draft_temperature\": 0.8}'.")]
 Temperature = Annotated[float | None, _option(_SAMPLING, "0 is greedy; default: the model's own (mostly 1).")]
 TopP = Annotated[float | None, _option(_SAMPLING, "Keep the likeliest tokens with this mass, in (0, 1].")]
@@ -66,6 +67,7 @@ def generate(
     rule: Rule = None,
     speculative_config: Config = None,
     force: Force = False,
+    retime: Retime = False,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -80,7 +82,8 @@ def generate(
     """Continue PROMPT, streaming. Accepted, recovered and bonus tokens differ in colour."""
     from foredraft import choices
 
-    config = choices.speculative_config(model, method, draft_model, tree, budget, rule, extra=speculative_config, force=force)
+    more: dict[str, Any] = {"extra": speculative_config, "force": force, "retime": retime}
+    config = choices.speculative_config(model, method, draft_model, tree, budget, rule, **more)
     sampling = choices.given(
         temperature=temperature,
         top_p=top_p,
@@ -115,6 +118,7 @@ def chat(
     rule: Rule = None,
     speculative_config: Config = None,
     force: Force = False,
+    retime: Retime = False,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -128,7 +132,8 @@ def chat(
     """Talk with the model. /reset forgets the conversation, /exit ends it, Ctrl-C stops an answer."""
     from foredraft import choices
 
-    config = choices.speculative_config(model, method, draft_model, tree, budget, rule, extra=speculative_config, force=force)
+    more: dict[str, Any] = {"extra": speculative_config, "force": force, "retime": retime}
+    config = choices.speculative_config(model, method, draft_model, tree, budget, rule, **more)
     sampling = choices.given(
         temperature=temperature,
         top_p=top_p,

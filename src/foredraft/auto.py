@@ -12,7 +12,8 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from functools import cache as memoize
 from math import inf, prod
 from statistics import fmean
@@ -23,9 +24,11 @@ import torch
 
 import foredraft
 from foredraft.calibration import recalled
+from foredraft.compiled import cpu_flags, library
 from foredraft.decode import Continuation, autoregressive, paced, speculative
 from foredraft.drafters import DRAFTERS
 from foredraft.draws import Draws
+from foredraft.folders import cache_folder
 from foredraft.grow.budget import best_paths
 from foredraft.grow.static import TYPICAL_ACCEPTANCE
 from foredraft.params import SamplingParams
@@ -42,6 +45,9 @@ SAMPLE_TEXT = (
     "forty loaves of bread. One day a stranger came into the shop and asked for something that the baker had never heard of."
 )
 """Steps are timed on the continuation of this text."""
+
+KINDS = ("greedy", "sampled")
+"""Kinds of requests: temperature 0, and above. Each has a choice of its own."""
 
 _log = logging.getLogger("foredraft")
 
@@ -69,10 +75,12 @@ class Choice(NamedTuple):
     """What was chosen, and why.
 
     Attributes:
-        way, nodes: nodes are 0 where plain decoding is faster than every candidate.
-        tokens_per_step: of the candidate.
+        way: drafter and tree of the best candidate.
+        nodes: size of its tree; 0 where plain decoding is expected to be faster.
+        tokens_per_step: of the best candidate.
         slowdown: a step's time in steps of plain decoding, measured on this machine.
-        speedup: the quotient of the two: what is predicted against plain decoding.
+        speedup: the quotient of the two: the expected speed-up over plain decoding.
+        timed_on: date of the measurement; None where nothing was timed.
     """
 
     way: Way
@@ -80,6 +88,20 @@ class Choice(NamedTuple):
     tokens_per_step: float
     slowdown: float
     speedup: float
+    timed_on: str | None = None
+
+    @property
+    def reason(self) -> str:
+        """The choice in one line."""
+        name = ", ".join(part for part in self.way if part)
+        if self.timed_on is None:
+            return f"drafting: {f'{name} {self.nodes} nodes' if self.nodes else 'off'} (nothing was timed)"
+        when = f"timed here on {self.timed_on}"
+        if self.nodes:
+            return f"drafting: {name} {self.nodes} nodes (expected {self.speedup:.1f}x; {when})"
+        if self.speedup > 1:
+            return f"drafting: off (best {name} {self.speedup:.2f}x, but {_MODEL_MARGIN}x is asked of a draft model; {when})"
+        return f"drafting: off (no method expected above plain: best {name} {self.speedup:.2f}x; {when})"
 
 
 @dataclass(frozen=True)
@@ -93,6 +115,7 @@ class Chooser:
             under ``drafted_share`` the same -> share of the steps in which the drafter it asks was asked.
         num_seqs: requests in a step.
         prompt: whose continuation is timed.
+        weights: fingerprints of the target and the drafter.
     """
 
     target: Target
@@ -102,15 +125,28 @@ class Chooser:
     measured: Mapping[str, Any]
     num_seqs: int
     prompt: Sequence[int]
+    weights: Sequence[str | None] = ()
 
     def choose(self) -> dict[str, Choice]:
-        """The choice for ``greedy`` and for ``sampled`` requests."""
-        facts = [self._facts(), self.measured, self.speculation, self.num_seqs]
-        found = recalled("choice", facts, lambda: {kind: self._choose(kind) for kind in ("greedy", "sampled")})
-        choices = {kind: Choice(Way(*one[0]), *one[1:]) for kind, one in found.items()}
-        if not any(one.nodes for one in choices.values()):
-            _log.warning("drafting does not pay with method %r on this machine: decoding is plain", self.speculation.drafter)
+        """The choice for ``greedy`` and for ``sampled`` requests: the stored one, or one from new measurements.
+
+        A stored choice counts only for the same machine, threads, weights and versions. Where nothing can be stored, nothing is
+        timed, and decoding is plain.
+        """
+        settled = replace(self.speculation, retime=False)
+        facts = [self._facts(), self.measured, settled, self.num_seqs]
+        if cache_folder() is None and self.speculation.budget is None:
+            way = settled.ways(has_model=self.has_model)[0]
+            return dict.fromkeys(KINDS, Choice(way, 0, 1.0, 1.0, 1.0))
+        found = recalled("choice", facts, self._measure, anew=self.speculation.retime)
+        choices = {kind: Choice(Way(*found[kind][0]), *found[kind][1:]) for kind in KINDS}
+        for kind, choice in choices.items():
+            _log.info("%s requests: %s", kind, choice.reason)
         return choices
+
+    def _measure(self) -> dict[str, Choice]:
+        today = date.today().isoformat()
+        return {kind: self._choose(kind)._replace(timed_on=today) for kind in KINDS}
 
     def _facts(self) -> dict[str, Any]:
         """What the times hang on."""
@@ -120,7 +156,10 @@ class Chooser:
             "target": [config.get(key) for key in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")],
             "dtype": str(getattr(self.target, "dtype", None)),
             "device": str(device),
-            "machine": [platform.node(), platform.machine(), os.cpu_count(), torch.get_num_threads()],
+            "weights": self.weights,
+            "machine": [platform.node(), platform.machine(), os.cpu_count(), sorted(cpu_flags())],
+            "threads": torch.get_num_threads(),
+            "compiled": library() is not None,
             "versions": [torch.__version__, foredraft.__version__],
         }
 
@@ -285,14 +324,14 @@ def choose(
     *,
     fallback: bool,
 ) -> Choice:
-    """The candidate of most tokens a second; plain decoding if none beats it and `fallback`.
+    """The candidate of most tokens a second; with `fallback` plain decoding (0 nodes) if none beats it.
 
     `slowdown` is a step's time in plain steps. Sizes are tried upwards until they no longer pay, so that few steps have to be
     timed.
     """
     ways = list(ways)
     best = Choice(ways[0], 0, 1.0, 1.0, 1.0 if fallback else 0.0)
-    top_score = best.speedup
+    top_score, nearest = best.speedup, best._replace(speedup=0.0)
     for way in ways:
         top = 0.0
         for nodes in sizes:
@@ -305,10 +344,12 @@ def choose(
             score = speedup / (_MODEL_MARGIN if has_weights(way) else 1.0)
             if score > top_score:
                 best, top_score = Choice(way, nodes, tokens, cost, speedup), score
+            if speedup > nearest.speedup:
+                nearest = Choice(way, 0, tokens, cost, speedup)
             if speedup < _WORSE * top:
                 break
             top = max(top, speedup)
-    return best
+    return best if best.nodes or not nearest.speedup else nearest
 
 
 def tokens_per_step(measured: Mapping[str, Mapping[str, float]] | None, candidate: Candidate) -> float | None:

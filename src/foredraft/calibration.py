@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from foredraft.folders import cache_folder
+from foredraft.folders import cached_file, keep
 from foredraft.protocols import Target
 
 _NAME = "calibration.json"
@@ -23,11 +24,15 @@ def file_beside(model: Any) -> Path | None:
     return Path(model) / _NAME if own else None
 
 
-def file_in_cache(weights: str | None, target: Target, drafter: str) -> Path:
-    """The calibration of a drafter beside this target in the user's cache; `weights` is the fingerprint of the drafter's."""
+def file_in_cache(weights: str | None, target: Target, drafter: str) -> Path | None:
+    """The calibration of a drafter beside this target in the cache folder; None where there is no such folder.
+
+    Args:
+        weights: fingerprint of the drafter's.
+    """
     config = getattr(target.config, "to_dict", dict)()
     key = hashlib.sha256(json.dumps([config, weights], sort_keys=True, default=str).encode()).hexdigest()[:20]
-    return cache_folder() / f"calibration-{drafter}-{key}.json"
+    return cached_file(f"calibration-{drafter}-{key}.json")
 
 
 def read_calibration(model: Any, target: Target, drafter: str, weights: str | None) -> dict[str, Any]:
@@ -40,7 +45,7 @@ def read_calibration(model: Any, target: Target, drafter: str, weights: str | No
     files = [file_in_cache(weights, target, drafter)]
     files += [Path(model) / _NAME] if isinstance(model, str | Path) else []
     for path in files:
-        if path.is_file():
+        if path is not None and path.is_file():
             try:
                 found = json.loads(path.read_text())
             except json.JSONDecodeError as error:
@@ -50,24 +55,24 @@ def read_calibration(model: Any, target: Target, drafter: str, weights: str | No
     return {}
 
 
-def recalled(kind: str, facts: Any, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def recalled(kind: str, facts: Any, measure: Callable[[], dict[str, Any]], *, anew: bool = False) -> dict[str, Any]:
     """What was measured before under equal `facts`; else what `measure` gives, kept for the next time.
 
-    A cache that cannot be read or written is as good as none.
+    Args:
+        anew: measure although something was kept, and replace it.
     """
     key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
-    file = cache_folder() / f"{kind}-{key}.json"
+    file = cached_file(f"{kind}-{key}.json")
+    if file is None:
+        return measure()
     try:
-        return json.loads(file.read_text())["found"]
+        if not anew:
+            return json.loads(file.read_text())["found"]
     except (OSError, ValueError, KeyError, TypeError):
-        found = measure()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps({"facts": facts, "found": found}, default=str, indent=1))
-        part.replace(file)
-    except OSError:
         pass
+    found = measure()
+    with suppress(OSError):
+        keep(file.name, json.dumps({"facts": facts, "found": found}, default=str, indent=1))
     return found
 
 

@@ -50,6 +50,7 @@ def speculative_config(
     *,
     extra: str | None = None,
     force: bool = False,
+    retime: bool = False,
 ) -> dict[str, Any] | None:
     """The speculative config of the command line; None where nothing was said, which leaves the choice to `LLM`.
 
@@ -61,10 +62,11 @@ def speculative_config(
     nodes = int(budget) if budget not in (None, AUTO) else budget
     named = given(method=method, model=draft_model, tree=tree, num_speculative_tokens=nodes, rule=rule)
     config = {**_json_object(extra), **named, **({"force": True} if force else {})}
+    again = {"retime": True} if retime else {}
     if not config:
-        return None
+        return again | {"method": AUTO if model is None else "suffix"} if again else None
     has_draft_model = model is None or "model" in config or "tree" in config
-    return {"method": drafter_for(config.get("model")) if has_draft_model else "suffix", **config}
+    return {"method": drafter_for(config.get("model")) if has_draft_model else "suffix", **config, **again}
 
 
 def _json_object(text: str | None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ def generate(prompt: str, choice: ModelChoice, config: dict[str, Any] | None, sa
         params = replace(llm.get_default_sampling_params(), **sampling)
         wrapped: Prompt = llm.chat_prompt([{"role": "user", "content": text}]) if shown.chat else text
         stream = llm.stream(wrapped, params)
+    _note_choice(llm, params)
     if shown.json:
         outcome = _consume(stream, None)
         found = {"prompt": text, **_result(outcome, shown), "seed": params.seed, "config": _config(llm, choice, params)}
@@ -40,6 +41,7 @@ def chat(system: str | None, choice: ModelChoice, config: dict[str, Any] | None,
         llm = _load(choice, config, seed=sampling.pop("seed"))
         llm.chat_prompt([{"role": "user", "content": "?"}])  # says now that there is no chat template
     params = replace(llm.get_default_sampling_params(), **sampling)
+    _note_choice(llm, params)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     show.greet()
@@ -54,6 +56,12 @@ def chat(system: str | None, choice: ModelChoice, config: dict[str, Any] | None,
         elif line:
             messages = _turn(llm, messages, line, params, shown)
     return 0
+
+
+def _note_choice(llm: LLM, params: SamplingParams) -> None:
+    """Says on standard error what was chosen automatically, and why."""
+    if (reason := llm.drafting(params)["reason"]) is not None:
+        show.note(reason)
 
 
 def _load(choice: ModelChoice, config: dict[str, Any] | None, *, seed: int) -> LLM:

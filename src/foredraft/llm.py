@@ -30,6 +30,7 @@ from foredraft.speculation import PLAIN, Speculation, Way, parse, usual_config
 from foredraft.verify.multiround import for_sampled
 
 DEFAULT_NUM_SEQS = 8
+_REASONS = ("expected_speedup", "timed_on", "reason")
 
 
 class LLM:
@@ -109,8 +110,9 @@ class LLM:
         if speculation is not None and speculation.is_open:
             self.choices = self._choose(speculation)
         if speculation is not None and (not self.choices or any(one.nodes for one in self.choices.values())):
-            ways = {kind: self._way(speculation, kind) for kind in nodes}
             nodes = {kind: self._nodes(speculation, kind) for kind in nodes}
+            ways = {kind: self._way(speculation, kind) for kind in nodes if nodes[kind]}
+            ways = {kind: ways.get(kind) or next(iter(ways.values())) for kind in nodes}  # nothing is built that is not used
             budget = Budget(max(nodes.values()), min(max(nodes.values()), MAX_DEPTH))
             rule = speculation.rule_for(ways["sampled"].tree)
             if ways["sampled"] != ways["greedy"] and speculation.rule_name is None:
@@ -130,14 +132,21 @@ class LLM:
         )
 
     def drafting(self, sampling: SamplingParams) -> dict[str, Any]:
-        """How a request is drafted: method, tree, budget (0 where it is decoded plainly) and rule, as they were chosen."""
+        """How a request is drafted, and for an automatic choice why.
+
+        Returns:
+            ``method``, ``tree``, ``budget`` (nodes; 0 where it is decoded plainly) and ``rule``. Where any of them was chosen
+            also ``expected_speedup`` over plain decoding, ``timed_on`` (date) and ``reason``, a line; else these are None.
+        """
         one = self.speculation
         if one is None:
-            return {"method": PLAIN, "tree": None, "budget": None, "rule": None}
+            return {"method": PLAIN, "tree": None, "budget": None, "rule": None} | dict.fromkeys(_REASONS)
         kind = "sampled" if sampling.temperature > 0 else "greedy"
-        way = self._way(one, kind)
+        way, choice = self._way(one, kind), self.choices.get(kind)
         rule = one.rule_name_for(way.tree)
-        return {"method": way.drafter, "tree": way.tree, "budget": self._nodes(one, kind), "rule": rule}
+        reasons = (choice.speedup, choice.timed_on, choice.reason) if choice else (None, None, None)
+        found = {"method": way.drafter, "tree": way.tree, "budget": self._nodes(one, kind), "rule": rule}
+        return found | dict(zip(_REASONS, reasons, strict=True))
 
     def _way(self, speculation: Speculation, kind: str) -> Way:
         return self.choices[kind].way if self.choices else Way(speculation.drafter, speculation.tree)
@@ -155,6 +164,7 @@ class LLM:
             measured=self.measured(speculation),
             num_seqs=self._usual_num_seqs,
             prompt=self._sample_prompt(),
+            weights=[self._fingerprint(), self.draft_weights],
         )
         return chooser.choose()
 

@@ -23,7 +23,7 @@ PLAIN = "ar"
 AUTO = "auto"
 """A tree and a budget chosen from measured costs."""
 
-_COMMON = ("method", "model", "tree", "num_speculative_tokens", "rule")
+_COMMON = ("method", "model", "tree", "num_speculative_tokens", "rule", "retime")
 
 
 class Way(NamedTuple):
@@ -44,6 +44,7 @@ class Speculation:
         rule_name: name in RULES; None is the best exact one for the tree that will be chosen.
         budget: None is to be chosen.
         drafter_options, grower_options, rule_options: the config's other keys.
+        retime: whether what is left open is timed anew, although a stored choice exists.
     """
 
     drafter: str
@@ -55,6 +56,7 @@ class Speculation:
     drafter_options: Mapping[str, Any]
     grower_options: Mapping[str, Any]
     rule_options: Mapping[str, Any]
+    retime: bool = False
 
     def ways(self, *, has_model: bool) -> list[Way]:
         """What there is to choose from; without a draft model only drafters that need none."""
@@ -146,7 +148,7 @@ def parse(config: Any) -> Speculation | None:
     grower_options = {key: value for key, value in config.items() if policy and key in _option_names(policy)}
     if policy:
         _construct(policy, grower_options)  # says now what is wrong with them
-    return Speculation(
+    found = Speculation(
         drafter=method,
         weights_for=weights_for,
         tree=tree,
@@ -156,7 +158,17 @@ def parse(config: Any) -> Speculation | None:
         drafter_options=drafter_options,
         grower_options=grower_options,
         rule_options=_rule_options({key: config[key] for key in of_rule if key in config}),
+        retime=_flag("retime", config.get("retime", False)),
     )
+    if found.retime and not found.is_open:
+        raise ValueError("retime times what is left to choose, and this config leaves nothing open: leave retime out")
+    return found
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be true or false, got {value!r}")
+    return value
 
 
 def usual_config(config: Any, *, bundled: bool) -> Any:

@@ -93,6 +93,8 @@ def calibrate(choice: CalibrateChoice) -> tuple[Path, dict[str, Any]]:
     found: dict[str, Any] = {"prompts": choice.prompts.name, "num_prompts": len(prompts), "max_tokens": choice.max_tokens}
     found |= {"weights": drafting.draft_weights} if drafting.draft_weights else {}
     file = file_beside(choice.draft_model) or file_in_cache(drafting.draft_weights, plain.target, config["method"])
+    if file is None:
+        raise ValueError("a calibration cannot be kept: no cache folder can be written. Set FOREDRAFT_CACHE to one that can")
     if DRAFTERS[config["method"]].gives == "expand":
         trials = {kind: all_trials(plain, drafting, prompts, t, choice.max_tokens) for kind, t in TEMPERATURES.items()}
         found["acceptance_by_depth"] = {kind: by_depth(accepted_ranks(texts)) for kind, texts in trials.items()}

@@ -94,7 +94,10 @@ def contender(
 ) -> Contender:
     """A method on `plain`'s weights, or a peer on the same ones, which ends with `stack`."""
     if name not in PEERS:
-        return Ours(name, plain if name == PLAIN else plain.with_speculation(parse_method(name, choice.draft_model)), sampling)
+        llm = plain if name == PLAIN else plain.with_speculation(parse_method(name, choice.draft_model))
+        if (reason := llm.drafting(sampling)["reason"]) is not None:
+            Console(stderr=True, highlight=False, soft_wrap=True).print(f"{name}: {reason}", markup=False)
+        return Ours(name, llm, sampling)
     bundled = choice.model is None
     peer = Peer(
         name,

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from foredraft.folders import cache_folder
+from foredraft.folders import cache_folder, cached_file
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("decoder.c", "draws.c", "laws.c", "prefixes.c"))
 _HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
@@ -33,7 +33,7 @@ def library() -> ctypes.CDLL | None:
     An empty ``$FOREDRAFT_CC`` forbids it; otherwise that is the compiler.
     """
     command = compiler()
-    if "avx512_bf16" not in cpu_flags() or command is None:
+    if "avx512_bf16" not in cpu_flags() or command is None or cache_folder() is None:
         return None
     try:
         code = ctypes.CDLL(str(_built(command)))
@@ -72,9 +72,9 @@ def cpu_flags() -> frozenset[str]:
 def _built(command: list[str]) -> Path:
     facts = [*(file.read_text() for file in (*SOURCES, *_HEADERS)), *command, *_FLAGS, *sorted(cpu_flags())]
     name = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:20]
-    file = cache_folder() / f"compiled-{name}.so"
+    file = cached_file(f"compiled-{name}.so")
+    assert file is not None
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")
         command = [*command, *_FLAGS, *map(str, SOURCES), "-o", str(part), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True)

@@ -2,7 +2,7 @@
 
     python benchmarks/dyspec_figures.py --rows benchmarks/dyspec-experiments.jsonl --output docs/figures
 
-Writes dyspec-hypothesis.png, dyspec-length.png and dyspec-promise.png, and prints the tables of docs/dyspec.md.
+Writes dyspec-hypothesis.png, dyspec-length.png and dyspec-promise.png, and prints the tables of docs/dyspec-experiments.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md and docs/drafters/measured.md: Markdown of what `foredraft bench --output` and
+"""The tables of docs/performance/ and docs/drafters/measured/: Markdown of what `foredraft bench --output` and
 benchmarks/heads.py wrote.
 
 python benchmarks/tables.py benchmarks/350m-greedy.jsonl benchmarks/heads-350m-greedy.jsonl

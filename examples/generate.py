@@ -1,9 +1,10 @@
-"""The README's first example: the bundled pair, one prompt, and what speculation did."""
+"""The README's first example: the bundled model and its FSPAD head, one prompt, and how drafting went."""
 
 from foredraft import LLM, SamplingParams
 
-llm = LLM()
-[output] = llm.chat([{"role": "user", "content": "Name three things to bring on a walk."}], SamplingParams(max_tokens=64))
+llm = LLM(speculative_config={"method": "fspad", "tree": "dyspec", "num_speculative_tokens": 8})
+messages = [{"role": "user", "content": "Write a Python function that reverses a string."}]
+[output] = llm.chat(messages, SamplingParams(temperature=0, max_tokens=64, stop=["\n\n"]))
 completion = output.outputs[0]
 print(completion.text)
-print(f"{completion.metrics.acceptance_length:.2f} tokens per step, finished by {completion.finish_reason}")
+print(f"{len(completion.token_ids)} tokens in {completion.metrics.num_steps} steps")

@@ -11,7 +11,9 @@ ROOT = Path(foredraft.__file__).parent
 
 LAYERS = [  # lowest first; modules of one line may import each other
     {"folders", "compiled"},
-    {"errors", "params", "tree", "draws", "sampling", "processors", "metrics", "text", "prompts", "progress", "typed"},
+    {"names"},
+    {"errors", "params", "arguments", "chat", "tree", "draws", "sampling", "processors", "metrics", "text", "prompts"}
+    | {"progress", "typed"},
     {"protocols"},
     {"cache", "calibration"},
     {"models", "grow", "verify"},

@@ -6,10 +6,12 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from foredraft import methods as tables
 from foredraft import show
+from foredraft.chat import Template, is_plain
 from foredraft.engine import CompletionOutput, RequestOutput
 from foredraft.llm import LLM, Prompt
 from foredraft.params import SamplingParams
@@ -27,6 +29,7 @@ class ModelChoice:
     dtype: str
     device: str | None
     revision: str | None
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,48 +66,89 @@ def speculative_config(
         raise ValueError(f"--budget must be a whole number or {AUTO}, got {budget!r}")
     nodes = int(budget) if budget not in (None, AUTO) else budget
     named = given(method=method, model=draft_model, tree=tree, num_speculative_tokens=nodes, rule=rule)
-    config = {**_json_object(extra), **named, **({"force": True} if force else {})}
+    config = {**_json_object(extra, "--speculative-config", '{"num_chains": 2}'), **named, **({"force": True} if force else {})}
     if not config:
         return None
     has_draft_model = model is None or "model" in config or "tree" in config
     return {"method": drafter_for(config.get("model")) if has_draft_model else "suffix", **config}
 
 
-def _json_object(text: str | None) -> dict[str, Any]:
+def _json_object(text: str | None, option: str, example: str) -> dict[str, Any]:
     try:
         found = json.loads(text) if text is not None else {}
     except json.JSONDecodeError as error:
-        raise ValueError(f"--speculative-config is not JSON ({error}). Example: '{{\"num_chains\": 2}}'") from None
+        raise ValueError(f"{option} is not JSON ({error}). Example: '{example}'") from None
     if not isinstance(found, dict):
-        raise ValueError(f"--speculative-config must be a JSON object, got {text}. Example: '{{\"num_chains\": 2}}'")
+        raise ValueError(f"{option} must be a JSON object, got {text}. Example: '{example}'")
     return found
 
 
-def generate(prompt: str, choice: ModelChoice, config: dict[str, Any] | None, sampling: dict[str, Any], shown: Shown) -> int:
+def template(tools: Path | None, chat_template: str | None, chat_template_kwargs: str | None, *, chat: bool = True) -> Template:
+    """How messages become a prompt, as far as options say it.
+
+    Raises:
+        ValueError: a value is not JSON, or there is one and the prompt does not go through the chat template.
+    """
+    further = _json_object(chat_template_kwargs, "--chat-template-kwargs", '{"enable_thinking": false}')
+    found = given(tools=_tools(tools), chat_template=chat_template, chat_template_kwargs=further or None)
+    if found and not chat:
+        raise ValueError(f"--{min(found).replace('_', '-')} is for the chat template. Give --chat with it")
+    return Template(**found)
+
+
+def _tools(file: Path | None) -> list[Any] | None:
+    if file is None:
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--tools cannot be read ({error}). Give a file with a JSON list of function schemas") from None
+    if not isinstance(found, list):
+        raise ValueError("--tools must be a file with a JSON list of function schemas. Put a single one into [ ]")
+    return found
+
+
+def generate(
+    prompt: str,
+    choice: ModelChoice,
+    config: dict[str, Any] | None,
+    sampling: dict[str, Any],
+    shown: Shown,
+    template: Template,
+) -> int:
     """Runs ``foredraft generate``; returns its exit code."""
     text = sys.stdin.read() if prompt == "-" else prompt
     SamplingParams(**sampling)  # says what is wrong with them before anything is loaded
     with show.waiting("loading the model"):
         llm = _load(choice, config, seed=sampling["seed"])
         params = replace(llm.get_default_sampling_params(), **sampling)
-        wrapped: Prompt = llm.chat_prompt([{"role": "user", "content": text}]) if shown.chat else text
+        wrapped: Prompt = llm.chat_prompt([{"role": "user", "content": text}], **template) if shown.chat else text
         stream = llm.stream(wrapped, params)
     if shown.json:
         outcome = _consume(stream, None)
         found = {"prompt": text, **_result(outcome, shown), "seed": params.seed, "config": _config(llm, choice, params)}
         print(json.dumps(found, ensure_ascii=False))
         return outcome.code
+    if not shown.chat and is_plain(text, llm.tokenizer):
+        show.note("the model has a chat template, which --chat uses; without it PROMPT is continued as it stands")
     return _show_answer(llm, stream, params, shown).code
 
 
-def chat(system: str | None, choice: ModelChoice, config: dict[str, Any] | None, sampling: dict[str, Any], shown: Shown) -> int:
+def chat(
+    system: str | None,
+    choice: ModelChoice,
+    config: dict[str, Any] | None,
+    sampling: dict[str, Any],
+    shown: Shown,
+    template: Template,
+) -> int:
     """Runs ``foredraft chat`` until /exit or the end of input; returns its exit code."""
     SamplingParams(**sampling)
+    start = [{"role": "system", "content": system}] if system else []
     with show.waiting("loading the model"):
         llm = _load(choice, config, seed=sampling.pop("seed"))
-        llm.chat_prompt([{"role": "user", "content": "?"}])  # says now that there is no chat template
+        llm.chat_prompt([*start, {"role": "user", "content": "?"}], **template)  # says now that there is no chat template
     params = replace(llm.get_default_sampling_params(), **sampling)
-    start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     show.greet()
     for line in show.lines():
@@ -116,7 +160,7 @@ def chat(system: str | None, choice: ModelChoice, config: dict[str, Any] | None,
         elif line.startswith("/"):
             show.note(f"unknown command {line.split()[0]}: there are /reset and /exit")
         elif line:
-            messages = _turn(llm, messages, line, params, shown)
+            messages = _turn(llm, [*messages, {"role": "user", "content": line}], params, shown, template)
     return 0
 
 
@@ -135,20 +179,22 @@ def _load(choice: ModelChoice, config: dict[str, Any] | None, *, seed: int) -> L
         dtype=choice.dtype,
         device=choice.device,
         revision=choice.revision,
+        tokenizer=choice.tokenizer,
         max_num_seqs=1,
         seed=seed,
     )
 
 
-def _turn(llm: LLM, messages: list[dict[str, str]], line: str, params: SamplingParams, shown: Shown) -> list[dict[str, str]]:
-    """One question and its answer; the conversation stays as it was where the model cannot take the question."""
-    asked = [*messages, {"role": "user", "content": line}]
+def _turn(
+    llm: LLM, asked: list[dict[str, str]], params: SamplingParams, shown: Shown, template: Template
+) -> list[dict[str, str]]:
+    """Answers the last message; the conversation stays as it was before where the model cannot take it."""
     try:
-        stream = llm.stream(llm.chat_prompt(asked), params)
+        stream = llm.stream(llm.chat_prompt(asked, **template), params)
     except ValueError as error:
         show.note(f"error: {error}")
         show.note("hint: /reset forgets the conversation so far")
-        return messages
+        return asked[:-1]
     answer = _show_answer(llm, stream, params, shown).completion
     return [*asked, {"role": "assistant", "content": answer.text if answer else ""}]
 

@@ -114,7 +114,7 @@ def _means(places: tuple[str, ...], library: str, names: str, ours: str, fits: F
     """Rows of names that we have under another name."""
     option = ours in ("max_tokens", "stop", "dtype", "model")  # those that the command line has
     use, command = (f"Use {ours}", f"Use --{ours.replace('_', '-')}") if option else _in_python(f"Use {ours}")
-    return {name: Name(places, library, f"is {ours}", use, command, fits, means=ours) for name in names.split()}
+    return {name: Name(places, library, f"is what {ours} is here", use, command, fits, means=ours) for name in names.split()}
 
 
 def _ignored(places: tuple[str, ...], library: str, names: str) -> dict[str, Name]:
@@ -181,7 +181,8 @@ _draft, _assist = partial(_rows, (DRAFT,), _VLLM), partial(_rows, (LOAD, *_REQUE
 
 NAMES: dict[str, Name] = {
     # how a model is loaded
-    **_load("tensor_parallel_size pipeline_parallel_size", "spreads a model over devices", _DEVICE, _only(1)),
+    **_rows((LOAD, DRAFT), _VLLM, "tensor_parallel_size", "spreads a model over devices", _DEVICE, _only(1)),
+    **_load("pipeline_parallel_size", "spreads a model's layers over devices", _DEVICE, _only(1)),
     **_load("data_parallel_size", "runs a model several times", _DEVICE, _only(1)),
     **_rows((LOAD, DRAFT), _VLLM, "quantization", "loads weights that are stored in few bits", _BITS),
     **_load_hf("load_in_8bit load_in_4bit quantization_config", "stores weights in few bits", _BITS, _only(False)),
@@ -249,13 +250,12 @@ NAMES: dict[str, Name] = {
     **_sample("detokenize", "leaves the text out", _DETOKENIZE, _only(True)),
     **_sample("spaces_between_special_tokens", "spaces special tokens", _DECODE, _only(True)),
     **_sample(
-        "output_kind", "chooses what a stream yields", "Leave it out, LLM.stream yields the whole output so far", _is_cumulative
+        "output_kind", "chooses what a stream yields", _in_python("LLM.stream yields the whole output so far"), _is_cumulative
     ),
     **_sample("extra_args vllm_xargs", "is passed to plug-ins", "", _only({})),
     **_sample("truncate_prompt_tokens", "keeps the last tokens of a prompt", _SHORTEN),
     **_sample("logprob_token_ids prompt_logprob_token_ids flat_logprobs", "chooses log-probabilities", _PICK, _only(False)),
-    **_sample_hf("output_scores output_logits output_attentions output_hidden_states", "returns logits", _LOGITS, _only(False)),
-    **_sample_hf("return_dict_in_generate", "returns more than tokens", _LOGITS, _only(False)),
+    **_sample_hf("output_scores output_logits return_dict_in_generate", "returns logits", _LOGITS, _only(False)),
     **_rows(_REQUEST, _OPENAI, "stream", "yields the output as it comes", _STREAM, _only(False)),
     **_sample_hf("streamer", "prints the output as it comes", _STREAM),
     **_ignored(_REQUEST, _VLLM, "skip_clone skip_reading_prefix_cache stream_interval"),

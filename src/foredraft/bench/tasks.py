@@ -22,7 +22,7 @@ WARM_UP = (
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[Any]:
-    """Prompts of a file: texts, or conversations as ``{"messages": [...], "tools": [...]}``.
+    """Prompts of a file: texts, lists of messages, or ``{"messages": [...], "tools": [...]}``.
 
     Args:
         path: ``.jsonl`` with one of messages (and tools), turns, question, prompt or text a line, or ``.txt`` with a prompt a
@@ -62,7 +62,7 @@ def _checked(prompt: Any, tools: Any, where: str) -> Any:
         check(prompt)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from None
-    return {"messages": prompt, "tools": tools}
+    return {"messages": prompt, "tools": tools} if tools else prompt
 
 
 def encode(llm: LLM, prompts: Sequence[Any], *, raw: bool) -> list[list[int]]:
@@ -79,7 +79,8 @@ def encode(llm: LLM, prompts: Sequence[Any], *, raw: bool) -> list[list[int]]:
         if isinstance(prompt, str) and (raw or not has_template):
             found.append(list(llm.tokenizer(prompt)["input_ids"]))
         else:
-            given: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]} if isinstance(prompt, str) else prompt
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            given: Any = messages if isinstance(messages, dict) else {"messages": messages}
             found.append(list(llm.chat_prompt(**given)["prompt_token_ids"]))
     return found
 

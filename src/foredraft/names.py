@@ -122,7 +122,7 @@ def _ignored(places: tuple[str, ...], library: str, names: str) -> dict[str, Nam
 
 
 _ASSIST = "Use LLM(model, speculative_config={'method': 'lm', 'model': 'DIR'})", "Use --method lm --draft-model DIR"
-_BEAMS = _in_python("There is no beam search. For several samples give n, with logprobs to rank them")
+_BEAMS = "There is no beam search. For several samples give n, with logprobs", "There is no beam search. Leave it out"
 _BITS = "Give the checkpoint as it was before quantisation, in bfloat16 or float32"
 _CODE = "No code of a checkpoint is run here. Choose a model that Transformers supports by itself"
 _CONFIG = "Copy the model's directory and change its config.json"
@@ -136,13 +136,13 @@ _DEVICE = (
 _DO_SAMPLE = "Use temperature: 0 is greedy, above 0 samples", "Use --temperature: 0 is greedy, above 0 samples"
 _ENDS = "Use stop or stop_token_ids, or leave the loop over LLM.stream(prompt)", "Use --stop"
 _EOS = _in_python("Use stop_token_ids, with ignore_eos=True where the model's own must not end it")
-_FREE = _in_python("No output is constrained here. Check the text, or restrict the tokens with allowed_token_ids")
+_FREE = "No output is constrained here. Check the text", "No output is constrained here. Leave it out, and check the text"
 _HEADS = "Use method 'parallel', 'medusa' or 'ctc', with a head trained for it", "Use --method parallel, medusa or ctc"
 _HUB = "Set the environment variable HF_HUB_CACHE"
 _IDS = "Give lists of token ids as prompts, without padding", "Give the text as PROMPT"
 _LENGTH = "Use max_tokens, which counts the output alone", "Use --max-tokens, which counts the output alone"
 _LOGIN = "Run `hf auth login`, or set the environment variable HF_TOKEN"
-_LOGITS = _in_python("Logits are not returned. Log-probabilities are, with SamplingParams(logprobs=5)")
+_LOGITS = "For log-probabilities use SamplingParams(logprobs=5)", "Leave it out. In Python, logprobs=5 gives log-probabilities"
 _LOOKUP = (
     "Use LLM(model, speculative_config={'method': 'ngram', 'num_speculative_tokens': 10})",
     "Use --method ngram --budget 10",
@@ -161,10 +161,11 @@ _PATHS = (
 )
 _PENALTY = _in_python("Use repetition_penalty or frequency_penalty")
 _PICK = _in_python("Use logprobs=-1 or prompt_logprobs=-1, and pick from them")
-_RULE = "Use 'rule': 'block', or another rule that `foredraft methods` lists", "Use --rule"
+_RULE = "Use 'rule': 'block', or another rule that `foredraft methods` lists", "Use --rule block, or another one"
 _SAFE = "Only safetensors are read here. Convert the weights with save_pretrained of Transformers"
 _SHORTEN = "Cut the token ids yourself, and give them as the prompt", "Shorten the prompt"
 _STORED = "Download that revision with `hf download --local-dir DIR`, and give DIR"
+_SO_FAR = "LLM.stream yields the whole output so far. Leave it out", "Leave it out"
 _STREAM = "Use LLM.stream(prompt)", "Leave it out, the text is printed as it comes"
 _TEMPLATE = "Use chat_template_kwargs={'enable_thinking': False}, which takes any name", "Use --chat-template-kwargs JSON"
 _TEXT = "Models read and write text only here. Leave it out"
@@ -249,9 +250,7 @@ NAMES: dict[str, Name] = {
     **_rows(_REQUEST, _BOTH, "logits_processors logits_processor", "changes logits by code", _TOKENS, _only([])),
     **_sample("detokenize", "leaves the text out", _DETOKENIZE, _only(True)),
     **_sample("spaces_between_special_tokens", "spaces special tokens", _DECODE, _only(True)),
-    **_sample(
-        "output_kind", "chooses what a stream yields", _in_python("LLM.stream yields the whole output so far"), _is_cumulative
-    ),
+    **_sample("output_kind", "chooses what a stream yields", _SO_FAR, _is_cumulative),
     **_sample("extra_args vllm_xargs", "is passed to plug-ins", "", _only({})),
     **_sample("truncate_prompt_tokens", "keeps the last tokens of a prompt", _SHORTEN),
     **_sample("logprob_token_ids prompt_logprob_token_ids flat_logprobs", "chooses log-probabilities", _PICK, _only(False)),

@@ -467,6 +467,17 @@ def test_every_command_and_spelling(run: Any, command: str, given: tuple[Any, ..
     assert "spreads a model over devices" in err
 
 
+def test_their_method_in_every_command(run: Any) -> None:
+    """`audit` chooses a tree by the method before it is parsed."""
+    from foredraft.commands import speculative_config
+
+    config = speculative_config(str(TARGET), "draft_model", str(OTHER), None, None, None)
+    assert config == {"method": "lm", "model": str(OTHER)}
+    code, _, err = run("bench", "--methods", "draft_model:nope", "--prompts", "missing.jsonl")
+    assert code == 1
+    assert "unknown tree 'nope'" in err
+
+
 def test_other_unknown_options_are_said_as_before(run: Any) -> None:
     code, _, err = run("generate", "x", "--modle", "y")
     assert code == 2

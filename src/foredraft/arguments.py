@@ -80,7 +80,7 @@ def class_takes_other_names(place: str) -> Callable[[_Class], _Class]:
     return decorate
 
 
-def config_with_our_names(config: Mapping[str, Any]) -> dict[str, Any]:
+def config_with_our_names(config: Mapping[Any, Any]) -> dict[Any, Any]:
     """A speculative config under our own names; keys that no library has are left as they are.
 
     Raises:
@@ -94,7 +94,7 @@ def config_with_our_names(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def translated(
-    place: str, others: Mapping[str, Any], given: Mapping[str, Any], *, own: Iterable[str], said: str
+    place: str, others: Mapping[str, Any], given: Mapping[Any, Any], *, own: Iterable[str], said: str
 ) -> dict[str, Any]:
     """Checks arguments that a function does not have; returns those that it has under another name, by that name.
 
@@ -132,13 +132,13 @@ def _say_ignored(said: str, names: tuple[str, ...]) -> None:
     _log.warning("%s ignores %s: elsewhere this changes speed or memory, and never the output", said, ", ".join(names))
 
 
-def _refused(name: str, value: Any, row: Name, given: Mapping[str, Any]) -> TypeError:
+def _refused(name: str, value: Any, row: Name, given: Mapping[Any, Any]) -> TypeError:
     does = row.does.format(code=code_of(given.get("model")))
     return TypeError(f"{name}={reprlib.repr(value)} is not supported: in {row.library} it {does}. {row.use}")
 
 
 def _misplaced(
-    name: str, value: Any, row: Name | None, given: Mapping[str, Any], *, own: Iterable[str], said: str
+    name: str, value: Any, row: Name | None, given: Mapping[Any, Any], *, own: Iterable[str], said: str
 ) -> TypeError:
     """The error for a name that this place does not have: it has another home, or none."""
     ours = row.means if row and row.means else name

@@ -11,6 +11,7 @@ from typing import Any
 
 from foredraft import methods as tables
 from foredraft import show
+from foredraft.arguments import config_with_our_names
 from foredraft.chat import Template, is_plain
 from foredraft.engine import CompletionOutput, RequestOutput
 from foredraft.llm import LLM, Prompt
@@ -69,6 +70,7 @@ def speculative_config(
     config = {**_json_object(extra, "--speculative-config", '{"num_chains": 2}'), **named, **({"force": True} if force else {})}
     if not config:
         return None
+    config = config_with_our_names(config)
     has_draft_model = model is None or "model" in config or "tree" in config
     return {"method": drafter_for(config.get("model")) if has_draft_model else "suffix", **config}
 

@@ -199,6 +199,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Generates for one prompt or a list, decoded as a batch. Each output is what it would be alone.
 
+        A text is continued as it stands. `chat` puts messages into the format that a chat model was trained on.
+
         Args:
             prompts: one prompt or a list of them.
             sampling_params: one for all or one per prompt; None is `get_default_sampling_params`.

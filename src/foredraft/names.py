@@ -19,7 +19,7 @@ LOAD, SAMPLE, RUN, CHAT, DRAFT = "LLM", "SamplingParams", "generate", "chat", "s
 _REQUEST, _CALL = (SAMPLE, RUN, CHAT), (RUN, CHAT)
 _VLLM, _HF, _BOTH, _OPENAI = "vLLM", "Transformers", "vLLM and Transformers", "the OpenAI API"
 
-Fits = Callable[[Any, Mapping[str, Any]], bool]
+Fits = Callable[[Any, Mapping[Any, Any]], bool]
 """Whether a value, beside all the arguments that are given, can be accepted."""
 
 
@@ -47,7 +47,7 @@ class Name:
     means: str = ""
     ignored: bool = False
 
-    def accepts(self, value: Any, given: Mapping[str, Any]) -> bool:
+    def accepts(self, value: Any, given: Mapping[Any, Any]) -> bool:
         """Whether a value is accepted, beside all the arguments that are given."""
         if value is None or self.ignored:
             return True
@@ -59,7 +59,7 @@ def _only(*values: Any) -> Fits:
     return lambda value, _: type(value) in plain and value in values
 
 
-def _is_bool(value: Any, _: Mapping[str, Any]) -> bool:
+def _is_bool(value: Any, _: Mapping[Any, Any]) -> bool:
     return isinstance(value, bool)
 
 
@@ -81,19 +81,20 @@ def code_of(model: Any) -> str:
     return ", ".join(remote_code(model) or ["Python files"]) + " of the checkpoint"
 
 
-def _runs_nothing(value: Any, given: Mapping[str, Any]) -> bool:
+def _runs_nothing(value: Any, given: Mapping[Any, Any]) -> bool:
     return value is False or remote_code(given.get("model")) == []
 
 
-def _samples_so(value: Any, given: Mapping[str, Any]) -> bool:
-    return value is (given.get("temperature", 1.0) > 0)
+def _samples_so(value: Any, given: Mapping[Any, Any]) -> bool:
+    temperature = given.get("temperature", 1.0)
+    return not isinstance(temperature, int | float) or value is (temperature > 0)  # what it must be is said elsewhere
 
 
-def _is_n(value: Any, given: Mapping[str, Any]) -> bool:
+def _is_n(value: Any, given: Mapping[Any, Any]) -> bool:
     return value == given.get("n", 1)
 
 
-def _is_cumulative(value: Any, _: Mapping[str, Any]) -> bool:
+def _is_cumulative(value: Any, _: Mapping[Any, Any]) -> bool:
     return getattr(value, "name", value) in ("CUMULATIVE", "FINAL_ONLY")
 
 

@@ -204,6 +204,14 @@ def test_calls_of_tools_and_their_results() -> None:
             assert prompt(CALLS, [*HELLO, asked, answer]) == wanted
 
 
+def test_calls_that_the_template_drops_are_refused() -> None:
+    calls = [{"function": {"name": name, "arguments": {"x": 1}}} for name in ("look_up", "add")]
+    asked = {"role": "assistant", "content": "Well", "tool_calls": calls}
+    with pytest.raises(ValueError, match=r"drops the tool calls of message 2 \(look_up, add\)\. Write them into its content"):
+        prompt(CHATML, [*HELLO, asked, said("tool", "4")])
+    assert "look_up:1add:1" in prompt(CALLS, [*HELLO, asked, said("tool", "4")])
+
+
 def test_conversations() -> None:
     assert conversations(HELLO) == [HELLO]
     assert conversations([HELLO, HELLO]) == [HELLO, HELLO]

@@ -88,6 +88,7 @@ def render(tokenizer: Any, messages: Any, template: Template) -> str:
     _check_roles(checked, _source(tokenizer, options))
     text = rendered(checked)
     _check_kept(checked, rendered)
+    _check_calls(checked, text)
     if options.get("tools") and rendered(checked, tools=None) == text:
         raise ValueError("this model's chat template has no tools. Leave tools out, or give a chat_template that has them")
     return text
@@ -278,6 +279,16 @@ def _check_kept(messages: Sequence[dict[str, Any]], rendered: Callable[..., str]
             raise ValueError(
                 f"the chat template drops message {number} (role {message['role']!r}). Leave it out, or say it in a message "
                 "whose role the template knows"
+            )
+
+
+def _check_calls(messages: Sequence[Message], text: str) -> None:
+    for number, message in enumerate(messages, start=1):
+        names = [call.get("function", call)["name"] for call in message.get("tool_calls", ())]
+        if not all(name in text for name in names):
+            raise ValueError(
+                f"the chat template drops the tool calls of message {number} ({', '.join(names)}). Write them into its content, "
+                "or give a chat_template that has them"
             )
 
 

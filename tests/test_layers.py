@@ -10,8 +10,10 @@ import foredraft
 ROOT = Path(foredraft.__file__).parent
 
 LAYERS = [  # lowest first; modules of one line may import each other
-    {"folders", "compiled", "errors", "params", "shape", "plots"},
-    {"tree", "draws", "sampling", "processors", "metrics", "text", "prompts", "progress", "typed"},
+    {"folders", "compiled", "shape", "plots"},
+    {"names"},
+    {"errors", "params", "arguments", "chat", "tree", "draws", "sampling", "processors", "metrics", "text", "prompts"}
+    | {"progress", "typed"},
     {"protocols"},
     {"cache", "calibration"},
     {"models", "grow", "verify"},

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from foredraft.arguments import option_advice
+
 app = typer.Typer(
     name="foredraft",
     help="Language models generate faster, from trees of drafted tokens, without changing what they generate.",
@@ -31,6 +33,9 @@ Model = Annotated[str | None, _option(_MODEL, "Directory or Hub id of the model;
 Dtype = Annotated[str, _option(_MODEL, "auto (the checkpoint's), bfloat16, float16, float32 or float64.")]
 Device = Annotated[str | None, _option(_MODEL, "cpu, cuda, cuda:1, ...; default: CUDA where there is a device.")]
 Revision = Annotated[str | None, _option(_MODEL, "Branch, tag or commit, of a Hub id.")]
+TokenizerDir = Annotated[
+    str | None, typer.Option("--tokenizer", help="Directory or Hub id of another tokenizer.", rich_help_panel=_MODEL)
+]
 Method = Annotated[str | None, _option(_DRAFT, "Drafter: lm, lm-lookup, ngram, suffix, fspad, ...; auto; ar drafts nothing.")]
 DraftModel = Annotated[str | None, _option(_DRAFT, "Directory or Hub id of the draft model, or directory of the head.")]
 Tree = Annotated[str | None, _option(_DRAFT, "How the tree grows: see `foredraft methods`; default auto, the fastest.")]
@@ -44,6 +49,19 @@ TopP = Annotated[float | None, _option(_SAMPLING, "Keep the likeliest tokens wit
 TopK = Annotated[int | None, _option(_SAMPLING, "Keep this many of the likeliest tokens; 0 keeps all.")]
 MinP = Annotated[float | None, _option(_SAMPLING, "Drop tokens below this share of the likeliest one's probability.")]
 MaxTokens = Annotated[int, _option(_SAMPLING, "Most tokens to generate; default 256.")]
+_CHAT = "Chat template"
+ChatTemplate = Annotated[str | None, _option(_CHAT, "A Jinja template or its file; default: the model's.")]
+TemplateKwargs = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="Variables of the template, as JSON.",
+        rich_help_panel=_CHAT,
+        show_default=False,
+    ),
+]
+Tools = Annotated[Path | None, _option(_CHAT, "JSON file with a list of functions that the model may call.")]
 Stop = Annotated[list[str] | None, _option(_SAMPLING, "A string that ends the text; may be given several times.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of sequence.", rich_help_panel=_SAMPLING)]
 Seed = Annotated[int, _option(_SAMPLING, "Equal seeds give equal output; default 0.")]
@@ -56,10 +74,14 @@ def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from standard input.")],
     *,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap PROMPT in the model's chat template.")] = False,
+    tools: Tools = None,
+    chat_template: ChatTemplate = None,
+    chat_template_kwargs: TemplateKwargs = None,
     model: Model = None,
     dtype: Dtype = "auto",
     device: Device = None,
     revision: Revision = None,
+    tokenizer: TokenizerDir = None,
     method: Method = None,
     draft_model: DraftModel = None,
     tree: Tree = None,
@@ -95,22 +117,26 @@ def generate(
         seed=seed,
     )
     choices.check(model, config, sampling)
+    template = choices.template(tools, chat_template, chat_template_kwargs, chat=chat)
     from foredraft import commands
 
-    choice = choices.ModelChoice(model, dtype, device, revision)
-    raise typer.Exit(
-        commands.generate(prompt, choice, config, sampling, choices.Shown(chat=chat, tree=show_tree, json=as_json))
-    )
+    choice = choices.ModelChoice(model, dtype, device, revision, tokenizer)
+    shown = choices.Shown(chat=chat, tree=show_tree, json=as_json)
+    raise typer.Exit(commands.generate(prompt, choice, config, sampling, shown, template))
 
 
 @app.command()
 def chat(
     *,
     system: Annotated[str | None, typer.Option(help="Text of a system message.", show_default=False)] = None,
+    tools: Tools = None,
+    chat_template: ChatTemplate = None,
+    chat_template_kwargs: TemplateKwargs = None,
     model: Model = None,
     dtype: Dtype = "auto",
     device: Device = None,
     revision: Revision = None,
+    tokenizer: TokenizerDir = None,
     method: Method = None,
     draft_model: DraftModel = None,
     tree: Tree = None,
@@ -145,10 +171,12 @@ def chat(
         seed=seed,
     )
     choices.check(model, config, sampling)
+    template = choices.template(tools, chat_template, chat_template_kwargs)
     from foredraft import commands
 
-    choice = choices.ModelChoice(model, dtype, device, revision)
-    raise typer.Exit(commands.chat(system, choice, config, sampling, choices.Shown(chat=True, tree=show_tree)))
+    choice = choices.ModelChoice(model, dtype, device, revision, tokenizer)
+    shown = choices.Shown(chat=True, tree=show_tree)
+    raise typer.Exit(commands.chat(system, choice, config, sampling, shown, template))
 
 
 @app.command()
@@ -608,8 +636,10 @@ def _report_usage(error: Any) -> int:
         return 2
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "foredraft"
-    _say("error", error.format_message())
-    _say("hint", f"`{command} --help` lists what can be given")
+    usual = error.format_message(), f"`{command} --help` lists what can be given"
+    said, hint = option_advice(getattr(error, "option_name", None) or "", command) or usual
+    _say("error", said)
+    _say("hint", hint)
     return 2
 
 

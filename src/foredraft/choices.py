@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from foredraft.arguments import config_with_our_names
+from foredraft.chat import Template
 from foredraft.drafters import DRAFTERS
 from foredraft.errors import unknown_name
 from foredraft.params import SamplingParams
@@ -20,6 +23,7 @@ class ModelChoice:
     dtype: str
     device: str | None
     revision: str | None
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,21 +65,47 @@ def speculative_config(
         raise ValueError(f"--budget must be a whole number or {AUTO}, got {budget!r}")
     nodes = int(budget) if budget not in (None, AUTO) else budget
     named = given(method=method, model=draft_model, tree=tree, num_speculative_tokens=nodes, rule=rule)
-    config = {**_json_object(extra), **named, **({"force": True} if force else {})}
+    config = {**_json_object(extra, "--speculative-config", '{"num_chains": 2}'), **named, **({"force": True} if force else {})}
     again = {"retime": True} if retime else {}
     if not config:
         return again | {"method": AUTO if model is None else "suffix"} if again else None
+    config = config_with_our_names(config)
     has_draft_model = model is None or "model" in config or "tree" in config
     return {"method": drafter_for(config.get("model")) if has_draft_model else "suffix", **config, **again}
 
 
-def _json_object(text: str | None) -> dict[str, Any]:
+def _json_object(text: str | None, option: str, example: str) -> dict[str, Any]:
     try:
         found = json.loads(text) if text is not None else {}
     except json.JSONDecodeError as error:
-        raise ValueError(f"--speculative-config is not JSON ({error}). Example: '{{\"num_chains\": 2}}'") from None
+        raise ValueError(f"{option} is not JSON ({error}). Example: '{example}'") from None
     if not isinstance(found, dict):
-        raise ValueError(f"--speculative-config must be a JSON object, got {text}. Example: '{{\"num_chains\": 2}}'")
+        raise ValueError(f"{option} must be a JSON object, got {text}. Example: '{example}'")
+    return found
+
+
+def template(tools: Path | None, chat_template: str | None, chat_template_kwargs: str | None, *, chat: bool = True) -> Template:
+    """How messages become a prompt, as far as options say it.
+
+    Raises:
+        ValueError: a value is not JSON, or there is one and the prompt does not go through the chat template.
+    """
+    further = _json_object(chat_template_kwargs, "--chat-template-kwargs", '{"enable_thinking": false}')
+    found = given(tools=_tools(tools), chat_template=chat_template, chat_template_kwargs=further or None)
+    if found and not chat:
+        raise ValueError(f"--{min(found).replace('_', '-')} is for the chat template. Give --chat with it")
+    return Template(**found)
+
+
+def _tools(file: Path | None) -> list[Any] | None:
+    if file is None:
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--tools cannot be read ({error}). Give a file with a JSON list of function schemas") from None
+    if not isinstance(found, list):
+        raise ValueError("--tools must be a file with a JSON list of function schemas. Put a single one into [ ]")
     return found
 
 

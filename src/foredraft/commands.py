@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from foredraft import show
+from foredraft.chat import Template, is_plain
 from foredraft.choices import ModelChoice, Shown
 from foredraft.engine import CompletionOutput, RequestOutput
 from foredraft.llm import LLM, Prompt
@@ -18,13 +19,20 @@ INTERRUPTED = 130
 """The exit code of a process that Ctrl-C ended: 128 and the number of the signal."""
 
 
-def generate(prompt: str, choice: ModelChoice, config: dict[str, Any] | None, sampling: dict[str, Any], shown: Shown) -> int:
+def generate(
+    prompt: str,
+    choice: ModelChoice,
+    config: dict[str, Any] | None,
+    sampling: dict[str, Any],
+    shown: Shown,
+    template: Template,
+) -> int:
     """Runs ``foredraft generate``; returns its exit code."""
     text = sys.stdin.read() if prompt == "-" else prompt
     with show.waiting("loading the model"):
         llm = _load(choice, config, seed=sampling["seed"])
         params = replace(llm.get_default_sampling_params(), **sampling)
-        wrapped: Prompt = llm.chat_prompt([{"role": "user", "content": text}]) if shown.chat else text
+        wrapped: Prompt = llm.chat_prompt([{"role": "user", "content": text}], **template) if shown.chat else text
         stream = llm.stream(wrapped, params)
     _note_choice(llm, params)
     if shown.json:
@@ -32,17 +40,26 @@ def generate(prompt: str, choice: ModelChoice, config: dict[str, Any] | None, sa
         found = {"prompt": text, **_result(outcome, shown), "seed": params.seed, "config": _config(llm, choice, params)}
         print(json.dumps(found, ensure_ascii=False))
         return outcome.code
+    if not shown.chat and is_plain(text, llm.tokenizer):
+        show.note("the model has a chat template, which --chat uses; without it PROMPT is continued as it stands")
     return _show_answer(llm, stream, params, shown).code
 
 
-def chat(system: str | None, choice: ModelChoice, config: dict[str, Any] | None, sampling: dict[str, Any], shown: Shown) -> int:
+def chat(
+    system: str | None,
+    choice: ModelChoice,
+    config: dict[str, Any] | None,
+    sampling: dict[str, Any],
+    shown: Shown,
+    template: Template,
+) -> int:
     """Runs ``foredraft chat`` until /exit or the end of input; returns its exit code."""
+    start = [{"role": "system", "content": system}] if system else []
     with show.waiting("loading the model"):
         llm = _load(choice, config, seed=sampling.pop("seed"))
-        llm.chat_prompt([{"role": "user", "content": "?"}])  # says now that there is no chat template
+        llm.chat_prompt([*start, {"role": "user", "content": "?"}], **template)  # says now that there is no chat template
     params = replace(llm.get_default_sampling_params(), **sampling)
     _note_choice(llm, params)
-    start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     show.greet()
     for line in show.lines():
@@ -54,7 +71,7 @@ def chat(system: str | None, choice: ModelChoice, config: dict[str, Any] | None,
         elif line.startswith("/"):
             show.note(f"unknown command {line.split()[0]}: there are /reset and /exit")
         elif line:
-            messages = _turn(llm, messages, line, params, shown)
+            messages = _turn(llm, [*messages, {"role": "user", "content": line}], params, shown, template)
     return 0
 
 
@@ -71,20 +88,22 @@ def _load(choice: ModelChoice, config: dict[str, Any] | None, *, seed: int) -> L
         dtype=choice.dtype,
         device=choice.device,
         revision=choice.revision,
+        tokenizer=choice.tokenizer,
         max_num_seqs=1,
         seed=seed,
     )
 
 
-def _turn(llm: LLM, messages: list[dict[str, str]], line: str, params: SamplingParams, shown: Shown) -> list[dict[str, str]]:
-    """One question and its answer; the conversation stays as it was where the model cannot take the question."""
-    asked = [*messages, {"role": "user", "content": line}]
+def _turn(
+    llm: LLM, asked: list[dict[str, str]], params: SamplingParams, shown: Shown, template: Template
+) -> list[dict[str, str]]:
+    """Answers the last message; the conversation stays as it was before where the model cannot take it."""
     try:
-        stream = llm.stream(llm.chat_prompt(asked), params)
+        stream = llm.stream(llm.chat_prompt(asked, **template), params)
     except ValueError as error:
         show.note(f"error: {error}")
         show.note("hint: /reset forgets the conversation so far")
-        return messages
+        return asked[:-1]
     answer = _show_answer(llm, stream, params, shown).completion
     return [*asked, {"role": "assistant", "content": answer.text if answer else ""}]
 

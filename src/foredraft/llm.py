@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
+from foredraft.arguments import takes_other_names
 from foredraft.auto import SAMPLE_TEXT, Choice, Chooser
 from foredraft.calibration import read_calibration
+from foredraft.chat import Message, Template, conversations, render
 from foredraft.drafters import DRAFTERS, Setting
 from foredraft.drafters.mixed import MixedDrafter
 from foredraft.engine import Engine, Request, RequestOutput
@@ -22,6 +24,7 @@ from foredraft.folders import BUNDLED_TARGET as BUNDLED_TARGET
 from foredraft.grow.base import ByTemperature
 from foredraft.models.checkpoint import ModelError
 from foredraft.models.loading import fingerprint_of, load_generation_config, load_target, load_tokenizer
+from foredraft.names import CHAT, LOAD, RUN
 from foredraft.params import SamplingParams
 from foredraft.progress import progress_bar
 from foredraft.prompts import Prompt, encode, is_list, not_a_prompt
@@ -43,7 +46,7 @@ class LLM:
             in ``model`` (beside the bundled target, of the bundled head), else ``lm``. None is method ``auto`` for the
             bundled target, and method ``suffix``, which needs no weights, for any other. Without ``tree`` or
             ``num_speculative_tokens`` (or with ``"auto"``) the fastest is chosen from measurements, see `foredraft.auto`.
-        tokenizer: a Transformers tokenizer, where `model` is a loaded one.
+        tokenizer: a Transformers tokenizer, or the directory or Hub id of one; None is the tokenizer beside the model.
         dtype: ``auto`` (the checkpoint's), ``bfloat16``, ``float16``, ``float32`` or ``float64``.
         device: None is CUDA where there is a device, else the CPU.
         max_model_len: longest prompt and output together; None is the model's context.
@@ -52,10 +55,14 @@ class LLM:
         seed: of requests without a seed of their own.
         revision: of a Hub id.
 
+    Other names of vLLM and Transformers are accepted, ignored or refused as `foredraft.names` says.
+
     Raises:
         ValueError: something cannot be loaded or does not fit together; the message says what and what to do.
+        TypeError: an argument is unknown, or is one of another library that means nothing here.
     """
 
+    @takes_other_names(LOAD)
     def __init__(
         self,
         model: Any = None,
@@ -76,7 +83,7 @@ class LLM:
             model = BUNDLED_TARGET
         speculation = parse(usual_config(speculative_config, bundled=self._bundled))
         self.target: Any = load_target(model, dtype=dtype, device=device, revision=revision)
-        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model, revision=revision)
+        self.tokenizer = load_tokenizer(model, revision=revision) if tokenizer is None else _given_tokenizer(tokenizer)
         defaults = load_generation_config(model, revision=revision)
         self.eos_ids: list[int] = defaults.pop("eos_token_id")
         self._defaults = {key: value for key, value in defaults.items() if key in SamplingParams.names()}
@@ -178,6 +185,11 @@ class LLM:
         """The sampling that the model's ``generation_config.json`` asks for."""
         return SamplingParams(**self._defaults)
 
+    def get_tokenizer(self) -> Any:
+        """The tokenizer; None where there is none and prompts are token ids."""
+        return self.tokenizer
+
+    @takes_other_names(RUN)
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -186,6 +198,8 @@ class LLM:
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Generates for one prompt or a list, decoded as a batch. Each output is what it would be alone.
+
+        A text is continued as it stands. `chat` puts messages into the format that a chat model was trained on.
 
         Args:
             prompts: one prompt or a list of them.
@@ -209,6 +223,7 @@ class LLM:
                 advance(sum(one.finish_reason is not None for one in running))
         return [request.output() for request in requests]
 
+    @takes_other_names(RUN)
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Generates for one prompt and yields the output so far after every step; the last one is complete.
 
@@ -218,33 +233,36 @@ class LLM:
         [request] = self._requests([prompt], sampling_params)
         return (request.output() for _ in self.engine.run([request]))
 
+    @takes_other_names(CHAT, Template.__annotations__)
     def chat(
         self,
-        messages: Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]],
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool = False,
+        **template: Unpack[Template],
     ) -> list[RequestOutput]:
         """`generate` for one conversation or a list of them, through the model's chat template.
 
         Args:
-            messages: ``[{"role": "user", "content": "..."}, ...]`` or a list of such lists.
+            messages: ``[{"role": "user", "content": "..."}, ...]`` or a list of such lists. A content may be a list of text
+                parts, ``[{"type": "text", "text": "..."}]``.
+            sampling_params: one for all or one per conversation; None is `get_default_sampling_params`.
+            progress: as in `generate`.
+            template: see `foredraft.chat.Template`.
 
         Raises:
-            ValueError: the model has no chat template.
+            ValueError: the model has no chat template, or it cannot take the messages or the tools.
+            TypeError: the messages are no conversation.
         """
-        one = bool(messages) and isinstance(messages[0], Mapping)
-        conversations = [messages] if one else list(messages)
-        prompts = [self.chat_prompt(conversation) for conversation in conversations]  # type: ignore[arg-type]
+        prompts = [self.chat_prompt(one, **template) for one in conversations(messages)]
         return self.generate(prompts, sampling_params, progress=progress)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-        """The prompt of a conversation. Its text carries the template's special tokens, so none are added."""
-        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
-            raise ValueError("this model has no chat template: use generate() with a prompt in the format it was trained on")
-        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return {"prompt": text, "prompt_token_ids": ids}
+    @takes_other_names(CHAT, Template.__annotations__)
+    def chat_prompt(self, messages: Sequence[Message], **template: Unpack[Template]) -> dict[str, Any]:
+        """The prompt of a conversation, see `chat`. Its text carries the template's special tokens, so none are added."""
+        text = render(self.tokenizer, messages, template)
+        return {"prompt": text, "prompt_token_ids": self.tokenizer(text, add_special_tokens=False)["input_ids"]}
 
     def _requests(
         self, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
@@ -340,6 +358,17 @@ def bundled_drafter(name: str) -> Path | None:
     row = DRAFTERS[name]
     folder = BUNDLED / (row.asks or name) if row.weights == "head" else BUNDLED_LM
     return folder if folder.is_dir() else None
+
+
+def _given_tokenizer(tokenizer: Any) -> Any:
+    if isinstance(tokenizer, str | Path):
+        found = load_tokenizer(tokenizer)
+        if found is None:
+            raise ValueError(f"{str(tokenizer)!r} holds no tokenizer. Give a directory with a tokenizer.json, or a Hub id")
+        return found
+    if not callable(tokenizer):
+        raise TypeError(f"tokenizer must be a Transformers tokenizer, or the directory or Hub id of one, got {tokenizer!r}")
+    return tokenizer
 
 
 def _check_count(name: str, value: int) -> None:

@@ -8,10 +8,17 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
+from foredraft.arguments import class_takes_other_names
+from foredraft.names import SAMPLE
 
+
+@class_takes_other_names(SAMPLE)
 @dataclass(frozen=True)
 class SamplingParams:
     """How a request is sampled; names and meanings are vLLM's.
+
+    Other names of vLLM and Transformers are accepted or refused as `foredraft.names` says, and are no fields:
+    ``max_new_tokens`` is ``max_tokens``.
 
     Attributes:
         temperature: 0 is greedy.

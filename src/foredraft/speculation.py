@@ -8,6 +8,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from foredraft.arguments import config_with_our_names
 from foredraft.drafters import DRAFTERS, DrafterRow
 from foredraft.drafters.about import method_of
 from foredraft.drafters.options import check_options
@@ -123,6 +124,7 @@ def parse(config: Any) -> Speculation | None:
     """
     if not isinstance(config, Mapping):
         raise TypeError(f"speculative_config must be a dict such as {{'method': 'lm', 'model': 'DIR'}}, got {config!r}")
+    config = config_with_our_names(config)
     for key in ("method", "tree", "rule"):
         if not isinstance(config.get(key), str | None):
             raise TypeError(f"{key} must be a name, got {config[key]!r}; `foredraft methods` lists them")

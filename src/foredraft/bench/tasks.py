@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from foredraft.chat import check
 from foredraft.llm import LLM
 
 _KEYS = ("messages", "turns", "question", "prompt", "text")
@@ -21,14 +22,15 @@ WARM_UP = (
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[Any]:
-    """Prompts of a file: texts, or conversations as lists of messages.
+    """Prompts of a file: texts, lists of messages, or ``{"messages": [...], "tools": [...]}``.
 
     Args:
-        path: ``.jsonl`` with one of messages, turns, question, prompt or text a line, or ``.txt`` with a prompt a line.
+        path: ``.jsonl`` with one of messages (and tools), turns, question, prompt or text a line, or ``.txt`` with a prompt a
+            line.
         limit: at most so many, taken at equal distances over the file, so that every category of it is there.
 
     Raises:
-        ValueError: there is no such file, or a line has no prompt.
+        ValueError: there is no such file, or a line has no prompt, or messages that are incomplete.
     """
     if not path.is_file():
         raise ValueError(f"no prompts: {str(path)!r} is not a file. Give a .jsonl or .txt file as --prompts")
@@ -49,8 +51,18 @@ def _prompt_of(line: str, where: str) -> Any:
         raise ValueError(f"{where}: not JSON ({error}). Each line of a .jsonl file is one JSON object") from None
     for key in _KEYS:
         if isinstance(row, dict) and row.get(key):
-            return row[key][0] if key == "turns" else row[key]
+            return _checked(row[key][0] if key == "turns" else row[key], row.get("tools"), where)
     raise ValueError(f"{where}: no prompt. Each line needs one of the keys {', '.join(_KEYS)}")
+
+
+def _checked(prompt: Any, tools: Any, where: str) -> Any:
+    if isinstance(prompt, str):
+        return prompt
+    try:
+        check(prompt)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {error}") from None
+    return {"messages": prompt, "tools": tools} if tools else prompt
 
 
 def encode(llm: LLM, prompts: Sequence[Any], *, raw: bool) -> list[list[int]]:
@@ -68,7 +80,8 @@ def encode(llm: LLM, prompts: Sequence[Any], *, raw: bool) -> list[list[int]]:
             found.append(list(llm.tokenizer(prompt)["input_ids"]))
         else:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            found.append(list(llm.chat_prompt(messages)["prompt_token_ids"]))
+            given: Any = messages if isinstance(messages, dict) else {"messages": messages}
+            found.append(list(llm.chat_prompt(**given)["prompt_token_ids"]))
     return found
 
 

@@ -93,6 +93,7 @@ def generate(prompt: str, choice: ModelChoice, config: dict[str, Any] | None, sa
         outcome = _consume(stream, None)
         found = {"prompt": text, **_result(outcome, shown), "seed": params.seed, "config": _config(llm, choice, params)}
         print(json.dumps(found, ensure_ascii=False))
+        _say_failure(outcome)
         return outcome.code
     return _show_answer(llm, stream, params, shown).code
 
@@ -150,6 +151,8 @@ def _turn(llm: LLM, messages: list[dict[str, str]], line: str, params: SamplingP
         show.note("hint: /reset forgets the conversation so far")
         return messages
     answer = _show_answer(llm, stream, params, shown).completion
+    if answer is not None and answer.error is not None:
+        return messages
     return [*asked, {"role": "assistant", "content": answer.text if answer else ""}]
 
 
@@ -180,7 +183,17 @@ def _consume(stream: Iterator[RequestOutput], screen: show.Screen | None) -> _Ou
                     screen.update(one)
     except KeyboardInterrupt:
         code = INTERRUPTED
-    return _Outcome(output, drawn, code)
+    failed = output is not None and any(one.error is not None for one in output.outputs)
+    return _Outcome(output, drawn, code or int(failed))
+
+
+def _say_failure(outcome: _Outcome) -> None:
+    """What ended an output with an error, on standard error."""
+    one = outcome.completion
+    if one is not None and one.error is not None:
+        said, _, advice = one.error.partition(". ")
+        show.note(f"error: {said}")
+        show.note(f"hint: {advice}")
 
 
 def _show_answer(llm: LLM, stream: Iterator[RequestOutput], params: SamplingParams, shown: Shown) -> _Outcome:
@@ -191,7 +204,8 @@ def _show_answer(llm: LLM, stream: Iterator[RequestOutput], params: SamplingPara
     if outcome.completion is not None:
         if shown.tree:
             show.print_tree(llm.tokenizer, outcome.drawn)
-        show.note(show.summary(outcome.completion) + (" (interrupted)" if outcome.code else ""))
+        show.note(show.summary(outcome.completion) + (" (interrupted)" if outcome.code == INTERRUPTED else ""))
+    _say_failure(outcome)
     return outcome
 
 
@@ -204,6 +218,7 @@ def _result(outcome: _Outcome, shown: Shown) -> dict[str, Any]:
         "kinds": one.kinds if one else [],
         "finish_reason": one.finish_reason if one else None,
         "stop_reason": one.stop_reason if one else None,
+        "error": one.error if one else None,
         "metrics": asdict(one.metrics) if one else {},
     }
     if outcome.output is not None:

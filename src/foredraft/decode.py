@@ -50,6 +50,8 @@ class Continuation:
         text: the output's text so far.
         kinds: per output token ``accepted``, ``recovered``, ``bonus``, or ``plain`` where nothing was drafted.
         cache, prompt_features: of the target; kept from an output with the same prompt where there was one before.
+        finish_reason: ``stop``, ``length`` or ``error``; None while it runs.
+        error: why it ended with ``error``.
         last_tree, last_path: of the latest step, to be shown.
     """
 
@@ -73,6 +75,7 @@ class Continuation:
     cumulative_logprob: float = 0.0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    error: str | None = None
     last_tree: DraftTree | None = None
     last_path: list[int] = field(default_factory=list)
 
@@ -236,9 +239,17 @@ def hand_over(wave: Sequence[Continuation], next_wave: Sequence[Continuation]) -
 
 
 def settle(one: Continuation, law: TargetLaw, tokens: Sequence[int], verdict: Verdict) -> int:
-    """Commits the tokens of a step one by one, up to the first that ends the output. Returns how many reached the output."""
+    """Commits the tokens of a step one by one, up to the first that ends the output. Returns how many reached the output.
+
+    An output also ends before a token that no law could give; see `TargetLaw`.
+    """
     nodes = [0, *verdict.path]  # the token after nodes[j] is tokens[j]
     for count, (node, token) in enumerate(zip(nodes, tokens, strict=True), start=1):
+        failure = law.failure(node)
+        if failure is not None:
+            one.finish_reason, one.error = "error", f"no token can follow token {len(one.token_ids)} of the text: {failure}"
+            one.text.flush()
+            return count - 1
         one.token_ids.append(token)
         one.kinds.append("accepted" if node != nodes[-1] else verdict.kind)
         if one.sampling.logprobs is not None:
@@ -283,13 +294,13 @@ def part(batch: TreeBatch, b: int) -> slice:
 
 def record(one: Continuation, tree: DraftTree | None, verdict: Verdict, count: int, **seconds: float) -> StepRecord:
     """The record of one request's step (without a tree, of plain decoding), of whose tokens `count` reached the output."""
-    ended_early = count <= len(verdict.path)
+    ended_early, failed = count <= len(verdict.path), one.finish_reason == "error"
     accepted = min(count, len(verdict.path))
     return StepRecord(
         num_draft_tokens=0 if tree is None else tree.num_nodes - 1,
         num_accepted_tokens=accepted,
         depth=accepted if tree is None or ended_early else int(tree.depths.max()),
-        kind="accepted" if ended_early else verdict.kind,
+        kind="error" if failed else "accepted" if ended_early else verdict.kind,
         branched=tree is not None and any(len(siblings) > 1 for siblings in tree.children),
         tv_bounds=verdict.tv_bounds[:count],
         **seconds,

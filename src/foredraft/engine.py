@@ -23,8 +23,10 @@ class CompletionOutput:
 
     Attributes:
         token_ids: generated ids, the one that ended the output included.
-        finish_reason: ``stop`` or ``length``; None while it is running.
+        finish_reason: ``stop``, ``length`` or ``error``; None while it is running.
         stop_reason: the stop string or stop token id that ended it; None at an end of sequence or at the length limit.
+        error: why it ended with ``error``: its parameters left no token that could follow, or the model's logits were not
+            numbers. The tokens before stand. None for every other end. Other outputs of the batch are not affected.
         logprobs: per token, the asked number of likeliest tokens and the token itself.
         kinds: per token ``accepted``, ``recovered``, ``bonus`` or ``plain``.
         records: what its steps did; `metrics` sums them up.
@@ -42,6 +44,7 @@ class CompletionOutput:
     records: list[StepRecord] = field(repr=False)
     last_tree: DraftTree | None = field(default=None, repr=False)
     last_path: list[int] = field(default_factory=list)
+    error: str | None = None
 
     @cached_property
     def metrics(self) -> Metrics:
@@ -106,7 +109,19 @@ def _completion(index: int, one: Continuation) -> CompletionOutput:
         records=list(one.records),
         last_tree=one.last_tree,
         last_path=list(one.last_path),
+        error=one.error,
     )
+
+
+def require_whole(results: Sequence[RequestOutput]) -> None:
+    """Checks that every output came to its end, where figures are made of them.
+
+    Raises:
+        ValueError: one ended with an error.
+    """
+    for out in (out for result in results for out in result.outputs):
+        if out.error is not None:
+            raise ValueError(out.error)
 
 
 class Engine:

@@ -32,6 +32,7 @@ from foredraft.drafters import DRAFTERS
 from foredraft.drafters.along import AskedAlong
 from foredraft.drafters.lookup_first import LookupFirst
 from foredraft.draws import Draws
+from foredraft.engine import require_whole
 from foredraft.grow.acceptance import AcceptanceTable, Trial, conditional
 from foredraft.grow.base import GREEDY_DRAFT_TEMPERATURE
 from foredraft.llm import BUNDLED, LLM
@@ -190,6 +191,7 @@ def curve(
 def acceptance_length(llm: LLM, prompts: Sequence[list[int]], temperature: float, max_tokens: int) -> float:
     """Tokens a step over all prompts."""
     results = llm.generate(list(prompts), SamplingParams(temperature=temperature, max_tokens=max_tokens))
+    require_whole(results)
     return round(summarize([record for one in results for out in one.outputs for record in out.records]).acceptance_length, 4)
 
 

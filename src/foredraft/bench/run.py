@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from foredraft.drafters import DRAFTERS
+from foredraft.engine import require_whole
 from foredraft.llm import LLM
 from foredraft.metrics import StepRecord
 from foredraft.params import SamplingParams
@@ -101,10 +102,12 @@ class Ours:
         device = self._llm.target.device
         with peak_memory(device) as peak:
             began = perf_counter()
-            outputs = [one.outputs[0] for one in self._llm.generate(list(prompts), list(sampling))]
+            results = self._llm.generate(list(prompts), list(sampling))
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds = perf_counter() - began
+        require_whole(results)
+        outputs = [one.outputs[0] for one in results]
         longest = max(outputs, key=lambda one: len(one.records)).metrics  # took part in every step of the batch
         return Outcome(
             seconds,

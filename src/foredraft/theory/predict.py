@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from foredraft.bench import tasks
 from foredraft.drafters.along import AskedAlong
-from foredraft.engine import CompletionOutput
+from foredraft.engine import CompletionOutput, require_whole
 from foredraft.grow.base import draft_sampling
 from foredraft.llm import LLM
 from foredraft.params import SamplingParams
@@ -179,7 +179,9 @@ def predict(texts: Texts, *, lookahead: int, drafts: Sequence[int]) -> Predictio
                     "what a head drafts behind its own drafts depends on where its round began, which no law along the text "
                     f"says (lookahead {lookahead}): use --lookahead 1, or a draft model"
                 )
-            for result in llm.generate(prompts, sampling):
+            results = llm.generate(prompts, sampling)
+            require_whole(results)
+            for result in results:
                 p, q = laws_of(drafter, result.prompt_token_ids, result.outputs[0].token_ids, sampling)
                 found.append(compare(p, q, result.outputs[0], count, lookahead))
                 distances += found[-1].text.distance / len(prompts) / len(drafts)

@@ -12,7 +12,7 @@ from foredraft import methods as tables
 from foredraft import show
 from foredraft.engine import CompletionOutput, RequestOutput
 from foredraft.llm import LLM, Prompt
-from foredraft.params import SamplingParams
+from foredraft.params import RANDOM_SEED, SamplingParams
 from foredraft.speculation import AUTO, drafter_for
 
 INTERRUPTED = 130
@@ -91,7 +91,8 @@ def generate(prompt: str, choice: ModelChoice, config: dict[str, Any] | None, sa
         stream = llm.stream(wrapped, params)
     if shown.json:
         outcome = _consume(stream, None)
-        found = {"prompt": text, **_result(outcome, shown), "seed": params.seed, "config": _config(llm, choice, params)}
+        seed = outcome.output.seed if outcome.output else params.seed
+        found = {"prompt": text, **_result(outcome, shown), "seed": seed, "config": _config(llm, choice, params)}
         print(json.dumps(found, ensure_ascii=False))
         _say_failure(outcome)
         return outcome.code
@@ -102,12 +103,15 @@ def chat(system: str | None, choice: ModelChoice, config: dict[str, Any] | None,
     """Runs ``foredraft chat`` until /exit or the end of input; returns its exit code."""
     SamplingParams(**sampling)
     with show.waiting("loading the model"):
-        llm = _load(choice, config, seed=sampling.pop("seed"))
+        seed = sampling.pop("seed")
+        llm = _load(choice, config, seed=seed)
         llm.chat_prompt([{"role": "user", "content": "?"}])  # says now that there is no chat template
     params = replace(llm.get_default_sampling_params(), **sampling)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     show.greet()
+    if seed == RANDOM_SEED:
+        show.note(f"seed {llm.seed}: --seed {llm.seed} repeats this conversation")
     for line in show.lines():
         if line == "/exit":
             break
@@ -204,7 +208,9 @@ def _show_answer(llm: LLM, stream: Iterator[RequestOutput], params: SamplingPara
     if outcome.completion is not None:
         if shown.tree:
             show.print_tree(llm.tokenizer, outcome.drawn)
-        show.note(show.summary(outcome.completion) + (" (interrupted)" if outcome.code == INTERRUPTED else ""))
+        interrupted = " (interrupted)" if outcome.code == INTERRUPTED else ""
+        seed = f", seed {outcome.output.seed}" if outcome.output and params.seed == RANDOM_SEED else ""
+        show.note(show.summary(outcome.completion) + seed + interrupted)
     _say_failure(outcome)
     return outcome
 

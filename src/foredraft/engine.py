@@ -9,8 +9,9 @@ from typing import Any
 
 from foredraft.decode import Continuation, Logprob, Steps, autoregressive, hand_over, paced, speculative
 from foredraft.draws import Draws, hash_seed
+from foredraft.errors import shown
 from foredraft.metrics import Metrics, StepRecord, summarize
-from foredraft.params import SamplingParams
+from foredraft.params import SamplingParams, used_seed
 from foredraft.processors import prefix_processors
 from foredraft.protocols import AcceptanceRule, Budget, Drafter, Target
 from foredraft.text import TextStream, bad_word_ids
@@ -58,6 +59,8 @@ class RequestOutput:
 
     Attributes:
         prompt: as given, if it was text.
+        seed: of its random numbers: `SamplingParams.seed`, or what was taken in its place where that is None or -1. A request
+            with this seed gives the same outputs.
     """
 
     request_id: str
@@ -66,6 +69,7 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None
     outputs: list[CompletionOutput]
     finished: bool
+    seed: int = 0
 
     @cached_property
     def metrics(self) -> Metrics:
@@ -82,6 +86,7 @@ class Request:
     prompt_ids: list[int]
     sampling: SamplingParams
     continuations: list[Continuation] = field(default_factory=list)
+    seed: int = 0
 
     def output(self) -> RequestOutput:
         """What there is so far."""
@@ -92,6 +97,7 @@ class Request:
             prompt_logprobs=self.continuations[0].prompt_logprobs,
             outputs=[_completion(index, one) for index, one in enumerate(self.continuations)],
             finished=all(one.finish_reason is not None for one in self.continuations),
+            seed=self.seed,
         )
 
 
@@ -165,8 +171,8 @@ class Engine:
             ValueError: the prompt is empty, too long or holds unknown ids, or the parameters need a tokenizer.
         """
         self._check(prompt_ids, sampling)
-        request = Request(self._num_requests, prompt, list(prompt_ids), sampling)
-        seed = sampling.seed if sampling.seed is not None else hash_seed(self._seed, self._num_requests)
+        seed = hash_seed(self._seed, self._num_requests) if sampling.seed is None else used_seed(sampling.seed)
+        request = Request(self._num_requests, prompt, list(prompt_ids), sampling, seed=seed)
         self._num_requests += 1
         request.continuations = [self._continuation(request, hash_seed(seed, i)) for i in range(sampling.n)]
         return request
@@ -240,7 +246,7 @@ class Engine:
         for where, ids in named.items():
             wrong = [one for one in ids if not 0 <= one < vocab_size]
             if wrong:
-                raise ValueError(f"token id {wrong[0]} in {where} is outside the vocabulary (0 to {vocab_size - 1})")
+                raise ValueError(f"token id {shown(wrong[0])} in {where} is outside the vocabulary (0 to {vocab_size - 1})")
         if self.tokenizer is None and (sampling.stop_strings or sampling.bad_words):
             raise ValueError("stop strings and bad_words need a tokenizer, and this model has none: use stop_token_ids")
         most = max(sampling.logprobs or 0, sampling.prompt_logprobs or 0)

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from functools import cache
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from foredraft.auto import SAMPLE_TEXT, Choice, Chooser
+from foredraft.cache import check_pool
 from foredraft.calibration import read_calibration
 from foredraft.drafters import DRAFTERS, Setting
 from foredraft.drafters.mixed import MixedDrafter
 from foredraft.engine import Engine, Request, RequestOutput
+from foredraft.errors import plain_scalar, shown, whole_number
 from foredraft.grow import ByTemperature
 from foredraft.models.checkpoint import ModelError
 from foredraft.models.loading import fingerprint_of, load_generation_config, load_target, load_tokenizer
-from foredraft.params import SamplingParams
+from foredraft.params import MAX_COUNT, SamplingParams, check_seed, used_seed
 from foredraft.progress import progress_bar
 from foredraft.prompts import Prompt, encode, is_list, not_a_prompt
 from foredraft.protocols import Budget
@@ -26,6 +29,9 @@ from foredraft.speculation import AUTO, MAX_DEPTH, PLAIN, Speculation, Way, pars
 from foredraft.verify import for_sampled
 
 DEFAULT_NUM_SEQS = 8
+
+MAX_NUM_SEQS = 4096
+"""Outputs decoded at once, at most: each has its place in every cache from the start, used or not."""
 
 BUNDLED = Path(__file__).parent / "bundled"
 BUNDLED_TARGET = BUNDLED / "chat-14m"
@@ -50,7 +56,8 @@ class LLM:
         max_model_len: longest prompt and output together; None is the model's context.
         max_num_seqs: outputs decoded at once; more wait. An automatic choice of the tree is made for so many. None is room
             for 8, with the choice made for one at a time.
-        seed: of requests without a seed of their own.
+        seed: of requests without a seed of their own, 0 to 2**64 - 1. -1 takes one from the operating system; the attribute
+            `seed` says which.
         revision: of a Hub id.
 
     Raises:
@@ -71,7 +78,8 @@ class LLM:
         revision: str | None = None,
     ):
         if max_num_seqs is not None:
-            _check_count("max_num_seqs", max_num_seqs)
+            max_num_seqs = _check_count("max_num_seqs", max_num_seqs, MAX_NUM_SEQS, "more prompts wait for their turn")
+        self.seed = used_seed(check_seed(seed))
         self._bundled = model is None
         if self._bundled:
             model = BUNDLED_TARGET
@@ -86,7 +94,8 @@ class LLM:
         except (ValueError, TypeError) as error:
             raise ValueError(f"the model's generation_config.json cannot be used: {error}; correct it or delete it") from None
         self.max_model_len = self._context(max_model_len)
-        self.max_num_seqs, self._seed = max_num_seqs or DEFAULT_NUM_SEQS, seed
+        self.max_num_seqs = max_num_seqs or DEFAULT_NUM_SEQS
+        check_pool(self.target, self.max_num_seqs)
         self._usual_num_seqs = max_num_seqs or 1
         self._draft_models: dict[str, Any] = {}
         self._fingerprint = cache(lambda: fingerprint_of(model, revision))
@@ -135,7 +144,7 @@ class LLM:
             max_nodes=lambda sampling: nodes["sampled" if sampling.temperature > 0 else "greedy"],
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
-            seed=self._seed,
+            seed=self.seed,
             eos_ids=self.eos_ids,
         )
 
@@ -263,7 +272,7 @@ class LLM:
     def _context(self, max_model_len: int | None) -> int:
         if max_model_len is None:
             return self.target.max_len
-        _check_count("max_model_len", max_model_len)
+        max_model_len = _check_count("max_model_len", max_model_len, MAX_COUNT, "no model's context is longer")
         if max_model_len > self.target.max_len:
             raise ValueError(f"max_model_len {max_model_len} exceeds the model's context of {self.target.max_len}")
         return max_model_len
@@ -342,6 +351,8 @@ def bundled_drafter(name: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
+def _check_count(name: str, value: Any, most: int, why: str) -> int:
+    value = plain_scalar(value)
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be a whole number, at least 1, got {shown(value)}")
+    return whole_number(name, value, 1, most, why)

@@ -15,7 +15,7 @@ from foredraft.drafters import DRAFTERS
 from foredraft.engine import require_whole
 from foredraft.llm import LLM
 from foredraft.metrics import StepRecord
-from foredraft.params import SamplingParams
+from foredraft.params import MAX_SEED, SamplingParams
 from foredraft.speculation import AUTO, PLAIN, drafter_for
 from foredraft.typed import option
 
@@ -170,4 +170,5 @@ def measure(
 def _seeded(sampling: SamplingParams, first: int, count: int) -> list[SamplingParams]:
     """Each prompt has its own seed, the same for every method."""
     given = {name: getattr(sampling, name) for name in SamplingParams.names()}
-    return [SamplingParams(**{**given, "seed": (sampling.seed or 0) + first + i}) for i in range(count)]
+    seeds = [((sampling.seed or 0) + first + i) % (MAX_SEED + 1) for i in range(count)]
+    return [SamplingParams(**{**given, "seed": seed}) for seed in seeds]

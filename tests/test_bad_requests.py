@@ -250,3 +250,130 @@ def test_used_and_checked_seeds() -> None:
     assert used_seed(5) == 5
     assert check_seed(np.int64(-1)) == -1
     assert len({used_seed(-1) for _ in range(50)}) == 50
+
+
+# --- Prompts
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kind", "said"),
+    [
+        ({"prompt_token_ids": "abc"}, TypeError, "prompt_token_ids must be a list of token ids (whole numbers), got 'abc'"),
+        ({"prompt_token_ids": 5}, TypeError, "prompt_token_ids must be a list of token ids"),
+        ({"prompt_token_ids": [1, "2"]}, TypeError, "prompt_token_ids must be a list of token ids"),
+        ({"prompt_token_ids": b"abc"}, TypeError, "prompt_token_ids must be a list of token ids"),
+        ({"prompt_token_ids": [1], "prompt": 3}, TypeError, "'prompt' must be a str beside prompt_token_ids, got 3"),
+        ({"prompt": "a", "multi_modal_data": {"image": 1}}, TypeError, "a prompt cannot have 'multi_modal_data' (only text"),
+        ({"prompt": "a", "mm_processor_kwargs": {}}, TypeError, "a prompt cannot have 'mm_processor_kwargs' (only text"),
+        ({"prompts": "a"}, TypeError, "a prompt cannot have 'prompts' (unknown key). Allowed keys: prompt, prompt_token_ids"),
+        ({"role": "user", "content": "a"}, TypeError, "a prompt cannot have 'role' (unknown key)"),
+        ({}, TypeError, "a prompt is a str, a list of token ids"),
+        ({"prompt": None}, TypeError, "a prompt is a str, a list of token ids"),
+        ({"prompt": 5}, TypeError, "a prompt is a str, a list of token ids"),
+        ({"prompt": ""}, ValueError, "the prompt is empty"),
+        ("", ValueError, "the prompt is empty"),
+        ([[]], ValueError, "the prompt is empty"),
+        (3, TypeError, "a prompt is a str, a list of token ids (whole numbers) or {'prompt_token_ids': [...]}, got 3"),
+        (None, TypeError, "a prompt is a str"),
+        (b"abc", TypeError, "a prompt is a str"),
+        (bytearray(b"abc"), TypeError, "a prompt is a str"),
+        ([None], TypeError, "a prompt is a str"),
+        ([True], TypeError, "a prompt is a str"),
+        ([1, "a"], TypeError, "a prompt is a str"),
+        (["a", 1], TypeError, "a prompt is a str"),
+        ([1.5], TypeError, "a prompt is a str"),
+        ({"a"}, TypeError, "a prompt is a str"),
+        (np.array([1, 2]), TypeError, "Use .tolist() on an array or a tensor"),
+        (["x"] * 3 + [object()] * 10**5, TypeError, "a prompt is a str"),
+        ("a\ud800b", ValueError, "the prompt is not valid text: character 2 is the lone surrogate U+D800"),
+        ({"prompt": "\udce9"}, ValueError, "the prompt is not valid text: character 1 is the lone surrogate U+DCE9"),
+        ([10**30], ValueError, "token id 1000000000000000000000000000000 in the prompt is outside the vocabulary"),
+        ([-1], ValueError, "token id -1 in the prompt is outside the vocabulary"),
+    ],
+)
+def test_prompts_of_wrong_kinds(prompt: Any, kind: type[Exception], said: str) -> None:
+    with pytest.raises(kind) as caught:
+        llm().generate(prompt, SamplingParams(max_tokens=1))
+    assert said in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        {"prompt_token_ids": [5, 6]},
+        {"prompt_token_ids": [5, 6], "prompt": "shown", "multi_modal_data": None},
+        {"prompt_token_ids": (5, 6), "prompt": None},
+        [np.int64(5), np.int64(6)],
+        (5, 6),
+        range(5, 7),
+    ],
+)
+def test_prompts_of_right_kinds(prompt: Any) -> None:
+    [found] = llm().generate(prompt, SamplingParams(max_tokens=1))
+    assert found.prompt_token_ids == [5, 6]
+
+
+@pytest.mark.parametrize("given", [{"temperature": 0}, 3, "greedy", [SamplingParams(), None]])
+def test_sampling_params_of_wrong_kinds(given: Any) -> None:
+    with pytest.raises(TypeError, match="sampling_params must be a SamplingParams or a list of them, got"):
+        llm().generate([STORY, STORY], given)
+
+
+@pytest.mark.parametrize("name", ["stop", "bad_words"])
+def test_surrogates_in_other_texts(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is not valid text: character 3"):
+        SamplingParams(**{name: ["ok", "ab\udfff"]})
+
+
+def test_surrogates_on_the_command_line(run: Run) -> None:
+    for given in (["generate", "caf\udce9"], ["generate", "caf\udce9", "--chat"], ["generate", "-"]):
+        code, out, err = run(*given, "--model", MODEL, stdin="caf\udce9")
+        assert (code, out) == (1, "")
+        assert "error: the prompt is not valid text: character 4 is the lone surrogate U+DCE9" in err
+        assert "hint: Give it in UTF-8; on the command line set a UTF-8 locale" in err
+    code, _, err = run(*PLAIN, "--stop", "\udce9")
+    assert code == 1 and "error: stop is not valid text" in err
+    code, _, err = run("chat", "--system", "\udce9", "--method", "ar")
+    assert code == 1 and "error: --system is not valid text" in err
+    code, _, err = run("chat", "--method", "ar", "--max-tokens", 2, "--temperature", 0, stdin="caf\udce9\n/exit\n")
+    assert code == 0 and "error: the question is not valid text" in err
+
+
+# --- What advice names can be done where it is read
+
+
+@pytest.fixture(scope="module")
+def without_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    import shutil
+
+    directory = tmp_path_factory.mktemp("bare") / "model"
+    shutil.copytree(MODEL, directory)
+    for file in directory.glob("*token*"):
+        file.unlink()
+    return str(directory)
+
+
+def test_a_model_without_a_tokenizer(run: Run, without_tokenizer: str) -> None:
+    given = ["generate", STORY, "--model", without_tokenizer, "--method", "ar"]
+    code, _, err = run(*given)
+    assert code == 1 and "error: this model has no tokenizer\n" in err
+    assert "hint: copy its files (tokenizer.json, tokenizer_config.json) into the model's directory" in err
+    with pytest.raises(ValueError, match="bad_words need a tokenizer, and this model has none: copy its files"):
+        LLM(without_tokenizer, {"method": "ar"}).generate([5], SamplingParams(bad_words=["a"]))
+
+
+def test_a_prompt_that_is_too_long(run: Run) -> None:
+    """The command line has no option for the context, so that none is advised."""
+    code, _, err = run("generate", "-", "--model", MODEL, "--method", "ar", stdin="a " * 3000)
+    assert code == 1 and "hint: shorten the prompt\n" in err
+    short = LLM(MODEL, {"method": "ar"}, max_model_len=8)
+    with pytest.raises(ValueError, match=r"shorten the prompt, or raise max_model_len \(at most \d+\)"):
+        short.generate([5] * 20)
+
+
+def test_a_model_without_a_chat_template(run: Run) -> None:
+    code, _, err = run("generate", STORY, "--chat", "--model", MODEL, "--method", "ar")
+    assert (
+        code == 1 and "hint: give a prompt in the format that it was trained on, to `foredraft generate` without --chat" in err
+    )

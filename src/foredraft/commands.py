@@ -11,6 +11,7 @@ from typing import Any
 from foredraft import methods as tables
 from foredraft import show
 from foredraft.engine import CompletionOutput, RequestOutput
+from foredraft.errors import check_text
 from foredraft.llm import LLM, Prompt
 from foredraft.params import RANDOM_SEED, SamplingParams
 from foredraft.speculation import AUTO, drafter_for
@@ -82,7 +83,8 @@ def _json_object(text: str | None) -> dict[str, Any]:
 
 def generate(prompt: str, choice: ModelChoice, config: dict[str, Any] | None, sampling: dict[str, Any], shown: Shown) -> int:
     """Runs ``foredraft generate``; returns its exit code."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _read_stdin() if prompt == "-" else prompt
+    check_text("the prompt", text)
     SamplingParams(**sampling)  # says what is wrong with them before anything is loaded
     with show.waiting("loading the model"):
         llm = _load(choice, config, seed=sampling["seed"])
@@ -99,6 +101,13 @@ def generate(prompt: str, choice: ModelChoice, config: dict[str, Any] | None, sa
     return _show_answer(llm, stream, params, shown).code
 
 
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not text in {error.encoding} ({error.reason}). Give it in that encoding") from None
+
+
 def chat(system: str | None, choice: ModelChoice, config: dict[str, Any] | None, sampling: dict[str, Any], shown: Shown) -> int:
     """Runs ``foredraft chat`` until /exit or the end of input; returns its exit code."""
     SamplingParams(**sampling)
@@ -108,6 +117,7 @@ def chat(system: str | None, choice: ModelChoice, config: dict[str, Any] | None,
         llm.chat_prompt([{"role": "user", "content": "?"}])  # says now that there is no chat template
     params = replace(llm.get_default_sampling_params(), **sampling)
     start = [{"role": "system", "content": system}] if system else []
+    check_text("--system", system or "")
     messages = list(start)
     show.greet()
     if seed == RANDOM_SEED:
@@ -149,6 +159,7 @@ def _turn(llm: LLM, messages: list[dict[str, str]], line: str, params: SamplingP
     """One question and its answer; the conversation stays as it was where the model cannot take the question."""
     asked = [*messages, {"role": "user", "content": line}]
     try:
+        check_text("the question", line)
         stream = llm.stream(llm.chat_prompt(asked), params)
     except ValueError as error:
         show.note(f"error: {error}")

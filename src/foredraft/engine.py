@@ -233,9 +233,11 @@ class Engine:
         if not prompt_ids:
             raise ValueError("the prompt is empty: give at least one token")
         if len(prompt_ids) >= self.max_model_len:
+            longest = self.target.max_len
+            more = f", or raise max_model_len (at most {longest})" if self.max_model_len < longest else ""
             raise ValueError(
                 f"the prompt has {len(prompt_ids)} tokens, but the context of {self.max_model_len} must also hold an output: "
-                "shorten the prompt or raise max_model_len (at most the model's own context)"
+                f"shorten the prompt{more}"
             )
         named = {
             "the prompt": prompt_ids,
@@ -248,7 +250,10 @@ class Engine:
             if wrong:
                 raise ValueError(f"token id {shown(wrong[0])} in {where} is outside the vocabulary (0 to {vocab_size - 1})")
         if self.tokenizer is None and (sampling.stop_strings or sampling.bad_words):
-            raise ValueError("stop strings and bad_words need a tokenizer, and this model has none: use stop_token_ids")
+            raise ValueError(
+                "stop strings and bad_words need a tokenizer, and this model has none: copy its files into the model's "
+                "directory, or leave them out (stop_token_ids needs none)"
+            )
         most = max(sampling.logprobs or 0, sampling.prompt_logprobs or 0)
         if most > vocab_size:
             raise ValueError(f"logprobs and prompt_logprobs must be at most the vocabulary's size {vocab_size}, got {most}")

@@ -46,3 +46,18 @@ def whole_number(name: str, value: Any, least: int, most: int, why: str = "") ->
         reason = f" ({why})" if why and value > most else ""
         raise ValueError(f"{name} must be between {least} and {most}{reason}, got {shown(int(value))}")
     return int(value)
+
+
+def check_text(name: str, text: str) -> None:
+    """Checks that a text can be written in UTF-8, as every tokenizer needs it.
+
+    Raises:
+        ValueError: it holds half of a surrogate pair, or bytes that were read in another encoding.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} is not valid text: character {error.start + 1} is the lone surrogate U+{ord(text[error.start]):04X}. "
+            "Give it in UTF-8; on the command line set a UTF-8 locale (LC_ALL=C.UTF-8)"
+        ) from None

@@ -23,7 +23,7 @@ from foredraft.models.checkpoint import ModelError
 from foredraft.models.loading import fingerprint_of, load_generation_config, load_target, load_tokenizer
 from foredraft.params import MAX_COUNT, SamplingParams, check_seed, used_seed
 from foredraft.progress import progress_bar
-from foredraft.prompts import Prompt, encode, is_list, not_a_prompt
+from foredraft.prompts import Prompt, encode, is_list, is_one_prompt, not_a_prompt
 from foredraft.protocols import Budget
 from foredraft.speculation import AUTO, MAX_DEPTH, PLAIN, Speculation, Way, parse
 from foredraft.verify import for_sampled
@@ -207,7 +207,7 @@ class LLM:
         Raises:
             ValueError: a prompt or its parameters do not fit; nothing has been generated then.
         """
-        if isinstance(prompts, str | Mapping) or (is_list(prompts) and prompts and isinstance(prompts[0], int)):
+        if is_one_prompt(prompts):
             prompts = [prompts]  # type: ignore[list-item]
         if not is_list(prompts):
             raise not_a_prompt(prompts)
@@ -250,7 +250,10 @@ class LLM:
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> dict[str, Any]:
         """The prompt of a conversation. Its text carries the template's special tokens, so none are added."""
         if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
-            raise ValueError("this model has no chat template: use generate() with a prompt in the format it was trained on")
+            raise ValueError(
+                "this model has no chat template: give a prompt in the format that it was trained on, to `foredraft generate` "
+                "without --chat or to generate() in Python"
+            )
         text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return {"prompt": text, "prompt_token_ids": ids}
@@ -263,7 +266,7 @@ class LLM:
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(prompts)
         if not is_list(sampling_params) or not all(isinstance(one, SamplingParams) for one in sampling_params):
-            raise TypeError(f"sampling_params must be a SamplingParams or a list of them, got {sampling_params!r}")
+            raise TypeError(f"sampling_params must be a SamplingParams or a list of them, got {shown(sampling_params)}")
         if len(sampling_params) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(sampling_params)} sampling_params: give one, or one per prompt")
         pairs = zip(prompts, sampling_params, strict=True)

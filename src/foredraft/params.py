@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
-from foredraft.errors import plain_scalar, shown
+from foredraft.errors import check_text, plain_scalar, shown
 
 RANDOM_SEED = -1
 """Asks for a seed from the operating system."""
@@ -135,6 +135,9 @@ class SamplingParams:
             raise ValueError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
         if any(not word for word in self.stop_strings):
             raise ValueError("stop must not contain an empty string")
+        for name, words in (("stop", self.stop_strings), ("bad_words", self.bad_words or ())):
+            for word in words:
+                check_text(name, word)
         if any(not word.strip() for word in self.bad_words or ()):
             raise ValueError("bad_words must not contain an empty string")
         if self.allowed_token_ids is not None and not len(self.allowed_token_ids):

@@ -30,8 +30,8 @@ def encode(prompt: Prompt, tokenizer: Any) -> tuple[str | None, list[int]]:
         check_text("the prompt", ids)
         if tokenizer is None:
             raise ValueError(
-                "this model has no tokenizer: copy its files (tokenizer.json, tokenizer_config.json) into the model's directory, "
-                "or give token ids in Python, as generate([1, 2, 3])"
+                "this model has no tokenizer: copy its files (tokenizer.json, tokenizer_config.json) into the model's "
+                "directory, or give token ids in Python, as generate([1, 2, 3])"
             )
         return ids, [int(one) for one in tokenizer(ids, verbose=False)["input_ids"]]  # we say if it is too long
     if not _is_ids(ids):
@@ -43,17 +43,11 @@ def _of_mapping(prompt: Mapping[str, Any]) -> tuple[str | None, Any]:
     """Text and ids of a prompt that is a dictionary; the ids count where both are there."""
     for key, value in prompt.items():
         if key not in _KEYS and value is not None:
-            why = (
-                "only text goes in, no images, audio or video" if str(key).startswith(("multi_modal", "mm_")) else "unknown key"
+            is_media = str(key).startswith(("multi_modal", "mm_"))
+            why = "only text goes in, no images, audio or video" if is_media else "unknown key"
+            raise TypeError(
+                f"prompt_token_ids must be a list of token ids (whole numbers), got {shown(ids)}. 'prompt' takes text"
             )
-            raise TypeError(f"a prompt cannot have {shown(key)} ({why}). Allowed keys: {', '.join(_KEYS)}")
-    text, ids = (prompt.get(key) for key in _KEYS)
-    if ids is None:
-        return (text if isinstance(text, str) else None), text if text is not None else prompt
-    if not _is_ids(ids):
-        raise TypeError(
-            f"prompt_token_ids must be a list of token ids (whole numbers), got {shown(ids)}. Give text as 'prompt'"
-        )
     if not isinstance(text, str | None):
         raise TypeError(f"'prompt' must be a str beside prompt_token_ids, got {shown(text)}. Leave one of them out")
     return text, ids

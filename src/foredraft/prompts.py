@@ -45,9 +45,12 @@ def _of_mapping(prompt: Mapping[str, Any]) -> tuple[str | None, Any]:
         if key not in _KEYS and value is not None:
             is_media = str(key).startswith(("multi_modal", "mm_"))
             why = "only text goes in, no images, audio or video" if is_media else "unknown key"
-            raise TypeError(
-                f"prompt_token_ids must be a list of token ids (whole numbers), got {shown(ids)}. 'prompt' takes text"
-            )
+            raise TypeError(f"a prompt cannot have {shown(key)} ({why}). Allowed keys: {', '.join(_KEYS)}")
+    text, ids = (prompt.get(key) for key in _KEYS)
+    if ids is None:
+        return (text if isinstance(text, str) else None), text if text is not None else prompt
+    if not _is_ids(ids):
+        raise TypeError(f"prompt_token_ids must be a list of token ids (whole numbers), got {shown(ids)}. 'prompt' takes text")
     if not isinstance(text, str | None):
         raise TypeError(f"'prompt' must be a str beside prompt_token_ids, got {shown(text)}. Leave one of them out")
     return text, ids

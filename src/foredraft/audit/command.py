@@ -18,6 +18,7 @@ from foredraft.drafters import DRAFTERS
 from foredraft.errors import whole_number
 from foredraft.llm import LLM, MAX_NUM_SEQS
 from foredraft.params import SamplingParams
+from foredraft.speculation import PLAIN
 
 USUAL_TREE = "dyspec"
 
@@ -42,6 +43,8 @@ class AuditChoice:
 
 def with_usual_tree(config: dict[str, Any]) -> dict[str, Any]:
     """A speculative config in which neither tree nor rule is named, with the usual tree where its drafter grows trees."""
+    if config.get("method") == PLAIN:  # the usual budget does not belong to it; the audit says that there is nothing to audit
+        config = {key: value for key, value in config.items() if key != "num_speculative_tokens"}
     row = DRAFTERS.get(config.get("method", ""))
     is_open = row is not None and not row.makes_own and not {"tree", "rule"} & set(config)
     return {**config, "tree": USUAL_TREE} if is_open else config

@@ -507,7 +507,7 @@ def theory_predict(
     from foredraft.theory import command
     from foredraft.theory.predict import Texts
 
-    counts = [int(one) for one in command.numbers(drafts, "--drafts")]
+    counts = command.whole_numbers(drafts, "--drafts")
     texts = Texts(prompts, model, drafter, limit, temperature, max_tokens, repeats, dtype, raw, seed)
     raise typer.Exit(command.predicted(texts, lookahead=lookahead, drafts=counts, as_json=as_json))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -123,6 +124,27 @@ class KVPool:
         if slots:
             index = torch.tensor([slots, sources, places], device=self.kv.device)
             self.kv[:, :, index[0], :, index[2]] = self.kv[:, :, index[0], :, index[1]]
+
+
+def check_pool(target: Target, num_slots: int) -> None:
+    """Checks, before anything is allocated, that the least that a pool takes fits into memory at all.
+
+    Raises:
+        ValueError: it does not.
+    """
+    kv, device = getattr(target.new_pool(1, 1), "kv", None), getattr(target, "device", torch.device("cpu"))
+    if kv is None:
+        return
+    on_card = device.type == "cuda"
+    positions = _GROWTH_ON_CARD if on_card else _GROWTH
+    planes, layers, _, heads, _, size = kv.shape
+    needed = planes * layers * heads * size * kv.element_size() * positions * num_slots
+    there = torch.cuda.mem_get_info(device)[1] if on_card else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise ValueError(
+            f"max_num_seqs {num_slots} needs {needed / 2**30:.1f} GiB for the keys and values of {positions} tokens each, but "
+            f"there are {there / 2**30:.1f} GiB of memory. Lower it: more prompts wait for their turn"
+        )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from foredraft.chat import Template
 from foredraft.drafters import DRAFTERS
 from foredraft.errors import unknown_name
 from foredraft.params import SamplingParams
-from foredraft.speculation import AUTO, drafter_for, parse, usual_config
+from foredraft.speculation import AUTO, PLAIN, drafter_for, parse, usual_config
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,8 @@ USUAL_TREE = "dyspec"
 
 def with_usual_tree(config: dict[str, Any]) -> dict[str, Any]:
     """A speculative config in which neither tree nor rule is named, with the usual tree where its drafter grows trees."""
+    if config.get("method") == PLAIN:  # the usual budget does not belong to it; the audit says that there is nothing to audit
+        config = {key: value for key, value in config.items() if key != "num_speculative_tokens"}
     row = DRAFTERS.get(config.get("method", ""))
     is_open = row is not None and not row.makes_own and not {"tree", "rule"} & set(config)
     return {**config, "tree": USUAL_TREE} if is_open else config

@@ -12,8 +12,9 @@ from foredraft import show
 from foredraft.chat import Template, is_plain
 from foredraft.choices import ModelChoice, Shown
 from foredraft.engine import CompletionOutput, RequestOutput
+from foredraft.errors import check_text
 from foredraft.llm import LLM, Prompt
-from foredraft.params import SamplingParams
+from foredraft.params import RANDOM_SEED, SamplingParams
 
 INTERRUPTED = 130
 """The exit code of a process that Ctrl-C ended: 128 and the number of the signal."""
@@ -28,7 +29,8 @@ def generate(
     template: Template,
 ) -> int:
     """Runs ``foredraft generate``; returns its exit code."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _read_stdin() if prompt == "-" else prompt
+    check_text("the prompt", text)
     with show.waiting("loading the model"):
         llm = _load(choice, config, seed=sampling["seed"])
         params = replace(llm.get_default_sampling_params(), **sampling)
@@ -37,12 +39,21 @@ def generate(
     _note_choice(llm, params)
     if shown.json:
         outcome = _consume(stream, None)
-        found = {"prompt": text, **_result(outcome, shown), "seed": params.seed, "config": _config(llm, choice, params)}
+        seed = outcome.output.seed if outcome.output else params.seed
+        found = {"prompt": text, **_result(outcome, shown), "seed": seed, "config": _config(llm, choice, params)}
         print(json.dumps(found, ensure_ascii=False))
+        _say_failure(outcome)
         return outcome.code
     if not shown.chat and is_plain(text, llm.tokenizer):
         show.note("the model has a chat template, which --chat uses; without it PROMPT is continued as it stands")
     return _show_answer(llm, stream, params, shown).code
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not text in {error.encoding} ({error.reason}). Give it in that encoding") from None
 
 
 def chat(
@@ -54,14 +65,18 @@ def chat(
     template: Template,
 ) -> int:
     """Runs ``foredraft chat`` until /exit or the end of input; returns its exit code."""
+    check_text("--system", system or "")
     start = [{"role": "system", "content": system}] if system else []
     with show.waiting("loading the model"):
-        llm = _load(choice, config, seed=sampling.pop("seed"))
-        llm.chat_prompt([*start, {"role": "user", "content": "?"}], **template)  # says now that there is no chat template
+        seed = sampling.pop("seed")
+        llm = _load(choice, config, seed=seed)
+        llm.chat_prompt([*start, {"role": "user", "content": "?"}], **template)  # reports a missing chat template at once
     params = replace(llm.get_default_sampling_params(), **sampling)
     _note_choice(llm, params)
     messages = list(start)
     show.greet()
+    if seed == RANDOM_SEED:
+        show.note(f"seed {llm.seed}: --seed {llm.seed} repeats this conversation")
     for line in show.lines():
         if line == "/exit":
             break
@@ -99,12 +114,15 @@ def _turn(
 ) -> list[dict[str, str]]:
     """Answers the last message; the conversation stays as it was before where the model cannot take it."""
     try:
+        check_text("the question", asked[-1]["content"])
         stream = llm.stream(llm.chat_prompt(asked, **template), params)
     except ValueError as error:
         show.note(f"error: {error}")
         show.note("hint: /reset forgets the conversation so far")
         return asked[:-1]
     answer = _show_answer(llm, stream, params, shown).completion
+    if answer is not None and answer.error is not None:
+        return asked[:-1]
     return [*asked, {"role": "assistant", "content": answer.text if answer else ""}]
 
 
@@ -135,7 +153,17 @@ def _consume(stream: Iterator[RequestOutput], screen: show.Screen | None) -> _Ou
                     screen.update(one)
     except KeyboardInterrupt:
         code = INTERRUPTED
-    return _Outcome(output, drawn, code)
+    failed = output is not None and any(one.error is not None for one in output.outputs)
+    return _Outcome(output, drawn, code or int(failed))
+
+
+def _say_failure(outcome: _Outcome) -> None:
+    """What ended an output with an error, on standard error."""
+    one = outcome.completion
+    if one is not None and one.error is not None:
+        said, _, advice = one.error.partition(". ")
+        show.note(f"error: {said}")
+        show.note(f"hint: {advice}")
 
 
 def _show_answer(llm: LLM, stream: Iterator[RequestOutput], params: SamplingParams, shown: Shown) -> _Outcome:
@@ -146,7 +174,10 @@ def _show_answer(llm: LLM, stream: Iterator[RequestOutput], params: SamplingPara
     if outcome.completion is not None:
         if shown.tree:
             show.print_tree(llm.tokenizer, outcome.drawn)
-        show.note(show.summary(outcome.completion) + (" (interrupted)" if outcome.code else ""))
+        interrupted = " (interrupted)" if outcome.code == INTERRUPTED else ""
+        seed = f", seed {outcome.output.seed}" if outcome.output and params.seed == RANDOM_SEED else ""
+        show.note(show.summary(outcome.completion) + seed + interrupted)
+    _say_failure(outcome)
     return outcome
 
 
@@ -159,6 +190,7 @@ def _result(outcome: _Outcome, shown: Shown) -> dict[str, Any]:
         "kinds": one.kinds if one else [],
         "finish_reason": one.finish_reason if one else None,
         "stop_reason": one.stop_reason if one else None,
+        "error": one.error if one else None,
         "metrics": asdict(one.metrics) if one else {},
     }
     if outcome.output is not None:

@@ -50,6 +50,8 @@ class Continuation:
         text: the output's text so far.
         kinds: per output token ``accepted``, ``recovered``, ``bonus``, or ``plain`` where nothing was drafted.
         cache, prompt_features: of the target; kept from an output with the same prompt where there was one before.
+        finish_reason: ``stop``, ``length`` or ``error``; None while it runs.
+        error: why it ended with ``error``.
         last_tree, last_path: of the latest step, to be shown.
     """
 
@@ -73,6 +75,7 @@ class Continuation:
     cumulative_logprob: float = 0.0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    error: str | None = None
     last_tree: DraftTree | None = None
     last_path: list[int] = field(default_factory=list)
 
@@ -120,8 +123,8 @@ def decode_one(target: Target, pool: Pool, running: Sequence[Continuation]) -> N
     pool.keep([one.cache for one in running], [[]] * len(running))
     cache_s = clock.lap()
     for one, (law, verdict) in zip(running, verdicts, strict=True):
-        settle(one, law, [verdict.next_token], verdict)
-        one.records.append(StepRecord(0, 0, 0, "plain", verify_s=verify_s, rule_s=rule_s, cache_s=cache_s))
+        count = settle(one, law, [verdict.next_token], verdict)
+        one.records.append(record(one, None, verdict, count, verify_s=verify_s, rule_s=rule_s, cache_s=cache_s))
 
 
 def speculative(
@@ -170,9 +173,10 @@ def draft_and_verify(
         tokens = [*tree.tokens[verdict.path].tolist(), verdict.next_token]
         features = None if scores.features is None else rows_of(scores.features[part(batch, b)], [0, *verdict.path])
         drafter.observe(one.draft_state, tokens, features, verdict.path)
-        settle(one, law, tokens, verdict)
-        one.last_tree, one.last_path = tree, verdict.path
-        one.records.append(record(tree, verdict, draft_s, verify_s, rule_s, cache_s))
+        count = settle(one, law, tokens, verdict)
+        one.last_tree, one.last_path = tree, verdict.path[:count]
+        seconds = {"draft_s": draft_s, "verify_s": verify_s, "rule_s": rule_s, "cache_s": cache_s}
+        one.records.append(record(one, tree, verdict, count, **seconds))
 
 
 def paced(target: Target, steps: Steps) -> Steps:
@@ -234,10 +238,18 @@ def hand_over(wave: Sequence[Continuation], next_wave: Sequence[Continuation]) -
             heir.prompt_features, heir.prompt_logprobs = one.prompt_features, one.prompt_logprobs
 
 
-def settle(one: Continuation, law: TargetLaw, tokens: Sequence[int], verdict: Verdict) -> None:
-    """Commits the tokens of a step one by one, and cuts at the first that ends the output."""
+def settle(one: Continuation, law: TargetLaw, tokens: Sequence[int], verdict: Verdict) -> int:
+    """Commits the tokens of a step one by one, up to the first that ends the output. Returns how many reached the output.
+
+    An output also ends before a token that no law could give; see `TargetLaw`.
+    """
     nodes = [0, *verdict.path]  # the token after nodes[j] is tokens[j]
-    for node, token in zip(nodes, tokens, strict=True):
+    for count, (node, token) in enumerate(zip(nodes, tokens, strict=True), start=1):
+        failure = law.failure(node)
+        if failure is not None:
+            one.finish_reason, one.error = "error", f"no token can follow token {len(one.token_ids)} of the text: {failure}"
+            one.text.flush()
+            return count - 1
         one.token_ids.append(token)
         one.kinds.append("accepted" if node != nodes[-1] else verdict.kind)
         if one.sampling.logprobs is not None:
@@ -245,7 +257,8 @@ def settle(one: Continuation, law: TargetLaw, tokens: Sequence[int], verdict: Ve
             one.cumulative_logprob += one.logprobs[-1][token].logprob
         _end(one, token)
         if one.finish_reason is not None:
-            break
+            return count
+    return len(tokens)
 
 
 def _end(one: Continuation, token: int) -> None:
@@ -279,19 +292,18 @@ def part(batch: TreeBatch, b: int) -> slice:
     return slice(int(batch.offsets[b]), int(batch.offsets[b + 1]))
 
 
-def record(tree: DraftTree, verdict: Verdict, draft_s: float, verify_s: float, rule_s: float, cache_s: float) -> StepRecord:
-    """The record of one request's step."""
+def record(one: Continuation, tree: DraftTree | None, verdict: Verdict, count: int, **seconds: float) -> StepRecord:
+    """The record of one request's step (without a tree, of plain decoding), of whose tokens `count` reached the output."""
+    ended_early, failed = count <= len(verdict.path), one.finish_reason == "error"
+    accepted = min(count, len(verdict.path))
     return StepRecord(
-        num_draft_tokens=tree.num_nodes - 1,
-        num_accepted_tokens=len(verdict.path),
-        depth=int(tree.depths.max()),
-        kind=verdict.kind,
-        branched=any(len(siblings) > 1 for siblings in tree.children),
-        tv_bounds=verdict.tv_bounds,
-        draft_s=draft_s,
-        verify_s=verify_s,
-        rule_s=rule_s,
-        cache_s=cache_s,
+        num_draft_tokens=0 if tree is None else tree.num_nodes - 1,
+        num_accepted_tokens=accepted,
+        depth=accepted if tree is None or ended_early else int(tree.depths.max()),
+        kind="error" if failed else "accepted" if ended_early else verdict.kind,
+        branched=tree is not None and any(len(siblings) > 1 for siblings in tree.children),
+        tv_bounds=verdict.tv_bounds[:count],
+        **seconds,
     )
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from foredraft.decode import Continuation, Logprob, Steps, autoregressive, hand_over, paced, speculative
 from foredraft.draws import Draws, hash_seed
+from foredraft.errors import shown
 from foredraft.metrics import Metrics, StepRecord, summarize
-from foredraft.params import SamplingParams
+from foredraft.params import SamplingParams, used_seed
 from foredraft.processors import prefix_processors
 from foredraft.protocols import AcceptanceRule, Budget, Drafter, Target
 from foredraft.text import TextStream, bad_word_ids
@@ -23,8 +24,10 @@ class CompletionOutput:
 
     Attributes:
         token_ids: generated ids, the one that ended the output included.
-        finish_reason: ``stop`` or ``length``; None while it is running.
+        finish_reason: ``stop``, ``length`` or ``error``; None while it is running.
         stop_reason: the stop string or stop token id that ended it; None at an end of sequence or at the length limit.
+        error: why it ended with ``error``: its parameters left no token that could follow, or the model's logits were not
+            numbers. The tokens before stand. None for every other end. Other outputs of the batch are not affected.
         logprobs: per token, the asked number of likeliest tokens and the token itself.
         kinds: per token ``accepted``, ``recovered``, ``bonus`` or ``plain``.
         records: what its steps did; `metrics` sums them up.
@@ -42,6 +45,7 @@ class CompletionOutput:
     records: list[StepRecord] = field(repr=False)
     last_tree: DraftTree | None = field(default=None, repr=False)
     last_path: list[int] = field(default_factory=list)
+    error: str | None = None
 
     @cached_property
     def metrics(self) -> Metrics:
@@ -55,6 +59,8 @@ class RequestOutput:
 
     Attributes:
         prompt: as given, if it was text.
+        seed: of its random numbers: `SamplingParams.seed`, or what was taken in its place where that is None or -1. A request
+            with this seed gives the same outputs.
     """
 
     request_id: str
@@ -63,6 +69,7 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None
     outputs: list[CompletionOutput]
     finished: bool
+    seed: int = 0
 
     @cached_property
     def metrics(self) -> Metrics:
@@ -79,6 +86,7 @@ class Request:
     prompt_ids: list[int]
     sampling: SamplingParams
     continuations: list[Continuation] = field(default_factory=list)
+    seed: int = 0
 
     def output(self) -> RequestOutput:
         """What there is so far."""
@@ -89,6 +97,7 @@ class Request:
             prompt_logprobs=self.continuations[0].prompt_logprobs,
             outputs=[_completion(index, one) for index, one in enumerate(self.continuations)],
             finished=all(one.finish_reason is not None for one in self.continuations),
+            seed=self.seed,
         )
 
 
@@ -106,7 +115,19 @@ def _completion(index: int, one: Continuation) -> CompletionOutput:
         records=list(one.records),
         last_tree=one.last_tree,
         last_path=list(one.last_path),
+        error=one.error,
     )
+
+
+def require_whole(results: Sequence[RequestOutput]) -> None:
+    """Checks that every output came to its end, where figures are made of them.
+
+    Raises:
+        ValueError: one ended with an error.
+    """
+    for out in (out for result in results for out in result.outputs):
+        if out.error is not None:
+            raise ValueError(out.error)
 
 
 class Engine:
@@ -150,8 +171,8 @@ class Engine:
             ValueError: the prompt is empty, too long or holds unknown ids, or the parameters need a tokenizer.
         """
         self._check(prompt_ids, sampling)
-        request = Request(self._num_requests, prompt, list(prompt_ids), sampling)
-        seed = sampling.seed if sampling.seed is not None else hash_seed(self._seed, self._num_requests)
+        seed = hash_seed(self._seed, self._num_requests) if sampling.seed is None else used_seed(sampling.seed)
+        request = Request(self._num_requests, prompt, list(prompt_ids), sampling, seed=seed)
         self._num_requests += 1
         request.continuations = [self._continuation(request, hash_seed(seed, i)) for i in range(sampling.n)]
         return request
@@ -212,9 +233,11 @@ class Engine:
         if not prompt_ids:
             raise ValueError("the prompt is empty: give at least one token")
         if len(prompt_ids) >= self.max_model_len:
+            longest = self.target.max_len
+            more = f", or raise max_model_len (at most {longest})" if self.max_model_len < longest else ""
             raise ValueError(
                 f"the prompt has {len(prompt_ids)} tokens, but the context of {self.max_model_len} must also hold an output: "
-                "shorten the prompt or raise max_model_len (at most the model's own context)"
+                f"shorten the prompt{more}"
             )
         named = {
             "the prompt": prompt_ids,
@@ -225,9 +248,12 @@ class Engine:
         for where, ids in named.items():
             wrong = [one for one in ids if not 0 <= one < vocab_size]
             if wrong:
-                raise ValueError(f"token id {wrong[0]} in {where} is outside the vocabulary (0 to {vocab_size - 1})")
+                raise ValueError(f"token id {shown(wrong[0])} in {where} is outside the vocabulary (0 to {vocab_size - 1})")
         if self.tokenizer is None and (sampling.stop_strings or sampling.bad_words):
-            raise ValueError("stop strings and bad_words need a tokenizer, and this model has none: use stop_token_ids")
+            raise ValueError(
+                "stop strings and bad_words need a tokenizer, and this model has none: copy its files into the model's "
+                "directory, or leave them out (stop_token_ids needs none)"
+            )
         most = max(sampling.logprobs or 0, sampling.prompt_logprobs or 0)
         if most > vocab_size:
             raise ValueError(f"logprobs and prompt_logprobs must be at most the vocabulary's size {vocab_size}, got {most}")

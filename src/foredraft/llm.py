@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from functools import cache
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -12,11 +13,13 @@ import torch
 
 from foredraft.arguments import takes_other_names
 from foredraft.auto import SAMPLE_TEXT, Choice, Chooser
+from foredraft.cache import check_pool
 from foredraft.calibration import read_calibration
 from foredraft.chat import Message, Template, conversations, render
 from foredraft.drafters import DRAFTERS, Setting
 from foredraft.drafters.mixed import MixedDrafter
 from foredraft.engine import Engine, Request, RequestOutput
+from foredraft.errors import plain_scalar, shown, whole_number
 from foredraft.folders import BUNDLED as BUNDLED
 from foredraft.folders import BUNDLED_HEAD as BUNDLED_HEAD
 from foredraft.folders import BUNDLED_LM as BUNDLED_LM
@@ -25,14 +28,18 @@ from foredraft.grow.base import ByTemperature
 from foredraft.models.checkpoint import ModelError
 from foredraft.models.loading import fingerprint_of, load_generation_config, load_target, load_tokenizer
 from foredraft.names import CHAT, LOAD, RUN
-from foredraft.params import SamplingParams
+from foredraft.params import MAX_COUNT, SamplingParams, check_seed, used_seed
 from foredraft.progress import progress_bar
-from foredraft.prompts import Prompt, encode, is_list, not_a_prompt
+from foredraft.prompts import Prompt, encode, is_list, is_one_prompt, not_a_prompt
 from foredraft.shape import MAX_DEPTH, Budget
 from foredraft.speculation import PLAIN, Speculation, Way, parse, usual_config
 from foredraft.verify.multiround import for_sampled
 
 DEFAULT_NUM_SEQS = 8
+
+MAX_NUM_SEQS = 4096
+"""Outputs decoded at once, at most: each has its place in every cache from the start, used or not."""
+
 _REASONS = ("expected_speedup", "timed_on", "reason")
 
 
@@ -52,7 +59,8 @@ class LLM:
         max_model_len: longest prompt and output together; None is the model's context.
         max_num_seqs: outputs decoded at once; more wait. An automatic choice of the tree is made for so many. None is room
             for 8, with the choice made for one at a time.
-        seed: of requests without a seed of their own.
+        seed: of requests without a seed of their own, 0 to 2**64 - 1. -1 takes one from the operating system; the attribute
+            `seed` says which.
         revision: of a Hub id.
 
     Other names of vLLM and Transformers are accepted, ignored or refused as `foredraft.names` says.
@@ -77,7 +85,8 @@ class LLM:
         revision: str | None = None,
     ):
         if max_num_seqs is not None:
-            _check_count("max_num_seqs", max_num_seqs)
+            max_num_seqs = _check_count("max_num_seqs", max_num_seqs, MAX_NUM_SEQS, "more prompts wait for their turn")
+        self.seed = used_seed(check_seed(seed))
         self._bundled = model is None
         if self._bundled:
             model = BUNDLED_TARGET
@@ -92,7 +101,8 @@ class LLM:
         except (ValueError, TypeError) as error:
             raise ValueError(f"the model's generation_config.json cannot be used: {error}; correct it or delete it") from None
         self.max_model_len = self._context(max_model_len)
-        self.max_num_seqs, self._seed = max_num_seqs or DEFAULT_NUM_SEQS, seed
+        self.max_num_seqs = max_num_seqs or DEFAULT_NUM_SEQS
+        check_pool(self.target, self.max_num_seqs)
         self._usual_num_seqs = max_num_seqs or 1
         self._draft_models: dict[str, Any] = {}
         self._fingerprint = cache(lambda: fingerprint_of(model, revision))
@@ -134,7 +144,7 @@ class LLM:
             max_nodes=lambda sampling: nodes["sampled" if sampling.temperature > 0 else "greedy"],
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
-            seed=self._seed,
+            seed=self.seed,
             eos_ids=self.eos_ids,
         )
 
@@ -212,7 +222,7 @@ class LLM:
         Raises:
             ValueError: a prompt or its parameters do not fit; nothing has been generated then.
         """
-        if isinstance(prompts, str | Mapping) or (is_list(prompts) and prompts and isinstance(prompts[0], int)):
+        if is_one_prompt(prompts):
             prompts = [prompts]  # type: ignore[list-item]
         if not is_list(prompts):
             raise not_a_prompt(prompts)
@@ -272,7 +282,7 @@ class LLM:
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(prompts)
         if not is_list(sampling_params) or not all(isinstance(one, SamplingParams) for one in sampling_params):
-            raise TypeError(f"sampling_params must be a SamplingParams or a list of them, got {sampling_params!r}")
+            raise TypeError(f"sampling_params must be a SamplingParams or a list of them, got {shown(sampling_params)}")
         if len(sampling_params) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(sampling_params)} sampling_params: give one, or one per prompt")
         pairs = zip(prompts, sampling_params, strict=True)
@@ -281,7 +291,7 @@ class LLM:
     def _context(self, max_model_len: int | None) -> int:
         if max_model_len is None:
             return self.target.max_len
-        _check_count("max_model_len", max_model_len)
+        max_model_len = _check_count("max_model_len", max_model_len, MAX_COUNT, "no model's context is longer")
         if max_model_len > self.target.max_len:
             raise ValueError(f"max_model_len {max_model_len} exceeds the model's context of {self.target.max_len}")
         return max_model_len
@@ -371,6 +381,8 @@ def _given_tokenizer(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
+def _check_count(name: str, value: Any, most: int, why: str) -> int:
+    value = plain_scalar(value)
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be a whole number, at least 1, got {shown(value)}")
+    return whole_number(name, value, 1, most, why)

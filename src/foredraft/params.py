@@ -3,29 +3,73 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
 from foredraft.arguments import class_takes_other_names
+from foredraft.errors import check_text, plain_scalar, shown
 from foredraft.names import SAMPLE
+
+RANDOM_SEED = -1
+"""Asks for a seed from the operating system."""
+
+MAX_SEED = 2**64 - 1
+"""The generator takes seeds of 64 bits."""
+
+_RANDOM_BITS = 53
+"""Of a random seed: such a number survives every JSON reader, also those that keep numbers as floats."""
+
+MAX_COUNT = 2**31 - 1
+"""Of numbers of tokens: no context and no vocabulary is larger, and compiled code counts no further."""
+
+MAX_N = 16384
+"""Outputs of a prompt, as in vLLM: each is kept, with all its tokens, until the last one is done."""
+
+MAX_BIAS = 1e30
+"""Of a bias, and of a factor that logits are multiplied with, up or down: what is larger leaves float32."""
+
+
+def check_seed(seed: Any, name: str = "seed") -> int:
+    """Checks a seed.
+
+    Raises:
+        ValueError: it is neither a seed nor -1.
+        TypeError: it is no whole number.
+    """
+    seed = plain_scalar(seed)
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise TypeError(f"{name} must be {_SEED}, got {shown(seed)}")
+    number = int(seed)
+    if not RANDOM_SEED <= number <= MAX_SEED:
+        raise ValueError(f"{name} must be {_SEED}, got {shown(number)}")
+    return number
+
+
+def used_seed(seed: int) -> int:
+    """The seed itself; in place of -1 one from the operating system."""
+    return secrets.randbits(_RANDOM_BITS) if seed == RANDOM_SEED else seed
+
+
+_SEED = f"a whole number between 0 and 2**64 - 1 ({MAX_SEED}), or {RANDOM_SEED} for a random one"
 
 
 @class_takes_other_names(SAMPLE)
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a request is sampled; names and meanings are vLLM's.
+    """How a request is sampled; names and meanings are vLLM's. Numbers of numpy and torch are taken as Python's own.
 
     Other names of vLLM and Transformers are accepted or refused as `foredraft.names` says, and are no fields:
     ``max_new_tokens`` is ``max_tokens``.
 
     Attributes:
         temperature: 0 is greedy.
-        top_k: keep this many most likely tokens; 0 or -1 keeps all.
+        top_k: keep this many most likely tokens; 0 or -1 keeps all. At most 2**31 - 1, as every number of tokens.
         top_p: keep the smallest set of likely tokens with this mass, in (0, 1].
         min_p: drop tokens less likely than this share of the most likely one, in [0, 1].
-        repetition_penalty: divides (multiplies, if negative) the logits of tokens seen in prompt or output, > 0.
+        repetition_penalty: divides (multiplies, if negative) the logits of tokens seen in prompt or output, 1e-30 to 1e30.
         presence_penalty, frequency_penalty: subtracted for tokens of the output, once and per occurrence, in [-2, 2].
         max_tokens: most tokens to generate; None is to the end of the context.
         min_tokens: no end of sequence, stop token or stop string among this many first tokens.
@@ -33,12 +77,13 @@ class SamplingParams:
         include_stop_str_in_output: keep the stop string in the text.
         stop_token_ids: token ids that end the output (they are kept in ``token_ids``, not in the text).
         ignore_eos: go on after the end of sequence.
-        seed: makes the request reproducible by itself.
-        n: outputs per prompt.
+        seed: makes the request reproducible by itself, 0 to 2**64 - 1. -1 takes one from the operating system, other than that
+            of any other request; `RequestOutput.seed` says which, and with it the request can be repeated.
+        n: outputs per prompt, 1 to 16384.
         logprobs: give the log-probability of this many top tokens at each position (-1: of all), and of the one sampled.
             Raw: before any of the transformations above, from the logits that the token itself was decided on.
         prompt_logprobs: the same for the prompt.
-        logit_bias: token id -> number added to its logit.
+        logit_bias: token id -> number added to its logit, -1e30 to 1e30; minus infinity forbids the token.
         bad_words: strings that must not be generated: not the last token that completes one within the output.
         allowed_token_ids: only these ids may be generated.
         skip_special_tokens: leave special tokens out of the text.
@@ -71,31 +116,50 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        for name in self.names():
+            self._set(name, _plain(getattr(self, name)))
         for name, allowed, said in _RANGES:
-            value, kinds = getattr(self, name), int if "whole" in said else (int, float)
+            value, kind = getattr(self, name), Integral if "whole" in said else Real
             if value is None and name in _OPTIONAL:
                 continue
-            if isinstance(value, bool) or not isinstance(value, kinds):
-                raise TypeError(f"{name} must be {said}, got {value!r}")
-            if not allowed(value):
-                raise ValueError(f"{name} must be {said}, got {value}")
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise TypeError(f"{name} must be {said}, got {shown(value)}")
+            self._set(name, _python_number(value))
+            if not allowed(getattr(self, name)):
+                raise ValueError(f"{name} must be {said}, got {shown(value)}")
+        if self.seed is not None:
+            self._set("seed", check_seed(self.seed))
         for name, fits, said in _KINDS:
             if getattr(self, name) is not None and not fits(getattr(self, name)):
-                raise TypeError(f"{name} must be {said}, got {getattr(self, name)!r}")
+                raise TypeError(f"{name} must be {said}, got {shown(getattr(self, name))}")
         self._check_lists()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     def _check_lists(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
         if any(not word for word in self.stop_strings):
             raise ValueError("stop must not contain an empty string")
+        for name, words in (("stop", self.stop_strings), ("bad_words", self.bad_words or ())):
+            for word in words:
+                check_text(name, word)
         if any(not word.strip() for word in self.bad_words or ()):
             raise ValueError("bad_words must not contain an empty string")
-        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+        if self.allowed_token_ids is not None and not len(self.allowed_token_ids):
             raise ValueError("allowed_token_ids must name at least one token")
-        for token_id, bias in (self.logit_bias or {}).items():
-            if not bias < math.inf:
-                raise ValueError(f"logit_bias must be numbers below infinity, got {bias} for token id {token_id}")
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            if getattr(self, name) is not None:
+                self._set(name, _python_ids(getattr(self, name)))
+        if self.logit_bias is not None:
+            biases = {int(token_id): _python_number(plain_scalar(bias)) for token_id, bias in self.logit_bias.items()}
+            for token_id, bias in biases.items():
+                if not (bias == -math.inf or -MAX_BIAS <= bias <= MAX_BIAS):
+                    allowed = f"numbers below infinity, between {-MAX_BIAS:g} and {MAX_BIAS:g} (or -inf to forbid a token)"
+                    raise ValueError(f"logit_bias must be {allowed}, got {shown(bias)} for token id {shown(token_id)}")
+            if not {*map(type, self.logit_bias), *map(type, self.logit_bias.values())} <= {int, float}:
+                self._set("logit_bias", biases)
 
     @property
     def stop_strings(self) -> list[str]:
@@ -110,23 +174,63 @@ class SamplingParams:
         return [one.name for one in fields(cls)]
 
 
+_MOST_TEMPERATURE = 1e308
+"""Nearly the largest float; every temperature far below makes all tokens equally likely already."""
+
 _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
-    ("temperature", lambda x: x >= 0 and math.isfinite(x), "0 (greedy) or above"),
+    ("temperature", lambda x: 0 <= x <= _MOST_TEMPERATURE, "0 (greedy) or above, at most 1e308"),
     ("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1"),
-    ("top_k", lambda x: x >= -1, "a whole number: 1 or above, or 0 (or -1) to keep all tokens"),
+    (
+        "top_k",
+        lambda x: -1 <= x <= MAX_COUNT,
+        f"a whole number: 1 or above, or 0 (or -1) to keep all tokens, at most {MAX_COUNT}",
+    ),
     ("min_p", lambda x: 0 <= x <= 1, "between 0 and 1"),
-    ("repetition_penalty", lambda x: x > 0 and math.isfinite(x), "above 0"),
+    (
+        "repetition_penalty",
+        lambda x: 1 / MAX_BIAS <= x <= MAX_BIAS,
+        f"above 0, between {1 / MAX_BIAS:g} and {MAX_BIAS:g}",
+    ),
     ("presence_penalty", lambda x: -2 <= x <= 2, "between -2 and 2"),
     ("frequency_penalty", lambda x: -2 <= x <= 2, "between -2 and 2"),
-    ("max_tokens", lambda x: x >= 1, "a whole number, at least 1 (or None for the rest of the context)"),
-    ("min_tokens", lambda x: x >= 0, "a whole number, at least 0"),
-    ("n", lambda x: x >= 1, "a whole number, at least 1"),
-    ("logprobs", lambda x: x >= -1, "a whole number, at least 0 (or -1 for the whole vocabulary)"),
-    ("prompt_logprobs", lambda x: x >= -1, "a whole number, at least 0 (or -1 for the whole vocabulary)"),
-    ("seed", lambda x: True, "a whole number"),
+    (
+        "max_tokens",
+        lambda x: 1 <= x <= MAX_COUNT,
+        f"a whole number, at least 1 (or None for the rest of the context), at most {MAX_COUNT}",
+    ),
+    ("min_tokens", lambda x: 0 <= x <= MAX_COUNT, f"a whole number, at least 0, at most {MAX_COUNT}"),
+    ("n", lambda x: 1 <= x <= MAX_N, f"a whole number, at least 1, at most {MAX_N} (every output is kept until the last ends)"),
+    *[
+        (
+            name,
+            lambda x: -1 <= x <= MAX_COUNT,
+            f"a whole number, at least 0 (or -1 for the whole vocabulary), at most {MAX_COUNT}",
+        )
+        for name in ("logprobs", "prompt_logprobs")
+    ],
 ]
 
-_OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs", "seed")
+_OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs")
+
+
+def _plain(value: Any) -> Any:
+    """A value of numpy or torch as Python's own, a number or a list of them."""
+    if getattr(value, "ndim", None) == 1 and callable(getattr(value, "tolist", None)):
+        return value.tolist()
+    return plain_scalar(value)
+
+
+def _python_number(value: Any) -> float | int:
+    """A number as an int or a float; NaN where it is too large for a float."""
+    try:
+        return int(value) if isinstance(value, Integral) else float(value)
+    except OverflowError:
+        return math.nan
+
+
+def _python_ids(ids: Collection[Any]) -> Collection[int]:
+    """Token ids as Python's own; a list of them as it is, which is fast for a list of all tokens."""
+    return ids if isinstance(ids, list | tuple | range) and set(map(type, ids)) <= {int} else [int(one) for one in ids]
 
 
 def _many(kind: type, values: Any) -> bool:
@@ -145,4 +249,8 @@ _KINDS: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda x: isinstance(x, Mapping) and _many(Integral, x) and _many(Real, x.values()),
         "a dictionary of token ids and numbers",
     ),
+    *[
+        (name, lambda x: isinstance(x, bool), "True or False")
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
+    ],
 ]

@@ -7,6 +7,7 @@ length, bias, penalties), then temperature, min-p, top-k, top-p. Temperature 0 i
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from ctypes import CDLL, c_double, c_int64, c_void_p
 from functools import cached_property
@@ -146,8 +147,37 @@ def one_hot(token_ids: Tensor, like: Float[Tensor, "n v"]) -> Float[Tensor, "n v
     return torch.zeros(like.shape, dtype=dtype, device=like.device).scatter_(-1, token_ids[..., None], 1.0)
 
 
+_FORBIDDING = ("allowed_token_ids", "bad_words", "min_tokens", "logit_bias")
+"""Parameters that can take every chance from a token."""
+
+_FORBIDS_NOTHING = (None, 0, [], {}, ())
+"""Their values that do not."""
+
+
+class Solid(NamedTuple):
+    """Rows of logits that all make a law, and which of them did not.
+
+    Attributes:
+        logits: as given, but 0 for every token in a row that `is_empty`.
+        is_empty: no token of the row can be drawn: every logit is minus infinity, or one of them is NaN or infinite.
+    """
+
+    logits: Float[Tensor, "n v"]
+    is_empty: Bool[Tensor, " n"]
+
+
+def solid(logits: Float[Tensor, "n v"]) -> Solid:
+    """Replaces rows of which no law can be made, so that whatever follows needs no case for them."""
+    is_empty = ~logits.amax(-1).isfinite()  # NaN wins every comparison
+    return Solid(logits.masked_fill(is_empty[:, None], 0.0) if bool(is_empty.any()) else logits, is_empty)
+
+
 class TargetLaw:
     """The target's law at each node of one tree, after sampling parameters; computed on demand and kept.
+
+    At a node where every token is forbidden, or where the logits are not numbers, there is no law. `row` and `token` then give
+    an arbitrary one, and `failure` says why. Rules need no case for it: an exact rule is exact for whatever law stands there,
+    so an output that ends at the first node with a `failure` has the right law up to that end.
 
     Where more is asked than the likeliest tokens, logits come to the CPU, all at once: a rule asks for row after row, which
     would cost a card more in launches and waits than in work.
@@ -174,6 +204,7 @@ class TargetLaw:
         self._committed_ids = committed_ids
         self._processors = processors
         self._rows: dict[int, Tensor] = {}
+        self._empty: dict[int, bool] = {}
         self._likeliest: list[int] | None = None
 
     @property
@@ -185,9 +216,14 @@ class TargetLaw:
         """The one token that can follow `node` where the law `is_certain`."""
         assert self.is_certain
         if self._processors:
-            return int(self._processed(node).argmax(-1))
+            logits = self._processed(node)
+            token = int(logits.argmax(-1))
+            self._empty[node] = not math.isfinite(logits[token])
+            return token
         if self._likeliest is None:
             self._likeliest = likeliest(self._logits)
+            best = self._logits.gather(-1, torch.tensor(self._likeliest, device=self._logits.device)[:, None])
+            self._empty.update(enumerate(map(operator.not_, best.isfinite().flatten().tolist())))
         return self._likeliest[node]
 
     def row(self, node: int) -> Float[Tensor, " v"]:
@@ -198,9 +234,21 @@ class TargetLaw:
         """`row` of several nodes, those not computed yet in one go."""
         missing = [node for node in dict.fromkeys(nodes) if node not in self._rows]
         if missing:
-            logits = torch.stack([self._processed(node) for node in missing])
+            logits, is_empty = solid(torch.stack([self._processed(node) for node in missing]))
+            self._empty.update(zip(missing, is_empty.tolist(), strict=True))
             self._rows.update(zip(missing, warp(logits, self._sampling), strict=True))
         return [self._rows[node] for node in nodes]
+
+    def failure(self, node: int) -> str | None:
+        """Why no token can follow `node`; None where one can."""
+        if node not in self._empty:
+            self.token(node) if self.is_certain else self.row(node)
+        if not self._empty[node]:
+            return None
+        if not self._here[node].amax().isfinite():
+            return "the model's logits are not numbers (NaN or infinity). Check its weights, or choose a wider dtype"
+        given = [name for name in _FORBIDDING if getattr(self._sampling, name) not in _FORBIDS_NOTHING]
+        return f"every token is forbidden by {' and '.join(given) or 'the request'}. Allow at least one token"
 
     def raw_logprobs(self, node: int) -> Float[Tensor, " v"]:
         """Log-probabilities of the model itself after `node`, before any transformation."""

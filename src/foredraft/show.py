@@ -52,6 +52,8 @@ class Pieces:
             self._stream.push(token)
             self._ends.append(len(self._stream.text))
         text = completion.text
+        if not completion.kinds:  # it ended with an error before its first token
+            return []
         held = 0 if all_of_it or completion.finish_reason else _held(text, self._stops)
         pieces, until = [], len(text) - held
         for kind, end in zip(completion.kinds, [*self._ends[:-1], until], strict=True):

@@ -12,9 +12,10 @@ from foredraft.arguments import config_with_our_names
 from foredraft.drafters import DRAFTERS, DrafterRow
 from foredraft.drafters.about import method_of
 from foredraft.drafters.options import check_options
-from foredraft.errors import unknown_name
+from foredraft.errors import shown, unknown_name
 from foredraft.folders import BUNDLED_HEAD
 from foredraft.grow import GROWERS, GrowerRow
+from foredraft.grow.limits import check_sizes, plain_values
 from foredraft.grow.options import Options
 from foredraft.shape import MAX_DEPTH, MAX_NODES, Budget, Drawn
 from foredraft.verify import RULES, RuleRow
@@ -123,8 +124,8 @@ def parse(config: Any) -> Speculation | None:
         TypeError: the config is not a mapping, or a value in it is of another type.
     """
     if not isinstance(config, Mapping):
-        raise TypeError(f"speculative_config must be a dict such as {{'method': 'lm', 'model': 'DIR'}}, got {config!r}")
-    config = config_with_our_names(config)
+        raise TypeError(f"speculative_config must be a dict such as {{'method': 'lm', 'model': 'DIR'}}, got {shown(config)}")
+    config = config_with_our_names(plain_values(config))
     for key in ("method", "tree", "rule"):
         if not isinstance(config.get(key), str | None):
             raise TypeError(f"{key} must be a name, got {config[key]!r}; `foredraft methods` lists them")
@@ -144,6 +145,12 @@ def parse(config: Any) -> Speculation | None:
     for key in config:
         if key not in allowed:
             raise unknown_name(f"key of speculative_config for {what}:", key, allowed)
+    if drafter.weights is None and config.get("model") is not None:
+        raise ValueError(
+            f"'model' (--draft-model) does not belong to method {method!r}, which has no weights. Leave it out, or use a "
+            f"method that has them: {', '.join(name for name, row in DRAFTERS.items() if row.weights)}"
+        )
+    check_sizes(config)
     drafter_options = {key: config[key] for key in drafter.options if key in config}
     _check_types(drafter.option_types(), drafter_options)
     check_options(**drafter_options)
@@ -200,7 +207,7 @@ def _rule_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _check_unused(config: Mapping[str, Any]) -> None:
-    """Plain decoding uses none of the keys, but a misspelt name is one mistake more than leaving them in."""
+    """Plain decoding has no key of its own: all are refused, misspelt ones with what was meant."""
     known = [*_COMMON, *(name for row in DRAFTERS.values() for name in row.options)]
     known += dict.fromkeys(name for row in GROWERS.values() for name in _option_names(row.grower))
     known += dict.fromkeys(name for row in RULES.values() for name in row.options)
@@ -210,6 +217,10 @@ def _check_unused(config: Mapping[str, Any]) -> None:
             raise unknown_name("key of speculative_config:", key, known)
         if value not in (None, AUTO) and value not in tables.get(key, [value]):
             raise unknown_name(key, value, tables[key])
+        if key != "method" and value not in (None, AUTO, False):
+            raise ValueError(
+                f"{key!r} does not belong to method {PLAIN!r}, which drafts nothing. Leave it out, or use a method that drafts"
+            )
 
 
 def _named_tree(method: str, drafter: DrafterRow, tree: str | None) -> tuple[str | None, GrowerRow | None]:
@@ -262,10 +273,10 @@ def fits(rule: RuleRow, drawn: Drawn, chains_only: bool) -> bool:
 
 def _budget(nodes: Any) -> Budget:
     if isinstance(nodes, bool) or not isinstance(nodes, int):
-        raise TypeError(f"num_speculative_tokens must be a whole number or {AUTO!r}, got {nodes!r}")
+        raise TypeError(f"num_speculative_tokens must be a whole number or {AUTO!r}, got {shown(nodes)}")
     if not 1 <= nodes <= MAX_NODES:
         raise ValueError(
-            f"num_speculative_tokens (--budget) must be between 1 and {MAX_NODES}, got {nodes}. "
+            f"num_speculative_tokens (--budget) must be between 1 and {MAX_NODES}, got {shown(nodes)}. "
             f"To draft nothing use method {PLAIN!r}"
         )
     return Budget(nodes, min(nodes, MAX_DEPTH))

@@ -14,7 +14,8 @@ from foredraft.audit.run import PLANTED, TOLERANCE, Audit, Auditor
 from foredraft.bench import tasks
 from foredraft.bench.calibrate import PROMPTS
 from foredraft.calibration import versions
-from foredraft.llm import LLM
+from foredraft.errors import whole_number
+from foredraft.llm import LLM, MAX_NUM_SEQS
 from foredraft.params import SamplingParams
 
 
@@ -42,6 +43,7 @@ def prepare(choice: AuditChoice) -> Auditor:
     Raises:
         ValueError: models, prompts or parameters cannot be used.
     """
+    whole_number("--samples", choice.samples, 1, MAX_NUM_SEQS, "they are decoded at once")
     llm = LLM(
         choice.model, choice.config, dtype=choice.dtype, device=choice.device, max_num_seqs=choice.samples, seed=choice.seed
     )

@@ -18,6 +18,7 @@ from foredraft.bench.calibrate import all_logits
 from foredraft.decode import Continuation
 from foredraft.drafters import DRAFTERS
 from foredraft.draws import Draws, Key
+from foredraft.engine import require_whole
 from foredraft.grow import GROWERS
 from foredraft.llm import LLM
 from foredraft.models.table import random_law
@@ -212,6 +213,7 @@ class Auditor:
         sampling = replace(self.sampling, temperature=0.0)
         plain = self.llm.with_speculation({"method": PLAIN})
         wanted = plain.generate(list(self.prompts), sampling, progress=True)
+        require_whole(wanted)
         found = [one.output() for one in self._run(sampling, 1, Draws)]
         for drafted, reference in zip(found, wanted, strict=True):
             pair = reference.outputs[0].token_ids, drafted.outputs[0].token_ids

@@ -31,9 +31,11 @@ from foredraft.drafters import DRAFTERS
 from foredraft.drafters.along import AskedAlong
 from foredraft.drafters.lookup_first import LookupFirst
 from foredraft.draws import Draws
+from foredraft.engine import require_whole
 from foredraft.grow.acceptance import AcceptanceTable, Trial, conditional
 from foredraft.grow.base import GREEDY_DRAFT_TEMPERATURE
 from foredraft.llm import BUNDLED, LLM
+from foredraft.metrics import summarize
 from foredraft.params import SamplingParams
 from foredraft.plots import new_figure
 from foredraft.progress import progress_bar
@@ -190,10 +192,9 @@ def curve(
 
 def acceptance_length(llm: LLM, prompts: Sequence[list[int]], temperature: float, max_tokens: int) -> float:
     """Tokens a step over all prompts."""
-    metrics = [
-        one.metrics for one in llm.generate(list(prompts), SamplingParams(temperature=temperature, max_tokens=max_tokens))
-    ]
-    return round(1 + sum(one.num_accepted_tokens for one in metrics) / sum(one.num_steps for one in metrics), 4)
+    results = llm.generate(list(prompts), SamplingParams(temperature=temperature, max_tokens=max_tokens))
+    require_whole(results)
+    return round(summarize([record for one in results for out in one.outputs for record in out.records]).acceptance_length, 4)
 
 
 def all_trials(

@@ -21,8 +21,9 @@ from foredraft.bench.names import PEERS, VLLM_PEERS, checked_names, parse_method
 from foredraft.bench.peers import Peer
 from foredraft.bench.run import Contender, Ours, measure
 from foredraft.calibration import versions
-from foredraft.llm import BUNDLED_LM, BUNDLED_TARGET, LLM
-from foredraft.params import SamplingParams
+from foredraft.errors import whole_number
+from foredraft.llm import BUNDLED_LM, BUNDLED_TARGET, LLM, MAX_NUM_SEQS
+from foredraft.params import RANDOM_SEED, SamplingParams, check_seed, used_seed
 from foredraft.progress import progress_bar
 from foredraft.speculation import PLAIN
 
@@ -60,13 +61,14 @@ def bench(choice: BenchChoice) -> int:
     Raises:
         ValueError: a method, a file or a value is wrong; nothing has been measured then.
     """
+    whole_number("--batch-size", choice.batch_size, 1, MAX_NUM_SEQS, "so many outputs are decoded at once at most")
     names = checked_names(choice.methods, choice.model, choice.draft_model, choice.vllm_python)
     sampling = SamplingParams(
         temperature=choice.temperature,
         top_p=choice.top_p,
         max_tokens=choice.max_tokens,
         ignore_eos=choice.ignore_eos,
-        seed=choice.seed,
+        seed=used_seed(check_seed(choice.seed, "--seed")),
     )
     read = tasks.read_prompts(choice.prompts, choice.limit)
     plain = LLM(choice.model, {"method": PLAIN}, dtype=choice.dtype, device=choice.device, max_num_seqs=choice.batch_size)
@@ -85,7 +87,8 @@ def bench(choice: BenchChoice) -> int:
                 advance(choice.batch_size)
     rows = report.rows_of(contenders, rounds, choice.temperature)
     rows[0] |= reading(plain.target, [one[PLAIN] for one in rounds], bandwidth)
-    _show(rows, _environment(plain, choice, len(prompts) - len(fitting)), choice)
+    environment = _environment(plain, choice, len(prompts) - len(fitting)) | {"seed": sampling.seed}
+    _show(rows, environment, choice)
     return 0
 
 
@@ -160,6 +163,8 @@ def _show(rows: Sequence[dict[str, Any]], environment: dict[str, Any], choice: B
         out.print(
             f"{environment['dtype']}, {environment['threads']} threads, {rows[0]['looping_share']:.0%} of plain outputs loop"
         )
+        if choice.seed == RANDOM_SEED:
+            out.print(f"seed {environment['seed']}")
         out.print("plain decoding reads {weights_mb} MB of weights a step, {read_gb_per_s} GB/s: ".format_map(rows[0]), end="")
         out.print("{bandwidth_share:.0%} of the {bandwidth_gb_per_s} GB/s that this machine reads".format_map(rows[0]))
     if choice.output is not None:

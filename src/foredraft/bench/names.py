@@ -54,12 +54,11 @@ def parse_method(text: str, draft_model: str | None) -> dict[str, Any]:
         raise ValueError(f"the budget of method {text!r} must be a whole number or {AUTO!r}, got {budget!r}")
     drafter, _, own_model = drafter.partition("=")
     config: dict[str, Any] = {"method": drafter}
-    if drafter != PLAIN:
-        takes_model = drafter == AUTO or (drafter in DRAFTERS and drafter_for(draft_model) in (drafter, DRAFTERS[drafter].asks))
-        model = own_model or (draft_model if takes_model else None)
-        config |= {"model": model} if model is not None else {}
-        config |= {"tree": tree} if tree else {}
-        config |= {"num_speculative_tokens": budget if budget == AUTO else int(budget)} if budget else {}
-        config |= {"rule": rule} if rule else {}
-        config |= options
+    is_for = drafter in DRAFTERS and drafter_for(draft_model) in (drafter, DRAFTERS[drafter].asks)
+    model = own_model or (draft_model if drafter == AUTO or is_for else None)
+    config |= {"model": model} if model is not None else {}
+    config |= {"tree": tree} if tree else {}
+    config |= {"num_speculative_tokens": budget if budget == AUTO else int(budget)} if budget else {}
+    config |= {"rule": rule} if rule else {}
+    config |= options
     return config

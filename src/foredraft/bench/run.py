@@ -11,9 +11,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from foredraft.engine import require_whole
 from foredraft.llm import LLM
 from foredraft.metrics import StepRecord
-from foredraft.params import SamplingParams
+from foredraft.params import MAX_SEED, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,12 @@ class Ours:
         device = self._llm.target.device
         with peak_memory(device) as peak:
             began = perf_counter()
-            outputs = [one.outputs[0] for one in self._llm.generate(list(prompts), list(sampling))]
+            results = self._llm.generate(list(prompts), list(sampling))
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds = perf_counter() - began
+        require_whole(results)
+        outputs = [one.outputs[0] for one in results]
         longest = max(outputs, key=lambda one: len(one.records)).metrics  # took part in every step of the batch
         return Outcome(
             seconds,
@@ -132,4 +135,5 @@ def measure(
 def _seeded(sampling: SamplingParams, first: int, count: int) -> list[SamplingParams]:
     """Each prompt has its own seed, the same for every method."""
     given = {name: getattr(sampling, name) for name in SamplingParams.names()}
-    return [SamplingParams(**{**given, "seed": (sampling.seed or 0) + first + i}) for i in range(count)]
+    seeds = [((sampling.seed or 0) + first + i) % (MAX_SEED + 1) for i in range(count)]
+    return [SamplingParams(**{**given, "seed": seed}) for seed in seeds]

@@ -19,7 +19,7 @@ from foredraft.draws import Draws
 from foredraft.grow.options import Options
 from foredraft.params import SamplingParams
 from foredraft.protocols import Budget, Expander
-from foredraft.sampling import largest, warp
+from foredraft.sampling import largest, solid, warp
 from foredraft.tree import Drawn, TreeBatch
 
 
@@ -211,7 +211,7 @@ def _warp_batch(
     token_ids = None
     if cut < logits.shape[1]:
         logits, token_ids = (one.cpu() for one in logits.topk(cut))
-    logits = logits.cpu()
+    logits = solid(logits.cpu()).logits  # a drafter whose logits are not numbers only drafts badly
     if all(law == laws[0] for law in laws[1:]):
         return Laws(warp(logits, laws[0]), token_ids)
     parts = logits.split([len(nodes) for nodes in wanted])

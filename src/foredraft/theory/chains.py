@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from foredraft.errors import shown
+
 Row = Float[np.ndarray, " v"]
 Rows = Float[np.ndarray, "s v"]
 
@@ -139,6 +141,9 @@ def read_pair(path: Path) -> Pair:
         draft, target = found["draft"], found["target"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f'cannot read laws from {str(path)!r} ({error}): a JSON object with "draft" and "target"') from None
+    for name, chain in (("draft", draft), ("target", target)):
+        if not isinstance(chain, list) or not chain:
+            raise ValueError(f"{name!r} of {str(path)!r} must be a list: a law, or matrices of laws; got {shown(chain)}")
     if np.ndim(np.asarray(draft[0], dtype=object)) == 0:
         return iid_pair(draft, target)
     chains = [

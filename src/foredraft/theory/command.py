@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,9 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from foredraft.theory import figures
+from foredraft.errors import shown, whole_number
+from foredraft.params import RANDOM_SEED, check_seed, used_seed
+from foredraft.theory import figures, limits
 from foredraft.theory.chains import Pair, checked_law, iid_pair, random_pair, read_pair, total_variation
 from foredraft.theory.rejections import (
     batch_rejections,
@@ -55,6 +58,14 @@ class Laws(NamedTuple):
             return random_pair(self.states, max(horizon, 1), self.seed)
         return iid_pair(*self.rows())
 
+    def seeded(self) -> Laws:
+        """The same with a seed from the operating system where it is -1.
+
+        Raises:
+            ValueError: it is neither a seed nor -1.
+        """
+        return self._replace(seed=used_seed(check_seed(self.seed, "--seed")))
+
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
         """The two laws given as numbers.
 
@@ -78,7 +89,19 @@ def numbers(text: str, what: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{what} must be numbers separated by commas, got {text!r}") from None
+        raise ValueError(f"{what} must be numbers separated by commas, got {shown(text)}") from None
+
+
+def whole_numbers(text: str, what: str) -> list[int]:
+    """Whole numbers separated by commas.
+
+    Raises:
+        ValueError: one of them is none.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{what} must be whole numbers separated by commas, got {shown(text)}") from None
 
 
 def whole_or_inf(text: str) -> float | int:
@@ -90,7 +113,7 @@ def whole_or_inf(text: str) -> float | int:
     try:
         return inf if text == "inf" else int(text)
     except ValueError:
-        raise ValueError(f"--drafts must be a whole number or inf, got {text!r}") from None
+        raise ValueError(f"--drafts must be a whole number or inf, got {shown(text)}") from None
 
 
 def rejections(
@@ -105,7 +128,17 @@ def rejections(
     as_json: bool,
 ) -> int:
     """Expected rejections beside the bound, the limit of many drafts, and what a finite lookahead changes."""
-    pair, count = laws.pair(horizon), whole_or_inf(drafts)
+    limits.check_horizon(horizon)
+    count, laws, is_random = whole_or_inf(drafts), laws.seeded(), laws.seed == RANDOM_SEED
+    limits.check_drafts(count)
+    if lookahead is not None:
+        whole_number("--lookahead", lookahead, 1, limits.MAX_HORIZON, "no horizon is longer")
+    pair = laws.pair(horizon)
+    limits.check_work(pair, horizon, (1 if count == inf else int(count)) * min(lookahead or 1, horizon))
+    if runs and count != inf:
+        limits.check_runs(pair, horizon, int(count), runs)
+    if plot is not None:
+        limits.check_runs(pair, horizon, figures.MOST_DRAFTS, runs or figures.RUNS)
     pair.require_support()
     expected = batch_rejections(pair, horizon, count)
     found: dict[str, Any] = {
@@ -116,7 +149,7 @@ def rejections(
         "one_draft": _round(speculative_rejections(pair, horizon)),
         "limit": _round(batch_rejections(pair, horizon, inf)),
         "speedup": _round(speedup(horizon, expected)),
-    }
+    } | ({"seed": laws.seed} if is_random else {})
     if lookahead is not None:
         if count == inf:
             raise ValueError("a finite lookahead needs a finite number of drafts")
@@ -139,7 +172,11 @@ def batch(laws: Laws, *, horizon: int, most: int, plot: Path | None, as_json: bo
     """Expected rejections of 1 to `most` drafts, and what the batch gains."""
     if most < 1:
         raise ValueError(f"the number of drafts M must be a whole number of at least 1, got {most}")
+    limits.check_horizon(horizon)
+    limits.check_drafts(most)
+    laws, is_random = laws.seeded(), laws.seed == RANDOM_SEED
     pair = laws.pair(horizon)
+    limits.check_work(pair, horizon, most * (most + 1) // 2)
     pair.require_support()
     one = speculative_rejections(pair, horizon)
     rows = [(m, batch_rejections(pair, horizon, m)) for m in (*range(1, most + 1), inf)]
@@ -149,7 +186,7 @@ def batch(laws: Laws, *, horizon: int, most: int, plot: Path | None, as_json: bo
             {"drafts": "inf" if m == inf else m, "expected_rejections": _round(value), "improvement": _round(one - value)}
             for m, value in rows
         ],
-    }
+    } | ({"seed": laws.seed} if is_random else {})
     if laws.p is not None:
         found["acceptance"] = _acceptance(*laws.rows(), most)
     if plot is not None:
@@ -203,6 +240,8 @@ def speedups(
     rates, verify = numbers(acceptance, "--acceptance"), verify_costs(verify_cost)
     if draft_cost < 0 or longest < 1:
         raise ValueError("--draft-cost must be 0 or more and --longest at least 1")
+    limits.check_cost("--draft-cost", draft_cost)
+    whole_number("--longest", longest, 1, limits.MAX_LENGTH, "the engine drafts 64 deep at most")
     best = best_length(rates, draft_cost, verify, longest)
     found = {
         "best_length": best.length,
@@ -227,6 +266,7 @@ def estimated(texts: Any, *, states: int, output: Path) -> int:
     """Writes the chains of a real pair."""
     from foredraft.theory.estimate import as_json, estimated_pair
 
+    texts, is_random = _seeded(texts)
     pair, tokens = estimated_pair(texts, states)
     try:
         output.write_text(json.dumps(as_json(pair, tokens)) + "\n")
@@ -234,6 +274,7 @@ def estimated(texts: Any, *, states: int, output: Path) -> int:
         raise ValueError(f"cannot write {str(output)!r} ({error.strerror})") from None
     Console(highlight=False, soft_wrap=True).print(
         f"chains over {pair.vocab_size} states are in {output}; read them with --laws"
+        + (f" (seed {texts.seed})" if is_random else "")
     )
     return 0
 
@@ -242,6 +283,7 @@ def predicted(texts: Any, *, lookahead: int, drafts: Sequence[int], as_json: boo
     """Prediction against run on real models."""
     from foredraft.theory.predict import predict
 
+    texts, is_random = _seeded(texts)
     found = predict(texts, lookahead=lookahead, drafts=drafts)
     rows = [
         {
@@ -251,8 +293,13 @@ def predicted(texts: Any, *, lookahead: int, drafts: Sequence[int], as_json: boo
         }
         for one in found.compared
     ]
-    _report({**found._asdict(), "compared": rows}, as_json)
+    _report({**found._asdict(), "compared": rows} | ({"seed": texts.seed} if is_random else {}), as_json)
     return 0
+
+
+def _seeded(texts: Any) -> tuple[Any, bool]:
+    """The texts with a seed from the operating system where theirs is -1, and whether it is."""
+    return replace(texts, seed=used_seed(texts.seed)), texts.seed == RANDOM_SEED
 
 
 def verify_costs(text: str) -> Any:
@@ -269,6 +316,9 @@ def verify_costs(text: str) -> Any:
         )
     except ValueError:
         raise ValueError(f"--verify-cost must be a number or NODES:COST,NODES:COST, got {text!r}") from None
+    for nodes, cost in points.items():
+        whole_number("the nodes of --verify-cost", nodes, 1, limits.MAX_HORIZON)
+        limits.check_cost("--verify-cost", cost)
     return interpolated(points)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from foredraft.drafters.along import AskedAlong
+from foredraft.engine import require_whole
 from foredraft.progress import progress_bar
 from foredraft.theory.chains import Pair, Rows, check_room
 from foredraft.theory.predict import Texts, laws_of
@@ -36,6 +37,7 @@ def estimated_pair(texts: Texts, states: int) -> tuple[Pair, list[int]]:
     drafting = plain.with_speculation({**texts.drafting, "tree": "chain", "num_speculative_tokens": 1})
     drafter = AskedAlong(plain.target, drafting.drafter_grown_by)
     outputs = plain.generate(texts.encoded(plain), texts.sampling, progress=True)
+    require_whole(outputs)
     counts = Counter(token for one in outputs for token in one.outputs[0].token_ids)
     tokens = [token for token, _ in counts.most_common(states - 1)]
     place = np.full(plain.target.vocab_size, len(tokens))

@@ -18,6 +18,8 @@ from foredraft.theory.tradeoff import curve, front
 
 RUNS = 5000
 _SCALE = (1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 48)
+MOST_DRAFTS = sum(_SCALE)
+"""Drafts of all simulations of a figure together."""
 _SHADES = 201
 
 

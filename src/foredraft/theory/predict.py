@@ -20,16 +20,19 @@ from jaxtyping import Float
 
 from foredraft.bench import tasks
 from foredraft.drafters.along import AskedAlong
-from foredraft.engine import CompletionOutput
+from foredraft.engine import CompletionOutput, require_whole
+from foredraft.errors import whole_number
 from foredraft.grow.base import draft_sampling
 from foredraft.llm import LLM
-from foredraft.params import SamplingParams
+from foredraft.params import SamplingParams, check_seed
 from foredraft.progress import progress_bar
 from foredraft.sampling import warp
-from foredraft.speculation import drafter_for
+from foredraft.speculation import MAX_NODES, drafter_for
 from foredraft.theory.chains import Rows, total_variation
 from foredraft.theory.rejections import Place, Rounds, retry
 from foredraft.theory.transport import with_replacement
+
+_MOST_REPEATS = 10_000
 
 _OPTIMA = 200
 """Positions at which the optimum over all rules is looked at."""
@@ -136,6 +139,9 @@ class Texts:
             raise ValueError("laws need a temperature above 0: at 0 every rejection is certain or impossible")
         if self.repeats < 1:
             raise ValueError(f"repeats must be at least 1, got {self.repeats}")
+        whole_number("repeats", self.repeats, 1, _MOST_REPEATS, "every text is kept until the last is done")
+        check_seed(self.seed, "--seed")
+        _ = self.sampling  # says now what is wrong with it
 
     @property
     def sampling(self) -> SamplingParams:
@@ -155,7 +161,10 @@ class Texts:
         """The prompts that leave room, `repeats` times."""
         read = tasks.read_prompts(self.prompts, self.limit)
         encoded = tasks.encode(llm, read, raw=self.raw or llm.tokenizer.chat_template is None)
-        return [ids for ids in encoded if len(ids) + self.max_tokens <= llm.max_model_len] * self.repeats
+        fitting = [ids for ids in encoded if len(ids) + self.max_tokens <= llm.max_model_len]
+        if not fitting:
+            raise ValueError(f"no prompt leaves room for {self.max_tokens} tokens in a context of {llm.max_model_len}")
+        return fitting * self.repeats
 
 
 def predict(texts: Texts, *, lookahead: int, drafts: Sequence[int]) -> Prediction:
@@ -167,6 +176,7 @@ def predict(texts: Texts, *, lookahead: int, drafts: Sequence[int]) -> Predictio
     """
     if not drafts or min(drafts) < 1 or lookahead < 1:
         raise ValueError("drafts and lookahead must be at least 1")
+    whole_number("drafts times lookahead", max(drafts) * lookahead, 1, MAX_NODES, "these are the nodes of a tree")
     plain = texts.load()
     prompts, sampling = texts.encoded(plain), texts.sampling
     compared, distances = [], np.zeros(texts.max_tokens)
@@ -179,7 +189,9 @@ def predict(texts: Texts, *, lookahead: int, drafts: Sequence[int]) -> Predictio
                     "what a head drafts behind its own drafts depends on where its round began, which no law along the text "
                     f"says (lookahead {lookahead}): use --lookahead 1, or a draft model"
                 )
-            for result in llm.generate(prompts, sampling):
+            results = llm.generate(prompts, sampling)
+            require_whole(results)
+            for result in results:
                 p, q = laws_of(drafter, result.prompt_token_ids, result.outputs[0].token_ids, sampling)
                 found.append(compare(p, q, result.outputs[0], count, lookahead))
                 distances += found[-1].text.distance / len(prompts) / len(drafts)

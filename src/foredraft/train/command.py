@@ -18,10 +18,11 @@ from foredraft.bench.command import machine
 from foredraft.drafters.folder import layer_config, read_head, save_head
 from foredraft.drafters.heads import FINAL, HEADS
 from foredraft.drafters.layers import Shape
-from foredraft.errors import unknown_name
+from foredraft.errors import unknown_name, whole_number
 from foredraft.llm import BUNDLED_TARGET, LLM
 from foredraft.models.checkpoint import fingerprint, resolve
 from foredraft.models.loading import fingerprint_of
+from foredraft.params import MAX_SEED
 from foredraft.plots import new_figure
 from foredraft.train.attention import tables
 from foredraft.train.batches import collate, endless
@@ -77,6 +78,8 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
     """
     if choice.method not in RECIPES:
         raise unknown_name("method", choice.method, list(RECIPES))
+    # a random seed, -1, is not allowed: a run could not be resumed with it
+    whole_number("--seed", choice.seed, 0, MAX_SEED // 2, "texts count on from it")
     source, workers = choice.model or BUNDLED_TARGET, workers or Workers()
     device = choice.device or workers.device
     llm = LLM(source, {"method": "ar"}, device=device, max_num_seqs=WRITERS, seed=choice.seed)

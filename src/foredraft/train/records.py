@@ -73,8 +73,7 @@ def conversations_of(record: Mapping[str, Any]) -> list[Conversation]:
             raise CannotUse(f"with {kind} parts")
     tools = _tools(record)
     before = [{"role": "system", "content": record[key]} for key in ("system", "system_prompt") if _is_text(record.get(key))]
-    found = [one._replace(messages=[*before, *one.messages], tools=tools) for one in _shaped(record)]
-    return [one for one in found if one.messages]
+    return [one._replace(messages=[*before, *one.messages], tools=tools) for one in _shaped(record)]
 
 
 def _shaped(record: Mapping[str, Any]) -> Iterator[Conversation]:

@@ -18,6 +18,9 @@ _MARKERS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PROBE = "foredraft-probe"
 """A text that no conversation holds."""
 
+_TOOLS = [{"type": "function", "function": {"name": "f", "description": "f", "parameters": {"type": "object"}}}]
+"""A list of tools, for which some tokenizers have a template of its own."""
+
 _NO_MASK = "with earlier turns that the template renders in another way once more turns follow (no mask)"
 
 
@@ -216,7 +219,7 @@ class Renderer:
             for arguments in ({_PROBE: "x"}, json.dumps({_PROBE: "x"})):
                 call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": arguments}}
                 messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
-                text = self._tried(messages)
+                text = self._tried(messages, _TOOLS)
                 reads.append(text is not None and _PROBE in text and f'\\"{_PROBE}' not in text and f"'{_PROBE}'" not in text)
             self._known["arguments"] = {(True, False): "object", (False, True): "text"}.get((reads[0], reads[1]), "any")
         return self._known["arguments"]

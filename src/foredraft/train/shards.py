@@ -14,7 +14,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,7 +120,7 @@ def capture(
             )
         prompts, usage = read(plan.seed)
         prompts.sort(key=lambda prompt: not prompt.held_out)  # held-out ones are in the first shards
-        manifest |= {"text_version": _TEXT_VERSION, "usage": asdict(usage)}
+        manifest |= {"text_version": _TEXT_VERSION, "usage": vars(usage)}
         _write(llm, prompts, plan, folder, manifest)
     return [text for shard in manifest["shards"] for text in open_shard(folder / shard["name"], shard["sha256"], layers)]
 

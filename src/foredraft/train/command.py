@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from foredraft.bench.command import machine
 from foredraft.bench.report import new_figure
 from foredraft.drafters.folder import layer_config, read_head, save_head
 from foredraft.drafters.heads import FINAL, HEADS
@@ -28,9 +25,10 @@ from foredraft.train.batches import collate, endless
 from foredraft.train.corpus import ANSWERS, Corpus, read_corpus
 from foredraft.train.frozen import Frozen
 from foredraft.train.loop import Course, Progress, Settings, faster_in_bf16, train
+from foredraft.train.provenance import curves_of, provenance
 from foredraft.train.recipes import RECIPES, check
 from foredraft.train.shards import Plan, Text, capture, usage_lines
-from foredraft.train.start import FITTED_TOKENS, begin
+from foredraft.train.start import FITTED_TOKENS, begin, token_counts
 from foredraft.train.workers import Workers, find_workers
 from foredraft.typed import option
 
@@ -153,7 +151,7 @@ def _check(choice: TrainChoice) -> None:
 def _begin(head: Any, frozen: Frozen, learned: Sequence[Text], settings: Settings, target: Any) -> None:
     """Gives a head its first weights, from the first batches that it will learn from."""
     few = islice(endless(learned, settings.batch_tokens, settings.seed), -(-FITTED_TOKENS // settings.batch_tokens))
-    begin(head, frozen, _counts(learned, target), [collate(one, head.feature_layers, target) for one in few])
+    begin(head, frozen, token_counts(learned, target), [collate(one, head.feature_layers, target) for one in few])
 
 
 def _read_init(choice: TrainChoice, head: torch.nn.Module) -> dict[str, torch.Tensor] | None:
@@ -183,19 +181,28 @@ def _settings(choice: TrainChoice, workers: Workers, device: torch.device) -> Se
 
 
 def _learned(texts: Sequence[Text], answer_share: float) -> list[Text]:
+    """The texts to learn from; says how many are left out for their small share of answer."""
     found = [one for one in texts if not one.held_out and one.answer_share >= answer_share]
     if not found:
         raise ValueError(
             f"none of the {len(texts)} texts has an answer that is {answer_share:.1%} of it: give --answer-share 0"
         )
+    if short := sum(not one.held_out for one in texts) - len(found):
+        line = (
+            f"{short:,} of {len(texts):,} texts are left out: less than {answer_share:.1%} of each is answer (--answer-share)"
+        )
+        Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
     return found
+
+
+def _say(line: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
 
 
 def captured(choice: TrainChoice, llm: LLM, source: Any, layers: Sequence[int]) -> list[Text]:
     """The texts to learn from, with the features of `layers`, written and captured as far as they are not there yet."""
     every = list(dict.fromkeys([*choice.feature_layers, *layers])) if choice.keep_features else []
-    own = choice.answers == "own"
-    temperatures = (choice.temperatures or TEMPERATURES) if own else ()
+    temperatures = (choice.temperatures or TEMPERATURES) if choice.answers == "own" else ()
     plan = Plan(temperatures, min(choice.max_len, llm.max_model_len), choice.num_tokens, every, choice.seed)
     about = {"target": fingerprint_of(source), "data": _names(choice), "answers": choice.answers}
     folder = _shards(choice)
@@ -205,7 +212,7 @@ def captured(choice: TrainChoice, llm: LLM, source: Any, layers: Sequence[int]) 
     def read(seed: int) -> Corpus:
         corpus = read_corpus(choice.data, llm.tokenizer, seed, answers=choice.answers, max_len=plan.max_len)
         for line in corpus.usage.lines():  # said at the end as well, which may be hours away
-            Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
+            _say(line)
         return corpus
 
     texts = capture(llm, read, plan, folder, about, layers)
@@ -253,37 +260,6 @@ def _split_options(method: str, given: Mapping[str, Any], target: Any) -> Option
     return Options({name: given[name] for name in sizes if name in given}, head, learned)
 
 
-def _counts(texts: Sequence[Text], target: Any) -> torch.Tensor:
-    """How often every token stands in an answer."""
-    counts = torch.zeros(target.vocab_size, dtype=torch.long)
-    for text in texts:
-        counts += torch.bincount(text.ids[text.answer].long(), minlength=target.vocab_size)
-    return counts.to(target.device)
-
-
-def provenance(course: Course, settings: Settings, done: Progress, head: torch.nn.Module) -> dict[str, Any]:
-    """Everything needed to say where the weights come from and how good they are on the held-out part."""
-    import transformers
-
-    return {
-        "command": "foredraft " + " ".join(sys.argv[1:]),
-        "method": course.facts["method"],
-        "parameters": sum(one.numel() for one in head.parameters()),
-        "data": course.facts["data"],
-        "answers": course.facts["answers"],
-        "recipe": dict(course.options),
-        "settings": asdict(settings),
-        "texts": len(course.texts),
-        "token_passes": done.token_passes,
-        "minutes": round(done.seconds / 60, 1),
-        "device": machine(course.device)["device"],
-        "held_out": done.history[-1] if done.history else {},
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "finished": time.strftime("%Y-%m-%d"),
-    }
-
-
 def command(choice: TrainChoice, *, plot: Path | None = None) -> int:
     """``foredraft train``; returns the exit status."""
     out = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -305,19 +281,6 @@ def command(choice: TrainChoice, *, plot: Path | None = None) -> int:
         curves_of(done, choice.method, figure)
         figure.savefig(plot)
     return 0
-
-
-def curves_of(done: Progress, method: str, figure: Any) -> None:
-    """Draws the losses and what is reported beside them, over the steps."""
-    names = [name for name in done.history[-1] if name not in ("step", "token_passes")]
-    losses = [name for name in names if "loss" in name]
-    others = [name for name in names if name not in losses]
-    for axes, some in zip(figure.subplots(1, 2), (losses, others), strict=True):
-        for name in some:
-            axes.plot([row["step"] for row in done.history], [row.get(name) for row in done.history], label=name)
-        axes.set_xlabel("step")
-        axes.legend(fontsize=7)
-    figure.suptitle(method)
 
 
 def options(given: Sequence[str]) -> dict[str, Any]:

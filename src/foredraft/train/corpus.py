@@ -98,7 +98,7 @@ def read_corpus(files: Sequence[Path], tokenizer: Any, seed: int, *, answers: st
                 raise CannotUse(f"beyond the first {MAX_PER_QUESTION} with the same opening question")
             ids, mask = renderer.given(conversation) if answers == "given" else (renderer.prompt(conversation), None)
             if len(ids) > (longest := max_len if mask else max_len - ROOM):
-                raise CannotUse(f"longer than {longest} tokens (--max-len is {max_len})")
+                raise CannotUse(f"longer than {longest} tokens" + ("" if mask else f" ({max_len} with the answer)"))
         except CannotUse as reason:
             usage.left_out[str(reason)] += 1
             continue

@@ -178,8 +178,20 @@ class Renderer:
             elif form == "parts" and isinstance(message["content"], str):
                 message["content"] = [{"type": "text", "text": message["content"]}]
         if "tool_calls" in message:
+            if "content" not in message and self._needs_content():
+                message["content"] = ""
             message["tool_calls"] = [self._formed_call(call) for call in message["tool_calls"]]
         return message
+
+    def _needs_content(self) -> bool:
+        """Whether the template raises for a tool call without a content, but renders it with an empty one."""
+        if "no content" not in self._known:
+            called = self._formed({"role": "assistant", "content": "", "tool_calls": [_call({_PROBE: "x"})]})
+            messages = [{"role": "user", "content": "x"}, called]
+            bare = {key: value for key, value in called.items() if key != "content"}
+            found = self._tried(messages, _TOOLS) is not None and self._tried([messages[0], bare], _TOOLS) is None
+            self._known["no content"] = str(found)
+        return self._known["no content"] == "True"
 
     def _form_of_content(self, role: str) -> str:
         """``text``, ``parts`` or ``any``: the forms of content that the template reads in turns of a role."""
@@ -217,12 +229,15 @@ class Renderer:
         if "arguments" not in self._known:
             reads = []
             for arguments in ({_PROBE: "x"}, json.dumps({_PROBE: "x"})):
-                call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": arguments}}
-                messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
-                text = self._tried(messages, _TOOLS)
+                called = {"role": "assistant", "content": "", "tool_calls": [_call(arguments)]}
+                text = self._tried([{"role": "user", "content": "x"}, called], _TOOLS)
                 reads.append(text is not None and _PROBE in text and f'\\"{_PROBE}' not in text and f"'{_PROBE}'" not in text)
             self._known["arguments"] = {(True, False): "object", (False, True): "text"}.get((reads[0], reads[1]), "any")
         return self._known["arguments"]
+
+
+def _call(arguments: Any) -> dict[str, Any]:
+    return {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": arguments}}
 
 
 def _check_text(text: str) -> None:

@@ -310,9 +310,9 @@ def train(
 ) -> None:
     """Train a draft head for a model.
 
-    The model's own chat template renders every conversation of the files, with its system turns, tools and tool results. By
-    default the model answers each conversation itself, and the head learns from these answers. What the template cannot render
-    is counted and named at the end.
+    The model's chat template renders each conversation, system turns and tools included.
+    By default the model answers it, and the head learns from the model's answers.
+    What the template cannot render is counted and named at the end.
     """
     from foredraft.train import command
     from foredraft.train.command import TrainChoice

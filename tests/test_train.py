@@ -29,9 +29,10 @@ from foredraft.train import command, loop, shards
 from foredraft.train.attention import masked, slot_rows, tables, unrolled, with_slots
 from foredraft.train.batches import Batch
 from foredraft.train.command import TrainChoice, run
-from foredraft.train.corpus import encode, read_turns, turns_of
+from foredraft.train.corpus import read_conversations, read_corpus
 from foredraft.train.loop import Settings, rate
 from foredraft.train.recipes import RECIPES, Lesson
+from foredraft.train.records import Conversation
 from foredraft.train.shards import TrainingError
 from foredraft.train.start import directions, fitted
 
@@ -390,28 +391,43 @@ def test_wrong_names_are_said(made: Path, tmp_path: Path) -> None:
     (tmp_path / "odd.jsonl").write_text('{"title": "x"}\n')
     for name, said in (("bad", "is no JSON Lines file"), ("odd", "of which none is messages, "), ("none", "no data file")):
         with pytest.raises(ValueError, match=said):
-            list(read_turns(tmp_path / f"{name}.jsonl"))
+            list(read_conversations(tmp_path / f"{name}.jsonl"))
+
+
+def turns(tmp_path: Path, record: dict[str, Any]) -> list[list[str]]:
+    """Texts of the conversations that a record gives, each up to what the target is to answer."""
+    (tmp_path / "one.jsonl").write_text(json.dumps(record))
+    found = read_conversations(tmp_path / "one.jsonl")
+    return [[message["content"] for message in one.messages] for one in found if isinstance(one, Conversation)]
 
 
 def test_records_of_every_shape(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    assert turns_of({"messages": chat}) == [["a", "b", "c"]]
-    assert turns_of({"messages": chat[:2]}) == [["a"]]
-    assert turns_of({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}) == [["a"]]
-    assert turns_of({"turns": ["a", "b"]}) == [["a"]]
-    assert turns_of({"turns": [{"speaker": "USER", "utterance": "a"}, {"speaker": "SYSTEM", "utterance": "b"}]}) == [["a"]]
-    assert turns_of({"instruction": "do", "input": "this"}) == [["do\n\nthis"]]
-    assert turns_of({"question": "q", "answer": "a"}) == [["q"]]
+    shared = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    spoken = [{"speaker": "USER", "utterance": "a"}, {"speaker": "SYSTEM", "utterance": "b"}]
+    assert turns(tmp_path, {"messages": chat}) == [["a", "b", "c"]]
+    assert turns(tmp_path, {"messages": chat[:2]}) == [["a"]]
+    assert turns(tmp_path, {"conversations": shared}) == [["a"]]
+    assert turns(tmp_path, {"turns": ["a", "b"]}) == [["a"]]
+    assert turns(tmp_path, {"turns": spoken}) == [["a"]]
+    assert turns(tmp_path, {"instruction": "do", "input": "this"}) == [["do\n\nthis"]]
+    assert turns(tmp_path, {"question": "q", "answer": "a"}) == [["q"]]
     tree = {"text": "a", "replies": [{"text": "b", "replies": [{"text": "c", "replies": [{"text": "d", "replies": []}]}]}]}
-    assert sorted(turns_of({"prompt": tree})) == [["a"], ["a", "b", "c"]]
+    assert sorted(turns(tmp_path, {"prompt": tree})) == [["a"], ["a", "b", "c"]]
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         file.write('{"prompt": "x"}\n{"prompt": " "}\n')
-    assert list(read_turns(tmp_path / "a.jsonl.gz")) == [["x"]]
+    tokenizer = LLM(STORIES, {"method": "ar"}).tokenizer
+    corpus = read_corpus([tmp_path / "a.jsonl.gz"], tokenizer, 0, max_len=96)
+    assert [prompt.ids for prompt in corpus.prompts] == [tokenizer.encode("x")]
+    assert corpus.usage.lines() == ["left out: 1 of 2 conversations: 1 with an empty user turn"]
 
 
-def test_without_a_chat_template_the_last_words_are_the_prompt() -> None:
+def test_without_a_chat_template_the_last_words_are_the_prompt(tmp_path: Path) -> None:
     llm = LLM(STORIES, {"method": "ar"})
-    assert encode(["a", "b", "Tom"], llm.tokenizer) == llm.tokenizer.encode("Tom")
+    chat = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "Tom"))]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": chat}))
+    corpus = read_corpus([tmp_path / "chat.jsonl"], llm.tokenizer, 0, max_len=96)
+    assert [prompt.ids for prompt in corpus.prompts] == [llm.tokenizer.encode("Tom")]
 
 
 def _opened(made: Path, one: dict) -> list[shards.Text]:

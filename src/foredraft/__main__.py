@@ -288,12 +288,23 @@ _Dtype = Annotated[
 ]
 
 
+_Answers = Annotated[
+    str,
+    typer.Option(
+        help="own: the target answers the last turn itself, and the answers in the files are context. "
+        "given: learn from every answer in the files, by the mask of the target's chat template.",
+        rich_help_panel=_TEXT,
+    ),
+]
+
+
 @app.command()
 def train(
     *,
     method: Annotated[str, typer.Option(help="Head: eagle, fspad, eagle3, medusa, hydra, parallel or ctc.")],
     out: Annotated[Path, typer.Option(help="Directory of the head; a run that was cut off goes on from there.")],
     data: Annotated[list[Path], typer.Option(help="JSON Lines files of questions or chats; may be given several times.")],
+    answers: _Answers = "own",
     model: Model = None,
     set_option: _Set = None,
     init: Annotated[
@@ -302,9 +313,14 @@ def train(
     shards: Annotated[
         Path | None, typer.Option(help="Folder of captured text, to be shared; default: in --out.", rich_help_panel=_TEXT)
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Answer tokens that the target writes.", rich_help_panel=_TEXT)] = 500_000,
-    temperatures: Annotated[str, typer.Option(help="Of the answers, in turn.", rich_help_panel=_TEXT)] = "0,0.6,1",
-    max_len: Annotated[int, typer.Option(min=64, help="Tokens of prompt and answer.", rich_help_panel=_TEXT)] = 512,
+    tokens: Annotated[int, typer.Option(min=1, help="Answer tokens to capture.", rich_help_panel=_TEXT)] = 500_000,
+    temperatures: Annotated[
+        str | None,
+        typer.Option(help="Of the target's own answers, in turn; default 0,0.6,1.", rich_help_panel=_TEXT, show_default=False),
+    ] = None,
+    max_len: Annotated[
+        int, typer.Option(min=64, help="Tokens of prompt and answer; longer chats are left out.", rich_help_panel=_TEXT)
+    ] = 512,
     feature_layers: Annotated[
         str | None, typer.Option(help="Layers to capture beside the head's own: 2,4,5.", rich_help_panel=_TEXT)
     ] = None,
@@ -331,7 +347,12 @@ def train(
     seed: Annotated[int, typer.Option(help="Of text, weights, order and noise.")] = 0,
     device: Device = None,
 ) -> None:
-    """Train a draft head for a model, on text that the model writes itself."""
+    """Train a draft head for a model.
+
+    The model's chat template renders each conversation, system turns and tools included.
+    By default the model answers it, and the head learns from the model's answers.
+    What the template cannot render is counted and named at the end.
+    """
     from foredraft import choices, typed
 
     choices.check_head_method(method)
@@ -340,10 +361,10 @@ def train(
     settings |= {"optimizer": optimizer, "answer_share": answer_share}
     settings |= {name: value for name, value in {"lr": lr, "bf16": bf16}.items() if value is not None}
     layers = typed.numbers("--feature-layers", feature_layers or "", int)
-    ways = typed.numbers("--temperatures", temperatures, float)
+    ways = None if temperatures is None else typed.numbers("--temperatures", temperatures, float)
     given = typed.options(set_option or [])
     text = {"shards": shards, "num_tokens": tokens, "temperatures": ways, "max_len": max_len, "feature_layers": layers}
-    text |= {"keep_features": keep_features}
+    text |= {"keep_features": keep_features, "answers": answers}
     from foredraft.train import command
     from foredraft.train.command import TrainChoice
 

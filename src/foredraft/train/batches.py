@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     Attributes:
         features: the target's, of the layers that a head is given.
         final: those after the target's last norm.
-        answer: whether the token at a position belongs to an answer; padding does not.
+        answer: whether the token at a position belongs to an answer that is learned from; padding does not.
         num_tokens: answer tokens: one token pass each.
     """
 
@@ -41,11 +41,10 @@ def collate(texts: Sequence[Text], layers: Sequence[int], target: Any) -> Batch:
 
     Args:
         layers: whose features a head is given, side by side.
-        target: what wrote the texts; it is run where they have come without features.
+        target: the model that is drafted for; it is run where the texts have come without features.
     """
     ids = pad_sequence([text.ids.long() for text in texts], batch_first=True)
-    answers = [torch.arange(len(text.ids)) >= text.prompt_len for text in texts]
-    answer = pad_sequence(answers, batch_first=True)
+    answer = pad_sequence([text.answer for text in texts], batch_first=True)
     if not texts[0].features:
         texts = _with_features(texts, list(dict.fromkeys([*layers, *FINAL])), target)
     final = _features(texts, FINAL, target.device)

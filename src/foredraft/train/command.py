@@ -1,12 +1,10 @@
-"""``foredraft train``: prompts -> the target's answers and features (shards) -> a head -> its directory."""
+"""``foredraft train``: conversations -> answers and the target's features (shards) -> a head -> its directory."""
 
 from __future__ import annotations
 
 import inspect
-import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from foredraft.bench.command import machine
 from foredraft.drafters.folder import layer_config, read_head, save_head
 from foredraft.drafters.heads import FINAL, HEADS
 from foredraft.drafters.layers import Shape
@@ -26,16 +23,20 @@ from foredraft.params import MAX_SEED
 from foredraft.plots import new_figure
 from foredraft.train.attention import tables
 from foredraft.train.batches import collate, endless
-from foredraft.train.corpus import read_prompts
+from foredraft.train.corpus import ANSWERS, Corpus, read_corpus
 from foredraft.train.frozen import Frozen
 from foredraft.train.loop import Course, Progress, Settings, faster_in_bf16, train
+from foredraft.train.provenance import curves_of, provenance
 from foredraft.train.recipes import RECIPES, check
-from foredraft.train.shards import Plan, Text, capture
-from foredraft.train.start import FITTED_TOKENS, begin
+from foredraft.train.shards import Plan, Text, capture, usage_lines
+from foredraft.train.start import FITTED_TOKENS, begin, token_counts
 from foredraft.train.workers import Workers, find_workers
 
 WRITERS = 128
 """Answers written at once."""
+
+TEMPERATURES = (0.0, 0.6, 1.0)
+"""Of the target's own answers, in turn, where none are given."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,11 @@ class TrainChoice:
     Attributes:
         options: of the head and of its recipe, by name.
         init: directory of a head of the same method and sizes whose weights are begun with.
+        answers: whose answers are learned from: ``own``, which the target writes to the prompts, or ``given``, which are those
+            in the files.
         shards: folder of the captured texts; None is one in `out`.
         feature_layers: captured beside those that the head needs, so that several heads can share the shards.
+        temperatures: of the target's own answers, in turn; None: `TEMPERATURES`.
         keep_features: in new shards; without them the model is run over every batch again, and shards are small.
     """
 
@@ -56,9 +60,10 @@ class TrainChoice:
     out: Path
     options: Mapping[str, Any] = field(default_factory=dict)
     init: Path | None = None
+    answers: str = "own"
     shards: Path | None = None
     num_tokens: int = 500_000
-    temperatures: Sequence[float] = (0.0, 0.6, 1.0)
+    temperatures: Sequence[float] | None = None
     max_len: int = 512
     feature_layers: Sequence[int] = ()
     keep_features: bool = True
@@ -76,16 +81,17 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
     Raises:
         ValueError: something was asked for that cannot be; a `TrainingError` says what stands and how to go on.
     """
-    if choice.method not in RECIPES:
-        raise unknown_name("method", choice.method, list(RECIPES))
     # a random seed, -1, is not allowed: a run could not be resumed with it
     whole_number("--seed", choice.seed, 0, MAX_SEED // 2, "texts count on from it")
+    _check(choice)
     source, workers = choice.model or BUNDLED_TARGET, workers or Workers()
     device = choice.device or workers.device
     llm = LLM(source, {"method": "ar"}, device=device, max_num_seqs=WRITERS, seed=choice.seed)
     settings = _settings(choice, workers, llm.target.device)
     if llm.tokenizer is None:
         raise ValueError("the target has no tokenizer, so that its data cannot be read: give a directory with one")
+    if choice.answers == "given" and not getattr(llm.tokenizer, "chat_template", None):
+        raise ValueError("the target has no chat template to show which tokens are answers. Leave out --answers given")
     given = _split_options(choice.method, choice.options, llm.target)
     config = layer_config(llm.target.config, llm.target.vocab_size, given.sizes)
     shape = Shape.of(config)
@@ -116,6 +122,7 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
             "target": fingerprint_of(source),
             "head_options": {**given.sizes, **given.head},
             "data": _names(choice),
+            "answers": choice.answers,
             **({} if init is None else {"init": fingerprint(init)}),
         },
         workers=workers,
@@ -129,10 +136,24 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
     return done
 
 
+def _check(choice: TrainChoice) -> None:
+    """Looks at the options that need no model.
+
+    Raises:
+        ValueError: one of them is unknown, or does not go with another.
+    """
+    if choice.method not in RECIPES:
+        raise unknown_name("method", choice.method, list(RECIPES))
+    if choice.answers not in ANSWERS:
+        raise unknown_name("--answers", choice.answers, ANSWERS)
+    if choice.answers == "given" and choice.temperatures is not None:
+        raise ValueError("--temperatures are those of the target's own answers, and --answers given has none: leave one out")
+
+
 def _begin(head: Any, frozen: Frozen, learned: Sequence[Text], settings: Settings, target: Any) -> None:
     """Gives a head its first weights, from the first batches that it will learn from."""
     few = islice(endless(learned, settings.batch_tokens, settings.seed), -(-FITTED_TOKENS // settings.batch_tokens))
-    begin(head, frozen, _counts(learned, target), [collate(one, head.feature_layers, target) for one in few])
+    begin(head, frozen, token_counts(learned, target), [collate(one, head.feature_layers, target) for one in few])
 
 
 def _read_init(choice: TrainChoice, head: torch.nn.Module) -> dict[str, torch.Tensor] | None:
@@ -162,26 +183,48 @@ def _settings(choice: TrainChoice, workers: Workers, device: torch.device) -> Se
 
 
 def _learned(texts: Sequence[Text], answer_share: float) -> list[Text]:
+    """The texts to learn from; says how many are left out for their small share of answer."""
     found = [one for one in texts if not one.held_out and one.answer_share >= answer_share]
     if not found:
         raise ValueError(
             f"none of the {len(texts)} texts has an answer that is {answer_share:.1%} of it: give --answer-share 0"
         )
+    if short := sum(not one.held_out for one in texts) - len(found):
+        line = (
+            f"{short:,} of {len(texts):,} texts are left out: less than {answer_share:.1%} of each is answer (--answer-share)"
+        )
+        Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
     return found
+
+
+def _say(line: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
 
 
 def captured(choice: TrainChoice, llm: LLM, source: Any, layers: Sequence[int]) -> list[Text]:
     """The texts to learn from, with the features of `layers`, written and captured as far as they are not there yet."""
     every = list(dict.fromkeys([*choice.feature_layers, *layers])) if choice.keep_features else []
-    plan = Plan(choice.temperatures, min(choice.max_len, llm.max_model_len), choice.num_tokens, every, choice.seed)
-    about = {"target": fingerprint_of(source), "data": _names(choice)}
-    folder = choice.shards or choice.out / "shards"
+    temperatures = (choice.temperatures or TEMPERATURES) if choice.answers == "own" else ()
+    plan = Plan(temperatures, min(choice.max_len, llm.max_model_len), choice.num_tokens, every, choice.seed)
+    about = {"target": fingerprint_of(source), "data": _names(choice), "answers": choice.answers}
+    folder = _shards(choice)
     width = llm.target.config.hidden_size * len(every) * 2 + 4  # bytes of a token: bfloat16, and its id
     Console(stderr=True).print(f"shards in {folder}: about {1.6 * choice.num_tokens * width / 1e9:.2g} GB in all")
-    texts = capture(llm, lambda seed: read_prompts(choice.data, llm.tokenizer, seed), plan, folder, about, layers)
+
+    def read(seed: int) -> Corpus:
+        corpus = read_corpus(choice.data, llm.tokenizer, seed, answers=choice.answers, max_len=plan.max_len)
+        for line in corpus.usage.lines():  # said at the end as well, which may be hours away
+            _say(line)
+        return corpus
+
+    texts = capture(llm, read, plan, folder, about, layers)
     if every and texts and not texts[0].features:
         Console(stderr=True).print("they keep no features: the model is run over every batch; other --shards would keep them")
     return texts
+
+
+def _shards(choice: TrainChoice) -> Path:
+    return choice.shards or choice.out / "shards"
 
 
 def _names(choice: TrainChoice) -> list[str]:
@@ -219,36 +262,6 @@ def _split_options(method: str, given: Mapping[str, Any], target: Any) -> Option
     return Options({name: given[name] for name in sizes if name in given}, head, learned)
 
 
-def _counts(texts: Sequence[Text], target: Any) -> torch.Tensor:
-    """How often every token stands in an answer."""
-    counts = torch.zeros(target.vocab_size, dtype=torch.long)
-    for text in texts:
-        counts += torch.bincount(text.ids[text.prompt_len :].long(), minlength=target.vocab_size)
-    return counts.to(target.device)
-
-
-def provenance(course: Course, settings: Settings, done: Progress, head: torch.nn.Module) -> dict[str, Any]:
-    """Everything needed to say where the weights come from and how good they are on the held-out part."""
-    import transformers
-
-    return {
-        "command": "foredraft " + " ".join(sys.argv[1:]),
-        "method": course.facts["method"],
-        "parameters": sum(one.numel() for one in head.parameters()),
-        "data": course.facts["data"],
-        "recipe": dict(course.options),
-        "settings": asdict(settings),
-        "texts": len(course.texts),
-        "token_passes": done.token_passes,
-        "minutes": round(done.seconds / 60, 1),
-        "device": machine(course.device)["device"],
-        "held_out": done.history[-1] if done.history else {},
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "finished": time.strftime("%Y-%m-%d"),
-    }
-
-
 def command(choice: TrainChoice, *, plot: Path | None = None) -> int:
     """``foredraft train``; returns the exit status."""
     out = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -264,20 +277,9 @@ def command(choice: TrainChoice, *, plot: Path | None = None) -> int:
     out.print(
         f"{choice.out}: {done.step} steps, {done.token_passes} token passes, {done.seconds / 60:.1f} min; held out: {figures}"
     )
+    for line in usage_lines(_shards(choice)):
+        out.print(line, markup=False)
     if figure is not None:
         curves_of(done, choice.method, figure)
         figure.savefig(plot)
     return 0
-
-
-def curves_of(done: Progress, method: str, figure: Any) -> None:
-    """Draws the losses and what is reported beside them, over the steps."""
-    names = [name for name in done.history[-1] if name not in ("step", "token_passes")]
-    losses = [name for name in names if "loss" in name]
-    others = [name for name in names if name not in losses]
-    for axes, some in zip(figure.subplots(1, 2), (losses, others), strict=True):
-        for name in some:
-            axes.plot([row["step"] for row in done.history], [row.get(name) for row in done.history], label=name)
-        axes.set_xlabel("step")
-        axes.legend(fontsize=7)
-    figure.suptitle(method)

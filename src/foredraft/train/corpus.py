@@ -1,4 +1,7 @@
-"""Conversations from JSON Lines files of any of the usual shapes, as prompts in the target's chat format."""
+"""Training text from JSON Lines files: every conversation as the target's own chat template renders it.
+
+A conversation that cannot be used is counted under its reason, never dropped in silence.
+"""
 
 from __future__ import annotations
 
@@ -6,136 +9,181 @@ import gzip
 import hashlib
 import json
 import random
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from foredraft.train.records import EXAMPLE, CannotUse, Conversation, conversations_of, text_of
+from foredraft.train.rendering import Renderer
+
 HELD_OUT_ONE_IN = 50
 MAX_PER_QUESTION = 4
-"""Records kept of one opening question: reports of sampled answers hold dozens of the same."""
+"""Conversations used of one opening question: reports of sampled answers hold dozens of the same."""
 
-_ASSISTANT = {"assistant", "gpt", "bot", "SYSTEM", "system", "model", "chatgpt"}
-_USER = {"user", "human", "USER", "prompter"}
+ANSWERS = ("own", "given")
+"""Whose answers are learned from: the target's own, or those in the files."""
 
-Turns = list[str]
-"""User and assistant texts in turn, the user's first and last: what the target is to answer."""
+ROOM = 32
+"""Tokens that the target's own answer gets at least."""
 
 
 class Prompt(NamedTuple):
-    """What the target answers, as token ids.
+    """Token ids of a prompt that the target is to answer or, with a mask, of a whole text.
 
     Attributes:
         held_out: kept for evaluation; equal opening questions always fall on the same side.
+        mask: which tokens of a whole text are learned from; None where the target is to answer.
     """
 
     ids: list[int]
     held_out: bool
+    mask: list[bool] | None = None
 
 
-def read_prompts(files: Sequence[Path], tokenizer: Any, seed: int) -> list[Prompt]:
-    """The prompts of all files in the target's chat format, in an order that depends on the seed alone.
+@dataclass
+class Usage:
+    """How many conversations of the files were used.
+
+    Attributes:
+        conversations: in the files.
+        left_out: conversations that are not used, by reason.
+        in_part: conversations of which a part is not used, by reason.
+    """
+
+    conversations: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    in_part: Counter[str] = field(default_factory=Counter)
+
+    def lines(self) -> list[str]:
+        """What was not used, with its reasons; nothing where all was used."""
+        named = (("left out", self.left_out), ("used in part", self.in_part))
+        return [
+            f"{name}: {reasons.total():,} of {self.conversations:,} conversations: "
+            + "; ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+            for name, reasons in named
+            if reasons
+        ]
+
+
+class Corpus(NamedTuple):
+    """The prompts of the files, and what of the files was not used."""
+
+    prompts: list[Prompt]
+    usage: Usage
+
+
+def read_corpus(files: Sequence[Path], tokenizer: Any, seed: int, *, answers: str = "own", max_len: int) -> Corpus:
+    """The conversations of all files in the target's chat format, in an order that depends on the seed alone.
+
+    Args:
+        answers: ``own``: prompts up to the last turn that is not the assistant's, for the target to answer; ``given``: whole
+            conversations up to their last answer, with the template's mask of every assistant turn.
+        max_len: tokens of prompt and answer together; longer conversations are left out.
 
     Raises:
-        ValueError: a file is missing or is no JSON Lines, or a record of it has a shape that is not known.
+        ValueError: a file is missing or is no JSON Lines, a record of it has an unknown shape, or no conversation can be used.
     """
-    every = [turns for file in files for turns in read_turns(file)]
+    every = [found for file in files for found in read_conversations(file, answers)]
     random.Random(seed).shuffle(every)
-    if not every:
-        raise ValueError(f"no prompt in {', '.join(map(str, files))}: give files with questions, see `foredraft train --help`")
-    held_out = _held_out({turns[0] for turns in every})
-    seen: Counter[str] = Counter()
-    kept = []
-    for turns in every:
-        seen[turns[0]] += 1
-        if seen[turns[0]] <= MAX_PER_QUESTION:
-            kept.append(Prompt(encode(turns, tokenizer), turns[0] in held_out))
-    return kept
+    usage, renderer, seen, kept = Usage(len(every)), Renderer(tokenizer), Counter(), []
+    for conversation in every:
+        try:
+            if isinstance(conversation, CannotUse):
+                raise conversation
+            _check(conversation)
+            if seen[conversation.question] == MAX_PER_QUESTION:
+                raise CannotUse(f"beyond the first {MAX_PER_QUESTION} with the same opening question")
+            ids, mask = renderer.given(conversation) if answers == "given" else (renderer.prompt(conversation), None)
+            if len(ids) > (longest := max_len if mask else max_len - ROOM):
+                raise CannotUse(f"longer than {longest} tokens" + ("" if mask else f" ({max_len} with the answer)"))
+        except CannotUse as reason:
+            usage.left_out[str(reason)] += 1
+            continue
+        seen[conversation.question] += 1
+        usage.in_part.update(one for one in (conversation.unused, renderer.unused(conversation)) if one)
+        kept.append((conversation.question, ids, mask))
+    if not kept:
+        said = " ".join(usage.lines()) or "they hold no conversation"
+        raise ValueError(f"no training text in {', '.join(map(str, files))} ({said}). {EXAMPLE}")
+    held_out = _held_out({question for question, _, _ in kept})
+    return Corpus([Prompt(ids, question in held_out, mask) for question, ids, mask in kept], usage)
 
 
 def _held_out(questions: set[str]) -> set[str]:
     """One question in fifty, by a hash of it alone; at least one."""
-    hashes = {question: int(hashlib.sha256(question.encode()).hexdigest(), 16) for question in questions}
+    hashes = {question: int(hashlib.sha256(question.encode(errors="surrogatepass")).hexdigest(), 16) for question in questions}
     return {one for one, value in hashes.items() if value % HELD_OUT_ONE_IN == 0} or {min(hashes, key=hashes.__getitem__)}
 
 
-def read_turns(file: Path) -> Iterator[Turns]:
-    """The conversations of a file, up to a user's last words.
+def _check(conversation: Conversation) -> None:
+    """Looks at what no template says.
 
     Raises:
-        ValueError: see `read_prompts`.
+        CannotUse: nobody asks anything, or a turn is empty.
     """
+    if conversation.question is None:
+        raise CannotUse("with no user turn")
+    for message in conversation.messages:
+        empty = not text_of(message).strip() and "tool_calls" not in message
+        if empty and message["role"] in ("user", "assistant"):
+            raise CannotUse(f"with an empty {message['role']} turn")
+
+
+def read_conversations(file: Path, answers: str = "own") -> Iterator[Conversation | CannotUse]:
+    """The conversations of a file, cut for `answers`, see `read_corpus`; or why a record cannot be used.
+
+    Raises:
+        ValueError: see `read_corpus`.
+    """
+    for number, record in _records(file):
+        try:
+            found = conversations_of(record)
+        except CannotUse as reason:
+            yield reason
+            continue
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            said = str(error) if isinstance(error, ValueError) else f"a record has an unknown shape ({error!r})"
+            raise ValueError(f"{file}, line {number}: {said}. {EXAMPLE}") from None
+        yield from _cut(found, answers)
+
+
+def _records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The objects of a file with their line numbers; blank lines are skipped."""
     if not file.is_file():
         raise ValueError(f"no data file {str(file)!r}: give JSON Lines files (.jsonl or .jsonl.gz)")
-    open_it = gzip.open if file.suffix == ".gz" else open
+    open_it, number = gzip.open if file.suffix == ".gz" else open, 0
     try:
-        with open_it(file, "rt", encoding="utf-8") as lines:
-            for line in lines:
+        with open_it(file, "rt", encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
                 record = json.loads(line)
-                for turns in turns_of(record) if isinstance(record, dict) else ():
-                    if turns and all(turn.strip() for turn in turns):
-                        yield turns
-    except KeyError as error:
-        raise ValueError(f"{file}: {error.args[0]}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is no JSON Lines file ({error}): one JSON object a line is asked for") from None
+                if not isinstance(record, dict):
+                    raise ValueError(f"the line holds a {type(record).__name__}")
+                yield number, record
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file} is no JSON Lines file (line {max(number, 1)}: {error}): one JSON object a line is asked for. {EXAMPLE}"
+        ) from None
 
 
-def turns_of(record: Mapping[str, Any]) -> list[Turns]:
-    """The conversations of one record.
-
-    Raises:
-        KeyError: it has no keys that are known; the message says which are.
-    """
-    for key in ("messages", "conversations", "turns"):
-        if isinstance(record.get(key), list):
-            return [_alternating(record[key])]
-    if "instruction" in record:
-        return [[_joined(record["instruction"], record.get("context") or record.get("input") or "")]]
-    for key in ("question", "prompt"):
-        if isinstance(record.get(key), str):
-            return [[record[key]]]
-    if isinstance(record.get("prompt"), dict) and "text" in record["prompt"]:
-        return _tree(record["prompt"])
-    known = "messages, conversations, turns, instruction, question or prompt"
-    raise KeyError(f"a record has the keys {', '.join(list(record)[:6])}, of which none is {known}")
+def _cut(found: Sequence[Conversation], answers: str) -> list[Conversation | CannotUse]:
+    """Conversations of one record, each ending where the target answers or behind the last given answer, each once."""
+    given, cut = answers == "given", []
+    for conversation in found:
+        messages = conversation.messages
+        others = [i for i, message in enumerate(messages) if (message["role"] == "assistant") == given]
+        cut.append(conversation._replace(messages=messages[: others[-1] + 1] if others else []))
+    if given:  # a path of a tree is learned from once, with all its answers
+        cut = [one for i, one in enumerate(cut) if not any(_goes_on(one, other) for other in cut[:i] + cut[i + 1 :])]
+    empty = CannotUse("with no answer to learn from" if given else "with no user turn")
+    return [one if one.messages else empty for i, one in enumerate(cut) if not one.messages or one not in cut[:i]]
 
 
-def _alternating(messages: Sequence[Any]) -> Turns:
-    """Texts of a list of messages, up to the last of the user; a list of plain strings is the user's alone, and the first
-    counts."""
-    if messages and isinstance(messages[0], str):
-        return [messages[0]]
-    turns: Turns = []
-    for message in messages:
-        role = message.get("role") or message.get("from") or message.get("speaker") or ""
-        text = message.get("content") or message.get("value") or message.get("utterance") or ""
-        text = text if isinstance(text, str) else str(text.get("answer", "")) if isinstance(text, dict) else ""
-        if role in (_USER if len(turns) % 2 == 0 else _ASSISTANT):
-            turns.append(text)
-    return turns[: len(turns) - (len(turns) % 2 == 0)]
-
-
-def _tree(root: Mapping[str, Any]) -> list[Turns]:
-    """Every path of a conversation tree down to a user's message that was answered."""
-    paths, stack = [], [(root, [])]
-    while stack:
-        node, before = stack.pop()
-        path = [*before, node["text"]]
-        if len(path) % 2 and node.get("replies"):
-            paths.append(path)
-        stack.extend((reply, path) for reply in node.get("replies", []))
-    return paths
-
-
-def _joined(*parts: str) -> str:
-    return "\n\n".join(part.strip() for part in parts if part.strip())
-
-
-def encode(turns: Turns, tokenizer: Any) -> list[int]:
-    """The prompt in the target's chat format; without one, the last question as plain text."""
-    if not getattr(tokenizer, "chat_template", None):
-        return tokenizer.encode(turns[-1])
-    messages = [{"role": ("user", "assistant")[i % 2], "content": turn.strip()} for i, turn in enumerate(turns)]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer.encode(text, add_special_tokens=False)
+def _goes_on(one: Conversation, other: Conversation) -> bool:
+    """Whether `other` begins as `one` and is longer."""
+    length = len(one.messages)
+    return len(other.messages) > length and other.messages[:length] == one.messages

@@ -310,6 +310,7 @@ def resume(course: Course, settings: Settings, optimizers: Optimizers, done: Pro
         content = torch.load(file, map_location=course.device, weights_only=True)
     except Exception:
         raise TrainingError(f"{file} is damaged: delete it to begin anew") from None
+    content["facts"].setdefault("answers", "own")
     different = [key for key, value in facts_of(course, settings).items() if content["facts"].get(key) != value]
     if different:
         raise TrainingError(

@@ -1,5 +1,6 @@
-"""Texts that the target wrote, with its features at every token, in files that are mapped into memory. Without layers, a shard
-holds the texts alone, and the target is run over each batch again (`foredraft.train.batches`).
+"""Texts with the target's features at every token, in files that are mapped into memory. The target wrote the answers, or they
+are given and a mask says which tokens they are. Without layers, a shard holds the texts alone, and the target is run over each
+batch again (`foredraft.train.batches`).
 
 A shard is whole or not there: it is written under another name first. `manifest.json` says what the shards were made from and
 what each tensor of them hashes to, so that a run goes on where it was cut off, and damage is found before it is trained on.
@@ -11,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,7 +27,7 @@ from torch import Tensor
 from foredraft.llm import LLM
 from foredraft.params import SamplingParams
 from foredraft.progress import progress_bar
-from foredraft.train.corpus import Prompt
+from foredraft.train.corpus import Corpus, Prompt, Usage
 from foredraft.tree import TreeBatch
 
 SHARD_TEXTS = 256
@@ -38,8 +40,8 @@ CAPTURE_TOKENS_ON_A_CARD = 16_384
 _MAY_DIFFER = ("num_tokens", "feature_layers", "seed")
 """More shards may be asked for, fewer layers used, and several seeds may learn from the same texts."""
 
-_ROOM = 32
-"""Tokens that an answer gets at least; longer prompts are left out."""
+_TEXT_VERSION = 2
+"""Of the order and rendering of the conversations. Version 1 left out system turns and tool turns."""
 
 
 class TrainingError(ValueError):
@@ -64,28 +66,39 @@ class Plan(NamedTuple):
 
 
 class Text(NamedTuple):
-    """One text; its features, by layer, stay on disk until they are read. None are there where texts alone are kept."""
+    """One text; its features, by layer, stay on disk until they are read. None are there where texts alone are kept.
+
+    Attributes:
+        prompt_len: tokens before the first answer.
+        mask: which tokens are learned from; None: all after `prompt_len`.
+    """
 
     ids: Int[Tensor, " n"]
     features: Mapping[int, Float[Tensor, "n d"]]
     prompt_len: int
     held_out: bool
+    mask: Bool[Tensor, " n"] | None = None
+
+    @property
+    def answer(self) -> Bool[Tensor, " n"]:
+        """Whether each token is learned from."""
+        return torch.arange(len(self.ids)) >= self.prompt_len if self.mask is None else self.mask
 
     @property
     def answer_share(self) -> float:
         """Answer tokens, of all."""
-        return 1 - self.prompt_len / len(self.ids)
+        return 1 - self.prompt_len / len(self.ids) if self.mask is None else float(self.mask.float().mean())
 
 
 def capture(
-    llm: LLM, read: Callable[[int], list[Prompt]], plan: Plan, folder: Path, about: Mapping[str, Any], layers: Sequence[int]
+    llm: LLM, read: Callable[[int], Corpus], plan: Plan, folder: Path, about: Mapping[str, Any], layers: Sequence[int]
 ) -> list[Text]:
     """Writes what is missing of the shards, and opens them all.
 
     Args:
         llm: the target, decoding plainly.
         read: gives the prompts in the order of a seed; asked where shards are missing.
-        about: what the shards depend on beside the plan: the target's fingerprint, the data.
+        about: what the shards depend on beside the plan: the target's fingerprint, the data, whose answers.
         layers: whose features are opened, if any are kept.
 
     Raises:
@@ -100,10 +113,25 @@ def capture(
         raise TrainingError(f"the shards in {folder} lack the target's layers {sorted(missing)}: give another --shards folder")
     tokens = sum(shard["answer_tokens"] for shard in manifest["shards"])
     if tokens < plan.num_tokens:
-        prompts = [prompt for prompt in read(plan.seed) if len(prompt.ids) <= plan.max_len - _ROOM]
+        if manifest["shards"] and manifest["text_version"] != _TEXT_VERSION:
+            raise TrainingError(
+                f"the shards in {folder} were begun by another version of foredraft, which read conversations in another way: "
+                "give another --shards folder, or delete it"
+            )
+        prompts, usage = read(plan.seed)
         prompts.sort(key=lambda prompt: not prompt.held_out)  # held-out ones are in the first shards
+        manifest |= {"text_version": _TEXT_VERSION, "usage": vars(usage)}
         _write(llm, prompts, plan, folder, manifest)
     return [text for shard in manifest["shards"] for text in open_shard(folder / shard["name"], shard["sha256"], layers)]
+
+
+def usage_lines(folder: Path) -> list[str]:
+    """What the shards in a folder hold no text of, with the reasons, see `Usage.lines`."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if manifest.get("text_version", 1) != _TEXT_VERSION:
+        return [f"the shards in {folder} are by an earlier version of foredraft, which left out system and tool turns"]
+    usage = manifest["usage"]
+    return Usage(usage["conversations"], Counter(usage["left_out"]), Counter(usage["in_part"])).lines()
 
 
 def _write(llm: LLM, prompts: Sequence[Prompt], plan: Plan, folder: Path, manifest: dict[str, Any]) -> None:
@@ -124,11 +152,13 @@ def _write(llm: LLM, prompts: Sequence[Prompt], plan: Plan, folder: Path, manife
 def _read_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     file = folder / "manifest.json"
     if not file.exists():
-        return {"made_from": facts, "shards": []}
+        return {"text_version": _TEXT_VERSION, "made_from": facts, "shards": []}
     try:
         manifest = json.loads(file.read_text())
     except ValueError:
         raise TrainingError(f"{file} is damaged: delete {folder} and run again") from None
+    manifest.setdefault("text_version", 1)
+    manifest["made_from"].setdefault("answers", "own")
     different = [key for key in facts if manifest["made_from"].get(key) != facts[key] and key not in _MAY_DIFFER]
     if different:
         raise TrainingError(
@@ -159,19 +189,27 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
 
 
 def _write_shard(llm: LLM, prompts: Sequence[Prompt], plan: Plan, folder: Path, number: int, first: int) -> dict[str, Any]:
-    texts = _answer(llm, prompts, plan, first)
+    given = prompts[0].mask is not None
+    texts = [prompt.ids for prompt in prompts] if given else _answer(llm, prompts, plan, first)
+    masks = [torch.tensor(prompt.mask) for prompt in prompts] if given else []
+    prompt_lens = [prompt.mask.index(True) if prompt.mask else len(prompt.ids) for prompt in prompts]
     features = [one.cpu() for one in features_of(llm.target, texts, plan.feature_layers)] if plan.feature_layers else []
     layers = torch.cat(features).chunk(len(plan.feature_layers), dim=1) if features else ()
     tensors = {
         "ids": torch.tensor([token for text in texts for token in text], dtype=torch.int32),
         "lengths": torch.tensor([len(text) for text in texts]),
-        "prompt_lens": torch.tensor([len(prompt.ids) for prompt in prompts]),
+        "prompt_lens": torch.tensor(prompt_lens),
         "held_out": torch.tensor([prompt.held_out for prompt in prompts]),
+        **({"mask": torch.cat(masks)} if given else {}),
         **{_name(layer): one.contiguous() for layer, one in zip(plan.feature_layers, layers, strict=True)},
     }
     file = folder / f"{number:05d}.safetensors"
     write_whole(file, lambda part: save_file(tensors, part))
-    answers = [len(text) - len(one.ids) for text, one in zip(texts, prompts, strict=True) if not one.held_out]
+    answers = [
+        sum(one.mask) if one.mask else len(text) - len(one.ids)
+        for text, one in zip(texts, prompts, strict=True)
+        if not one.held_out
+    ]
     hashes = {name: _sha256(tensor) for name, tensor in tensors.items()}
     return {"name": file.name, "sha256": hashes, "answer_tokens": sum(answers)}
 
@@ -211,7 +249,8 @@ def open_shard(file: Path, sha256: Mapping[str, str], layers: Sequence[int]) -> 
     Raises:
         TrainingError: it is missing or damaged.
     """
-    names = ["ids", "lengths", "prompt_lens", "held_out", *map(_name, layers)]
+    masked = ["mask"] if "mask" in sha256 else []
+    names = ["ids", "lengths", "prompt_lens", "held_out", *masked, *map(_name, layers)]
     try:
         with safe_open(file, framework="pt") as shard:
             whole = {name: shard.get_tensor(name) for name in names}
@@ -223,10 +262,11 @@ def open_shard(file: Path, sha256: Mapping[str, str], layers: Sequence[int]) -> 
         )
     lengths = whole["lengths"].tolist()
     features = {layer: whole[_name(layer)].split(lengths) for layer in layers}
-    columns = whole["ids"].split(lengths), whole["prompt_lens"], whole["held_out"]
+    masks = whole["mask"].split(lengths) if masked else [None] * len(lengths)
+    columns = whole["ids"].split(lengths), whole["prompt_lens"], whole["held_out"], masks
     return [
-        Text(ids, {layer: features[layer][i] for layer in layers}, int(start), bool(held))
-        for i, (ids, start, held) in enumerate(zip(*columns, strict=True))
+        Text(ids, {layer: features[layer][i] for layer in layers}, int(start), bool(held), mask)
+        for i, (ids, start, held, mask) in enumerate(zip(*columns, strict=True))
     ]
 
 

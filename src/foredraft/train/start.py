@@ -5,6 +5,7 @@ A head that begins so is the best linear guess of what it is to say; its layers 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from foredraft.drafters.heads import Foretelling
 from foredraft.train.batches import Batch
 from foredraft.train.frozen import Frozen
+from foredraft.train.shards import Text
 
 FITTED_TOKENS = 65_536
 """Positions that the entries are fitted on."""
@@ -24,6 +26,14 @@ _RIDGE = 1e-3
 
 _SILENT = ("o_proj", "down_proj")
 """Last matrices of residual branches: zero at first."""
+
+
+def token_counts(texts: Sequence[Text], target: Any) -> Int[Tensor, " v"]:
+    """How often every token stands in an answer."""
+    counts = torch.zeros(target.vocab_size, dtype=torch.long)
+    for text in texts:
+        counts += torch.bincount(text.ids[text.answer].long(), minlength=target.vocab_size)
+    return counts.to(target.device)
 
 
 @torch.no_grad()

@@ -1,0 +1,49 @@
+"""What is told about a finished run: where a head's weights come from, and how its losses fell."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from foredraft.bench.command import machine
+from foredraft.train.loop import Course, Progress, Settings
+
+
+def provenance(course: Course, settings: Settings, done: Progress, head: torch.nn.Module) -> dict[str, Any]:
+    """Everything needed to say where the weights come from and how good they are on the held-out part."""
+    import transformers
+
+    return {
+        "command": "foredraft " + " ".join(sys.argv[1:]),
+        "method": course.facts["method"],
+        "parameters": sum(one.numel() for one in head.parameters()),
+        "data": course.facts["data"],
+        "answers": course.facts["answers"],
+        "recipe": dict(course.options),
+        "settings": asdict(settings),
+        "texts": len(course.texts),
+        "token_passes": done.token_passes,
+        "minutes": round(done.seconds / 60, 1),
+        "device": machine(course.device)["device"],
+        "held_out": done.history[-1] if done.history else {},
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "finished": time.strftime("%Y-%m-%d"),
+    }
+
+
+def curves_of(done: Progress, method: str, figure: Any) -> None:
+    """Draws the losses and what is reported beside them, over the steps."""
+    names = [name for name in done.history[-1] if name not in ("step", "token_passes")]
+    losses = [name for name in names if "loss" in name]
+    others = [name for name in names if name not in losses]
+    for axes, some in zip(figure.subplots(1, 2), (losses, others), strict=True):
+        for name in some:
+            axes.plot([row["step"] for row in done.history], [row.get(name) for row in done.history], label=name)
+        axes.set_xlabel("step")
+        axes.legend(fontsize=7)
+    figure.suptitle(method)

@@ -48,7 +48,9 @@ class Cache(Protocol):
 
     length: int
 
-    def truncate(self, length: int) -> None: ...
+    def truncate(self, length: int) -> None:
+        """Forgets everything after the first `length` tokens."""
+        ...
 
 
 @runtime_checkable
@@ -63,7 +65,9 @@ class Pool(Protocol):
         """A new cache with the contents of another."""
         ...
 
-    def free(self, cache: Any) -> None: ...
+    def free(self, cache: Any) -> None:
+        """Gives a cache back; it must not be used afterwards."""
+        ...
 
     def keep(self, caches: Sequence[Any], paths: Sequence[Sequence[int]]) -> None:
         """Commits, for every request, node 0 of the tree last run and then the nodes of its path; forgets the others."""
@@ -85,7 +89,9 @@ class Target(Protocol):
     max_len: int
     config: Any
 
-    def new_pool(self, num_slots: int, max_len: int) -> Any: ...
+    def new_pool(self, num_slots: int, max_len: int) -> Any:
+        """Room for `num_slots` requests of at most `max_len` tokens each."""
+        ...
 
     def forward(
         self,
@@ -162,11 +168,15 @@ class Grower(Protocol):
         budgets: Sequence[Budget],
         sampling: Sequence[SamplingParams],
         draws: Sequence[Draws],
-    ) -> TreeBatch: ...
+    ) -> TreeBatch:
+        """One tree for each request, within its budget; ``roots[b]`` is the last committed token of request b."""
+        ...
 
 
 @runtime_checkable
 class AcceptanceRule(Protocol):
     """A pure function from a tree and the target's law on it to what is accepted. It sees no model, cache or temperature."""
 
-    def __call__(self, tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict: ...
+    def __call__(self, tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
+        """What of `tree` is accepted, and the token that follows."""
+        ...

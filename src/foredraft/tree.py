@@ -48,6 +48,7 @@ class DraftTree:
 
     @property
     def num_nodes(self) -> int:
+        """Number of nodes, the root included."""
         return len(self.tokens)
 
     @cached_property

@@ -36,6 +36,11 @@ class Replay:
         self.prob = 1.0
 
     def ask(self, key: Key) -> None:
+        """Notes that `key` is asked.
+
+        Raises:
+            AssertionError: it was asked before, or while drafting.
+        """
         if key in self.asked:
             raise AssertionError(f"the random number at {key} was asked twice")
         if key in self.forbidden:
@@ -61,21 +66,25 @@ class Branches(Draws):
     replay: Replay = field(kw_only=True)
 
     def at(self, num_committed: int) -> Branches:
+        """The same branches at another position of the output."""
         return replace(self, num_committed=num_committed)
 
     def _ask(self, key: Key) -> None:
         self.replay.ask((f"{self.num_committed}:{key[0]}", key[1], key[2]))
 
     def bernoulli(self, prob: float, key: Key) -> bool:
+        """Branches into both outcomes; see `Draws.bernoulli`."""
         self._ask(key)
         prob = min(1.0, prob)
         return self.replay.choose([1 - prob, prob]) == 1
 
     def categorical(self, probs: Tensor, key: Key) -> int:
+        """Branches into every token of positive probability; see `Draws.categorical`."""
         self._ask(key)
         return self.replay.choose((probs.double() / probs.double().sum()).tolist())
 
     def order(self, probs: Tensor, key: Key, k: int) -> list[int]:
+        """Branches into every order of `k` tokens; see `Draws.order`."""
         self._ask(key)
         left, order = probs.double().clone(), []
         while len(order) < k and left.sum() > 0:
@@ -86,6 +95,7 @@ class Branches(Draws):
     def order_rows(  # type: ignore[override]
         self, draws: Sequence[Any], probs: Tensor, keys: Sequence[Key], k: int, token_ids: Tensor | None = None
     ) -> list[list[int]]:
+        """`order` for several rows; see `Draws.order_rows`."""
         return [one.order(row, key, k) for one, row, key in zip(draws, probs, keys, strict=True)]
 
 
@@ -111,6 +121,7 @@ class TableExpander:
         self.num_passes = self.num_evaluated = 0
 
     def expand(self, states: Sequence[Any], partial: TreeBatch, node_ids: np.ndarray) -> Tensor:
+        """Draft logits after each node, read from the table."""
         self.num_passes += 1
         self.num_evaluated += len(node_ids)
         tree = partial[0]

@@ -40,6 +40,7 @@ class Outcome:
 
     @property
     def num_tokens(self) -> int:
+        """Generated tokens of all outputs."""
         return sum(map(len, self.token_ids))
 
 

@@ -44,6 +44,7 @@ class Fusion(nn.Linear):
         super().__init__(2 * shape.hidden, shape.hidden)
 
     def forward(self, embedding: Float[Tensor, "*n d"], feature: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:  # type: ignore[override]
+        """One vector for each position from features and embedding."""
         return super().forward(torch.cat([embedding, feature], dim=-1))
 
 
@@ -57,6 +58,7 @@ class FeatureSampling(nn.Module):
         self.post_attention_layernorm = Norm(shape.hidden, shape.eps)
 
     def forward(self, embedding: Float[Tensor, "*n d"], feature: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        """The fused vector of each position, corrected by the perceptron that the embedding gates."""
         fused = self.fc(torch.cat([embedding, feature], dim=-1))
         return fused + self.mlp(self.post_attention_layernorm(fused), gated_by=embedding)
 

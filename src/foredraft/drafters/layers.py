@@ -59,6 +59,7 @@ class Norm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        """Root-mean-square normalisation of the last dimension."""
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -76,6 +77,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(shape.heads * shape.head_dim, shape.hidden, bias=False)
 
     def forward(self, x: Float[Tensor, "*n i"], attend: Attend) -> Float[Tensor, "*n d"]:
+        """Attention of the new rows to all earlier ones."""
         query, key, value = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return self.o_proj(attend(self.q_norm(query), self.k_norm(key), value))
 
@@ -90,6 +92,7 @@ class Gated(nn.Module):
         self.down_proj = nn.Linear(intermediate, outputs, bias=False)
 
     def forward(self, x: Float[Tensor, "*n d"], gated_by: Float[Tensor, "*n d"] | None = None) -> Float[Tensor, "*n o"]:
+        """The gated feed-forward part (SwiGLU)."""
         return self.down_proj(F.silu(self.gate_proj(x if gated_by is None else gated_by)) * self.up_proj(x))
 
 
@@ -106,6 +109,7 @@ class Layer(nn.Module):
         self.mlp = Gated(shape.hidden, shape.intermediate, outputs * shape.hidden)
 
     def forward(self, x: Float[Tensor, "*n d"], attend: Attend) -> Float[Tensor, "*n o"]:
+        """One decoder layer: attention, then the feed-forward part, each with its residual."""
         x = x + self.self_attn(self.input_layernorm(x), attend)
         return torch.cat([x] * self.outputs, dim=-1) + self.mlp(self.post_attention_layernorm(x))
 
@@ -129,6 +133,7 @@ class WideLayer(nn.Module):
     def forward(
         self, embedding: Float[Tensor, "*n d"], feature: Float[Tensor, "*n d"], attend: Attend
     ) -> Float[Tensor, "*n d"]:
+        """One decoder layer whose attention reads two inputs side by side."""
         normed = self.hidden_norm(feature)
         x = torch.cat([self.input_layernorm(embedding), normed], dim=-1)
         x = (normed if self.norm_before_residual else feature) + self.self_attn(x, attend)
@@ -148,4 +153,5 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n d"]:
+        """The input plus SiLU of a linear layer of it."""
         return self.res_connection(x) + F.silu(self.linear(x))

@@ -37,6 +37,7 @@ class PickledTensor(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Size of each dimension."""
         return tuple(self.tensor.shape)
 
     @property
@@ -45,6 +46,7 @@ class PickledTensor(NamedTuple):
         return _NAMES.get(self.tensor.dtype, str(self.tensor.dtype))
 
     def read(self) -> Tensor:
+        """The tensor itself."""
         return self.tensor
 
 

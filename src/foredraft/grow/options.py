@@ -112,6 +112,7 @@ class Branching(Options):
             raise ValueError(f"expansion must list a number of draws, at least 1, for every depth; got {self.expansion}")
 
     def depths(self) -> dict[str, int | None]:
+        """See `Options.depths`."""
         return {"draft_depth": self.draft_depth, "expansion": len(self.expansion or ())}
 
 
@@ -143,6 +144,7 @@ class Static(Options):
                 )
 
     def depths(self) -> dict[str, int | None]:
+        """See `Options.depths`."""
         return {"paths": max(map(len, self.paths or ()), default=0)}
 
 
@@ -214,6 +216,7 @@ class TopK(Options):
             raise ValueError(f"topk and draft_depth must be at least 1, got {self.topk}, {self.draft_depth}")
 
     def depths(self) -> dict[str, int | None]:
+        """See `Options.depths`."""
         return {"draft_depth": self.draft_depth}
 
 

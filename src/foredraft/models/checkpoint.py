@@ -35,6 +35,7 @@ class StoredTensor(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Size of each dimension, from the header of the file."""
         return tuple(self.file.get_slice(self.name).get_shape())
 
     @property
@@ -43,6 +44,7 @@ class StoredTensor(NamedTuple):
         return self.file.get_slice(self.name).get_dtype()
 
     def read(self) -> Tensor:
+        """The tensor itself."""
         return self.file.get_tensor(self.name)
 
 

@@ -52,6 +52,7 @@ class TableCache:
 
     @property
     def length(self) -> int:
+        """Tokens held."""
         return len(self.tokens)
 
     def truncate(self, length: int) -> None:
@@ -63,12 +64,15 @@ class TablePool:
     """Caches of a `TableTarget`."""
 
     def allocate(self) -> TableCache:
+        """A new empty cache."""
         return TableCache()
 
     def copy(self, cache: TableCache) -> TableCache:
+        """A new cache with the tokens of another."""
         return TableCache(list(cache.tokens))
 
     def free(self, cache: TableCache) -> None:
+        """Gives the cache back."""
         pass
 
     def keep(self, caches: Sequence[TableCache], paths: Sequence[Sequence[int]]) -> None:
@@ -97,6 +101,7 @@ class TableTarget:
     config: Any = None
 
     def new_pool(self, num_slots: int, max_len: int) -> TablePool:
+        """A pool of token lists: the table needs no keys and values."""
         return TablePool()
 
     def forward(

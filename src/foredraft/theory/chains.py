@@ -37,6 +37,7 @@ class Pair:
 
     @property
     def vocab_size(self) -> int:
+        """Number of tokens."""
         return self.draft[0].shape[1]
 
     def steps(self, horizon: int) -> Iterator[tuple[Rows, Rows]]:

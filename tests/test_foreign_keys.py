@@ -118,7 +118,7 @@ def test_what_still_goes() -> None:
 
 def test_an_audit_of_plain_decoding(run: Run) -> None:
     """Its budget has a default, which is no mistake of the user's."""
-    code, _, err = run("audit", "--model", MODEL, "--method", "ar", "--limit", 1)
+    code, _, err = run("audit", "--model", MODEL, "--method", "ar", "--limit", 1, "--raw", "--max-tokens", 4)
     assert code == 1 and "there is nothing to audit" in err
 
 

@@ -627,6 +627,7 @@ _UsageError: Any = typer.BadParameter.__base__
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits: 0, 1 (an error), 2 (usage) or 130 (interrupted). Never a traceback, unless the
     environment variable FOREDRAFT_TRACEBACK is set."""
+    _never_refuse_output()
     hook, sys.unraisablehook = sys.unraisablehook, _repeat_interrupt
     try:
         code = app(arguments, prog_name="foredraft", standalone_mode=False) or 0
@@ -641,6 +642,13 @@ def main(arguments: list[str] | None = None) -> None:
     finally:
         sys.unraisablehook = hook
     sys.exit(code)
+
+
+def _never_refuse_output() -> None:
+    """Writes what a terminal's encoding lacks as ``\\xe9`` and the like, where Python would stop with an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _repeat_interrupt(unraisable: Any) -> None:
@@ -683,8 +691,9 @@ def _report(error: Exception, arguments: list[str]) -> int:
 
 
 def _say(what: str, message: str) -> None:
-    typer.secho(f"{what}: ", err=True, nl=False, bold=True, fg="red" if what == "error" else "cyan")
-    typer.echo(message, err=True)
+    # to the stream itself: in place of an ASCII one `err=True` takes one of its own that writes UTF-8
+    typer.secho(f"{what}: ", file=sys.stderr, nl=False, bold=True, fg="red" if what == "error" else "cyan")
+    typer.echo(message, file=sys.stderr)
 
 
 if __name__ == "__main__":

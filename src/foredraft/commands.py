@@ -41,7 +41,7 @@ def generate(
         outcome = _consume(stream, None)
         seed = outcome.output.seed if outcome.output else params.seed
         found = {"prompt": text, **_result(outcome, shown), "seed": seed, "config": _config(llm, choice, params)}
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps(found, ensure_ascii=not show.speaks_unicode(sys.stdout)))
         _say_failure(outcome)
         return outcome.code
     if not shown.chat and is_plain(text, llm.tokenizer):

@@ -132,12 +132,14 @@ def draw_tree(tokenizer: Any, completion: CompletionOutput) -> Tree:
         if law is not None:
             label.append(f" {float(law[int(tree.tokens[node])]):.3f}", "dim")
         if node in path:
-            label = Text.assemble("✓ ", label, " accepted", style=STYLES["accepted"])
+            mark = "✓ " if speaks_unicode(sys.stdout) else "* "
+            label = Text.assemble(mark, label, " accepted", style=STYLES["accepted"])
         branches.append(branches[parent].add(label))
     if completion.kinds and completion.kinds[-1] in ("recovered", "bonus"):
         kind = completion.kinds[-1]
         token = _spell_id(tokenizer, completion.token_ids[-1])
-        branches[path[-1] if path else 0].add(Text(f"→ {token} {kind}", STYLES[kind]))
+        arrow = "→" if speaks_unicode(sys.stdout) else "->"
+        branches[path[-1] if path else 0].add(Text(f"{arrow} {token} {kind}", STYLES[kind]))
     return branches[0]
 
 
@@ -178,6 +180,8 @@ def lines() -> Iterator[str]:
             yield input(typed).strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise ValueError(f"standard input is not text in {error.encoding} ({error.reason}). Set a UTF-8 locale") from None
 
 
 @contextmanager
@@ -196,12 +200,17 @@ def _uninterrupted() -> Iterator[None]:
 @contextmanager
 def waiting(what: str) -> Iterator[Callable[[], None]]:
     """Shows on a terminal's standard error that something goes on; gives a function that ends this early."""
-    status = _err().status(f"{what} ...")
+    status = _err().status(f"{what} ...", spinner="dots" if speaks_unicode(sys.stderr) else "line")
     status.start()
     try:
         yield status.stop
     finally:
         status.stop()
+
+
+def speaks_unicode(stream: Any) -> bool:
+    """Whether every character can be written to a stream as it is."""
+    return str(getattr(stream, "encoding", None) or "").lower().startswith("utf")
 
 
 def _err() -> Console:

@@ -43,11 +43,11 @@ def prepare(choice: AuditChoice) -> Auditor:
     Raises:
         ValueError: models, prompts or parameters cannot be used.
     """
+    read = tasks.read_prompts(choice.prompts or PROMPTS, choice.limit)
     whole_number("--samples", choice.samples, 1, MAX_NUM_SEQS, "they are decoded at once")
     llm = LLM(
         choice.model, choice.config, dtype=choice.dtype, device=choice.device, max_num_seqs=choice.samples, seed=choice.seed
     )
-    read = tasks.read_prompts(choice.prompts or PROMPTS, choice.limit)
     raw = choice.raw or llm.tokenizer is None or not getattr(llm.tokenizer, "chat_template", None)
     prompts = [ids for ids in tasks.encode(llm, read, raw=raw) if len(ids) + choice.max_tokens <= llm.max_model_len]
     if not prompts:
@@ -64,7 +64,7 @@ def command(choice: AuditChoice, *, output: Path | None, as_json: bool) -> int:
         try:
             output.mkdir(parents=True, exist_ok=True)
             (output / "audit.json").write_text(json.dumps(found, indent=1) + "\n")
-            (output / "audit.md").write_text(markdown(audit))
+            (output / "audit.md").write_text(markdown(audit), encoding="utf-8")
         except OSError as error:
             raise ValueError(f"cannot write to {str(output)!r} ({error.strerror})") from None
     if as_json:

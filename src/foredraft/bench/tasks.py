@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from foredraft.chat import check
+from foredraft.errors import check_text, shown
 from foredraft.llm import LLM
 
 _KEYS = ("messages", "turns", "question", "prompt", "text")
@@ -30,39 +31,71 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Any]:
         limit: at most so many, taken at equal distances over the file, so that every category of it is there.
 
     Raises:
-        ValueError: there is no such file, or a line has no prompt, or messages that are incomplete.
+        ValueError: it is no such file, a line has no prompt, or messages are incomplete.
     """
-    if not path.is_file():
-        raise ValueError(f"no prompts: {str(path)!r} is not a file. Give a .jsonl or .txt file as --prompts")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [(number, line) for number, line in enumerate(_text_of(path).split("\n"), start=1) if line.strip()]
     if not lines:
-        raise ValueError(f"no prompts: {str(path)!r} is empty. Give a .jsonl or .txt file as --prompts")
+        raise ValueError(f"no prompts: {str(path)!r} is empty. {_LOOKS}")
     if limit is not None and limit < len(lines):
         lines = [lines[i * len(lines) // limit] for i in range(limit)]
-    if path.suffix != ".jsonl":
-        return lines
-    return [_prompt_of(line, f"{path}, {number}") for number, line in enumerate(lines, start=1)]
+    read = _prompt_of if path.suffix.lower() == ".jsonl" else _text_line
+    return [read(line, f"{path}, line {number}") for number, line in lines]
+
+
+def _text_of(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"no prompts: {str(path)!r} is not a file. {_LOOKS}")
+    if path.suffix.lower() not in _ENDINGS:
+        raise ValueError(f"no prompts: {str(path)!r} is neither a .jsonl nor a .txt file. {_LOOKS}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # without the mark that some editors put first
+    except UnicodeDecodeError as error:
+        raise ValueError(f"no prompts: {str(path)!r} is not text in UTF-8 ({error.reason}). {_LOOKS}") from None
+    except OSError as error:
+        raise ValueError(f"no prompts: {str(path)!r} cannot be read ({error.strerror}). {_LOOKS}") from None
+    if "\0" in text:
+        raise ValueError(f"no prompts: {str(path)!r} is not text, it holds zero bytes. {_LOOKS}")
+    return text
+
+
+_ENDINGS = (".jsonl", ".txt")
+
+_LOOKS = (
+    'Give a .jsonl file with one object a line, such as {"prompt": "..."} or {"messages": [...]}, or a .txt file with one '
+    "prompt a line"
+)
+"""What a file of prompts looks like."""
+
+
+def _text_line(line: str, where: str) -> str:
+    return line.rstrip("\r")
 
 
 def _prompt_of(line: str, where: str) -> Any:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error}). Each line of a .jsonl file is one JSON object") from None
     for key in _KEYS:
         if isinstance(row, dict) and row.get(key):
-            return _checked(row[key][0] if key == "turns" else row[key], row.get("tools"), where)
+            return _checked(row[key], key, row.get("tools"), where)
     raise ValueError(f"{where}: no prompt. Each line needs one of the keys {', '.join(_KEYS)}")
 
 
-def _checked(prompt: Any, tools: Any, where: str) -> Any:
-    if isinstance(prompt, str):
-        return prompt
-    try:
-        check(prompt)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}: {error}") from None
-    return {"messages": prompt, "tools": tools} if tools else prompt
+def _checked(value: Any, key: str, tools: Any, where: str) -> Any:
+    """The prompt in a value of a JSON line: a text, or messages."""
+    if key == "messages":
+        try:
+            check(value)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: {error}") from None
+        return {"messages": value, "tools": tools} if tools else value
+    text = value[0] if key == "turns" and isinstance(value, list) else value
+    if not isinstance(text, str) or not text.strip() or (key == "turns" and not isinstance(value, list)):
+        kind = "a list of texts" if key == "turns" else "a text"
+        raise ValueError(f"{where}: {key} must be {kind}, got {shown(value)}")
+    check_text(f"{where}: {key}", text)
+    return text
 
 
 def encode(llm: LLM, prompts: Sequence[Any], *, raw: bool) -> list[list[int]]:

@@ -155,6 +155,7 @@ class Texts:
 
     def load(self) -> LLM:
         """The target, decoding plainly."""
+        tasks.read_prompts(self.prompts, self.limit)  # says what is wrong with them before anything is loaded
         return LLM(self.model, {"method": "ar"}, dtype=self.dtype, max_num_seqs=8, seed=self.seed)
 
     def encoded(self, llm: LLM) -> list[list[int]]:

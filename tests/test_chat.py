@@ -209,6 +209,8 @@ def test_calls_that_the_template_drops_are_refused() -> None:
     asked = {"role": "assistant", "content": "Well", "tool_calls": calls}
     with pytest.raises(ValueError, match=r"drops the tool calls of message 2 \(look_up, add\)\. Write them into its content"):
         prompt(CHATML, [*HELLO, asked, said("tool", "4")])
+    template = CALLS.replace("{{ m.content }}", "{{ 'calls' if 'tool_calls' in m else m.content }}")
+    assert prompt(template, [said("user", "Hi", tool_calls=None), said("assistant", "Well", tool_calls=[])]).count("calls") == 0
     assert "look_up:1add:1" in prompt(CALLS, [*HELLO, asked, said("tool", "4")])
 
 

@@ -518,7 +518,7 @@ __main__.main(sys.argv[1:])
 
 def test_an_interrupt_while_an_object_is_destroyed_is_not_lost():
     """Python reports an exception in ``__del__`` and goes on; Ctrl-C must end the run all the same, and say nothing else."""
-    command = [sys.executable, "-c", DROPPED, "generate", STORY, *map(str, LONG)]
+    command = [sys.executable, "-c", DROPPED, "generate", STORY, "--chat", *map(str, LONG)]
     options = {"capture_output": True, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "timeout": 120}
     done = subprocess.run(command, preexec_fn=_interruptible, **options)
     assert done.returncode == 130

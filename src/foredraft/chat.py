@@ -176,8 +176,9 @@ def _checked(message: Any, number: int) -> dict[str, Any]:
         content = [_text_of(part, number) for part in content or ()]
     elif content is not None and not isinstance(content, str):
         raise TypeError(f"the content of message {number} must be a text or a list of text parts, got {content!r}")
-    checked = {key: value for key, value in message.items() if value is not None}
-    return checked | {"content": content or ""} | ({"tool_calls": [_called(one, number) for one in called]} if called else {})
+    checked = {key: value for key, value in message.items() if value is not None and key != "tool_calls"}
+    calls = {"tool_calls": [_called(one, number) for one in called]} if called else {}  # templates ask whether there is the key
+    return checked | {"content": content or ""} | calls
 
 
 def _text_of(part: Any, number: int) -> str:
@@ -287,8 +288,8 @@ def _check_calls(messages: Sequence[Message], text: str) -> None:
         names = [call.get("function", call)["name"] for call in message.get("tool_calls", ())]
         if not all(name in text for name in names):
             raise ValueError(
-                f"the chat template drops the tool calls of message {number} ({', '.join(names)}). Put them into its content, "
-                "or give a chat_template that has them"
+                f"the chat template drops the tool calls of message {number} ({', '.join(names)}). Write them into its "
+                "content, or give a chat_template that has them"
             )
 
 

@@ -31,6 +31,10 @@ Model = Annotated[str | None, _option(_MODEL, "Directory or Hub id of the model;
 Dtype = Annotated[str, _option(_MODEL, "auto (the checkpoint's), bfloat16, float16, float32 or float64.")]
 Device = Annotated[str | None, _option(_MODEL, "cpu, cuda, cuda:1, ...; default: CUDA where there is a device.")]
 Revision = Annotated[str | None, _option(_MODEL, "Branch, tag or commit, of a Hub id.")]
+MaxModelLen = Annotated[int | None, _option(_MODEL, "Longest prompt and output together; default: the model's context.")]
+GenerationConfig = Annotated[
+    str, _option(_SAMPLING, "auto takes the model's generation_config.json, none ignores it; or a directory that holds one.")
+]
 Method = Annotated[str | None, _option(_DRAFT, "Drafter: lm, lm-lookup, ngram, suffix, fspad, ...; auto; ar drafts nothing.")]
 DraftModel = Annotated[str | None, _option(_DRAFT, "Directory or Hub id of the draft model, or directory of the head.")]
 Tree = Annotated[str | None, _option(_DRAFT, "How the tree grows: see `foredraft methods`; default auto, the fastest.")]
@@ -42,7 +46,7 @@ Temperature = Annotated[float | None, _option(_SAMPLING, "0 is greedy; default: 
 TopP = Annotated[float | None, _option(_SAMPLING, "Keep the likeliest tokens with this mass, in (0, 1].")]
 TopK = Annotated[int | None, _option(_SAMPLING, "Keep this many of the likeliest tokens; 0 keeps all.")]
 MinP = Annotated[float | None, _option(_SAMPLING, "Drop tokens below this share of the likeliest one's probability.")]
-MaxTokens = Annotated[int, _option(_SAMPLING, "Most tokens to generate; default 256.")]
+MaxTokens = Annotated[int | None, _option(_SAMPLING, "Most tokens to generate; default: the model's own, else 256.")]
 Stop = Annotated[list[str] | None, _option(_SAMPLING, "A string that ends the text; may be given several times.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of sequence.", rich_help_panel=_SAMPLING)]
 Seed = Annotated[int, _option(_SAMPLING, "Equal seeds give equal output; default 0.")]
@@ -59,6 +63,7 @@ def generate(
     dtype: Dtype = "auto",
     device: Device = None,
     revision: Revision = None,
+    max_model_len: MaxModelLen = None,
     method: Method = None,
     draft_model: DraftModel = None,
     tree: Tree = None,
@@ -70,10 +75,11 @@ def generate(
     top_p: TopP = None,
     top_k: TopK = None,
     min_p: MinP = None,
-    max_tokens: MaxTokens = 256,
+    max_tokens: MaxTokens = None,
     stop: Stop = None,
     ignore_eos: IgnoreEos = False,
     seed: Seed = 0,
+    generation_config: GenerationConfig = "auto",
     show_tree: ShowTree = False,
     as_json: AsJson = False,
 ) -> None:
@@ -83,7 +89,7 @@ def generate(
     raise typer.Exit(
         commands.generate(
             prompt,
-            commands.ModelChoice(model, dtype, device, revision),
+            commands.ModelChoice(model, dtype, device, revision, max_model_len, generation_config),
             commands.speculative_config(model, method, draft_model, tree, budget, rule, extra=speculative_config, force=force),
             commands.given(
                 temperature=temperature,
@@ -108,6 +114,7 @@ def chat(
     dtype: Dtype = "auto",
     device: Device = None,
     revision: Revision = None,
+    max_model_len: MaxModelLen = None,
     method: Method = None,
     draft_model: DraftModel = None,
     tree: Tree = None,
@@ -119,10 +126,11 @@ def chat(
     top_p: TopP = None,
     top_k: TopK = None,
     min_p: MinP = None,
-    max_tokens: MaxTokens = 256,
+    max_tokens: MaxTokens = None,
     stop: Stop = None,
     ignore_eos: IgnoreEos = False,
     seed: Seed = 0,
+    generation_config: GenerationConfig = "auto",
     show_tree: ShowTree = False,
 ) -> None:
     """Talk with the model. /reset forgets the conversation, /exit ends it, Ctrl-C stops an answer."""
@@ -131,7 +139,7 @@ def chat(
     raise typer.Exit(
         commands.chat(
             system,
-            commands.ModelChoice(model, dtype, device, revision),
+            commands.ModelChoice(model, dtype, device, revision, max_model_len, generation_config),
             commands.speculative_config(model, method, draft_model, tree, budget, rule, extra=speculative_config, force=force),
             commands.given(
                 temperature=temperature,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from foredraft import methods as tables
@@ -14,6 +14,9 @@ from foredraft.engine import CompletionOutput, RequestOutput
 from foredraft.llm import LLM, Prompt
 from foredraft.params import SamplingParams
 from foredraft.speculation import AUTO, drafter_for
+
+MAX_TOKENS = 256
+"""Most tokens to generate where neither the user nor the model says a number."""
 
 INTERRUPTED = 130
 """The exit code of a process that Ctrl-C ended: 128 and the number of the signal."""
@@ -27,6 +30,8 @@ class ModelChoice:
     dtype: str
     device: str | None
     revision: str | None
+    max_model_len: int | None = None
+    generation_config: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,8 @@ def generate(prompt: str, choice: ModelChoice, config: dict[str, Any] | None, sa
     SamplingParams(**sampling)  # says what is wrong with them before anything is loaded
     with show.waiting("loading the model"):
         llm = _load(choice, config, seed=sampling["seed"])
-        params = replace(llm.get_default_sampling_params(), **sampling)
         wrapped: Prompt = llm.chat_prompt([{"role": "user", "content": text}]) if shown.chat else text
+        params = _params(llm, wrapped, sampling)
         stream = llm.stream(wrapped, params)
     if shown.json:
         outcome = _consume(stream, None)
@@ -103,7 +108,6 @@ def chat(system: str | None, choice: ModelChoice, config: dict[str, Any] | None,
     with show.waiting("loading the model"):
         llm = _load(choice, config, seed=sampling.pop("seed"))
         llm.chat_prompt([{"role": "user", "content": "?"}])  # says now that there is no chat template
-    params = replace(llm.get_default_sampling_params(), **sampling)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     show.greet()
@@ -116,7 +120,7 @@ def chat(system: str | None, choice: ModelChoice, config: dict[str, Any] | None,
         elif line.startswith("/"):
             show.note(f"unknown command {line.split()[0]}: there are /reset and /exit")
         elif line:
-            messages = _turn(llm, messages, line, params, shown)
+            messages = _turn(llm, messages, line, sampling, shown)
     return 0
 
 
@@ -135,16 +139,25 @@ def _load(choice: ModelChoice, config: dict[str, Any] | None, *, seed: int) -> L
         dtype=choice.dtype,
         device=choice.device,
         revision=choice.revision,
+        max_model_len=choice.max_model_len,
+        generation_config=choice.generation_config,
         max_num_seqs=1,
         seed=seed,
     )
 
 
-def _turn(llm: LLM, messages: list[dict[str, str]], line: str, params: SamplingParams, shown: Shown) -> list[dict[str, str]]:
+def _params(llm: LLM, prompt: Prompt, sampling: dict[str, Any]) -> SamplingParams:
+    """The user's options, else the model's defaults, for the one output that is shown."""
+    return llm.default_params_for(prompt, {"n": 1, **sampling}, max_tokens=MAX_TOKENS)
+
+
+def _turn(llm: LLM, messages: list[dict[str, str]], line: str, sampling: dict[str, Any], shown: Shown) -> list[dict[str, str]]:
     """One question and its answer; the conversation stays as it was where the model cannot take the question."""
     asked = [*messages, {"role": "user", "content": line}]
     try:
-        stream = llm.stream(llm.chat_prompt(asked), params)
+        prompt = llm.chat_prompt(asked)
+        params = _params(llm, prompt, sampling)
+        stream = llm.stream(prompt, params)
     except ValueError as error:
         show.note(f"error: {error}")
         show.note("hint: /reset forgets the conversation so far")

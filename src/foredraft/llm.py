@@ -17,7 +17,10 @@ from foredraft.drafters.mixed import MixedDrafter
 from foredraft.engine import Engine, Request, RequestOutput
 from foredraft.grow import ByTemperature
 from foredraft.models.checkpoint import ModelError
+from foredraft.models.generation import checked, default_params
 from foredraft.models.loading import fingerprint_of, load_generation_config, load_target, load_tokenizer
+from foredraft.models.rope import why_not_longer
+from foredraft.models.tokenizer import refuse_misfit
 from foredraft.params import SamplingParams
 from foredraft.progress import progress_bar
 from foredraft.prompts import Prompt, encode, is_list, not_a_prompt
@@ -37,6 +40,9 @@ BUNDLED_HEAD = BUNDLED / "fspad"
 class LLM:
     """A language model that generates faster and, with an exact rule, has exactly the output law it would have alone.
 
+    The weights are read once: files that are overwritten later, and later changes of a loaded model, have no effect. The
+    exception is a loaded model outside the Llama family, which runs as it is: a change acts from its next forward on.
+
     Args:
         model: a directory, a Hub id, or a loaded `PreTrainedModel`. None is the bundled pair.
         speculative_config: ``{"method": ..., "model": ..., "tree": ..., "num_speculative_tokens": ..., "rule": ...}`` and the
@@ -47,11 +53,15 @@ class LLM:
         tokenizer: a Transformers tokenizer, where `model` is a loaded one.
         dtype: ``auto`` (the checkpoint's), ``bfloat16``, ``float16``, ``float32`` or ``float64``.
         device: None is CUDA where there is a device, else the CPU.
-        max_model_len: longest prompt and output together; None is the model's context.
+        max_model_len: longest prompt and output together; None is the model's context. With LongRoPE that is the context of
+            the first training, which the short factors are for. A greater value, up to ``max_position_embeddings``, chooses
+            the long factors for all requests.
         max_num_seqs: outputs decoded at once; more wait. An automatic choice of the tree is made for so many. None is room
             for 8, with the choice made for one at a time.
         seed: of requests without a seed of their own.
         revision: of a Hub id.
+        generation_config: ``auto`` takes defaults from the model's ``generation_config.json``, ``none`` ignores the file
+            (its ends of sequence too, so that those of ``config.json`` remain), and a directory is read instead.
 
     Raises:
         ValueError: something cannot be loaded or does not fit together; the message says what and what to do.
@@ -69,27 +79,30 @@ class LLM:
         max_num_seqs: int | None = None,
         seed: int = 0,
         revision: str | None = None,
+        generation_config: str | Path = "auto",
     ):
-        if max_num_seqs is not None:
-            _check_count("max_num_seqs", max_num_seqs)
+        for name, count in (("max_num_seqs", max_num_seqs), ("max_model_len", max_model_len)):
+            if count is not None:
+                _check_count(name, count)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be a whole number, got {seed!r}")
         self._bundled = model is None
         if self._bundled:
             model = BUNDLED_TARGET
         speculation = self._parse(speculative_config)
-        self.target: Any = load_target(model, dtype=dtype, device=device, revision=revision)
+        self.target: Any = load_target(model, dtype=dtype, device=device, revision=revision, max_len=max_model_len)
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model, revision=revision)
-        defaults = load_generation_config(model, revision=revision)
-        self.eos_ids: list[int] = defaults.pop("eos_token_id")
-        self._defaults = {key: value for key, value in defaults.items() if key in SamplingParams.names()}
-        try:
-            self.get_default_sampling_params()
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"the model's generation_config.json cannot be used: {error}; correct it or delete it") from None
+        refuse_misfit(self.tokenizer, self.target.vocab_size)
+        size = self.target.vocab_size
+        self._defaults = load_generation_config(model, revision, choice=generation_config, vocab_size=size)
+        self.eos_ids: list[int] = self._defaults.pop("eos_token_id")
+        checked(self._defaults)
         self.max_model_len = self._context(max_model_len)
         self.max_num_seqs, self._seed = max_num_seqs or DEFAULT_NUM_SEQS, seed
         self._usual_num_seqs = max_num_seqs or 1
         self._draft_models: dict[str, Any] = {}
-        self._fingerprint = cache(lambda: fingerprint_of(model, revision))
+        fingerprint = fingerprint_of(model, revision)  # now: of the weights that were read, whatever becomes of the files
+        self._fingerprint = lambda: fingerprint
         self._fingerprint_of = cache(fingerprint_of)
         self._speculate(speculation)
 
@@ -175,8 +188,23 @@ class LLM:
         return list(self.tokenizer(SAMPLE_TEXT)["input_ids"])[: self.max_model_len // 2]
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """The sampling that the model's ``generation_config.json`` asks for."""
-        return SamplingParams(**self._defaults)
+        """The sampling that the model's ``generation_config.json`` asks for, apart from ``max_length`` and ``min_length``:
+        those depend on the prompt and apply where `generate` is given no parameters."""
+        return default_params(self._defaults)
+
+    def default_params_for(
+        self, prompt: Prompt, given: Mapping[str, Any] | None = None, *, max_tokens: int | None = None
+    ) -> SamplingParams:
+        """The same for one prompt, with the lengths applied.
+
+        Args:
+            given: values that overrule the file.
+            max_tokens: the limit where neither the file nor `given` says one.
+
+        Raises:
+            ValueError: the prompt leaves no room, or a value is not allowed.
+        """
+        return default_params(self._defaults, len(encode(prompt, self.tokenizer)[1]), given, max_tokens=max_tokens)
 
     def generate(
         self,
@@ -250,7 +278,7 @@ class LLM:
         self, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[Request]:
         if sampling_params is None:
-            sampling_params = self.get_default_sampling_params()
+            sampling_params = [self.default_params_for(prompt) for prompt in prompts]
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(prompts)
         if not is_list(sampling_params) or not all(isinstance(one, SamplingParams) for one in sampling_params):
@@ -263,9 +291,9 @@ class LLM:
     def _context(self, max_model_len: int | None) -> int:
         if max_model_len is None:
             return self.target.max_len
-        _check_count("max_model_len", max_model_len)
         if max_model_len > self.target.max_len:
-            raise ValueError(f"max_model_len {max_model_len} exceeds the model's context of {self.target.max_len}")
+            why = why_not_longer(self.target.config)
+            raise ValueError(f"max_model_len {max_model_len} exceeds the model's context of {self.target.max_len}{why}")
         return max_model_len
 
     def _drafter(self, speculation: Speculation, greedy: Way, sampled: Way) -> Any:
@@ -327,11 +355,14 @@ class LLM:
     def _draft_model(self, source: Any) -> Any:
         key = str(source) if isinstance(source, str | Path) else str(id(source))
         if key not in self._draft_models:
-            self._draft_models[key] = load_target(source, dtype=self.target.dtype, device=self.target.device)
+            where = {"dtype": self.target.dtype, "device": self.target.device}
+            self._draft_models[key] = load_target(source, **where, max_len=self.max_model_len)
         return self._draft_models[key]
 
     def _vocabulary(self, model: Any) -> dict[str, int] | None:
         tokenizer = self.tokenizer if model is None else load_tokenizer(model)
+        if model is not None:
+            refuse_misfit(tokenizer, self._draft_model(model).vocab_size, "draft model")
         return None if tokenizer is None else tokenizer.get_vocab()
 
 

@@ -52,7 +52,7 @@ def context_of(config: Any, wanted: int | None = None) -> int:
     first = original_context(config)
     if first is not None and (wanted is None or wanted <= first):
         return min(first, full)
-    return full
+    return min(full, wanted) if wanted is not None and full > MOST_POSITIONS else full
 
 
 def original_context(config: Any) -> int | None:
@@ -146,14 +146,6 @@ def _hold(module: Any, length: int) -> Held | None:
     chosen = [layer for layer, kind in named.items() if kind == LONG or DYNAMIC in str(kind)]
     if not chosen:
         return None
-    if not hasattr(type(module).forward, "__wrapped__"):  # not Transformers' usual update of the frequencies
-        first = original_context(module.config)
-        if first is None or length <= first:
-            return None
-        raise ValueError(
-            f"model type {module.config.model_type!r} chooses its LongRoPE factors anew in every forward: "
-            f"give a max_model_len of at most {first} (--max-model-len)"
-        )
     buffers = {}
     for layer in chosen:
         name, of_layer = ("inv_freq", {}) if layer is None else (f"{layer}_inv_freq", {"layer_type": layer})
@@ -161,7 +153,33 @@ def _hold(module: Any, length: int) -> Held | None:
         made, _ = ROPE_INIT_FUNCTIONS[named[layer]](module.config, there.device, seq_len=length, **of_layer)
         buffers[name] = made.to(there.dtype)
     fixed = {layer: "default" if layer in chosen else kind for layer, kind in named.items()}
-    return Held(module, fixed if isinstance(kinds, dict) else "default", buffers)
+    found = Held(module, fixed if isinstance(kinds, dict) else "default", buffers)
+    if all(_obeys(found, length, layer) for layer in chosen):
+        return found
+    first = original_context(module.config)
+    if first is not None and length > first:
+        raise ValueError(
+            f"model type {module.config.model_type!r} chooses its LongRoPE factors in a way of its own: "
+            f"give a max_model_len of at most {first} (--max-model-len)"
+        )
+    return None  # up to its original context it computes what we would
+
+
+@torch.inference_mode()
+def _obeys(one: Held, length: int, layer: Any) -> bool:
+    """Whether a module uses the frequencies that it is given, whatever the longest position of a forward."""
+    device = next(iter(one.buffers.values())).device
+    like, of_layer = torch.zeros(1, device=device), {} if layer is None else {"layer_type": layer}
+
+    def first_of(*positions: int) -> Tensor:
+        out = one.module(like, torch.tensor([positions], device=device), **of_layer)
+        return torch.stack([part[0, 0] for part in out])
+
+    with held([one]):
+        alone, beside = first_of(1), first_of(1, length - 1)
+    with held([one._replace(buffers={name: buffer / 2 for name, buffer in one.buffers.items()})]):
+        slower = first_of(1)
+    return torch.equal(alone, beside) and not torch.equal(alone, slower)
 
 
 def refuse_bad_rope(config: Any) -> None:
@@ -179,7 +197,7 @@ def refuse_bad_rope(config: Any) -> None:
             elif name in _NUMBERS and value is not None and not is_positive(value):
                 raise ValueError(f"{name} of the rotary positions must be a number above 0, got {value!r}")
         if _kind(rope) in _SCALED and rope.get("factor") is None and _kind(rope) != LONG:
-            raise ValueError(f"rotary positions of type {_kind(rope)!r} need a factor: give one, or copy config.json again")
+            raise ValueError(f"rotary positions of type {_kind(rope)!r} need a factor")
 
 
 _LISTS = ("long_factor", "short_factor")

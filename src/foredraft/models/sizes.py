@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
 
 from foredraft.models.rope import is_positive, refuse_bad_rope
 
@@ -82,6 +83,10 @@ def refuse_bad_sizes(config: PretrainedConfig) -> None:
     missing = [key for key in _REQUIRED if values[key] is None]
     if missing:
         raise ValueError(f"it gives no {missing[0]}")
+    for key in ("hidden_act", "hidden_activation", "activation_function"):
+        name = getattr(text, key, None)
+        if name is not None and name not in ACT2FN:
+            raise ValueError(f"{key} is {name!r}, and must be one of {', '.join(sorted(ACT2FN))}")
     window = getattr(text, "sliding_window", None)
     if window and (type(window) is not int or window < 1):
         raise ValueError(f"sliding_window must be a whole number, at least 1, or null, got {window!r}")

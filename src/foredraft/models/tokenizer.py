@@ -34,6 +34,9 @@ def load_tokenizer(source: Any, revision: str | None = None) -> Any:
         raise ModelError(
             f"the chat_template in {str(path)!r} must be a text, got {template!r}: copy tokenizer_config.json again"
         )
+    length = getattr(tokenizer, "model_max_length", None)
+    if not isinstance(length, int | float | None):
+        raise ModelError(f"model_max_length in {str(path)!r} must be a number, got {length!r}: correct tokenizer_config.json")
     return tokenizer
 
 

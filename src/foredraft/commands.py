@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -228,7 +229,10 @@ def _result(outcome: _Outcome, shown: Shown) -> dict[str, Any]:
 
 def _config(llm: LLM, choice: ModelChoice, params: SamplingParams) -> dict[str, Any]:
     """What was run, in the object that ``--json`` prints."""
-    return {**asdict(choice), **_drafting(llm, params), "sampling": asdict(params)}
+    sampling = asdict(params)
+    if params.logit_bias:  # JSON has no infinity
+        sampling["logit_bias"] = {i: bias if math.isfinite(bias) else str(bias) for i, bias in params.logit_bias.items()}
+    return {**asdict(choice), **_drafting(llm, params), "sampling": sampling}
 
 
 def _drafting(llm: LLM, params: SamplingParams) -> dict[str, Any]:

@@ -110,9 +110,10 @@ def refuse_adapter(path: Path) -> None:
     config = path / _ADAPTERS[0]
     base = read_json(config).get("base_model_name_or_path") if config.is_file() else None
     has_model = (path / _SINGLE).is_file() or (path / INDEX).is_file()
-    what = f"also holds an adapter ({found})" if has_model else f"holds an adapter ({found}) and no model"
+    named = f"an adapter ({found})" + (f" of the model {base!r}" if base else "")
+    what = f"also holds {named}" if has_model else f"holds {named} and no model"
     raise ModelError(
-        f"{str(path)!r} {what}{f' of the model {base!r}' if base else ''}, and adapters are not applied: merge it with "
+        f"{str(path)!r} {what}, and adapters are not applied: merge it with "
         "PeftModel.from_pretrained(model, directory).merge_and_unload().save_pretrained(new_directory) and give the new "
         "directory, or remove the adapter's files to run the model without it"
     )

@@ -21,8 +21,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 LONG, DYNAMIC = "longrope", "dynamic"
 """Values of ``rope_type`` whose frequencies depend on the length."""
 
-MOST_POSITIONS = 1 << 22
-"""Longest context for which tables are made unless a shorter one is asked for: 4 GiB for heads of 128."""
+MOST_POSITIONS = 6 << 20
+"""Longest context for which tables are made unless a shorter one is asked for: 6 GiB for heads of 128."""
 
 _KINDS = ("default", *ROPE_INIT_FUNCTIONS)
 

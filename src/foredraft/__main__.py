@@ -36,6 +36,10 @@ Revision = Annotated[str | None, _option(_MODEL, "Branch, tag or commit, of a Hu
 TokenizerDir = Annotated[
     str | None, typer.Option("--tokenizer", help="Directory or Hub id of another tokenizer.", rich_help_panel=_MODEL)
 ]
+MaxModelLen = Annotated[int | None, _option(_MODEL, "Longest prompt and output together; default: the model's context.")]
+GenerationConfig = Annotated[
+    str, _option(_SAMPLING, "auto takes the model's generation_config.json, none ignores it; or a directory that holds one.")
+]
 Method = Annotated[str | None, _option(_DRAFT, "Drafter: lm, lm-lookup, ngram, suffix, fspad, ...; auto; ar drafts nothing.")]
 DraftModel = Annotated[str | None, _option(_DRAFT, "Directory or Hub id of the draft model, or directory of the head.")]
 Tree = Annotated[str | None, _option(_DRAFT, "How the tree grows: see `foredraft methods`; default auto, the fastest.")]
@@ -48,7 +52,7 @@ Temperature = Annotated[float | None, _option(_SAMPLING, "0 is greedy; default: 
 TopP = Annotated[float | None, _option(_SAMPLING, "Keep the likeliest tokens with this mass, in (0, 1].")]
 TopK = Annotated[int | None, _option(_SAMPLING, "Keep this many of the likeliest tokens; 0 keeps all.")]
 MinP = Annotated[float | None, _option(_SAMPLING, "Drop tokens below this share of the likeliest one's probability.")]
-MaxTokens = Annotated[int, _option(_SAMPLING, "Most tokens to generate; default 256.")]
+MaxTokens = Annotated[int | None, _option(_SAMPLING, "Most tokens to generate; default: the model's own, else 256.")]
 _CHAT = "Chat template"
 ChatTemplate = Annotated[str | None, _option(_CHAT, "A Jinja template or its file; default: the model's.")]
 TemplateKwargs = Annotated[
@@ -82,6 +86,7 @@ def generate(
     device: Device = None,
     revision: Revision = None,
     tokenizer: TokenizerDir = None,
+    max_model_len: MaxModelLen = None,
     method: Method = None,
     draft_model: DraftModel = None,
     tree: Tree = None,
@@ -94,10 +99,11 @@ def generate(
     top_p: TopP = None,
     top_k: TopK = None,
     min_p: MinP = None,
-    max_tokens: MaxTokens = 256,
+    max_tokens: MaxTokens = None,
     stop: Stop = None,
     ignore_eos: IgnoreEos = False,
     seed: Seed = 0,
+    generation_config: GenerationConfig = "auto",
     show_tree: ShowTree = False,
     as_json: AsJson = False,
 ) -> None:
@@ -120,7 +126,7 @@ def generate(
     template = choices.template(tools, chat_template, chat_template_kwargs, chat=chat)
     from foredraft import commands
 
-    choice = choices.ModelChoice(model, dtype, device, revision, tokenizer)
+    choice = choices.ModelChoice(model, dtype, device, revision, tokenizer, max_model_len, generation_config)
     shown = choices.Shown(chat=chat, tree=show_tree, json=as_json)
     raise typer.Exit(commands.generate(prompt, choice, config, sampling, shown, template))
 
@@ -137,6 +143,7 @@ def chat(
     device: Device = None,
     revision: Revision = None,
     tokenizer: TokenizerDir = None,
+    max_model_len: MaxModelLen = None,
     method: Method = None,
     draft_model: DraftModel = None,
     tree: Tree = None,
@@ -149,10 +156,11 @@ def chat(
     top_p: TopP = None,
     top_k: TopK = None,
     min_p: MinP = None,
-    max_tokens: MaxTokens = 256,
+    max_tokens: MaxTokens = None,
     stop: Stop = None,
     ignore_eos: IgnoreEos = False,
     seed: Seed = 0,
+    generation_config: GenerationConfig = "auto",
     show_tree: ShowTree = False,
 ) -> None:
     """Talk with the model. /reset forgets the conversation, /exit ends it, Ctrl-C stops an answer."""
@@ -174,7 +182,7 @@ def chat(
     template = choices.template(tools, chat_template, chat_template_kwargs)
     from foredraft import commands
 
-    choice = choices.ModelChoice(model, dtype, device, revision, tokenizer)
+    choice = choices.ModelChoice(model, dtype, device, revision, tokenizer, max_model_len, generation_config)
     shown = choices.Shown(chat=True, tree=show_tree)
     raise typer.Exit(commands.chat(system, choice, config, sampling, shown, template))
 
@@ -648,7 +656,7 @@ def _never_refuse_output() -> None:
     """Writes what a terminal's encoding lacks as ``\\xe9`` and the like, where Python would stop with an error."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def _repeat_interrupt(unraisable: Any) -> None:

@@ -18,7 +18,18 @@ _Class = TypeVar("_Class", bound=type)
 _log = logging.getLogger("foredraft")
 
 OWN: dict[str, tuple[str, ...]] = {
-    LOAD: ("model", "speculative_config", "tokenizer", "dtype", "device", "max_model_len", "max_num_seqs", "seed", "revision"),
+    LOAD: (
+        "model",
+        "speculative_config",
+        "tokenizer",
+        "dtype",
+        "device",
+        "max_model_len",
+        "max_num_seqs",
+        "seed",
+        "revision",
+        "generation_config",
+    ),
     RUN: ("prompts", "sampling_params", "progress"),
     CHAT: (
         "messages",

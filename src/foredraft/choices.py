@@ -24,6 +24,8 @@ class ModelChoice:
     device: str | None
     revision: str | None
     tokenizer: str | None = None
+    max_model_len: int | None = None
+    generation_config: str = "auto"
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from foredraft import show
@@ -15,6 +16,9 @@ from foredraft.engine import CompletionOutput, RequestOutput
 from foredraft.errors import check_text
 from foredraft.llm import LLM, Prompt
 from foredraft.params import RANDOM_SEED, SamplingParams
+
+MAX_TOKENS = 256
+"""Most tokens to generate where neither the user nor the model says a number."""
 
 INTERRUPTED = 130
 """The exit code of a process that Ctrl-C ended: 128 and the number of the signal."""
@@ -33,8 +37,8 @@ def generate(
     check_text("the prompt", text)
     with show.waiting("loading the model"):
         llm = _load(choice, config, seed=sampling["seed"])
-        params = replace(llm.get_default_sampling_params(), **sampling)
         wrapped: Prompt = llm.chat_prompt([{"role": "user", "content": text}], **template) if shown.chat else text
+        params = _params(llm, wrapped, sampling)
         stream = llm.stream(wrapped, params)
     _note_choice(llm, params)
     if shown.json:
@@ -70,9 +74,8 @@ def chat(
     with show.waiting("loading the model"):
         seed = sampling.pop("seed")
         llm = _load(choice, config, seed=seed)
-        llm.chat_prompt([*start, {"role": "user", "content": "?"}], **template)  # reports a missing chat template at once
-    params = replace(llm.get_default_sampling_params(), **sampling)
-    _note_choice(llm, params)
+        probe = llm.chat_prompt([*start, {"role": "user", "content": "?"}], **template)  # reports a missing template at once
+    _note_choice(llm, _params(llm, probe, sampling))
     messages = list(start)
     show.greet()
     if seed == RANDOM_SEED:
@@ -86,7 +89,7 @@ def chat(
         elif line.startswith("/"):
             show.note(f"unknown command {line.split()[0]}: there are /reset and /exit")
         elif line:
-            messages = _turn(llm, [*messages, {"role": "user", "content": line}], params, shown, template)
+            messages = _turn(llm, [*messages, {"role": "user", "content": line}], sampling, shown, template)
     return 0
 
 
@@ -104,18 +107,27 @@ def _load(choice: ModelChoice, config: dict[str, Any] | None, *, seed: int) -> L
         device=choice.device,
         revision=choice.revision,
         tokenizer=choice.tokenizer,
+        max_model_len=choice.max_model_len,
+        generation_config=choice.generation_config,
         max_num_seqs=1,
         seed=seed,
     )
 
 
+def _params(llm: LLM, prompt: Prompt, sampling: dict[str, Any]) -> SamplingParams:
+    """The user's options, else the model's defaults, for the one output that is shown."""
+    return llm.default_params_for(prompt, {"n": 1, **sampling}, max_tokens=MAX_TOKENS)
+
+
 def _turn(
-    llm: LLM, asked: list[dict[str, str]], params: SamplingParams, shown: Shown, template: Template
+    llm: LLM, asked: list[dict[str, str]], sampling: dict[str, Any], shown: Shown, template: Template
 ) -> list[dict[str, str]]:
     """Answers the last message; the conversation stays as it was before where the model cannot take it."""
     try:
         check_text("the question", asked[-1]["content"])
-        stream = llm.stream(llm.chat_prompt(asked, **template), params)
+        prompt = llm.chat_prompt(asked, **template)
+        params = _params(llm, prompt, sampling)
+        stream = llm.stream(prompt, params)
     except ValueError as error:
         show.note(f"error: {error}")
         show.note("hint: /reset forgets the conversation so far")
@@ -202,7 +214,10 @@ def _result(outcome: _Outcome, shown: Shown) -> dict[str, Any]:
 
 def _config(llm: LLM, choice: ModelChoice, params: SamplingParams) -> dict[str, Any]:
     """What was run, in the object that ``--json`` prints."""
-    return {**asdict(choice), **_drafting(llm, params), "sampling": asdict(params)}
+    sampling = asdict(params)
+    if params.logit_bias:  # JSON has no infinity
+        sampling["logit_bias"] = {i: bias if math.isfinite(bias) else str(bias) for i, bias in params.logit_bias.items()}
+    return {**asdict(choice), **_drafting(llm, params), "sampling": sampling}
 
 
 def _drafting(llm: LLM, params: SamplingParams) -> dict[str, Any]:

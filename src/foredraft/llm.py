@@ -26,7 +26,10 @@ from foredraft.folders import BUNDLED_LM as BUNDLED_LM
 from foredraft.folders import BUNDLED_TARGET as BUNDLED_TARGET
 from foredraft.grow.base import ByTemperature
 from foredraft.models.checkpoint import ModelError
+from foredraft.models.generation import checked, default_params
 from foredraft.models.loading import fingerprint_of, load_generation_config, load_target, load_tokenizer
+from foredraft.models.rope import why_not_longer
+from foredraft.models.tokenizer import refuse_misfit
 from foredraft.names import CHAT, LOAD, RUN
 from foredraft.params import MAX_COUNT, SamplingParams, check_seed, used_seed
 from foredraft.progress import progress_bar
@@ -46,6 +49,9 @@ _REASONS = ("expected_speedup", "timed_on", "reason")
 class LLM:
     """A language model that generates faster and, with an exact rule, has exactly the output law it would have alone.
 
+    The weights are read once: files that are overwritten later, and later changes of a loaded model, have no effect. The
+    exception is a loaded model outside the Llama family, which runs as it is: a change acts from its next forward on.
+
     Args:
         model: a directory, a Hub id, or a loaded `PreTrainedModel`. None is the bundled pair.
         speculative_config: ``{"method": ..., "model": ..., "tree": ..., "num_speculative_tokens": ..., "rule": ...}`` and the
@@ -56,12 +62,16 @@ class LLM:
         tokenizer: a Transformers tokenizer, or the directory or Hub id of one; None is the tokenizer beside the model.
         dtype: ``auto`` (the checkpoint's), ``bfloat16``, ``float16``, ``float32`` or ``float64``.
         device: None is CUDA where there is a device, else the CPU.
-        max_model_len: longest prompt and output together; None is the model's context.
+        max_model_len: longest prompt and output together; None is the model's context. With LongRoPE that is the context of
+            the first training, which the short factors are for. A greater value, up to ``max_position_embeddings``, chooses
+            the long factors for all requests.
         max_num_seqs: outputs decoded at once; more wait. An automatic choice of the tree is made for so many. None is room
             for 8, with the choice made for one at a time.
         seed: of requests without a seed of their own, 0 to 2**64 - 1. -1 takes one from the operating system; the attribute
             `seed` says which.
         revision: of a Hub id.
+        generation_config: ``auto`` takes defaults from the model's ``generation_config.json``, ``none`` ignores the file
+            (its ends of sequence too, so that those of ``config.json`` remain), and a directory is read instead.
 
     Other names of vLLM and Transformers are accepted, ignored or refused as `foredraft.names` says.
 
@@ -83,29 +93,31 @@ class LLM:
         max_num_seqs: int | None = None,
         seed: int = 0,
         revision: str | None = None,
+        generation_config: str | Path = "auto",
     ):
         if max_num_seqs is not None:
             max_num_seqs = _check_count("max_num_seqs", max_num_seqs, MAX_NUM_SEQS, "more prompts wait for their turn")
+        if max_model_len is not None:
+            max_model_len = _check_count("max_model_len", max_model_len, MAX_COUNT, "no model's context is longer")
         self.seed = used_seed(check_seed(seed))
         self._bundled = model is None
         if self._bundled:
             model = BUNDLED_TARGET
         speculation = parse(usual_config(speculative_config, bundled=self._bundled))
-        self.target: Any = load_target(model, dtype=dtype, device=device, revision=revision)
+        self.target: Any = load_target(model, dtype=dtype, device=device, revision=revision, max_len=max_model_len)
         self.tokenizer = load_tokenizer(model, revision=revision) if tokenizer is None else _given_tokenizer(tokenizer)
-        defaults = load_generation_config(model, revision=revision)
-        self.eos_ids: list[int] = defaults.pop("eos_token_id")
-        self._defaults = {key: value for key, value in defaults.items() if key in SamplingParams.names()}
-        try:
-            self.get_default_sampling_params()
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"the model's generation_config.json cannot be used: {error}; correct it or delete it") from None
+        refuse_misfit(self.tokenizer, self.target.vocab_size)
+        size = self.target.vocab_size
+        self._defaults = load_generation_config(model, revision, choice=generation_config, vocab_size=size)
+        self.eos_ids: list[int] = self._defaults.pop("eos_token_id")
+        checked(self._defaults)
         self.max_model_len = self._context(max_model_len)
         self.max_num_seqs = max_num_seqs or DEFAULT_NUM_SEQS
         check_pool(self.target, self.max_num_seqs)
         self._usual_num_seqs = max_num_seqs or 1
         self._draft_models: dict[str, Any] = {}
-        self._fingerprint = cache(lambda: fingerprint_of(model, revision))
+        fingerprint = fingerprint_of(model, revision)  # now: of the weights that were read, whatever becomes of the files
+        self._fingerprint = lambda: fingerprint
         self._fingerprint_of = cache(fingerprint_of)
         self._speculate(speculation)
 
@@ -192,8 +204,23 @@ class LLM:
         return list(self.tokenizer(SAMPLE_TEXT)["input_ids"])[: self.max_model_len // 2]
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """The sampling that the model's ``generation_config.json`` asks for."""
-        return SamplingParams(**self._defaults)
+        """The sampling that the model's ``generation_config.json`` asks for, apart from ``max_length`` and ``min_length``:
+        those depend on the prompt and apply where `generate` is given no parameters."""
+        return default_params(self._defaults)
+
+    def default_params_for(
+        self, prompt: Prompt, given: Mapping[str, Any] | None = None, *, max_tokens: int | None = None
+    ) -> SamplingParams:
+        """The same for one prompt, with the lengths applied.
+
+        Args:
+            given: values that overrule the file.
+            max_tokens: the limit where neither the file nor `given` says one.
+
+        Raises:
+            ValueError: the prompt leaves no room, or a value is not allowed.
+        """
+        return default_params(self._defaults, len(encode(prompt, self.tokenizer)[1]), given, max_tokens=max_tokens)
 
     def get_tokenizer(self) -> Any:
         """The tokenizer; None where there is none and prompts are token ids."""
@@ -278,7 +305,7 @@ class LLM:
         self, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[Request]:
         if sampling_params is None:
-            sampling_params = self.get_default_sampling_params()
+            sampling_params = [self.default_params_for(prompt) for prompt in prompts]
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(prompts)
         if not is_list(sampling_params) or not all(isinstance(one, SamplingParams) for one in sampling_params):
@@ -291,9 +318,9 @@ class LLM:
     def _context(self, max_model_len: int | None) -> int:
         if max_model_len is None:
             return self.target.max_len
-        max_model_len = _check_count("max_model_len", max_model_len, MAX_COUNT, "no model's context is longer")
         if max_model_len > self.target.max_len:
-            raise ValueError(f"max_model_len {max_model_len} exceeds the model's context of {self.target.max_len}")
+            why = why_not_longer(self.target.config)
+            raise ValueError(f"max_model_len {max_model_len} exceeds the model's context of {self.target.max_len}{why}")
         return max_model_len
 
     def _drafter(self, speculation: Speculation, greedy: Way, sampled: Way) -> Any:
@@ -355,11 +382,14 @@ class LLM:
     def _draft_model(self, source: Any) -> Any:
         key = str(source) if isinstance(source, str | Path) else str(id(source))
         if key not in self._draft_models:
-            self._draft_models[key] = load_target(source, dtype=self.target.dtype, device=self.target.device)
+            where = {"dtype": self.target.dtype, "device": self.target.device}
+            self._draft_models[key] = load_target(source, **where, max_len=self.max_model_len)
         return self._draft_models[key]
 
     def _vocabulary(self, model: Any) -> dict[str, int] | None:
         tokenizer = self.tokenizer if model is None else load_tokenizer(model)
+        if model is not None:
+            refuse_misfit(tokenizer, self._draft_model(model).vocab_size, "draft model")
         return None if tokenizer is None else tokenizer.get_vocab()
 
 

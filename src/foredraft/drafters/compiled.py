@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from foredraft.cache import KVCache
 from foredraft.drafters.heads import CtcHead, Eagle3Head, FeatureHead, HydraHeads
 from foredraft.drafters.layers import ResBlock, Shape
-from foredraft.models.llama import Reader
 from foredraft.models.native import ONE_THREAD_BYTES, NativeTarget, can_run, run_linear, run_residuals, run_step
 from foredraft.models.packed import (
     FEW,
@@ -31,6 +29,8 @@ from foredraft.models.packed import (
     describe_linear,
     describe_weight,
 )
+from foredraft.models.reader import Reader
+from foredraft.models.rope import frequencies
 from foredraft.tree import Ids, TreeBatch
 
 LayerHead = FeatureHead | Eagle3Head | CtcHead | HydraHeads
@@ -125,7 +125,7 @@ class CompiledHead:
         self._memory, self._target = Memory(), target  # the target lives as long as what is shared with it
         self._bits = bits
         read = Reader(config, head.state_dict(), torch.bfloat16, torch.device("cpu"), packed=False)
-        shape, rotary = Shape.of(config), LlamaRotaryEmbedding(config=config)
+        shape, rotary = Shape.of(config), frequencies(config, config.max_position_embeddings)
         at = "midlayer" if isinstance(head, Eagle3Head) else "prefix" if isinstance(head, HydraHeads) else "layers.0"
         self._layers = (CLayer * 1)(describe_layer(self._memory, read, at, None, bits))
         self._fc = self._linear(read, "fc") if isinstance(head, Eagle3Head) else None
@@ -138,8 +138,8 @@ class CompiledHead:
             mlp=shape.intermediate,
             num_layers=1,
             eps=shape.eps,
-            rotary_scale=rotary.attention_scaling,
-            frequencies=self._memory.put(rotary.inv_freq.float().contiguous()).data_ptr(),  # type: ignore[operator]
+            rotary_scale=rotary.scaling,
+            frequencies=self._memory.put(rotary.frequencies.contiguous()).data_ptr(),
             layers=ctypes.addressof(self._layers),
             **(target.shared if "head" in own else self._shared()) | own,
         )

@@ -22,7 +22,9 @@ from foredraft.drafters.about import about_head as about_head
 from foredraft.drafters.about import method_of as method_of
 from foredraft.drafters.heads import HEADS
 from foredraft.drafters.layers import Shape
-from foredraft.models.checkpoint import HEAD_KEY, ModelError, open_weights, read_json, resolve, some
+from foredraft.models.checkpoint import HEAD_KEY, ModelError, one_line, open_weights, read_json, resolve, some
+from foredraft.models.sizes import refuse_bad_sizes, refuse_nonsense
+from foredraft.models.weights import finite, refuse_no_floats
 
 
 class LoadedHead(NamedTuple):
@@ -159,7 +161,7 @@ def read_head(folder: Path, kinds: Sequence[str] | None = None) -> LoadedHead:
     if kinds is not None and about["method"] not in kinds:
         what = f"is of method {about['method']!r}, asked for was {' or '.join(map(repr, kinds))}"
         raise ModelError(f"the head in {str(folder)!r} {what}: give the method of the head, or none")
-    config = LlamaConfig(**{key: one for key, one in content.items() if key != HEAD_KEY})
+    config = _config_of(folder, content)
     head = empty_head(about["method"], about["options"], config)
     weights = open_weights(folder)
     wanted = head.state_dict()
@@ -173,11 +175,24 @@ def read_head(folder: Path, kinds: Sequence[str] | None = None) -> LoadedHead:
     ):
         if names:
             raise ModelError(f"the head in {str(folder)!r} {problem} {some(names)}; `foredraft doctor` says more")
-    head.load_state_dict({name: one.read() for name, one in weights.items()}, assign=True)
+    refuse_no_floats(weights, [name for name, one in wanted.items() if one.is_floating_point()])
+    read = {name: finite(name, one.read()).clone() for name, one in weights.items()}  # a copy, whatever becomes of the file
+    head.load_state_dict(read, assign=True)
     drafted = getattr(head, "token_ids", None)
     if drafted is not None and not bool(((drafted >= 0) & (drafted < config.vocab_size)).all()):
         raise ModelError(f"the head in {str(folder)!r} drafts tokens outside its vocabulary; `foredraft doctor` says more")
     return LoadedHead(head.float().eval().requires_grad_(False), config, about)
+
+
+def _config_of(folder: Path, content: Mapping[str, Any]) -> LlamaConfig:
+    given = {key: one for key, one in content.items() if key != HEAD_KEY}
+    try:
+        refuse_nonsense(given)
+        config = LlamaConfig(**given)
+        refuse_bad_sizes(config)
+    except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError) as error:
+        raise ModelError(f"config.json of the head in {str(folder)!r} is not valid: {one_line(error)}; copy it again") from None
+    return config
 
 
 def load_head(setting: Setting, *, also: Sequence[str] = (), force: bool = False) -> LoadedHead:
@@ -204,7 +219,10 @@ def load_head(setting: Setting, *, also: Sequence[str] = (), force: bool = False
             f"the head in {str(setting.model)!r} was trained for {name!r}, and this target has other weights: give that "
             "target, or overrule with --force (config key 'force')"
         )
-    return loaded._replace(head=loaded.head.to(target.device, target.dtype))
+    head = loaded.head.to(target.device, target.dtype)
+    for part, tensor in head.state_dict().items():
+        finite(part, tensor)
+    return loaded._replace(head=head)
 
 
 def _refuse_misfit(loaded: LoadedHead, target: Any) -> None:

@@ -17,8 +17,9 @@ from torch import Tensor
 from foredraft.cache import PREFILL_CHUNK, KVPool, Layout, lay_out
 from foredraft.drafters.growing import Growing
 from foredraft.drafters.layers import Attend, Shape
-from foredraft.models.attention import attend, rotary_tables, rotate
+from foredraft.models.attention import attend, rotate
 from foredraft.models.graphs import Masks
+from foredraft.models.rope import rotary_tables
 from foredraft.tree import TreeBatch
 
 Run = Callable[[TreeBatch, Sequence[Any], Sequence[Float[Tensor, "_ d"]]], Any]

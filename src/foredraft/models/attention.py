@@ -11,27 +11,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from foredraft.cache import KVPool, Layout
 
 _STEADY = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 Rotation = tuple[Float[Tensor, "*p 1 e"], Float[Tensor, "*p 1 e"]]
-"""Cosines and signed sines of the position of each row, see `rotary_tables`; rows of a batch may share them."""
-
-
-def rotary_tables(
-    config: Any, length: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Float[Tensor, "t e"], Float[Tensor, "t e"]]:
-    """Cosines and sines of every position, computed in float32 as the published models do. The sign of the rotation's first
-    half is folded into the sines, so that rotating is one roll."""
-    rotary = LlamaRotaryEmbedding(config=config)
-    like = torch.zeros(1, dtype=torch.float32)
-    cos, sin = rotary(like, torch.arange(length)[None])
-    half = sin.shape[-1] // 2
-    sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-    return cos[0].to(device, dtype), sin[0].to(device, dtype)
+"""Cosines and signed sines of the position of each row, see `foredraft.models.rope`; rows of a batch may share them."""
 
 
 def rotate(x: Float[Tensor, "*n h e"], rotation: Rotation, out: Tensor | None = None) -> Float[Tensor, "*n h e"]:

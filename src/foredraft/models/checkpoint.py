@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,15 +14,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers.utils import logging
 
 from foredraft.errors import ModelError as ModelError
 from foredraft.models.files import HEAD_KEY as HEAD_KEY
 from foredraft.models.files import one_line as one_line
 from foredraft.models.files import read_json as read_json
 from foredraft.models.files import some as some
+from foredraft.models.sizes import refuse_nonsense
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_MOST_CHARACTERS = 4096
+"""Longest path that Linux takes."""
 
 _PICKLES = (".bin", ".pt", ".pth")
 _HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "model*.safetensors"]
@@ -55,9 +62,12 @@ def resolve(source: Any, revision: str | None) -> Path:
         ModelError: there is no such directory or repository.
     """
     if not isinstance(source, str | Path) or not str(source).strip():
-        raise ModelError(f"model must be a directory, a Hub id or a loaded PreTrainedModel, got {source!r}")
-    path = Path(source).expanduser()
-    if path.is_dir():
+        shown = repr(source) if len(repr(source)) < 100 and "\n" not in repr(source) else f"a {type(source).__name__}"
+        raise ModelError(f"model must be a directory, a Hub id or a loaded PreTrainedModel, got {shown}")
+    if not isinstance(revision, str | None) or revision == "":
+        raise ModelError(f"revision must be the name of a branch, tag or commit, got {revision!r}")
+    path, is_directory = _look(source)
+    if is_directory:
         if not any(path.iterdir()):
             raise ModelError(f"the directory {str(source)!r} is empty: it must hold config.json and {_SINGLE}")
         if revision is not None:
@@ -70,10 +80,49 @@ def resolve(source: Any, revision: str | None) -> Path:
     return _download(source, revision)
 
 
+def _look(source: str | Path) -> tuple[Path, bool]:
+    """The path, and whether there is a directory.
+
+    Raises:
+        ModelError: the system does not take such a path.
+    """
+    if len(str(source)) > _MOST_CHARACTERS:
+        raise ModelError(
+            f"the path {str(source)[:40]!r}... has {len(str(source))} characters, and a path has at most {_MOST_CHARACTERS}: "
+            "give the directory of a model"
+        )
+    try:
+        path = Path(source).expanduser()
+        return path, path.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"cannot look into {str(source)[:200]!r} ({one_line(error)}): give the directory of a model") from None
+
+
+def refuse_adapter(path: Path) -> None:
+    """Raises if a directory holds an adapter, which would be ignored: it is not merged into the weights.
+
+    Raises:
+        ModelError: names the file and says how to merge the adapter.
+    """
+    found = next((name for name in _ADAPTERS if (path / name).is_file()), None)
+    if found is None:
+        return
+    config = path / _ADAPTERS[0]
+    base = read_json(config).get("base_model_name_or_path") if config.is_file() else None
+    has_model = (path / _SINGLE).is_file() or (path / INDEX).is_file()
+    named = f"an adapter ({found})" + (f" of the model {base!r}" if base else "")
+    what = f"also holds {named}" if has_model else f"holds {named} and no model"
+    raise ModelError(
+        f"{str(path)!r} {what}, and adapters are not applied: merge it with "
+        "PeftModel.from_pretrained(model, directory).merge_and_unload().save_pretrained(new_directory) and give the new "
+        "directory, or remove the adapter's files to run the model without it"
+    )
+
+
 def _download(repo_id: str, revision: str | None) -> Path:
     """A snapshot of a Hub repository, from the local cache where the network does not answer."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     at = f"{repo_id!r}" + (f" at revision {revision!r}" if revision else "")
     try:
@@ -82,6 +131,8 @@ def _download(repo_id: str, revision: str | None) -> Path:
         raise ModelError(f"access to {at} is restricted: accept its terms on the Hub and run `hf auth login`") from None
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise ModelError(f"no directory and no Hub model {at}: check the spelling, or run `hf auth login`") from None
+    except HFValidationError as error:
+        raise ModelError(f"{at} is no directory, and not a Hub id ({one_line(error)}): check the spelling") from None
     except Exception as error:
         raise ModelError(
             f"{at} is no directory, and not in the local Hub cache, and the Hub cannot be reached ({type(error).__name__}): "
@@ -96,6 +147,7 @@ def read_config(path: Path) -> PretrainedConfig:
         ModelError: it is missing or invalid, that of a draft head, of a type that Transformers does not know, or needs code of
             the checkpoint.
     """
+    refuse_adapter(path)
     given = read_json(path / "config.json")
     if HEAD_KEY in given:
         raise ModelError(
@@ -115,9 +167,14 @@ def read_config(path: Path) -> PretrainedConfig:
         meant = f" (did you mean {near[0]!r}?)" if near else ""
         raise ModelError(f"unknown model_type {model_type!r} in config.json{meant}: a newer Transformers may know it")
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        refuse_nonsense(given)
+        with quiet():
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        if not isinstance(config.get_text_config(decoder=True), PretrainedConfig):
+            raise ValueError(f"a model of type {model_type!r} has no text_config")
     except Exception as error:
         raise ModelError(f"config.json in {str(path)!r} is not valid: {one_line(error)}; copy it again") from None
+    config._attn_implementation = None  # chosen here, not by the checkpoint
     return config
 
 
@@ -197,3 +254,17 @@ def fingerprint(weights: Mapping[str, Tensor | StoredTensor]) -> str:
         shape = ",".join(map(str, one.shape))
         found.add(hashlib.sha256(shape.encode() + parts.view(torch.int16).numpy().tobytes()).hexdigest())
     return hashlib.sha256("".join(sorted(found)).encode()).hexdigest()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps Transformers' warnings and its progress bar off the terminal."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

@@ -22,7 +22,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{str(path.parent)!r} holds no {path.name}: give the directory of a Transformers checkpoint")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{str(path)!r} is not JSON ({one_line(error)}): copy it again") from None
     if not isinstance(content, dict):
         raise ModelError(f"{str(path)!r} must be a JSON object, got a {type(content).__name__}: copy it again")
@@ -36,6 +36,7 @@ def some(names: list[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of a message that others wrote, kept short."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:400].rstrip(".:")
+    """The first line of a message that others wrote, kept short; with the second one where the first announces it."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return said[:400].rstrip(".:")

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 from foredraft.cache import KVCache, KVPool, Layout, lay_out
 from foredraft.models.attention import steady
 from foredraft.models.check import agree, refuse_unsupported
+from foredraft.models.rope import context_of, held, hold
 from foredraft.protocols import Scores
 from foredraft.tree import Ids, TreeBatch
 
@@ -65,10 +66,12 @@ class HFTarget:
     """A Transformers causal language model behind the `Target` contract.
 
     Weights are never written. The model is put into evaluation mode, its attention is set to sdpa or, where it does not support
-    that, eager, and its experts in float64 to eager; nothing else of it changes.
+    that, eager, and its experts in float64 to eager; nothing else of it changes. While it runs here, rotary frequencies that
+    depend on the length of a text are fixed to those for `max_len`.
 
     Args:
         model: a loaded model, on one device.
+        max_len: longest text that is asked for, see `foredraft.models.rope.context_of`.
 
     Raises:
         ValueError: the model has layers that cannot run over trees, or keeps no keys and values for some layer.
@@ -76,13 +79,14 @@ class HFTarget:
 
     has_own_threads = False
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, max_len: int | None = None):
         refuse_unsupported(model.config)
         self.model: Any = model.eval()
         self.config: Any = model.config.get_text_config(decoder=True)
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
-        self.max_len: int = _max_len(self.config)
+        self.max_len: int = context_of(self.config, max_len)
+        self._held = hold(model, self.max_len)
         _choose_kernels(model, self.config)
         embedding: Any = model.get_input_embeddings()
         head: Any = model.get_output_embeddings()
@@ -105,7 +109,7 @@ class HFTarget:
         """Runs one token to learn the shapes of keys and values, the vocabulary, and whether `head` is the model's head."""
         cache = DynamicCache()
         token_ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        with self._captured([-1]) as states:
+        with self._captured([-1]) as states, held(self._held):
             logits = self.model(input_ids=token_ids, past_key_values=cache, use_cache=True).logits[0]
         kept: list[Any] = [(getattr(one, "keys", None), getattr(one, "values", None)) for one in cache.layers]
         if len(kept) != len(self._layers) or any(key is None or not key.numel() for key, _ in kept):
@@ -115,6 +119,9 @@ class HFTarget:
             )
         self._shapes = [_KVShape((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3])) for k, v in kept]
         self.vocab_size: int = logits.shape[-1]
+        rows = len(self.model.get_input_embeddings().weight)
+        if rows < self.vocab_size:
+            raise ValueError(f"the model's embedding has {rows} rows, and its head gives {self.vocab_size} tokens")
         self._has_head = agree(self._head(states[-1][0]), logits)
 
     def new_pool(self, num_slots: int, max_len: int) -> KVPool:
@@ -177,7 +184,7 @@ class HFTarget:
         request, column = layout.request[new], layout.column[new]
         kept, inverse = column.unique(return_inverse=True) if len(column) else (column.new_zeros(1), column)
         some = self._keeps_some_logits and len(kept) < layout.width
-        with self._captured(feature_layers) as states, steady(self.device):
+        with self._captured(feature_layers) as states, steady(self.device), held(self._held):
             logits = self.model(
                 input_ids=_padded(layout, layout.token_ids),
                 position_ids=_padded(layout, layout.positions),
@@ -192,7 +199,8 @@ class HFTarget:
     @torch.inference_mode()
     def plain(self, token_ids: Sequence[int]) -> Float[Tensor, "t v"]:
         """Logits of a plain call of the model: no cache, no mask or positions of ours. What `forward` must agree with."""
-        return self.model(input_ids=torch.tensor([list(token_ids)], device=self.device), use_cache=False).logits[0]
+        with held(self._held):
+            return self.model(input_ids=torch.tensor([list(token_ids)], device=self.device), use_cache=False).logits[0]
 
     def _masks(self, layout: Layout) -> Any:
         """The mask of all layers, or one for each type of layer. Never None: the model would build a causal one."""
@@ -243,18 +251,6 @@ def _windows(config: Any) -> dict[str, int | None]:
     window = getattr(config, "sliding_window", None) or None
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
     return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
-
-
-def _max_len(config: Any) -> int:
-    """Length of the context. LongRoPE changes its frequencies, and with them what is cached, once any request of a batch is
-    longer than the original context, so that is where it ends."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    length = getattr(config, "max_position_embeddings", None)
-    if "longrope" in (rope.get("rope_type"), rope.get("type")):
-        length = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", length)
-    if not length:
-        raise ValueError(f"the configuration of model type {config.model_type!r} gives no max_position_embeddings")
-    return length
 
 
 def _choose_kernels(model: PreTrainedModel, config: Any) -> None:

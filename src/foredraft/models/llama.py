@@ -18,17 +18,22 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from foredraft.cache import KVCache, KVPool, Layout, lay_out
-from foredraft.models.attention import attend, rotary_tables, rotate
+from foredraft.models.attention import attend, rotate
 from foredraft.models.graphs import Capture, Graphs, Masks, cuda_capture
-from foredraft.models.linear import Linear, Norm, can_pack, make_linear, make_norm
+from foredraft.models.linear import Linear, Norm, can_pack
+from foredraft.models.reader import Reader
+from foredraft.models.rope import DYNAMIC, LONG, context_of, rotary_tables
 from foredraft.protocols import Scores
 from foredraft.tree import Ids, TreeBatch
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 """Values of ``model_type`` in config.json that this decoder runs."""
 
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rotary scalings whose tables do not depend on the current length."""
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn", LONG, DYNAMIC)
+"""Rotary scalings that `foredraft.models.rope` has tables for."""
+
+_WINDOWED = ("mistral", "qwen2", "qwen3")
+"""Of them, those whose published model reads ``sliding_window``."""
 
 _LEAST_ROWS = ((1 << 21, 6), (1 << 18, 4), (0, 1))
 """(weights of a projection, rows): packed weights that do not stay in a cache are read faster by a few rows than by one."""
@@ -57,6 +62,7 @@ class LlamaTarget:
         weights: its state dict, under the names of the Transformers checkpoint.
         dtype, device: what it runs in.
         packed: whether linear layers run on packed weights; None is wherever that works.
+        max_len: longest text that is asked for, see `foredraft.models.rope.context_of`.
 
     Attributes:
         head: logits of final features (those after the last norm).
@@ -76,13 +82,14 @@ class LlamaTarget:
         device: torch.device,
         *,
         packed: bool | None = None,
+        max_len: int | None = None,
     ):
         reason = unsupported(config)
         if reason:
             raise ValueError(f"cannot run this model with the Llama decoder: {reason}")
         self.config = config
         self.vocab_size: int = config.vocab_size
-        self.max_len: int = config.max_position_embeddings
+        self.max_len: int = context_of(config, max_len)
         self.dtype, self.device = dtype, device
         self._heads: int = config.num_attention_heads
         self._kv_heads: int = config.num_key_value_heads or config.num_attention_heads
@@ -218,9 +225,12 @@ def unsupported(config: PretrainedConfig) -> str | None:
     """Why this decoder cannot run a model with this configuration; None if it can."""
     if config.model_type not in FAMILY:
         return f"model_type is {config.model_type!r}, not one of {', '.join(FAMILY)}"
-    rope = _rope_type(config)
-    if rope not in _ROPE_TYPES:
-        return f"rope_type is {rope!r}, not one of {', '.join(_ROPE_TYPES)}"
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind not in _ROPE_TYPES:
+        return f"rope_type is {kind!r}, not one of {', '.join(_ROPE_TYPES)}"
+    if kind != "default" and (rope.get("partial_rotary_factor") or 1.0) != 1.0:
+        return "only a part of each head is rotated"
     if config.hidden_act not in ("silu", "swish"):
         return f"hidden_act is {config.hidden_act!r}, not 'silu'"
     return None
@@ -233,63 +243,11 @@ def head_dim_of(config: Any) -> int:
 
 def window_of(config: Any, index: int) -> int | None:
     """How many tokens a token sees in a layer, itself included; None is all."""
+    if config.model_type not in _WINDOWED:
+        return None
     kinds = getattr(config, "layer_types", None)
     slides = kinds[index] == "sliding_attention" if kinds else getattr(config, "use_sliding_window", True)
     return getattr(config, "sliding_window", None) if slides else None
-
-
-def _rope_type(config: PretrainedConfig) -> str:
-    rope = getattr(config, "rope_parameters", None) or {}
-    return rope.get("rope_type", "default")
-
-
-class Reader:
-    """Weights by name, turned into what runs them."""
-
-    def __init__(
-        self,
-        config: PretrainedConfig,
-        weights: Mapping[str, Tensor],
-        dtype: torch.dtype,
-        device: torch.device,
-        packed: bool,
-    ):
-        self._config, self._weights, self._packed = config, weights, packed
-        self._to = {"dtype": dtype, "device": device}
-
-    def tensor(self, *names: str, kind: str = "weight") -> Tensor:
-        """The tensors called ``name.kind``, one below the other."""
-        for name in names:
-            if f"{name}.{kind}" not in self._weights:
-                raise ValueError(
-                    f"the checkpoint lacks the tensor '{name}.{kind}': is it complete, and of type {self._config.model_type}?"
-                )
-        found = [self._weights[f"{name}.{kind}"].to(**self._to) for name in names]
-        return found[0] if len(found) == 1 else torch.cat(found)
-
-    def has(self, name: str, kind: str = "weight") -> bool:
-        """Whether there is a tensor called ``name.kind``."""
-        return f"{name}.{kind}" in self._weights
-
-    def bias(self, *names: str) -> Tensor | None:
-        """The biases of linear layers fused into one; None where they have none."""
-        return self.tensor(*names, kind="bias") if self.has(names[0], "bias") else None
-
-    def linear(self, *names: str) -> Linear:
-        """Linear layers fused into one."""
-        return self.make(self.tensor(*names), self.bias(*names))
-
-    def make(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        """A linear layer of given weights."""
-        return make_linear(weight, bias, packed=self._packed)
-
-    def norm(self, name: str) -> Norm:
-        """A norm."""
-        return make_norm(self.tensor(name), self._config.rms_norm_eps)
-
-    def norm_if_any(self, name: str) -> Norm | None:
-        """A norm that some models have."""
-        return self.norm(name) if self.has(name) else None
 
 
 def _load_layer(index: int, config: PretrainedConfig, read: Reader) -> Layer:

@@ -5,8 +5,7 @@ Only safetensors are read, and no code of a checkpoint is ever run. Whatever is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,27 @@ from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import logging
 
 from foredraft.errors import unknown_name
 from foredraft.models.check import refuse_unsupported, self_check
 from foredraft.models.checkpoint import ModelError as ModelError
-from foredraft.models.checkpoint import StoredTensor, fingerprint, one_line, open_weights, read_config, read_json, resolve, some
+from foredraft.models.checkpoint import StoredTensor, fingerprint, one_line, open_weights, quiet, read_config, resolve, some
+from foredraft.models.generation import load_generation_config as load_generation_config
 from foredraft.models.hf import HFTarget
 from foredraft.models.llama import LlamaTarget, unsupported
 from foredraft.models.native import NativeTarget, can_run
+from foredraft.models.sizes import refuse_bad_sizes
+from foredraft.models.tokenizer import load_tokenizer as load_tokenizer
+from foredraft.models.weights import (
+    finite,
+    refuse_no_floats,
+    refuse_other_layers,
+    refuse_other_shapes,
+    refuse_other_sizes,
+)
 from foredraft.protocols import Target
 
 _DTYPES = {
@@ -44,10 +51,8 @@ _DTYPES = {
     "double": torch.float64,
 }
 
+_DEVICES = ("cpu", "cuda")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-_SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-"""What vLLM takes from generation_config.json as defaults; like vLLM, we do not look at ``do_sample``."""
 
 
 def load_target(
@@ -56,8 +61,12 @@ def load_target(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = "auto",
     revision: str | None = None,
+    max_len: int | None = None,
 ) -> Target:
     """Loads a model behind the `Target` contract: the Llama family runs our own decoder, others their Transformers code.
+
+    The weights are read once and copied: files that are overwritten later have no effect. Nor has a change of a loaded model of
+    the Llama family. Any other loaded model runs as it is, so a change of its weights acts from the next forward on.
 
     Args:
         source: a directory with config.json and safetensors, a Hub id, or a loaded `PreTrainedModel`, which is not changed
@@ -65,23 +74,29 @@ def load_target(
         dtype: a `torch.dtype`, its name, or ``auto``: the checkpoint's.
         device: ``auto`` or None is CUDA where there is a device, else the CPU (for a loaded model: where it is).
         revision: branch, tag or commit, of a Hub id only.
+        max_len: longest text that is asked for; it chooses the factors of LongRoPE, see `foredraft.models.rope.context_of`.
 
     Raises:
         ModelError: anything is missing, corrupt, or cannot run over token trees.
     """
     wanted, place = parse_dtype(dtype), _parse_device(device)
     if isinstance(source, PreTrainedModel):
-        return _wrap_loaded(source, wanted, place)
+        if revision is not None:
+            raise ModelError(f"revision {revision!r} is for Hub ids only, but the model is loaded already: leave it out")
+        return _wrap_loaded(source, wanted, place, max_len)
     path = resolve(source, revision)
     config = read_config(path)
     _refuse(config)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"model type {config.model_type!r} is no causal language model: choose one that generates text")
+    _refuse_sizes(config)
     place = place or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = open_weights(path)
+    wanted = wanted or _dtype_of(config, weights)
     if unsupported(config) is None:
-        return _llama(config, weights, wanted or _dtype_of(config, weights), place)
-    return _checked(_load_with_transformers(path, wanted or _dtype_of(config, weights), place))
+        return _llama(config, weights, wanted, place, max_len)
+    _refuse_misfit(config, weights)
+    return _checked(_load_with_transformers(path, config, wanted, place), max_len)
 
 
 def fingerprint_of(source: Any, revision: str | None = None) -> str:
@@ -93,49 +108,6 @@ def fingerprint_of(source: Any, revision: str | None = None) -> str:
     if isinstance(source, PreTrainedModel):
         return fingerprint(source.state_dict())
     return fingerprint(open_weights(resolve(source, revision)))
-
-
-def load_tokenizer(source: Any, revision: str | None = None) -> Any:
-    """The tokenizer beside a model; None if there is none, for then the model works on token ids.
-
-    Raises:
-        ModelError: there is one, and it cannot be read.
-    """
-    if isinstance(source, PreTrainedModel):
-        source = getattr(source.config, "_name_or_path", "")
-        if not (source and Path(source).is_dir()):
-            return None
-    path = resolve(source, revision)
-    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        raise ModelError(f"cannot read the tokenizer in {str(path)!r}: {one_line(error)}; copy its files again") from None
-
-
-def load_generation_config(source: Any, revision: str | None = None) -> dict[str, Any]:
-    """Defaults that come with a model, under the names of `SamplingParams`.
-
-    Returns:
-        ``eos_token_id``, a list of all ids that end an output (it may be empty), and those of temperature, top_k, top_p, min_p
-        and repetition_penalty that ``generation_config.json`` gives.
-
-    Raises:
-        ModelError: a file is missing or is not JSON.
-    """
-    if isinstance(source, PreTrainedModel):
-        given = source.generation_config.to_diff_dict() if source.generation_config else {}
-        config = source.config.to_dict()
-    else:
-        path = resolve(source, revision)
-        config = read_json(path / "config.json")
-        generation = path / "generation_config.json"
-        given = read_json(generation) if generation.is_file() else {}
-    ends = [given.get("eos_token_id"), config.get("eos_token_id"), (config.get("text_config") or {}).get("eos_token_id")]
-    defaults: dict[str, Any] = {key: given[key] for key in _SAMPLING_KEYS if given.get(key) is not None}
-    defaults["eos_token_id"] = list(dict.fromkeys(i for end in ends for i in _as_list(end)))
-    return defaults
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -156,7 +128,11 @@ def _parse_device(device: str | torch.device | None) -> torch.device | None:
     if device is None or device == "auto":
         return None
     try:
+        if not isinstance(device, str | torch.device):
+            raise TypeError(f"it is a {type(device).__name__}")
         place = torch.device(device)
+        if place.type not in _DEVICES:
+            raise TypeError(f"models run on {' and '.join(_DEVICES)} only")
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ModelError(
@@ -165,27 +141,31 @@ def _parse_device(device: str | torch.device | None) -> torch.device | None:
     return place
 
 
-def _wrap_loaded(model: PreTrainedModel, dtype: torch.dtype | None, device: torch.device | None) -> Target:
+def _wrap_loaded(model: PreTrainedModel, dtype: torch.dtype | None, device: torch.device | None, max_len: int | None) -> Target:
     config = model.config
     _refuse(config)
+    _refuse_sizes(config)
     if model.get_output_embeddings() is None:
         raise ModelError(f"{type(model).__name__} has no language-model head: load it with AutoModelForCausalLM")
     if len({parameter.device for parameter in model.parameters()}) > 1:
         raise ModelError("the model is spread over several devices: load it on one, without device_map")
-    dtype, device = dtype or model.dtype, device or model.device
+    dtype, device = dtype or model.dtype, device or _parse_device(model.device) or model.device
     if unsupported(config) is None:
-        return _llama(config, model.state_dict(), dtype, device)
+        return _llama(config, model.state_dict(), dtype, device, max_len)
+    refuse_no_floats(dict(model.named_parameters()), dict(model.named_parameters()))
     if dtype != model.dtype or device != model.device:
         raise ModelError(
             f"a loaded {type(model).__name__} is not moved or cast: it is {model.dtype} on {model.device}, asked for was "
             f"{dtype} on {device}; load it so, or give its directory instead"
         )
-    return _checked(model)
+    return _checked(model, max_len)
 
 
-def _checked(model: PreTrainedModel) -> HFTarget:
+def _checked(model: PreTrainedModel, max_len: int | None) -> HFTarget:
+    for name, parameter in model.named_parameters():
+        finite(name, parameter)
     try:
-        target = HFTarget(model)
+        target = HFTarget(model, max_len)
         self_check(target)
     except ValueError as error:
         raise ModelError(one_line(error)) from None
@@ -193,12 +173,37 @@ def _checked(model: PreTrainedModel) -> HFTarget:
 
 
 def _refuse(config: PretrainedConfig) -> None:
-    if getattr(config, "quantization_config", None):
+    if any(getattr(one, "quantization_config", None) for one in (config, config.get_text_config(decoder=True))):
         raise ModelError("the checkpoint is quantised, which is not supported: give the original in bfloat16 or float32")
     try:
         refuse_unsupported(config)
     except ValueError as error:
         raise ModelError(str(error)) from None
+
+
+def _refuse_sizes(config: PretrainedConfig) -> None:
+    try:
+        refuse_bad_sizes(config)
+    except ValueError as error:
+        raise ModelError(
+            f"the configuration of the model is not valid: {error}; correct config.json or copy it again"
+        ) from None
+
+
+def _refuse_misfit(config: PretrainedConfig, weights: Mapping[str, Tensor | StoredTensor]) -> PreTrainedModel:
+    """A model of this configuration without data, after a look at the names, shapes and dtypes of the file."""
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    ignored = getattr(kind, "_keys_to_ignore_on_load_unexpected", None) or ()
+    refuse_other_layers(config.get_text_config(decoder=True), weights, ignored)
+    try:
+        with torch.device("meta"), quiet():
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise ModelError(f"config.json makes no model ({one_line(error)}): correct it or copy it again") from None
+    expected = dict(model.named_parameters())
+    refuse_no_floats(weights, expected)
+    refuse_other_sizes(expected, weights)
+    return model
 
 
 def _dtype_of(config: PretrainedConfig, weights: Mapping[str, StoredTensor]) -> torch.dtype:
@@ -211,28 +216,27 @@ def _dtype_of(config: PretrainedConfig, weights: Mapping[str, StoredTensor]) -> 
 
 
 def _llama(
-    config: PretrainedConfig, weights: Mapping[str, Tensor | StoredTensor], dtype: torch.dtype, device: torch.device
+    config: PretrainedConfig,
+    weights: Mapping[str, Tensor | StoredTensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    max_len: int | None,
 ) -> LlamaTarget | NativeTarget:
     """Our decoder, the compiled one where it runs, after every tensor was found in the shape that config.json asks for."""
-    with torch.device("meta"):
-        expected = AutoModelForCausalLM.from_config(config).state_dict()
+    expected = _refuse_misfit(config, weights).state_dict()
     weights = _tied(weights) if config.tie_word_embeddings else weights
     missing = sorted(set(expected) - set(weights) - ({_HEAD} if config.tie_word_embeddings else set()))
     if missing:
         raise ModelError(f"the checkpoint lacks {some(missing)}: copy it again, or check config.json")
     expected = {name: like for name, like in expected.items() if name in weights}
-    for name, like in expected.items():
-        shape = tuple(weights[name].shape)
-        if shape != tuple(like.shape):
-            raise ModelError(
-                f"the tensor {name!r} has shape {shape} where config.json asks for {tuple(like.shape)}: "
-                "weights and configuration are not of the same model"
-            )
+    refuse_other_shapes(expected, weights)
     try:
         found = {name: _read(weights[name]) for name in expected}
-        return NativeTarget(config, found) if can_run(config, dtype, device) else LlamaTarget(config, found, dtype, device)
+        if can_run(config, dtype, device):
+            return NativeTarget(config, found, max_len=max_len)
+        return LlamaTarget(config, found, dtype, device, max_len=max_len)
     except (ValueError, RuntimeError) as error:
-        raise ModelError(f"cannot load the model: {one_line(error)}") from None
+        raise error if isinstance(error, ModelError) else ModelError(f"cannot load the model: {one_line(error)}") from None
 
 
 def _tied(weights: Mapping[str, Tensor | StoredTensor]) -> dict[str, Tensor | StoredTensor]:
@@ -250,12 +254,13 @@ def _read(stored: Tensor | StoredTensor) -> Tensor:
     return stored if isinstance(stored, Tensor) else stored.read()
 
 
-def _load_with_transformers(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _load_with_transformers(path: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model, after Transformers found every tensor with the right shape: left alone, it fills the gaps at random."""
     try:
-        with _quiet():
+        with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
+                config=config,
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -270,24 +275,7 @@ def _load_with_transformers(path: Path, dtype: torch.dtype, device: torch.device
         names = sorted(one if isinstance(one, str) else one[0] for one in info[kind])
         if names:
             raise ModelError(f"the checkpoint {what} {some(names)}: copy it again, or check config.json")
-    return model.to(device)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Transformers' report on the tensors and its progress bar off the terminal."""
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
-
-
-def _as_list(ids: Any) -> list[int]:
-    if ids is None:
-        return []
-    return [ids] if isinstance(ids, int) else list(ids)
+    model.to(device)
+    for one in (*model.parameters(), *model.buffers()):
+        one.data = one.data.clone() if device.type == "cpu" else one.data  # the file stays mapped otherwise
+    return model

@@ -17,12 +17,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from foredraft.cache import KVCache, KVPool, among_new
 from foredraft.compiled import library
-from foredraft.models.llama import Reader, head_dim_of, window_of
+from foredraft.models.llama import head_dim_of, window_of
 from foredraft.models.packed import TILE, CLayer, CLinear, CModel, CResidual, CStep, Memory, blocked, describe_layer
+from foredraft.models.reader import Reader
+from foredraft.models.rope import context_of, frequencies
 from foredraft.protocols import Scores
 from foredraft.tree import Ids, TreeBatch
 
@@ -50,6 +51,7 @@ class NativeTarget:
         config: the model's Transformers configuration.
         weights: its state dict, under the names of the Transformers checkpoint.
         threads: None is what torch uses, or one for a very small model.
+        max_len: longest text that is asked for, see `foredraft.models.rope.context_of`.
 
     Raises:
         ValueError: a weight is missing.
@@ -57,12 +59,19 @@ class NativeTarget:
 
     dtype, device, has_own_threads = torch.bfloat16, torch.device("cpu"), True
 
-    def __init__(self, config: PretrainedConfig, weights: Mapping[str, Tensor], *, threads: int | None = None):
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        weights: Mapping[str, Tensor],
+        *,
+        threads: int | None = None,
+        max_len: int | None = None,
+    ):
         code = library()
         assert code is not None, "ask can_run first"
         self.config = config
         self.vocab_size: int = config.vocab_size
-        self.max_len: int = config.max_position_embeddings
+        self.max_len: int = context_of(config, max_len)
         self._memory = Memory()
         self._model = self._describe(config, Reader(config, weights, self.dtype, self.device, packed=False))
         self.num_weight_bytes = self._memory.num_bytes - (0 if self._embedding is None else self._embedding.nbytes)
@@ -112,8 +121,8 @@ class NativeTarget:
         head = read.tensor("model.embed_tokens" if tied else "lm_head")
         self._embedding = None if tied else self._memory.put(read.tensor("model.embed_tokens"))
         self._head = self._memory.put(blocked(head))
-        rotary: Any = LlamaRotaryEmbedding(config=config)  # type: ignore[arg-type]
-        frequencies = self._memory.put(rotary.inv_freq.float().contiguous())
+        rotary = frequencies(config, self.max_len)
+        turns = self._memory.put(rotary.frequencies.contiguous())
         described = [
             describe_layer(self._memory, read, f"model.layers.{i}", window_of(config, i))
             for i in range(config.num_hidden_layers)
@@ -128,8 +137,8 @@ class NativeTarget:
             mlp=config.intermediate_size,
             num_layers=config.num_hidden_layers,
             eps=config.rms_norm_eps,
-            rotary_scale=rotary.attention_scaling,
-            frequencies=frequencies.data_ptr(),
+            rotary_scale=rotary.scaling,
+            frequencies=turns.data_ptr(),
             embedding=None if self._embedding is None else self._embedding.data_ptr(),
             tied=self._head.data_ptr(),
             layers=ctypes.addressof(layers),

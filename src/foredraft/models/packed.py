@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Num, UInt8
 from torch import Tensor
 
-from foredraft.models.llama import Reader
+from foredraft.models.reader import Reader
 
 TILE = 32
 """Outputs of a linear layer whose weights stand side by side; every width but the vocabulary's must be a multiple of it."""

@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from foredraft.drafters.layers import Attend
-from foredraft.models.attention import rotary_tables, rotate
+from foredraft.models.attention import rotate
+from foredraft.models.rope import rotary_tables
 
 Tables = tuple[Float[Tensor, "t e"], Float[Tensor, "t e"]]
 

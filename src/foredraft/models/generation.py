@@ -1,0 +1,241 @@
+"""Defaults that come with a model: its generation_config.json, in the terms of `SamplingParams`.
+
+`load_generation_config` reads the file. Every field of the format stands in one table: it is taken over, limits the length of
+prompt and output, is refused unless neutral, or has no effect here. `default_params` makes the parameters of one prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from foredraft.models.checkpoint import ModelError, one_line, read_json, resolve
+from foredraft.params import SamplingParams
+
+FILE = "generation_config.json"
+
+TAKEN_OVER = {
+    **{name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")},
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "stop_strings": "stop",
+    "num_return_sequences": "n",
+}
+"""Fields that `SamplingParams` has, and their names there."""
+
+BIASES = ("suppress_tokens", "bad_words_ids", "sequence_bias")
+"""Fields that become `logit_bias`, as far as they name single tokens."""
+
+LENGTHS = ("max_length", "min_length")
+"""Lengths of prompt and output together. `max_new_tokens` and `min_new_tokens` overrule them."""
+
+REFUSED: dict[str, Callable[[Any], bool]] = {
+    "num_beams": lambda given: given == 1,
+    "num_beam_groups": lambda given: given == 1,
+    "penalty_alpha": lambda given: given == 0,
+    "dola_layers": lambda given: False,
+    "typical_p": lambda given: given >= 1,
+    "epsilon_cutoff": lambda given: not 0 < given < 1,
+    "eta_cutoff": lambda given: not 0 < given < 1,
+    "top_h": lambda given: False,
+    "encoder_repetition_penalty": lambda given: given == 1,
+    "no_repeat_ngram_size": lambda given: given <= 0,
+    "encoder_no_repeat_ngram_size": lambda given: given <= 0,
+    "guidance_scale": lambda given: given == 1,
+    "forced_bos_token_id": lambda given: False,
+    "forced_eos_token_id": lambda given: False,
+    "begin_suppress_tokens": lambda given: not given,
+    "exponential_decay_length_penalty": lambda given: False,
+    "watermarking_config": lambda given: False,
+    "token_healing": lambda given: not given,
+    "constraints": lambda given: not given,
+    "force_words_ids": lambda given: not given,
+    "max_time": lambda given: False,
+}
+"""Fields that change the law and that we do not have, with the values that leave the law alone; null always does."""
+
+WITHOUT_EFFECT = (
+    *(
+        "do_sample",
+        "early_stopping",
+        "length_penalty",
+        "diversity_penalty",
+    ),  # vLLM reads none of them; beams are refused
+    *("renormalize_logits", "remove_invalid_values"),  # a law is normalised, and weights are finite
+    *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "low_memory", "prefill_chunk_size"),
+    *("compile_config", "disable_compile", "continuous_batching_config"),
+    *("use_mtp", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+    *("prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind"),
+    *("target_lookbehind", "assistant_ensemble_weight", "speculation_type"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+    *("pad_token_id", "bos_token_id", "decoder_start_token_id", "transformers_version"),
+)
+"""Fields that change the speed, the form of the result or nothing. So do unknown fields: Transformers reads none of them."""
+
+NONE = ("none", "vllm")
+"""Choices that ignore the file; the second is vLLM's name."""
+
+
+def load_generation_config(
+    source: Any, revision: str | None = None, *, choice: str | Path = "auto", vocab_size: int | None = None
+) -> dict[str, Any]:
+    """Defaults that come with a model, under the names of `SamplingParams`.
+
+    Args:
+        source: a directory, a Hub id or a loaded `PreTrainedModel`.
+        choice: ``auto`` reads the model's ``generation_config.json``, ``none`` ignores it, and a directory is read instead.
+        vocab_size: token ids from here on cannot be generated, so a ban of them is dropped.
+
+    Returns:
+        ``eos_token_id``, a list of all ids that end an output (it may be empty), what the file gives for `SamplingParams`, and
+        ``max_length`` and ``min_length`` of prompt and output together.
+
+    Raises:
+        ModelError: a file is missing or malformed, or asks for something that this library does not do.
+    """
+    given = _given(source, revision, choice)
+    if isinstance(source, PreTrainedModel):
+        config = source.config.to_dict()
+    else:
+        config = read_json(resolve(source, revision) / "config.json")
+    text = config.get("text_config")
+    nested = text.get("eos_token_id") if isinstance(text, Mapping) else None
+    ends = [given.get("eos_token_id"), config.get("eos_token_id"), nested]
+    ids = list(dict.fromkeys(i for end in ends for i in _ids(end, "eos_token_id")))
+    _refuse_unsupported(given)
+    defaults: dict[str, Any] = {name: given[key] for key, name in TAKEN_OVER.items() if given.get(key) is not None}
+    defaults |= {key: given[key] for key in LENGTHS if _is_length(key, given.get(key))}
+    biases = {i: bias for i, bias in _biases(given, ids).items() if vocab_size is None or i < vocab_size}
+    return defaults | ({"logit_bias": biases} if biases else {}) | {"eos_token_id": ids}
+
+
+def default_params(
+    defaults: Mapping[str, Any],
+    num_prompt: int | None = None,
+    given: Mapping[str, Any] | None = None,
+    *,
+    max_tokens: int | None = None,
+) -> SamplingParams:
+    """The parameters of a prompt for which the defaults of a model apply.
+
+    Args:
+        defaults: from `load_generation_config`.
+        num_prompt: tokens of the prompt; None leaves ``max_length`` and ``min_length`` aside.
+        given: values that overrule the defaults.
+        max_tokens: the limit where neither `given` nor ``max_new_tokens`` says one.
+
+    Raises:
+        ValueError: a value is not allowed, or the prompt is as long as ``max_length``.
+    """
+    given = given or {}
+    values = {name: defaults[name] for name in SamplingParams.names() if name in defaults} | dict(given)
+    if "max_tokens" not in values:
+        room = _room(defaults.get("max_length"), num_prompt)
+        limits = [limit for limit in (max_tokens, room) if limit is not None]
+        values |= {"max_tokens": min(limits)} if limits else {}
+    if "min_tokens" not in values and num_prompt is not None:
+        values["min_tokens"] = max(0, defaults.get("min_length", 0) - num_prompt)
+    overruled = "min_tokens" not in given and ("max_tokens" in given or "max_tokens" not in defaults)
+    if overruled and values.get("max_tokens") and isinstance(values.get("min_tokens"), int):
+        values["min_tokens"] = min(values["min_tokens"], values["max_tokens"])
+    return SamplingParams(**values)
+
+
+def _given(source: Any, revision: str | None, choice: str | Path) -> dict[str, Any]:
+    """The fields of the chosen file; none where it is ignored or missing."""
+    if isinstance(choice, str) and choice in NONE:
+        return {}
+    if choice == "auto" and isinstance(source, PreTrainedModel):
+        return source.generation_config.to_diff_dict() if source.generation_config else {}
+    if choice == "auto":
+        path = resolve(source, revision) / FILE
+        return read_json(path) if path.is_file() else {}
+    if not isinstance(choice, str | Path) or not (Path(choice) / FILE).is_file():
+        raise ModelError(f"generation_config must be 'auto', 'none' or a directory that holds {FILE}, got {choice!r}")
+    return read_json(Path(choice) / FILE)
+
+
+def _refuse_unsupported(given: Mapping[str, Any]) -> None:
+    for name, is_neutral in REFUSED.items():
+        value = given.get(name)
+        try:
+            neutral = value is None or is_neutral(value)
+        except TypeError:
+            neutral = False
+        if not neutral:
+            raise _cannot_be_used(f"it sets {name} to {value!r}, which is not supported")
+
+
+def _cannot_be_used(why: str) -> ModelError:
+    return ModelError(
+        f"the model's {FILE} cannot be used, because {why}; give generation_config='none' (--generation-config none) "
+        "to ignore the file, or correct it"
+    )
+
+
+def checked(defaults: Mapping[str, Any]) -> None:
+    """Tries the defaults.
+
+    Raises:
+        ModelError: a value is not allowed.
+    """
+    try:
+        default_params(defaults)
+    except (ValueError, TypeError) as error:
+        raise _cannot_be_used(one_line(error)) from None
+
+
+def _is_length(name: str, value: Any) -> bool:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise _cannot_be_used(f"{name} must be a whole number, at least 0, got {value!r}")
+    return bool(value)
+
+
+def _room(max_length: int | None, num_prompt: int | None) -> int | None:
+    if max_length is None or num_prompt is None:
+        return None
+    if num_prompt >= max_length:
+        raise ValueError(
+            f"the prompt has {num_prompt} tokens, and the model's {FILE} sets max_length {max_length} for prompt and output: "
+            "give max_tokens (--max-tokens), or generation_config='none' (--generation-config none)"
+        )
+    return max_length - num_prompt
+
+
+def _biases(given: Mapping[str, Any], eos_ids: Sequence[int]) -> dict[int, float]:
+    """What the file adds to the logits of single tokens. As in Transformers, `bad_words_ids` bans no end of sequence."""
+    words = [_ids(word, "bad_words_ids") for word in _list(given, "bad_words_ids")]
+    entries = [([i], -math.inf) for i in _ids(given.get("suppress_tokens"), "suppress_tokens")]
+    entries += [(word, -math.inf) for word in words if word not in [[i] for i in eos_ids]]
+    for pair in _list(given, "sequence_bias"):
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[1], int | float):
+            raise _cannot_be_used(f"sequence_bias must be a list of pairs of token ids and a number, got {pair!r}")
+        entries.append((_ids(pair[0], "sequence_bias"), float(pair[1])))
+    found: dict[int, float] = {}
+    for ids, bias in entries:
+        if len(ids) != 1:
+            raise _cannot_be_used(f"it bans or weighs the sequence of tokens {ids}, and only single tokens are supported")
+        found[ids[0]] = found.get(ids[0], 0.0) + bias
+    return found
+
+
+def _list(given: Mapping[str, Any], name: str) -> list[Any]:
+    value = given.get(name)
+    if isinstance(value, Mapping):  # a loaded model's may be a dictionary of tuples
+        value = list(value.items())
+    if not isinstance(value, list | tuple | None):
+        raise _cannot_be_used(f"{name} must be a list, got {value!r}")
+    return list(value or [])
+
+
+def _ids(given: Any, name: str) -> list[int]:
+    """Token ids that stand in a file as one id, as a list or not at all."""
+    ids = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+    wrong = [one for one in ids if isinstance(one, bool) or not isinstance(one, int)]
+    if wrong:
+        raise ModelError(f"{name} must be a token id or a list of token ids, got {given!r}: correct config.json or {FILE}")
+    return ids

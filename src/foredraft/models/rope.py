@@ -1,0 +1,233 @@
+"""Rotary positions: frequencies, tables, and how far they reach.
+
+The frequencies of two scalings depend on the length of a text. LongRoPE has one list of factors for the context of the first
+training, and another one beyond it. Dynamic scaling changes with every token beyond that context. A cached key keeps the
+frequencies that it was rotated with, so the law would depend on how a text is cut into forwards. Here the frequencies are
+chosen once, when the model is loaded, for the longest text that it may run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+LONG, DYNAMIC = "longrope", "dynamic"
+"""Values of ``rope_type`` whose frequencies depend on the length."""
+
+MOST_POSITIONS = 6 << 20
+"""Longest context for which tables are made unless a shorter one is asked for: 6 GiB for heads of 128."""
+
+_KINDS = ("default", *ROPE_INIT_FUNCTIONS)
+
+
+class Rotary(NamedTuple):
+    """Angles that a position adds, for each pair of entries of a head, and the factor of cosines and sines."""
+
+    frequencies: Float[Tensor, " e"]
+    scaling: float
+
+
+def context_of(config: Any, wanted: int | None = None) -> int:
+    """Longest text that a model is loaded for, in tokens.
+
+    With LongRoPE this is the context of the first training, as in vLLM, unless `wanted` exceeds it.
+
+    Args:
+        config: of the language model.
+        wanted: longest text that is asked for; None is no wish.
+
+    Raises:
+        ValueError: the configuration gives no length.
+    """
+    full = getattr(config, "max_position_embeddings", None)
+    if not full:
+        raise ValueError(f"the configuration of model type {config.model_type!r} gives no max_position_embeddings")
+    first = original_context(config)
+    if first is not None and (wanted is None or wanted <= first):
+        return min(first, full)
+    return min(full, wanted) if wanted is not None and full > MOST_POSITIONS else full
+
+
+def original_context(config: Any) -> int | None:
+    """Context that the short factors of LongRoPE are for; None without LongRoPE."""
+    whole = getattr(config, "original_max_position_embeddings", None) or getattr(config, "max_position_embeddings", None)
+    lengths: list[int] = [
+        rope.get("original_max_position_embeddings") or whole for rope in _ropes(config) if _kind(rope) == LONG
+    ]
+    return min(lengths, default=None)
+
+
+def why_not_longer(config: Any) -> str:
+    """Why a context cannot be extended, as the end of a sentence; empty where its length alone says it."""
+    if any(DYNAMIC in _kind(rope) for rope in _ropes(config)):
+        return ", because its dynamic RoPE changes beyond it with every token, and with it what is cached"
+    return ""
+
+
+def frequencies(config: Any, length: int) -> Rotary:
+    """Rotary positions of a model of the Llama family that is loaded for texts of `length` tokens."""
+    rotary: Any = LlamaRotaryEmbedding(config=config)
+    if rotary.rope_type in (LONG, DYNAMIC):
+        chosen, scaling = ROPE_INIT_FUNCTIONS[rotary.rope_type](config, torch.device("cpu"), seq_len=length)
+        return Rotary(chosen.float(), float(scaling))
+    return Rotary(rotary.inv_freq.float(), float(rotary.attention_scaling))
+
+
+def rotary_tables(
+    config: Any, length: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Float[Tensor, "t e"], Float[Tensor, "t e"]]:
+    """Cosines and sines of every position, computed in float32 as the published models do. The sign of the rotation's first
+    half is folded into the sines, so that rotating is one roll.
+
+    Raises:
+        ValueError: the tables would be too large.
+    """
+    if length > MOST_POSITIONS:
+        raise ValueError(
+            f"max_position_embeddings is {length}, and tables of rotary positions are made for {MOST_POSITIONS} at most: "
+            "give a smaller max_model_len (--max-model-len)"
+        )
+    chosen, scaling = frequencies(config, min(length, config.max_position_embeddings))
+    angles = torch.arange(length).float()[:, None] * chosen
+    cos, sin = angles.cos() * scaling, angles.sin() * scaling
+    return torch.cat([cos, cos], dim=-1).to(device, dtype), torch.cat([-sin, sin], dim=-1).to(device, dtype)
+
+
+class Held(NamedTuple):
+    """A rotary module of Transformers, and the state that it has while the model runs."""
+
+    module: nn.Module
+    rope_type: Any
+    buffers: dict[str, Tensor]
+
+    def put(self) -> None:
+        """Sets the state."""
+        self.module.rope_type = self.rope_type
+        for name, buffer in self.buffers.items():
+            setattr(self.module, name, buffer)
+
+
+@contextmanager
+def held(modules: Sequence[Held]) -> Iterator[None]:
+    """Fixes frequencies while a model runs, and restores its modules afterwards."""
+    before = [
+        Held(one.module, one.module.rope_type, {name: getattr(one.module, name) for name in one.buffers}) for one in modules
+    ]
+    try:
+        for one in modules:
+            one.put()
+        yield
+    finally:
+        for one in before:
+            one.put()
+
+
+def hold(model: nn.Module, length: int) -> list[Held]:
+    """What `held` needs so that the frequencies of a Transformers model do not change with the text. Changes nothing.
+
+    Args:
+        length: longest text that the model is loaded for.
+
+    Raises:
+        ValueError: the model computes its frequencies in a way of its own, and `length` exceeds its original context.
+    """
+    found = [_hold(module, length) for module in model.modules()]
+    return [one for one in found if one is not None]
+
+
+def _hold(module: Any, length: int) -> Held | None:
+    kinds = getattr(module, "rope_type", None)
+    named: dict[Any, Any] = kinds if isinstance(kinds, dict) else {None: kinds}
+    chosen = [layer for layer, kind in named.items() if kind == LONG or DYNAMIC in str(kind)]
+    if not chosen:
+        return None
+    buffers = {}
+    for layer in chosen:
+        name, of_layer = ("inv_freq", {}) if layer is None else (f"{layer}_inv_freq", {"layer_type": layer})
+        there = getattr(module, name)
+        made, _ = ROPE_INIT_FUNCTIONS[named[layer]](module.config, there.device, seq_len=length, **of_layer)
+        buffers[name] = made.to(there.dtype)
+    fixed = {layer: "default" if layer in chosen else kind for layer, kind in named.items()}
+    found = Held(module, fixed if isinstance(kinds, dict) else "default", buffers)
+    if all(_obeys(found, length, layer) for layer in chosen):
+        return found
+    first = original_context(module.config)
+    if first is not None and length > first:
+        raise ValueError(
+            f"model type {module.config.model_type!r} chooses its LongRoPE factors in a way of its own: "
+            f"give a max_model_len of at most {first} (--max-model-len)"
+        )
+    return None  # up to its original context it computes what we would
+
+
+@torch.inference_mode()
+def _obeys(one: Held, length: int, layer: Any) -> bool:
+    """Whether a module uses the frequencies that it is given, whatever the longest position of a forward."""
+    device = next(iter(one.buffers.values())).device
+    like, of_layer = torch.zeros(1, device=device), {} if layer is None else {"layer_type": layer}
+
+    def first_of(*positions: int) -> Tensor:
+        out = one.module(like, torch.tensor([positions], device=device), **of_layer)
+        return torch.stack([part[0, 0] for part in out])
+
+    with held([one]):
+        alone, beside = first_of(1), first_of(1, length - 1)
+    with held([one._replace(buffers={name: buffer / 2 for name, buffer in one.buffers.items()})]):
+        slower = first_of(1)
+    return torch.equal(alone, beside) and not torch.equal(alone, slower)
+
+
+def refuse_bad_rope(config: Any) -> None:
+    """Raises if the rotary positions of a configuration cannot be computed.
+
+    Raises:
+        ValueError: names the entry that is wrong.
+    """
+    for rope in _ropes(config):
+        if _kind(rope) not in _KINDS:
+            raise ValueError(f"rope_type is {_kind(rope)!r}: it must be one of {', '.join(_KINDS)}")
+        for name, value in rope.items():
+            if name in _LISTS:
+                _refuse_bad_factors(name, value)
+            elif name in _NUMBERS and value is not None and not is_positive(value):
+                raise ValueError(f"{name} of the rotary positions must be a number above 0, got {value!r}")
+        if _kind(rope) in _SCALED and rope.get("factor") is None and _kind(rope) != LONG:
+            raise ValueError(f"rotary positions of type {_kind(rope)!r} need a factor")
+
+
+_LISTS = ("long_factor", "short_factor")
+_NUMBERS = (
+    *("rope_theta", "factor", "attention_factor", "original_max_position_embeddings", "partial_rotary_factor"),
+    *("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"),
+)
+_SCALED = ("linear", DYNAMIC, "llama3")
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a value is a number above 0 that float32 can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 3e38
+
+
+def _refuse_bad_factors(name: str, value: Any) -> None:
+    if not isinstance(value, list | tuple) or not value or not all(map(is_positive, value)):
+        raise ValueError(f"{name} of the rotary positions must be a list of numbers above 0, got {value!r}")
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The rotary positions of a configuration, one for each type of layer that has its own."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_parameters must be an object, got {rope!r}")
+    nested = [one for one in rope.values() if isinstance(one, dict)]
+    return nested or ([rope] if rope else [])
+
+
+def _kind(rope: dict[str, Any]) -> str:
+    return str(rope.get("rope_type") or rope.get("type") or "default")

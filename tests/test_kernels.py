@@ -7,18 +7,14 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from foredraft import LLM, SamplingParams, compiled
 from foredraft.__main__ import main
-from foredraft.auto import Chooser
 from foredraft.llm import BUNDLED_LM
 from foredraft.models.llama import LlamaTarget
 from foredraft.models.loading import load_target
-from foredraft.models.table import TableTarget, random_law
-from foredraft.speculation import parse
 
 TARGET = Path(__file__).parent / "data" / "babyllama-105"
 
@@ -83,18 +79,6 @@ def test_unknown_kernels_are_refused(given: str, monkeypatch: pytest.MonkeyPatch
         out, err = capsys.readouterr()
         assert (ended.value.code, out) == (1, "")
         assert err == f"error: {said}\nhint: give one of these or unset the environment variable\n"
-
-
-def test_a_choice_timed_with_other_kernels_is_not_used(capable: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    speculation = parse({"method": "auto"})
-    assert speculation is not None
-    build: Any = lambda way: None  # noqa: E731
-    chooser = Chooser(TableTarget(random_law(2, 0), 2), speculation, True, build, {}, 1, [1])
-    facts = []
-    for library in (None, object()):
-        monkeypatch.setattr("foredraft.auto.library", lambda library=library: library)
-        facts.append(chooser._facts())
-    assert facts[0] != facts[1]
 
 
 @pytest.mark.parametrize("command", ["false", "no-such-compiler -v"])

@@ -23,7 +23,6 @@ import torch
 
 import foredraft
 from foredraft.calibration import recalled
-from foredraft.compiled import library
 from foredraft.decode import Continuation, autoregressive, paced, speculative
 from foredraft.drafters import DRAFTERS
 from foredraft.draws import Draws
@@ -121,7 +120,6 @@ class Chooser:
             "target": [config.get(key) for key in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")],
             "dtype": str(getattr(self.target, "dtype", None)),
             "device": str(device),
-            "kernels": "torch" if library() is None else "compiled",
             "machine": [platform.node(), platform.machine(), os.cpu_count(), torch.get_num_threads()],
             "versions": [torch.__version__, foredraft.__version__],
         }

@@ -37,20 +37,17 @@ def jaxtyped(function: Any = None, *, typechecker: Any) -> Any:
 
 def is_usual(function: Any) -> bool:
     """Whether it is a function that returns its value at once and that nothing has wrapped."""
-    lazy = inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction
-    return (
-        isinstance(function, FunctionType) and not hasattr(function, "__wrapped__") and not any(is_(function) for is_ in lazy)
-    )
+    lazy = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+    if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
+        return False
+    return not function.__code__.co_flags & lazy
 
 
 def checked_once(function: Any) -> Callable[..., Any]:
     """The function with its types checked, unless `jaxtyping_disable` is set when it is called."""
     copy = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
-    copy.__kwdefaults__, copy.__qualname__, copy.__module__ = (
-        function.__kwdefaults__,
-        function.__qualname__,
-        function.__module__,
-    )
+    for name in ("__kwdefaults__", "__qualname__", "__module__"):
+        setattr(copy, name, getattr(function, name))
     copy.__annotations__ = annotations_of(function)
     checked, config = check(copy), jaxtyping.config
 

@@ -5,20 +5,29 @@ STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types clean
+.PHONY: help demo test test-torch lint types clean
 
 help:
-	@echo "make demo   generate with the bundled pair: speed-up, and how many tokens equal plain decoding"
-	@echo "make test   run the default test suite (make test ARGS='-m slow' for the long tests)"
-	@echo "make lint   ruff: rules and format"
-	@echo "make types  pyright"
-	@echo "make clean  remove the environment and caches"
+	@echo "make demo        generate with the bundled pair: speed-up, and how many tokens equal plain decoding"
+	@echo "make test        run the default test suite (make test ARGS='-m slow' for the long tests)"
+	@echo "make test-torch  run a part of it with FOREDRAFT_KERNELS=torch, which switches compiled code off"
+	@echo "make lint        ruff: rules and format"
+	@echo "make types       pyright"
+	@echo "make clean       remove the environment and caches"
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# Where compiled code and torch differ: draws, laws and rules; exactness and parity; models in bfloat16; the faces.
+TORCH_TESTS := $(addprefix tests/,test_sampling.py test_draws.py test_rules.py test_prefixes.py test_kernels.py test_llm.py \
+  test_lossless.py::test_more_options_are_exact test_parity.py::test_bundled_pair \
+  test_parity.py::test_a_batch_is_what_each_prompt_is_alone test_cli.py)
+
+test-torch: $(STAMP)
+	FOREDRAFT_KERNELS=torch OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(TORCH_TESTS) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -128,6 +128,7 @@ def test_a_choice_is_logged_once_for_each_kind_of_request(
     assert llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=4))[0].outputs[0].kinds == ["plain"] * 4
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("method", ["lm", "suffix"])
 def test_it_is_really_measured(method: str) -> None:
     model = {"model": str(PAIR[1])} if method == "lm" else {}
@@ -170,6 +171,7 @@ def test_a_head_can_be_chosen_and_plain_decoding_too(monkeypatch: pytest.MonkeyP
     assert greedy.outputs[0].token_ids == plain[0].outputs[0].token_ids
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("method", ["fspad", "ctc", "hydra-lookup"])
 def test_steps_of_heads_are_really_timed(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
@@ -240,6 +242,7 @@ def test_a_head_that_was_not_calibrated_is_timed(head: str, way: Way) -> None:
     assert chooser._worth_timing("greedy") == [way]
 
 
+@pytest.mark.timed
 def test_slower_steps_are_slower_than_plain_ones() -> None:
     """A drafter that waits makes steps slower, by what it waits."""
     target = TableTarget(random_law(2, 0), 2, max_len=4000)

@@ -37,8 +37,8 @@ METHODS = {
     "plain": PLAIN,
     "chain": tree(tree="chain"),
     "tree": tree(),
-    "suffix": {"method": "suffix"},
-    "ngram": {"method": "ngram"},
+    "suffix": {"method": "suffix", "num_speculative_tokens": 8},
+    "ngram": {"method": "ngram", "num_speculative_tokens": 8},
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -244,18 +243,6 @@ def test_who_runs_what() -> None:
     bundled = Path(compiled.__file__).parents[1] / "bundled"
     assert isinstance(load_target(bundled / "draft-lm"), NativeTarget)
     assert isinstance(load_target(bundled / "draft-lm", dtype="float32"), LlamaTarget)
-
-
-@pytest.mark.parametrize("command", ["", "false", "no-such-compiler -v"])
-def test_without_a_compiler_torch_runs(
-    command: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path
-) -> None:
-    monkeypatch.setenv("FOREDRAFT_CC", command)
-    monkeypatch.setenv("FOREDRAFT_CACHE", str(tmp_path))
-    with caplog.at_level(logging.WARNING, "foredraft"):
-        assert compiled.library.__wrapped__() is None
-    assert len(caplog.records) == (1 if command else 0)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("temperature", [0, 1])

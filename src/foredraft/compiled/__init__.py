@@ -1,4 +1,7 @@
-"""C code, compiled once with the machine's own compiler and kept in the user's cache; where it cannot run, torch does."""
+"""C code, compiled once with the machine's own compiler and kept in the user's cache. Where it cannot run, torch does its work.
+
+The environment variable ``FOREDRAFT_KERNELS`` chooses: ``auto`` (as without it) or ``torch``, which switches compiled code off.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +26,40 @@ _HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 """No contraction and no fast math: equal rows must give equal bits, however the compiler unrolls."""
 
+KERNELS = ("auto", "torch")
+"""What ``FOREDRAFT_KERNELS`` may be."""
+
 _log = logging.getLogger("foredraft")
+
+
+def kernels() -> str:
+    """Which code may run, by the environment variable ``FOREDRAFT_KERNELS``; ``auto`` where it is unset or empty.
+
+    Raises:
+        ValueError: it is not one of `KERNELS`.
+    """
+    given = os.environ.get("FOREDRAFT_KERNELS") or "auto"
+    if given not in KERNELS:
+        allowed = " or ".join(KERNELS)
+        raise ValueError(
+            f"FOREDRAFT_KERNELS must be {allowed}, got {given!r}; give one of these or unset the environment variable"
+        )
+    return given
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled code; None where it cannot run: no AVX-512 BF16, or no C compiler (``$CC``, cc, gcc or clang).
+    """The compiled code, built on the first call.
 
-    An empty ``$FOREDRAFT_CC`` forbids it; otherwise that is the compiler.
+    Returns:
+        None where it cannot run: with ``FOREDRAFT_KERNELS=torch``, without AVX-512 BF16, or without a C compiler.
+
+    Raises:
+        ValueError: ``FOREDRAFT_KERNELS`` has an unknown value.
     """
-    command = compiler()
-    if "avx512_bf16" not in cpu_flags() or command is None or cache_folder() is None:
+    if kernels() == "torch" or "avx512_bf16" not in cpu_flags():
+        return None
+    if (command := compiler()) is None or cache_folder() is None:
         return None
     try:
         code = ctypes.CDLL(str(_built(command)))
@@ -52,9 +78,9 @@ def compiled_for(*numbers: Tensor) -> ctypes.CDLL | None:
 
 
 def compiler() -> list[str] | None:
-    """The C compiler's command."""
-    if (given := os.environ.get("FOREDRAFT_CC")) is not None:
-        return shlex.split(given) or None
+    """The C compiler's command: ``$FOREDRAFT_CC`` if it is set, else the first there is of ``$CC``, cc, gcc and clang."""
+    if given := shlex.split(os.environ.get("FOREDRAFT_CC", "")):
+        return given
     named = [os.environ.get("CC", ""), "cc", "gcc", "clang"]
     return next((shlex.split(one) for one in named if one and shutil.which(shlex.split(one)[0])), None)
 

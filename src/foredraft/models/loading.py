@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from foredraft.compiled import kernels
 from foredraft.errors import unknown_name
 from foredraft.models.check import refuse_unsupported, self_check
 from foredraft.models.checkpoint import ModelError as ModelError
@@ -78,7 +79,9 @@ def load_target(
 
     Raises:
         ModelError: anything is missing, corrupt, or cannot run over token trees.
+        ValueError: the environment variable ``FOREDRAFT_KERNELS`` has an unknown value.
     """
+    kernels()  # an unknown value is said even where no compiled code would run
     wanted, place = parse_dtype(dtype), _parse_device(device)
     if isinstance(source, PreTrainedModel):
         if revision is not None:

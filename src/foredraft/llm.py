@@ -223,8 +223,8 @@ class LLM:
         return default_params(self._defaults, len(encode(prompt, self.tokenizer)[1]), given, max_tokens=max_tokens)
 
     def get_tokenizer(self) -> Any:
-        """The tokenizer; None where there is none and prompts are token ids."""
-        return self.tokenizer
+        """Transformers' tokenizer; None where there is none and prompts are token ids."""
+        return getattr(self.tokenizer, "whole", self.tokenizer)
 
     @takes_other_names(RUN)
     def generate(

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from foredraft.tree import TreeBatch
 
@@ -45,7 +44,7 @@ _LAYER_LISTS = ("layer_types", "layers_block_type", "block_types", "attention_la
 """Where configurations list their layers."""
 
 
-def refuse_unsupported(config: PretrainedConfig) -> None:
+def refuse_unsupported(config: Any) -> None:
     """Raises if a model with this configuration can be known not to run over token trees. Changes nothing.
 
     Raises:
@@ -60,7 +59,7 @@ def refuse_unsupported(config: PretrainedConfig) -> None:
         )
 
 
-def _refused_layer(config: PretrainedConfig, text: PretrainedConfig) -> str | None:
+def _refused_layer(config: Any, text: Any) -> str | None:
     if getattr(config, "is_encoder_decoder", False):
         return "encoder-decoder"
     for one in (config, text):

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
-from transformers.utils import logging
 
 from foredraft.errors import ModelError as ModelError
 from foredraft.models.files import HEAD_KEY as HEAD_KEY
@@ -140,13 +138,15 @@ def _download(repo_id: str, revision: str | None) -> Path:
         ) from None
 
 
-def read_config(path: Path) -> PretrainedConfig:
+def read_config(path: Path) -> Any:
     """The configuration in a directory.
 
     Raises:
         ModelError: it is missing or invalid, that of a draft head, of a type that Transformers does not know, or needs code of
             the checkpoint.
     """
+    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
     refuse_adapter(path)
     given = read_json(path / "config.json")
     if HEAD_KEY in given:
@@ -259,6 +259,8 @@ def fingerprint(weights: Mapping[str, Tensor | StoredTensor]) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keeps Transformers' warnings and its progress bar off the terminal."""
+    from transformers.utils import logging
+
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +41,9 @@ def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return said[:400].rstrip(".:")
+
+
+def is_loaded_model(source: Any) -> bool:
+    """Whether it is a `PreTrainedModel`. Where Transformers' models are not imported, nothing is, and they are not now."""
+    module = sys.modules.get("transformers.modeling_utils")
+    return module is not None and isinstance(source, module.PreTrainedModel)

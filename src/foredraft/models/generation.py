@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from foredraft.models.checkpoint import ModelError, one_line, read_json, resolve
+from foredraft.models.files import is_loaded_model
 from foredraft.params import SamplingParams
 
 FILE = "generation_config.json"
@@ -98,7 +97,7 @@ def load_generation_config(
         ModelError: a file is missing or malformed, or asks for something that this library does not do.
     """
     given = _given(source, revision, choice)
-    if isinstance(source, PreTrainedModel):
+    if is_loaded_model(source):
         config = source.config.to_dict()
     else:
         config = read_json(resolve(source, revision) / "config.json")
@@ -149,7 +148,7 @@ def _given(source: Any, revision: str | None, choice: str | Path) -> dict[str, A
     """The fields of the chosen file; none where it is ignored or missing."""
     if isinstance(choice, str) and choice in NONE:
         return {}
-    if choice == "auto" and isinstance(source, PreTrainedModel):
+    if choice == "auto" and is_loaded_model(source):
         return source.generation_config.to_diff_dict() if source.generation_config else {}
     if choice == "auto":
         path = resolve(source, revision) / FILE

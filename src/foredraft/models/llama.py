@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from foredraft.cache import KVCache, KVPool, Layout, lay_out
 from foredraft.models.attention import attend, rotate
@@ -76,7 +75,7 @@ class LlamaTarget:
 
     def __init__(
         self,
-        config: PretrainedConfig,
+        config: Any,
         weights: Mapping[str, Tensor],
         dtype: torch.dtype,
         device: torch.device,
@@ -221,7 +220,7 @@ class LlamaTarget:
         return attend(index, qkv.split([queries, keys, keys], dim=1), mask, layout, pool)
 
 
-def unsupported(config: PretrainedConfig) -> str | None:
+def unsupported(config: Any) -> str | None:
     """Why this decoder cannot run a model with this configuration; None if it can."""
     if config.model_type not in FAMILY:
         return f"model_type is {config.model_type!r}, not one of {', '.join(FAMILY)}"
@@ -250,7 +249,7 @@ def window_of(config: Any, index: int) -> int | None:
     return getattr(config, "sliding_window", None) if slides else None
 
 
-def _load_layer(index: int, config: PretrainedConfig, read: Reader) -> Layer:
+def _load_layer(index: int, config: Any, read: Reader) -> Layer:
     at = f"model.layers.{index}"
     return Layer(
         input_norm=read.norm(f"{at}.input_layernorm"),

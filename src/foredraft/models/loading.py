@@ -11,31 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
 
 from foredraft.compiled import kernels
 from foredraft.errors import unknown_name
-from foredraft.models.check import refuse_unsupported, self_check
+from foredraft.models.check import refuse_unsupported
 from foredraft.models.checkpoint import ModelError as ModelError
-from foredraft.models.checkpoint import StoredTensor, fingerprint, one_line, open_weights, quiet, read_config, resolve, some
+from foredraft.models.checkpoint import StoredTensor, fingerprint, one_line, open_weights, read_config, resolve, some
+from foredraft.models.files import is_loaded_model
 from foredraft.models.generation import load_generation_config as load_generation_config
-from foredraft.models.hf import HFTarget
 from foredraft.models.llama import LlamaTarget, unsupported
 from foredraft.models.native import NativeTarget, can_run
+from foredraft.models.plain import PlainConfig, expected, fits, plain_model
 from foredraft.models.sizes import refuse_bad_sizes
 from foredraft.models.tokenizer import load_tokenizer as load_tokenizer
-from foredraft.models.weights import (
-    finite,
-    refuse_no_floats,
-    refuse_other_layers,
-    refuse_other_shapes,
-    refuse_other_sizes,
-)
+from foredraft.models.weights import refuse_no_floats, refuse_other_shapes
 from foredraft.protocols import Target
 
 _DTYPES = {
@@ -83,23 +72,35 @@ def load_target(
     """
     kernels()  # an unknown value is said even where no compiled code would run
     wanted, place = parse_dtype(dtype), _parse_device(device)
-    if isinstance(source, PreTrainedModel):
+    if is_loaded_model(source):
         if revision is not None:
             raise ModelError(f"revision {revision!r} is for Hub ids only, but the model is loaded already: leave it out")
         return _wrap_loaded(source, wanted, place, max_len)
     path = resolve(source, revision)
+    place = place or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = plain_model(path)
+    if config is not None:
+        weights = open_weights(path)
+        if fits(config, weights):
+            _refuse_sizes(config)
+            return _llama(config, weights, wanted or _dtype_of(config, weights), place, max_len)
+    return _load(path, wanted, place, max_len)
+
+
+def _load(path: Path, dtype: torch.dtype | None, device: torch.device, max_len: int | None) -> Target:
+    """A model whose configuration, and perhaps whose code, is Transformers'."""
+    from foredraft.models.from_transformers import checked, empty_model, load_with_transformers, refuse_no_language_model
+
     config = read_config(path)
     _refuse(config)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(f"model type {config.model_type!r} is no causal language model: choose one that generates text")
+    refuse_no_language_model(config)
     _refuse_sizes(config)
-    place = place or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = open_weights(path)
-    wanted = wanted or _dtype_of(config, weights)
+    dtype = dtype or _dtype_of(config, weights)
     if unsupported(config) is None:
-        return _llama(config, weights, wanted, place, max_len)
-    _refuse_misfit(config, weights)
-    return _checked(_load_with_transformers(path, config, wanted, place), max_len)
+        return _llama(config, weights, dtype, device, max_len)
+    empty_model(config, weights)
+    return checked(load_with_transformers(path, config, dtype, device), max_len)
 
 
 def fingerprint_of(source: Any, revision: str | None = None) -> str:
@@ -108,7 +109,7 @@ def fingerprint_of(source: Any, revision: str | None = None) -> str:
     Raises:
         ModelError: there is no such model.
     """
-    if isinstance(source, PreTrainedModel):
+    if is_loaded_model(source):
         return fingerprint(source.state_dict())
     return fingerprint(open_weights(resolve(source, revision)))
 
@@ -144,7 +145,7 @@ def _parse_device(device: str | torch.device | None) -> torch.device | None:
     return place
 
 
-def _wrap_loaded(model: PreTrainedModel, dtype: torch.dtype | None, device: torch.device | None, max_len: int | None) -> Target:
+def _wrap_loaded(model: Any, dtype: torch.dtype | None, device: torch.device | None, max_len: int | None) -> Target:
     config = model.config
     _refuse(config)
     _refuse_sizes(config)
@@ -161,21 +162,12 @@ def _wrap_loaded(model: PreTrainedModel, dtype: torch.dtype | None, device: torc
             f"a loaded {type(model).__name__} is not moved or cast: it is {model.dtype} on {model.device}, asked for was "
             f"{dtype} on {device}; load it so, or give its directory instead"
         )
-    return _checked(model, max_len)
+    from foredraft.models.from_transformers import checked
+
+    return checked(model, max_len)
 
 
-def _checked(model: PreTrainedModel, max_len: int | None) -> HFTarget:
-    for name, parameter in model.named_parameters():
-        finite(name, parameter)
-    try:
-        target = HFTarget(model, max_len)
-        self_check(target)
-    except ValueError as error:
-        raise ModelError(one_line(error)) from None
-    return target
-
-
-def _refuse(config: PretrainedConfig) -> None:
+def _refuse(config: Any) -> None:
     if any(getattr(one, "quantization_config", None) for one in (config, config.get_text_config(decoder=True))):
         raise ModelError("the checkpoint is quantised, which is not supported: give the original in bfloat16 or float32")
     try:
@@ -184,7 +176,7 @@ def _refuse(config: PretrainedConfig) -> None:
         raise ModelError(str(error)) from None
 
 
-def _refuse_sizes(config: PretrainedConfig) -> None:
+def _refuse_sizes(config: Any) -> None:
     try:
         refuse_bad_sizes(config)
     except ValueError as error:
@@ -193,23 +185,7 @@ def _refuse_sizes(config: PretrainedConfig) -> None:
         ) from None
 
 
-def _refuse_misfit(config: PretrainedConfig, weights: Mapping[str, Tensor | StoredTensor]) -> PreTrainedModel:
-    """A model of this configuration without data, after a look at the names, shapes and dtypes of the file."""
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    ignored = getattr(kind, "_keys_to_ignore_on_load_unexpected", None) or ()
-    refuse_other_layers(config.get_text_config(decoder=True), weights, ignored)
-    try:
-        with torch.device("meta"), quiet():
-            model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:
-        raise ModelError(f"config.json makes no model ({one_line(error)}): correct it or copy it again") from None
-    expected = dict(model.named_parameters())
-    refuse_no_floats(weights, expected)
-    refuse_other_sizes(expected, weights)
-    return model
-
-
-def _dtype_of(config: PretrainedConfig, weights: Mapping[str, StoredTensor]) -> torch.dtype:
+def _dtype_of(config: Any, weights: Mapping[str, StoredTensor]) -> torch.dtype:
     """What the configuration says, else what the first tensor of floating point is."""
     stated = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
     if stated is None:
@@ -219,27 +195,33 @@ def _dtype_of(config: PretrainedConfig, weights: Mapping[str, StoredTensor]) -> 
 
 
 def _llama(
-    config: PretrainedConfig,
+    config: Any,
     weights: Mapping[str, Tensor | StoredTensor],
     dtype: torch.dtype,
     device: torch.device,
     max_len: int | None,
 ) -> LlamaTarget | NativeTarget:
     """Our decoder, the compiled one where it runs, after every tensor was found in the shape that config.json asks for."""
-    expected = _refuse_misfit(config, weights).state_dict()
+    wanted = expected(config) if isinstance(config, PlainConfig) else _state_dict(config, weights)
     weights = _tied(weights) if config.tie_word_embeddings else weights
-    missing = sorted(set(expected) - set(weights) - ({_HEAD} if config.tie_word_embeddings else set()))
+    missing = sorted(set(wanted) - set(weights) - ({_HEAD} if config.tie_word_embeddings else set()))
     if missing:
         raise ModelError(f"the checkpoint lacks {some(missing)}: copy it again, or check config.json")
-    expected = {name: like for name, like in expected.items() if name in weights}
-    refuse_other_shapes(expected, weights)
+    wanted = {name: like for name, like in wanted.items() if name in weights}
+    refuse_other_shapes(wanted, weights)
     try:
-        found = {name: _read(weights[name]) for name in expected}
+        found = {name: _read(weights[name]) for name in wanted}
         if can_run(config, dtype, device):
             return NativeTarget(config, found, max_len=max_len)
         return LlamaTarget(config, found, dtype, device, max_len=max_len)
     except (ValueError, RuntimeError) as error:
         raise error if isinstance(error, ModelError) else ModelError(f"cannot load the model: {one_line(error)}") from None
+
+
+def _state_dict(config: Any, weights: Mapping[str, Tensor | StoredTensor]) -> dict[str, Tensor]:
+    from foredraft.models.from_transformers import empty_model
+
+    return empty_model(config, weights).state_dict()
 
 
 def _tied(weights: Mapping[str, Tensor | StoredTensor]) -> dict[str, Tensor | StoredTensor]:
@@ -255,30 +237,3 @@ def _tied(weights: Mapping[str, Tensor | StoredTensor]) -> dict[str, Tensor | St
 
 def _read(stored: Tensor | StoredTensor) -> Tensor:
     return stored if isinstance(stored, Tensor) else stored.read()
-
-
-def _load_with_transformers(path: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model, after Transformers found every tensor with the right shape: left alone, it fills the gaps at random."""
-    try:
-        with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-    except Exception as error:
-        raise ModelError(f"Transformers cannot load {str(path)!r}: {one_line(error)}") from None
-    model, info = loaded
-    for kind, what in (("missing_keys", "lacks"), ("mismatched_keys", "has another shape than config.json asks for in")):
-        names = sorted(one if isinstance(one, str) else one[0] for one in info[kind])
-        if names:
-            raise ModelError(f"the checkpoint {what} {some(names)}: copy it again, or check config.json")
-    model.to(device)
-    for one in (*model.parameters(), *model.buffers()):
-        one.data = one.data.clone() if device.type == "cpu" else one.data  # the file stays mapped otherwise
-    return model

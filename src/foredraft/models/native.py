@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from foredraft.cache import KVCache, KVPool, among_new
 from foredraft.compiled import library
@@ -37,7 +36,7 @@ _WORD = 8
 _at, _whole = ctypes.c_void_p, ctypes.c_int64
 
 
-def can_run(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> bool:
+def can_run(config: Any, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether this decoder runs a model that `foredraft.models.llama` runs: in bfloat16 on a CPU, with even widths."""
     widths = (config.hidden_size, config.intermediate_size, head_dim_of(config))
     fits = dtype == torch.bfloat16 and device.type == "cpu" and all(width % TILE == 0 for width in widths)
@@ -61,7 +60,7 @@ class NativeTarget:
 
     def __init__(
         self,
-        config: PretrainedConfig,
+        config: Any,
         weights: Mapping[str, Tensor],
         *,
         threads: int | None = None,
@@ -115,7 +114,7 @@ class NativeTarget:
         """
         return run_step(self._model, batch, caches, rows, start, feature_layers, threads=self._threads)
 
-    def _describe(self, config: PretrainedConfig, read: Reader) -> CModel:
+    def _describe(self, config: Any, read: Reader) -> CModel:
         """The model as `decoder.c` wants it."""
         tied = not read.has("lm_head")
         head = read.tensor("model.embed_tokens" if tied else "lm_head")

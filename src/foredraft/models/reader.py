@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from foredraft.models.linear import Linear, Norm, make_linear, make_norm
 from foredraft.models.weights import finite
@@ -24,7 +24,7 @@ class Reader:
 
     def __init__(
         self,
-        config: PretrainedConfig,
+        config: Any,
         weights: Mapping[str, Tensor],
         dtype: torch.dtype,
         device: torch.device,

@@ -15,16 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 LONG, DYNAMIC = "longrope", "dynamic"
 """Values of ``rope_type`` whose frequencies depend on the length."""
 
 MOST_POSITIONS = 6 << 20
 """Longest context for which tables are made unless a shorter one is asked for: 6 GiB for heads of 128."""
-
-_KINDS = ("default", *ROPE_INIT_FUNCTIONS)
 
 
 class Rotary(NamedTuple):
@@ -58,9 +54,8 @@ def context_of(config: Any, wanted: int | None = None) -> int:
 def original_context(config: Any) -> int | None:
     """Context that the short factors of LongRoPE are for; None without LongRoPE."""
     whole = getattr(config, "original_max_position_embeddings", None) or getattr(config, "max_position_embeddings", None)
-    lengths: list[int] = [
-        rope.get("original_max_position_embeddings") or whole for rope in _ropes(config) if _kind(rope) == LONG
-    ]
+    ropes = [rope for rope in _ropes(config) if _kind(rope) == LONG]
+    lengths: list[Any] = [rope.get("original_max_position_embeddings") or whole for rope in ropes]
     return min(lengths, default=None)
 
 
@@ -73,11 +68,26 @@ def why_not_longer(config: Any) -> str:
 
 def frequencies(config: Any, length: int) -> Rotary:
     """Rotary positions of a model of the Llama family that is loaded for texts of `length` tokens."""
+    ropes = _ropes(config)
+    if len(ropes) == 1 and _kind(ropes[0]) == "default" and ropes[0].keys() <= {"rope_type", "rope_theta"}:
+        return _unscaled(config, ropes[0]["rope_theta"])
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
     rotary: Any = LlamaRotaryEmbedding(config=config)
     if rotary.rope_type in (LONG, DYNAMIC):
         chosen, scaling = ROPE_INIT_FUNCTIONS[rotary.rope_type](config, torch.device("cpu"), seq_len=length)
         return Rotary(chosen.float(), float(scaling))
     return Rotary(rotary.inv_freq.float(), float(rotary.attention_scaling))
+
+
+def _unscaled(config: Any, theta: float) -> Rotary:
+    """Frequencies without scaling, in the order of Transformers' own operations.
+
+    Source: Su et al., RoFormer (arXiv 2104.09864), section 3.2.2.
+    """
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Rotary(1.0 / (theta ** (torch.arange(0, size, 2, dtype=torch.int64).float() / size)), 1.0)
 
 
 def rotary_tables(
@@ -148,6 +158,8 @@ def _hold(module: Any, length: int) -> Held | None:
     chosen = [layer for layer, kind in named.items() if kind == LONG or DYNAMIC in str(kind)]
     if not chosen:
         return None
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     buffers = {}
     for layer in chosen:
         name, of_layer = ("inv_freq", {}) if layer is None else (f"{layer}_inv_freq", {"layer_type": layer})
@@ -191,8 +203,8 @@ def refuse_bad_rope(config: Any) -> None:
         ValueError: names the entry that is wrong.
     """
     for rope in _ropes(config):
-        if _kind(rope) not in _KINDS:
-            raise ValueError(f"rope_type is {_kind(rope)!r}: it must be one of {', '.join(_KINDS)}")
+        if _kind(rope) != "default":
+            _refuse_kind(_kind(rope))
         for name, value in rope.items():
             if name in _LISTS:
                 _refuse_bad_factors(name, value)
@@ -200,6 +212,13 @@ def refuse_bad_rope(config: Any) -> None:
                 raise ValueError(f"{name} of the rotary positions must be a number above 0, got {value!r}")
         if _kind(rope) in _SCALED and rope.get("factor") is None and _kind(rope) != LONG:
             raise ValueError(f"rotary positions of type {_kind(rope)!r} need a factor")
+
+
+def _refuse_kind(kind: str) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if kind not in ROPE_INIT_FUNCTIONS:
+        raise ValueError(f"rope_type is {kind!r}: it must be one of {', '.join(('default', *ROPE_INIT_FUNCTIONS))}")
 
 
 _LISTS = ("long_factor", "short_factor")

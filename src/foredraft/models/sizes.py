@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from transformers import PretrainedConfig
-from transformers.activations import ACT2FN
-
 from foredraft.models.rope import is_positive, refuse_bad_rope
 
 DTYPES = ("float64", "float32", "float16", "bfloat16", "double", "float", "half")
@@ -71,7 +68,7 @@ def _refuse_values(given: Mapping[str, Any]) -> None:
             raise ValueError(f"{key} is {name!r}, and must be one of {', '.join(_ATTENTIONS)}")
 
 
-def refuse_bad_sizes(config: PretrainedConfig) -> None:
+def refuse_bad_sizes(config: Any) -> None:
     """Raises if the sizes of a configuration make no model. Changes nothing.
 
     Raises:
@@ -85,8 +82,8 @@ def refuse_bad_sizes(config: PretrainedConfig) -> None:
         raise ValueError(f"it gives no {missing[0]}")
     for key in ("hidden_act", "hidden_activation", "activation_function"):
         name = getattr(text, key, None)
-        if name is not None and name not in ACT2FN:
-            raise ValueError(f"{key} is {name!r}, and must be one of {', '.join(sorted(ACT2FN))}")
+        if name not in (None, "silu"):
+            _refuse_activation(key, name)
     window = getattr(text, "sliding_window", None)
     if window and (type(window) is not int or window < 1):
         raise ValueError(f"sliding_window must be a whole number, at least 1, or null, got {window!r}")
@@ -100,6 +97,13 @@ def refuse_bad_sizes(config: PretrainedConfig) -> None:
     if type(pad) is int and pad >= values["vocab_size"]:
         raise ValueError(f"pad_token_id ({pad}) must be below vocab_size ({values['vocab_size']})")
     refuse_bad_rope(text)
+
+
+def _refuse_activation(key: str, name: Any) -> None:
+    from transformers.activations import ACT2FN
+
+    if name not in ACT2FN:
+        raise ValueError(f"{key} is {name!r}, and must be one of {', '.join(sorted(ACT2FN))}")
 
 
 def _levels(value: Any) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel
+from tokenizers import Tokenizer
 
 from foredraft.models.checkpoint import ModelError, one_line, resolve
+from foredraft.models.files import is_loaded_model, read_json
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -18,13 +20,19 @@ def load_tokenizer(source: Any, revision: str | None = None) -> Any:
     Raises:
         ModelError: there is one, and it cannot be read.
     """
-    if isinstance(source, PreTrainedModel):
+    if is_loaded_model(source):
         source = getattr(source.config, "_name_or_path", "")
         if not (source and Path(source).is_dir()):
             return None
     path = resolve(source, revision)
     if not any((path / name).is_file() for name in _FILES):
         return None
+    return quick_tokenizer(path) or _read(path)
+
+
+def _read(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:
@@ -63,3 +71,69 @@ def refuse_misfit(tokenizer: Any, vocab_size: int, model: str = "model") -> None
             f"the tokenizer has ids up to {beyond[-1][0]}, the {model}'s embedding has {vocab_size} rows, none for {named}: "
             "give the tokenizer of this model, or enlarge the model with resize_token_embeddings and save it"
         )
+
+
+class QuickTokenizer:
+    """A tokenizer.json by itself. Encodes and lists its vocabulary; for anything else it loads Transformers' tokenizer.
+
+    Attributes:
+        backend_tokenizer: the `tokenizers.Tokenizer`.
+        chat_template: the text of the template; None where there is none.
+    """
+
+    def __init__(self, path: Path, backend: Any, chat_template: str | None):
+        self._path, self.backend_tokenizer, self.chat_template = path, backend, chat_template
+
+    @cached_property
+    def whole(self) -> Any:
+        """Transformers' tokenizer of the same files."""
+        return _read(self._path)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        return self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def get_vocab(self) -> dict[str, int]:
+        """Token ids by token."""
+        return self.backend_tokenizer.get_vocab(with_added_tokens=True)
+
+    def __call__(self, text: Any, **options: Any) -> Any:
+        if isinstance(text, str) and options.keys() <= {"add_special_tokens", "verbose"}:
+            return {"input_ids": self.encode(text, add_special_tokens=options.get("add_special_tokens", True))}
+        return self.whole(text, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.whole, name)
+
+
+_QUICK = {"TokenizersBackend", "PreTrainedTokenizerFast"}
+"""Values of ``tokenizer_class`` that take tokenizer.json as it is."""
+
+_HARMLESS = ("backend", "is_local", "local_files_only", "model_max_length", "tokenizer_class", "clean_up_tokenization_spaces")
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def quick_tokenizer(path: Path) -> QuickTokenizer | None:
+    """The tokenizer in a directory, where tokenizer.json says all that counts; None where Transformers has to read it."""
+    if not (path / "tokenizer.json").is_file() or not (path / "tokenizer_config.json").is_file():
+        return None
+    if any((path / name).exists() for name in ("special_tokens_map.json", "added_tokens.json", "chat_templates")):
+        return None
+    try:
+        config = read_json(path / "tokenizer_config.json")
+        template = path / "chat_template.jinja"
+        chat_template = template.read_text(encoding="utf-8") if template.is_file() else None
+        backend = Tokenizer.from_file(str(path / "tokenizer.json"))
+    except Exception:
+        return None  # said by Transformers' reader
+    added = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
+    named = [config[key] for key in _SPECIAL if key in config]
+    if config.get("tokenizer_class") not in _QUICK or not config.keys() <= {*_HARMLESS, *_SPECIAL}:
+        return None
+    if not all(isinstance(token, str) and added.get(token) for token in named):
+        return None  # Transformers adds them to the vocabulary
+    if not isinstance(config.get("model_max_length", 0), int | float):
+        return None
+    backend.no_truncation()
+    backend.no_padding()
+    return QuickTokenizer(path, backend, chat_template)

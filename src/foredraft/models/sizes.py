@@ -78,7 +78,7 @@ def refuse_bad_sizes(config: PretrainedConfig) -> None:
         ValueError: names the size, and says what is allowed.
     """
     text = config.get_text_config(decoder=True)
-    values = {key: getattr(text, key, None) for key in (*_SIZES, *_ABOVE_ZERO)}
+    values: dict[str, Any] = {key: getattr(text, key, None) for key in (*_SIZES, *_ABOVE_ZERO)}
     _refuse_values({key: value for key, value in values.items() if value is not None})
     missing = [key for key in _REQUIRED if values[key] is None]
     if missing:

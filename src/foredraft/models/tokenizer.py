@@ -53,10 +53,9 @@ def refuse_misfit(tokenizer: Any, vocab_size: int, model: str = "model") -> None
     """
     if tokenizer is None:
         return
-    if not callable(tokenizer) or not hasattr(tokenizer, "decode") or not hasattr(tokenizer, "get_vocab"):
+    if not all(hasattr(tokenizer, name) for name in ("__call__", "decode", "get_vocab")):
         raise TypeError(f"tokenizer must be a Transformers tokenizer or a directory that holds one, got {tokenizer!r}")
-    vocabulary = tokenizer.get_vocab()
-    beyond = sorted((i, token) for token, i in vocabulary.items() if i >= vocab_size)
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= vocab_size)
     if beyond:
         named = ", ".join(f"{token!r} ({i})" for i, token in beyond[:3]) + (", ..." if len(beyond) > 3 else "")
         raise ModelError(

@@ -324,7 +324,7 @@ def test_layers_that_are_known_to_be_left_out(kind, folder):
 @pytest.mark.parametrize("value", [0, -4, 10**9, "16", 2.5, True])
 def test_sizes(name, value, kind, folder, complains):
     key = NAMES[kind].get(name, name)
-    edit_config(folder, **{key: value})
+    edit_config(folder, **{str(key): value})
     said = f"{key} must be a whole number, at least 1, got" if value != 10**9 else "asks for|must be|[Mm]ultiple|makes no model"
     complains(folder, said)
 

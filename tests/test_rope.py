@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from copy import deepcopy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_a_loaded_model_is_left_as_it_was(name):
     model = make(name)
     [rotary] = [module for module in model.modules() if hasattr(module, "inv_freq")]
     before = rotary.rope_type, rotary.inv_freq.clone()
-    target = load_target(model, max_len=FULL)
+    target: Any = load_target(model, max_len=FULL)
     in_pieces(target, TOKENS, [len(TOKENS)])
     assert rotary.rope_type == before[0]
     assert torch.equal(rotary.inv_freq, before[1])

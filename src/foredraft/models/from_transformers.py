@@ -70,6 +70,11 @@ def load_with_transformers(path: Path, config: PretrainedConfig, dtype: torch.dt
 
 
 def checked(model: PreTrainedModel, max_len: int | None) -> HFTarget:
+    """A loaded model behind the contract, after a look at its weights and a trial over a tree.
+
+    Raises:
+        ModelError: a weight is not finite, or the model cannot run over trees.
+    """
     for name, parameter in model.named_parameters():
         finite(name, parameter)
     try:

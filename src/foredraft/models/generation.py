@@ -97,10 +97,7 @@ def load_generation_config(
         ModelError: a file is missing or malformed, or asks for something that this library does not do.
     """
     given = _given(source, revision, choice)
-    if is_loaded_model(source):
-        config = source.config.to_dict()
-    else:
-        config = read_json(resolve(source, revision) / "config.json")
+    config = source.config.to_dict() if is_loaded_model(source) else read_json(resolve(source, revision) / "config.json")
     text = config.get("text_config")
     nested = text.get("eos_token_id") if isinstance(text, Mapping) else None
     ends = [given.get("eos_token_id"), config.get("eos_token_id"), nested]

@@ -53,9 +53,8 @@ def context_of(config: Any, wanted: int | None = None) -> int:
 
 def original_context(config: Any) -> int | None:
     """Context that the short factors of LongRoPE are for; None without LongRoPE."""
-    whole = getattr(config, "original_max_position_embeddings", None) or getattr(config, "max_position_embeddings", None)
-    ropes = [rope for rope in _ropes(config) if _kind(rope) == LONG]
-    lengths: list[Any] = [rope.get("original_max_position_embeddings") or whole for rope in ropes]
+    whole: Any = getattr(config, "original_max_position_embeddings", None) or getattr(config, "max_position_embeddings", None)
+    lengths = [rope.get("original_max_position_embeddings") or whole for rope in _ropes(config) if _kind(rope) == LONG]
     return min(lengths, default=None)
 
 
@@ -153,8 +152,8 @@ def hold(model: nn.Module, length: int) -> list[Held]:
 
 
 def _hold(module: Any, length: int) -> Held | None:
-    kinds = getattr(module, "rope_type", None)
-    named: dict[Any, Any] = kinds if isinstance(kinds, dict) else {None: kinds}
+    kinds: Any = getattr(module, "rope_type", None)
+    named = kinds if isinstance(kinds, dict) else {None: kinds}
     chosen = [layer for layer, kind in named.items() if kind == LONG or DYNAMIC in str(kind)]
     if not chosen:
         return None

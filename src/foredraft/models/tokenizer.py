@@ -61,10 +61,9 @@ def refuse_misfit(tokenizer: Any, vocab_size: int, model: str = "model") -> None
     """
     if tokenizer is None:
         return
-    if not callable(tokenizer) or not hasattr(tokenizer, "decode") or not hasattr(tokenizer, "get_vocab"):
+    if not all(hasattr(tokenizer, name) for name in ("__call__", "decode", "get_vocab")):
         raise TypeError(f"tokenizer must be a Transformers tokenizer or a directory that holds one, got {tokenizer!r}")
-    vocabulary: dict[str, int] = getattr(tokenizer, "get_vocab")()  # noqa: B009 - pyright narrows it to a function
-    beyond = sorted((i, token) for token, i in vocabulary.items() if i >= vocab_size)
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= vocab_size)
     if beyond:
         named = ", ".join(f"{token!r} ({i})" for i, token in beyond[:3]) + (", ..." if len(beyond) > 3 else "")
         raise ModelError(
@@ -97,7 +96,12 @@ class QuickTokenizer:
         """Token ids by token."""
         return self.backend_tokenizer.get_vocab(with_added_tokens=True)
 
+    def decode(self, ids: Any, **options: Any) -> Any:
+        """Text of token ids, by Transformers' tokenizer."""
+        return self.whole.decode(ids, **options)
+
     def __call__(self, text: Any, **options: Any) -> Any:
+        """``input_ids`` of one text; Transformers' tokenizer takes everything else."""
         if isinstance(text, str) and options.keys() <= {"add_special_tokens", "verbose"}:
             return {"input_ids": self.encode(text, add_special_tokens=options.get("add_special_tokens", True))}
         return self.whole(text, **options)

@@ -1,7 +1,7 @@
 """The plainest kind of checkpoint, read without Transformers: a Llama whose config.json states every value that counts.
 
-Importing Transformers' models takes longer than loading a small one. Transformers judges every other checkpoint: one that leaves a
-value to a default, has an unknown key, or has weights under other names or in other shapes.
+Importing Transformers' models takes longer than loading a small one. It judges every other checkpoint: one that leaves a value to
+a default, has an unknown key, or has weights under other names or in other shapes.
 """
 
 from __future__ import annotations

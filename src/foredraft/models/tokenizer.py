@@ -96,6 +96,10 @@ class QuickTokenizer:
         """Token ids by token."""
         return self.backend_tokenizer.get_vocab(with_added_tokens=True)
 
+    def get_added_vocab(self) -> dict[str, int]:
+        """Token ids of what tokenizer.json adds to the vocabulary, special tokens for instance."""
+        return {token.content: i for i, token in self.backend_tokenizer.get_added_tokens_decoder().items()}
+
     def decode(self, ids: Any, **options: Any) -> Any:
         """Text of token ids, by Transformers' tokenizer."""
         return self.whole.decode(ids, **options)

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig
 
 from foredraft.drafters import Setting
 from foredraft.drafters.about import about_head as about_head
@@ -23,6 +22,7 @@ from foredraft.drafters.about import method_of as method_of
 from foredraft.drafters.heads import HEADS
 from foredraft.drafters.layers import Shape
 from foredraft.models.checkpoint import HEAD_KEY, ModelError, one_line, open_weights, read_json, resolve, some
+from foredraft.models.plain import plain_config
 from foredraft.models.sizes import refuse_bad_sizes, refuse_nonsense
 from foredraft.models.weights import finite, refuse_no_floats
 
@@ -31,11 +31,11 @@ class LoadedHead(NamedTuple):
     """A head, the Llama configuration of its layer and what config.json says of it beside."""
 
     head: Any
-    config: LlamaConfig
+    config: Any
     about: Mapping[str, Any]
 
 
-def layer_config(target_config: Any, vocab_size: int, sizes: Mapping[str, int] | None = None) -> LlamaConfig:
+def layer_config(target_config: Any, vocab_size: int, sizes: Mapping[str, int] | None = None) -> Any:
     """The configuration of a head's layer for a target: its widths, and rotary positions whatever the target has.
 
     Args:
@@ -48,6 +48,8 @@ def layer_config(target_config: Any, vocab_size: int, sizes: Mapping[str, int] |
     text = target_config.get_text_config(decoder=True) if hasattr(target_config, "get_text_config") else target_config
     chosen = _sizes_of(text, sizes or {})
     other = {"target_hidden_size": text.hidden_size} if chosen["hidden"] != text.hidden_size else {}
+    from transformers import LlamaConfig
+
     return LlamaConfig(
         hidden_size=chosen["hidden"],
         intermediate_size=chosen["intermediate"],
@@ -96,7 +98,7 @@ def _rope_of(config: Any) -> dict[str, Any]:
 def save_head(
     folder: Path,
     head: nn.Module,
-    config: LlamaConfig,
+    config: Any,
     about: Mapping[str, Any],
     provenance: Mapping[str, Any] | None = None,
     *,
@@ -129,7 +131,7 @@ def write_json(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def empty_head(method: str, options: Mapping[str, Any], config: LlamaConfig) -> Any:
+def empty_head(method: str, options: Mapping[str, Any], config: Any) -> Any:
     """A head without data.
 
     Raises:
@@ -184,15 +186,21 @@ def read_head(folder: Path, kinds: Sequence[str] | None = None) -> LoadedHead:
     return LoadedHead(head.float().eval().requires_grad_(False), config, about)
 
 
-def _config_of(folder: Path, content: Mapping[str, Any]) -> LlamaConfig:
+def _config_of(folder: Path, content: Mapping[str, Any]) -> Any:
     given = {key: one for key, one in content.items() if key != HEAD_KEY}
     try:
         refuse_nonsense(given)
-        config = LlamaConfig(**given)
+        config = plain_config(given) or _llama_config(given)
         refuse_bad_sizes(config)
     except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError) as error:
         raise ModelError(f"config.json of the head in {str(folder)!r} is not valid: {one_line(error)}; copy it again") from None
     return config
+
+
+def _llama_config(values: Mapping[str, Any]) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**values)
 
 
 def load_head(setting: Setting, *, also: Sequence[str] = (), force: bool = False) -> LoadedHead:

@@ -1,7 +1,7 @@
 """The plainest kind of checkpoint, read without Transformers: a Llama whose config.json states every value that counts.
 
-Importing Transformers' models takes longer than loading a small one. It judges every other checkpoint: one that leaves a value to
-a default, has an unknown key, or has weights under other names or in other shapes.
+Importing Transformers' models takes longer than loading a small one. It judges every other checkpoint: one that leaves a value
+to a default, has an unknown key, or has weights under other names or in other shapes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ _STATED: dict[str, type | tuple[type, ...]] = {
     "rms_norm_eps": float,
     "tie_word_embeddings": bool,
     "rope_parameters": dict,
-    "dtype": str,
 }
 """Values that must be stated, with their types."""
 
@@ -31,7 +30,7 @@ _FIXED = {"model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (
 
 _WITHOUT_EFFECT = (
     *("architectures", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"),
-    *("pretraining_tp", "transformers_version", "use_cache", HEAD_KEY),
+    *("pretraining_tp", "transformers_version", "use_cache", "dtype"),
 )
 """Other keys that may be there; they do not change the model."""
 
@@ -60,7 +59,7 @@ def plain_config(values: Mapping[str, Any]) -> PlainConfig | None:
         return None
     if any(type(values[key]) is not kind for key, kind in _STATED.items()):
         return None
-    if any(values[key] not in allowed for key, allowed in _FIXED.items()):
+    if any(values[key] not in allowed for key, allowed in _FIXED.items()) or not isinstance(values.get("dtype"), str | None):
         return None
     rope = values["rope_parameters"]
     is_default = rope.keys() == {"rope_type", "rope_theta"} and rope["rope_type"] == "default"

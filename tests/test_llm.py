@@ -308,7 +308,7 @@ def test_a_chat_template_decides_alone_about_bos(template: str, tmp_path: Path) 
 
 
 def test_default_sampling_is_the_generation_configs(tmp_path: Path) -> None:
-    given = {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.1, "do_sample": False, "max_length": 7}
+    given = {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.1, "do_sample": False, "max_length": 99}
     llm = load(PLAIN, changed(tmp_path, TARGET, generation_config=given))
     wanted = SamplingParams(temperature=0.6, max_tokens=20, top_k=20, top_p=0.9, repetition_penalty=1.1)
     assert replace(llm.get_default_sampling_params(), max_tokens=20) == wanted

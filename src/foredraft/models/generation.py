@@ -163,13 +163,13 @@ def _refuse_unsupported(given: Mapping[str, Any]) -> None:
         except TypeError:
             neutral = False
         if not neutral:
-            raise _cannot_be_used(f"it sets {name} to {value!r}, which is not supported")
+            raise _cannot_be_used(f"{name} is {value!r}, which is not supported")
 
 
 def _cannot_be_used(why: str) -> ModelError:
     return ModelError(
-        f"the model's {FILE} cannot be used, because {why}; give generation_config='none' (--generation-config none) "
-        "to ignore the file, or correct it"
+        f"the model's {FILE} cannot be used: {why}; correct it, or ignore the file with generation_config='none' "
+        "(--generation-config none)"
     )
 
 
@@ -186,8 +186,9 @@ def checked(defaults: Mapping[str, Any]) -> None:
 
 
 def _is_length(name: str, value: Any) -> bool:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-        raise _cannot_be_used(f"{name} must be a whole number, at least 0, got {value!r}")
+    least = 1 if name == "max_length" else 0
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise _cannot_be_used(f"{name} must be a whole number, at least {least}, got {value!r}")
     return bool(value)
 
 
@@ -214,7 +215,7 @@ def _biases(given: Mapping[str, Any], eos_ids: Sequence[int]) -> dict[int, float
     found: dict[int, float] = {}
     for ids, bias in entries:
         if len(ids) != 1:
-            raise _cannot_be_used(f"it bans or weighs the sequence of tokens {ids}, and only single tokens are supported")
+            raise _cannot_be_used(f"the sequence of tokens {ids} is banned or weighed, and only single tokens are supported")
         found[ids[0]] = found.get(ids[0], 0.0) + bias
     return found
 

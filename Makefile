@@ -18,8 +18,11 @@ help:
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
+# Tests of a file run mostly in one of the two processes, so that what they share is made once.
+TWO := -n 2 --dist worksteal
+
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO) $(ARGS)
 
 # Where compiled code and torch differ: draws, laws and rules; exactness and parity; models in bfloat16; the faces.
 TORCH_TESTS := $(addprefix tests/,test_sampling.py test_draws.py test_rules.py test_prefixes.py test_kernels.py test_llm.py \
@@ -27,7 +30,7 @@ TORCH_TESTS := $(addprefix tests/,test_sampling.py test_draws.py test_rules.py t
   test_parity.py::test_a_batch_is_what_each_prompt_is_alone test_cli.py)
 
 test-torch: $(STAMP)
-	FOREDRAFT_KERNELS=torch OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(TORCH_TESTS) $(ARGS)
+	FOREDRAFT_KERNELS=torch OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO) $(TORCH_TESTS) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

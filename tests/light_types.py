@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial, wraps
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, get_args, get_type_hints
 
 import jaxtyping
@@ -45,34 +45,53 @@ def is_usual(function: Any) -> bool:
 
 def checked_once(function: Any) -> Callable[..., Any]:
     """The function with its types checked, unless `jaxtyping_disable` is set when it is called."""
+    checked, config = None, jaxtyping.config
+
+    @wraps(function)
+    def called(*arguments: Any, **options: Any) -> Any:
+        nonlocal checked
+        if config.jaxtyping_disable:
+            return function(*arguments, **options)
+        if checked is None:  # at the first call: many are never called, and inner functions are made again and again
+            checked = with_checks(function)
+        return checked(*arguments, **options)
+
+    return called
+
+
+def with_checks(function: FunctionType) -> Callable[..., Any]:
     copy = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     for name in ("__kwdefaults__", "__qualname__", "__module__"):
         setattr(copy, name, getattr(function, name))
     copy.__annotations__ = annotations_of(function)
-    checked, config = check(copy), jaxtyping.config
+    checked = check(copy)
 
-    @wraps(function)
-    def plain(*arguments: Any, **options: Any) -> Any:
-        return (function if config.jaxtyping_disable else checked)(*arguments, **options)
-
-    @wraps(function)
     def scoped(*arguments: Any, **options: Any) -> Any:
-        if config.jaxtyping_disable:
-            return function(*arguments, **options)
         with by_jaxtyping("context"):
             return checked(*arguments, **options)
 
-    return scoped if any(map(names_an_array, copy.__annotations__.values())) else plain
+    return scoped if any(map(names_an_array, copy.__annotations__.values())) else checked
 
 
 def annotations_of(function: FunctionType) -> dict[str, Any]:
     """As jaxtyping reads them: one that the names of the module do not explain is not checked."""
+    if not all(isinstance(one, str) for one in function.__annotations__.values()):
+        return understood(function.__annotations__, function.__globals__)
+    if function.__code__ not in KNOWN:
+        KNOWN[function.__code__] = understood(function.__annotations__, function.__globals__)
+    return dict(KNOWN[function.__code__])
+
+
+KNOWN: dict[CodeType, dict[str, Any]] = {}
+
+
+def understood(annotations: dict[str, Any], names: dict[str, Any]) -> dict[str, Any]:
     found = {}
-    for name, annotation in function.__annotations__.items():
+    for name, annotation in annotations.items():
         one: Any = lambda: None  # noqa: E731
         one.__annotations__ = {"value": annotation}
         try:
-            found[name] = get_type_hints(one, function.__globals__, include_extras=True)["value"]
+            found[name] = get_type_hints(one, names, include_extras=True)["value"]
         except Exception:
             continue
     return found

@@ -305,6 +305,7 @@ def own_head(folder: Path, method: str) -> Path:
     return folder / method
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize("method", ["fspad", pytest.param("parallel", marks=pytest.mark.slow)])
 def test_calibrate_a_head(
     capsys: pytest.CaptureFixture[str], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
@@ -334,6 +335,7 @@ def test_calibrate_a_head(
     assert LLM(PAIR[0], {**wanted, "tree": "topk"}).measured(parse(wanted)) == {}
 
 
+@pytest.mark.unchecked
 def test_calibrate_a_head_with_a_tree_of_its_own(
     capsys: pytest.CaptureFixture[str], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,6 +383,7 @@ def test_acceptance_is_measured_on_what_would_be_drafted(method: str) -> None:
     assert 10 < sum(accepted for _, accepted in steps) < len(steps) - 5
 
 
+@pytest.mark.unchecked
 def test_calibrating_the_bundled_pair_leaves_the_package_alone(
     capsys: pytest.CaptureFixture[str], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,7 @@ CASES = [
 ]
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize("eos", [None, 1])
 @pytest.mark.parametrize("nodes", [1, 2, 3])
 @pytest.mark.parametrize(("tree", "options", "rule"), CASES)

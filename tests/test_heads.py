@@ -401,6 +401,7 @@ def test_the_compiled_layer_is_the_plain_one(method: str, options: dict[str, Any
     assert torch.equal(alone[:3], both[1][[0, 2, 4]])
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize("method", ["eagle", "fspad", "eagle3", "ctc", "parallel"])
 def test_captured_forwards_change_nothing(method: str) -> None:
     """Levels and slots padded to fixed shapes and run again where they were, as on CUDA, draft the very trees of float64."""

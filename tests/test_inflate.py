@@ -73,15 +73,22 @@ def test_sizes() -> None:
         larger(base, base.params - 1)
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The target of the heads, inflated."""
+    directory = tmp_path_factory.mktemp("inflated") / "large"
+    inflate(STORIES, 15_000_000, directory)
+    return directory
+
+
 @pytest.mark.parametrize(("method", "narrow"), [*((name, False) for name in HEADS), ("eagle3", True)])
-def test_a_head_keeps_its_laws(method: str, narrow: bool, tmp_path: Path) -> None:
+def test_a_head_keeps_its_laws(method: str, narrow: bool, tmp_path: Path, large: Path) -> None:
     """In float64, behind its own target and behind the larger one; greedy drafts are accepted alike."""
     small = narrow_head(STORIES, tmp_path / "narrow") if narrow else DATA / "heads" / method
-    inflate(STORIES, 15_000_000, tmp_path / "large")
-    inflate_head(small, tmp_path / "large", tmp_path / "head")
+    inflate_head(small, large, tmp_path / "head")
     tree = {"tree": "topk"} if not DRAFTERS[method].makes_own else {}
     found = []
-    for target, head in ((STORIES, small), (tmp_path / "large", tmp_path / "head")):
+    for target, head in ((STORIES, small), (large, tmp_path / "head")):
         llm = LLM(target, {"method": method, "model": head, "num_speculative_tokens": 6, **tree}, dtype="float64")
         drafter: Any = llm.engine.drafter
         tokens = [1, 14, 33, 7, 52, 19, 88, 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,14 @@ def config_of(method: str) -> dict[str, Any]:
     return {"method": method, "model": str(DATA / "heads" / str(row.asks)) if row.weights == "head" else OTHER, **tree, **own}
 
 
+@cache
+def plain() -> list[list[int]]:
+    """What plain decoding gives for the prompts."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=60, seed=3, ignore_eos=True)
+    results = LLM(TARGET, {"method": "ar"}, dtype="float64").generate(PROMPTS, sampling)
+    return [out.outputs[0].token_ids for out in results]
+
+
 @pytest.mark.parametrize(
     ("method", "temperature"),
     [*((one, 0.0) for one in ("lm-lookup", *HEADS)), ("lm-lookup", 1.0), ("fspad-lookup", 1.0), ("ctc-lookup", 1.0)],
@@ -45,8 +54,7 @@ def test_both_take_part_and_the_output_is_that_of_plain_decoding(method: str, te
     assert drafter.num_drafted > 0
     assert [llm.generate(prompt, sampling)[0].outputs[0].token_ids for prompt in PROMPTS] == together
     if temperature == 0:
-        plain = LLM(TARGET, {"method": "ar"}, dtype="float64").generate(PROMPTS, sampling)
-        assert [out.outputs[0].token_ids for out in plain] == together
+        assert plain() == together
 
 
 def test_the_draft_model_knows_the_whole_text_after_steps_it_was_not_asked_in(monkeypatch: pytest.MonkeyPatch) -> None:

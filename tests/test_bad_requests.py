@@ -322,8 +322,9 @@ def test_sampling_params_of_wrong_kinds(given: Any) -> None:
 
 @pytest.mark.parametrize("name", ["stop", "bad_words"])
 def test_surrogates_in_other_texts(name: str) -> None:
+    given: dict[str, Any] = {name: ["ok", "ab\udfff"]}
     with pytest.raises(ValueError, match=f"{name} is not valid text: character 3"):
-        SamplingParams(**{name: ["ok", "ab\udfff"]})
+        SamplingParams(**given)
 
 
 def test_surrogates_on_the_command_line(run: Run) -> None:

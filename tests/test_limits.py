@@ -137,7 +137,7 @@ def test_what_is_allowed_is_computed(run: Run) -> None:
     assert code == 0 and json.loads(out)["horizon"] == 2000
     limits.check_work(iid_pair([0.5, 0.5], [0.8, 0.2]), 1000, 1000)
     limits.check_drafts(float("inf"))
-    limits.check_drafts(np.int64(3))
+    limits.check_drafts(3)
 
 
 # --- Models

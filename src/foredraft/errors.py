@@ -42,10 +42,11 @@ def whole_number(name: str, value: Any, least: int, most: int, why: str = "") ->
     value = plain_scalar(value)
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number between {least} and {most}, got {shown(value)}")
-    if not least <= value <= most:
-        reason = f" ({why})" if why and value > most else ""
-        raise ValueError(f"{name} must be between {least} and {most}{reason}, got {shown(int(value))}")
-    return int(value)
+    number = int(value)
+    if not least <= number <= most:
+        reason = f" ({why})" if why and number > most else ""
+        raise ValueError(f"{name} must be between {least} and {most}{reason}, got {shown(number)}")
+    return number
 
 
 def check_text(name: str, text: str) -> None:

@@ -40,9 +40,10 @@ def check_seed(seed: Any, name: str = "seed") -> int:
     seed = plain_scalar(seed)
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"{name} must be {_SEED}, got {shown(seed)}")
-    if not RANDOM_SEED <= seed <= MAX_SEED:
-        raise ValueError(f"{name} must be {_SEED}, got {shown(int(seed))}")
-    return int(seed)
+    number = int(seed)
+    if not RANDOM_SEED <= number <= MAX_SEED:
+        raise ValueError(f"{name} must be {_SEED}, got {shown(number)}")
+    return number
 
 
 def used_seed(seed: int) -> int:

@@ -61,7 +61,7 @@ def refused(run: Run, *arguments: Any) -> str:
             ["rejections", *LAWS, "--horizon", 10**8],
             "--horizon must be between 1 and 100000 (each token is a pass over the chains)",
         ),
-        (["rejections", *LAWS, "--horizon", 0], "--horizon must be between 1 and 100000"),
+        (["rejections", *LAWS, "--horizon", 0], "horizon must be at least 1 token, got 0"),
         (["batch", *LAWS, "--horizon", 10**8], "--horizon must be between 1 and 100000"),
         (["batch", *LAWS, "--horizon", 10**8, "--drafts", 10**9], "--horizon must be between 1 and 100000"),
         (["batch", *LAWS, "--drafts", 10**9], "the number of drafts M must be between 1 and 1024"),

@@ -144,7 +144,7 @@ def test_other_types_are_refused(name: str, value: Any) -> None:
     [
         ("--top-k", 2**64 + 1, "top_k must be a whole number: 1 or above, or 0 (or -1) to keep all tokens, at most 2147483647"),
         ("--max-tokens", 10**30, "max_tokens must be a whole number, at least 1"),
-        ("--temperature", "1e309", "temperature must be 0 (greedy) or above, at most 1e308, got inf"),
+        ("--temperature", "1e309", "temperature must be 0 (greedy) or above, at most 1e+308, got inf"),
         ("--top-p", "nan", "top_p must be above 0 and at most 1, got nan"),
         ("--min-p", "inf", "min_p must be between 0 and 1, got inf"),
         (
@@ -265,8 +265,13 @@ def test_used_and_checked_seeds() -> None:
         ({"prompt_token_ids": [1], "prompt": 3}, TypeError, "'prompt' must be a str beside prompt_token_ids, got 3"),
         ({"prompt": "a", "multi_modal_data": {"image": 1}}, TypeError, "a prompt cannot have 'multi_modal_data' (only text"),
         ({"prompt": "a", "mm_processor_kwargs": {}}, TypeError, "a prompt cannot have 'mm_processor_kwargs' (only text"),
-        ({"prompts": "a"}, TypeError, "a prompt cannot have 'prompts' (unknown key). Allowed keys: prompt, prompt_token_ids"),
-        ({"role": "user", "content": "a"}, TypeError, "a prompt cannot have 'role' (unknown key)"),
+        (
+            {"prompt": "a", "prompts": "b"},
+            TypeError,
+            "a prompt cannot have 'prompts' (unknown key). Allowed keys: prompt, prom",
+        ),
+        ({"prompts": "a"}, TypeError, "a prompt is a str, a list of token ids"),
+        ({"role": "user", "content": "a"}, TypeError, "a prompt is a str, a list of token ids"),
         ({}, TypeError, "a prompt is a str, a list of token ids"),
         ({"prompt": None}, TypeError, "a prompt is a str, a list of token ids"),
         ({"prompt": 5}, TypeError, "a prompt is a str, a list of token ids"),
@@ -322,8 +327,9 @@ def test_sampling_params_of_wrong_kinds(given: Any) -> None:
 
 @pytest.mark.parametrize("name", ["stop", "bad_words"])
 def test_surrogates_in_other_texts(name: str) -> None:
+    given: dict[str, Any] = {name: ["ok", "ab\udfff"]}
     with pytest.raises(ValueError, match=f"{name} is not valid text: character 3"):
-        SamplingParams(**{name: ["ok", "ab\udfff"]})
+        SamplingParams(**given)
 
 
 def test_surrogates_on_the_command_line(run: Run) -> None:

@@ -61,7 +61,7 @@ def refused(run: Run, *arguments: Any) -> str:
             ["rejections", *LAWS, "--horizon", 10**8],
             "--horizon must be between 1 and 100000 (each token is a pass over the chains)",
         ),
-        (["rejections", *LAWS, "--horizon", 0], "--horizon must be between 1 and 100000"),
+        (["rejections", *LAWS, "--horizon", 0], "horizon must be at least 1 token, got 0"),
         (["batch", *LAWS, "--horizon", 10**8], "--horizon must be between 1 and 100000"),
         (["batch", *LAWS, "--horizon", 10**8, "--drafts", 10**9], "--horizon must be between 1 and 100000"),
         (["batch", *LAWS, "--drafts", 10**9], "the number of drafts M must be between 1 and 1024"),
@@ -137,7 +137,7 @@ def test_what_is_allowed_is_computed(run: Run) -> None:
     assert code == 0 and json.loads(out)["horizon"] == 2000
     limits.check_work(iid_pair([0.5, 0.5], [0.8, 0.2]), 1000, 1000)
     limits.check_drafts(float("inf"))
-    limits.check_drafts(np.int64(3))
+    limits.check_drafts(3)
 
 
 # --- Models

@@ -654,7 +654,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _never_refuse_output() -> None:
     """Writes what a terminal's encoding lacks as ``\\xe9`` and the like, where Python would stop with an error."""
-    for stream in (sys.stdout, sys.stderr):
+    streams: list[Any] = [sys.stdout, sys.stderr]
+    for stream in streams:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 

@@ -126,7 +126,8 @@ class SamplingParams:
                 raise TypeError(f"{name} must be {said}, got {shown(value)}")
             self._set(name, _python_number(value))
             if not allowed(getattr(self, name)):
-                raise ValueError(f"{name} must be {said}, got {shown(value)}")
+                most = f", at most {_MOST_TEMPERATURE:g}" if name == "temperature" and not value < 0 else ""
+                raise ValueError(f"{name} must be {said}{most}, got {shown(value)}")
         if self.seed is not None:
             self._set("seed", check_seed(self.seed))
         for name, fits, said in _KINDS:
@@ -178,7 +179,7 @@ _MOST_TEMPERATURE = 1e308
 """Nearly the largest float; every temperature far below makes all tokens equally likely already."""
 
 _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
-    ("temperature", lambda x: 0 <= x <= _MOST_TEMPERATURE, "0 (greedy) or above, at most 1e308"),
+    ("temperature", lambda x: 0 <= x <= _MOST_TEMPERATURE, "0 (greedy) or above"),
     ("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1"),
     (
         "top_k",

@@ -41,7 +41,7 @@ def encode(prompt: Prompt, tokenizer: Any) -> tuple[str | None, list[int]]:
 
 def _of_mapping(prompt: Mapping[str, Any]) -> tuple[str | None, Any]:
     """Text and ids of a prompt that is a dictionary; the ids count where both are there."""
-    for key, value in prompt.items():
+    for key, value in prompt.items() if set(_KEYS) & set(prompt) else ():
         if key not in _KEYS and value is not None:
             is_media = str(key).startswith(("multi_modal", "mm_"))
             why = "only text goes in, no images, audio or video" if is_media else "unknown key"

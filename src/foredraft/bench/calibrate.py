@@ -92,6 +92,8 @@ def calibrate(choice: CalibrateChoice) -> tuple[Path, dict[str, Any]]:
     plain = LLM(choice.model, {"method": "ar"}, dtype=choice.dtype, device=choice.device, max_num_seqs=8)
     drafting = plain.with_speculation({**config, "num_speculative_tokens": 1})
     prompts = [ids for ids in tasks.encode(plain, read, raw=False) if len(ids) + choice.max_tokens <= plain.max_model_len]
+    if not prompts:
+        raise ValueError(f"no prompt leaves room for {choice.max_tokens} tokens in a context of {plain.max_model_len}")
     found: dict[str, Any] = {"prompts": choice.prompts.name, "num_prompts": len(prompts), "max_tokens": choice.max_tokens}
     found |= {"weights": drafting.draft_weights} if drafting.draft_weights else {}
     file = file_beside(choice.draft_model) or file_in_cache(drafting.draft_weights, plain.target, config["method"])

@@ -132,7 +132,7 @@ def rejections(
     count, laws, is_random = whole_or_inf(drafts), laws.seeded(), laws.seed == RANDOM_SEED
     limits.check_drafts(count)
     if lookahead is not None:
-        whole_number("--lookahead", lookahead, 1, limits.MAX_HORIZON, "no horizon is longer")
+        limits.check_lookahead(lookahead)
     pair = laws.pair(horizon)
     limits.check_work(pair, horizon, (1 if count == inf else int(count)) * min(lookahead or 1, horizon))
     if runs and count != inf:

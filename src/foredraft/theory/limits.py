@@ -28,22 +28,31 @@ _MOST_RUN_NUMBERS = 1 << 25
 
 
 def check_horizon(horizon: int) -> None:
-    """Checks a horizon.
+    """Checks that a horizon is not too long; that it is at least 1 is checked where it is used.
 
     Raises:
-        ValueError: it is below 1 or too long.
+        ValueError: it is.
     """
-    whole_number("--horizon", horizon, 1, MAX_HORIZON, "each token is a pass over the chains")
+    whole_number("--horizon", max(horizon, 1), 1, MAX_HORIZON, "each token is a pass over the chains")
+
+
+def check_lookahead(lookahead: int) -> None:
+    """Checks that a lookahead is not too long.
+
+    Raises:
+        ValueError: it is.
+    """
+    whole_number("--lookahead", max(lookahead, 1), 1, MAX_HORIZON, "no horizon is longer")
 
 
 def check_drafts(drafts: float | int) -> None:
-    """Checks a number of drafts that may be infinite.
+    """Checks that a number of drafts is not too large; infinitely many are a limit of their own.
 
     Raises:
-        ValueError: it is below 1 or too large.
+        ValueError: it is.
     """
     if drafts != inf:
-        whole_number("the number of drafts M", drafts, 1, MAX_DRAFTS, "no tree has more nodes; inf gives the limit")
+        whole_number("the number of drafts M", max(drafts, 1), 1, MAX_DRAFTS, "no tree has more nodes; inf gives the limit")
 
 
 def check_work(pair: Pair, horizon: int, passes: int) -> None:

@@ -57,7 +57,9 @@ def accents(monkeypatch: pytest.MonkeyPatch) -> None:
             def decode(self, ids: Any, **options: Any) -> str:
                 return "é" * len(ids)
 
-        if backend is not None:
+        if "backend_tokenizer" in vars(self.tokenizer):
+            monkeypatch.setattr(self.tokenizer, "backend_tokenizer", Writes())
+        elif backend is not None:
             monkeypatch.setattr(type(self.tokenizer), "backend_tokenizer", Writes(), raising=False)
 
     monkeypatch.setattr(LLM, "__init__", loaded)

@@ -422,7 +422,7 @@ def test_messages_with_parts_and_tools_in_a_file(folders: dict[str, Path], tmp_p
     [
         ({"messages": [said("user", [{"type": "image", "image": "x"}])]}, "a part of type 'image'"),
         ({"messages": [{"role": "user"}]}, "has no content"),
-        ({"prompt": 5}, "a conversation is a list of messages"),
+        ({"prompt": 5}, "prompt must be a text, got 5"),
     ],
 )
 def test_wrong_messages_in_a_file(run: Any, tmp_path: Path, row: Any, text_: str) -> None:
@@ -432,7 +432,7 @@ def test_wrong_messages_in_a_file(run: Any, tmp_path: Path, row: Any, text_: str
         read_prompts(file)
     code, _, err = run("bench", "--methods", "suffix", "--prompts", file)
     assert code == 1
-    assert f"error: {file}, 1: " in err and text_ in err and "hint: " in err
+    assert f"error: {file}, line 1: " in err and text_ in err and "hint: " in err
 
 
 # --- the command line

@@ -16,6 +16,7 @@ from foredraft.engine import CompletionOutput, RequestOutput
 from foredraft.errors import check_text
 from foredraft.llm import LLM, Prompt
 from foredraft.params import RANDOM_SEED, SamplingParams
+from foredraft.progress import speaks_unicode
 
 MAX_TOKENS = 256
 """Most tokens to generate where neither the user nor the model says a number."""
@@ -45,7 +46,7 @@ def generate(
         outcome = _consume(stream, None)
         seed = outcome.output.seed if outcome.output else params.seed
         found = {"prompt": text, **_result(outcome, shown), "seed": seed, "config": _config(llm, choice, params)}
-        print(json.dumps(found, ensure_ascii=not show.speaks_unicode(sys.stdout)))
+        print(json.dumps(found, ensure_ascii=not speaks_unicode(sys.stdout)))
         _say_failure(outcome)
         return outcome.code
     if not shown.chat and is_plain(text, llm.tokenizer):

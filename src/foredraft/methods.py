@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import fields
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from foredraft.drafters import DRAFTERS
 from foredraft.grow import GROWERS
+from foredraft.progress import speaks_unicode
 from foredraft.shape import Drawn
 from foredraft.speculation import fits, fitting_rules, trees_of
 from foredraft.verify import RULES
@@ -72,7 +74,7 @@ def _rule(name: str) -> dict[str, Any]:
 def command(*, as_json: bool) -> None:
     """Runs ``foredraft methods``."""
     if as_json:
-        print(json.dumps(tables(), ensure_ascii=False))
+        print(json.dumps(tables(), ensure_ascii=not speaks_unicode(sys.stdout)))
     else:
         print_tables(tables())
 

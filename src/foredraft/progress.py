@@ -1,10 +1,11 @@
-"""A progress bar for whatever takes more than two seconds."""
+"""What a terminal shows of long work: a bar, after two seconds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -32,3 +33,8 @@ def progress_bar(label: str, total: int, *, shown: bool = True) -> Iterator[Call
     finally:
         if running:
             bar.stop()
+
+
+def speaks_unicode(stream: Any) -> bool:
+    """Whether every character can be written to a stream as it is."""
+    return str(getattr(stream, "encoding", None) or "").lower().startswith("utf")

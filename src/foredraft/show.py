@@ -17,6 +17,7 @@ from rich.tree import Tree
 
 from foredraft.engine import CompletionOutput
 from foredraft.params import SamplingParams
+from foredraft.progress import speaks_unicode
 from foredraft.text import TextStream
 from foredraft.tree import DraftTree
 
@@ -206,11 +207,6 @@ def waiting(what: str) -> Iterator[Callable[[], None]]:
         yield status.stop
     finally:
         status.stop()
-
-
-def speaks_unicode(stream: Any) -> bool:
-    """Whether every character can be written to a stream as it is."""
-    return str(getattr(stream, "encoding", None) or "").lower().startswith("utf")
 
 
 def _err() -> Console:

@@ -57,6 +57,9 @@ def accents(monkeypatch: pytest.MonkeyPatch) -> None:
             def decode(self, ids: Any, **options: Any) -> str:
                 return "é" * len(ids)
 
+            def __getattr__(self, name: str) -> Any:
+                return getattr(backend, name)
+
         if "backend_tokenizer" in vars(self.tokenizer):
             monkeypatch.setattr(self.tokenizer, "backend_tokenizer", Writes())
         elif backend is not None:

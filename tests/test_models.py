@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from foredraft import LLM, SamplingParams
 from foredraft.drafters.prefixes import prefix_search, trie
 from foredraft.models.attention import steady
 from foredraft.models.check import refuse_unsupported, self_check
@@ -417,3 +420,12 @@ def test_refused_by_layer_type(name):
 @every_model
 def test_not_refused(name):
     refuse_unsupported(make_config(name))
+
+
+def test_no_warning_of_transformers_reaches_the_user(tmp_path: Path) -> None:
+    """The argument for the cache has another name from Transformers 5.24 on."""
+    make_model("gpt2").save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        llm = LLM(tmp_path, {"method": "suffix", "num_speculative_tokens": 4})
+        assert llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True))[0].outputs[0].token_ids

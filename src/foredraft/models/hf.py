@@ -95,7 +95,9 @@ class HFTarget:
             self.num_weight_bytes -= embedding.weight.nbytes
         self._windows = _windows(self.config)
         self._layers = _decoder_layers(model, self.config.num_hidden_layers)
-        self._keeps_some_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        parameters = inspect.signature(model.forward).parameters
+        self._keeps_some_logits = "logits_to_keep" in parameters
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"  # renamed in Transformers 5.24
         try:
             self._probe()
         except ValueError:
@@ -110,7 +112,7 @@ class HFTarget:
         cache = DynamicCache()
         token_ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with self._captured([-1]) as states, held(self._held):
-            logits = self.model(input_ids=token_ids, past_key_values=cache, use_cache=True).logits[0]
+            logits = self.model(input_ids=token_ids, use_cache=True, **{self._cache_name: cache}).logits[0]
         kept: list[Any] = [(getattr(one, "keys", None), getattr(one, "values", None)) for one in cache.layers]
         if len(kept) != len(self._layers) or any(key is None or not key.numel() for key, _ in kept):
             raise ValueError(
@@ -189,8 +191,8 @@ class HFTarget:
                 input_ids=_padded(layout, layout.token_ids),
                 position_ids=_padded(layout, layout.positions),
                 attention_mask=self._masks(layout),
-                past_key_values=_TreeCache(pool, layout, self._shapes),
                 use_cache=True,
+                **{self._cache_name: _TreeCache(pool, layout, self._shapes)},
                 **({"logits_to_keep": kept} if some else {}),
             ).logits
         features = [layout.unpad(states[i]) for i in feature_layers]

@@ -87,6 +87,8 @@ def test_unscaled_frequencies_are_those_of_transformers() -> None:
         {"rms_norm_eps": 1},
         {"something_new": 1},
         {"num_hidden_layers": True},
+        {"hidden_size": -4},
+        {"num_attention_heads": 0},
     ],
     ids=str,
 )

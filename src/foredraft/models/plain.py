@@ -57,7 +57,7 @@ def plain_config(values: Mapping[str, Any]) -> PlainConfig | None:
     known = {*_STATED, *_FIXED, *_WITHOUT_EFFECT}
     if not values.keys() <= known or not {*_STATED, *_FIXED} <= values.keys():
         return None
-    if any(type(values[key]) is not kind for key, kind in _STATED.items()):
+    if any(type(values[key]) is not kind or (kind is int and values[key] < 1) for key, kind in _STATED.items()):
         return None
     if any(values[key] not in allowed for key, allowed in _FIXED.items()) or not isinstance(values.get("dtype"), str | None):
         return None

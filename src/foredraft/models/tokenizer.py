@@ -88,9 +88,11 @@ class QuickTokenizer:
         """Transformers' tokenizer of the same files."""
         return _read(self._path)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text."""
-        return self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    def encode(self, text: Any, **options: Any) -> list[int]:
+        """Token ids of a text. Options beside ``add_special_tokens`` and ``verbose`` go to Transformers' tokenizer."""
+        if not isinstance(text, str) or not options.keys() <= {"add_special_tokens", "verbose"}:
+            return self.whole.encode(text, **options)
+        return self.backend_tokenizer.encode(text, add_special_tokens=options.get("add_special_tokens", True)).ids
 
     def get_vocab(self) -> dict[str, int]:
         """Token ids by token."""
@@ -107,7 +109,7 @@ class QuickTokenizer:
     def __call__(self, text: Any, **options: Any) -> Any:
         """``input_ids`` of one text; Transformers' tokenizer takes everything else."""
         if isinstance(text, str) and options.keys() <= {"add_special_tokens", "verbose"}:
-            return {"input_ids": self.encode(text, add_special_tokens=options.get("add_special_tokens", True))}
+            return {"input_ids": self.encode(text, **options)}
         return self.whole(text, **options)
 
     def __getattr__(self, name: str) -> Any:

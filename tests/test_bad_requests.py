@@ -337,7 +337,7 @@ def test_surrogates_on_the_command_line(run: Run) -> None:
         code, out, err = run(*given, "--model", MODEL, stdin="caf\udce9")
         assert (code, out) == (1, "")
         assert "error: the prompt is not valid text: character 4 is the lone surrogate U+DCE9" in err
-        assert "hint: Give it in UTF-8; on the command line set a UTF-8 locale" in err
+        assert "hint: Give the text in UTF-8; on the command line, set a UTF-8 locale" in err
     code, _, err = run(*PLAIN, "--stop", "\udce9")
     assert code == 1 and "error: stop is not valid text" in err
     code, _, err = run("chat", "--system", "\udce9", "--method", "ar")
@@ -365,7 +365,7 @@ def test_a_model_without_a_tokenizer(run: Run, without_tokenizer: str) -> None:
     code, _, err = run(*given)
     assert code == 1 and "error: this model has no tokenizer\n" in err
     assert "hint: copy its files (tokenizer.json, tokenizer_config.json) into the model's directory" in err
-    with pytest.raises(ValueError, match="bad_words need a tokenizer, and this model has none: copy its files"):
+    with pytest.raises(ValueError, match="bad_words need a tokenizer, and this model has none: copy its tokenizer files"):
         LLM(without_tokenizer, {"method": "ar"}).generate([5], SamplingParams(bad_words=["a"]))
 
 

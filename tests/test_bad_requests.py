@@ -262,7 +262,7 @@ def test_used_and_checked_seeds() -> None:
         ({"prompt_token_ids": 5}, TypeError, "prompt_token_ids must be a list of token ids"),
         ({"prompt_token_ids": [1, "2"]}, TypeError, "prompt_token_ids must be a list of token ids"),
         ({"prompt_token_ids": b"abc"}, TypeError, "prompt_token_ids must be a list of token ids"),
-        ({"prompt_token_ids": [1], "prompt": 3}, TypeError, "'prompt' must be a str beside prompt_token_ids, got 3"),
+        ({"prompt_token_ids": [1], "prompt": 3}, TypeError, "'prompt' must be a str if prompt_token_ids is given, got 3"),
         ({"prompt": "a", "multi_modal_data": {"image": 1}}, TypeError, "a prompt cannot have 'multi_modal_data' (only text"),
         ({"prompt": "a", "mm_processor_kwargs": {}}, TypeError, "a prompt cannot have 'mm_processor_kwargs' (only text"),
         (
@@ -288,7 +288,7 @@ def test_used_and_checked_seeds() -> None:
         (["a", 1], TypeError, "a prompt is a str"),
         ([1.5], TypeError, "a prompt is a str"),
         ({"a"}, TypeError, "a prompt is a str"),
-        (np.array([1, 2]), TypeError, "Use .tolist() on an array or a tensor"),
+        (np.array([1, 2]), TypeError, "Convert an array or a tensor with .tolist()"),
         (["x"] * 3 + [object()] * 10**5, TypeError, "a prompt is a str"),
         ("a\ud800b", ValueError, "the prompt is not valid text: character 2 is the lone surrogate U+D800"),
         ({"prompt": "\udce9"}, ValueError, "the prompt is not valid text: character 1 is the lone surrogate U+DCE9"),

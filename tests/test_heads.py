@@ -567,7 +567,7 @@ def test_a_head_that_reaches_beyond_its_target_is_refused(tmp_path: Path, name: 
         ({"method": "eagle", "options": 3}, "gives 3 as options of the head, but it must be an object: copy it again"),
         ({"method": "eagle", "target": 3}, "gives 3 as target of the head, but it must be an object: copy it again"),
         ({"method": "eagle", "options": {"wide": True}}, "'eagle' cannot have options {'wide': True} .*: copy config.json"),
-        ({"method": "eagle3", "options": {"feature_layers": ["a"]}}, r"\['a'\] as feature_layers, but it must be a list of whole"),
+        ({"method": "eagle3", "options": {"feature_layers": ["a"]}}, r"\['a'\] as feature_layers, but it must be a list"),
     ],
 )
 def test_a_head_that_says_nonsense_of_itself_is_refused(tmp_path: Path, about: Any, match: str) -> None:

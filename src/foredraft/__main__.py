@@ -700,8 +700,8 @@ def _report_usage(error: Any) -> int:
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "foredraft"
     usual = error.format_message(), f"`{command} --help` lists all options"
-    said, hint = option_advice(getattr(error, "option_name", None) or "", command) or usual
-    _say("error", said)
+    problem, hint = option_advice(getattr(error, "option_name", None) or "", command) or usual
+    _say("error", problem)
     _say("hint", hint)
     return 2
 
@@ -712,14 +712,14 @@ _ADVICE = re.compile(r"\. (?=[A-Z])|; (?![^(]*\))|: (?=(?:check|choose|convert|c
 
 def _report(error: Exception, arguments: list[str]) -> int:
     """Prints one line that describes the error and one line of advice. Returns the exit code."""
-    said, hint = f"{type(error).__name__}: {error}", "set FOREDRAFT_TRACEBACK=1 to see the traceback"
+    problem, hint = f"{type(error).__name__}: {error}", "set FOREDRAFT_TRACEBACK=1 to see the traceback"
     if isinstance(error, ValueError | TypeError | OSError):
-        said, *more = _ADVICE.split(" ".join(str(error).split()), maxsplit=1)
+        problem, *more = _ADVICE.split(" ".join(str(error).split()), maxsplit=1)
         if more:
             hint = more[0]
         elif isinstance(error, ValueError):
             hint = f"`foredraft {arguments[0]} --help` describes the values of each option"
-    _say("error", said or type(error).__name__)
+    _say("error", problem or type(error).__name__)
     _say("hint", hint)
     return 1
 

@@ -171,10 +171,10 @@ def _consume(stream: Iterator[RequestOutput], screen: show.Screen | None) -> _Ou
 
 def _say_failure(outcome: _Outcome) -> None:
     """Prints the error that ended an output on standard error."""
-    one = outcome.completion
-    if one is not None and one.error is not None:
-        said, _, advice = one.error.partition(". ")
-        show.note(f"error: {said}")
+    completion = outcome.completion
+    if completion is not None and completion.error is not None:
+        problem, _, advice = completion.error.partition(". ")
+        show.note(f"error: {problem}")
         show.note(f"hint: {advice}")
 
 

@@ -120,21 +120,21 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in self.names():
             self._set(name, _plain(getattr(self, name)))
-        for name, allowed, said in _RANGES:
-            value, kind = getattr(self, name), Integral if "whole" in said else Real
+        for name, allowed, description in _RANGES:
+            value, kind = getattr(self, name), Integral if "whole" in description else Real
             if value is None and name in _OPTIONAL:
                 continue
             if isinstance(value, bool) or not isinstance(value, kind):
-                raise TypeError(f"{name} must be {said}, got {shown(value)}")
+                raise TypeError(f"{name} must be {description}, got {shown(value)}")
             self._set(name, _python_number(value))
             if not allowed(getattr(self, name)):
                 most = f", at most {_MOST_TEMPERATURE:g}" if name == "temperature" and not value < 0 else ""
-                raise ValueError(f"{name} must be {said}{most}, got {shown(value)}")
+                raise ValueError(f"{name} must be {description}{most}, got {shown(value)}")
         if self.seed is not None:
             self._set("seed", check_seed(self.seed))
-        for name, fits, said in _KINDS:
+        for name, fits, description in _KINDS:
             if getattr(self, name) is not None and not fits(getattr(self, name)):
-                raise TypeError(f"{name} must be {said}, got {shown(getattr(self, name))}")
+                raise TypeError(f"{name} must be {description}, got {shown(getattr(self, name))}")
         self._check_lists()
 
     def _set(self, name: str, value: Any) -> None:

@@ -86,7 +86,7 @@ class Screen:
         self._out = Console(highlight=False)
         self._pieces = Pieces(tokenizer, sampling)
         if legend and self._out.is_terminal and self._out.color_system and not self._out.no_color:
-            _err().print(Text("  ").join(Text(said, STYLES[kind]) for kind, said in _LEGEND.items()))
+            _err().print(Text("  ").join(Text(meaning, STYLES[kind]) for kind, meaning in _LEGEND.items()))
 
     def update(self, completion: CompletionOutput, *, all_of_it: bool = False) -> None:
         """Prints the new part of the text."""

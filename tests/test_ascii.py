@@ -138,7 +138,7 @@ def test_a_process_of_its_own() -> None:
     done = subprocess.run(command, env={**os.environ, **ASCII}, capture_output=True, check=False)
     assert done.returncode == 1 and done.stdout == b""
     assert b"error: the prompt is not valid text: character 4 is the lone surrogate U+DCC3" in done.stderr
-    assert b"hint: Give it in UTF-8; on the command line set a UTF-8 locale" in done.stderr
+    assert b"hint: Give the text in UTF-8; on the command line, set a UTF-8 locale" in done.stderr
 
 
 ENCODINGS = [("utf-8", True), ("UTF-16", True), ("ascii", False), ("cp437", False), (None, False)]

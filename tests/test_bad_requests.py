@@ -262,7 +262,7 @@ def test_used_and_checked_seeds() -> None:
         ({"prompt_token_ids": 5}, TypeError, "prompt_token_ids must be a list of token ids"),
         ({"prompt_token_ids": [1, "2"]}, TypeError, "prompt_token_ids must be a list of token ids"),
         ({"prompt_token_ids": b"abc"}, TypeError, "prompt_token_ids must be a list of token ids"),
-        ({"prompt_token_ids": [1], "prompt": 3}, TypeError, "'prompt' must be a str beside prompt_token_ids, got 3"),
+        ({"prompt_token_ids": [1], "prompt": 3}, TypeError, "'prompt' must be a str if prompt_token_ids is given, got 3"),
         ({"prompt": "a", "multi_modal_data": {"image": 1}}, TypeError, "a prompt cannot have 'multi_modal_data' (only text"),
         ({"prompt": "a", "mm_processor_kwargs": {}}, TypeError, "a prompt cannot have 'mm_processor_kwargs' (only text"),
         (
@@ -288,7 +288,7 @@ def test_used_and_checked_seeds() -> None:
         (["a", 1], TypeError, "a prompt is a str"),
         ([1.5], TypeError, "a prompt is a str"),
         ({"a"}, TypeError, "a prompt is a str"),
-        (np.array([1, 2]), TypeError, "Use .tolist() on an array or a tensor"),
+        (np.array([1, 2]), TypeError, "Convert an array or a tensor with .tolist()"),
         (["x"] * 3 + [object()] * 10**5, TypeError, "a prompt is a str"),
         ("a\ud800b", ValueError, "the prompt is not valid text: character 2 is the lone surrogate U+D800"),
         ({"prompt": "\udce9"}, ValueError, "the prompt is not valid text: character 1 is the lone surrogate U+DCE9"),
@@ -337,7 +337,7 @@ def test_surrogates_on_the_command_line(run: Run) -> None:
         code, out, err = run(*given, "--model", MODEL, stdin="caf\udce9")
         assert (code, out) == (1, "")
         assert "error: the prompt is not valid text: character 4 is the lone surrogate U+DCE9" in err
-        assert "hint: Give it in UTF-8; on the command line set a UTF-8 locale" in err
+        assert "hint: Give the text in UTF-8; on the command line, set a UTF-8 locale" in err
     code, _, err = run(*PLAIN, "--stop", "\udce9")
     assert code == 1 and "error: stop is not valid text" in err
     code, _, err = run("chat", "--system", "\udce9", "--method", "ar")
@@ -365,7 +365,7 @@ def test_a_model_without_a_tokenizer(run: Run, without_tokenizer: str) -> None:
     code, _, err = run(*given)
     assert code == 1 and "error: this model has no tokenizer\n" in err
     assert "hint: copy its files (tokenizer.json, tokenizer_config.json) into the model's directory" in err
-    with pytest.raises(ValueError, match="bad_words need a tokenizer, and this model has none: copy its files"):
+    with pytest.raises(ValueError, match="bad_words need a tokenizer, and this model has none: copy its tokenizer files"):
         LLM(without_tokenizer, {"method": "ar"}).generate([5], SamplingParams(bad_words=["a"]))
 
 

@@ -473,14 +473,14 @@ def test_options_for_the_chat_template(run: Any, folders: dict[str, Path], tmp_p
     ("options", "error", "hint"),
     [
         (["--chat", "--tools", "missing.json"], "--tools cannot be read", "Give a file with a JSON list"),
-        (["--chat", "--tools", "OBJECT"], "--tools must be a file with a JSON list", "Put a single one into [ ]"),
+        (["--chat", "--tools", "OBJECT"], "--tools must be a file with a JSON list", "Put a single schema into [ ]"),
         (
             ["--chat", "--chat-template-kwargs", "x"],
             "--chat-template-kwargs is not JSON",
             "Example: '{\"enable_thinking\": false}'",
         ),
         (["--chat", "--chat-template-kwargs", "[1]"], "--chat-template-kwargs must be a JSON object", "Example"),
-        (["--chat-template", "{{ messages }}"], "--chat-template is for the chat template", "Give --chat with it"),
+        (["--chat-template", "{{ messages }}"], "--chat-template only affects the chat template", "Add --chat to apply"),
         (["--chat", "--chat-template", "missing"], "'missing' is neither a Jinja template nor a file", "Give one of them"),
         (["--chat", "--tools", "LIST"], "this model's chat template has no tools", "Leave tools out"),
     ],

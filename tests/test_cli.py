@@ -572,7 +572,7 @@ def test_a_head_of_another_target_needs_force(run):
     code, _, err = run(*given, "--tree", "chain")
     assert code == 1
     assert "trained for 'babyllama-105', and this target has other weights" in err
-    assert "hint: give that target, or overrule with --force" in err
+    assert "hint: give that target, or accept the head with --force" in err
     assert run(*given, "--tree", "chain", "--force")[0] == 0
 
 

@@ -661,7 +661,7 @@ def test_help_says_whose_answers(command: Any) -> None:
     code, out, _ = command("train", "--help")
     assert code == 0
     assert "--answers" in out
-    assert "given: learn from every answer in the files" in " ".join(out.replace("│", " ").split())
+    assert "given: the head learns from every answer in the files" in " ".join(out.replace("│", " ").split())
 
 
 def test_no_template_is_asked_for_a_mask(tokenizer: Any) -> None:

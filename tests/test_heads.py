@@ -531,7 +531,7 @@ def test_a_head_is_asked_for_by_its_own_method(method: str) -> None:
     with pytest.raises(ValueError, match=f"^method '{own}' needs a trained head: give its directory as 'model'"):
         DRAFTERS[method].build(setting)
     other = "eagle" if own == "fspad" else "fspad"
-    with pytest.raises(ValueError, match=f"is of method '{other}', asked for was '{own}'"):
+    with pytest.raises(ValueError, match=f"has method '{other}', expected '{own}'"):
         DRAFTERS[method].build(setting._replace(model=HEAD_FOLDER / other))
 
 
@@ -540,7 +540,7 @@ def test_a_head_is_asked_for_by_its_own_method(method: str) -> None:
     [
         ("eagle3", "d2t", 26, r"drafts tokens outside its vocabulary; `foredraft doctor`"),
         ("eagle3", "d2t", -1, r"drafts tokens outside its vocabulary"),
-        ("eagle3", "feature_layers", [2, 3, 9], r"features after layers \[2, 3, 9\], and this target has 5:"),
+        ("eagle3", "feature_layers", [2, 3, 9], r"features after layers \[2, 3, 9\], but this target has 5 layers:"),
     ],
 )
 def test_a_head_that_reaches_beyond_its_target_is_refused(tmp_path: Path, name: str, key: str, value: Any, match: str) -> None:
@@ -564,10 +564,10 @@ def test_a_head_that_reaches_beyond_its_target_is_refused(tmp_path: Path, name: 
         ({"method": "egale"}, "unknown method in config.json 'egale'. Did you mean 'eagle'?"),
         ({"method": ["eagle"]}, "unknown method in config.json"),
         (3, "unknown method in config.json 'None'"),
-        ({"method": "eagle", "options": 3}, "says options 3 of the head, and it must be an object: copy it again"),
-        ({"method": "eagle", "target": 3}, "says target 3 of the head, and it must be an object: copy it again"),
+        ({"method": "eagle", "options": 3}, "gives 3 as options of the head, but it must be an object: copy it again"),
+        ({"method": "eagle", "target": 3}, "gives 3 as target of the head, but it must be an object: copy it again"),
         ({"method": "eagle", "options": {"wide": True}}, "'eagle' cannot have options {'wide': True} .*: copy config.json"),
-        ({"method": "eagle3", "options": {"feature_layers": ["a"]}}, r"feature_layers \['a'\], and it must be a list of whole"),
+        ({"method": "eagle3", "options": {"feature_layers": ["a"]}}, r"\['a'\] as feature_layers, but it must be a list"),
     ],
 )
 def test_a_head_that_says_nonsense_of_itself_is_refused(tmp_path: Path, about: Any, match: str) -> None:

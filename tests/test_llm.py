@@ -95,7 +95,7 @@ def test_prompts_in_every_form() -> None:
         ({"prompt_token_ids": []}, "the prompt is empty"),
         ([3, -1], "token id -1 in the prompt is outside the vocabulary"),
         ([3, 105], "token id 105 in the prompt is outside the vocabulary (0 to 104)"),
-        ([5] * 256, "the prompt has 256 tokens, but the context of 256 must also hold an output"),
+        ([5] * 256, "the prompt has 256 tokens, but the context of 256 must also fit an output"),
     ],
 )
 def test_prompts_that_do_not_fit(prompt: Any, said: str) -> None:

@@ -132,7 +132,7 @@ def test_options_reach_the_drafter_that_they_are_for() -> None:
     assert drafter._other._num_tokens == 3  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="ctc_tokens must be at least 1, got 0"):
         llm.with_speculation({**config_of("ctc-lookup"), "ctc_tokens": 0})
-    with pytest.raises(ValueError, match="ctc_tokens=3 is of ctc's own tree"):
+    with pytest.raises(ValueError, match="ctc_tokens=3 only affects ctc's own tree"):
         llm.with_speculation({**config_of("ctc-lookup"), "ctc_tokens": 3, "tree": "dyspec"})
 
 

@@ -123,7 +123,7 @@ def test_only_rows_without_a_law_are_replaced(row: list[float], sampling: dict[s
     good = [3.0, 1.0, -INF, 2.0]
     law = TargetLaw(torch.tensor([good, row, good], dtype=dtype), SamplingParams(**sampling))
     assert [law.failure(node) is None for node in range(3)] == [True, False, True]
-    assert "not numbers" in str(law.failure(1))
+    assert "NaN or infinity" in str(law.failure(1))
     rows = law.rows(range(3))
     assert torch.equal(rows[0], rows[2])
     assert all(float(one.sum()) == pytest.approx(1.0, abs=1e-3) for one in rows)
@@ -221,7 +221,7 @@ def test_a_ban_in_the_middle_of_an_output(method: str, temperature: float, monke
     usual = replace(sampling, allowed_token_ids=[one for one in everything() if one != bad])
     first, second = (result.outputs[0] for result in llm.generate([STORY] * 2, [sampling, usual]))
     assert first.token_ids == whole[: whole.index(bad) + 1]
-    assert first.finish_reason == "error" and "not numbers" in str(first.error)
+    assert first.finish_reason == "error" and "NaN or infinity" in str(first.error)
     assert (second.finish_reason, len(second.token_ids)) == ("length", 12)
     assert first.records[-1].kind == "error"
     assert first.metrics.num_accepted_tokens == first.kinds.count("accepted")

@@ -296,7 +296,7 @@ def test_a_run_begins_with_another_head(made: Path) -> None:
     refused(dataclasses.replace(given, init=made / "longer"), "of a run with another init")
     with pytest.raises(ValueError, match=r"has other sizes than the one that is asked for: give its own options \(--set\)"):
         run(dataclasses.replace(given, options={"intermediate": 16}))
-    with pytest.raises(ModelError, match="is of method 'eagle', asked for was 'fspad'"):
+    with pytest.raises(ModelError, match="has method 'eagle', expected 'fspad'"):
         run(dataclasses.replace(choice(made, "fspad", "wrong"), init=made / "first"))
 
 

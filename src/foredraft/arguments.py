@@ -1,4 +1,4 @@
-"""Keyword arguments under names of vLLM, Transformers and the OpenAI API: accepted, ignored or refused as NAMES says."""
+"""Accepts, ignores or refuses keyword arguments with names of vLLM, Transformers and the OpenAI API, according to NAMES."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ OWN: dict[str, tuple[str, ...]] = {
     ),
     DRAFT: ("method", "model", "tree", "num_speculative_tokens", "rule"),
 }
-"""Our own names by the place that takes them; those of SamplingParams are its fields."""
+"""Our own names, by the place that takes them. The names of SamplingParams are its fields."""
 
 _WRITTEN = {
     LOAD: "LLM(model, {}=...)",
@@ -51,20 +51,20 @@ _WRITTEN = {
     CHAT: "LLM.chat(messages, {}=...)",
     DRAFT: "LLM(model, speculative_config={{'{}': ...}})",
 }
-"""How an argument is given, by place."""
+"""How to write an argument, by place."""
 
 
 def takes_other_names(place: str, more: Iterable[str] = ()) -> Callable[[_Function], _Function]:
-    """A decorator: the function takes the names that `place` has in NAMES, too.
+    """Returns a decorator that makes a function take the names that NAMES lists for `place` too.
 
     Args:
-        place: where the function's arguments are in NAMES.
-        more: what the function takes as ``**more``.
+        place: the place of the function's arguments in NAMES.
+        more: names that the function takes through a ``**`` parameter.
     """
 
     def decorate(function: _Function) -> _Function:
         signature, said = inspect.signature(function), function.__qualname__.removesuffix(".__init__")
-        kinds = {one.name: one.kind for one in signature.parameters.values()}
+        kinds = {parameter.name: parameter.kind for parameter in signature.parameters.values()}
         own = {name for name, kind in kinds.items() if kind is not inspect.Parameter.VAR_KEYWORD} | {*more}
 
         @wraps(function)
@@ -82,7 +82,7 @@ def takes_other_names(place: str, more: Iterable[str] = ()) -> Callable[[_Functi
 
 
 def class_takes_other_names(place: str) -> Callable[[_Class], _Class]:
-    """The same for a class whose ``__init__`` is generated."""
+    """Does the same for a class with a generated ``__init__``."""
 
     def decorate(cls: _Class) -> _Class:
         cls.__init__ = takes_other_names(place)(cls.__init__)  # type: ignore[misc]
@@ -92,7 +92,7 @@ def class_takes_other_names(place: str) -> Callable[[_Class], _Class]:
 
 
 def config_with_our_names(config: Mapping[Any, Any]) -> dict[Any, Any]:
-    """A speculative config under our own names; keys that no library has are left as they are.
+    """Converts a speculative config to our own names. Keys that no library has stay unchanged.
 
     Raises:
         TypeError: a key of another library has a value that cannot be accepted.
@@ -107,17 +107,17 @@ def config_with_our_names(config: Mapping[Any, Any]) -> dict[Any, Any]:
 def translated(
     place: str, others: Mapping[str, Any], given: Mapping[Any, Any], *, own: Iterable[str], said: str
 ) -> dict[str, Any]:
-    """Checks arguments that a function does not have; returns those that it has under another name, by that name.
+    """Checks arguments that a function does not have. Returns the accepted arguments under our own names.
 
     Args:
-        place: where the function's arguments are in NAMES.
-        others: the arguments.
-        given: the function's own arguments, as far as they are given.
-        own: names of all of them.
-        said: how the function is called in messages.
+        place: the place of the function's arguments in NAMES.
+        others: the arguments that the function does not have.
+        given: the function's own arguments that were given.
+        own: names of all own arguments of the function.
+        said: name of the function in messages.
 
     Raises:
-        TypeError: one of `others` cannot be accepted; the message says what it is elsewhere and what to use here.
+        TypeError: an argument cannot be accepted. The message tells what it does elsewhere and what to use here.
     """
     ours, ignored = {}, []
     for name, value in others.items():
@@ -127,7 +127,7 @@ def translated(
         if not row.accepts(value, given):
             raise _refused(name, value, row, given)
         if row.means in given or row.means in ours:
-            raise TypeError(f"{name} and {row.means} are one argument of {said}, and both are given. Give one of them")
+            raise TypeError(f"{name} and {row.means} are the same argument of {said}, and both are given. Give one of them")
         if row.means:
             ours[row.means] = value
         elif row.ignored and value is not None:
@@ -139,8 +139,8 @@ def translated(
 
 @cache
 def _say_ignored(said: str, names: tuple[str, ...]) -> None:
-    """Cached, so that it is said once."""
-    _log.warning("%s ignores %s: elsewhere this changes speed or memory, and never the output", said, ", ".join(names))
+    """Logs a warning. The cache prevents a repetition."""
+    _log.warning("%s ignores %s: in other libraries it only affects speed or memory", said, ", ".join(names))
 
 
 def _refused(name: str, value: Any, row: Name, given: Mapping[Any, Any]) -> TypeError:
@@ -151,7 +151,7 @@ def _refused(name: str, value: Any, row: Name, given: Mapping[Any, Any]) -> Type
 def _misplaced(
     name: str, value: Any, row: Name | None, given: Mapping[Any, Any], *, own: Iterable[str], said: str
 ) -> TypeError:
-    """The error for a name that this place does not have: it has another home, or none."""
+    """Returns the error for a name that this place does not have. The name may belong to another place or to none."""
     ours = row.means if row and row.means else name
     for place, names in {**OWN, SAMPLE: _sampling_names()}.items():
         if ours in names:
@@ -165,16 +165,16 @@ def _misplaced(
 
 
 def _sampling_names() -> list[str]:
-    from foredraft.params import SamplingParams  # which is made with this module
+    from foredraft.params import SamplingParams  # imported here, because params imports this module
 
     return SamplingParams.names()
 
 
 def option_advice(option: str, command: str) -> tuple[str, str] | None:
-    """What is wrong with an option that no command has, and what to use instead; None where the name is not known.
+    """Returns the error and the hint for an option of another library; None if no library has the name.
 
     Args:
-        option: as it was given, such as ``--tensor-parallel-size``.
+        option: the option as the user typed it, such as ``--tensor-parallel-size``.
         command: the command, such as ``foredraft generate``.
     """
     row = NAMES.get(option.lstrip("-").replace("-", "_"))

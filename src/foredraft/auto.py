@@ -1,9 +1,12 @@
-"""The choice of tree, size and depth from what was measured: tokens a step, and seconds a step on this machine.
+"""Chooses tree, size and depth from measurements: tokens per step, and seconds per step on this machine.
 
-Tokens a step come from ``calibration.json`` in the drafter's directory (or from the user's cache), measured on training text
-by `foredraft calibrate`; without one, from a typical acceptance by sibling rank. Seconds a step are measured once on the
-machine at hand, by running real steps, and kept in the user's cache. The choice is made once an engine, separately for greedy
-and for sampled requests, and never looks at the requests in flight, so that an output does not depend on its neighbours.
+Tokens per step come from ``calibration.json`` in the drafter's directory, or from the user's cache. `foredraft calibrate`
+measures them on training text. Without a calibration, they are computed from a typical acceptance by sibling rank.
+
+Seconds per step are measured once on this machine by running real steps, and are stored in the user's cache.
+
+The choice is made once per engine, separately for greedy and for sampled requests. It never depends on the running requests,
+so an output does not depend on other requests of its batch.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from foredraft.text import TextStream
 from foredraft.tree import TreeBatch
 
 SIZES = (2, 4, 6, 8, 12, 16, 32, 64)
-"""Numbers of nodes worth trying: each costs noticeably more than the one before."""
+"""Numbers of nodes to try. Each costs noticeably more time than the one before."""
 
 SAMPLE_TEXT = (
     "Once upon a time there was a baker in a small town by the sea. Every morning he got up at four, lit the oven and made "
@@ -47,40 +50,41 @@ SAMPLE_TEXT = (
 """Steps are timed on the continuation of this text."""
 
 KINDS = ("greedy", "sampled")
-"""Kinds of requests: temperature 0, and above. Each has a choice of its own."""
+"""Kinds of requests: temperature 0 (greedy) and above 0 (sampled). Each kind has its own choice."""
 
 _log = logging.getLogger("foredraft")
 
 _WARM_STEPS, _LEAST_STEPS, _MOST_STEPS, _ENOUGH_S = 2, 8, 48, 0.4
-"""The first step runs the prompt through the drafter."""
+"""Warm-up steps, then the least and the largest number of timed steps, and the seconds that suffice. Warm-up is needed because
+the first step runs the prompt through the drafter."""
 
 TRIED_TREES, TYPICAL_SIZE = 2, 8
-"""Only so many trees are timed, those of most tokens a step at a typical size."""
+"""Only `TRIED_TREES` trees are timed: those with the most tokens per step at `TYPICAL_SIZE` nodes."""
 
 _MODEL_MARGIN = 1.1
-"""A draft model or head has to promise so much more than plain decoding or lookup: it costs more, and varies with the text."""
+"""A draft model or head must beat plain decoding and lookup by this factor. It costs more, and its gain varies by text."""
 
 _WORSE = 0.92
-"""Growing a tree further is given up once the predicted speed fell to this share of the best."""
+"""No larger size is tried once the predicted speed has fallen to this share of the best speed."""
 
 
 class Candidate(NamedTuple):
-    """A way to draft and its largest number of nodes."""
+    """A way to draft with its largest number of nodes."""
 
     way: Way
     nodes: int
 
 
 class Choice(NamedTuple):
-    """What was chosen, and why.
+    """The result of an automatic choice, with its reasons.
 
     Attributes:
         way: drafter and tree of the best candidate.
-        nodes: size of its tree; 0 where plain decoding is expected to be faster.
-        tokens_per_step: of the best candidate.
-        slowdown: a step's time in steps of plain decoding, measured on this machine.
-        speedup: the quotient of the two: the expected speed-up over plain decoding.
-        timed_on: date of the measurement; None where nothing was timed.
+        nodes: number of nodes of its tree; 0 if plain decoding is expected to be faster.
+        tokens_per_step: expected tokens per step of the best candidate.
+        slowdown: time of its step divided by the time of a plain decoding step, measured on this machine.
+        speedup: expected speed-up over plain decoding: `tokens_per_step` divided by `slowdown`.
+        timed_on: date of the measurement; None if nothing was timed.
     """
 
     way: Way
@@ -92,7 +96,7 @@ class Choice(NamedTuple):
 
     @property
     def reason(self) -> str:
-        """The choice in one line."""
+        """Describes the choice in one line."""
         name = ", ".join(part for part in self.way if part)
         if self.timed_on is None:
             return f"drafting: {f'{name} {self.nodes} nodes' if self.nodes else 'off'} (nothing was timed)"
@@ -100,21 +104,21 @@ class Choice(NamedTuple):
         if self.nodes:
             return f"drafting: {name} {self.nodes} nodes (expected {self.speedup:.1f}x; {when})"
         if self.speedup > 1:
-            return f"drafting: off (best {name} {self.speedup:.2f}x, but {_MODEL_MARGIN}x is asked of a draft model; {when})"
-        return f"drafting: off (no method expected above plain: best {name} {self.speedup:.2f}x; {when})"
+            return f"drafting: off (best {name} {self.speedup:.2f}x, but a draft model must reach {_MODEL_MARGIN}x; {when})"
+        return f"drafting: off (no method is expected to be faster: best {name} {self.speedup:.2f}x; {when})"
 
 
 @dataclass(frozen=True)
 class Chooser:
-    """Chooses for one engine; see the module's text.
+    """Makes the choice for one engine; see the docstring of this module.
 
     Attributes:
         has_model: whether there is a draft model or a head.
-        build: gives the drafter of a way.
-        measured: a calibration: under ``tokens_per_step`` kind of request -> `curve_name` -> number of nodes -> tokens a step;
-            under ``drafted_share`` the same -> share of the steps in which the drafter it asks was asked.
-        num_seqs: requests in a step.
-        prompt: whose continuation is timed.
+        build: builds the drafter of a way.
+        measured: a calibration. ``tokens_per_step`` maps kind of request -> `curve_name` -> number of nodes -> tokens per
+            step. ``drafted_share`` has the same keys; its values are the share of steps that used the fallback drafter.
+        num_seqs: number of requests per step.
+        prompt: the prompt whose continuation is timed.
         weights: fingerprints of the target and the drafter.
     """
 
@@ -128,10 +132,10 @@ class Chooser:
     weights: Sequence[str | None] = ()
 
     def choose(self) -> dict[str, Choice]:
-        """The choice for ``greedy`` and for ``sampled`` requests: the stored one, or one from new measurements.
+        """Returns the choice for ``greedy`` and for ``sampled`` requests, stored or from new measurements.
 
-        A stored choice counts only for the same machine, threads, weights and versions. Where nothing can be stored, nothing is
-        timed, and decoding is plain.
+        A stored choice is valid only for the same machine, threads, weights and versions. If nothing can be stored and the
+        config leaves the budget open, nothing is timed and decoding is plain.
         """
         settled = replace(self.speculation, retime=False)
         facts = [self._facts(), self.measured, settled, self.num_seqs]
@@ -149,7 +153,7 @@ class Chooser:
         return {kind: self._choose(kind)._replace(timed_on=today) for kind in KINDS}
 
     def _facts(self) -> dict[str, Any]:
-        """What the times hang on."""
+        """The facts that determine the times."""
         config = getattr(self.target.config, "to_dict", dict)()
         device = getattr(self.target, "device", "cpu")
         return {
@@ -178,13 +182,13 @@ class Chooser:
             return slowdown_of(Timed(self.target, drafter, rule, nodes, self.prompt, sampling, self.num_seqs), plain)
 
         def slowdown(candidate: Candidate) -> float:
-            """Where a drafter asks another, steps with a lookup and steps of that other, as often as calibration saw them."""
+            """For a ``-lookup`` drafter, averages lookup steps and fallback steps with the shares from the calibration."""
             way, nodes = candidate
-            asked = DRAFTERS[way.drafter].asks
-            if asked is None:
+            fallback = DRAFTERS[way.drafter].asks
+            if fallback is None:
                 return slower(way, nodes)
             share = self._drafted_share(kind, candidate)
-            return share * slower(Way(asked, way.tree), nodes) + (1 - share) * slower(LOOKUP, nodes)
+            return share * slower(Way(fallback, way.tree), nodes) + (1 - share) * slower(LOOKUP, nodes)
 
         return choose(
             ways,
@@ -195,8 +199,11 @@ class Chooser:
         )
 
     def _worth_timing(self, kind: str) -> list[Way]:
-        """Of the ways that were measured those of most tokens a step, and every drafter that costs nothing; if none was
-        measured, a tree that needs no measurement."""
+        """Returns the ways worth timing.
+
+        These are the measured ways with the most tokens per step, and all measured drafters without weights. Without
+        measurements, it is a tree policy that needs none.
+        """
         ways = self.speculation.ways(has_model=self.has_model)
         curves = self._curves(kind)
         if not curves:
@@ -219,47 +226,51 @@ class Chooser:
 
 
 def has_weights(way: Way) -> bool:
-    """Whether its drafter is a model or a head, which costs time in every step."""
+    """Whether the drafter is a model or a head, which costs time in every step."""
     return DRAFTERS[way.drafter].weights is not None
 
 
 def curve_name(way: Way) -> str:
-    """Under which name a way's tokens a step are kept."""
+    """Name under which the tokens per step of a way are stored."""
     return f"{way.drafter}:{way.tree}" if way.tree else way.drafter
 
 
 LOOKUP = Way("ngram", None)
-"""What a step costs in which a lookup drafted."""
+"""The way whose time stands for every step that was drafted by lookup."""
 
 
 class Full:
-    """Drafts a chain of any token, as long as it may be: what a step of a drafter without weights costs that found a match."""
+    """Drafts the longest allowed chain of an arbitrary token.
+
+    Its steps cost as much time as those of a drafter without weights that has found a match.
+    """
 
     feature_layers: Sequence[int] = ()
 
     def start(self, tokens: Sequence[int], features: Any) -> list[int]:
-        """The state is the last token."""
+        """Returns the state, which is the last token."""
         return [tokens[-1]]
 
     def propose(self, states: Sequence[list[int]], budgets: Sequence[Budget], sampling: Any, draws: Any) -> TreeBatch:
-        """Chains of the last token."""
+        """Returns chains that repeat the last token."""
         return TreeBatch.chains([state * (1 + min(budget)) for state, budget in zip(states, budgets, strict=True)])
 
     def observe(self, state: list[int], tokens: Sequence[int], features: Any, path: Sequence[int]) -> None:
-        """Follows the last token."""
+        """Stores the last token."""
         state[0] = tokens[-1]
 
     def finish(self, state: list[int]) -> None:
-        """Nothing is held."""
+        """Does nothing, because no resources are held."""
 
 
 def slowdown_of(timed: Timed, plain: Timed) -> float:
-    """A step's seconds in steps of plain decoding. Both take turns, since the machine's speed drifts; the slowest quarter of
-    each is left out, where other work came in between.
+    """Returns the time of a step divided by the time of a plain decoding step.
 
-    At least `_LEAST_STEPS` of each are timed, and more for fast models, up to `_MOST_STEPS` in `_ENOUGH_S` seconds.
+    Both take turns, because the speed of the machine drifts. The slowest quarter of the steps of each is left out, because
+    other work may have interrupted them. At least `_LEAST_STEPS` steps of each are timed. Fast models run more steps, up to
+    `_MOST_STEPS`, until `_ENOUGH_S` seconds have passed.
     """
-    pair = [one.steps() for one in (timed, plain)]
+    pair = [candidate.steps() for candidate in (timed, plain)]
     seconds: list[list[float]] = [[], []]
     try:
         for number in range(_WARM_STEPS + _MOST_STEPS):
@@ -284,7 +295,7 @@ def _ratio(seconds: Sequence[Sequence[float]]) -> float:
 
 @dataclass(frozen=True)
 class Timed:
-    """What is timed: `num_seqs` requests of one prompt; plain decoding without a drafter."""
+    """A workload to time: `num_seqs` requests with the same prompt. Without a drafter, decoding is plain."""
 
     target: Target
     drafter: Drafter | None
@@ -295,7 +306,7 @@ class Timed:
     num_seqs: int
 
     def steps(self) -> Generator[Any, None, None]:
-        """Step after step, until closed."""
+        """Runs one step per iteration, until the generator is closed."""
         pool = self.target.new_pool(self.num_seqs, self.target.max_len)
         run = [
             Continuation(list(self.prompt), len(self.prompt), self.target.max_len, self.sampling, Draws(b), TextStream(None))
@@ -311,9 +322,9 @@ class Timed:
             yield from paced(self.target, steps)
         finally:
             steps.close()
-            for one in run:
-                if self.drafter is not None and one.draft_state is not None:
-                    self.drafter.finish(one.draft_state)
+            for continuation in run:
+                if self.drafter is not None and continuation.draft_state is not None:
+                    self.drafter.finish(continuation.draft_state)
 
 
 def choose(
@@ -324,10 +335,14 @@ def choose(
     *,
     fallback: bool,
 ) -> Choice:
-    """The candidate of most tokens a second; with `fallback` plain decoding (0 nodes) if none beats it.
+    """Returns the candidate with the most tokens per second.
 
-    `slowdown` is a step's time in plain steps. Sizes are tried upwards until they no longer pay, so that few steps have to be
-    timed.
+    Sizes are tried upwards and only while the speed grows, so that few steps must be timed.
+
+    Args:
+        tokens_per_step: returns the tokens per step of a candidate; None if they are not known.
+        slowdown: returns the time of a candidate's step divided by that of a plain decoding step.
+        fallback: choose plain decoding (0 nodes) if no candidate is faster.
     """
     ways = list(ways)
     best = Choice(ways[0], 0, 1.0, 1.0, 1.0 if fallback else 0.0)
@@ -353,13 +368,14 @@ def choose(
 
 
 def tokens_per_step(measured: Mapping[str, Mapping[str, float]] | None, candidate: Candidate) -> float | None:
-    """Tokens a step of a candidate: measured (interpolated between the sizes that were), or for a typical drafter.
+    """Returns the tokens per step of a candidate. Sizes between measured ones are interpolated linearly.
 
     Args:
-        measured: `curve_name` -> number of nodes (as a string, from JSON) -> tokens a step.
+        measured: `curve_name` -> number of nodes (as a string, from JSON) -> tokens per step. Without measurements, the
+            values of a typical drafter apply.
 
     Returns:
-        None if others were measured but not this one.
+        None if other candidates were measured but not this one.
     """
     if not measured:
         paths = best_paths(TYPICAL_ACCEPTANCE, Budget(candidate.nodes, candidate.nodes))
@@ -368,8 +384,8 @@ def tokens_per_step(measured: Mapping[str, Mapping[str, float]] | None, candidat
     if not curve:
         return None
     points = sorted((int(nodes), tokens) for nodes, tokens in curve.items())
-    below = max((one for one in points if one[0] <= candidate.nodes), default=points[0])
-    above = min((one for one in points if one[0] >= candidate.nodes), default=points[-1])
+    below = max((point for point in points if point[0] <= candidate.nodes), default=points[0])
+    above = min((point for point in points if point[0] >= candidate.nodes), default=points[-1])
     if above[0] == below[0]:
         return below[1]
     share = (candidate.nodes - below[0]) / (above[0] - below[0])

@@ -1,4 +1,4 @@
-"""What was measured, kept: calibrations of drafters, and times of this machine in the user's cache."""
+"""Stored measurements: calibrations of drafters, and times of this machine in the user's cache."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _NAME = "calibration.json"
 
 
 def file_beside(model: Any) -> Path | None:
-    """The calibration in a drafter's own directory; None where it has none that could be written to."""
+    """Returns the calibration file in a drafter's own directory; None if there is no writable directory."""
     own = isinstance(model, str | Path) and Path(model).is_dir() and os.access(model, os.W_OK)
     return Path(model) / _NAME if own else None
 
 
 def file_in_cache(weights: str | None, target: Target, drafter: str) -> Path | None:
-    """The calibration of a drafter beside this target in the cache folder; None where there is no such folder.
+    """Returns the calibration file of a drafter and this target in the cache; None if there is no cache directory.
 
     Args:
-        weights: fingerprint of the drafter's.
+        weights: fingerprint of the drafter's weights.
     """
     config = getattr(target.config, "to_dict", dict)()
     key = hashlib.sha256(json.dumps([config, weights], sort_keys=True, default=str).encode()).hexdigest()[:20]
@@ -36,8 +36,9 @@ def file_in_cache(weights: str | None, target: Target, drafter: str) -> Path | N
 
 
 def read_calibration(model: Any, target: Target, drafter: str, weights: str | None) -> dict[str, Any]:
-    """What `foredraft calibrate` found out about a drafter; nothing if it was not asked, or was asked about other weights in
-    the same place. The user's cache goes first.
+    """Reads the result of `foredraft calibrate` for a drafter. The user's cache takes precedence.
+
+    Returns an empty dictionary if the drafter was not calibrated, or if the file belongs to other weights.
 
     Raises:
         ValueError: the file is not valid JSON.
@@ -56,10 +57,10 @@ def read_calibration(model: Any, target: Target, drafter: str, weights: str | No
 
 
 def recalled(kind: str, facts: Any, measure: Callable[[], dict[str, Any]], *, anew: bool = False) -> dict[str, Any]:
-    """What was measured before under equal `facts`; else what `measure` gives, kept for the next time.
+    """Returns the stored measurement for equal `facts`. If there is none, calls `measure` and stores its result.
 
     Args:
-        anew: measure although something was kept, and replace it.
+        anew: measure even if a result is stored, and replace that result.
     """
     key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
     file = cached_file(f"{kind}-{key}.json")
@@ -77,7 +78,7 @@ def recalled(kind: str, facts: Any, measure: Callable[[], dict[str, Any]], *, an
 
 
 def versions() -> dict[str, str]:
-    """What figures were measured with."""
+    """Returns the versions of the libraries with which figures are measured."""
     import transformers
 
     import foredraft

@@ -1,4 +1,4 @@
-"""Messages of a conversation: what they may be, and how a chat template makes a prompt of them. Loads no torch."""
+"""Checks the messages of a conversation and renders them with a chat template. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ from foredraft.errors import unknown_name
 from foredraft.prompts import is_list
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-"""Roles that are taken from every template; another one must stand in the template's text."""
+"""Roles that are accepted for every template. Any other role must occur in the text of the template."""
 
 Message = Mapping[str, Any]
-"""``{"role": "user", "content": "..."}``; the content may be a list of parts, ``[{"type": "text", "text": "..."}]``."""
+"""``{"role": "user", "content": "..."}``. The content may also be a list of parts, ``[{"type": "text", "text": "..."}]``."""
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _MARK = "QZXJMARK"
-"""A word of capitals that no template has; it survives trimming and escaping."""
+"""A word in capitals that no template contains. It survives trimming and escaping."""
 
 _OF_THE_CALL = ("conversation", "messages", "tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length")
 _EXAMPLE = "[{'role': 'user', 'content': 'Hello'}]"
 
 
 class Template(TypedDict, total=False):
-    """How messages become a prompt; names and meanings are vLLM's, the defaults too.
+    """Options that control how messages become a prompt. Names, meanings and defaults are those of vLLM.
 
     Attributes:
-        chat_template: a Jinja template, or the path of a file with one; default: the model's.
-        chat_template_content_format: ``string`` joins text parts with line breaks, ``openai`` gives the template lists of
-            parts; default: ``auto``, what the template can take.
-        add_generation_prompt: whether the prompt ends with the start of an answer; default: True.
-        continue_final_message: whether the output continues the last message, which `add_generation_prompt` excludes.
-        tools: functions that the model may call: JSON schemas, or Python functions with type hints and docstrings.
-        chat_template_kwargs: further variables of the template, such as ``{"enable_thinking": False}``.
+        chat_template: a Jinja template, or the path of a file with one. Default: the model's template.
+        chat_template_content_format: ``string`` joins text parts with line breaks, and ``openai`` passes lists of parts to the
+            template. Default: ``auto``, the format that the template supports.
+        add_generation_prompt: whether the prompt ends with the start of an answer. Default: True.
+        continue_final_message: whether the output continues the last message. It cannot be combined with
+            `add_generation_prompt`. Default: False.
+        tools: functions that the model may call, as JSON schemas or as Python functions with type hints and docstrings.
+        chat_template_kwargs: further variables for the template, such as ``{"enable_thinking": False}``.
     """
 
     chat_template: str | None
@@ -47,28 +48,28 @@ class Template(TypedDict, total=False):
 
 
 def conversations(messages: Any) -> list[Any]:
-    """The conversations in what `LLM.chat` takes: one of them, or a list.
+    """Returns the list of conversations in the argument `messages` of `LLM.chat`.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: `messages` is neither a conversation nor a list of conversations.
     """
     if not is_list(messages):
         raise _no_messages(messages)
-    return list(messages) if all(is_list(one) for one in messages) else [messages]
+    return list(messages) if all(is_list(item) for item in messages) else [messages]
 
 
 def render(tokenizer: Any, messages: Any, template: Template) -> str:
-    """The prompt of one conversation, with the special tokens of the template.
+    """Renders one conversation as a prompt, with the special tokens of the template.
 
     Args:
         tokenizer: a Transformers tokenizer, or None.
-        messages: a list of messages; it is not changed.
-        template: how they become a prompt.
+        messages: a list of messages. It is not changed.
+        template: options for the template.
 
     Raises:
-        ValueError: the model has no chat template, the template refuses the messages or drops one, has no tools, or a message
-            is incomplete or holds other parts than text.
-        TypeError: messages or options are of another type.
+        ValueError: the model has no chat template. Or the template refuses the messages, drops a message or does not support
+            tools. Or a message is incomplete or has a part that is not text.
+        TypeError: messages or options have a wrong type.
     """
     own = getattr(tokenizer, "chat_template", None)
     options = _options(template, own)
@@ -80,7 +81,7 @@ def render(tokenizer: Any, messages: Any, template: Template) -> str:
     def rendered(given: list[dict[str, Any]], **changed: Any) -> str:
         try:
             return tokenizer.apply_chat_template(given, tokenize=False, **{**options, **changed})
-        except Exception as error:  # a template is a program of its own
+        except Exception as error:  # a template is a program and can raise any error
             raise ValueError(f"the chat template refuses the conversation: {' '.join(str(error).split())}") from None
 
     checked = check(messages)
@@ -95,26 +96,26 @@ def render(tokenizer: Any, messages: Any, template: Template) -> str:
 
 
 def is_plain(text: str, tokenizer: Any) -> bool:
-    """Whether the model has a chat template, and the text none of the special tokens that templates put around messages."""
+    """Whether the model has a chat template but the text contains no special tokens, which templates put around messages."""
     if not getattr(tokenizer, "chat_template", None):
         return False
     return not any(token.strip() and token in text for token in tokenizer.get_added_vocab())
 
 
 def _options(template: Template, named: Any) -> dict[str, Any]:
-    """Arguments of `apply_chat_template`; `named`: the tokenizer's template, or several by name."""
+    """Returns arguments of `apply_chat_template`. `named` is the tokenizer's template, or a dictionary of named templates."""
     further = template.get("chat_template_kwargs") or {}
     if not isinstance(further, Mapping) or not all(isinstance(key, str) for key in further):
         raise TypeError(f"chat_template_kwargs must be a dict of variables for the template, got {further!r}")
     for key in _OF_THE_CALL:
         if key in further:
-            raise ValueError(f"chat_template_kwargs cannot set {key!r}, which is no variable of a template. Leave it out")
+            raise ValueError(f"chat_template_kwargs cannot set {key!r}, which is not a variable of a template. Leave it out")
     options = {"add_generation_prompt": True, "continue_final_message": False, **template, **further}
     for key in ("chat_template_kwargs", "chat_template_content_format"):
         options.pop(key, None)
     if options["add_generation_prompt"] and options["continue_final_message"]:
         raise ValueError(
-            "continue_final_message and add_generation_prompt exclude each other: the last message goes on, or another begins. "
+            "continue_final_message and add_generation_prompt exclude each other: an output continues a message or starts one. "
             "Give continue_final_message=True with add_generation_prompt=False"
         )
     options["chat_template"] = _template_text(options.get("chat_template"), named)
@@ -123,7 +124,7 @@ def _options(template: Template, named: Any) -> dict[str, Any]:
 
 
 def _template_text(given: Any, named: Any) -> str | None:
-    """A template itself; as in vLLM, a text without braces and line breaks is the path of a file that holds one."""
+    """Returns the text of a template. As in vLLM, a string without braces and line breaks is the path of a file."""
     if given is None or (isinstance(given, str) and re.search(r"[{}\n]", given)):
         return given
     if isinstance(named, Mapping) and given in named:
@@ -138,9 +139,9 @@ def _template_text(given: Any, named: Any) -> str | None:
 def _checked_tools(tools: Any) -> list[Any] | None:
     if tools is None:
         return None
-    if not is_list(tools) or not all(isinstance(one, Mapping) or callable(one) for one in tools):
+    if not is_list(tools) or not all(isinstance(tool, Mapping) or callable(tool) for tool in tools):
         raise TypeError(f"tools must be a list of JSON schemas or of Python functions, got {tools!r}")
-    return [dict(one) if isinstance(one, Mapping) else one for one in tools] or None
+    return [dict(tool) if isinstance(tool, Mapping) else tool for tool in tools] or None
 
 
 def _no_messages(given: Any) -> TypeError:
@@ -149,17 +150,17 @@ def _no_messages(given: Any) -> TypeError:
 
 
 def check(messages: Any) -> list[dict[str, Any]]:
-    """Messages with a role and a content each: a text, or the texts of its parts as a list.
+    """Checks messages and converts contents: each is a text, or the list of the texts of its parts.
 
     Raises:
-        ValueError: a message is incomplete, or holds other parts than text.
-        TypeError: it is no list of messages.
+        ValueError: a message is incomplete, or has a part that is not text.
+        TypeError: `messages` is not a list of messages.
     """
     if not is_list(messages):
         raise _no_messages(messages)
     if not messages:
         raise ValueError(f"the conversation is empty. Give at least one message, such as {_EXAMPLE}")
-    return [_checked(one, number) for number, one in enumerate(messages, start=1)]
+    return [_checked(message, number) for number, message in enumerate(messages, start=1)]
 
 
 def _checked(message: Any, number: int) -> dict[str, Any]:
@@ -177,7 +178,7 @@ def _checked(message: Any, number: int) -> dict[str, Any]:
     elif content is not None and not isinstance(content, str):
         raise TypeError(f"the content of message {number} must be a text or a list of text parts, got {content!r}")
     checked = {key: value for key, value in message.items() if value is not None and key != "tool_calls"}
-    calls = {"tool_calls": [_called(one, number) for one in called]} if called else {}  # templates ask whether there is the key
+    calls = {"tool_calls": [_called(call, number) for call in called]} if called else {}  # templates test for the key
     return checked | {"content": content or ""} | calls
 
 
@@ -198,7 +199,7 @@ def _text_of(part: Any, number: int) -> str:
 
 
 def _called(call: Any, number: int) -> Any:
-    """A tool call with its arguments as an object, as templates want them; the OpenAI API has them as JSON in a string."""
+    """Converts the arguments of a tool call to an object, which templates expect. The OpenAI API gives a JSON string."""
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise TypeError(f"a tool call of message {number} must be a dict with a 'function' and its 'name', got {call!r}")
@@ -212,7 +213,7 @@ def _called(call: Any, number: int) -> Any:
 
 
 class _Takes(NamedTuple):
-    """What contents a template takes."""
+    """The forms of contents that a template accepts."""
 
     texts: bool
     parts: bool
@@ -223,7 +224,7 @@ def _parts(texts: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _takes(rendered: Callable[..., str], wanted: Any) -> _Takes:
-    """What contents a template takes, tried on a message with a word that is looked for in the prompt."""
+    """Finds the forms of contents that a template accepts. Renders a test message and searches the prompt for its word."""
     if wanted not in ("auto", "string", "openai"):
         raise unknown_name("chat_template_content_format", wanted, ["auto", "string", "openai"])
     if wanted != "auto":
@@ -242,7 +243,7 @@ def _takes(rendered: Callable[..., str], wanted: Any) -> _Takes:
 
 
 def _with_contents(messages: Sequence[dict[str, Any]], takes: _Takes) -> Iterator[dict[str, Any]]:
-    """Messages whose contents the template takes: texts as they are, and parts joined unless it takes parts."""
+    """Converts contents to a form that the template accepts. Parts are joined unless the template accepts parts."""
     for message in messages:
         content = message["content"]
         if isinstance(content, list):
@@ -253,7 +254,7 @@ def _with_contents(messages: Sequence[dict[str, Any]], takes: _Takes) -> Iterato
 
 
 def _source(tokenizer: Any, options: Mapping[str, Any]) -> str:
-    """The text of the templates, in which roles of their own are named."""
+    """Returns the text of the templates, which names their additional roles."""
     own = options.get("chat_template") or tokenizer.chat_template
     return "\n".join(own.values()) if isinstance(own, Mapping) else str(own)
 
@@ -266,15 +267,17 @@ def _check_roles(messages: Sequence[Message], source: str) -> None:
 
 
 def _check_kept(messages: Sequence[dict[str, Any]], rendered: Callable[..., str]) -> None:
-    """Raises where the template drops what a message says: each gets a word of its own, which is looked for in the prompt.
+    """Raises an error if the template drops the content of a message.
 
-    An assistant's messages may be dropped: templates leave earlier reasoning out.
+    Each message gets a unique word, which must occur in the prompt. Messages of the assistant may be dropped, because templates
+    leave out earlier reasoning.
     """
     marks = [f"{_MARK}{number}END" for number in range(len(messages))]
+    pairs = zip(messages, marks, strict=True)
     try:
-        shown = rendered([{**one, "content": _marked(one["content"], mark)} for one, mark in zip(messages, marks, strict=True)])
+        shown = rendered([{**message, "content": _marked(message["content"], mark)} for message, mark in pairs])
     except ValueError:
-        return  # it wants contents of a form that the words destroy
+        return  # the template needs contents of a form that the words destroy
     for number, (message, mark) in enumerate(zip(messages, marks, strict=True), start=1):
         if message["role"] != "assistant" and message["content"] and mark not in shown:
             raise ValueError(

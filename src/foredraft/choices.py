@@ -1,4 +1,4 @@
-"""What the options of the command line mean, checked before anything is loaded. Loads no torch."""
+"""Interprets the options of the command line and checks them before anything is loaded. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from foredraft.speculation import AUTO, PLAIN, drafter_for, parse, usual_config
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which target, in what form, where; see `LLM`."""
+    """The target and how to load it; the fields are arguments of `LLM`."""
 
     model: str | None
     dtype: str
@@ -30,10 +30,12 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class Shown:
-    """What is shown of a run.
+    """How the prompt is read and which parts of a run are printed.
 
     Attributes:
-        chat: the prompt goes through the chat template.
+        chat: apply the chat template to the prompt.
+        tree: draw the last tree.
+        json: print JSON only.
     """
 
     chat: bool = False
@@ -42,7 +44,7 @@ class Shown:
 
 
 def given(**options: Any) -> dict[str, Any]:
-    """The options that the user gave: neither None nor an empty list."""
+    """Returns the options that the user gave, which are neither None nor an empty list."""
     return {name: value for name, value in options.items() if value is not None and value != []}
 
 
@@ -58,10 +60,10 @@ def speculative_config(
     force: bool = False,
     retime: bool = False,
 ) -> dict[str, Any] | None:
-    """The speculative config of the command line; None where nothing was said, which leaves the choice to `LLM`.
+    """Builds the speculative config from the options. Returns None if no option was given, so that `LLM` chooses.
 
     Raises:
-        ValueError: `extra` is not a JSON object, or the budget is no number.
+        ValueError: `extra` is not a JSON object, or the budget is not a number.
     """
     if budget not in (None, AUTO) and not budget.lstrip("-").isdigit():
         raise ValueError(f"--budget must be a whole number or {AUTO}, got {budget!r}")
@@ -87,15 +89,15 @@ def _json_object(text: str | None, option: str, example: str) -> dict[str, Any]:
 
 
 def template(tools: Path | None, chat_template: str | None, chat_template_kwargs: str | None, *, chat: bool = True) -> Template:
-    """How messages become a prompt, as far as options say it.
+    """Collects the options for the chat template.
 
     Raises:
-        ValueError: a value is not JSON, or there is one and the prompt does not go through the chat template.
+        ValueError: a value is not valid JSON, or such an option is given although the chat template is not applied.
     """
     further = _json_object(chat_template_kwargs, "--chat-template-kwargs", '{"enable_thinking": false}')
     found = given(tools=_tools(tools), chat_template=chat_template, chat_template_kwargs=further or None)
     if found and not chat:
-        raise ValueError(f"--{min(found).replace('_', '-')} is for the chat template. Give --chat with it")
+        raise ValueError(f"--{min(found).replace('_', '-')} only affects the chat template. Add --chat to apply the template")
     return Template(**found)
 
 
@@ -107,17 +109,17 @@ def _tools(file: Path | None) -> list[Any] | None:
     except (OSError, ValueError) as error:
         raise ValueError(f"--tools cannot be read ({error}). Give a file with a JSON list of function schemas") from None
     if not isinstance(found, list):
-        raise ValueError("--tools must be a file with a JSON list of function schemas. Put a single one into [ ]")
+        raise ValueError("--tools must be a file with a JSON list of function schemas. Put a single schema into [ ]")
     return found
 
 
 USUAL_TREE = "dyspec"
-"""The tree of an audit that names none."""
+"""The tree of an audit if the user names none."""
 
 
 def with_usual_tree(config: dict[str, Any]) -> dict[str, Any]:
-    """A speculative config in which neither tree nor rule is named, with the usual tree where its drafter grows trees."""
-    if config.get("method") == PLAIN:  # the usual budget does not belong to it; the audit says that there is nothing to audit
+    """Adds the usual tree to a config that names neither tree nor rule, if its drafter uses a tree policy."""
+    if config.get("method") == PLAIN:  # it takes no budget; the audit reports that there is nothing to audit
         config = {key: value for key, value in config.items() if key != "num_speculative_tokens"}
     row = DRAFTERS.get(config.get("method", ""))
     is_open = row is not None and not row.makes_own and not {"tree", "rule"} & set(config)
@@ -125,20 +127,20 @@ def with_usual_tree(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(model: str | None, config: dict[str, Any] | None, sampling: dict[str, Any]) -> None:
-    """Reports what is wrong with the options alone.
+    """Checks the options without loading a model.
 
     Raises:
-        ValueError: a value is out of range, or names do not fit together.
+        ValueError: a value is out of range, or names cannot be combined.
     """
     SamplingParams(**sampling)
     parse(usual_config(config, bundled=model is None))
 
 
 def check_head_method(method: str) -> None:
-    """Reports a method that trains no head.
+    """Checks that a method has a head that can be trained.
 
     Raises:
-        ValueError: no head of this name exists.
+        ValueError: no head has this name.
     """
     heads = [name for name, row in DRAFTERS.items() if row.weights == "head" and row.asks is None]
     if method not in heads:

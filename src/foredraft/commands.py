@@ -1,4 +1,4 @@
-"""What the commands do: choices of the command line to an `LLM` and `SamplingParams`, a run, and what is shown of it."""
+"""The commands ``generate`` and ``chat``: they build an `LLM` and `SamplingParams`, run them and print the output."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from foredraft.params import RANDOM_SEED, SamplingParams
 from foredraft.progress import speaks_unicode
 
 MAX_TOKENS = 256
-"""Most tokens to generate where neither the user nor the model says a number."""
+"""Maximum number of tokens to generate if neither the user nor the model sets one."""
 
 INTERRUPTED = 130
-"""The exit code of a process that Ctrl-C ended: 128 and the number of the signal."""
+"""Exit code after Ctrl-C: 128 plus the number of the signal SIGINT."""
 
 
 def generate(
@@ -50,7 +50,7 @@ def generate(
         _say_failure(outcome)
         return outcome.code
     if not shown.chat and is_plain(text, llm.tokenizer):
-        show.note("the model has a chat template, which --chat uses; without it PROMPT is continued as it stands")
+        show.note("the model has a chat template; --chat applies it, and without --chat the model continues PROMPT as given")
     return _show_answer(llm, stream, params, shown).code
 
 
@@ -75,7 +75,7 @@ def chat(
     with show.waiting("loading the model"):
         seed = sampling.pop("seed")
         llm = _load(choice, config, seed=seed)
-        probe = llm.chat_prompt([*start, {"role": "user", "content": "?"}], **template)  # reports a missing template at once
+        probe = llm.chat_prompt([*start, {"role": "user", "content": "?"}], **template)  # reports a missing template now
     _note_choice(llm, _params(llm, probe, sampling))
     messages = list(start)
     show.greet()
@@ -88,14 +88,14 @@ def chat(
             messages = list(start)
             show.note("the conversation is forgotten")
         elif line.startswith("/"):
-            show.note(f"unknown command {line.split()[0]}: there are /reset and /exit")
+            show.note(f"unknown command {line.split()[0]}; the commands are /reset and /exit")
         elif line:
             messages = _turn(llm, [*messages, {"role": "user", "content": line}], sampling, shown, template)
     return 0
 
 
 def _note_choice(llm: LLM, params: SamplingParams) -> None:
-    """Says on standard error what was chosen automatically, and why."""
+    """Prints an automatic choice and its reason on standard error."""
     if (reason := llm.drafting(params)["reason"]) is not None:
         show.note(reason)
 
@@ -116,14 +116,14 @@ def _load(choice: ModelChoice, config: dict[str, Any] | None, *, seed: int) -> L
 
 
 def _params(llm: LLM, prompt: Prompt, sampling: dict[str, Any]) -> SamplingParams:
-    """The user's options, else the model's defaults, for the one output that is shown."""
+    """Returns the user's options, completed by the model's defaults, for a single output."""
     return llm.default_params_for(prompt, {"n": 1, **sampling}, max_tokens=MAX_TOKENS)
 
 
 def _turn(
     llm: LLM, asked: list[dict[str, str]], sampling: dict[str, Any], shown: Shown, template: Template
 ) -> list[dict[str, str]]:
-    """Answers the last message; the conversation stays as it was before where the model cannot take it."""
+    """Answers the last message and returns the new conversation. If that fails, returns the conversation without it."""
     try:
         check_text("the question", asked[-1]["content"])
         prompt = llm.chat_prompt(asked, **template)
@@ -141,7 +141,7 @@ def _turn(
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a run gave: the latest output, the latest completion that had a tree of drafts, and the exit code."""
+    """Result of a run: the latest output, the latest completion with a tree of drafts (`drawn`), and the exit code."""
 
     output: RequestOutput | None
     drawn: CompletionOutput | None
@@ -153,34 +153,34 @@ class _Outcome:
 
 
 def _consume(stream: Iterator[RequestOutput], screen: show.Screen | None) -> _Outcome:
-    """Follows a stream to its end, or to Ctrl-C, which ends it and keeps what is there."""
+    """Reads a stream to its end. Ctrl-C stops it and keeps the output so far."""
     output, drawn, code = None, None, 0
     try:
         with show.waiting("generating") as stop_waiting:
             for output in stream:
-                one = output.outputs[0]
-                if one.last_tree is not None and one.last_tree.num_nodes > 1:
-                    drawn = one
+                completion = output.outputs[0]
+                if completion.last_tree is not None and completion.last_tree.num_nodes > 1:
+                    drawn = completion
                 if screen is not None:
                     stop_waiting()
-                    screen.update(one)
+                    screen.update(completion)
     except KeyboardInterrupt:
         code = INTERRUPTED
-    failed = output is not None and any(one.error is not None for one in output.outputs)
+    failed = output is not None and any(completion.error is not None for completion in output.outputs)
     return _Outcome(output, drawn, code or int(failed))
 
 
 def _say_failure(outcome: _Outcome) -> None:
-    """What ended an output with an error, on standard error."""
-    one = outcome.completion
-    if one is not None and one.error is not None:
-        said, _, advice = one.error.partition(". ")
-        show.note(f"error: {said}")
+    """Prints the error that ended an output on standard error."""
+    completion = outcome.completion
+    if completion is not None and completion.error is not None:
+        problem, _, advice = completion.error.partition(". ")
+        show.note(f"error: {problem}")
         show.note(f"hint: {advice}")
 
 
 def _show_answer(llm: LLM, stream: Iterator[RequestOutput], params: SamplingParams, shown: Shown) -> _Outcome:
-    """Prints an answer while it comes, then its tree if asked for, and its summary."""
+    """Prints an answer while it is generated, then its tree if requested, then a summary."""
     screen = show.Screen(llm.tokenizer, params, legend=llm.speculation is not None)
     outcome = _consume(stream, screen)
     screen.finish(outcome.completion)
@@ -195,26 +195,26 @@ def _show_answer(llm: LLM, stream: Iterator[RequestOutput], params: SamplingPara
 
 
 def _result(outcome: _Outcome, shown: Shown) -> dict[str, Any]:
-    """The run in the object that ``--json`` prints; empty where Ctrl-C came before the first token."""
-    one = outcome.completion
-    found: dict[str, Any] = {
-        "text": one.text if one else "",
-        "token_ids": one.token_ids if one else [],
-        "kinds": one.kinds if one else [],
-        "finish_reason": one.finish_reason if one else None,
-        "stop_reason": one.stop_reason if one else None,
-        "error": one.error if one else None,
-        "metrics": asdict(one.metrics) if one else {},
+    """The output in the object that ``--json`` prints. Values are empty if Ctrl-C came before the first token."""
+    completion = outcome.completion
+    result: dict[str, Any] = {
+        "text": completion.text if completion else "",
+        "token_ids": completion.token_ids if completion else [],
+        "kinds": completion.kinds if completion else [],
+        "finish_reason": completion.finish_reason if completion else None,
+        "stop_reason": completion.stop_reason if completion else None,
+        "error": completion.error if completion else None,
+        "metrics": asdict(completion.metrics) if completion else {},
     }
     if outcome.output is not None:
-        found["prompt_token_ids"] = outcome.output.prompt_token_ids
+        result["prompt_token_ids"] = outcome.output.prompt_token_ids
     if shown.tree:
-        found["tree"] = show.tree_as_dict(outcome.drawn)
-    return found
+        result["tree"] = show.tree_as_dict(outcome.drawn)
+    return result
 
 
 def _config(llm: LLM, choice: ModelChoice, params: SamplingParams) -> dict[str, Any]:
-    """What was run, in the object that ``--json`` prints."""
+    """The configuration of the run in the object that ``--json`` prints."""
     sampling = asdict(params)
     if params.logit_bias:  # JSON has no infinity
         sampling["logit_bias"] = {i: bias if math.isfinite(bias) else str(bias) for i, bias in params.logit_bias.items()}
@@ -222,8 +222,9 @@ def _config(llm: LLM, choice: ModelChoice, params: SamplingParams) -> dict[str, 
 
 
 def _drafting(llm: LLM, params: SamplingParams) -> dict[str, Any]:
-    one = llm.speculation
-    if one is None:
+    speculation = llm.speculation
+    if speculation is None:
         return {"method": "ar"}
-    given = {**one.drafter_options, **one.grower_options}
-    return {**llm.drafting(params), "draft_model": None if one.model is None else str(one.model), **given}
+    options = {**speculation.drafter_options, **speculation.grower_options}
+    draft_model = None if speculation.model is None else str(speculation.model)
+    return {**llm.drafting(params), "draft_model": draft_model, **options}

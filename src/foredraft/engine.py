@@ -1,4 +1,4 @@
-"""The engine: requests in, batched steps, outputs back. Requests are admitted in waves of `max_num_seqs` outputs."""
+"""The engine: takes requests, runs batched steps and returns outputs. Outputs run in waves of at most `max_num_seqs`."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ class CompletionOutput:
     """One output of a request.
 
     Attributes:
-        token_ids: generated ids, the one that ended the output included.
-        finish_reason: ``stop``, ``length`` or ``error``; None while it is running.
-        stop_reason: the stop string or stop token id that ended it; None at an end of sequence or at the length limit.
-        error: why it ended with ``error``: its parameters left no token that could follow, or the model's logits were not
-            numbers. The tokens before stand. None for every other end. Other outputs of the batch are not affected.
-        logprobs: per token, the asked number of likeliest tokens and the token itself.
+        token_ids: generated ids, including the id that ended the output.
+        finish_reason: ``stop``, ``length`` or ``error``; None while the output is running.
+        stop_reason: the stop string or stop token id that ended the output; None after an end of sequence or at the limit.
+        error: why the output ended with ``error``, else None. Either the sampling parameters forbade every token, or the
+            model's logits were NaN or infinite. The tokens before remain valid, and other outputs are not affected.
+        logprobs: per token, the requested number of most likely tokens and the token itself.
         kinds: per token ``accepted``, ``recovered``, ``bonus`` or ``plain``.
-        records: what its steps did; `metrics` sums them up.
-        last_tree, last_path: the tree of the latest step and its accepted nodes, to be shown; None where nothing is drafted.
+        records: one record per step; `metrics` summarizes them.
+        last_tree: the tree of the latest step; None if nothing is drafted.
+        last_path: the accepted nodes of `last_tree`.
     """
 
     index: int
@@ -49,7 +50,7 @@ class CompletionOutput:
 
     @cached_property
     def metrics(self) -> Metrics:
-        """What its steps did; computed when asked, since a stream gives an output a step."""
+        """Summary of `records`. Computed on demand, because a stream creates a new output in every step."""
         return summarize(self.records)
 
 
@@ -58,9 +59,10 @@ class RequestOutput:
     """All outputs of one prompt.
 
     Attributes:
-        prompt: as given, if it was text.
-        seed: of its random numbers: `SamplingParams.seed`, or what was taken in its place where that is None or -1. A request
-            with this seed gives the same outputs.
+        prompt: the text of the prompt; None if token ids were given.
+        finished: whether all outputs have ended.
+        seed: seed of the random numbers: `SamplingParams.seed`, or the seed used in its place if that is None or -1. A
+            request with this seed gives the same outputs.
     """
 
     request_id: str
@@ -73,13 +75,13 @@ class RequestOutput:
 
     @cached_property
     def metrics(self) -> Metrics:
-        """Over the steps of all outputs."""
-        return summarize([record for one in self.outputs for record in one.records])
+        """Summary over the steps of all outputs."""
+        return summarize([record for completion in self.outputs for record in completion.records])
 
 
 @dataclass(eq=False)
 class Request:
-    """A prompt on its way: its outputs, `n` of them."""
+    """A prompt that is being processed, with its `n` outputs."""
 
     number: int
     prompt: str | None
@@ -89,58 +91,59 @@ class Request:
     seed: int = 0
 
     def output(self) -> RequestOutput:
-        """What there is so far."""
+        """Returns the outputs so far."""
         return RequestOutput(
             request_id=str(self.number),
             prompt=self.prompt,
             prompt_token_ids=self.prompt_ids,
             prompt_logprobs=self.continuations[0].prompt_logprobs,
-            outputs=[_completion(index, one) for index, one in enumerate(self.continuations)],
-            finished=all(one.finish_reason is not None for one in self.continuations),
+            outputs=[_completion(index, continuation) for index, continuation in enumerate(self.continuations)],
+            finished=all(continuation.finish_reason is not None for continuation in self.continuations),
             seed=self.seed,
         )
 
 
-def _completion(index: int, one: Continuation) -> CompletionOutput:
-    scored = one.sampling.logprobs is not None
+def _completion(index: int, continuation: Continuation) -> CompletionOutput:
+    scored = continuation.sampling.logprobs is not None
+    text = continuation.text
     return CompletionOutput(
         index=index,
-        text=one.text.text if one.finish_reason else one.text.settled,
-        token_ids=one.output_ids,
-        finish_reason=one.finish_reason,
-        stop_reason=one.stop_reason,
-        logprobs=list(one.logprobs) if scored else None,
-        cumulative_logprob=one.cumulative_logprob if scored else None,
-        kinds=list(one.kinds),
-        records=list(one.records),
-        last_tree=one.last_tree,
-        last_path=list(one.last_path),
-        error=one.error,
+        text=text.text if continuation.finish_reason else text.settled,
+        token_ids=continuation.output_ids,
+        finish_reason=continuation.finish_reason,
+        stop_reason=continuation.stop_reason,
+        logprobs=list(continuation.logprobs) if scored else None,
+        cumulative_logprob=continuation.cumulative_logprob if scored else None,
+        kinds=list(continuation.kinds),
+        records=list(continuation.records),
+        last_tree=continuation.last_tree,
+        last_path=list(continuation.last_path),
+        error=continuation.error,
     )
 
 
 def require_whole(results: Sequence[RequestOutput]) -> None:
-    """Checks that every output came to its end, where figures are made of them.
+    """Checks that no output ended with an error. Call this before computing statistics over the outputs.
 
     Raises:
-        ValueError: one ended with an error.
+        ValueError: an output ended with an error.
     """
-    for out in (out for result in results for out in result.outputs):
-        if out.error is not None:
-            raise ValueError(out.error)
+    for completion in (completion for result in results for completion in result.outputs):
+        if completion.error is not None:
+            raise ValueError(completion.error)
 
 
 class Engine:
-    """Runs requests on one target with one drafter, or none.
+    """Runs requests on one target, with at most one drafter.
 
     Args:
-        tokenizer: for texts and stop strings; None where only token ids are used.
+        tokenizer: decodes text and finds stop strings; None if only token ids are used.
         drafter, rule, budget: None for plain decoding.
-        max_nodes: for a request, most nodes of its trees, where that is less than the budget; None is the budget.
-        max_model_len: longest prompt and output together.
-        max_num_seqs: outputs decoded at once.
-        seed: of requests that have none of their own.
-        eos_ids: tokens that end an output.
+        max_nodes: gives the maximum number of tree nodes of a request, within the budget; None uses the whole budget.
+        max_model_len: maximum length of prompt plus output, in tokens.
+        max_num_seqs: maximum number of outputs decoded at once.
+        seed: seed for requests that set none.
+        eos_ids: end-of-sequence tokens.
     """
 
     def __init__(
@@ -160,15 +163,15 @@ class Engine:
         self.target, self.tokenizer, self.drafter = target, tokenizer, drafter
         self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
         self.rule, self._budget, self._max_nodes, self._seed = rule, budget, max_nodes, seed
-        self._eos_ids = frozenset(one for one in eos_ids if 0 <= one < target.vocab_size)
+        self._eos_ids = frozenset(token_id for token_id in eos_ids if 0 <= token_id < target.vocab_size)
         self._pool = target.new_pool(max_num_seqs, max_model_len)
         self._num_requests = 0
 
     def add(self, prompt: str | None, prompt_ids: Sequence[int], sampling: SamplingParams) -> Request:
-        """A new request, checked; it does not run yet.
+        """Checks a prompt and its parameters, and returns a new request. `run` starts it.
 
         Raises:
-            ValueError: the prompt is empty, too long or holds unknown ids, or the parameters need a tokenizer.
+            ValueError: the prompt is empty, too long or contains unknown ids, or the parameters need a tokenizer.
         """
         self._check(prompt_ids, sampling)
         seed = hash_seed(self._seed, self._num_requests) if sampling.seed is None else used_seed(sampling.seed)
@@ -178,8 +181,11 @@ class Engine:
         return request
 
     def run(self, requests: Sequence[Request]) -> Iterator[list[Continuation]]:
-        """Runs requests to their end; yields the outputs that took part after every step. Closing it early frees all."""
-        every = [one for request in requests for one in request.continuations]
+        """Runs requests to their end. After every step, yields the outputs that took part in it.
+
+        Closing the iterator early frees all caches.
+        """
+        every = [continuation for request in requests for continuation in request.continuations]
         try:
             for first in range(0, len(every), self.max_num_seqs):
                 wave, next_wave = every[first:][: self.max_num_seqs], every[first + self.max_num_seqs :][: self.max_num_seqs]
@@ -190,29 +196,29 @@ class Engine:
             self._release(every)
 
     def _steps(self, wave: Sequence[Continuation]) -> Steps:
-        # where nothing is drafted both loops give the same outputs, and the plain one sooner
-        if self.drafter is None or all(one.max_nodes == 0 for one in wave):
+        # if nothing is drafted, both loops give the same outputs, and the plain loop is faster
+        if self.drafter is None or all(continuation.max_nodes == 0 for continuation in wave):
             return autoregressive(self.target, self._pool, wave)
         assert self.rule is not None and self._budget is not None
         return speculative(self.target, self._pool, wave, self.drafter, self.rule, self._budget)
 
     def _release(self, continuations: Sequence[Continuation]) -> None:
-        for one in continuations:
-            if one.cache is not None:
-                self._pool.free(one.cache)
-            if one.draft_state is not None and self.drafter is not None:
-                self.drafter.finish(one.draft_state)
-            one.cache = one.draft_state = one.prompt_features = None
+        for continuation in continuations:
+            if continuation.cache is not None:
+                self._pool.free(continuation.cache)
+            if continuation.draft_state is not None and self.drafter is not None:
+                self.drafter.finish(continuation.draft_state)
+            continuation.cache = continuation.draft_state = continuation.prompt_features = None
 
     def _continuation(self, request: Request, seed: int) -> Continuation:
         sampling, num_prompt = request.sampling, len(request.prompt_ids)
-        room = self.max_model_len - num_prompt
+        num_left = self.max_model_len - num_prompt
         eos_ids = frozenset() if sampling.ignore_eos else self._eos_ids
         words = bad_word_ids(self.tokenizer, sampling.bad_words) if sampling.bad_words else []
         return Continuation(
             token_ids=list(request.prompt_ids),
             num_prompt=num_prompt,
-            max_len=num_prompt + min(room, sampling.max_tokens or room),
+            max_len=num_prompt + min(num_left, sampling.max_tokens or num_left),
             sampling=sampling,
             draws=Draws(seed),
             text=TextStream(
@@ -236,7 +242,7 @@ class Engine:
             longest = self.target.max_len
             more = f", or raise max_model_len (at most {longest})" if self.max_model_len < longest else ""
             raise ValueError(
-                f"the prompt has {len(prompt_ids)} tokens, but the context of {self.max_model_len} must also hold an output: "
+                f"the prompt has {len(prompt_ids)} tokens, but the context of {self.max_model_len} must also fit an output: "
                 f"shorten the prompt{more}"
             )
         named = {
@@ -246,14 +252,14 @@ class Engine:
             "stop_token_ids": sampling.stop_token_ids or (),
         }
         for where, ids in named.items():
-            wrong = [one for one in ids if not 0 <= one < vocab_size]
+            wrong = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
             if wrong:
                 raise ValueError(f"token id {shown(wrong[0])} in {where} is outside the vocabulary (0 to {vocab_size - 1})")
         if self.tokenizer is None and (sampling.stop_strings or sampling.bad_words):
             raise ValueError(
-                "stop strings and bad_words need a tokenizer, and this model has none: copy its files into the model's "
-                "directory, or leave them out (stop_token_ids needs none)"
+                "stop strings and bad_words need a tokenizer, and this model has none: copy its tokenizer files into the "
+                "model's directory, or use stop_token_ids, which needs no tokenizer"
             )
         most = max(sampling.logprobs or 0, sampling.prompt_logprobs or 0)
         if most > vocab_size:
-            raise ValueError(f"logprobs and prompt_logprobs must be at most the vocabulary's size {vocab_size}, got {most}")
+            raise ValueError(f"logprobs and prompt_logprobs must be at most the vocabulary size {vocab_size}, got {most}")

@@ -1,4 +1,4 @@
-"""How a user's mistake is said: what was given, what is allowed, what to do next."""
+"""Messages for mistakes of the user: they state what was given, what is allowed and what to do next."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class ModelError(ValueError):
 
 
 def unknown_name(kind: str, given: object, allowed: Iterable[str]) -> ValueError:
-    """An error for a name that is not among `allowed`, with the nearest one suggested."""
+    """Returns an error for a name that is not in `allowed`. The message suggests the most similar allowed name."""
     names = list(allowed)
     near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
     meant = f" Did you mean {near[0]!r}?" if near else ""
@@ -21,27 +21,27 @@ def unknown_name(kind: str, given: object, allowed: Iterable[str]) -> ValueError
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: as Python writes it, shortened where that is long."""
-    if isinstance(value, int) and value.bit_length() > 200:  # Python itself refuses to write very long ones
+    """Formats a value for a message: its `repr`, shortened if it is long."""
+    if isinstance(value, int) and value.bit_length() > 200:  # Python refuses to format very long integers
         return f"{'-' if value < 0 else ''}10**{int((value.bit_length() - 1) * 0.30103)} or so"
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def plain_scalar(value: Any) -> Any:
-    """A scalar of numpy or torch as Python's own; everything else as it is."""
+    """Converts a scalar of numpy or torch to a Python number. Returns any other value unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)) else value
 
 
 def whole_number(name: str, value: Any, least: int, most: int, why: str = "") -> int:
-    """Checks a whole number; one of numpy or torch is taken too.
+    """Checks a whole number and returns it as an int. Scalars of numpy and torch are accepted.
 
     Args:
-        why: reason of the limit, said where `value` exceeds it.
+        why: reason of the upper limit; the message gives it if `value` exceeds the limit.
 
     Raises:
-        ValueError: it is below `least` or above `most`.
-        TypeError: it is no whole number.
+        ValueError: the number is below `least` or above `most`.
+        TypeError: the value is not a whole number.
     """
     value = plain_scalar(value)
     if isinstance(value, bool) or not isinstance(value, Integral):
@@ -54,15 +54,15 @@ def whole_number(name: str, value: Any, least: int, most: int, why: str = "") ->
 
 
 def check_text(name: str, text: str) -> None:
-    """Checks that a text can be written in UTF-8, as every tokenizer needs it.
+    """Checks that a text can be encoded in UTF-8, which every tokenizer requires.
 
     Raises:
-        ValueError: it holds half of a surrogate pair, or bytes that were read in another encoding.
+        ValueError: the text contains a lone surrogate. Python also makes one of a byte that was read in a wrong encoding.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{name} is not valid text: character {error.start + 1} is the lone surrogate U+{ord(text[error.start]):04X}. "
-            "Give it in UTF-8; on the command line set a UTF-8 locale (LC_ALL=C.UTF-8)"
+            "Give the text in UTF-8; on the command line, set a UTF-8 locale (LC_ALL=C.UTF-8)"
         ) from None

@@ -1,4 +1,4 @@
-"""Folders: what comes with the package, and where it keeps its measurements of a machine."""
+"""Directories: the bundled models, and the cache of measurements and compiled code."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ BUNDLED = Path(__file__).parent / "bundled"
 BUNDLED_TARGET = BUNDLED / "chat-14m"
 BUNDLED_LM = BUNDLED / "draft-lm"
 BUNDLED_HEAD = BUNDLED / "fspad"
-"""The drafter of the bundled target unless another is named."""
+"""The default drafter of the bundled target."""
 
 
 _log = logging.getLogger("foredraft")
 
 
 def cache_folder() -> Path | None:
-    """Where measurements and compiled code are kept, created if need be.
+    """Returns the directory for measurements and compiled code, and creates it if necessary.
 
-    It is ``$FOREDRAFT_CACHE``, else ``foredraft`` in the user's cache folder. Where that cannot be written it is a private
-    temporary folder, and None where there is none either; a warning says so once a process.
+    It is ``$FOREDRAFT_CACHE``, else ``foredraft`` in the user's cache directory. If that cannot be written, it is a private
+    temporary directory, or None if there is no such directory either. A warning reports this once per process.
     """
     return _writable(_wanted())
 
 
 def cached_file(name: str) -> Path | None:
-    """The file of this name in the cache: one that exists, also in a folder that can only be read, else one to be written."""
+    """Returns the path of a file in the cache. An existing file is found even if the cache is read-only.
+
+    Returns None if the file does not exist and there is no directory in which it could be written.
+    """
     there = _wanted() / name
     with suppress(OSError):
         if there.is_file():
@@ -41,10 +44,10 @@ def cached_file(name: str) -> Path | None:
 
 
 def keep(name: str, text: str) -> None:
-    """Writes a file of the cache in one go, so that no reader sees half of it; nothing where there is no folder.
+    """Writes a file of the cache atomically, so that no reader sees half of it. Without a cache directory, does nothing.
 
     Raises:
-        OSError: the disk is full, for instance.
+        OSError: the file cannot be written, for example because the disk is full.
     """
     folder = cache_folder()
     if folder is not None:
@@ -67,17 +70,17 @@ def _writable(wanted: Path) -> Path | None:
         with tempfile.TemporaryFile(dir=wanted):
             return wanted
     except OSError as error:
-        reason = f"the cache folder {str(wanted)!r} cannot be written ({error.strerror or error})"
+        reason = f"the cache directory {str(wanted)!r} cannot be written ({error.strerror or error})"
     private = _private_folder()
     if private is None:
-        _log.warning("%s, and no temporary folder either: nothing is compiled or timed. Set FOREDRAFT_CACHE", reason)
+        _log.warning("%s, nor can a temporary directory: nothing is compiled or timed. Set FOREDRAFT_CACHE", reason)
     else:
-        _log.warning("%s: measurements are kept in %s. Set FOREDRAFT_CACHE to another folder", reason, private)
+        _log.warning("%s: measurements are kept in %s. Set FOREDRAFT_CACHE to a writable directory", reason, private)
     return private
 
 
 def _private_folder() -> Path | None:
-    """A temporary folder that belongs to this user alone; None where there is none, or somebody else owns it."""
+    """Returns a temporary directory that only this user can access. None if there is none or another user owns it."""
     user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
     try:
         folder = Path(tempfile.gettempdir()) / f"foredraft-{user}"

@@ -1,4 +1,4 @@
-"""`LLM`: load a target, a drafter and a rule by name, and generate. The face most users see."""
+"""`LLM`, the main entry point: loads a target, a drafter and an acceptance rule by name, and generates text."""
 
 from __future__ import annotations
 
@@ -41,43 +41,46 @@ from foredraft.verify.multiround import for_sampled
 DEFAULT_NUM_SEQS = 8
 
 MAX_NUM_SEQS = 4096
-"""Outputs decoded at once, at most: each has its place in every cache from the start, used or not."""
+"""Upper limit of `max_num_seqs`. Every cache reserves a slot for each of them from the start, even if it stays unused."""
 
 _REASONS = ("expected_speedup", "timed_on", "reason")
 
 
 class LLM:
-    """A language model that generates faster and, with an exact rule, has exactly the output law it would have alone.
+    """A language model that generates faster through speculative decoding.
 
-    The weights are read once: files that are overwritten later, and later changes of a loaded model, have no effect. The
-    exception is a loaded model outside the Llama family, which runs as it is: a change acts from its next forward on.
+    With an exact acceptance rule, the output has exactly the distribution that the model has without speculation.
+
+    The weights are read once. Overwriting the files later has no effect, and neither has changing a loaded model later.
+    One exception: a loaded model outside the Llama family is run as it is, so a change takes effect at its next forward.
 
     Args:
-        model: a directory, a Hub id, or a loaded `PreTrainedModel`. None is the bundled pair.
+        model: a directory, a Hub id, or a loaded `PreTrainedModel`. None is the bundled target with its bundled drafters.
         speculative_config: ``{"method": ..., "model": ..., "tree": ..., "num_speculative_tokens": ..., "rule": ...}`` and the
-            options of the method and the tree; ``{"method": "ar"}`` drafts nothing. Without ``method`` it is that of the head
-            in ``model`` (beside the bundled target, of the bundled head), else ``lm``. None is method ``auto`` for the
-            bundled target, and method ``suffix``, which needs no weights, for any other. Without ``tree`` or
-            ``num_speculative_tokens`` (or with ``"auto"``) the fastest is chosen from measurements, see `foredraft.auto`.
-        tokenizer: a Transformers tokenizer, or the directory or Hub id of one; None is the tokenizer beside the model.
-        dtype: ``auto`` (the checkpoint's), ``bfloat16``, ``float16``, ``float32`` or ``float64``.
-        device: None is CUDA where there is a device, else the CPU.
-        max_model_len: longest prompt and output together; None is the model's context. With LongRoPE that is the context of
-            the first training, which the short factors are for. A greater value, up to ``max_position_embeddings``, chooses
+            options of the method and the tree. ``{"method": "ar"}`` drafts nothing. If ``method`` is left out, it is the
+            method of the head in ``model``, and ``lm`` if ``model`` holds no head. For the bundled target, ``model``
+            defaults to the bundled head. None is method ``auto`` for the bundled target. For any other target, None is
+            method ``suffix``, which needs no weights. If ``tree`` or ``num_speculative_tokens`` is left out or ``"auto"``,
+            the fastest value is chosen from measurements, see `foredraft.auto`.
+        tokenizer: a Transformers tokenizer, or its directory or Hub id. None is the tokenizer stored with the model.
+        dtype: ``auto`` (the dtype of the checkpoint), ``bfloat16``, ``float16``, ``float32`` or ``float64``.
+        device: None is CUDA if a CUDA device is available, else the CPU.
+        max_model_len: maximum length of prompt plus output, in tokens. None is the model's context. For LongRoPE, that is
+            the original context, which uses the short factors. A greater value, up to ``max_position_embeddings``, selects
             the long factors for all requests.
-        max_num_seqs: outputs decoded at once; more wait. An automatic choice of the tree is made for so many. None is room
-            for 8, with the choice made for one at a time.
-        seed: of requests without a seed of their own, 0 to 2**64 - 1. -1 takes one from the operating system; the attribute
-            `seed` says which.
-        revision: of a Hub id.
-        generation_config: ``auto`` takes defaults from the model's ``generation_config.json``, ``none`` ignores the file
-            (its ends of sequence too, so that those of ``config.json`` remain), and a directory is read instead.
+        max_num_seqs: maximum number of outputs decoded at once; further outputs wait. An automatic choice of the tree
+            assumes this batch size. None allows 8, and the automatic choice then assumes a batch of 1.
+        seed: seed for requests that set none, 0 to 2**64 - 1. -1 takes a seed from the operating system. The attribute
+            `seed` holds the seed in use.
+        revision: branch, tag or commit of a Hub id.
+        generation_config: ``auto`` takes defaults from the model's ``generation_config.json``. ``none`` ignores that file,
+            including its end-of-sequence tokens, so that those of ``config.json`` apply. A directory is read in its place.
 
-    Other names of vLLM and Transformers are accepted, ignored or refused as `foredraft.names` says.
+    Other names of vLLM and Transformers are accepted, ignored or refused; `foredraft.names` lists them.
 
     Raises:
-        ValueError: something cannot be loaded or does not fit together; the message says what and what to do.
-        TypeError: an argument is unknown, or is one of another library that means nothing here.
+        ValueError: something cannot be loaded, or the parts do not fit together. The message says what to do.
+        TypeError: an argument is unknown, or belongs to another library and has no meaning here.
     """
 
     @takes_other_names(LOAD)
@@ -116,32 +119,34 @@ class LLM:
         check_pool(self.target, self.max_num_seqs)
         self._usual_num_seqs = max_num_seqs or 1
         self._draft_models: dict[str, Any] = {}
-        fingerprint = fingerprint_of(model, revision)  # now: of the weights that were read, whatever becomes of the files
+        fingerprint = fingerprint_of(model, revision)  # taken now, so that it describes the weights just read
         self._fingerprint = lambda: fingerprint
         self._fingerprint_of = cache(fingerprint_of)
         self._speculate(speculation)
 
     def with_speculation(self, speculative_config: Mapping[str, Any] | None) -> LLM:
-        """Another `LLM` on the same weights that drafts in another way; a draft model is loaded once for all of them.
+        """Returns another `LLM` on the same weights with a different speculative config.
+
+        All of them share a draft model, which is loaded once.
 
         Raises:
-            ValueError: the config is wrong.
+            ValueError: the config is invalid.
         """
         other = copy(self)
         other._speculate(parse(usual_config(speculative_config, bundled=self._bundled)))
         return other
 
     def _speculate(self, speculation: Speculation | None) -> None:
-        """Builds the engine; what the config leaves open is chosen from measurements first."""
+        """Builds the engine. First chooses from measurements whatever the config leaves open."""
         self.speculation = speculation
         self.choices: dict[str, Choice] = {}
         drafter, rule, budget, nodes = None, None, None, {"greedy": 0, "sampled": 0}
         if speculation is not None and speculation.is_open:
             self.choices = self._choose(speculation)
-        if speculation is not None and (not self.choices or any(one.nodes for one in self.choices.values())):
+        if speculation is not None and (not self.choices or any(choice.nodes for choice in self.choices.values())):
             nodes = {kind: self._nodes(speculation, kind) for kind in nodes}
             ways = {kind: self._way(speculation, kind) for kind in nodes if nodes[kind]}
-            ways = {kind: ways.get(kind) or next(iter(ways.values())) for kind in nodes}  # nothing is built that is not used
+            ways = {kind: ways.get(kind) or next(iter(ways.values())) for kind in nodes}  # an unused kind borrows a way
             budget = Budget(max(nodes.values()), min(max(nodes.values()), MAX_DEPTH))
             rule = speculation.rule_for(ways["sampled"].tree)
             if ways["sampled"] != ways["greedy"] and speculation.rule_name is None:
@@ -161,21 +166,22 @@ class LLM:
         )
 
     def drafting(self, sampling: SamplingParams) -> dict[str, Any]:
-        """How a request is drafted, and for an automatic choice why.
+        """Tells how a request is drafted, and why if that was chosen automatically.
 
         Returns:
-            ``method``, ``tree``, ``budget`` (nodes; 0 where it is decoded plainly) and ``rule``. Where any of them was chosen
-            also ``expected_speedup`` over plain decoding, ``timed_on`` (date) and ``reason``, a line; else these are None.
+            ``method``, ``tree``, ``budget`` (number of nodes; 0 means plain decoding) and ``rule``. An automatic choice adds
+            ``expected_speedup`` over plain decoding, ``timed_on`` (a date) and ``reason`` (one line). Otherwise these three
+            are None.
         """
-        one = self.speculation
-        if one is None:
+        speculation = self.speculation
+        if speculation is None:
             return {"method": PLAIN, "tree": None, "budget": None, "rule": None} | dict.fromkeys(_REASONS)
         kind = "sampled" if sampling.temperature > 0 else "greedy"
-        way, choice = self._way(one, kind), self.choices.get(kind)
-        rule = one.rule_name_for(way.tree)
+        way, choice = self._way(speculation, kind), self.choices.get(kind)
+        rule = speculation.rule_name_for(way.tree)
         reasons = (choice.speedup, choice.timed_on, choice.reason) if choice else (None, None, None)
-        found = {"method": way.drafter, "tree": way.tree, "budget": self._nodes(one, kind), "rule": rule}
-        return found | dict(zip(_REASONS, reasons, strict=True))
+        drafting = {"method": way.drafter, "tree": way.tree, "budget": self._nodes(speculation, kind), "rule": rule}
+        return drafting | dict(zip(_REASONS, reasons, strict=True))
 
     def _way(self, speculation: Speculation, kind: str) -> Way:
         return self.choices[kind].way if self.choices else Way(speculation.drafter, speculation.tree)
@@ -184,7 +190,7 @@ class LLM:
         return speculation.budget.nodes if speculation.budget else self.choices[kind].nodes
 
     def _choose(self, speculation: Speculation) -> dict[str, Choice]:
-        """How greedy and sampled requests are drafted, from steps timed on this machine (kept in the user's cache)."""
+        """Chooses how greedy and sampled requests are drafted. Steps are timed on this machine and kept in the user's cache."""
         chooser = Chooser(
             target=self.target,
             speculation=speculation,
@@ -198,32 +204,35 @@ class LLM:
         return chooser.choose()
 
     def _sample_prompt(self) -> list[int]:
-        """A prompt to time steps on."""
+        """Returns the prompt on which steps are timed."""
         if self.tokenizer is None:
             return [1 + i % (self.target.vocab_size - 1) for i in range(16)]
         return list(self.tokenizer(SAMPLE_TEXT)["input_ids"])[: self.max_model_len // 2]
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """The sampling that the model's ``generation_config.json`` asks for, apart from ``max_length`` and ``min_length``:
-        those depend on the prompt and apply where `generate` is given no parameters."""
+        """Returns the sampling parameters of the model's ``generation_config.json``.
+
+        ``max_length`` and ``min_length`` are not included, because they depend on the prompt. They apply when `generate` is
+        called without parameters.
+        """
         return default_params(self._defaults)
 
     def default_params_for(
         self, prompt: Prompt, given: Mapping[str, Any] | None = None, *, max_tokens: int | None = None
     ) -> SamplingParams:
-        """The same for one prompt, with the lengths applied.
+        """Returns the default sampling parameters for one prompt, including the length limits of the file.
 
         Args:
-            given: values that overrule the file.
-            max_tokens: the limit where neither the file nor `given` says one.
+            given: values that override the file.
+            max_tokens: the limit to use if neither the file nor `given` sets one.
 
         Raises:
-            ValueError: the prompt leaves no room, or a value is not allowed.
+            ValueError: the prompt fills the whole context, or a value is not allowed.
         """
         return default_params(self._defaults, len(encode(prompt, self.tokenizer)[1]), given, max_tokens=max_tokens)
 
     def get_tokenizer(self) -> Any:
-        """Transformers' tokenizer; None where there is none and prompts are token ids."""
+        """Returns the Transformers tokenizer, or None if the model has none. Prompts must then be token ids."""
         return getattr(self.tokenizer, "whole", self.tokenizer)
 
     @takes_other_names(RUN)
@@ -234,20 +243,21 @@ class LLM:
         *,
         progress: bool = False,
     ) -> list[RequestOutput]:
-        """Generates for one prompt or a list, decoded as a batch. Each output is what it would be alone.
+        """Generates outputs for one prompt or a list of prompts.
 
-        A text is continued as it stands. `chat` puts messages into the format that a chat model was trained on.
+        Prompts are decoded as a batch. Each output is the same as if its prompt were decoded alone. The model continues a
+        text exactly as given. To put messages into the format of a chat model, use `chat`.
 
         Args:
-            prompts: one prompt or a list of them.
-            sampling_params: one for all or one per prompt; None is `get_default_sampling_params`.
-            progress: show a bar once it takes more than two seconds.
+            prompts: one prompt or a list of prompts.
+            sampling_params: one for all prompts, or one per prompt. None is `get_default_sampling_params`.
+            progress: show a progress bar after two seconds.
 
         Returns:
-            One output per prompt, in order.
+            One output per prompt, in the order of the prompts.
 
         Raises:
-            ValueError: a prompt or its parameters do not fit; nothing has been generated then.
+            ValueError: a prompt or its parameters are invalid. Nothing has been generated in this case.
         """
         if is_one_prompt(prompts):
             prompts = [prompts]  # type: ignore[list-item]
@@ -257,12 +267,12 @@ class LLM:
         total = sum(request.sampling.n for request in requests)
         with progress_bar("generating", total, shown=progress) as advance:
             for running in self.engine.run(requests):
-                advance(sum(one.finish_reason is not None for one in running))
+                advance(sum(continuation.finish_reason is not None for continuation in running))
         return [request.output() for request in requests]
 
     @takes_other_names(RUN)
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """Generates for one prompt and yields the output so far after every step; the last one is complete.
+        """Generates for one prompt. Yields the output so far after every step; the last output is complete.
 
         Raises:
             ValueError: as in `generate`.
@@ -279,25 +289,25 @@ class LLM:
         progress: bool = False,
         **template: Unpack[Template],
     ) -> list[RequestOutput]:
-        """`generate` for one conversation or a list of them, through the model's chat template.
+        """Answers one conversation or a list of conversations: renders the model's chat template, then calls `generate`.
 
         Args:
-            messages: ``[{"role": "user", "content": "..."}, ...]`` or a list of such lists. A content may be a list of text
-                parts, ``[{"type": "text", "text": "..."}]``.
-            sampling_params: one for all or one per conversation; None is `get_default_sampling_params`.
+            messages: ``[{"role": "user", "content": "..."}, ...]``, or a list of such conversations. ``content`` may also be
+                a list of text parts, ``[{"type": "text", "text": "..."}]``.
+            sampling_params: one for all conversations, or one per conversation. None is `get_default_sampling_params`.
             progress: as in `generate`.
             template: see `foredraft.chat.Template`.
 
         Raises:
-            ValueError: the model has no chat template, or it cannot take the messages or the tools.
-            TypeError: the messages are no conversation.
+            ValueError: the model has no chat template, or the template cannot render the messages or the tools.
+            TypeError: the messages are not a conversation.
         """
-        prompts = [self.chat_prompt(one, **template) for one in conversations(messages)]
+        prompts = [self.chat_prompt(conversation, **template) for conversation in conversations(messages)]
         return self.generate(prompts, sampling_params, progress=progress)
 
     @takes_other_names(CHAT, Template.__annotations__)
     def chat_prompt(self, messages: Sequence[Message], **template: Unpack[Template]) -> dict[str, Any]:
-        """The prompt of a conversation, see `chat`. Its text carries the template's special tokens, so none are added."""
+        """Renders a conversation as a prompt, see `chat`. The template writes the special tokens, so none are added."""
         text = render(self.tokenizer, messages, template)
         return {"prompt": text, "prompt_token_ids": self.tokenizer(text, add_special_tokens=False)["input_ids"]}
 
@@ -308,10 +318,13 @@ class LLM:
             sampling_params = [self.default_params_for(prompt) for prompt in prompts]
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(prompts)
-        if not is_list(sampling_params) or not all(isinstance(one, SamplingParams) for one in sampling_params):
+        if not is_list(sampling_params) or not all(isinstance(params, SamplingParams) for params in sampling_params):
             raise TypeError(f"sampling_params must be a SamplingParams or a list of them, got {shown(sampling_params)}")
         if len(sampling_params) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(sampling_params)} sampling_params: give one, or one per prompt")
+            raise ValueError(
+                f"got {len(prompts)} prompts but {len(sampling_params)} sampling_params: give one for all prompts, "
+                "or one per prompt"
+            )
         pairs = zip(prompts, sampling_params, strict=True)
         return [self.engine.add(*encode(prompt, self.tokenizer), sampling) for prompt, sampling in pairs]
 
@@ -324,7 +337,7 @@ class LLM:
         return max_model_len
 
     def _drafter(self, speculation: Speculation, greedy: Way, sampled: Way) -> Any:
-        """The drafter of a config, with one way for greedy requests and one for sampled ones."""
+        """Builds the drafter of a config, which drafts greedy requests one way and sampled requests another."""
         if greedy.drafter != sampled.drafter:
             parts = [self._drafter(speculation, way, way) for way in (greedy, sampled)]
             return MixedDrafter(*parts)
@@ -335,7 +348,7 @@ class LLM:
         return self._grown_by(grower, speculation, sampled.drafter)
 
     def drafter_grown_by(self, grower: Any) -> Any:
-        """The config's drafter once more, grown by `grower`; of one that looks up first, the one that it asks."""
+        """Builds the config's drafter again with another grower. For a ``-lookup`` method, builds its fallback drafter."""
         assert self.speculation is not None
         return self._grown_by(grower, self.speculation, self.speculation.calibrated)
 
@@ -355,28 +368,28 @@ class LLM:
 
     @property
     def draft_source(self) -> Any:
-        """The draft model as it was given, or the bundled one; None where there is none."""
-        one = self.speculation
-        if one is not None and one.model is None and self._bundled and one.needs_model:
-            return bundled_drafter(one.calibrated)
-        return one.model if one else None
+        """The draft model as given by the user, else the bundled one; None if there is no draft model."""
+        speculation = self.speculation
+        if speculation is not None and speculation.model is None and self._bundled and speculation.needs_model:
+            return bundled_drafter(speculation.calibrated)
+        return speculation.model if speculation else None
 
     def measured(self, speculation: Speculation) -> dict[str, Any]:
-        """What calibration found out about the drafter."""
+        """Reads the calibration of the drafter, see `foredraft.calibration.read_calibration`."""
         source = self.draft_source
         if source is None and self._bundled and DRAFTERS[speculation.calibrated].weights is None:
-            source = BUNDLED_LM  # its calibration has the drafters without weights too
+            source = BUNDLED_LM  # its calibration file also covers drafters without weights
         return read_calibration(source, self.target, speculation.calibrated, self._weights(source))
 
     @property
     def draft_weights(self) -> str | None:
-        """The fingerprint of the drafter's weights; None where there are none."""
+        """Fingerprint of the drafter's weights; None if it has no weights."""
         return self._weights(self.draft_source)
 
     def _weights(self, source: Any) -> str | None:
         try:
             return None if source is None else self._fingerprint_of(source)
-        except ModelError:  # said when the drafter is built
+        except ModelError:  # building the drafter reports it
             return None
 
     def _draft_model(self, source: Any) -> Any:
@@ -394,7 +407,7 @@ class LLM:
 
 
 def bundled_drafter(name: str) -> Path | None:
-    """The directory of a drafter for the bundled target; None where none is bundled."""
+    """Returns the directory of a bundled drafter for the bundled target; None if that drafter is not bundled."""
     row = DRAFTERS[name]
     folder = BUNDLED / (row.asks or name) if row.weights == "head" else BUNDLED_LM
     return folder if folder.is_dir() else None
@@ -404,10 +417,10 @@ def _given_tokenizer(tokenizer: Any) -> Any:
     if isinstance(tokenizer, str | Path):
         found = load_tokenizer(tokenizer)
         if found is None:
-            raise ValueError(f"{str(tokenizer)!r} holds no tokenizer. Give a directory with a tokenizer.json, or a Hub id")
+            raise ValueError(f"{str(tokenizer)!r} holds no tokenizer. Give a directory with a tokenizer.json or a Hub id")
         return found
     if not callable(tokenizer):
-        raise TypeError(f"tokenizer must be a Transformers tokenizer, or the directory or Hub id of one, got {tokenizer!r}")
+        raise TypeError(f"tokenizer must be a Transformers tokenizer, or its directory or Hub id, got {tokenizer!r}")
     return tokenizer
 
 

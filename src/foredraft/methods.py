@@ -1,4 +1,4 @@
-"""Every drafter, tree and rule as plain data: what ``foredraft methods`` lists. Loads no torch."""
+"""All drafters, trees and rules as plain data, which ``foredraft methods`` prints. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from foredraft.shape import Drawn
 from foredraft.speculation import fits, fitting_rules, trees_of
 from foredraft.verify import RULES
 
-_ANY_PROPOSAL = "lossless with every exact rule: what is proposed changes the speed, never the law of the output"
+_ANY_PROPOSAL = "lossless with every exact rule: proposals change the speed, never the distribution of the output"
 
 
 def tables() -> dict[str, list[dict[str, Any]]]:
-    """The three tables, JSON-able: ``drafters``, ``trees`` and ``rules``, each row with name, guarantee and source.
+    """Returns the tables ``drafters``, ``trees`` and ``rules`` as JSON-compatible data.
 
-    A tree's `drawn` is at temperatures above 0. At 0 its children are the likeliest tokens and nothing is sampled
-    (unless ``draft_sampling`` says so), which every exact rule takes as well.
+    Each row has a name, a guarantee and a source. ``drawn`` of a tree applies to temperatures above 0. At temperature 0, its
+    children are the most likely tokens, and nothing is sampled unless ``draft_sampling`` requests it. Every exact rule
+    accepts such trees too.
     """
     return {
         "drafters": [_drafter(name) for name in DRAFTERS],
@@ -53,7 +54,7 @@ def _tree(name: str) -> dict[str, Any]:
         "needs": row.needs,
         "rules": fitting_rules(row),
         "default_rule": row.rule,
-        "options": {one.name: one.default for one in fields(row.grower)},
+        "options": {option.name: option.default for option in fields(row.grower)},
         "source": row.source,
     }
 
@@ -63,7 +64,7 @@ def _rule(name: str) -> dict[str, Any]:
     return {
         "name": name,
         "guarantee": row.guarantee,
-        "drawn": [one.name.lower() for one in Drawn if one in row.drawn],
+        "drawn": [drawn.name.lower() for drawn in Drawn if drawn in row.drawn],
         "chains_only": row.chains_only,
         "trees": [tree for tree, grower in GROWERS.items() if fits(row, grower.drawn, grower.chains_only)],
         "options": list(row.options),
@@ -80,7 +81,7 @@ def command(*, as_json: bool) -> None:
 
 
 def print_tables(tables: dict[str, list[dict[str, Any]]]) -> None:
-    """Prints what `tables` gives."""
+    """Prints the result of `tables`."""
     out = Console(highlight=False)
     columns = {
         "drafters": ("name", "gives", "trees", "options"),
@@ -97,7 +98,7 @@ def print_tables(tables: dict[str, list[dict[str, Any]]]) -> None:
         out.print(table)
     for title in ("drafters", "trees"):
         out.print(f"guarantee of {title}: {tables[title][0]['guarantee']}")
-    out.print("method ar drafts nothing: plain decoding. The first of a tree's rules need not be its default: see --json.")
+    out.print("Method ar drafts nothing (plain decoding). The default rule of a tree need not be the first: see --json.")
 
 
 def _cell(row: dict[str, Any], column: str, trees: list[str]) -> str:

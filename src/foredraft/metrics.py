@@ -1,8 +1,8 @@
-"""What a run did, as numbers: records of steps, and pure functions over them.
+"""Statistics of a run: records of steps, and pure functions over them.
 
 Only tokens of the output are counted. The last step of an output may end inside its accepted path, at a stop string, a stop
-token or an end of sequence. The drafts behind that end, and the step's recovered or bonus token, never reached the output:
-such a cut step counts the drafts up to the end and no further token.
+token or an end of sequence. The drafts behind that end never reach the output, and neither does the step's recovered or bonus
+token. Such a step counts the accepted drafts up to the end and no other token.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ class StepRecord:
     """One propose-verify cycle of one request.
 
     Attributes:
-        num_draft_tokens: nodes of the tree without its root. All of them were drafted and verified, so a cut step counts all.
+        num_draft_tokens: number of nodes of the tree besides the root. All of them were drafted and verified, so a step that
+            ended early counts all of them too.
         num_accepted_tokens: accepted drafts that reached the output, without the recovered or bonus token.
-        depth: depth of the tree, the most that could be accepted; of a step that ended early, `num_accepted_tokens`, because
-            nothing behind its end was tried.
-        kind: of the step's last token, ``recovered``, ``bonus`` or ``plain``; ``accepted`` where the output ended inside the
-            path, ``error`` where it ended because no token could follow. With these two the step gave no token of its own.
-        branched: whether any node of the tree had two or more children.
-        tv_bounds: of a lossy rule, one per token of the step; see `foredraft.protocols.Verdict`.
-        draft_s, verify_s, rule_s, cache_s: seconds of the batched step that this request was part of.
+        depth: depth of the tree, which is the largest number of tokens that could be accepted. For a step that ended early,
+            it is `num_accepted_tokens`, because no later token was tested.
+        kind: kind of the step's last token: ``recovered``, ``bonus`` or ``plain``. ``accepted`` if the output ended inside
+            the path, and ``error`` if it ended because no token could follow. In the last two cases, the step added no
+            recovered or bonus token.
+        branched: whether a node of the tree had two or more children.
+        tv_bounds: only for lossy rules, one bound per token of the step; see `foredraft.protocols.Verdict`.
+        draft_s, verify_s, rule_s, cache_s: seconds of the batched step in which this request took part.
     """
 
     num_draft_tokens: int
@@ -40,7 +42,7 @@ class StepRecord:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the step gave to the output: the accepted ones and, unless it ended early, one more."""
+        """Tokens that the step added to the output: the accepted tokens and, unless it ended early, one more."""
         return self.num_accepted_tokens + (self.kind not in _ENDED_EARLY)
 
 
@@ -50,19 +52,23 @@ _ENDED_EARLY = ("accepted", "error")
 
 @dataclass(frozen=True)
 class Metrics:
-    """Summary of a request or of a run; see `summarize`. Times are seconds of the steps that it took part in.
+    """Summary of a request or of a run; see `summarize`.
 
     Attributes:
-        num_accepted_tokens: accepted drafts in the output; as many of its `kinds` are ``accepted``.
-        acceptance_length: tokens of the output / steps. This is 1 + accepted / steps as long as every step gives its recovered
-            or bonus token; a step that ended early gives none.
+        num_steps: number of steps.
+        num_draft_tokens: number of drafted tokens.
+        num_accepted_tokens: accepted drafts in the output. This is the number of tokens whose kind is ``accepted``.
+        acceptance_length: tokens of the output / steps. This equals 1 + accepted / steps if every step adds a recovered or
+            bonus token. A step that ended early adds none.
         acceptance_rate: accepted / drafted.
-        joint_acceptance_rate: element k: the share of all steps in which more than k tokens were accepted.
-        conditional_acceptance_rate: element k: of the steps that accepted k tokens and whose tree went deeper, the share
-            that accepted one more.
-        tv_bound_mean, tv_bound_max: over all tokens, how far their law may be from the target's (total variation); 0 for an
-            exact rule.
-        num_saved_rejections: expected rejections that rule ``tolerance`` saved: the sum of the bounds (Theorem 5).
+        joint_acceptance_rate: element k is the share of all steps in which more than k tokens were accepted.
+        conditional_acceptance_rate: element k is a share of the steps that accepted at least k tokens and whose tree was
+            deeper than k: the share that accepted more than k tokens.
+        branched_rate: share of the steps whose tree branched.
+        tv_bound_mean, tv_bound_max: mean and maximum, over all tokens, of the bound on the total variation distance between
+            their law and the target's law. 0 for an exact rule.
+        num_saved_rejections: expected number of rejections saved by rule ``tolerance``: the sum of the bounds (Theorem 5).
+        draft_s, verify_s, rule_s, cache_s: total seconds of the steps, by part.
     """
 
     num_steps: int = 0
@@ -83,7 +89,7 @@ class Metrics:
 
 
 def summarize(records: Sequence[StepRecord]) -> Metrics:
-    """The figures of `records`; every rate is weighted by steps."""
+    """Summarizes `records`. All rates are weighted by steps."""
     if not records:
         return Metrics()
     accepted = [record.num_accepted_tokens for record in records]

@@ -1,7 +1,8 @@
-"""Names that users bring along from vLLM, Transformers and the OpenAI API: NAMES says what becomes of each.
+"""Argument names of vLLM, Transformers and the OpenAI API. NAMES defines how each of them is treated.
 
-A name is accepted under our own name, accepted where its value asks for what happens anyway, ignored where it only tunes speed
-or memory, or refused with what it does elsewhere and what to use here. `foredraft.arguments` applies the table.
+A name is accepted if it has a counterpart here, or if its value requests the behaviour of this library anyway. It is ignored if
+it only tunes speed or memory. Otherwise it is refused, and the message tells what the name does elsewhere and what to use here.
+`foredraft.arguments` applies the table.
 """
 
 from __future__ import annotations
@@ -14,28 +15,28 @@ from pathlib import Path
 from typing import Any
 
 LOAD, SAMPLE, RUN, CHAT, DRAFT = "LLM", "SamplingParams", "generate", "chat", "speculative_config"
-"""The places that take names."""
+"""The functions and dictionaries that take arguments."""
 
 _REQUEST, _CALL = (SAMPLE, RUN, CHAT), (RUN, CHAT)
 _VLLM, _HF, _BOTH, _OPENAI = "vLLM", "Transformers", "vLLM and Transformers", "the OpenAI API"
 
 Fits = Callable[[Any, Mapping[Any, Any]], bool]
-"""Whether a value, beside all the arguments that are given, can be accepted."""
+"""Whether a value can be accepted, given all other arguments."""
 
 
 @dataclass(frozen=True)
 class Name:
-    """What becomes of one name.
+    """The treatment of one name.
 
     Attributes:
-        places: where it is taken elsewhere.
-        library: who takes it.
-        does: what it does there; ``{code}`` is to be filled with `code_of` the model.
+        places: the places that take the name in the other library.
+        library: the library that has the name.
+        does: the effect of the name in that library. ``{code}`` is replaced by the result of `code_of` for the model.
         use: what to use here.
-        command: what to use on the command line, where that differs.
-        fits: values that are accepted, beside None, which always is.
-        means: our own name of the same thing.
-        ignored: it only tunes speed or memory.
+        command: what to use on the command line, if that differs.
+        fits: the accepted values. None is always accepted.
+        means: our own name for the same argument.
+        ignored: whether the name is ignored, because it only tunes speed or memory.
     """
 
     places: tuple[str, ...]
@@ -48,7 +49,7 @@ class Name:
     ignored: bool = False
 
     def accepts(self, value: Any, given: Mapping[Any, Any]) -> bool:
-        """Whether a value is accepted, beside all the arguments that are given."""
+        """Whether a value is accepted, given all other arguments."""
         if value is None or self.ignored:
             return True
         return self.fits(value, given) if self.fits else bool(self.means)
@@ -64,20 +65,20 @@ def _is_bool(value: Any, _: Mapping[Any, Any]) -> bool:
 
 
 def remote_code(model: Any) -> list[str] | None:
-    """The Python files that a checkpoint would run; None where that is unknown, for the model is on the Hub."""
+    """Returns the Python files that a checkpoint would run; None if that is unknown because the model is on the Hub."""
     if not isinstance(model, str | Path):
         return []  # the bundled model, or a loaded one
     if not Path(model).is_dir():
         return None
     try:
         named = json.loads((Path(model) / "config.json").read_text()).get("auto_map", {}).values()
-        return sorted({f"{one.rsplit('.', 1)[0].rsplit('--', 1)[-1]}.py" for one in named})
+        return sorted({f"{target.rsplit('.', 1)[0].rsplit('--', 1)[-1]}.py" for target in named})
     except (OSError, ValueError, AttributeError):
-        return []  # what is wrong with the file is said when it is read
+        return []  # loading the model reports a broken file
 
 
 def code_of(model: Any) -> str:
-    """What `trust_remote_code` would run of a checkpoint, in words."""
+    """Describes in words the code of a checkpoint that `trust_remote_code` would run."""
     return ", ".join(remote_code(model) or ["Python files"]) + " of the checkpoint"
 
 
@@ -87,7 +88,7 @@ def _runs_nothing(value: Any, given: Mapping[Any, Any]) -> bool:
 
 def _samples_so(value: Any, given: Mapping[Any, Any]) -> bool:
     temperature = given.get("temperature", 1.0)
-    return not isinstance(temperature, int | float) or value is (temperature > 0)  # what it must be is said elsewhere
+    return not isinstance(temperature, int | float) or value is (temperature > 0)  # `SamplingParams` reports a wrong type
 
 
 def _is_n(value: Any, given: Mapping[Any, Any]) -> bool:
@@ -101,19 +102,19 @@ def _is_cumulative(value: Any, _: Mapping[Any, Any]) -> bool:
 def _rows(
     places: tuple[str, ...], library: str, names: str, does: str, use: str | tuple[str, str] = "", fits: Fits | None = None
 ) -> dict[str, Name]:
-    """One row for each of some names of one meaning; `use` may differ on the command line."""
+    """Returns one row per name, for names with the same meaning. `use` may be a pair: in Python, and on the command line."""
     use, command = (use, "") if isinstance(use, str) else use
     return {name: Name(places, library, does, use or "Leave it out", command, fits) for name in names.split()}
 
 
 def _in_python(use: str) -> tuple[str, str]:
-    """What to use, where the command line has no option for it."""
+    """Returns the advice for Python and for the command line, if the command line has no such option."""
     return use, f"Leave it out. In Python, {use[0].lower()}{use[1:]}"
 
 
 def _means(places: tuple[str, ...], library: str, names: str, ours: str, fits: Fits | None = None) -> dict[str, Name]:
-    """Rows of names that we have under another name."""
-    option = ours in ("max_tokens", "stop", "dtype", "model")  # those that the command line has
+    """Returns rows of names that this library has under another name."""
+    option = ours in ("max_tokens", "stop", "dtype", "model")  # options of the command line
     use, command = (f"Use {ours}", f"Use --{ours.replace('_', '-')}") if option else _in_python(f"Use {ours}")
     return {name: Name(places, library, f"is what {ours} is here", use, command, fits, means=ours) for name in names.split()}
 
@@ -297,4 +298,4 @@ NAMES: dict[str, Name] = {
 }
 
 METHODS = {"draft_model": "lm", "ngram_gpu": "ngram", "prompt_lookup": "ngram", "suffix_decoding": "suffix"}
-"""Their names of our methods."""
+"""Names of methods in vLLM -> our names of the same methods."""

@@ -1,4 +1,4 @@
-"""`SamplingParams`: how a request is sampled. Loads neither torch nor numpy, so that a wrong value is reported at once."""
+"""`SamplingParams`: how a request is sampled. Imports neither torch nor numpy, so that a wrong value is reported at once."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from foredraft.errors import check_text, plain_scalar, shown
 from foredraft.names import SAMPLE
 
 RANDOM_SEED = -1
-"""Asks for a seed from the operating system."""
+"""This value requests a seed from the operating system."""
 
 MAX_SEED = 2**64 - 1
-"""The generator takes seeds of 64 bits."""
+"""The random number generator takes seeds of 64 bits."""
 
 _RANDOM_BITS = 53
-"""Of a random seed: such a number survives every JSON reader, also those that keep numbers as floats."""
+"""Size of a random seed in bits. A JSON reader that stores numbers as floats still reads such a seed exactly."""
 
 MAX_COUNT = 2**31 - 1
-"""Of numbers of tokens: no context and no vocabulary is larger, and compiled code counts no further."""
+"""Largest number of tokens. No context and no vocabulary is larger, and compiled code cannot count further."""
 
 MAX_N = 16384
-"""Outputs of a prompt, as in vLLM: each is kept, with all its tokens, until the last one is done."""
+"""Most outputs per prompt, as in vLLM. Every output is kept in memory until the last one ends."""
 
 MAX_BIAS = 1e30
-"""Of a bias, and of a factor that logits are multiplied with, up or down: what is larger leaves float32."""
+"""Largest bias, and largest factor by which a logit is multiplied or divided. Larger values overflow float32."""
 
 
 def check_seed(seed: Any, name: str = "seed") -> int:
     """Checks a seed.
 
     Raises:
-        ValueError: it is neither a seed nor -1.
-        TypeError: it is no whole number.
+        ValueError: the number is neither a seed nor -1.
+        TypeError: the value is not a whole number.
     """
     seed = plain_scalar(seed)
     if isinstance(seed, bool) or not isinstance(seed, Integral):
@@ -49,7 +49,7 @@ def check_seed(seed: Any, name: str = "seed") -> int:
 
 
 def used_seed(seed: int) -> int:
-    """The seed itself; in place of -1 one from the operating system."""
+    """Returns `seed`, or a seed from the operating system if `seed` is -1."""
     return secrets.randbits(_RANDOM_BITS) if seed == RANDOM_SEED else seed
 
 
@@ -59,38 +59,40 @@ _SEED = f"a whole number between 0 and 2**64 - 1 ({MAX_SEED}), or {RANDOM_SEED} 
 @class_takes_other_names(SAMPLE)
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a request is sampled; names and meanings are vLLM's. Numbers of numpy and torch are taken as Python's own.
+    """How a request is sampled. Names and meanings follow vLLM. Numbers of numpy and torch are accepted too.
 
-    Other names of vLLM and Transformers are accepted or refused as `foredraft.names` says, and are no fields:
-    ``max_new_tokens`` is ``max_tokens``.
+    Other names of vLLM and Transformers are accepted or refused; `foredraft.names` lists them. They are not fields:
+    ``max_new_tokens``, for example, sets ``max_tokens``.
 
     Attributes:
         temperature: 0 is greedy.
-        top_k: keep this many most likely tokens; 0 or -1 keeps all. At most 2**31 - 1, as every number of tokens.
-        top_p: keep the smallest set of likely tokens with this mass, in (0, 1].
-        min_p: drop tokens less likely than this share of the most likely one, in [0, 1].
-        repetition_penalty: divides (multiplies, if negative) the logits of tokens seen in prompt or output, 1e-30 to 1e30.
-        presence_penalty, frequency_penalty: subtracted for tokens of the output, once and per occurrence, in [-2, 2].
-        max_tokens: most tokens to generate; None is to the end of the context.
-        min_tokens: no end of sequence, stop token or stop string among this many first tokens.
-        stop: strings that end the output, cut exactly there.
+        top_k: keep this many of the most likely tokens; 0 or -1 keeps all. At most 2**31 - 1, like every number of tokens.
+        top_p: keep the smallest set of most likely tokens whose probabilities sum to at least this value, in (0, 1].
+        min_p: drop tokens whose probability is below this share of the largest probability, in [0, 1].
+        repetition_penalty: divides positive logits and multiplies negative logits of tokens that occur in the prompt or
+            the output, 1e-30 to 1e30.
+        presence_penalty: subtracted once from the logit of every token that occurs in the output, in [-2, 2].
+        frequency_penalty: subtracted for every occurrence of the token in the output, in [-2, 2].
+        max_tokens: maximum number of tokens to generate. None generates up to the end of the context.
+        min_tokens: the first `min_tokens` tokens contain no end of sequence, no stop token and complete no stop string.
+        stop: strings that end the output. The text is cut exactly before the stop string.
         include_stop_str_in_output: keep the stop string in the text.
-        stop_token_ids: token ids that end the output (they are kept in ``token_ids``, not in the text).
-        ignore_eos: go on after the end of sequence.
-        seed: makes the request reproducible by itself, 0 to 2**64 - 1. -1 takes one from the operating system, other than that
-            of any other request; `RequestOutput.seed` says which, and with it the request can be repeated.
+        stop_token_ids: token ids that end the output. They are kept in ``token_ids``, but not in the text.
+        ignore_eos: continue after the end of sequence.
+        seed: makes the request reproducible by itself, 0 to 2**64 - 1. -1 takes a new seed from the operating system for
+            each request. `RequestOutput.seed` holds the seed in use, with which the request can be repeated.
         n: outputs per prompt, 1 to 16384.
-        logprobs: give the log-probability of this many top tokens at each position (-1: of all), and of the one sampled.
-            Raw: before any of the transformations above, from the logits that the token itself was decided on.
-        prompt_logprobs: the same for the prompt.
-        logit_bias: token id -> number added to its logit, -1e30 to 1e30; minus infinity forbids the token.
-        bad_words: strings that must not be generated: not the last token that completes one within the output.
+        logprobs: return the log-probabilities of this many top tokens at each position (-1: all tokens), and that of the
+            sampled token. They are computed before all transformations above, from the logits that decided the token.
+        prompt_logprobs: the same for the tokens of the prompt.
+        logit_bias: token id -> number added to its logit, -1e30 to 1e30. Minus infinity forbids the token.
+        bad_words: strings that must not be generated. Within the output, the last token that would complete one is forbidden.
         allowed_token_ids: only these ids may be generated.
         skip_special_tokens: leave special tokens out of the text.
 
     Raises:
-        ValueError: a value is out of range; the message says which values are allowed.
-        TypeError: a value is of another type.
+        ValueError: a value is out of range. The message says which values are allowed.
+        TypeError: a value has the wrong type.
     """
 
     n: int = 1
@@ -118,21 +120,21 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in self.names():
             self._set(name, _plain(getattr(self, name)))
-        for name, allowed, said in _RANGES:
-            value, kind = getattr(self, name), Integral if "whole" in said else Real
+        for name, allowed, description in _RANGES:
+            value, kind = getattr(self, name), Integral if "whole" in description else Real
             if value is None and name in _OPTIONAL:
                 continue
             if isinstance(value, bool) or not isinstance(value, kind):
-                raise TypeError(f"{name} must be {said}, got {shown(value)}")
+                raise TypeError(f"{name} must be {description}, got {shown(value)}")
             self._set(name, _python_number(value))
             if not allowed(getattr(self, name)):
                 most = f", at most {_MOST_TEMPERATURE:g}" if name == "temperature" and not value < 0 else ""
-                raise ValueError(f"{name} must be {said}{most}, got {shown(value)}")
+                raise ValueError(f"{name} must be {description}{most}, got {shown(value)}")
         if self.seed is not None:
             self._set("seed", check_seed(self.seed))
-        for name, fits, said in _KINDS:
+        for name, fits, description in _KINDS:
             if getattr(self, name) is not None and not fits(getattr(self, name)):
-                raise TypeError(f"{name} must be {said}, got {shown(getattr(self, name))}")
+                raise TypeError(f"{name} must be {description}, got {shown(getattr(self, name))}")
         self._check_lists()
 
     def _set(self, name: str, value: Any) -> None:
@@ -172,11 +174,11 @@ class SamplingParams:
     @classmethod
     def names(cls) -> list[str]:
         """Names of all parameters."""
-        return [one.name for one in fields(cls)]
+        return [parameter.name for parameter in fields(cls)]
 
 
 _MOST_TEMPERATURE = 1e308
-"""Nearly the largest float; every temperature far below makes all tokens equally likely already."""
+"""Nearly the largest float. Much lower temperatures already make all tokens equally likely."""
 
 _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
     ("temperature", lambda x: 0 <= x <= _MOST_TEMPERATURE, "0 (greedy) or above"),
@@ -215,14 +217,14 @@ _OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs")
 
 
 def _plain(value: Any) -> Any:
-    """A value of numpy or torch as Python's own, a number or a list of them."""
+    """Converts a scalar or a one-dimensional array of numpy or torch to a Python number or list."""
     if getattr(value, "ndim", None) == 1 and callable(getattr(value, "tolist", None)):
         return value.tolist()
     return plain_scalar(value)
 
 
 def _python_number(value: Any) -> float | int:
-    """A number as an int or a float; NaN where it is too large for a float."""
+    """Converts a number to int or float; NaN if it is too large for a float."""
     try:
         return int(value) if isinstance(value, Integral) else float(value)
     except OverflowError:
@@ -230,14 +232,16 @@ def _python_number(value: Any) -> float | int:
 
 
 def _python_ids(ids: Collection[Any]) -> Collection[int]:
-    """Token ids as Python's own; a list of them as it is, which is fast for a list of all tokens."""
-    return ids if isinstance(ids, list | tuple | range) and set(map(type, ids)) <= {int} else [int(one) for one in ids]
+    """Converts token ids to Python ints. A sequence of ints is returned as it is, which is fast for a whole vocabulary."""
+    is_plain = isinstance(ids, list | tuple | range) and set(map(type, ids)) <= {int}
+    return ids if is_plain else [int(token_id) for token_id in ids]
 
 
 def _many(kind: type, values: Any) -> bool:
     if isinstance(values, str) or not isinstance(values, Collection):
         return False
-    return all(issubclass(one, kind) and one is not bool for one in set(map(type, values)))  # fast for a list of all tokens
+    types = set(map(type, values))  # fast for a list of the whole vocabulary
+    return all(issubclass(value_type, kind) and value_type is not bool for value_type in types)
 
 
 _KINDS: list[tuple[str, Callable[[Any], bool], str]] = [

@@ -1,4 +1,4 @@
-"""Figures, for whoever has matplotlib."""
+"""Plots, which need the optional dependency matplotlib."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure, in inches.
+    """Returns an empty matplotlib figure. `width` and `height` are in inches.
 
     Raises:
         ValueError: matplotlib is not installed.

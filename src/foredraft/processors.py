@@ -1,4 +1,4 @@
-"""Sampling parameters that depend on the prefix, so that they differ from node to node of a tree."""
+"""Logit processors for sampling parameters that depend on the prefix. Their effect differs between the nodes of a tree."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from foredraft.sampling import PrefixProcessor
 def prefix_processors(
     sampling: SamplingParams, num_prompt: int, end_ids: Iterable[int], bad_word_ids: Sequence[Sequence[int]] = ()
 ) -> list[PrefixProcessor]:
-    """The processors that `sampling` asks for.
+    """Returns the processors that `sampling` requires.
 
     Args:
-        num_prompt: length of the prompt, to tell prompt from output.
-        end_ids: tokens that end the output, suppressed before `min_tokens`.
-        bad_word_ids: every spelling, as token ids, of a word that must not appear.
+        num_prompt: number of prompt tokens, which separates prompt from output.
+        end_ids: tokens that end the output; they are forbidden before `min_tokens`.
+        bad_word_ids: all spellings of the forbidden words, as token ids.
     """
     processors: list[PrefixProcessor] = []
     if sampling.allowed_token_ids is not None:

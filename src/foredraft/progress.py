@@ -15,7 +15,10 @@ _DELAY_S = 2.0
 
 @contextmanager
 def progress_bar(label: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """Gives a function that reports how many of `total` are done more. The bar is on standard error, on terminals only."""
+    """Yields a function that adds to the number of finished items, out of `total`.
+
+    The bar appears on standard error, and only if that is a terminal.
+    """
     columns = TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     console = Console(stderr=True)
     bar = Progress(*columns, console=console, transient=True)

@@ -1,4 +1,4 @@
-"""The whole contract between the parts, on one page. ``docs`` and `README` name who implements what."""
+"""The interfaces between target, drafter, tree policy, acceptance rule and cache, all in one file."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ from foredraft.tree import DraftTree, Ids, TreeBatch
 
 
 class Scores(NamedTuple):
-    """What one forward gives: ``logits[r]`` scores the children of the r-th node asked for; ``features[m]`` is the target's
-    state at the m-th node that was run (None unless layers were asked for)."""
+    """The result of one forward.
+
+    Attributes:
+        logits: row r scores the children of the r-th requested node.
+        features: row m is the target's state at the m-th node that was run; None if no layers were requested.
+    """
 
     logits: Float[Tensor, "r v"]
     features: Float[Tensor, "m d"] | None = None
@@ -26,14 +30,14 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a rule decided.
+    """The decision of an acceptance rule.
 
     Attributes:
-        path: accepted nodes from below the root downwards.
-        next_token: the token after them, drawn from the target's law or its residual.
-        kind: ``recovered`` if the last node of the path had children, else ``bonus``.
-        tv_bounds: of a lossy rule, per emitted token a bound of the total variation distance between the law that it had
-            after its prefix and the target's; empty where all are 0.
+        path: the accepted nodes, downwards from the root, which is not included.
+        next_token: the token after the path, drawn from the target's law or its residual.
+        kind: ``recovered`` if the last node of the path has children, else ``bonus``.
+        tv_bounds: only for lossy rules. For each emitted token, an upper bound of the total variation distance between its
+            law after its prefix and the target's law. Empty if all bounds are 0.
     """
 
     path: list[int]
@@ -44,7 +48,7 @@ class Verdict:
 
 @runtime_checkable
 class Cache(Protocol):
-    """A request's handle into a pool. Holds every committed token except the root."""
+    """A request's handle into a pool. It holds every committed token except the root."""
 
     length: int
 
@@ -55,32 +59,40 @@ class Cache(Protocol):
 
 @runtime_checkable
 class Pool(Protocol):
-    """Room for the caches of a number of requests."""
+    """Memory for the caches of a fixed number of requests."""
 
     def allocate(self) -> Any:
-        """A new empty cache. Raises RuntimeError when every slot is taken."""
+        """Returns a new empty cache.
+
+        Raises:
+            RuntimeError: every slot is in use.
+        """
         ...
 
     def copy(self, cache: Any) -> Any:
-        """A new cache with the contents of another."""
+        """Returns a new cache with the contents of another."""
         ...
 
     def free(self, cache: Any) -> None:
-        """Gives a cache back; it must not be used afterwards."""
+        """Releases a cache, which must not be used afterwards."""
         ...
 
     def keep(self, caches: Sequence[Any], paths: Sequence[Sequence[int]]) -> None:
-        """Commits, for every request, node 0 of the tree last run and then the nodes of its path; forgets the others."""
+        """Commits, for every request, node 0 of the last tree and then the nodes of its path. Drops all other nodes."""
         ...
 
 
 @runtime_checkable
 class Target(Protocol):
-    """A model whose law is preserved. It never samples, never warps logits and knows no drafter and no rule.
+    """The model whose law is preserved. It does not sample or warp logits, and does not know the drafter or the rule.
 
     Attributes:
-        has_own_threads: whether its forward runs on threads that are not torch's.
-        num_weight_bytes: of the weights that every forward reads, which is all but an embedding apart from the head.
+        has_own_threads: whether its forward runs on threads other than torch's.
+        num_weight_bytes: size of the weights that every forward reads. That is all weights except an embedding that is not
+            shared with the head.
+        vocab_size: number of tokens.
+        max_len: the context, in tokens.
+        config: the Transformers configuration.
     """
 
     has_own_threads: bool
@@ -90,7 +102,7 @@ class Target(Protocol):
     config: Any
 
     def new_pool(self, num_slots: int, max_len: int) -> Any:
-        """Room for `num_slots` requests of at most `max_len` tokens each."""
+        """Returns a pool for `num_slots` requests of at most `max_len` tokens each."""
         ...
 
     def forward(
@@ -102,24 +114,34 @@ class Target(Protocol):
         start: Sequence[int] | None = None,
         feature_layers: Sequence[int] = (),
     ) -> Scores:
-        """Runs every tree over its own cache and scores the packed nodes `rows` (None: all that were run).
+        """Runs every tree over its own cache and scores the packed nodes `rows` (None: all nodes that were run).
 
-        Nodes before ``start[b]`` of tree b were run by earlier calls since the last `keep` and are not run again, so that
-        a drafter can grow a tree in several passes. Lengths of caches do not change: `Pool.keep` commits.
+        Nodes before ``start[b]`` of tree b were run by earlier calls since the last `keep`, and are not run again. A drafter
+        can thus grow a tree in several passes. The lengths of the caches do not change, because only `Pool.keep` commits.
         """
         ...
 
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Proposes trees. Weights live in the object, what belongs to a request in its state. It never accepts anything, never
-    calls the target's forward and never writes its cache."""
+    """Proposes trees. The object holds the weights, and a separate state holds the data of each request.
+
+    A drafter never accepts tokens, never calls the target's forward and never writes the target's cache.
+
+    Attributes:
+        feature_layers: the target's layers whose features the drafter needs; empty if it needs none.
+    """
 
     feature_layers: Sequence[int]
 
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> Any:
-        """The state of a new request; ``features[j]`` is the target's state at ``tokens[j]`` (the root has none, and a prompt
-        of one token has None, as has a drafter that names no layers)."""
+        """Returns the state of a new request.
+
+        Args:
+            tokens: the prompt. Its last token is the root.
+            features: row j is the target's state at ``tokens[j]``. The root has no row. None for a prompt of one token, and
+                for a drafter without `feature_layers`.
+        """
         ...
 
     def propose(
@@ -129,11 +151,11 @@ class Drafter(Protocol):
         sampling: Sequence[SamplingParams],
         draws: Sequence[Draws],
     ) -> TreeBatch:
-        """One tree a request, within its budget. Node 0 is the last committed token."""
+        """Returns one tree per request, within its budget. Node 0 is the last committed token."""
         ...
 
     def observe(self, state: Any, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]) -> None:
-        """Tells what was committed: ``features[j]`` is the target's state at the node before ``tokens[j]``.
+        """Receives the committed tokens. ``features[j]`` is the target's state at the node before ``tokens[j]``.
 
         tokens     path[0]  path[1]  ...  path[-1]   next
         features   root     path[0]  ...  path[-2]   path[-1]
@@ -141,24 +163,24 @@ class Drafter(Protocol):
         ...
 
     def finish(self, state: Any) -> None:
-        """Gives back what the request held."""
+        """Releases the resources of the request."""
         ...
 
 
 @runtime_checkable
 class Expander(Protocol):
-    """A drafter that computes the law after any path, as autoregressive drafters do."""
+    """A drafter that can compute the law after any path, as autoregressive drafters do."""
 
     vocab_size: int
 
     def expand(self, states: Sequence[Any], partial: TreeBatch, node_ids: Ids) -> Float[Tensor, "n v"]:
-        """Draft logits after each of the packed nodes `node_ids`, whose parents were expanded before."""
+        """Returns draft logits after each of the packed nodes `node_ids`, whose parents were expanded before."""
         ...
 
 
 @runtime_checkable
 class Grower(Protocol):
-    """A tree policy. It may look at a token only after the decision to draw it."""
+    """A tree policy. It must decide to draw a token before it sees the token."""
 
     def grow(
         self,
@@ -169,14 +191,14 @@ class Grower(Protocol):
         sampling: Sequence[SamplingParams],
         draws: Sequence[Draws],
     ) -> TreeBatch:
-        """One tree for each request, within its budget; ``roots[b]`` is the last committed token of request b."""
+        """Returns one tree per request, within its budget. ``roots[b]`` is the last committed token of request b."""
         ...
 
 
 @runtime_checkable
 class AcceptanceRule(Protocol):
-    """A pure function from a tree and the target's law on it to what is accepted. It sees no model, cache or temperature."""
+    """A pure function that maps a tree and the target's law on it to a verdict. It sees no model, cache or temperature."""
 
     def __call__(self, tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
-        """What of `tree` is accepted, and the token that follows."""
+        """Returns the accepted path of `tree` and the token that follows it."""
         ...

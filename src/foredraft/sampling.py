@@ -1,7 +1,8 @@
-"""The law that sampling parameters make of a target's logits.
+"""The target's law: the probabilities that follow from its logits and the sampling parameters.
 
-Order of the transformations, as in vLLM: processors that may depend on the prefix (allowed tokens, bad words, minimum
-length, bias, penalties), then temperature, min-p, top-k, top-p. Temperature 0 is the one-hot law of the largest logit.
+The transformations run in the order of vLLM. First come the processors that may depend on the prefix: allowed tokens, bad
+words, minimum length, bias, penalties. Then follow temperature, min-p, top-k and top-p. Temperature 0 gives the one-hot law of
+the largest logit.
 """
 
 from __future__ import annotations
@@ -23,26 +24,28 @@ from foredraft.params import SamplingParams
 from foredraft.tree import DraftTree
 
 PrefixProcessor = Callable[[Sequence[int], Sequence[int], Tensor], Tensor]
-"""``(committed_ids, path_ids, logits_row) -> logits_row``: the ids of the prompt and output so far (root included), those on
-the path from the root to the node, and the node's logits, which must not be changed in place."""
+"""``(committed_ids, path_ids, logits_row) -> logits_row``. `committed_ids` are the ids of prompt and output, with the root.
+`path_ids` are the ids on the path from below the root to the node. The logits of the node must not be changed in place."""
 
 
 _LEAST_TEMPERATURE, _MOST_TEMPERATURE = 1e-30, 1e30
-"""Nothing but ties is left at the least, nothing but equal shares at the most; beyond them float32 could not divide."""
+"""At the least temperature, only tied tokens keep probability. At the largest, all tokens are equally likely. Beyond these
+limits, float32 could not represent the quotients."""
 
 _SAFE_TEMPERATURE = 1e-3
-"""From here on no logit that a model gives leaves float32 when it is divided; the softmax itself takes off the largest."""
+"""From this temperature on, a logit divided by it fits into float32. Below, the largest logit is subtracted first."""
 
 
 def at_least_float32(logits: Float[Tensor, "*n v"]) -> Float[Tensor, "*n v"]:
-    """The precision that laws are computed in."""
+    """Converts logits to the precision of laws: float64 stays, everything else becomes float32."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def warp(logits: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor, "n v"]:
-    """Probabilities after temperature, min-p, top-k and top-p; one-hot at temperature 0. Float32 at least.
+    """Returns probabilities after temperature, min-p, top-k and top-p, in float32 or float64. One-hot at temperature 0.
 
-    Ties at the edge of top-k are all kept; top-p keeps the token that crosses the mass, the first of equal ones.
+    All tokens that tie with the last token of top-k are kept. Top-p also keeps the token that crosses the threshold; among
+    equally likely tokens, the first.
     """
     if sampling.temperature == 0:
         return one_hot(logits.argmax(-1), logits)
@@ -56,7 +59,7 @@ def _temperature(sampling: SamplingParams) -> float:
 
 
 def _warp_compiled(code: CDLL, logits: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor, "n v"]:
-    """The twin of `_warp` by `compiled/laws.c`, which does not sort."""
+    """Computes `_warp` with `compiled/laws.c`, which does not sort."""
     logits = logits.contiguous()
     probs = torch.empty_like(logits)
     size = logits.shape[-1]
@@ -70,7 +73,7 @@ def _warp_compiled(code: CDLL, logits: Float[Tensor, "n v"], sampling: SamplingP
 
 
 def _warp(scaled: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor, "n v"]:
-    """On every device and in every dtype."""
+    """Computes the probabilities with torch, on every device and in every dtype."""
     temperature = _temperature(sampling)
     if temperature < _SAFE_TEMPERATURE or sampling.min_p > 0:
         scaled = scaled - scaled.amax(-1, keepdim=True)
@@ -87,62 +90,68 @@ def _warp(scaled: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tenso
     return scaled.softmax(-1)
 
 
-_FEW = 256
-"""So many likeliest tokens mostly hold the mass of top-p: to find them takes a tenth of the time of sorting all."""
+_NUM_TOP = 256
+"""This many most likely tokens usually reach the threshold of top-p. Finding them takes a tenth of the time of a full sort."""
 
 
 def likeliest_of_mass(probs: Float[Tensor, "n v"], mass: float) -> Bool[Tensor, "n v"]:
-    """The likeliest tokens of each row, up to the one with which they reach `mass`; of equal ones the first."""
-    few = probs.topk(min(_FEW, probs.shape[-1])).values
-    enough = few.sum(-1) >= mass * (1 + 1e-6)  # whichever way it is added up
-    found = few if bool(enough.all()) else _descending(probs)
-    count = (found.cumsum(-1) - found < mass).sum(-1, keepdim=True)
-    least = found.gather(-1, count - 1)
+    """Marks the most likely tokens of each row, up to the token with which their sum reaches `mass`.
+
+    Among equally likely tokens, the first are marked.
+    """
+    top = probs.topk(min(_NUM_TOP, probs.shape[-1])).values
+    suffices = top.sum(-1) >= mass * (1 + 1e-6)  # the margin covers rounding in any order of summation
+    descending = top if bool(suffices.all()) else _descending(probs)
+    count = (descending.cumsum(-1) - descending < mass).sum(-1, keepdim=True)
+    least = descending.gather(-1, count - 1)
     kept, equal = probs > least, probs == least
     wanted = count - kept.sum(-1, keepdim=True)
     return kept | (equal & (equal.cumsum(-1) <= wanted))
 
 
 def _descending(probs: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
-    """Every row sorted; on a CPU by numpy, whose vectorised sort is much faster than torch's."""
+    """Sorts every row in descending order. On a CPU, numpy's vectorised sort is much faster than torch's."""
     if probs.device.type != "cpu":
         return probs.sort(dim=-1, descending=True).values
     return torch.from_numpy(np.sort(probs.numpy(), axis=-1)[:, ::-1].copy())
 
 
 class Largest(NamedTuple):
-    """The largest numbers of each row, largest first, and where they are."""
+    """The largest numbers of each row, in descending order, and their indices."""
 
     values: Float[Tensor, "n k"]
     places: Int[Tensor, "n k"]
 
 
-_FEW_LARGEST = 64
-"""So many are found faster one by one than by sorting."""
+_MAX_SCANNED = 64
+"""Up to this many largest numbers, scanning is faster than sorting."""
 
 
 def largest(x: Float[Tensor, "n v"], k: int) -> Largest:
-    """At most `k` of each row. Which of equal ones come first hangs on who finds them: of compiled code, the first."""
+    """Returns the `k` largest numbers of each row, or all if a row has fewer.
+
+    Compiled code returns the first of equal numbers first. The order of equal numbers is undefined otherwise.
+    """
     count = min(k, x.shape[1])
     code = compiled_for(x)
-    if code is None or not 0 < count <= _FEW_LARGEST:
+    if code is None or not 0 < count <= _MAX_SCANNED:
         return Largest(*x.topk(count))
     x = x.contiguous()
     found = Largest(x.new_empty(len(x), count), torch.empty(len(x), count, dtype=torch.int64))
-    sizes = (c_int64(one) for one in (*x.shape, count))
-    code.foredraft_largest(c_void_p(x.data_ptr()), *sizes, *(c_void_p(one.data_ptr()) for one in found))
+    sizes = (c_int64(size) for size in (*x.shape, count))
+    code.foredraft_largest(c_void_p(x.data_ptr()), *sizes, *(c_void_p(tensor.data_ptr()) for tensor in found))
     return found
 
 
 def likeliest(logits: Float[Tensor, "n v"]) -> list[int]:
-    """The token of the largest logit in each row, the first of equal ones."""
+    """Returns the token with the largest logit in each row; the first of equal logits."""
     if _is_numpys(logits):
-        return logits.numpy().argmax(-1).tolist()  # a tenth of the time of torch's, which does not vectorise it
+        return logits.numpy().argmax(-1).tolist()  # takes a tenth of the time of torch's argmax, which is not vectorised
     return logits.argmax(-1).tolist()
 
 
 def _are_finite(logits: Float[Tensor, "n v"], token_ids: Sequence[int]) -> list[bool]:
-    """Whether the logit of ``token_ids[i]`` in row i is a finite number."""
+    """Returns for each row i whether the logit of ``token_ids[i]`` is finite."""
     if _is_numpys(logits):
         rows = logits.numpy()
         return [math.isfinite(rows[place]) for place in enumerate(token_ids)]
@@ -151,29 +160,29 @@ def _are_finite(logits: Float[Tensor, "n v"], token_ids: Sequence[int]) -> list[
 
 
 def _is_numpys(logits: Tensor) -> bool:
-    """Whether numpy can read it, which takes a part of the time that torch takes for small work."""
+    """Whether numpy can read the tensor. For small work, numpy takes a fraction of torch's time."""
     return logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64)
 
 
 def one_hot(token_ids: Tensor, like: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
-    """The law that surely gives ``token_ids[i]`` in row i."""
+    """Returns the law whose row i has probability 1 at ``token_ids[i]``."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return torch.zeros(like.shape, dtype=dtype, device=like.device).scatter_(-1, token_ids[..., None], 1.0)
 
 
 _FORBIDDING = ("allowed_token_ids", "bad_words", "min_tokens", "logit_bias")
-"""Parameters that can take every chance from a token."""
+"""Sampling parameters that can forbid tokens."""
 
 _FORBIDS_NOTHING = (None, 0, [], {}, ())
-"""Their values that do not."""
+"""Values of these parameters that forbid nothing."""
 
 
 class Solid(NamedTuple):
-    """Rows of logits that all make a law, and which of them did not.
+    """Rows of logits in which every row defines a law.
 
     Attributes:
-        logits: as given, but 0 for every token in a row that `is_empty`.
-        is_empty: no token of the row can be drawn: every logit is minus infinity, or one of them is NaN or infinite.
+        logits: the given logits, but 0 for every token of a row that `is_empty`.
+        is_empty: whether no token of the row could be drawn. Every logit is minus infinity, or a logit is NaN or infinity.
     """
 
     logits: Float[Tensor, "n v"]
@@ -181,27 +190,27 @@ class Solid(NamedTuple):
 
 
 def solid(logits: Float[Tensor, "n v"]) -> Solid:
-    """Replaces rows of which no law can be made, so that whatever follows needs no case for them."""
+    """Replaces rows that define no law, so that later code needs no special case."""
     is_empty = ~logits.amax(-1).isfinite()  # NaN is larger than every number
     return Solid(logits.masked_fill(is_empty[:, None], 0.0) if bool(is_empty.any()) else logits, is_empty)
 
 
 class TargetLaw:
-    """The target's law at each node of one tree, after sampling parameters; computed on demand and kept.
+    """The target's law at each node of one tree, after sampling parameters. Rows are computed on demand and stored.
 
-    At a node where every token is forbidden, or where the logits are not numbers, there is no law. `row` and `token` then give
-    an arbitrary one, and `failure` says why. Rules need no case for it: an exact rule is exact for whatever law stands there,
-    so an output that ends at the first node with a `failure` has the right law up to that end.
+    A node has no law if every token is forbidden, or if its logits are NaN or infinite. `row` and `token` then return an
+    arbitrary law, and `failure` gives the reason. Rules need no special case. An exact rule is exact for any law, so an output
+    that ends at the first node with a `failure` has the right law up to that end.
 
-    Where more is asked than the likeliest tokens, logits come to the CPU, all at once: a rule asks for row after row, which
-    would cost a card more in launches and waits than in work.
+    All logits are copied to the CPU at once, unless only the most likely tokens are needed. A rule requests row after row. On a
+    GPU, launches and waits would cost more time than the work itself.
 
     Args:
         logits: row i scores the children of node i.
-        sampling: what to make of them.
-        tree: needed only if there are `processors`.
-        committed_ids: prompt and output so far, root included.
-        processors: those parts of `sampling` that depend on the prefix, see `prefix_processors`.
+        sampling: the sampling parameters.
+        tree: required only with `processors`.
+        committed_ids: ids of prompt and output so far, including the root.
+        processors: the parts of `sampling` that depend on the prefix, see `prefix_processors`.
     """
 
     def __init__(
@@ -223,11 +232,11 @@ class TargetLaw:
 
     @property
     def is_certain(self) -> bool:
-        """Whether every row is one-hot, as at temperature 0; then `token` says where, without a row."""
+        """Whether every row is one-hot, as at temperature 0. Then `token` returns the token without computing a row."""
         return self._sampling.temperature == 0
 
     def token(self, node: int) -> int:
-        """The one token that can follow `node` where the law `is_certain`."""
+        """Returns the only token that can follow `node`. The law must be `is_certain`."""
         assert self.is_certain
         if self._processors:
             logits = self._processed(node)
@@ -240,11 +249,11 @@ class TargetLaw:
         return self._likeliest[node]
 
     def row(self, node: int) -> Float[Tensor, " v"]:
-        """Probabilities of the token after `node`."""
+        """Returns the probabilities of the token after `node`."""
         return self.rows([node])[0]
 
     def rows(self, nodes: Sequence[int]) -> list[Float[Tensor, " v"]]:
-        """`row` of several nodes, those not computed yet in one go."""
+        """Returns `row` for several nodes. Rows that are not stored yet are computed together."""
         missing = [node for node in dict.fromkeys(nodes) if node not in self._rows]
         if missing:
             logits, is_empty = solid(torch.stack([self._processed(node) for node in missing]))
@@ -253,23 +262,23 @@ class TargetLaw:
         return [self._rows[node] for node in nodes]
 
     def failure(self, node: int) -> str | None:
-        """Why no token can follow `node`; None where one can."""
+        """Returns the reason why no token can follow `node`; None if a token can follow."""
         if node not in self._empty:
             self.token(node) if self.is_certain else self.row(node)
         if not self._empty[node]:
             return None
         if not self._here[node].amax().isfinite():
-            return "the model's logits are not numbers (NaN or infinity). Check its weights, or choose a wider dtype"
+            return "the model's logits contain NaN or infinity. Check its weights, or choose a wider dtype"
         given = [name for name in _FORBIDDING if getattr(self._sampling, name) not in _FORBIDS_NOTHING]
         return f"every token is forbidden by {' and '.join(given) or 'the request'}. Allow at least one token"
 
     def raw_logprobs(self, node: int) -> Float[Tensor, " v"]:
-        """Log-probabilities of the model itself after `node`, before any transformation."""
+        """Returns the log-probabilities of the model after `node`, before any transformation."""
         return at_least_float32(self._here[node]).log_softmax(-1)
 
     @cached_property
     def _here(self) -> Float[Tensor, "n v"]:
-        """The logits on a CPU."""
+        """The logits on the CPU."""
         return self._logits.cpu()
 
     def _processed(self, node: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What can be said of a tree before it has tokens: its largest size, and how its nodes are drawn. Loads no torch."""
+"""Properties of a tree that do not depend on tokens: its maximum size and how its nodes are drawn. Does not import torch."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ MAX_DEPTH = 64
 
 
 class Drawn(enum.IntEnum):
-    """How the children of one node were chosen; the exactness of a rule rests on it."""
+    """How the children of one node were chosen. Whether a rule is exact depends on it."""
 
     DETERMINISTIC = 0
     """A function of the draft law alone (the most likely tokens, a lookup): nothing was sampled."""
     IID = 1
-    """Independent draws with replacement; equal siblings are kept, their number belongs to the law."""
+    """Independent draws with replacement. Equal siblings are all kept, because their number is part of the law."""
     WITHOUT_REPLACEMENT = 2
-    """Successive draws, each from the law renormalised over what is left; siblings stand in draw order."""
+    """Successive draws, each from the law renormalised over the remaining tokens. Siblings are stored in draw order."""
 
 
 class Budget(NamedTuple):
-    """The largest tree a request may get: `nodes` without the root, `depth` below the root."""
+    """The largest tree of a request: at most `nodes` nodes besides the root, at most `depth` levels below the root."""
 
     nodes: int
     depth: int

@@ -1,5 +1,7 @@
-"""What a terminal shows of a run: text by kind of token, trees, summaries, tables. Only the text goes to standard output
-as it is; legends, notes and progress go to standard error."""
+"""Prints a run on a terminal: text coloured by kind of token, trees and summaries.
+
+Text and trees go to standard output. Legends, notes and progress go to standard error.
+"""
 
 from __future__ import annotations
 
@@ -27,18 +29,18 @@ STYLES = {"accepted": "green", "recovered": "yellow", "bonus": "cyan", "plain": 
 _LEGEND = {"accepted": "accepted drafts", "recovered": "recovered after a rejection", "bonus": "bonus after a whole path"}
 
 _INVISIBLE = {code: None for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\n\t"}
-"""Control characters, which must not reach a terminal from a model."""
+"""Control characters. The output of a model must not send them to a terminal."""
 
 
 class Pieces:
-    """Splits a growing text into pieces by kind of token. The pieces put together are the text.
+    """Splits a growing text into pieces by kind of token. The pieces joined together are the text.
 
-    A character that several tokens make up belongs to the last of them. What might be the start of a stop string, which
-    would be cut off again, is held back.
+    A character that consists of several tokens belongs to the last of them. An end of the text that may begin a stop string
+    is held back, because it may be cut off later.
 
     Args:
-        tokenizer: None gives no text.
-        sampling: of the request.
+        tokenizer: tokenizer of the model; None produces no text.
+        sampling: sampling parameters of the request.
     """
 
     def __init__(self, tokenizer: Any, sampling: SamplingParams):
@@ -48,12 +50,12 @@ class Pieces:
         self._done = 0
 
     def take(self, completion: CompletionOutput, *, all_of_it: bool = False) -> list[tuple[str, str]]:
-        """New pieces as (kind, text); `all_of_it` also gives what is held back."""
+        """Returns the new pieces as (kind, text). With `all_of_it`, nothing is held back."""
         for token in completion.token_ids[len(self._ends) :]:
             self._stream.push(token)
             self._ends.append(len(self._stream.text))
         text = completion.text
-        if not completion.kinds:  # it ended with an error before its first token
+        if not completion.kinds:  # an error ended the output before its first token
             return []
         held = 0 if all_of_it or completion.finish_reason else _held(text, self._stops)
         pieces, until = [], len(text) - held
@@ -66,7 +68,7 @@ class Pieces:
 
 
 def _held(text: str, stops: list[str]) -> int:
-    """Length of the longest end of `text` that is a beginning of a stop string."""
+    """Length of the longest suffix of `text` that is a prefix of a stop string."""
     longest = max((len(stop) - 1 for stop in stops), default=0)
     for size in range(min(longest, len(text)), 0, -1):
         if any(stop.startswith(text[-size:]) for stop in stops):
@@ -75,53 +77,53 @@ def _held(text: str, stops: list[str]) -> int:
 
 
 class Screen:
-    """Prints one output while it grows, coloured by kind of token where the terminal has colours.
+    """Prints one output while it grows. On a terminal with colours, the colour shows the kind of token.
 
     Args:
-        legend: whether to say first, on terminals with colours, what the colours mean.
+        legend: whether to print the meaning of the colours first, if the terminal has colours.
     """
 
     def __init__(self, tokenizer: Any, sampling: SamplingParams, *, legend: bool):
         self._out = Console(highlight=False)
         self._pieces = Pieces(tokenizer, sampling)
         if legend and self._out.is_terminal and self._out.color_system and not self._out.no_color:
-            _err().print(Text("  ").join(Text(said, STYLES[kind]) for kind, said in _LEGEND.items()))
+            _err().print(Text("  ").join(Text(meaning, STYLES[kind]) for kind, meaning in _LEGEND.items()))
 
     def update(self, completion: CompletionOutput, *, all_of_it: bool = False) -> None:
-        """Prints what is new."""
+        """Prints the new part of the text."""
         with _uninterrupted():
             for kind, piece in self._pieces.take(completion, all_of_it=all_of_it):
                 shown = piece.translate(_INVISIBLE) if self._out.is_terminal else piece
                 self._out.print(Segments([Segment(shown, Style.parse(STYLES[kind]))]), end="", crop=False)
 
     def finish(self, completion: CompletionOutput | None) -> None:
-        """Prints what was held back, and ends the line."""
+        """Prints the part that was held back and ends the line."""
         if completion is not None:
             self.update(completion, all_of_it=True)
         self._out.print(Segments([Segment("\n")]), end="")
 
 
 def summary(completion: CompletionOutput) -> str:
-    """One line: tokens, tokens a step, and milliseconds a token by part (the prompt's own pass not counted)."""
+    """One line: tokens, tokens per step, and milliseconds per token by part. The pass over the prompt is not counted."""
     metrics, count = completion.metrics, max(1, len(completion.token_ids))
     parts = {name: getattr(metrics, f"{name}_s") * 1000 / count for name in ("draft", "verify", "rule", "cache")}
     split = ", ".join(f"{name} {ms:.2f}" for name, ms in parts.items())
     return (
         f"{len(completion.token_ids)} tokens, {metrics.acceptance_length:.2f} tokens per step (acceptance_length), "
-        f"{sum(parts.values()):.2f} ms a token ({split})"
+        f"{sum(parts.values()):.2f} ms per token ({split})"
     )
 
 
 def print_tree(tokenizer: Any, completion: CompletionOutput | None) -> None:
-    """Draws the tree of a completion's latest step, with its accepted path; None where no step had one."""
+    """Draws the tree of a completion's latest step and its accepted path. `completion` is None if no step had a tree."""
     if completion is None:
-        note("nothing was drafted: there is no tree")
+        note("nothing was drafted, so there is no tree")
     else:
         Console(highlight=False).print(draw_tree(tokenizer, completion))
 
 
 def draw_tree(tokenizer: Any, completion: CompletionOutput) -> Tree:
-    """The tree of the latest step: every node's text, its draft probability where it was sampled, and what was accepted."""
+    """The tree of the latest step: text of every node, its draft probability if it was sampled, and the accepted path."""
     tree = completion.last_tree
     assert tree is not None
     path = completion.last_path
@@ -153,7 +155,7 @@ def _spell_id(tokenizer: Any, token_id: int) -> str:
 
 
 def tree_as_dict(completion: CompletionOutput | None) -> dict[str, Any] | None:
-    """The tree of the latest step as plain data; None where nothing was drafted."""
+    """The tree of the latest step as JSON-compatible data; None if nothing was drafted."""
     tree = completion.last_tree if completion is not None else None
     if completion is None or tree is None:
         return None
@@ -161,20 +163,20 @@ def tree_as_dict(completion: CompletionOutput | None) -> dict[str, Any] | None:
 
 
 def note(message: str) -> None:
-    """A line beside the text, on standard error."""
+    """Prints a line on standard error, apart from the text."""
     _err().print(Text(message, "dim"), soft_wrap=True)
 
 
 def greet() -> None:
-    """How to leave a chat, where someone reads it."""
+    """Prints the commands of a chat if standard input is a terminal."""
     if sys.stdin.isatty():
-        note("/reset forgets the conversation, /exit ends it, Ctrl-C stops an answer")
+        note("/reset starts a new conversation, /exit ends the chat, Ctrl-C stops an answer")
 
 
 def lines() -> Iterator[str]:
-    """What the user types, line by line, until the input ends; the prompt is shown on terminals only."""
+    """Yields the lines that the user types, until the input ends. A prompt sign appears on terminals only."""
     with suppress(ImportError):
-        import readline  # noqa: F401 (its import gives input() editing and history)
+        import readline  # noqa: F401 (this import adds line editing and history to input())
     typed = "> " if sys.stdin.isatty() else ""
     while True:
         try:
@@ -187,7 +189,7 @@ def lines() -> Iterator[str]:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Puts Ctrl-C off to the end of the block, so that text is neither lost nor printed twice."""
+    """Delays Ctrl-C to the end of the block, so that text is neither lost nor printed twice."""
     caught: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
     try:
@@ -200,7 +202,7 @@ def _uninterrupted() -> Iterator[None]:
 
 @contextmanager
 def waiting(what: str) -> Iterator[Callable[[], None]]:
-    """Shows on a terminal's standard error that something goes on; gives a function that ends this early."""
+    """Shows a spinner on standard error if it is a terminal. Yields a function that stops the spinner early."""
     status = _err().status(f"{what} ...", spinner="dots" if speaks_unicode(sys.stderr) else "line")
     status.start()
     try:

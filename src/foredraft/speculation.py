@@ -1,4 +1,4 @@
-"""What a ``speculative_config`` means: which drafter, tree and rule, checked before anything is loaded."""
+"""Interprets a ``speculative_config``: drafter, tree and rule are checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from foredraft.verify import RULES, RuleRow
 PLAIN = "ar"
 """The method that drafts nothing."""
 AUTO = "auto"
-"""A tree and a budget chosen from measured costs."""
+"""This value leaves the choice of method, tree or budget to measurements."""
 
 _COMMON = ("method", "model", "tree", "num_speculative_tokens", "rule", "retime")
 
 
 class Way(NamedTuple):
-    """A drafter and the tree that it grows (None: its own)."""
+    """A drafter and its tree policy. `tree` is None if the drafter makes its own tree."""
 
     drafter: str
     tree: str | None
@@ -40,13 +40,15 @@ class Speculation:
     """A checked speculative config.
 
     Attributes:
-        drafter: name in DRAFTERS; `AUTO` is to be chosen.
-        weights_for: the drafter that the model is for, or would be: what `AUTO` can choose beside those without weights.
-        tree: name in GROWERS; `AUTO` is to be chosen; None where the drafter makes its own tree.
-        rule_name: name in RULES; None is the best exact one for the tree that will be chosen.
-        budget: None is to be chosen.
-        drafter_options, grower_options, rule_options: the config's other keys.
-        retime: whether what is left open is timed anew, although a stored choice exists.
+        drafter: name in DRAFTERS; `AUTO` leaves the choice open.
+        weights_for: the drafter for which the model was made. With drafter `AUTO`, only this drafter, its ``-lookup`` variant
+            and drafters without weights can be chosen.
+        tree: name in GROWERS; `AUTO` leaves the choice open; None if the drafter makes its own tree.
+        rule_name: name in RULES; None selects the best exact rule for the chosen tree.
+        budget: the largest tree; None leaves the choice open.
+        model: the value of the config key ``model``.
+        drafter_options, grower_options, rule_options: the other keys of the config.
+        retime: whether the open choices are timed again although a stored choice exists.
     """
 
     drafter: str
@@ -61,7 +63,7 @@ class Speculation:
     retime: bool = False
 
     def ways(self, *, has_model: bool) -> list[Way]:
-        """What there is to choose from; without a draft model only drafters that need none."""
+        """The ways to choose from. Without a draft model, only drafters without weights."""
         names = (
             [self.drafter]
             if self.drafter != AUTO
@@ -84,30 +86,34 @@ class Speculation:
 
     @property
     def calibrated(self) -> str:
-        """The drafter whose calibration says what there is to know."""
+        """Name of the drafter whose calibration applies."""
         name = self.weights_for if self.drafter == AUTO else self.drafter
         return DRAFTERS[name].asks or name
 
     @property
     def needs_model(self) -> bool:
-        """Whether a draft model, or a head, is of use."""
+        """Whether the config can use a draft model or a head."""
         return self.drafter == AUTO or DRAFTERS[self.drafter].weights is not None
 
     @property
     def is_open(self) -> bool:
-        """Whether anything is left to choose."""
+        """Whether drafter, tree or budget must still be chosen."""
         return AUTO in (self.drafter, self.tree) or self.budget is None
 
     def rule_name_for(self, tree: str | None) -> str:
-        """The rule for trees of one of `trees`."""
+        """Name of the rule that verifies `tree`."""
         return self.rule_name or (GROWERS[tree].rule if tree else "deterministic")
 
     def rule_for(self, tree: str | None) -> Callable[..., Any]:
-        """The same, itself."""
+        """The rule that verifies `tree`, with its options."""
         return RULES[self.rule_name_for(tree)].with_options(**self.rule_options)
 
     def grower(self, tree: str | None, defaults: Mapping[str, Any]) -> Any:
-        """The policy of a tree; `defaults`, measured for the drafter at hand, fill options that the user left open."""
+        """The policy of a tree; None for the drafter's own tree.
+
+        Args:
+            defaults: options measured for the drafter; they apply to options that the user did not set.
+        """
         if tree is None:
             return None
         cls = GROWERS[tree].grower
@@ -116,12 +122,12 @@ class Speculation:
 
 
 def parse(config: Any) -> Speculation | None:
-    """Checks a config; None for the method that drafts nothing.
+    """Checks a speculative config. Returns None for the method that drafts nothing.
 
     Raises:
-        ValueError: an unknown method, tree, rule or key (the nearest name is suggested), a budget out of range, a drafter
-            that cannot grow such a tree, or a rule that is not exact for it.
-        TypeError: the config is not a mapping, or a value in it is of another type.
+        ValueError: a method, tree, rule or key is unknown (the message suggests the most similar name), the budget is out of
+            range, the drafter cannot grow the tree, or the rule is not exact for the tree.
+        TypeError: the config is not a mapping, or a value has the wrong type.
     """
     if not isinstance(config, Mapping):
         raise TypeError(f"speculative_config must be a dict such as {{'method': 'lm', 'model': 'DIR'}}, got {shown(config)}")
@@ -135,7 +141,7 @@ def parse(config: Any) -> Speculation | None:
         return _check_unused(config)
     if method not in (*DRAFTERS, AUTO):
         raise unknown_name("method", method, [*DRAFTERS, AUTO, PLAIN])
-    drafter = DRAFTERS[weights_for if method == AUTO else method]  # the most that can be asked for
+    drafter = DRAFTERS[weights_for if method == AUTO else method]  # the drafter with the most options
     nodes = config.get("num_speculative_tokens")
     tree, grower = _named_tree(method, drafter, config.get("tree"))
     policy = grower.grower if grower else Options if tree == AUTO else None
@@ -156,7 +162,7 @@ def parse(config: Any) -> Speculation | None:
     check_options(**drafter_options)
     grower_options = {key: value for key, value in config.items() if policy and key in _option_names(policy)}
     if policy:
-        _construct(policy, grower_options)  # says now what is wrong with them
+        _construct(policy, grower_options)  # reports invalid options now
     found = Speculation(
         drafter=method,
         weights_for=weights_for,
@@ -170,7 +176,7 @@ def parse(config: Any) -> Speculation | None:
         retime=_flag("retime", config.get("retime", False)),
     )
     if found.retime and not found.is_open:
-        raise ValueError("retime times what is left to choose, and this config leaves nothing open: leave retime out")
+        raise ValueError("retime repeats the timing for open choices, and this config leaves nothing open. Remove retime")
     return found
 
 
@@ -181,8 +187,10 @@ def _flag(name: str, value: Any) -> bool:
 
 
 def usual_config(config: Any, *, bundled: bool) -> Any:
-    """`config` with what `LLM` adds where it is silent: method ``auto`` and the bundled head beside the bundled target, method
-    ``suffix`` beside any other."""
+    """Adds the defaults of `LLM` to a config.
+
+    For the bundled target, these are method ``auto`` and the bundled head. For any other target, it is method ``suffix``.
+    """
     if config is None:
         config = {"method": AUTO if bundled else "suffix"}
     if bundled and isinstance(config, Mapping) and config.get("method") in (None, AUTO) and config.get("model") is None:
@@ -191,7 +199,7 @@ def usual_config(config: Any, *, bundled: bool) -> Any:
 
 
 def drafter_for(model: Any) -> str:
-    """The drafter that a model is for: that of a directory with a head, else ``lm``."""
+    """Name of the drafter that uses a model: the method of the head if it is a directory of one, else ``lm``."""
     folder = Path(model) if isinstance(model, str | Path) else None
     if folder is None or not (folder / "config.json").is_file():
         return "lm"
@@ -207,7 +215,7 @@ def _rule_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _check_unused(config: Mapping[str, Any]) -> None:
-    """Plain decoding has no key of its own: all are refused, misspelt ones with what was meant."""
+    """Refuses all keys for plain decoding, which has none. For a misspelt key, the error suggests the right name."""
     known = [*_COMMON, *(name for row in DRAFTERS.values() for name in row.options)]
     known += dict.fromkeys(name for row in GROWERS.values() for name in _option_names(row.grower))
     known += dict.fromkeys(name for row in RULES.values() for name in row.options)
@@ -238,7 +246,7 @@ def _named_tree(method: str, drafter: DrafterRow, tree: str | None) -> tuple[str
 
 
 def _named_rule(method: str, drafter: DrafterRow, tree: str | None, grower: GrowerRow | None, rule: str | None) -> str | None:
-    """The named rule, or the best exact one for how the tree is drawn; None where the tree is not known yet."""
+    """Name of the given rule, else of the best exact rule for the tree; None if the tree is not known yet."""
     fitting = fitting_rules(grower or drafter) if tree != AUTO else list(RULES)
     if rule is not None and rule not in RULES:
         raise unknown_name("rule", rule, fitting)
@@ -254,19 +262,19 @@ def _named_rule(method: str, drafter: DrafterRow, tree: str | None, grower: Grow
 
 
 def trees_of(drafter: DrafterRow) -> list[str | None]:
-    """Names of the trees that a drafter can grow; None is its own."""
+    """Names of the trees that a drafter can grow; None stands for its own tree."""
     grown = [name for name, row in GROWERS.items() if row.needs == drafter.gives]
     return [*grown, None] if drafter.makes_own else [*grown]
 
 
 def fitting_rules(row: GrowerRow | DrafterRow) -> list[str]:
-    """Names of the rules that may verify the trees of a grower, or of a drafter that makes its own."""
+    """Names of the rules that may verify the trees of a grower, or the own tree of a drafter."""
     drawn = row.drawn if isinstance(row, GrowerRow) else Drawn.DETERMINISTIC
     return [name for name, rule in RULES.items() if fits(rule, drawn, row.chains_only)]
 
 
 def fits(rule: RuleRow, drawn: Drawn, chains_only: bool) -> bool:
-    """Whether `rule` may verify trees drawn this way. Single children count as drawn both with and without replacement."""
+    """Whether `rule` may verify trees drawn this way. A single child counts as drawn both with and without replacement."""
     single = chains_only and drawn is not Drawn.DETERMINISTIC and Drawn.IID in rule.drawn
     return (drawn in rule.drawn or single) and (chains_only or not rule.chains_only)
 
@@ -283,7 +291,7 @@ def _budget(nodes: Any) -> Budget:
 
 
 def _option_names(cls: type[Options]) -> list[str]:
-    return [one.name for one in fields(cls)]
+    return [option.name for option in fields(cls)]
 
 
 def _construct(cls: type[Options], options: Mapping[str, Any]) -> Options:
@@ -298,24 +306,24 @@ def _check_types(hints: Mapping[str, Any], options: Mapping[str, Any]) -> None:
 
 
 def _is_of(hint: Any, value: Any) -> bool:
-    """Whether a value from JSON is of an annotated type; a whole number is a number too, True and False are none."""
+    """Whether a value from JSON matches an annotated type. A whole number also matches float; a bool matches only bool."""
     kind, inner = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
-        return any(_is_of(one, value) for one in inner)
+        return any(_is_of(member, value) for member in inner)
     if hint is Any or isinstance(value, bool):
         return hint in (Any, bool)
     if kind is None:
         return isinstance(value, (int, float) if hint is float else hint)
     if isinstance(value, str) or not isinstance(value, kind):
         return False
-    return all(_is_of(inner[-1], one) for one in (value.values() if isinstance(value, Mapping) else value))
+    return all(_is_of(inner[-1], item) for item in (value.values() if isinstance(value, Mapping) else value))
 
 
 def _spell(hint: Any) -> str:
-    """A type as one says it to a user."""
+    """Describes a type in words for a message."""
     kind, inner = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
-        return " or ".join(dict.fromkeys(_spell(one) for one in inner if one is not int or float not in inner))
+        return " or ".join(dict.fromkeys(_spell(member) for member in inner if member is not int or float not in inner))
     if kind is not None:
         return f"a list (each {_spell(inner[0])})" if issubclass(kind, Sequence) else "an object"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a string", type(None): "null"}[hint]

@@ -1,4 +1,4 @@
-"""From token ids to text as it grows, and where a stop string cuts it."""
+"""Converts token ids to text incrementally, and finds stop strings."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 _PROMPT_TAIL = 8
-"""Prompt tokens decoded along with the first output tokens: how a token is spelled may depend on what stands before it (a
-tokenizer with a metaspace drops the space of the very first word), and 8 hold at least one whole character of any script."""
+"""Number of prompt tokens decoded together with the first output tokens. The text of a token may depend on the tokens before
+it: a tokenizer with a metaspace drops the space of the very first word. 8 tokens contain at least one whole character of any
+script."""
 
 _HALF = "\ufffd"
-"""How a tokenizer shows bytes that are no character yet."""
+"""A tokenizer writes this character for bytes that do not form a character yet."""
 
 
 class TextStream:
-    """The text of one output, extended token by token; without a tokenizer it stays empty.
+    """The text of one output, extended token by token. Without a tokenizer, the text stays empty.
 
-    Each token is decoded together with the few before it, so that the cost does not grow with the text.
+    Each token is decoded together with a few tokens before it, so that the cost does not grow with the text.
 
     Args:
         tokenizer: a Transformers tokenizer or None.
         stop_strings: strings that end the text.
-        prompt_ids: what the output follows; its own text is not part of `text`.
+        prompt_ids: the prompt that the output continues. The text of the prompt is not part of `text`.
         include_stop: whether the text keeps the stop string.
         skip_special_tokens: whether special tokens are left out.
     """
@@ -36,19 +37,19 @@ class TextStream:
         skip_special_tokens: bool = True,
     ):
         self.text = ""
-        self._tokenizer = getattr(tokenizer, "backend_tokenizer", None) or tokenizer  # the fast one spares checks per call
+        self._tokenizer = getattr(tokenizer, "backend_tokenizer", None) or tokenizer  # faster: skips checks per call
         self._stop_strings = stop_strings
         self._include_stop = include_stop
         self._skip_special = skip_special_tokens
         self._ids = list(prompt_ids[-_PROMPT_TAIL:]) if tokenizer is not None else []
-        self._shown = self._decode() if self._ids else ""  # the part of the text of `_ids` that is given out already
-        if self._shown.endswith(_HALF):  # a prompt that ends within a character: its bytes stay apart from the output's
+        self._shown = self._decode() if self._ids else ""  # the part of the text of `_ids` that is in `text` already
+        if self._shown.endswith(_HALF):  # the prompt ends within a character; its bytes are not joined with the output's
             self._ids, self._shown = [], ""
         self._num_shown = len(self._ids)
 
     @property
     def settled(self) -> str:
-        """`text` without an end that may turn out to begin a stop string and be cut off: it never shrinks as tokens come."""
+        """`text` without a suffix that may be the beginning of a stop string. It never shrinks while tokens are added."""
         if not self._include_stop:
             longest = max(map(len, self._stop_strings), default=0)
             for size in range(min(longest - 1, len(self.text)), 0, -1):
@@ -57,9 +58,9 @@ class TextStream:
         return self.text
 
     def push(self, token_id: int, *, may_stop: bool = True) -> str | None:
-        """Appends a token. Returns the stop string that the text now holds, cut there; None if it holds none.
+        """Appends a token. If the text now contains a stop string, cuts the text there and returns the string, else None.
 
-        The earliest stop string in the text wins; of several at one place the first in the list.
+        The earliest stop string in the text wins. Among several at the same place, the first in the list wins.
         """
         if self._tokenizer is None:
             return None
@@ -73,7 +74,7 @@ class TextStream:
         return self._cut(before) if may_stop else None
 
     def flush(self) -> None:
-        """Adds what was held back because it might have been half a character."""
+        """Adds the bytes that were held back because they might have been an incomplete character."""
         if self._ids:
             self.text += self._decode()[len(self._shown) :]
 
@@ -94,7 +95,7 @@ class TextStream:
 
 
 def bad_word_ids(tokenizer: Any, words: Sequence[str]) -> list[list[int]]:
-    """Every word as token ids, at the start of a text and after a space, as vLLM spells them."""
+    """Returns the token ids of every word, both at the start of a text and after a space, as vLLM does."""
     spelled: list[list[int]] = []
     for word in words:
         plain = tokenizer.encode(word.lstrip(), add_special_tokens=False)

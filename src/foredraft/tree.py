@@ -1,8 +1,8 @@
-"""Token trees: the one type for everything that is drafted, prefilled or decoded.
+"""Token trees, the single data type for drafts, prompts and plain decoding.
 
-A tree lists nodes with a parent pointer each. Node 0 is the *root*: the last committed token, which the target has not
-run yet. A chain is a tree, a prompt is a chain, a tree of one node is plain decoding. Masks, depths and paths are derived
-here and carried nowhere.
+A tree is a list of nodes, each with a pointer to its parent. Node 0 is the *root*: the last committed token, which the target
+has not run yet. A chain is a tree without branches. A prompt is a chain, and plain decoding uses a tree of one node. Masks,
+depths and paths are computed here on demand and stored nowhere else.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class DraftTree:
     """One request's tree.
 
     Attributes:
-        tokens: token id of each node; ``tokens[0]`` is the root, already committed.
-        parents: parent of each node, ``parents[0] == -1`` and ``parents[i] < i``. Siblings stand in draw order.
-        drawn: per *parent* node, how its children were drawn (a `Drawn` value; of no meaning for a leaf).
-        draft_row: per *parent* node, the row of `draft_probs` its children were drawn from, -1 where nothing was drawn.
-        draft_probs: the draft laws after every transformation (temperature, truncation); entry j of a row is token j.
-        draft_ids: where laws are cut to some tokens, the token of each entry; all others have probability 0.
-        vocab_size: needed only with `draft_ids`.
+        tokens: token id of each node; ``tokens[0]`` is the root, which is already committed.
+        parents: parent of each node, ``parents[0] == -1`` and ``parents[i] < i``. Siblings are stored in draw order.
+        drawn: per *parent* node, how its children were drawn (a `Drawn` value, without meaning for a leaf).
+        draft_row: per *parent* node, the row of `draft_probs` from which its children were drawn; -1 if none was drawn.
+        draft_probs: the draft laws after all transformations (temperature, truncation). Entry j of a row is token j.
+        draft_ids: for truncated laws, the token of each entry. All other tokens have probability 0.
+        vocab_size: required only with `draft_ids`.
     """
 
     tokens: Ids
@@ -48,12 +48,12 @@ class DraftTree:
 
     @property
     def num_nodes(self) -> int:
-        """Number of nodes, the root included."""
+        """Number of nodes, including the root."""
         return len(self.tokens)
 
     @cached_property
     def children(self) -> list[list[int]]:
-        """Children of every node, in draw order."""
+        """The children of every node, in draw order."""
         children: list[list[int]] = [[] for _ in range(self.num_nodes)]
         for node, parent in enumerate(self.parents[1:].tolist(), start=1):
             children[parent].append(node)
@@ -66,7 +66,7 @@ class DraftTree:
 
     @cached_property
     def ranks(self) -> list[tuple[int, ...]]:
-        """Address of every node: the sibling ranks on the way from the root. It says nothing about tokens."""
+        """The address of every node: the sibling ranks on the path from the root. It does not depend on tokens."""
         ranks: list[tuple[int, ...]] = [()] * self.num_nodes
         for parent, siblings in enumerate(self.children):
             for rank, child in enumerate(siblings):
@@ -74,7 +74,7 @@ class DraftTree:
         return ranks
 
     def path_to(self, node: int) -> list[int]:
-        """Nodes from below the root down to `node`; empty for the root."""
+        """Returns the nodes from below the root down to `node`; empty for the root."""
         path = []
         while node > 0:
             path.append(node)
@@ -82,7 +82,7 @@ class DraftTree:
         return path[::-1]
 
     def law(self, node: int) -> Float[Tensor, " v"] | None:
-        """The law that the children of `node` were drawn from, over the whole vocabulary; None where nothing was drawn."""
+        """Returns the law over the whole vocabulary from which the children of `node` were drawn; None if none was drawn."""
         row = int(self.draft_row[node])
         if row < 0:
             return None
@@ -93,7 +93,7 @@ class DraftTree:
 
 
 def depths_of(parents: Ids) -> Ids:
-    """Depth of every node from parent pointers that point backwards."""
+    """Returns the depth of every node. Every parent must come before its children."""
     depths = [0] * len(parents)
     for node, parent in enumerate(parents.tolist()):
         if parent >= 0:
@@ -102,7 +102,7 @@ def depths_of(parents: Ids) -> Ids:
 
 
 def ancestor_mask(parents: Ids) -> Bool[np.ndarray, "n n"]:
-    """``mask[i, j]`` is true iff node j is node i or one of its ancestors: what node i may attend to within its tree."""
+    """Returns the attention mask within a tree: ``mask[i, j]`` is true iff node j is node i or one of its ancestors."""
     mask = np.eye(len(parents), dtype=bool)
     for node, parent in enumerate(parents.tolist()):
         if parent >= 0:
@@ -111,17 +111,17 @@ def ancestor_mask(parents: Ids) -> Bool[np.ndarray, "n n"]:
 
 
 def bfs_order(tree: DraftTree) -> list[int]:
-    """Nodes level by level."""
+    """Returns the nodes level by level."""
     return sorted(range(tree.num_nodes), key=lambda node: (int(tree.depths[node]), node))
 
 
 def dfs_order(tree: DraftTree) -> list[int]:
-    """Nodes depth first, siblings in draw order (DySpec, appendix C)."""
+    """Returns the nodes depth first, with siblings in draw order (DySpec, appendix C)."""
     return _depth_first(tree.children)
 
 
 def heavy_path_order(tree: DraftTree) -> list[int]:
-    """Nodes depth first, the sibling with the largest subtree first (heavy-path decomposition; DySpec, appendix C)."""
+    """Returns the nodes depth first, siblings with larger subtrees first (heavy-path decomposition; DySpec, appendix C)."""
     size = [1] * tree.num_nodes
     for node in range(tree.num_nodes - 1, 0, -1):
         size[tree.parents[node]] += size[node]
@@ -139,11 +139,11 @@ def _depth_first(children: list[list[int]]) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class TreeBatch:
-    """The trees of B requests, packed one after another; growers, masks and targets work on this form.
+    """The trees of B requests, packed one after another. Growers, masks and targets use this form.
 
     Attributes:
-        tokens, parents, drawn, draft_row: as in `DraftTree`, concatenated (`parents` stay local to their tree,
-            `draft_row` points into the common `draft_probs`).
+        tokens, parents, drawn, draft_row: as in `DraftTree`, concatenated. `parents` remain local to their tree, and
+            `draft_row` points into the common `draft_probs`.
         draft_probs, draft_ids, vocab_size: as in `DraftTree`.
         offsets: tree b holds the packed nodes ``offsets[b]`` to ``offsets[b + 1] - 1``.
     """
@@ -167,7 +167,7 @@ class TreeBatch:
 
     @staticmethod
     def chains(token_lists: Sequence[Sequence[int]], parents: Sequence[Sequence[int]] | None = None) -> TreeBatch:
-        """Trees in which nothing was sampled: chains, or the shapes given by `parents`."""
+        """Returns trees without sampled nodes. They are chains, or have the shapes given by `parents`."""
         if parents is None:
             parents = [range(-1, len(tokens) - 1) for tokens in token_lists]
         tokens = np.array([*chain.from_iterable(token_lists)], np.int64)
@@ -182,7 +182,7 @@ class TreeBatch:
 
     @staticmethod
     def joined(trees: Sequence[DraftTree]) -> TreeBatch:
-        """One batch of trees; those that have laws share one table of them."""
+        """Packs trees into one batch. Trees with draft laws must share one table `draft_probs`."""
         sampled = next((tree for tree in trees if len(tree.draft_probs)), trees[0])
         assert all(tree.draft_probs is sampled.draft_probs or not len(tree.draft_probs) for tree in trees)
         return TreeBatch(

@@ -1,4 +1,4 @@
-"""Options as they are typed: NAME=VALUE."""
+"""Parses options and numbers from the command line: NAME=VALUE, and lists separated by commas."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 
 def option(text: str, taker: str) -> tuple[str, Any]:
-    """Name and value of ``NAME=VALUE``; the value is JSON where it can be read as such, else what stands there.
+    """Splits ``NAME=VALUE``. The value is parsed as JSON if possible, else it is kept as a string.
 
     Args:
-        taker: who takes it, for the message.
+        taker: name of the command-line option, for the message.
 
     Raises:
-        ValueError: there is no ``=``.
+        ValueError: `text` contains no ``=``.
     """
     name, equals, value = text.partition("=")
     if not equals:
@@ -26,17 +26,17 @@ def option(text: str, taker: str) -> tuple[str, Any]:
 
 
 def options(given: Sequence[str]) -> dict[str, Any]:
-    """Options of ``--set``."""
-    return dict(option(one, "--set") for one in given)
+    """Parses the values of ``--set``."""
+    return dict(option(text, "--set") for text in given)
 
 
 def numbers(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
-    """Numbers with commas between.
+    """Parses numbers separated by commas.
 
     Raises:
-        ValueError: one is none.
+        ValueError: a part is not a number.
     """
     try:
         return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ValueError(f"{name} takes numbers with commas between, got {text!r}") from None
+        raise ValueError(f"{name} takes numbers separated by commas, got {text!r}") from None

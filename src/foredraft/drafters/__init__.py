@@ -1,4 +1,4 @@
-"""Proposers of tokens: DRAFTERS names every one, where it lives and what it can give to a grower."""
+"""All drafters. DRAFTERS maps each name to the module of the drafter and its properties."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ if TYPE_CHECKING:
 
 
 class Setting(NamedTuple):
-    """What a drafter is built from.
+    """The inputs from which a drafter is built.
 
     Attributes:
-        method: its name in DRAFTERS.
-        model: the value of the config key ``model``, a directory, Hub id or loaded model; None if there was none.
-        load: loads such a model as a `Target` in the dtype and on the device of the run.
-        vocabulary: token -> id of such a model or of the target (given as None), as far as there is a tokenizer; else None.
-        grower: how its trees grow; None for a drafter that makes its own.
-        num_slots: requests in flight at most.
-        fingerprint: of the target's weights, see `foredraft.models.checkpoint.fingerprint`.
+        method: name of the drafter in DRAFTERS.
+        target: the target.
+        model: the value of the config key ``model``: a directory, a Hub id or a loaded model. None if it was not given.
+        load: loads such a model as a `Target`, in the dtype and on the device of the run.
+        vocabulary: returns the map from token to id of such a model, or of the target for None. Returns None if there is no
+            tokenizer.
+        grower: the tree policy; None for a drafter that makes its own trees.
+        num_slots: maximum number of requests at once.
+        fingerprint: returns the fingerprint of the target's weights, see `foredraft.models.checkpoint.fingerprint`.
     """
 
     method: str
@@ -39,13 +41,16 @@ class DrafterRow(NamedTuple):
     """One drafter.
 
     Attributes:
-        module, cls: where it lives; imported when it is used.
-        gives: ``expand``, the law after any path, which is what growers need; or nothing but an ``own tree``.
-        options: config keys of its own.
-        chains_only: of its own tree: whether it never branches.
-        weights: what config key ``model`` is to it: a language ``model``, a ``head`` trained for the target; None: nothing.
-        asks: the drafter that it asks where it finds nothing itself, whose options it takes too.
-        own_tree: whether it makes a tree of its own where none is named, though it gives laws.
+        module, cls: module and class of the drafter; imported on first use.
+        gives: ``expand`` if the drafter computes the law after any path, which tree policies need. ``own tree`` if it only
+            makes its own trees.
+        options: config keys of the drafter.
+        chains_only: whether its own tree never branches.
+        source: the paper or project that describes the drafter.
+        weights: the meaning of the config key ``model``: a language ``model``, or a ``head`` trained for the target. None if
+            the drafter has no weights.
+        asks: name of the fallback drafter, which drafts if lookup finds nothing. Its options are accepted too.
+        own_tree: whether a drafter with ``expand`` makes its own tree if no tree is named.
     """
 
     module: str
@@ -60,33 +65,33 @@ class DrafterRow(NamedTuple):
 
     @property
     def makes_own(self) -> bool:
-        """Whether it makes a tree of its own where none is named."""
+        """Whether the drafter makes its own tree if no tree is named."""
         return self.own_tree or self.gives == "own tree"
 
     def load(self) -> Any:
-        """Its class."""
+        """Imports and returns the class of the drafter."""
         return getattr(import_module(self.module), self.cls)
 
     def option_types(self) -> dict[str, Any]:
-        """The type of each option."""
+        """Returns the type of each option."""
         return {name: OPTIONS[name].kind for name in self.options}
 
     def build(self, setting: Setting, **options: Any) -> Any:
-        """The drafter itself; one that asks another is built around that.
+        """Builds the drafter, including its fallback drafter if it has one.
 
         Raises:
-            ValueError: it cannot be built from `setting` and `options`.
+            ValueError: the drafter cannot be built from `setting` and `options`.
         """
         check_options(**options)
         if self.asks is None:
             return self.load().build(setting, **options)
-        asked = DRAFTERS[self.asks]
-        theirs = {key: options.pop(key) for key in asked.options if key in options}
-        return self.load().build(asked.build(setting._replace(method=self.asks), **theirs), **options)
+        fallback = DRAFTERS[self.asks]
+        fallback_options = {key: options.pop(key) for key in fallback.options if key in options}
+        return self.load().build(fallback.build(setting._replace(method=self.asks), **fallback_options), **options)
 
 
 def _head(module: str, cls: str, source: str, *, options: Sequence[str] = (), own_tree: bool = False) -> DrafterRow:
-    """A drafter over the target's features, whose weights are a head trained for that target."""
+    """Row of a drafter that reads the target's features and whose weights are a head trained for that target."""
     options = ("force", "weight_bits", *options)
     return DrafterRow(f"foredraft.drafters.{module}", cls, "expand", options, False, source, "head", own_tree=own_tree)
 
@@ -139,7 +144,7 @@ DRAFTERS |= {
         module="foredraft.drafters.lookup_first",
         cls="LookupFirst",
         options=(*row.options, "lookup_min_match"),
-        source=f"{name}, and lookup where the text repeats itself, as in SAM decoding (arXiv 2411.10666)",
+        source=f"{name}, with lookup in repeated text as in SAM decoding (arXiv 2411.10666)",
         asks=name,
     )
     for name, row in DRAFTERS.items()

@@ -1,4 +1,4 @@
-"""What a drafter says along a text: its law after every committed token, as it would be asked for while decoding."""
+"""Computes the law of a drafter after every token of a text, exactly as it would draft during decoding."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from foredraft.tree import TreeBatch
 
 
 class Roots:
-    """A grower that asks for the law after each root, and drafts nothing.
+    """A tree policy that computes the law after each root and drafts nothing.
 
     Attributes:
-        logits: of the last call; None where there was no room to draft.
+        logits: draft logits of the last call; None if the context left no space to draft.
     """
 
     def __init__(self) -> None:
@@ -43,14 +43,14 @@ class Roots:
 
 
 class AskedAlong:
-    """A drafter that is asked along texts.
+    """A drafter that is evaluated along texts.
 
     Args:
-        build: gives it, grown by what it is called with.
+        build: builds the drafter with a given tree policy.
 
     Attributes:
-        needs_features: whether its law after a token depends on the target's state there, and so, behind its own drafts, on
-            where these began.
+        needs_features: whether the law after a token depends on the target's state at that token. After drafted tokens, the
+            law of such a drafter then also depends on where the draft began.
     """
 
     def __init__(self, target: Target, build: Callable[[Grower], Drafter]):
@@ -60,10 +60,10 @@ class AskedAlong:
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int], first: int) -> tuple[Float[Tensor, "n v"], Float[Tensor, "n v"]]:
-        """Target and draft logits after each token of a text from place `first` on, in float32 at least.
+        """Returns target and draft logits after each token of a text from index `first` on, in float32 or float64.
 
-        A drafter over features says nothing (its logits are all equal) before the target has run a token, and none says
-        anything where its context is full.
+        All draft logits are equal if the drafter cannot draft. This happens to a drafter over features before the target has
+        run a token, and to every drafter when its context is full.
         """
         pool, layers = self._target.new_pool(1, len(token_ids)), self._drafter.feature_layers
         [chunks] = prefill(self._target, pool, [pool.allocate()], [token_ids], scored=True, feature_layers=layers)

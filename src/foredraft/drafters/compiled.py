@@ -1,5 +1,7 @@
-"""The layers of EAGLE, FSPAD, EAGLE-3 and parallel slots in bfloat16 on a CPU, by `compiled/decoder.c`: one call a level of
-the tree, or one for all slots. `foredraft.drafters.heads` is the plain version; a test equates the two."""
+"""Compiled heads: runs the layers of EAGLE, FSPAD, EAGLE-3 and parallel slots in bfloat16 on a CPU with `compiled/decoder.c`.
+
+One call computes a level of the tree, or all slots. `foredraft.drafters.heads` is the plain version. A test compares the two.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +36,12 @@ from foredraft.models.rope import frequencies
 from foredraft.tree import Ids, TreeBatch
 
 LayerHead = FeatureHead | Eagle3Head | CtcHead | HydraHeads
-"""Heads with one decoder layer. Hydra's takes the target's features, and its heads read what comes out; the others share the
-target's embedding or head."""
+"""Heads with one decoder layer. The layer of Hydra reads the target's features, and Hydra's heads read its output. The other
+heads share the target's embedding or output head."""
 
 
 def can_compile(head: Any, config: Any, target: Any) -> bool:
-    """Whether the compiled layer runs this head: one of one layer, beside a target that is compiled too."""
+    """Whether compiled code can run this head. It needs a head with one layer and a target that is compiled too."""
     is_native = isinstance(target, NativeTarget) and isinstance(head, LayerHead)
     has_other_norms = isinstance(head, Eagle3Head) and not head.has_only_released_norms
     has_no_layer = isinstance(head, HydraHeads) and head.prefix is None
@@ -48,10 +50,11 @@ def can_compile(head: Any, config: Any, target: Any) -> bool:
 
 
 class CompiledLinear(nn.Module):
-    """A linear layer in bfloat16 by `compiled/decoder.c`.
+    """A linear layer in bfloat16 that runs in `compiled/decoder.c`.
 
     Attributes:
-        described, threads: what is run, and on how many.
+        described: the layer as the C code reads it.
+        threads: number of threads.
     """
 
     def __init__(self, plain: nn.Linear, memory: Memory, threads: int, bits: int):
@@ -60,69 +63,72 @@ class CompiledLinear(nn.Module):
         self.described = describe(plain, memory, bits)
 
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
-        """A linear layer."""
+        """Applies the linear layer."""
         return run_linear(self.described, x.flatten(0, -2), self.threads).to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 class CompiledBlocks(nn.Module):
-    """Residual blocks in bfloat16, one after another in one call; what they add up is not rounded on the way."""
+    """A sequence of residual blocks in bfloat16, run in one call. Their running sum is not rounded between blocks."""
 
     def __init__(self, plain: Sequence[ResBlock], memory: Memory, threads: int, bits: int):
         super().__init__()
         self._memory, self._threads = memory, threads
-        both = [[describe(linear, memory, bits) for linear in (one.linear, one.res_connection)] for one in plain]
-        self._blocks = (CResidual * len(both))(*(CResidual(*pair) for pair in both))
+        pairs = [[describe(linear, memory, bits) for linear in (block.linear, block.res_connection)] for block in plain]
+        self._blocks = (CResidual * len(pairs))(*(CResidual(*pair) for pair in pairs))
 
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n d"]:
-        """The last one's output."""
+        """Returns the output of the last block."""
         return run_residuals(self._blocks, x.flatten(0, -2), self._threads).unflatten(0, x.shape[:-1])
 
 
 def describe(plain: nn.Linear | nn.Identity, memory: Memory, bits: int) -> CLinear:
-    """A linear layer as `decoder.c` reads it; one without a weight is the identity."""
+    """Describes a linear layer in the form that `decoder.c` reads. A layer without a weight is the identity."""
     if not isinstance(plain, nn.Linear):
         return CLinear()
     return describe_weight(memory, plain.weight.detach(), None if plain.bias is None else plain.bias.detach(), bits)
 
 
 def compile_linears(head: nn.Module, target: Any, bits: int) -> None:
-    """Puts compiled layers in the place of linear ones and of residual blocks, beside a target that is compiled too, where
-    their widths allow it."""
+    """Replaces linear layers and residual blocks of a head by compiled ones, if their widths allow it.
+
+    Does nothing if the target is not compiled.
+    """
     if not isinstance(target, NativeTarget):
         return
     memory, threads = Memory(), torch.get_num_threads()
-    if sum(one.numel() for one in head.parameters()) * bits <= 8 * ONE_THREAD_BYTES:
+    if sum(weight.numel() for weight in head.parameters()) * bits <= 8 * ONE_THREAD_BYTES:
         threads = 1
     _compile_inside(head, memory, threads, bits)
 
 
 def _compile_inside(parent: nn.Module, *how: Any) -> None:
-    for name, one in [*parent.named_children()]:
-        fits = all(linear.in_features % TILE == 0 for linear in one.modules() if isinstance(linear, nn.Linear))
-        blocks = [block for block in one.children() if isinstance(block, ResBlock)]
-        if fits and isinstance(one, nn.Linear):
-            setattr(parent, name, CompiledLinear(one, *how))
-        elif fits and isinstance(one, nn.Sequential) and len(blocks) == len(one):
+    for name, child in [*parent.named_children()]:
+        fits = all(linear.in_features % TILE == 0 for linear in child.modules() if isinstance(linear, nn.Linear))
+        blocks = [block for block in child.children() if isinstance(block, ResBlock)]
+        if fits and isinstance(child, nn.Linear):
+            setattr(parent, name, CompiledLinear(child, *how))
+        elif fits and isinstance(child, nn.Sequential) and len(blocks) == len(child):
             setattr(parent, name, CompiledBlocks(blocks, *how))
         else:
-            _compile_inside(one, *how)
+            _compile_inside(child, *how)
 
 
 class CompiledHead:
-    """A head of one layer that shares the embedding and the head of a compiled target, as far as it has none of its own.
+    """A compiled head of one layer. It shares the embedding and output head of a compiled target unless it has its own.
 
     Args:
-        head: in bfloat16.
+        head: the plain head, in bfloat16.
         config: the Llama configuration of its layer.
-        threads: None is what torch uses, or one for a small head.
-        bits: of a weight, 4 or 16.
+        target: the compiled target.
+        threads: number of threads. None is torch's number of threads, or 1 for a small head.
+        bits: bits of a stored weight, 4 or 16.
 
     Attributes:
-        threads: those that it runs on.
+        threads: number of threads in use.
     """
 
     def __init__(self, head: LayerHead, config: Any, target: NativeTarget, *, threads: int | None = None, bits: int = FEW):
-        self._memory, self._target = Memory(), target  # the target lives as long as what is shared with it
+        self._memory, self._target = Memory(), target  # keeps the shared weights alive
         self._bits = bits
         read = Reader(config, head.state_dict(), torch.bfloat16, torch.device("cpu"), packed=False)
         shape, rotary = Shape.of(config), frequencies(config, config.max_position_embeddings)
@@ -146,7 +152,7 @@ class CompiledHead:
         self.threads = threads or (torch.get_num_threads() if self._memory.num_bytes > ONE_THREAD_BYTES else 1)
 
     def _own(self, head: LayerHead, read: Reader) -> dict[str, Any]:
-        """What of a model is the head's own: how pairs enter, and what is scored with."""
+        """The fields of `CModel` that belong to the head itself: the entry of pairs and the output head."""
         if isinstance(head, HydraHeads):
             return {"head": CLinear(), "vocabulary": 0}
         if isinstance(head, Eagle3Head):
@@ -154,7 +160,7 @@ class CompiledHead:
         return self._parallel(read, head) if isinstance(head, CtcHead) else {"entry": self._entry(read)}
 
     def _entry(self, read: Reader) -> CEntry:
-        """EAGLE's and FSPAD's."""
+        """The entry of EAGLE and FSPAD."""
         if not read.has("fc.fc"):
             return CEntry(self._linear(read, "fc"))
         norm = self._put(read, "fc.post_attention_layernorm")
@@ -162,7 +168,7 @@ class CompiledHead:
         return CEntry(self._linear(read, "fc.fc"), norm, *linears)
 
     def _wide(self, read: Reader, token_ids: Int[Tensor, " w"]) -> dict[str, Any]:
-        """What of a model is EAGLE-3's own."""
+        """The fields of `CModel` that EAGLE-3 sets."""
         own = {
             "entry": CEntry(feature_norm=self._put(read, "midlayer.hidden_norm")),
             "norm": self._put(read, "norm"),
@@ -172,7 +178,7 @@ class CompiledHead:
         return own | ({"embedding": self._put(read, "embed_tokens")} if read.has("embed_tokens") else {})
 
     def _parallel(self, read: Reader, head: CtcHead) -> dict[str, Any]:
-        """What of a model is that of parallel slots."""
+        """The fields of `CModel` that parallel slots set."""
         entry = CEntry(self._linear(read, "fc"), ahead=self._linear(read, *(f"ahead.{k}" for k in range(len(head.ahead)))))
         if head.blank is None:
             return {"entry": entry}
@@ -180,7 +186,7 @@ class CompiledHead:
         return {"entry": entry, "blank": blank, "vocabulary": self._target.vocab_size + 1}
 
     def _shared(self) -> dict[str, Any]:
-        """What is the target's; its head in as few bits as the rest."""
+        """The fields of `CModel` that the target shares. Its output head is stored with the same number of bits as the rest."""
         if self._bits == FULL:
             return self._target.shared
         head = describe_weight(self._memory, self._target.head_weight, None, self._bits)
@@ -194,14 +200,14 @@ class CompiledHead:
 
     @property
     def linears(self) -> list[CLinear]:
-        """The matrix products of a forward, in their order."""
+        """The matrix products of a forward, in the order of their execution."""
         entry, layer, model = self._model.entry, self._layers[0], self._model
         before = (entry.fc, entry.gate, entry.up, entry.down, entry.ahead)
         inside = (layer.qkv, layer.output, layer.gate, layer.up, layer.down)
-        return [one for one in (*before, *inside, model.head, model.blank) if one.weight]
+        return [linear for linear in (*before, *inside, model.head, model.blank) if linear.weight]
 
     def fuse(self, features: Float[Tensor, "n f"]) -> Float[Tensor, "n d"]:
-        """What pairs are given of the target's features."""
+        """Converts the target's features to the features of pairs."""
         return features if self._fc is None else run_linear(self._fc, features, self.threads).bfloat16()
 
     def __call__(
@@ -213,21 +219,21 @@ class CompiledHead:
         rows: Ids,
         carried: Sequence[Float[Tensor, "_ d"]] = (),
     ) -> Float[Tensor, "r v"]:
-        """Draft logits (float32) at the packed nodes `rows`; see `foredraft.models.native.run_step`."""
-        features = [one.contiguous() for one in given]
+        """Returns draft logits (float32) at the packed nodes `rows`; see `foredraft.models.native.run_step`."""
+        features = [rows_given.contiguous() for rows_given in given]
         step = {"threads": self.threads, "given": features, "carried": carried}
         return run_step(self._model, batch, caches, rows, start, **step).logits
 
     def read(self, batch: TreeBatch, caches: Sequence[KVCache], given: Sequence[Float[Tensor, "_ d"]]) -> Float[Tensor, "b d"]:
-        """What comes out of the layer at the end of each chain of features."""
-        out = [torch.empty_like(one) for one in given]
-        self(batch, caches, given, None, batch.offsets[1:] - 1, out)
-        return torch.stack([one[-1] for one in out])
+        """Returns the output of the layer at the end of each chain of features."""
+        outputs = [torch.empty_like(features) for features in given]
+        self(batch, caches, given, None, batch.offsets[1:] - 1, outputs)
+        return torch.stack([output[-1] for output in outputs])
 
     def fill(
         self, batch: TreeBatch, caches: Sequence[KVCache], given: Sequence[Float[Tensor, "_ d"]], rows: Ids, num_slots: int
     ) -> Float[Tensor, "r w"]:
-        """Logits (float32) at the packed nodes `rows` of chains of pairs, each with `num_slots` slots behind it."""
-        features = [one.contiguous() for one in given]
+        """Returns logits (float32) at the packed nodes `rows` of chains of pairs, each followed by `num_slots` slots."""
+        features = [rows_given.contiguous() for rows_given in given]
         step = {"threads": self.threads, "given": features, "num_slots": num_slots}
         return run_step(self._model, batch, caches, rows, None, **step).logits

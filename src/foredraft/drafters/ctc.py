@@ -1,4 +1,4 @@
-"""The CTC-based drafter at work: slots filled in one forward, what they collapse to as a trie of its own or as a law."""
+"""The CTC-based drafter: fills slots in one forward, and drafts the sequences to which they collapse."""
 
 from __future__ import annotations
 
@@ -26,38 +26,44 @@ DEFAULT_TOKENS = 8
 
 
 class CtcDrafter(SlotDrafter):
-    """Drafts what the slots collapse to, repeats merged and blanks dropped. Every node's position is its depth, so that
-    nothing is left of what was dropped.
+    """Drafts the sequences to which the slots collapse: repeats are merged, and then blanks are removed.
 
-    Without a grower its tree is the trie of the likeliest prefixes: a function of the slots, which makes it exact with every
-    rule for deterministic nodes. These slots are taken at the temperature of other draft laws: the request's, 0.6 where it is
-    greedy. A grower is given laws: P(token | path) is the probability of the longer prefix over that of the path, summed over
-    all that collapses to it, so that children can be sampled from it and every tree and rule can be used.
+    The position of a node is its depth, so removed repeats and blanks leave no gaps.
+
+    Without a tree policy, the tree is the trie of the most likely prefixes. It is a function of the slots, so every rule for
+    deterministic nodes is exact for it. The slots use the temperature of the draft laws, which is that of the request, or 0.6
+    for a greedy request.
+
+    With a tree policy, the drafter provides laws. P(token | path) is the probability of the path extended by the token,
+    divided by the probability of the path. Each probability is a sum over all slot sequences that collapse to such a prefix.
+    Children can be sampled from these laws, so every tree and every rule can be used.
 
     Args:
         slots: fills the slots.
-        grower: how its trees grow; None for its own.
-        vocab_size: the target's.
-        ctc_tokens: likeliest tokens that a slot may take in its own tree; None: 8.
+        grower: the tree policy; None for the drafter's own tree.
+        vocab_size: vocabulary size of the target.
+        ctc_tokens: number of most likely tokens that a slot may take in the own tree; None is 8.
 
     Source: Wen, Gui, Feng 2024 (arXiv 2412.00061), sections 3.2 and 3.3; the laws are ours.
 
     Raises:
-        ValueError: `ctc_tokens` is below 1, or given beside a grower.
+        ValueError: `ctc_tokens` is below 1, or is given together with a tree policy.
     """
 
     def __init__(self, slots: LayerSlots, grower: Grower | None, vocab_size: int, *, ctc_tokens: int | None = None):
         if ctc_tokens is not None and grower is not None:
-            raise ValueError(f"ctc_tokens={ctc_tokens} is of ctc's own tree, and another tree is named: leave out one of them")
+            raise ValueError(
+                f"ctc_tokens={ctc_tokens} only affects ctc's own tree, but another tree is named. Remove one of them"
+            )
         super().__init__(slots, grower, vocab_size)
         self._num_tokens = ctc_tokens or DEFAULT_TOKENS
 
     @classmethod
     def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = FEW, **options: int) -> CtcDrafter:
-        """The drafter of a speculative config.
+        """Builds the drafter of a speculative config.
 
         Raises:
-            ValueError: there is no head in the directory, it belongs to another target.
+            ValueError: the directory holds no head, or the head was trained for another target.
         """
         loaded = load_head(setting, force=force)
         slots = LayerSlots(loaded.head, loaded.config, setting.target, setting.num_slots, weight_bits=weight_bits)
@@ -71,7 +77,7 @@ class CtcDrafter(SlotDrafter):
         sampling: Sequence[SamplingParams],
         draws: Sequence[Draws],
     ) -> TreeBatch:
-        """One tree a request; none before the target has run a token, and none where the head's context is full."""
+        """Returns one tree per request. It is the root alone before the target has run a token, or if the context is full."""
         if self.grower is not None:
             return super().propose(states, budgets, sampling, draws)
         self.slots.settle(states)
@@ -79,8 +85,9 @@ class CtcDrafter(SlotDrafter):
         live = [b for b, state in enumerate(states) if self.slots.room(state) and min(budgets[b])]
         if live:
             filled = self.slots.fill([states[b] for b in live]).float()
-            heat = filled.new_tensor([draft_sampling(sampling[b], None).temperature for b in live])
-            for b, (tokens, probs, blanks) in zip(live, zip(*self._frames(filled, heat), strict=True), strict=True):
+            temperatures = filled.new_tensor([draft_sampling(sampling[b], None).temperature for b in live])
+            frames = self._frames(filled, temperatures)
+            for b, (tokens, probs, blanks) in zip(live, zip(*frames, strict=True), strict=True):
                 trees[b] = likeliest_prefixes(
                     tokens,
                     probs,
@@ -93,7 +100,7 @@ class CtcDrafter(SlotDrafter):
 
     @torch.inference_mode()
     def expand(self, states: Sequence[PairState], partial: TreeBatch, node_ids: Ids) -> Float[Tensor, "n v"]:
-        """Logarithms of the laws after the packed nodes `node_ids`; the first call of a step fills the slots."""
+        """Returns the logarithms of the laws after the packed nodes `node_ids`. The first call of a step fills the slots."""
         owners = np.searchsorted(partial.offsets, node_ids, side="right") - 1
         live = np.unique(owners).tolist()
         self._begin([states[b] for b in live if states[b].carried is None])
@@ -105,11 +112,13 @@ class CtcDrafter(SlotDrafter):
         return torch.cat(parts)[torch.from_numpy(np.argsort(np.argsort(owners, kind="stable")))]
 
     def _held(self, filled: Float[Tensor, "k w"]) -> PrefixLaws:
-        return PrefixLaws(filled.cpu().float().softmax(-1))  # walked node by node
+        return PrefixLaws(filled.cpu().float().softmax(-1))  # on the CPU, since it is read node by node
 
-    def _frames(self, filled: Float[Tensor, "b k w"], heat: Float[Tensor, " b"]) -> tuple[Any, Any, Any]:
-        """Of every slot the likeliest tokens, their probabilities at each request's temperature, and that of the blank, which
-        stands last."""
-        probs = (filled / heat[:, None, None]).softmax(-1)
+    def _frames(self, filled: Float[Tensor, "b k w"], temperatures: Float[Tensor, " b"]) -> tuple[Any, Any, Any]:
+        """Returns for every slot the most likely tokens, their probabilities, and the probability of the blank.
+
+        Probabilities are taken at the temperature of each request. The blank is the last entry of `filled`.
+        """
+        probs = (filled / temperatures[:, None, None]).softmax(-1)
         best, tokens = probs[..., :-1].topk(min(self._num_tokens, probs.shape[-1] - 1))
         return tokens.cpu().numpy(), best.double().cpu().numpy(), probs[..., -1].double().cpu().numpy()

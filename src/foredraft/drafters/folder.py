@@ -1,7 +1,7 @@
 """The directory of a draft head: config.json, model.safetensors, provenance.json.
 
-config.json is a Llama configuration of the head's layer, with what is ours under ``foredraft``: the method, its options, the
-target that the head was trained for. What is shared with the target (embedding, head) is not stored again.
+config.json is a Llama configuration of the head's layer. Its key ``foredraft`` holds the method, its options and the target
+for which the head was trained. Weights shared with the target (embedding, output head) are not stored again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from foredraft.models.weights import finite, refuse_no_floats
 
 
 class LoadedHead(NamedTuple):
-    """A head, the Llama configuration of its layer and what config.json says of it beside."""
+    """A head, the Llama configuration of its layer, and its description from config.json (see `about_head`)."""
 
     head: Any
     config: Any
@@ -36,14 +36,14 @@ class LoadedHead(NamedTuple):
 
 
 def layer_config(target_config: Any, vocab_size: int, sizes: Mapping[str, int] | None = None) -> Any:
-    """The configuration of a head's layer for a target: its widths, and rotary positions whatever the target has.
+    """Builds the configuration of a head's layer for a target. The layer always uses rotary positions.
 
     Args:
-        sizes: `hidden`, `intermediate`, `heads`, `kv_heads` and `head_dim` where they are not the target's. With another
-            `hidden`, those that are not given are the target's in proportion, `head_dim` as it is.
+        sizes: `hidden`, `intermediate`, `heads`, `kv_heads` and `head_dim`, each of which defaults to the target's value. If
+            `hidden` differs from the target's, the defaults of the others scale in proportion, except `head_dim`.
 
     Raises:
-        ValueError: a size below 1, an odd `head_dim`, or heads that do not share keys evenly.
+        ValueError: a size is below 1, `head_dim` is odd, or `heads` is not a multiple of `kv_heads`.
     """
     text = target_config.get_text_config(decoder=True) if hasattr(target_config, "get_text_config") else target_config
     chosen = _sizes_of(text, sizes or {})
@@ -68,7 +68,7 @@ def layer_config(target_config: Any, vocab_size: int, sizes: Mapping[str, int] |
 
 
 def _sizes_of(text: Any, sizes: Mapping[str, int]) -> dict[str, int]:
-    """All of them."""
+    """Completes the given sizes of a head's layer with defaults from the target."""
     width, count = text.hidden_size, text.num_attention_heads
     group = count // (getattr(text, "num_key_value_heads", None) or count)
     hidden = sizes.get("hidden", width)
@@ -89,7 +89,7 @@ def _sizes_of(text: Any, sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _rope_of(config: Any) -> dict[str, Any]:
-    """The target's rotary positions where a whole head is turned by them, else Llama's."""
+    """Returns the target's rotary parameters if they rotate whole attention heads, else Llama's defaults."""
     rope = getattr(config, "rope_parameters", None) or {}
     whole = rope.get("partial_rotary_factor", 1.0) == 1.0 and "rope_theta" in rope
     return dict(rope) if whole else {"rope_type": "default", "rope_theta": 10000.0}
@@ -108,34 +108,34 @@ def save_head(
 
     Args:
         about: ``method``, ``options`` and ``target`` with its ``fingerprint``.
-        provenance: how it was made.
-        as_given: no weight is rounded: each is written in its own dtype.
+        provenance: a record of how the head was made.
+        as_given: write each weight in its own dtype, without rounding.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: one if as_given else as_stored(one) for name, one in head.state_dict().items()}
+    weights = {name: weight if as_given else as_stored(weight) for name, weight in head.state_dict().items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     content = {**config.to_diff_dict(), "architectures": ["ForedraftHead"], HEAD_KEY: dict(about)}
     write_json(folder / "config.json", content)
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which is written for its owner alone
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors writes with access for the owner only
     if provenance is not None:
         write_json(folder / "provenance.json", provenance)
 
 
 def as_stored(weight: Tensor) -> Tensor:
-    """A weight as it is saved: bfloat16, whole numbers as they are."""
+    """Converts a weight to the stored form: bfloat16 on the CPU. Integer weights keep their dtype."""
     return (weight.bfloat16() if weight.is_floating_point() else weight).contiguous().cpu()
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes JSON that reads well."""
+    """Writes indented JSON."""
     file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def empty_head(method: str, options: Mapping[str, Any], config: Any) -> Any:
-    """A head without data.
+    """Builds a head on the meta device, without data.
 
     Raises:
-        ModelError: the method has no such options.
+        ModelError: the method does not have these options.
     """
     try:
         with torch.device("meta"):
@@ -145,13 +145,13 @@ def empty_head(method: str, options: Mapping[str, Any], config: Any) -> Any:
 
 
 def read_head(folder: Path, kinds: Sequence[str] | None = None) -> LoadedHead:
-    """The head in a directory, in float32.
+    """Reads the head in a directory, in float32.
 
     Args:
-        kinds: methods that will do; None: any.
+        kinds: accepted methods; None accepts any.
 
     Raises:
-        ModelError: there is none, of another method, or incomplete.
+        ModelError: the directory holds no head, or the head has another method or is incomplete.
     """
     content = read_json(folder / "config.json")
     about = about_head(content)
@@ -161,33 +161,38 @@ def read_head(folder: Path, kinds: Sequence[str] | None = None) -> LoadedHead:
             "checkpoint with `foredraft convert`"
         )
     if kinds is not None and about["method"] not in kinds:
-        what = f"is of method {about['method']!r}, asked for was {' or '.join(map(repr, kinds))}"
-        raise ModelError(f"the head in {str(folder)!r} {what}: give the method of the head, or none")
+        expected = " or ".join(map(repr, kinds))
+        raise ModelError(
+            f"the head in {str(folder)!r} has method {about['method']!r}, expected {expected}: "
+            "give the method of the head, or none"
+        )
     config = _config_of(folder, content)
     head = empty_head(about["method"], about["options"], config)
     weights = open_weights(folder)
     wanted = head.state_dict()
     for problem, names in (
         ("lacks", sorted(set(wanted) - set(weights))),
-        ("has, and should not have,", sorted(set(weights) - set(wanted))),
+        ("has unexpected tensors", sorted(set(weights) - set(wanted))),
         (
-            "has in another shape",
+            "has wrong shapes for",
             sorted(name for name in wanted if name in weights and weights[name].shape != wanted[name].shape),
         ),
     ):
         if names:
-            raise ModelError(f"the head in {str(folder)!r} {problem} {some(names)}; `foredraft doctor` says more")
-    refuse_no_floats(weights, [name for name, one in wanted.items() if one.is_floating_point()])
-    read = {name: finite(name, one.read()).clone() for name, one in weights.items()}  # a copy, whatever becomes of the file
+            raise ModelError(f"the head in {str(folder)!r} {problem} {some(names)}; `foredraft doctor` reports details")
+    refuse_no_floats(weights, [name for name, weight in wanted.items() if weight.is_floating_point()])
+    read = {name: finite(name, stored.read()).clone() for name, stored in weights.items()}  # copies survive changes of the file
     head.load_state_dict(read, assign=True)
     drafted = getattr(head, "token_ids", None)
     if drafted is not None and not bool(((drafted >= 0) & (drafted < config.vocab_size)).all()):
-        raise ModelError(f"the head in {str(folder)!r} drafts tokens outside its vocabulary; `foredraft doctor` says more")
+        raise ModelError(
+            f"the head in {str(folder)!r} drafts tokens outside its vocabulary; `foredraft doctor` reports details"
+        )
     return LoadedHead(head.float().eval().requires_grad_(False), config, about)
 
 
 def _config_of(folder: Path, content: Mapping[str, Any]) -> Any:
-    given = {key: one for key, one in content.items() if key != HEAD_KEY}
+    given = {key: value for key, value in content.items() if key != HEAD_KEY}
     try:
         refuse_nonsense(given)
         config = plain_config(given) or _llama_config(given)
@@ -204,13 +209,14 @@ def _llama_config(values: Mapping[str, Any]) -> Any:
 
 
 def load_head(setting: Setting, *, also: Sequence[str] = (), force: bool = False) -> LoadedHead:
-    """The head of a speculative config, in the target's dtype and on its device.
+    """Loads the head of a speculative config, in the target's dtype and on its device.
 
     Args:
-        also: methods whose heads will do beside its own.
+        also: further methods whose heads are accepted.
+        force: accept a head that was trained for another target.
 
     Raises:
-        ModelError: there is none, it does not fit the target's widths, or it belongs to another target.
+        ModelError: there is no head, it does not fit the target's widths, or it was trained for another target.
     """
     if setting.model is None:
         raise ModelError(
@@ -225,7 +231,7 @@ def load_head(setting: Setting, *, also: Sequence[str] = (), force: bool = False
         name = loaded.about["target"].get("name", "another model")
         raise ModelError(
             f"the head in {str(setting.model)!r} was trained for {name!r}, and this target has other weights: give that "
-            "target, or overrule with --force (config key 'force')"
+            "target, or accept the head with --force (config key 'force')"
         )
     head = loaded.head.to(target.device, target.dtype)
     for part, tensor in head.state_dict().items():
@@ -234,16 +240,16 @@ def load_head(setting: Setting, *, also: Sequence[str] = (), force: bool = False
 
 
 def _refuse_misfit(loaded: LoadedHead, target: Any) -> None:
-    """Raises `ModelError` where a head does not fit a target's widths or number of layers."""
+    """Raises `ModelError` if a head does not fit the target's widths or number of layers."""
     hidden, vocab = target.embed(torch.zeros(1, dtype=torch.long, device=target.device)).shape[-1], target.vocab_size
     shape, layers = Shape.of(loaded.config), target.config.get_text_config(decoder=True).num_hidden_layers
     if (shape.features, shape.vocab) != (hidden, vocab):
         raise ModelError(
-            f"the head is for a target of width {shape.features} and {shape.vocab} tokens, "
-            f"this one has {hidden} and {vocab}: give the target that it was trained for"
+            f"the head needs a target of width {shape.features} with {shape.vocab} tokens, but this target has width {hidden} "
+            f"and {vocab} tokens: give the target for which the head was trained"
         )
-    if not all(-1 <= one <= layers for one in loaded.head.feature_layers):
+    if not all(-1 <= layer <= layers for layer in loaded.head.feature_layers):
         raise ModelError(
-            f"the head takes features after layers {list(loaded.head.feature_layers)}, and this target has {layers}: "
-            "give the target that it was trained for"
+            f"the head reads features after layers {list(loaded.head.feature_layers)}, but this target has {layers} layers: "
+            "give the target for which the head was trained"
         )

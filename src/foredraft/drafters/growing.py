@@ -1,5 +1,8 @@
-"""What a drafter with a cache runs in a step: the committed tokens that the cache lacks, as a chain, and behind them the
-nodes of the growing tree, in the order in which a grower asks for them."""
+"""Bookkeeping for drafters with a cache: the nodes that a drafter runs in one step.
+
+First come the committed tokens that are not in the cache yet, as a chain. The nodes of the growing tree follow, in the order
+in which the tree policy requests them.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,13 @@ from foredraft.tree import Ids, TreeBatch
 
 @dataclass(eq=False)
 class Growing:
-    """One request's run of this step.
+    """The nodes that one request has run in this step.
 
     Attributes:
-        cache: of the drafter.
-        pending: committed tokens that are not in the cache yet; the last one is the root.
-        tokens, parents: what was run this step behind the cache: `pending` as a chain, then the expanded nodes.
-        place: node of the growing tree -> its place among `tokens`.
+        cache: the drafter's cache.
+        pending: committed tokens that are not in the cache yet. The last one is the root.
+        tokens, parents: the nodes run in this step: `pending` as a chain, then the expanded nodes.
+        place: maps a node of the growing tree to its index in `tokens`.
     """
 
     cache: Any
@@ -33,7 +36,7 @@ class Growing:
     place: dict[int, int] = field(default_factory=dict)
 
     def add(self, node: int, token: int, parent: int) -> None:
-        """Adds a node to what is run; before the first one, the pending tokens whose last is the root."""
+        """Adds a node to the run. The first call adds the pending tokens before it, the last of which is the root."""
         if not self.tokens:
             self.tokens = list(self.pending)
             self.parents = list(range(-1, len(self.pending) - 1))
@@ -44,7 +47,7 @@ class Growing:
             self.tokens.append(token)
 
     def clear(self) -> None:
-        """Forgets the run."""
+        """Clears the run."""
         self.tokens, self.parents, self.place = [], [], {}
 
 
@@ -52,10 +55,10 @@ class Pass(NamedTuple):
     """One forward for the expanded nodes of a batch.
 
     Attributes:
-        live: the requests that take part.
+        live: indices of the requests that take part.
         batch: their runs as trees.
-        start: how many nodes of each were run before.
-        rows: packed places of the expanded nodes, in the order asked for.
+        start: number of nodes of each run that were run before.
+        rows: packed indices of the expanded nodes, in the requested order.
     """
 
     live: list[int]
@@ -65,7 +68,7 @@ class Pass(NamedTuple):
 
 
 def next_pass(runs: Sequence[Growing], partial: TreeBatch, node_ids: Ids) -> Pass:
-    """Adds the packed nodes `node_ids` of the growing trees `partial` to the runs, and plans the forward that runs them."""
+    """Adds the packed nodes `node_ids` of the growing trees `partial` to the runs. Returns the forward that runs them."""
     begins, packed = partial.offsets.tolist(), node_ids.tolist()
     owners = [bisect_right(begins, node) - 1 for node in packed]
     live = sorted(set(owners))
@@ -81,11 +84,12 @@ def next_pass(runs: Sequence[Growing], partial: TreeBatch, node_ids: Ids) -> Pas
 
 
 class Paths(NamedTuple):
-    """Where some nodes of growing trees stand.
+    """The paths from some nodes of growing trees up to their roots.
 
     Attributes:
-        owners, depths: the request and the depth of each.
-        nodes: packed nodes from each upwards; the root is repeated.
+        owners: index of the request of each node.
+        depths: depth of each node.
+        nodes: packed nodes from each node upwards, one path per row. The root is repeated to fill a row.
     """
 
     owners: Ids
@@ -94,7 +98,7 @@ class Paths(NamedTuple):
 
 
 def paths_of(partial: TreeBatch, node_ids: Ids) -> Paths:
-    """The paths to the packed nodes `node_ids`, all at once."""
+    """Returns the paths from the packed nodes `node_ids` to their roots."""
     owners = np.searchsorted(partial.offsets, node_ids, side="right") - 1
     roots, climbed = partial.offsets[owners], [node_ids]
     while (climbed[-1] != roots).any():
@@ -104,7 +108,7 @@ def paths_of(partial: TreeBatch, node_ids: Ids) -> Paths:
 
 
 def capped(budgets: Sequence[Budget], room: Sequence[int]) -> list[Budget]:
-    """Budgets no deeper than there is room."""
+    """Limits the depth of each budget to `room` levels; no tree at all if `room` is 0."""
     return [
         Budget(nodes, min(depth, left)) if left else Budget(0, 0) for (nodes, depth), left in zip(budgets, room, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Hydra at work: heads that see the drafted path, behind a layer over the committed features."""
+"""The Hydra drafter: heads that read the drafted path, after a layer over the committed features."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from foredraft.tree import Ids, TreeBatch
 
 
 class HydraDrafter:
-    """Drafts as deep as there are heads; the law of a node depends on the path to it.
+    """Drafts trees that are at most as deep as the number of heads. The law of a node depends on the path to it.
 
     Args:
-        head: its weights, in the target's dtype and on its device.
-        config: the Llama configuration of its prefix layer.
-        target: gives the embedding.
-        grower: how its trees grow.
-        num_slots: requests in flight at most.
-        compiled: whether the compiled prefix layer runs; None is wherever it can.
-        weight_bits: those of the compiled layer.
+        head: the heads, in the target's dtype and on its device.
+        config: the Llama configuration of the prefix layer.
+        target: provides the embedding.
+        grower: the tree policy.
+        num_slots: maximum number of requests at once.
+        compiled: whether to run the compiled prefix layer; None runs it if possible.
+        weight_bits: bits of a stored weight of the compiled layer.
 
     Source: Hydra (arXiv 2402.05109), sections 3 and 4.
     """
@@ -57,10 +57,10 @@ class HydraDrafter:
 
     @classmethod
     def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = FEW) -> HydraDrafter:
-        """The drafter of a speculative config.
+        """Builds the drafter of a speculative config.
 
         Raises:
-            ValueError: there is no head in the directory, it belongs to another target.
+            ValueError: the directory holds no head, or the head was trained for another target.
         """
         loaded = load_head(setting, force=force)
         assert setting.grower is not None
@@ -71,11 +71,11 @@ class HydraDrafter:
         return drafter
 
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> PairState:
-        """A new request; nothing is run before its first tree."""
+        """Returns the state of a new request. Nothing is run before its first tree."""
         return self._caches.start(tokens, features)
 
     def finish(self, state: PairState) -> None:
-        """Frees the request's slot."""
+        """Releases the slot of the request."""
         self._caches.finish(state)
 
     @torch.inference_mode()
@@ -86,7 +86,7 @@ class HydraDrafter:
         sampling: Sequence[SamplingParams],
         draws: Sequence[Draws],
     ) -> TreeBatch:
-        """One tree a request; none before the target has run a token."""
+        """Returns one tree per request. It is the root alone before the target has run a token."""
         self._caches.settle(states, self._read)
         for state in states:
             state.carried = None
@@ -95,7 +95,7 @@ class HydraDrafter:
 
     @torch.inference_mode()
     def expand(self, states: Sequence[PairState], partial: TreeBatch, node_ids: Ids) -> Float[Tensor, "n v"]:
-        """The laws after the packed nodes `node_ids`: one call of a head for each depth among them."""
+        """Returns the draft logits after the packed nodes `node_ids`, with one call of a head per depth."""
         owners, depths, nodes = paths_of(partial, node_ids)
         live = np.unique(owners)
         self._begin([states[b] for b in live.tolist() if states[b].carried is None])
@@ -112,11 +112,11 @@ class HydraDrafter:
     def observe(
         self, state: PairState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]
     ) -> None:
-        """New pairs."""
+        """Adds the new pairs."""
         state.take(tokens, features)
 
     def _begin(self, states: Sequence[PairState]) -> None:
-        """Runs the pending features of requests whose first nodes are asked for; what comes last is what the heads see."""
+        """Runs the pending features of requests whose first nodes are requested. The heads read the last output of each."""
         if not states:
             return
         for state in states:
@@ -127,7 +127,7 @@ class HydraDrafter:
             state.carried = row
 
     def _read(self, batch: TreeBatch, caches: Sequence[Any], features: Sequence[Float[Tensor, "_ d"]]) -> Float[Tensor, "b d"]:
-        """What the heads see of chains of features: what was read at the end of each."""
+        """Returns the input of the heads for chains of features, which is taken from the end of each chain."""
         if self._prefix is not None:
             return self.head.prefix_norm(self._prefix.read(batch, caches, features))
         layout = self._caches.behind(batch, caches, None)

@@ -1,5 +1,7 @@
-"""Layers of draft heads. Parameter names are those of the released checkpoints; attention is passed in, so that the same layers
-train on whole texts and draft on trees behind a cache."""
+"""Layers of draft heads. Parameter names are those of the released checkpoints.
+
+The attention is an argument. The same layers can thus train on whole texts and draft trees behind a cache.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,12 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """Widths of a head; those of the target unless a checkpoint says otherwise. `vocab` is the target's, and so is
-    `target_hidden`, the width of its features; None: the head's own."""
+    """Widths of a head. They equal those of the target unless the checkpoint sets others.
+
+    Attributes:
+        vocab: vocabulary size of the target.
+        target_hidden: width of the target's features; None if it equals `hidden`.
+    """
 
     hidden: int
     intermediate: int
@@ -32,12 +38,12 @@ class Shape:
 
     @property
     def features(self) -> int:
-        """Width of one of the target's features."""
+        """Width of a feature of the target."""
         return self.target_hidden or self.hidden
 
     @classmethod
     def of(cls, config: Any) -> Shape:
-        """From a Transformers configuration."""
+        """Reads the widths from a Transformers configuration."""
         heads = config.num_attention_heads
         return cls(
             hidden=config.hidden_size,
@@ -52,19 +58,19 @@ class Shape:
 
 
 class Norm(nn.Module):
-    """RMSNorm."""
+    """RMSNorm: root-mean-square normalisation with a learned scale."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
-        """Root-mean-square normalisation of the last dimension."""
+        """Normalises the last dimension."""
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
-    """Projections around an attention that is passed in; with biases (Qwen2) or norms of queries and keys (Qwen3)."""
+    """The projections around an attention function. Options add biases (Qwen2) or norms of queries and keys (Qwen3)."""
 
     def __init__(self, shape: Shape, inputs: int, *, qkv_bias: bool = False, qk_norm: bool = False):
         super().__init__()
@@ -77,13 +83,13 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(shape.heads * shape.head_dim, shape.hidden, bias=False)
 
     def forward(self, x: Float[Tensor, "*n i"], attend: Attend) -> Float[Tensor, "*n d"]:
-        """Attention of the new rows to all earlier ones."""
+        """Applies attention from the new rows to all rows that `attend` makes visible."""
         query, key, value = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return self.o_proj(attend(self.q_norm(query), self.k_norm(key), value))
 
 
 class Gated(nn.Module):
-    """SiLU-gated perceptron; `gated_by` drives the gate with something else than the input."""
+    """A perceptron with a SiLU gate (SwiGLU). An argument `gated_by` drives the gate in place of the input."""
 
     def __init__(self, hidden: int, intermediate: int, outputs: int):
         super().__init__()
@@ -92,13 +98,15 @@ class Gated(nn.Module):
         self.down_proj = nn.Linear(intermediate, outputs, bias=False)
 
     def forward(self, x: Float[Tensor, "*n d"], gated_by: Float[Tensor, "*n d"] | None = None) -> Float[Tensor, "*n o"]:
-        """The gated feed-forward part (SwiGLU)."""
+        """Applies the perceptron."""
         return self.down_proj(F.silu(self.gate_proj(x if gated_by is None else gated_by)) * self.up_proj(x))
 
 
 class Layer(nn.Module):
-    """A decoder layer without a norm before its attention (EAGLE's convention) unless `input_norm`; with `outputs` 2, its
-    residual is doubled."""
+    """A decoder layer. As in EAGLE, it has no norm before its attention unless `input_norm` is set.
+
+    With `outputs` 2, the output is twice as wide and the residual is added to both halves.
+    """
 
     def __init__(self, shape: Shape, outputs: int = 1, *, input_norm: bool = False, qkv_bias: bool = False):
         super().__init__()
@@ -109,14 +117,15 @@ class Layer(nn.Module):
         self.mlp = Gated(shape.hidden, shape.intermediate, outputs * shape.hidden)
 
     def forward(self, x: Float[Tensor, "*n d"], attend: Attend) -> Float[Tensor, "*n o"]:
-        """One decoder layer: attention, then the feed-forward part, each with its residual."""
+        """Applies attention and then the feed-forward part, each with its residual."""
         x = x + self.self_attn(self.input_layernorm(x), attend)
         return torch.cat([x] * self.outputs, dim=-1) + self.mlp(self.post_attention_layernorm(x))
 
 
 class WideLayer(nn.Module):
-    """EAGLE-3's layer: attention over [norm of the embedding ; norm of the feature], the residual on the feature (with
-    `norm_before_residual`, on its norm).
+    """The layer of EAGLE-3: attention over [norm of the embedding ; norm of the feature].
+
+    The residual is the feature, or the norm of the feature with `norm_before_residual`.
 
     Source: EAGLE-3 (arXiv 2503.01840), section 3.1; the released code.
     """
@@ -133,7 +142,7 @@ class WideLayer(nn.Module):
     def forward(
         self, embedding: Float[Tensor, "*n d"], feature: Float[Tensor, "*n d"], attend: Attend
     ) -> Float[Tensor, "*n d"]:
-        """One decoder layer whose attention reads two inputs side by side."""
+        """Applies the layer. Its attention reads both inputs, concatenated."""
         normed = self.hidden_norm(feature)
         x = torch.cat([self.input_layernorm(embedding), normed], dim=-1)
         x = (normed if self.norm_before_residual else feature) + self.self_attn(x, attend)
@@ -141,7 +150,9 @@ class WideLayer(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + SiLU(W x), W zero at first; a block that takes more inputs than it gives passes them by a linear layer.
+    """A residual block: x + SiLU(W x + b), with W initialised to zero.
+
+    If the input is wider than the output, a linear layer replaces the residual connection.
 
     Source: Medusa (arXiv 2401.10774), section 2.1.1; Hydra (arXiv 2402.05109), section 3.
     """
@@ -153,5 +164,5 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n d"]:
-        """The input plus SiLU of a linear layer of it."""
+        """Applies the block."""
         return self.res_connection(x) + F.silu(self.linear(x))

@@ -1,4 +1,4 @@
-"""An independent small language model as drafter, with a cache of its own."""
+"""A drafter that is an independent small language model with its own cache."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from foredraft.protocols import Budget, Grower, Target
 from foredraft.tree import Ids, TreeBatch
 
 MAX_PADDING = 1024
-"""Training frameworks pad a vocabulary to a multiple of a power of two, 1024 at most."""
+"""Training frameworks pad a vocabulary to a multiple of a power of two, which is at most 1024."""
 
 
 @dataclass(eq=False)
 class LMState(Growing):
-    """What the drafter knows of one request.
+    """The drafter's state of one request.
 
     Attributes:
         path: places to commit before the next step; None if nothing was run.
-        num_committed: tokens of the request.
+        num_committed: number of committed tokens of the request.
     """
 
     path: list[int] | None = None
@@ -35,13 +35,13 @@ class LMState(Growing):
 
 
 class LMDrafter:
-    """Drafts with any `Target` of the same vocabulary; vocabularies that differ by padding are cut or filled up.
+    """Drafts with a language model that has the target's vocabulary. A vocabulary that differs by padding is adjusted.
 
     Args:
         model: the draft model.
-        grower: how its trees grow.
-        vocab_size: the target's.
-        num_slots: requests in flight at most.
+        grower: the tree policy.
+        vocab_size: vocabulary size of the target.
+        num_slots: maximum number of requests at once.
     """
 
     feature_layers: Sequence[int] = ()
@@ -52,10 +52,10 @@ class LMDrafter:
 
     @classmethod
     def build(cls, setting: Setting) -> LMDrafter:
-        """The drafter of a speculative config.
+        """Builds the drafter of a speculative config.
 
         Raises:
-            ValueError: there is no model, or its vocabulary is another one.
+            ValueError: no draft model is given, or its vocabulary differs from the target's.
         """
         if setting.model is None:
             raise ValueError("method 'lm' needs a draft model: give its directory as 'model' (--draft-model)")
@@ -66,11 +66,11 @@ class LMDrafter:
         return cls(model, setting.grower, setting.target.vocab_size, setting.num_slots)
 
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> LMState:
-        """A new request; nothing is run before its first tree."""
+        """Returns the state of a new request. Nothing is run before its first tree."""
         return LMState(self._pool.allocate(), list(tokens), num_committed=len(tokens))
 
     def finish(self, state: LMState) -> None:
-        """Frees the request's slot."""
+        """Releases the slot of the request."""
         self._pool.free(state.cache)
 
     def propose(
@@ -80,14 +80,14 @@ class LMDrafter:
         sampling: Sequence[SamplingParams],
         draws: Sequence[Draws],
     ) -> TreeBatch:
-        """One tree a request; none where the draft model's own context is full."""
+        """Returns one tree per request. It is the root alone if the context of the draft model is full."""
         self._commit(states)
         roots = [state.pending[-1] for state in states]
         room = [max(0, self.model.max_len - state.num_committed) for state in states]
         return self.grower.grow(self, states, roots, capped(budgets, room), sampling, draws)
 
     def expand(self, states: Sequence[LMState], partial: TreeBatch, node_ids: Ids) -> Float[Tensor, "n v"]:
-        """Draft logits after the packed nodes `node_ids` of the growing trees, in one pass of the draft model."""
+        """Returns draft logits after the packed nodes `node_ids` of the growing trees, from one pass of the draft model."""
         live, batch, start, rows = next_pass(states, partial, node_ids)
         batch.tokens[batch.tokens >= self.model.vocab_size] = 0  # as in `_known`
         scores = self.model.forward(batch, [states[b].cache for b in live], rows, start=start)
@@ -96,16 +96,19 @@ class LMDrafter:
     def observe(
         self, state: LMState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]
     ) -> None:
-        """Follows the committed tokens through what was run. Equal tokens on equal paths have equal keys and values, so the
-        tokens alone tell what to keep, also where a tree holds one token twice."""
+        """Finds the committed tokens among the nodes that were run, so that their keys and values are kept.
+
+        Equal tokens on equal paths have equal keys and values. The tokens alone thus determine what to keep, even if a tree
+        contains a token twice.
+        """
         state.num_committed += len(tokens)
-        if not state.tokens or state.path is not None:  # nothing was drafted by this drafter since it was told last
+        if not state.tokens or state.path is not None:  # this drafter has not drafted since the last call
             state.pending += tokens
             return
         at = len(state.pending) - 1
         state.path = list(range(1, at + 1))
         children = {(p, t): i for i, (p, t) in reversed(list(enumerate(zip(state.parents, state.tokens, strict=True))))}
-        for token in tokens[:-1]:  # the last one is the new root, which is always run anew
+        for token in tokens[:-1]:  # the last token is the new root, which is always run again
             if (at, token) not in children:
                 break
             at = children[at, token]
@@ -113,7 +116,7 @@ class LMDrafter:
         state.pending = list(tokens[len(state.path) + 1 - len(state.pending) :])
 
     def _commit(self, states: Sequence[LMState]) -> None:
-        """Keeps what the last step left, and runs all but the last part of long pending text."""
+        """Commits the nodes of the last step, and runs all but the last token of long pending text."""
         run = [state for state in states if state.path is not None]
         self._pool.keep([state.cache for state in run], [state.path or [] for state in run])
         for state in states:
@@ -125,13 +128,13 @@ class LMDrafter:
             state.pending = state.pending[-1:]
 
     def _known(self, tokens: Sequence[int]) -> list[int]:
-        """Ids that only the target has, in the padding of its vocabulary, read as token 0: that can cost no more than speed."""
+        """Replaces ids that only the target has, in the padding of its vocabulary, by token 0. At worst, this costs speed."""
         size = self.model.vocab_size
         return [token if token < size else 0 for token in tokens]
 
 
 def fit_vocabulary(logits: Float[Tensor, "n v"], vocab_size: int) -> Float[Tensor, "n w"]:
-    """Logits over exactly `vocab_size` tokens: padding is cut off, missing tokens are never drafted."""
+    """Returns logits over exactly `vocab_size` tokens. Padding is cut off, and missing tokens are never drafted."""
     missing = vocab_size - logits.shape[-1]
     if missing == 0:
         return logits
@@ -141,26 +144,26 @@ def fit_vocabulary(logits: Float[Tensor, "n v"], vocab_size: int) -> Float[Tenso
 
 
 def check_vocabulary(target_size: int, draft_size: int) -> None:
-    """Checks that two vocabulary sizes differ by padding at most.
+    """Checks that two vocabulary sizes differ at most by padding.
 
     Raises:
-        ValueError: they are too far apart.
+        ValueError: they differ by more.
     """
     small, large = sorted((target_size, draft_size))
     padded = [-(-small // multiple) * multiple for multiple in (8, 16, 32, 64, 128, 256, 512, 1024) if multiple <= small]
     if large in (small, *padded) or (small > 16 * MAX_PADDING and large - small <= MAX_PADDING):
         return
     raise ValueError(
-        f"vocabulary mismatch: the draft model has {draft_size} tokens, the target {target_size}, more than padding explains. "
+        f"vocabulary mismatch: the draft model has {draft_size} tokens, the target {target_size}: padding cannot explain it. "
         "Use a draft model trained with the target's tokenizer, or a method without weights (ngram, suffix)"
     )
 
 
 def check_tokens(target: dict[str, int] | None, draft: dict[str, int] | None) -> None:
-    """Checks that two tokenizers, where both are known, give every id that they share to the same token.
+    """Checks that two vocabularies assign the same token to every common id. Unknown vocabularies (None) are not checked.
 
     Raises:
-        ValueError: they do not.
+        ValueError: they differ.
     """
     if target is None or draft is None:
         return

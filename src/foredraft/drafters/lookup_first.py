@@ -1,4 +1,4 @@
-"""Lookup where the text has repeated itself for a while, another drafter everywhere else."""
+"""Drafts by lookup if the text repeats itself, and with a fallback drafter otherwise."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ from foredraft.protocols import Budget, Drafter
 from foredraft.tree import TreeBatch
 
 DEFAULT_MATCH = 4
-"""On training prompts 2, 3 and 4 were the fastest at temperature 0, and 4 costs nothing at temperature 1."""
+"""On training prompts, 2, 3 and 4 were the fastest values at temperature 0, and 4 costs no speed at temperature 1."""
 
 
 class LookupState(NamedTuple):
-    """A request's state in the lookup and in the other drafter."""
+    """The state of a request in the lookup drafter and in the fallback drafter (`other`)."""
 
     lookup: NgramState
     other: Any
 
 
 class LookupFirst:
-    """Drafts what followed the last `min_match` tokens where they stood in the text before; else asks another drafter.
+    """Drafts the earlier continuation of the last `lookup_min_match` tokens; without one, calls the fallback drafter.
 
-    A lookup costs nothing and is nearly always right where the text goes round in circles or copies its prompt, which is
-    where a model only repeats at some cost what is known. Who drafts depends on the request's committed tokens alone.
+    In text that loops or copies its prompt, lookup costs almost no time and is nearly always right. A model would only repeat
+    known tokens there, at a cost. The choice depends on the committed tokens of the request alone.
 
     Args:
-        other: a drafter that catches up from its own length when it is not asked for some steps.
-        lookup_min_match: tokens that must have stood in the text before.
+        other: the fallback drafter. It must catch up by itself after steps in which it was not called.
+        lookup_min_match: number of last tokens that must occur earlier in the text.
 
     Attributes:
-        num_looked_up, num_drafted: trees so far from the lookup, and from the other drafter.
+        num_looked_up: number of trees from the lookup so far.
+        num_drafted: number of trees from the fallback drafter so far.
 
     Source: the combination of SAM decoding (Hu et al., arXiv 2411.10666, section 3.3) with another drafter.
 
@@ -53,7 +54,7 @@ class LookupFirst:
 
     @classmethod
     def build(cls, other: Drafter, **options: int) -> LookupFirst:
-        """The drafter of a speculative config, around the one that it asks.
+        """Builds the drafter of a speculative config around its fallback drafter.
 
         Raises:
             ValueError: see `LookupFirst`.
@@ -61,11 +62,11 @@ class LookupFirst:
         return cls(other, **options)
 
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> LookupState:
-        """A new request."""
+        """Returns the state of a new request."""
         return LookupState(self._lookup.start(tokens, None), self._other.start(tokens, features))
 
     def finish(self, state: LookupState) -> None:
-        """Gives back what the other drafter held."""
+        """Releases the resources of the fallback drafter."""
         self._other.finish(state.other)
 
     def propose(
@@ -75,7 +76,7 @@ class LookupFirst:
         sampling: Sequence[SamplingParams],
         draws: Sequence[Draws],
     ) -> TreeBatch:
-        """One tree a request."""
+        """Returns one tree per request."""
         found = self._lookup.propose([state.lookup for state in states], budgets, sampling, draws)
         trees = {b: found[b] for b in range(len(states)) if found[b].num_nodes > 1}
         late = [b for b in range(len(states)) if b not in trees]
@@ -93,6 +94,6 @@ class LookupFirst:
     def observe(
         self, state: LookupState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]
     ) -> None:
-        """Both follow the text."""
+        """Passes the committed tokens to both drafters."""
         self._lookup.observe(state.lookup, tokens, None, path)
         self._other.observe(state.other, tokens, features, path)

@@ -1,4 +1,4 @@
-"""One drafter for greedy requests and another for sampled ones, behind the one contract."""
+"""A drafter that combines two: one for greedy requests and one for sampled requests."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from foredraft.tree import DraftTree, TreeBatch
 
 @dataclass(eq=False)
 class MixedState:
-    """A request's state in both drafters; which of them drafts is known when the first tree is asked for.
+    """The state of a request in both drafters. The first call of `propose` decides which of them drafts.
 
     Attributes:
-        parts: of the greedy and of the sampled drafter.
-        drafts: which of the two drafts; the other one's part is given back by then.
+        parts: the states in the greedy and in the sampled drafter.
+        drafts: index of the drafter that drafts; None before the first tree. The state in the other drafter is then released.
     """
 
     parts: tuple[Any, Any]
@@ -29,24 +29,25 @@ class MixedState:
 
 
 class MixedDrafter:
-    """Two drafters that share out the requests by their temperature.
+    """Two drafters that divide the requests by temperature.
 
     Args:
-        greedy, sampled: where both need features of the target, those of the same layers.
+        greedy: drafts requests at temperature 0.
+        sampled: drafts requests above temperature 0. If both drafters need features, they must need the same layers.
     """
 
     def __init__(self, greedy: Drafter, sampled: Drafter):
         self._drafters = (greedy, sampled)
         self.feature_layers: Sequence[int] = greedy.feature_layers or sampled.feature_layers
-        assert all(tuple(one.feature_layers) in ((), tuple(self.feature_layers)) for one in self._drafters)
+        assert all(tuple(drafter.feature_layers) in ((), tuple(self.feature_layers)) for drafter in self._drafters)
 
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> MixedState:
-        """A new request."""
-        greedy, sampled = (one.start(tokens, features if one.feature_layers else None) for one in self._drafters)
+        """Returns the state of a new request."""
+        greedy, sampled = (drafter.start(tokens, features if drafter.feature_layers else None) for drafter in self._drafters)
         return MixedState((greedy, sampled))
 
     def finish(self, state: MixedState) -> None:
-        """Gives back what is held."""
+        """Releases the resources of the request."""
         for drafter, part in self._following(state):
             drafter.finish(part)
 
@@ -57,10 +58,10 @@ class MixedDrafter:
         sampling: Sequence[SamplingParams],
         draws: Sequence[Draws],
     ) -> TreeBatch:
-        """One tree a request, each by its own drafter."""
+        """Returns one tree per request, each from the drafter of its temperature."""
         trees: dict[int, DraftTree] = {}
         for which, drafter in enumerate(self._drafters):
-            mine = [b for b, one in enumerate(sampling) if (one.temperature > 0) == bool(which)]
+            mine = [b for b, params in enumerate(sampling) if (params.temperature > 0) == bool(which)]
             if mine:
                 own = [self._part(states[b], which) for b in mine]
                 given = ([of[b] for b in mine] for of in (budgets, sampling, draws))
@@ -73,12 +74,12 @@ class MixedDrafter:
     def observe(
         self, state: MixedState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]
     ) -> None:
-        """Whoever drafts follows the text."""
+        """Passes the committed tokens to the drafter that drafts."""
         for drafter, part in self._following(state):
             drafter.observe(part, tokens, features if drafter.feature_layers else None, path)
 
     def _part(self, state: MixedState, which: int) -> Any:
-        """The state in the drafter that drafts; the other one is done with the request."""
+        """Returns the state in the drafter that drafts. Releases the state in the other drafter."""
         if state.drafts is None:
             self._drafters[1 - which].finish(state.parts[1 - which])
             state.drafts = which

@@ -1,4 +1,4 @@
-"""Prompt lookup: what followed the last few tokens when they stood in the text before."""
+"""Prompt lookup: drafts the tokens that followed an earlier occurrence of the last few tokens."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from foredraft.tree import TreeBatch
 
 @dataclass
 class NgramState:
-    """Text so far, and where each n-gram in it (except the last ones) ended most recently."""
+    """The text so far, and the most recent end of each n-gram in it. N-grams at the end of the text are not included."""
 
     tokens: list[int] = field(default_factory=list)
     ends: dict[tuple[int, ...], int] = field(default_factory=dict)
 
 
 class NgramDrafter:
-    """Drafts the continuation of the latest earlier occurrence of the longest matching n-gram, as a chain.
+    """Drafts a chain: the continuation of the latest earlier occurrence of the longest matching n-gram.
 
     Args:
-        prompt_lookup_max, prompt_lookup_min: longest and shortest n-gram that is looked up.
+        prompt_lookup_max, prompt_lookup_min: length of the longest and of the shortest n-gram that is looked up.
 
-    Source: prompt lookup decoding (A. Saxena, 2023); vLLM's method ``ngram``, whose names these are.
+    Source: prompt lookup decoding (A. Saxena, 2023). The option names are those of vLLM's method ``ngram``.
     """
 
     feature_layers: Sequence[int] = ()
@@ -41,17 +41,17 @@ class NgramDrafter:
 
     @classmethod
     def build(cls, setting: Setting, **options: int) -> NgramDrafter:
-        """The drafter of a speculative config."""
+        """Builds the drafter of a speculative config."""
         return cls(**options)
 
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> NgramState:
-        """A new request."""
+        """Returns the state of a new request."""
         state = NgramState()
         self.observe(state, tokens, None, ())
         return state
 
     def finish(self, state: NgramState) -> None:
-        """Nothing is held."""
+        """Does nothing, because no resources are held."""
 
     def propose(
         self,
@@ -60,13 +60,13 @@ class NgramDrafter:
         sampling: Sequence[SamplingParams],
         draws: Sequence[Draws],
     ) -> TreeBatch:
-        """One chain a request; the root alone where nothing matches."""
+        """Returns one chain per request; the root alone if no n-gram matches."""
         return TreeBatch.chains([self._look_up(s, min(budget)) for s, budget in zip(states, budgets, strict=True)])
 
     def observe(
         self, state: NgramState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]
     ) -> None:
-        """Adds the new tokens. An n-gram is entered once the token after it is known."""
+        """Adds the new tokens. An n-gram is stored once the token after it is known."""
         for token in tokens:
             end = len(state.tokens)
             for size in self._sizes:

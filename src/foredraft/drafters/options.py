@@ -1,4 +1,4 @@
-"""Config keys of the drafters: type, default and allowed values. Loads no torch."""
+"""Config keys of the drafters: type, default and allowed values. Does not import torch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Option(NamedTuple):
     """A config key.
 
     Attributes:
-        kind: its type.
-        default: its value where it is left out.
-        allowed: whether a value of this type may be given.
-        said: the allowed values in words.
+        kind: type of the value.
+        default: value if the key is left out.
+        allowed: whether a value of this type is allowed.
+        said: the allowed values in words, for messages.
     """
 
     kind: Any
@@ -41,10 +41,10 @@ OPTIONS: dict[str, Option] = {
 
 
 def check_options(**given: Any) -> None:
-    """Raises for a value that is not allowed.
+    """Checks the values of options.
 
     Raises:
-        ValueError: names the option, the value and what is allowed.
+        ValueError: a value is not allowed. The message names the option, the value and the allowed values.
     """
     for name, value in given.items():
         if not OPTIONS[name].allowed(value):

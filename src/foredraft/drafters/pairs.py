@@ -1,7 +1,7 @@
-"""What drafters over the target's features share: pairs of tokens and features, run behind a cache of their own.
+"""Code shared by drafters over the target's features: pairs of tokens and features, and a cache of the pairs.
 
-The pairs that the target has committed are run with the target's features and kept. What is run behind them to draft is
-forgotten after the step: its features were guesses.
+Pairs that the target has committed are run with the target's features, and stay in the cache. Pairs that are run to draft use
+predicted features, so they are removed after the step.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from foredraft.models.rope import rotary_tables
 from foredraft.tree import TreeBatch
 
 Run = Callable[[TreeBatch, Sequence[Any], Sequence[Float[Tensor, "_ d"]]], Any]
-"""Runs chains of pairs, given the features of each: (batch, caches, features)."""
+"""Runs chains of pairs with their features: (batch, caches, features)."""
 
 
 @dataclass(eq=False)
 class PairState(Growing):
-    """One request: `pending` are the tokens of pairs that are not in the cache yet.
+    """The state of one request. `pending` holds the tokens of pairs that are not in the cache yet.
 
     Attributes:
         root: the last committed token.
-        parts: the pending pairs' features, in the parts in which they came; see `features`.
-        carried: what was foretold in this step: by a recurrent head at each place of its run, in a table with room for more;
-            the slots of other heads, or their laws.
-        ran: how many pairs of this step's run are to be kept; None until the step is over.
+        parts: features of the pending pairs, in the parts in which they arrived; see `features`.
+        carried: predictions of this step. For a recurrent head, a table of the predicted features at each place of the run,
+            which may have unused rows. For other heads, their slots or their laws.
+        ran: number of pairs of this step's run to keep; None until the step is over.
     """
 
     root: int = 0
@@ -45,13 +45,16 @@ class PairState(Growing):
 
     @property
     def features(self) -> Float[Tensor, "p d"]:
-        """Of the pending pairs; there must be some. Put together when they are used: while others draft, only parts come in."""
+        """Features of the pending pairs, of which there must be at least one.
+
+        The parts are concatenated only here, because parts may arrive in many steps in which another drafter drafts.
+        """
         if len(self.parts) > 1:
             self.parts = [torch.cat(self.parts)]
         return self.parts[0]
 
     def take(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> None:
-        """Adds pairs."""
+        """Adds the pairs of newly committed tokens."""
         if self.tokens and self.ran is None:
             self.ran, self.pending, self.parts = len(self.pending), [], []
         self.root = tokens[-1]
@@ -61,16 +64,17 @@ class PairState(Growing):
 
 
 class PairCaches:
-    """Caches of one layer for the requests in flight, and the attention behind them.
+    """Caches of one layer for all running requests, and the attention over them.
 
     Args:
         config: a Llama configuration of the layer.
-        num_slots: requests in flight at most.
-        ahead: places behind the context's end that are run, though nothing is drafted there.
+        num_slots: maximum number of requests at once.
+        ahead: number of positions beyond the end of the context that can be run. Nothing is drafted there.
 
     Attributes:
         pool: keys and values.
-        group: query heads that share a key head.
+        max_len: the context, in tokens.
+        group: number of query heads that share a key head.
     """
 
     def __init__(self, config: Any, num_slots: int, dtype: torch.dtype, device: torch.device, *, ahead: int = 0):
@@ -88,22 +92,24 @@ class PairCaches:
         )
 
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> PairState:
-        """A new request, `tokens` and `features` as in `Drafter.start`: token 0 is in no pair, and the last feature meets the
-        root."""
+        """Returns the state of a new request; see `Drafter.start`.
+
+        Token 0 is in no pair. The last feature forms a pair with the root.
+        """
         state = PairState(self.pool.allocate(), [])
         state.take(tokens, features)
         return state
 
     def finish(self, state: PairState) -> None:
-        """Frees the request's slot."""
+        """Releases the slot of the request."""
         self.pool.free(state.cache)
 
     def room(self, state: PairState) -> int:
-        """How many nodes below the root a path may have: none without a pair, and as many as there are positions left."""
+        """Returns the maximum depth of a path: the number of positions left, or 0 if there is no pending pair."""
         return max(0, self.max_len - state.cache.length - len(state.pending)) if state.pending else 0
 
     def settle(self, states: Sequence[PairState], run: Run) -> None:
-        """Keeps the pairs of the last step's run, and runs all but the last part of long pending text."""
+        """Commits the pairs of the last step's run, and runs all but the last part of long pending text."""
         over = [state for state in states if state.ran is not None]
         self.pool.keep([state.cache for state in over], [range(1, state.ran or 0) for state in over])
         for state in over:
@@ -117,18 +123,18 @@ class PairCaches:
                 state.pending, state.parts = state.pending[PREFILL_CHUNK:], [state.features[PREFILL_CHUNK:]]
 
     def behind(self, batch: TreeBatch, caches: Sequence[Any], start: Sequence[int] | None) -> Layout:
-        """Where the new nodes go."""
+        """Lays out the new nodes behind the caches, and extends the pool if necessary."""
         layout = lay_out(batch, caches, start, self._device)
         self.pool.reserve(layout.length)
         return layout
 
     def masks(self, layout: Layout) -> Masks:
-        """What each of them sees: its cache and its path."""
+        """Returns the attention masks of the new nodes. Each node sees its cache and its path."""
         mask = layout.mask(self._dtype, self._device)
         return {None: None if mask is None else mask.repeat(1, 1, self.group, 1)}
 
     def attention(self, layout: Layout, masks: Masks) -> Attend:
-        """The attention of new nodes that were laid out by `behind`."""
+        """Returns the attention function of new nodes that `behind` laid out."""
         rotation = self._cos[layout.positions][:, None], self._sin[layout.positions][:, None]
 
         def attend_to_path(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

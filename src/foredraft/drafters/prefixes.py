@@ -1,8 +1,8 @@
-"""Label sequences of CTC frames: the likeliest prefixes, as a tree, and the law of the label after any prefix.
+"""Label sequences of CTC frames: the most likely prefixes as a tree, and the law of the label after any prefix.
 
 Source: prefix search: Graves et al. 2006, Connectionist Temporal Classification, section 3.2; collapsing: section 3.1.
 
-`compiled/prefixes.c` does the same, many times faster; a test equates the two.
+`compiled/prefixes.c` computes the tree many times faster. A test compares the two.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from foredraft.compiled import library
 Labels = tuple[int, ...]
 
 Ends = Sequence[tuple[float, float]]
-"""Of some labels, before each frame: the probability that the frames so far stand for them and end in a blank; in a label."""
+"""For a label sequence, two probabilities before each frame. The first: the frames so far collapse to the sequence and end in a
+blank. The second: they collapse to it and end in a label."""
 
 
 def likeliest_prefixes(
@@ -32,17 +33,17 @@ def likeliest_prefixes(
     nodes: int,
     depth: int,
 ) -> tuple[list[int], list[int]]:
-    """The `trie` of what `prefix_search` finds, by the compiled code where that can run.
+    """Returns the `trie` of the prefixes that `prefix_search` finds. Uses compiled code if it can run.
 
     Raises:
-        MemoryError: there is no room for so many nodes.
+        MemoryError: there is not enough memory for the nodes.
     """
     code = library()
     if code is None:
         return trie(prefix_search(tokens, probs, blanks, nodes, depth), root)
-    frames = [np.ascontiguousarray(tokens, np.int64), *(np.ascontiguousarray(one, np.float64) for one in (probs, blanks))]
+    frames = [np.ascontiguousarray(tokens, np.int64), *(np.ascontiguousarray(row, np.float64) for row in (probs, blanks))]
     out = np.empty((2, nodes + 1), np.int64)
-    numbers = (ctypes.c_int64(one) for one in (*probs.shape, nodes, depth))
+    numbers = (ctypes.c_int64(number) for number in (*probs.shape, nodes, depth))
     size = code.foredraft_prefixes(*map(_at, frames), *numbers, *map(_at, out))
     if size < 0:
         raise MemoryError(f"no memory for {nodes} prefixes")
@@ -58,35 +59,35 @@ def _at(numbers: np.ndarray) -> ctypes.c_void_p:
 def prefix_search(
     tokens: Int[np.ndarray, "l k"], probs: Float[np.ndarray, "l k"], blanks: Float[np.ndarray, " l"], nodes: int, depth: int
 ) -> dict[Labels, float]:
-    """The `nodes` likeliest prefixes of at most `depth` labels, the likeliest first, each with the probability that what the
-    frames collapse to begins with it, summed over all paths.
+    """Returns the `nodes` most likely prefixes of at most `depth` labels, in descending order, with their probabilities.
 
-    No prefix is likelier than what it extends, so the next best one is always an extension of one that was taken: the search
-    is exact. Of equally likely ones the shorter goes first, then the smaller in the order of words.
+    The probability of a prefix is that of all paths whose collapsed sequence begins with the prefix. No prefix is more likely
+    than the prefix that it extends. The next best prefix is thus always an extension of one already found, and the search is
+    exact. Among equally likely prefixes, the shorter comes first, then the lexicographically smaller.
 
     Args:
-        tokens, probs: the tokens that each frame may take, with their probabilities; others count as impossible.
+        tokens, probs: the tokens that each frame may take, and their probabilities. Other tokens have probability 0.
         blanks: probability of the blank in each frame.
     """
-    chances = [dict(zip(*one, strict=True)) for one in zip(tokens.tolist(), probs.tolist(), strict=True)]
+    chances = [dict(zip(*frame, strict=True)) for frame in zip(tokens.tolist(), probs.tolist(), strict=True)]
     every = sorted({token for frame in chances for token in frame})
     found: dict[Labels, float] = {}
     queue: list[tuple[float, int, Labels]] = []
     ends: dict[Labels, Ends] = {}
 
-    def said(labels: Labels) -> list[float]:
-        """Frame by frame, the probability that it completes the labels."""
+    def completions(labels: Labels) -> list[float]:
+        """Returns for each frame the probability that it completes the labels."""
         *before, token = labels
-        return completed([one.get(token, 0.0) for one in chances], ends[labels[:-1]], not before or before[-1] != token)
+        return completed([frame.get(token, 0.0) for frame in chances], ends[labels[:-1]], not before or before[-1] != token)
 
     def take(labels: Labels) -> None:
-        """Follows the labels through the frames and offers what extends them."""
-        own = [one.get(labels[-1], 0.0) for one in chances] if labels else [0.0] * len(chances)
-        ends[labels] = followed(own, blanks.tolist(), said(labels) if labels else None)
+        """Computes the `Ends` of the labels and pushes their extensions onto the queue."""
+        own = [frame.get(labels[-1], 0.0) for frame in chances] if labels else [0.0] * len(chances)
+        ends[labels] = followed(own, blanks.tolist(), completions(labels) if labels else None)
         for token in every if len(labels) < depth else ():
             mass = 0.0
-            for one in said((*labels, token)):
-                mass += one
+            for completion in completions((*labels, token)):
+                mass += completion
             if mass > 0:
                 heapq.heappush(queue, (-mass, len(labels), (*labels, token)))
 
@@ -99,11 +100,12 @@ def prefix_search(
 
 
 class PrefixLaws:
-    """The law of the label that comes next in what frames collapse to, after any labels: the probability that they go on with
-    it, over that of all labels which they can go on with. Of a growing tree, whose labels are those of the path to a node.
+    """The law of the next label of the collapsed sequence, after the path to any node of a growing tree.
+
+    The law of a label is the probability that the sequence continues with it, divided by the sum over all labels.
 
     Args:
-        probs: of each frame the law over the labels and the blank, which stands last.
+        probs: for each frame, the law over the labels and the blank, which is the last entry.
     """
 
     def __init__(self, probs: Float[Tensor, "l w"]):
@@ -111,12 +113,14 @@ class PrefixLaws:
         self._ends = {0: followed([0.0] * len(probs), self._blanks, None)}
 
     def logits(self, tokens: Sequence[int], parents: Sequence[int], nodes: Sequence[int]) -> Float[Tensor, "n v"]:
-        """Logarithms of the laws after `nodes` of a tree (node 0 is the root, no label); all equal where the frames have no
-        room for another label."""
+        """Returns the logarithms of the laws after `nodes` of a tree, up to a constant per row.
+
+        Node 0 is the root and has no label. All entries of a row are equal if the frames cannot hold another label.
+        """
         ends = self._probs.new_tensor([self._ends_of(node, tokens, parents) for node in nodes])
         masses = ends.sum(-1) @ self._probs[:, :-1]
         for row, node in enumerate(nodes):
-            if node:  # a repeat is a label only behind a blank
+            if node:  # a repeated label counts only after a blank
                 masses[row, tokens[node]] = ends[row, :, 0] @ self._probs[:, tokens[node]]
         masses[masses.sum(-1) == 0] = 1
         return masses.log()
@@ -130,11 +134,12 @@ class PrefixLaws:
 
 
 def completed(chances: Sequence[float], ends: Ends, is_new: bool) -> list[float]:
-    """Frame by frame, the probability that it completes labels whose last one it takes with `chances`.
+    """Returns for each frame the probability that it completes a label sequence.
 
     Args:
-        ends: of the labels before.
-        is_new: whether the last label differs from the one before; a repeat is one only behind a blank.
+        chances: probability of the last label in each frame.
+        ends: `Ends` of the sequence without its last label.
+        is_new: whether the last label differs from the label before. A repeated label counts only after a blank.
     """
     return [
         chance * (in_blank + in_token if is_new else in_blank)
@@ -143,7 +148,13 @@ def completed(chances: Sequence[float], ends: Ends, is_new: bool) -> list[float]
 
 
 def followed(chances: Sequence[float], blanks: Sequence[float], completes: Sequence[float] | None) -> Ends:
-    """`Ends` of labels that each frame `completes` so, and whose last one it takes with `chances`; None: of no labels."""
+    """Returns the `Ends` of a label sequence.
+
+    Args:
+        chances: probability of the last label in each frame.
+        blanks: probability of the blank in each frame.
+        completes: for each frame, the probability that it completes the sequence; None for the empty sequence.
+    """
     ends, now = [], (1.0, 0.0) if completes is None else (0.0, 0.0)
     for chance, blank, entered in zip(chances, blanks, completes or [0.0] * len(chances), strict=True):
         ends.append(now)
@@ -153,13 +164,15 @@ def followed(chances: Sequence[float], blanks: Sequence[float], completes: Seque
 
 
 def trie(prefixes: Sequence[Labels] | dict[Labels, float], root: int) -> tuple[list[int], list[int]]:
-    """Prefixes, each behind what it extends, as a tree: tokens and parents, node 0 the root."""
+    """Returns tokens and parents of the tree of `prefixes`. Node 0 is the root. A prefix must follow the one it extends."""
     place = {(): 0} | {labels: i for i, labels in enumerate(prefixes, start=1)}
     return [root, *(labels[-1] for labels in prefixes)], [-1, *(place[labels[:-1]] for labels in prefixes)]
 
 
 def collapse(path: Sequence[int], blank: int) -> Labels:
-    """What a path of frames stands for: repeats merged, then blanks dropped. To be applied once: what comes out may have
-    repeats of its own (1 blank 1 stands for 1 1)."""
+    """Collapses a path of frames: merges repeats, then removes blanks.
+
+    Apply it only once, because the result may contain repeats: the path 1 blank 1 collapses to 1 1.
+    """
     merged = [token for i, token in enumerate(path) if i == 0 or token != path[i - 1]]
     return tuple(token for token in merged if token != blank)

@@ -1,4 +1,4 @@
-"""EAGLE, FSPAD and EAGLE-3 at work: a head that goes on from its own features, behind a cache of its own."""
+"""The drafter for EAGLE, FSPAD and EAGLE-3: a head that continues from its own predicted features, with its own cache."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from foredraft.params import SamplingParams
 from foredraft.protocols import Budget, Grower, Scores
 from foredraft.tree import Ids, TreeBatch
 
-_FEW = 48
-"""Nodes that a table has room for beyond what is asked for, so that few trees outgrow it."""
+_SPARE_ROWS = 48
+"""Additional rows of a new table, so that few trees outgrow it."""
 
 
 class RecurrentDrafter:
-    """Drafts token by token on features that the head itself foretells.
+    """Drafts token by token, from features that the head itself predicts.
 
     Args:
-        head: its weights, in the target's dtype and on its device.
-        config: the Llama configuration of its layer.
-        target: gives the embedding and the head that are shared.
-        grower: how its trees grow.
-        num_slots: requests in flight at most.
-        compiled: whether the compiled layer runs; None is wherever it can.
-        weight_bits: those of the compiled layer.
+        head: the head, in the target's dtype and on its device.
+        config: the Llama configuration of the layer.
+        target: provides the shared embedding and output head.
+        grower: the tree policy.
+        num_slots: maximum number of requests at once.
+        compiled: whether to run the compiled layer; None runs it if possible.
+        weight_bits: bits of a stored weight of the compiled layer.
 
     Attributes:
-        compiled: the compiled layer, if it runs.
+        compiled: the compiled layer; None if it does not run.
 
     Source: EAGLE (arXiv 2401.15077), section 3.1; FSPAD (arXiv 2408.15562); EAGLE-3 (arXiv 2503.01840).
     """
@@ -67,15 +67,15 @@ class RecurrentDrafter:
         self.graphs = self.make_graphs(cuda_capture()) if self._device.type == "cuda" else None
 
     def make_graphs(self, capture: Capture) -> Graphs:
-        """Levels of fixed shape of this head."""
+        """Returns the captured forwards of this head, one per shape of a tree level."""
         return Graphs(self._compute, capture, self._caches.group, self._dtype)
 
     @classmethod
     def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = FEW) -> RecurrentDrafter:
-        """The drafter of a speculative config.
+        """Builds the drafter of a speculative config.
 
         Raises:
-            ValueError: there is no head in the directory, it belongs to another target.
+            ValueError: the directory holds no head, or the head was trained for another target.
         """
         loaded = load_head(setting, force=force)
         assert setting.grower is not None
@@ -84,11 +84,11 @@ class RecurrentDrafter:
 
     @torch.inference_mode()
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m f"] | None) -> PairState:
-        """A new request; nothing is run before its first tree."""
+        """Returns the state of a new request. Nothing is run before its first tree."""
         return self._caches.start(tokens, None if features is None else self._fuse(features))
 
     def finish(self, state: PairState) -> None:
-        """Frees the request's slot."""
+        """Releases the slot of the request."""
         self._caches.finish(state)
 
     @torch.inference_mode()
@@ -99,13 +99,13 @@ class RecurrentDrafter:
         sampling: Sequence[SamplingParams],
         draws: Sequence[Draws],
     ) -> TreeBatch:
-        """One tree a request; none before the target has run a token, and none where the head's context is full."""
+        """Returns one tree per request. It is the root alone before the target has run a token, or if the context is full."""
         self._caches.settle(states, self._store)
         room = [self._caches.room(state) for state in states]
         return self.grower.grow(self, states, [state.root for state in states], capped(budgets, room), sampling, draws)
 
     def expand(self, states: Sequence[PairState], partial: TreeBatch, node_ids: Ids) -> Float[Tensor, "n v"]:
-        """Draft logits after the packed nodes `node_ids` of the growing trees, in one pass of the head."""
+        """Returns draft logits after the packed nodes `node_ids` of the growing trees, from one pass of the head."""
         live, batch, start, rows = next_pass(states, partial, node_ids)
         some = [states[b] for b in live]
         for state in some:
@@ -118,14 +118,14 @@ class RecurrentDrafter:
     def observe(
         self, state: PairState, tokens: Sequence[int], features: Float[Tensor, "m f"] | None, path: Sequence[int]
     ) -> None:
-        """New pairs."""
+        """Adds the new pairs."""
         state.take(tokens, None if features is None else self._fuse(features))
 
     def _with_room(self, table: Float[Tensor, "c d"] | None, size: int) -> Float[Tensor, "c2 d"]:
-        """The table with at least `size` rows."""
+        """Returns the table, enlarged to at least `size` rows if necessary."""
         if table is not None and len(table) >= size:
             return table
-        wider = torch.empty(2 * size + _FEW, self._width, dtype=self._dtype, device=self._device)
+        wider = torch.empty(2 * size + _SPARE_ROWS, self._width, dtype=self._dtype, device=self._device)
         if table is not None:
             wider[: len(table)] = table
         return wider
@@ -143,11 +143,12 @@ class RecurrentDrafter:
         rows: Ids,
         carried: Sequence[Float[Tensor, "_ d"]] = (),
     ) -> Float[Tensor, "r v"]:
-        """One pass of the head: draft logits at the packed nodes `rows`.
+        """Runs one pass of the head and returns draft logits at the packed nodes `rows`.
 
         Args:
-            given: per tree, features of its first nodes.
-            carried: per tree, a table of what its nodes carry on, which is filled; a later node is given its parent's row.
+            given: for each tree, the features of its first nodes.
+            carried: for each tree, a table of the predicted features of its nodes, which this pass fills. The feature of a
+                later node is the row of its parent.
         """
         layout = self._caches.behind(batch, caches, start)
         first, ends = [0] * len(batch) if start is None else list(start), batch.offsets.tolist()
@@ -155,16 +156,17 @@ class RecurrentDrafter:
         features = torch.cat([rows_of(carried[b], parents[b]) if f else given[b] for b, f in enumerate(first)])
         pool = self._caches.pool
         found = self.graphs(layout, pool, (), features, rows=rows) if self.graphs is not None else None
-        logits, foretold = found or self._compute(layout, pool, self._caches.masks(layout), (), features, rows=rows)
-        assert foretold is not None
-        for table, f, new in zip(carried, first, foretold.split([len(one) for one in parents]), strict=False):
+        logits, predicted = found or self._compute(layout, pool, self._caches.masks(layout), (), features, rows=rows)
+        assert predicted is not None
+        parts = predicted.split([len(tree_parents) for tree_parents in parents])
+        for table, f, new in zip(carried, first, parts, strict=False):
             table[f : f + len(new)] = new
         return logits
 
     def _compute(
         self, layout: Layout, pool: KVPool, masks: Masks, _: Sequence[int], given: Tensor | None, *, rows: Ids | None = None
     ) -> Scores:
-        """Logits of all new nodes or of the packed nodes `rows`, and what all carry on."""
+        """Returns logits of the packed nodes `rows` (None: all new nodes), and the predicted features of all new nodes."""
         drafted = self.head(self.head.embed(layout.token_ids, self._embed), given, self._caches.attention(layout, masks))
         scored = drafted.scored if rows is None else drafted.scored[layout.rows_of(rows)]
         return Scores(self.head.logits(scored, self._target_head), drafted.carried)

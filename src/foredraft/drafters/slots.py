@@ -1,7 +1,7 @@
-"""Parallel drafters at work: Medusa's heads, and the CTC paper's layer without a blank. All slots are filled in one forward.
+"""Parallel drafters: Medusa's heads, and the layer of the CTC paper without a blank. One forward fills all slots.
 
-A slot's law does not depend on what is drafted before it, so every node of one depth has the same law and every tree policy
-can use it.
+The law of a slot does not depend on the tokens drafted before it. All nodes of one depth thus have the same law, and every tree
+policy can use it.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ from foredraft.tree import Ids, TreeBatch
 
 
 class LayerSlots:
-    """Slots filled by one decoder layer behind a cache.
+    """Fills slots with one decoder layer that has a cache.
 
     Args:
-        head: its weights, in the target's dtype and on its device.
-        config: the Llama configuration of its layer.
-        target: gives the embedding and the head that are shared.
-        num_slots: requests in flight at most.
-        compiled: whether the compiled layer runs; None is wherever it can.
-        weight_bits: those of the compiled layer.
+        head: the head, in the target's dtype and on its device.
+        config: the Llama configuration of the layer.
+        target: provides the shared embedding and output head.
+        num_slots: maximum number of requests at once. These are slots of the cache, not slots of the head.
+        compiled: whether to run the compiled layer; None runs it if possible.
+        weight_bits: bits of a stored weight of the compiled layer.
 
     Attributes:
-        compiled: the compiled layer, if it runs.
+        num_tokens: number of slots of the head.
+        compiled: the compiled layer; None if it does not run.
     """
 
     def __init__(
@@ -64,27 +65,30 @@ class LayerSlots:
         self.graphs = self.make_graphs(cuda_capture()) if target.device.type == "cuda" else None
 
     def make_graphs(self, capture: Capture) -> Graphs:
-        """Forwards of fixed shape of the layer and what gives its logits."""
+        """Returns the captured forwards of the layer and its output head, one per shape."""
         return Graphs(self._compute, capture, self._caches.group, self._dtype)
 
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> PairState:
-        """A new request."""
+        """Returns the state of a new request."""
         return self._caches.start(tokens, features)
 
     def finish(self, state: PairState) -> None:
-        """Frees its slot of the cache."""
+        """Releases the cache slot of the request."""
         self._caches.finish(state)
 
     def observe(self, state: PairState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> None:
-        """New pairs."""
+        """Adds the new pairs."""
         state.take(tokens, features)
 
     def room(self, state: PairState) -> int:
-        """How deep a path may be."""
+        """Returns the maximum depth of a path."""
         return min(self._caches.room(state), self.num_tokens)
 
     def fill(self, states: Sequence[PairState]) -> Float[Tensor, "b k w"]:
-        """Logits of every slot, from one forward over the pending pairs (the last is the first slot) and the others."""
+        """Returns logits of every slot, from one forward over the pending pairs and the slots.
+
+        The state of the last pair is the first slot.
+        """
         count = self.num_tokens
         for state in states:
             state.tokens = [*state.pending, *[0] * (count - 1)]
@@ -94,7 +98,7 @@ class LayerSlots:
         return self._run(batch, [state.cache for state in states], features, rows, count - 1).view(len(states), count, -1)
 
     def settle(self, states: Sequence[PairState]) -> None:
-        """Keeps what is committed."""
+        """Commits the pairs of the last step."""
         self._caches.settle(states, self._store)
 
     def _store(self, batch: TreeBatch, caches: Sequence[Any], features: Sequence[Float[Tensor, "_ d"]]) -> None:
@@ -103,7 +107,7 @@ class LayerSlots:
     def _plain(
         self, batch: TreeBatch, caches: Sequence[Any], features: Sequence[Float[Tensor, "_ d"]], rows: Ids, num_slots: int
     ) -> Float[Tensor, "r w"]:
-        """Logits at the packed nodes `rows` of chains of pairs, each with `num_slots` slots behind it."""
+        """Returns logits at the packed nodes `rows` of chains of pairs, each followed by `num_slots` slots."""
         layout = self._caches.behind(batch, caches, None)
         entries, pool = self._enter(layout, batch, features, num_slots), self._caches.pool
         found = self.graphs(layout, pool, (), entries, rows=rows) if self.graphs is not None else None
@@ -112,71 +116,71 @@ class LayerSlots:
     def _enter(
         self, layout: Layout, batch: TreeBatch, features: Sequence[Float[Tensor, "_ d"]], num_slots: int
     ) -> Float[Tensor, "n d"]:
-        """Entries of chains of pairs, each with `num_slots` slots behind it."""
+        """Returns the entries of chains of pairs, each followed by `num_slots` slots."""
         sizes = np.diff(batch.offsets)
         places = np.arange(layout.count) - np.repeat(batch.offsets[:-1], sizes)
         counts = np.repeat(sizes - num_slots, sizes)
-        first = np.repeat(batch.offsets[:-1] - num_slots * np.arange(len(sizes)), sizes)  # pair of each row's chain
+        first = np.repeat(batch.offsets[:-1] - num_slots * np.arange(len(sizes)), sizes)  # first pair of the row's chain
         is_slot, source = places >= counts, first + np.minimum(places, counts - 1)
         of_pairs, of_slots, sources, last = (
-            index_of(one, layout.device)
-            for one in (np.flatnonzero(~is_slot), np.flatnonzero(is_slot), source, source[is_slot][:: num_slots or 1])
+            index_of(rows, layout.device)
+            for rows in (np.flatnonzero(~is_slot), np.flatnonzero(is_slot), source, source[is_slot][:: num_slots or 1])
         )
         pairs = self._embed(layout.token_ids[of_pairs]), torch.cat([*features])
         entries = self.head.enter(*pairs)[sources]
         if num_slots:
-            entries[of_slots] = self.head.enter_ahead(*(one[last] for one in pairs)).flatten(0, 1)
+            entries[of_slots] = self.head.enter_ahead(*(tensor[last] for tensor in pairs)).flatten(0, 1)
         return entries
 
     def _compute(
         self, layout: Layout, pool: KVPool, masks: Masks, _: Sequence[int], given: Tensor | None, *, rows: Ids | None = None
     ) -> Scores:
-        """Logits of all new nodes, whose entries are given, or of the packed nodes `rows`."""
+        """Returns logits of the packed nodes `rows` (None: all new nodes). `given` are the entries of all new nodes."""
         states = self.head(given, self._caches.attention(layout, masks))
         wanted = states if rows is None else rows_of(states, rows)
         return Scores(self.head.logits(wanted, self._target_head), None)
 
 
 class FeatureSlots:
-    """Slots filled by Medusa's heads from the last feature alone."""
+    """Fills slots with Medusa's heads, which read only the last feature."""
 
     def __init__(self, head: MedusaHeads):
         self.head, self.feature_layers = head, head.feature_layers
         self.num_tokens = head.num_slots
 
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> PairState:
-        """A new request."""
+        """Returns the state of a new request."""
         state = PairState(None, [])
         self.observe(state, tokens, features)
         return state
 
     def finish(self, state: PairState) -> None:
-        """Nothing is held."""
+        """Does nothing, because no resources are held."""
 
     def observe(self, state: PairState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> None:
-        """Remembers the last pair."""
+        """Stores the last pair."""
         state.root = tokens[-1]
         state.parts = [features[-1:]] if features is not None and len(features) else state.parts
 
     def room(self, state: PairState) -> int:
-        """How deep a path may be."""
+        """Returns the maximum depth of a path."""
         return self.num_tokens if state.parts else 0
 
     def fill(self, states: Sequence[PairState]) -> Float[Tensor, "b k v"]:
-        """Logits of every slot."""
+        """Returns logits of every slot."""
         return self.head(torch.cat([state.features for state in states]))
 
     def settle(self, states: Sequence[PairState]) -> None:
-        """Nothing is kept."""
+        """Does nothing, because there is no cache."""
 
 
 class SlotDrafter:
-    """Drafts with laws that depend on the depth alone.
+    """Drafts with laws that depend only on the depth of a node.
 
     Args:
         slots: fills the slots.
-        grower: how its trees grow; None where a subclass makes its own.
-        vocab_size: the target's.
+        grower: the tree policy; None if a subclass makes its own trees.
+        vocab_size: vocabulary size of the target.
 
     Source: Medusa (arXiv 2401.10774), section 2.1.
     """
@@ -187,10 +191,10 @@ class SlotDrafter:
 
     @classmethod
     def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = FEW) -> SlotDrafter:
-        """The drafter of a speculative config.
+        """Builds the drafter of a speculative config.
 
         Raises:
-            ValueError: there is no head in the directory, it belongs to another target.
+            ValueError: the directory holds no head, or the head was trained for another target.
         """
         loaded = load_head(setting, force=force)
         assert setting.grower is not None
@@ -199,11 +203,11 @@ class SlotDrafter:
 
     @torch.inference_mode()
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> PairState:
-        """A new request."""
+        """Returns the state of a new request."""
         return self.slots.start(tokens, features)
 
     def finish(self, state: PairState) -> None:
-        """Gives back what the request held."""
+        """Releases the resources of the request."""
         self.slots.finish(state)
 
     @torch.inference_mode()
@@ -214,7 +218,10 @@ class SlotDrafter:
         sampling: Sequence[SamplingParams],
         draws: Sequence[Draws],
     ) -> TreeBatch:
-        """One tree a request, as deep as there are slots; none before the target has run a token."""
+        """Returns one tree per request, at most as deep as the number of slots.
+
+        It is the root alone before the target has run a token.
+        """
         self.slots.settle(states)
         for state in states:
             state.carried = None
@@ -224,41 +231,41 @@ class SlotDrafter:
 
     @torch.inference_mode()
     def expand(self, states: Sequence[PairState], partial: TreeBatch, node_ids: Ids) -> Float[Tensor, "n v"]:
-        """The laws of the nodes' depths; the first call of a step fills the slots."""
+        """Returns the draft logits at the depths of the nodes. The first call of a step fills the slots."""
         owners, depths, _ = paths_of(partial, node_ids)
         live = np.unique(owners)
         self._begin([states[b] for b in live.tolist() if states[b].carried is None])
         filled = torch.stack([states[b].carried for b in live.tolist()])
-        places = (torch.from_numpy(one).to(filled.device) for one in (np.searchsorted(live, owners), depths))
+        places = (torch.from_numpy(index).to(filled.device) for index in (np.searchsorted(live, owners), depths))
         return filled[tuple(places)]
 
     @torch.inference_mode()
     def observe(
         self, state: PairState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]
     ) -> None:
-        """New pairs."""
+        """Adds the new pairs."""
         self.slots.observe(state, tokens, features)
 
     def _begin(self, states: Sequence[PairState]) -> None:
-        """Fills the slots of requests whose first nodes are asked for."""
+        """Fills the slots of requests whose first nodes are requested."""
         if states:
             for state, filled in zip(states, self.slots.fill(states), strict=True):
                 state.carried = self._held(filled)
 
     def _held(self, filled: Float[Tensor, "k w"]) -> Any:
-        """What is kept of a request's slots while its tree grows."""
-        return filled[:, : self.vocab_size].cpu()  # picked from row by row
+        """Converts the slots of a request to the form that is stored while its tree grows."""
+        return filled[:, : self.vocab_size].cpu()  # on the CPU, since it is read row by row
 
 
 class LayerSlotDrafter(SlotDrafter):
-    """The CTC paper's layer without its transform: slots are tokens one for one."""
+    """Drafts with the layer of the CTC paper without collapsing, so that every slot is one token."""
 
     @classmethod
     def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = FEW) -> LayerSlotDrafter:
-        """The drafter of a speculative config; see `SlotDrafter.build`.
+        """Builds the drafter of a speculative config; see `SlotDrafter.build`.
 
         Raises:
-            ValueError: `weight_bits` are not 4 or 16 either.
+            ValueError: as in `SlotDrafter.build`, or `weight_bits` is neither 4 nor 16.
         """
         loaded = load_head(setting, also=("ctc",), force=force)
         assert setting.grower is not None

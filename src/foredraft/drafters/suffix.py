@@ -1,4 +1,4 @@
-"""Suffix-automaton lookup: every continuation that the longest repeated suffix of the text has had so far, as a tree."""
+"""Lookup with a suffix automaton: drafts a tree of all earlier continuations of the longest repeated suffix of the text."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from foredraft.tree import TreeBatch
 class SuffixAutomaton:
     """The smallest automaton of all substrings of a growing text, built token by token.
 
-    A state stands for the substrings that end at one set of positions. State 0 is the empty string.
+    Each state represents the substrings that end at the same set of positions. State 0 is the empty string.
 
     Attributes:
-        lengths: the longest substring of each state.
-        links: the state of the longest suffix that ends at more positions.
-        edges: next token -> state.
-        counts: at how many positions the state's substrings end.
+        lengths: length of the longest substring of each state.
+        links: for each state, the state of the longest suffix that ends at more positions.
+        edges: for each state, a map from the next token to the next state.
+        counts: for each state, the number of positions at which its substrings end.
+        last: the state of the whole text.
 
     Source: Blumer et al. 1985, "The smallest automaton recognizing the subwords of a text".
     """
@@ -39,7 +40,7 @@ class SuffixAutomaton:
     last: int = 0
 
     def extend(self, token: int) -> None:
-        """Appends one token, in amortised constant time but for the counts."""
+        """Appends one token. The time is amortised constant, apart from the update of the counts."""
         new = self._new_state(self.lengths[self.last] + 1, {})
         at = self.last
         while at >= 0 and token not in self.edges[at]:
@@ -52,7 +53,7 @@ class SuffixAutomaton:
             new = self.links[new]
 
     def _suffix_state(self, at: int, token: int) -> int:
-        """The state of exactly (longest substring of `at`) + token, split off if it shares one with longer substrings."""
+        """Returns the state of (longest substring of `at`) + token. If longer substrings share that state, splits it."""
         state = self.edges[at][token]
         if self.lengths[state] == self.lengths[at] + 1:
             return state
@@ -73,27 +74,28 @@ class SuffixAutomaton:
 
     @property
     def match(self) -> int:
-        """The state of the longest suffix of the text that also stands earlier in it; 0 if there is none."""
+        """The state of the longest suffix of the text that also occurs earlier in it; 0 if there is none."""
         return max(self.links[self.last], 0)
 
 
 @dataclass
 class SuffixState:
-    """One request's text."""
+    """The text of one request, as an automaton, and its last token."""
 
     automaton: SuffixAutomaton
     root: int
 
 
 class SuffixDrafter:
-    """Drafts the most frequent continuations of the longest repeated suffix of prompt and output, as a tree.
+    """Drafts a tree of the most frequent continuations of the longest repeated suffix of prompt and output.
 
     Args:
-        suffix_decoding_max_tree_depth: deepest tree.
-        suffix_decoding_max_spec_factor: a match of m tokens drafts at most this times m tokens deep.
-        suffix_decoding_min_token_prob: least share of the matches that must have continued along a drafted path.
+        suffix_decoding_max_tree_depth: maximum depth of the tree.
+        suffix_decoding_max_spec_factor: a match of m tokens allows a depth of at most this factor times m.
+        suffix_decoding_min_token_prob: a path is drafted only if at least this share of the matches continued along it.
 
-    Source: Hu et al., SAM decoding (arXiv 2411.10666); Oliaro et al., SuffixDecoding (arXiv 2411.04975). The names are vLLM's.
+    Source: Hu et al., SAM decoding (arXiv 2411.10666); Oliaro et al., SuffixDecoding (arXiv 2411.04975). The option names are
+    vLLM's.
     """
 
     feature_layers: Sequence[int] = ()
@@ -115,17 +117,17 @@ class SuffixDrafter:
 
     @classmethod
     def build(cls, setting: Setting, **options: float) -> SuffixDrafter:
-        """The drafter of a speculative config."""
+        """Builds the drafter of a speculative config."""
         return cls(**options)  # type: ignore[arg-type]
 
     def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> SuffixState:
-        """A new request."""
+        """Returns the state of a new request."""
         state = SuffixState(SuffixAutomaton(), tokens[-1])
         self.observe(state, tokens, None, ())
         return state
 
     def finish(self, state: SuffixState) -> None:
-        """Nothing is held."""
+        """Does nothing, because no resources are held."""
 
     def propose(
         self,
@@ -134,7 +136,7 @@ class SuffixDrafter:
         sampling: Sequence[SamplingParams],
         draws: Sequence[Draws],
     ) -> TreeBatch:
-        """One tree a request; the root alone where nothing matches."""
+        """Returns one tree per request; the root alone if no suffix is repeated."""
         trees = [self._grow(state, budget) for state, budget in zip(states, budgets, strict=True)]
         return TreeBatch.chains([tokens for tokens, _ in trees], [parents for _, parents in trees])
 
@@ -147,7 +149,7 @@ class SuffixDrafter:
         state.root = tokens[-1]
 
     def _grow(self, state: SuffixState, budget: Budget) -> tuple[list[int], list[int]]:
-        """The most frequent paths first, so that every node's parent and more frequent siblings come before it."""
+        """Adds the most frequent paths first. The parent and the more frequent siblings of a node thus come before it."""
         automaton, tokens, parents = state.automaton, [state.root], [-1]
         match = automaton.match
         deepest = min(budget.depth, self._max_depth, int(self._factor * automaton.lengths[match]))

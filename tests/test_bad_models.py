@@ -135,7 +135,7 @@ def test_bad_tokenizer_config(content, folder, complains):
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
 def test_an_adapter_beside_a_model(name, folder, complains):
     (folder / name).write_text("{}")
-    complains(folder, rf"also holds an adapter \({name}\), and adapters are not applied: merge it")
+    complains(folder, rf"also holds an adapter \({name}\), but adapters are not supported: merge it")
 
 
 def test_an_adapter_alone(tmp_path, complains):
@@ -325,7 +325,11 @@ def test_layers_that_are_known_to_be_left_out(kind, folder):
 def test_sizes(name, value, kind, folder, complains):
     key = NAMES[kind].get(name, name)
     edit_config(folder, **{str(key): value})
-    said = f"{key} must be a whole number, at least 1, got" if value != 10**9 else "asks for|must be|[Mm]ultiple|makes no model"
+    said = (
+        f"{key} must be a whole number, at least 1, got"
+        if value != 10**9
+        else "asks for|must be|[Mm]ultiple|cannot build a model"
+    )
     complains(folder, said)
 
 
@@ -476,8 +480,8 @@ def test_arguments(options, said, llama):
     [
         ("x" * 5000, "has 5000 characters, and a path has at most 4096"),
         ("/tmp/" + "x" * 300, "cannot look into '/tmp/x"),
-        ("x" * 200, "is no directory, and not a Hub id|cannot look into|no directory"),
-        ("a--b/c", "is no directory, and not a Hub id"),
+        ("x" * 200, "is neither a directory nor a valid Hub id|cannot look into|no directory"),
+        ("a--b/c", "is neither a directory nor a valid Hub id"),
         ("~nobody-of-this-name/model", "cannot look into '~nobody|no directory"),
     ],
 )

@@ -37,13 +37,13 @@ def some(names: list[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Returns the first line of an error message, and the second if the first ends in a colon. Keeps 400 characters."""
+    """Returns the first line of an error message (and the second after a colon), cut to 400 characters."""
     lines = [text.strip() for text in str(error).strip().splitlines()] or [type(error).__name__]
     line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return line[:400].rstrip(".:")
 
 
 def is_loaded_model(source: Any) -> bool:
-    """Returns whether `source` is a `PreTrainedModel`. Does not import Transformers: before its import no such object exists."""
+    """Returns whether `source` is a `PreTrainedModel`. Does not import Transformers: before that no such object exists."""
     module = sys.modules.get("transformers.modeling_utils")
     return module is not None and isinstance(source, module.PreTrainedModel)

@@ -35,8 +35,8 @@ _WINDOWED = ("mistral", "qwen2", "qwen3")
 """Values of ``model_type`` whose published model reads ``sliding_window``."""
 
 _LEAST_ROWS = ((1 << 21, 6), (1 << 18, 4), (0, 1))
-"""Least entries of a projection -> least number of rows. Packed weights that exceed the CPU's cache are read faster by a few rows
-than by one."""
+"""Least entries of a projection -> least number of rows. Packed weights that exceed the CPU's cache are read faster by a few
+rows than by one."""
 
 
 @dataclass(frozen=True)

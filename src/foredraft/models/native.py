@@ -255,7 +255,7 @@ def run_linear(layer: CLinear, x: Float[Tensor, "n i"], threads: int) -> Float[T
 
 
 def run_residuals(blocks: ctypes.Array[CResidual], x: Float[Tensor, "n i"], threads: int) -> Float[Tensor, "n d"]:
-    """Runs residual blocks of `decoder.c` one after another. All have one width.
+    """Runs residual blocks of `decoder.c` one after another. All blocks have outputs of one width.
 
     Inputs and outputs are bfloat16; the sums between blocks are float32.
 

@@ -231,7 +231,7 @@ def spoiled_head(folder, change=None, **config):
         ({"rope_parameters": 3}, "rope_parameters must be an object"),
         ({"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}}, "rope_type is 'nope'"),
         ({"text_config": 3}, "text_config must be an object"),
-        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"dtype": "int8"}, "dtype must be one of .*, got 'int8'"),
     ],
 )
 def test_nonsense_in_the_config_of_a_head(config, said, tmp_path):

@@ -297,7 +297,7 @@ def test_refused_on_the_command_line(folder, run):
     ("fields", "said"),
     [
         ({"bad_words_ids": [[3, 4]]}, r"it bans or biases the token sequence \[3, 4\], but only single tokens"),
-        ({"sequence_bias": [[[3, 4], 1.0]]}, r"the sequence of tokens \[3, 4\]"),
+        ({"sequence_bias": [[[3, 4], 1.0]]}, r"the token sequence \[3, 4\]"),
         ({"sequence_bias": [[3]]}, "sequence_bias must be a list of pairs"),
         ({"sequence_bias": "x"}, "sequence_bias must be a list"),
         ({"bad_words_ids": 3}, "bad_words_ids must be a list"),

@@ -298,7 +298,7 @@ def test_bad_dtype(name, llama):
 
 
 def test_models_that_cannot_run_over_trees(tmp_path):
-    refused = {"mamba": "state-space", "bloom": "ALiBi", "t5": "encoder-decoder", "vit": "no causal language model"}
+    refused = {"mamba": "state-space", "bloom": "ALiBi", "t5": "encoder-decoder", "vit": "not a causal language model"}
     for kind, named in refused.items():
         (tmp_path / kind).mkdir()
         (tmp_path / kind / "config.json").write_text(json.dumps({"model_type": kind}))

@@ -79,7 +79,7 @@ def compiled_for(*numbers: Tensor) -> ctypes.CDLL | None:
 
 
 def compiler() -> list[str] | None:
-    """Returns the command of the C compiler: ``$FOREDRAFT_CC`` if set, else the first that exists of ``$CC``, cc, gcc and clang."""
+    """Returns the C compiler's command: ``$FOREDRAFT_CC`` if set, else the first that exists of ``$CC``, cc, gcc and clang."""
     if given := shlex.split(os.environ.get("FOREDRAFT_CC", "")):
         return given
     named = [os.environ.get("CC", ""), "cc", "gcc", "clang"]

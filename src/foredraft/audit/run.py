@@ -1,8 +1,5 @@
-"""Runs an audit in four parts.
-
-The audit enumerates drafting and verification on small vocabularies, compares greedy output with plain decoding, and tests
-sampled output against the target's law. The negative control repeats these tests on a rule with a planted bias.
-"""
+"""Runs an audit: enumerates small vocabularies, compares greedy output with plain decoding, and tests sampled output against
+the target's law. The negative control repeats these tests with a planted bias."""
 
 from __future__ import annotations
 
@@ -67,10 +64,7 @@ class Drafted(NamedTuple):
 
     @classmethod
     def after(cls, tree: DraftTree, node: int) -> Drafted | None:
-        """Returns the draft law after one node, or None for a leaf.
-
-        The law is known before the token of any child is drawn, so a test may depend on it.
-        """
+        """Returns the draft law after one node, or None for a leaf. It is known before the tokens, so a test may use it."""
         law, children = tree.law(node), tree.children[node]
         if law is None:
             return cls(tree.tokens[children], np.ones(len(children))) if children else None
@@ -92,13 +86,11 @@ class Audit:
         setting: model, drafter, tree, rule, sampling parameters, dtype and versions.
         guarantee: guarantee of the rule.
         enumerated_error: largest difference between the law of the output and the target's law, over all enumerated cases.
-        num_greedy: number of greedy outputs that were compared.
-        num_greedy_tokens: number of their tokens.
+        num_greedy, num_greedy_tokens: number of greedy outputs that were compared, and of their tokens.
         divergences: differences of greedy outputs from plain decoding.
         sampled: tests of sampled output. None at temperature 0.
         control: the same tests with a planted bias. None at temperature 0 and for a lossy rule.
-        tv_bound_mean: mean of the rule's own bounds on the total variation distance of a token.
-        tv_bound_max: largest of these bounds.
+        tv_bound_mean, tv_bound_max: the rule's own bounds on the total variation distance of a token.
         seconds: duration of each part in seconds.
     """
 
@@ -171,11 +163,7 @@ class Auditor:
     _drafted: dict[Continuation, list[Drafted | None]] = field(default_factory=dict, init=False, repr=False)
 
     def run(self) -> Audit:
-        """Runs all parts, in order of their cost.
-
-        Raises:
-            ValueError: the configuration does not draft.
-        """
+        """Runs all parts, in order of their cost. Raises `ValueError` if the configuration does not draft."""
         drafting = self.llm.drafting(self.sampling)
         if drafting["method"] == PLAIN or not drafting["budget"]:
             raise ValueError(
@@ -277,16 +265,14 @@ class Auditor:
         nodes = [0, *continuation.last_path][: len(continuation.token_ids) - start]
         kept += [Drafted.after(tree, node) if tree is not None else None for node in nodes]
 
-    def _laws(
-        self, continuation: Continuation
-    ) -> Iterator[tuple[int, Float[np.ndarray, " v"], Float[np.ndarray, " v"] | None]]:
+    def _laws(self, output: Continuation) -> Iterator[tuple[int, Float[np.ndarray, " v"], Float[np.ndarray, " v"] | None]]:
         """Yields each output token with the target's law at its prefix, from one later forward, and the draft law there."""
-        ids, first, sampling = continuation.token_ids, continuation.num_prompt - 1, continuation.sampling
+        ids, first, sampling = output.token_ids, output.num_prompt - 1, output.sampling
         logits = all_logits(self.llm.target, ids[:-1])[first:]
         chain = TreeBatch.chains([ids[first:-1]])[0]
-        processors = prefix_processors(sampling, continuation.num_prompt, set(continuation.eos_ids), [])
-        law = TargetLaw(logits, sampling, chain, ids[: continuation.num_prompt], processors)
-        for i, (token, drafted) in enumerate(zip(ids[continuation.num_prompt :], self._drafted[continuation], strict=True)):
+        processors = prefix_processors(sampling, output.num_prompt, set(output.eos_ids), [])
+        law = TargetLaw(logits, sampling, chain, ids[: output.num_prompt], processors)
+        for i, (token, drafted) in enumerate(zip(ids[output.num_prompt :], self._drafted[output], strict=True)):
             row = law.row(i).double().numpy()
             yield token, row, drafted.over(len(row)) if drafted is not None else None
 
@@ -302,15 +288,8 @@ def _stand_in(drafter: str) -> Any:
 def enumerated_error(grower: Any, rule: AcceptanceRule, size: int, nodes: int, temperature: float) -> float:
     """Returns the largest error of an enumerated law over two draft laws and two target laws of the whole prefix.
 
-    The error is the difference between the target's joint law and that of the rule's output on the policy's trees, continued by
-    the target.
-
-    Args:
-        grower: the options of the policy.
-        rule: the rule.
-        size: size of the vocabulary.
-        nodes: number of nodes of the trees.
-        temperature: temperature of the request.
+    The error is the difference between the target's joint law and that of the rule's output, continued by the target. `size`
+    is the size of the vocabulary and `nodes` the number of nodes of the trees of `grower`.
     """
     worst, length = 0.0, min(nodes, _DEPTH) + 1
     drafts = [random_law(size, 1), random_law(size, 2, zeros=0.3, concentration=0.6)]

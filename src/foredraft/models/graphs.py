@@ -4,8 +4,10 @@ In a step of a small tree, launching the kernels takes longer than running them.
 captured as one graph and replayed.
 
 A shape consists of the slots that take part, a width and a length. The width is the number of new nodes of the widest tree,
-rounded up to a power of two. The length is that of the longest slot, rounded up to a multiple of `LENGTH_STEP`. Inputs have fixed addresses, and every step copies into them. Padding
-nodes follow the nodes of a tree. They see position 0 only, and their outputs are never read.
+rounded up to a power of two. The length is that of the longest slot, rounded up to a multiple of `LENGTH_STEP`.
+
+Inputs have fixed addresses, and every step copies into them. Padding nodes follow the nodes of a tree. They see position 0
+only, and their outputs are never read.
 """
 
 from __future__ import annotations

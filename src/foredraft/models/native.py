@@ -28,8 +28,8 @@ from foredraft.protocols import Scores
 from foredraft.tree import Ids, TreeBatch
 
 ONE_THREAD_BYTES = 8 << 20
-"""Models up to this size run on one thread. A second thread saves at most a tenth of a step, and the step waits if the thread is
-late (measured with 3 MB of weights on two cores; a step took 0.1 ms)."""
+"""Models up to this size run on one thread. A second thread saves at most a tenth of a step, and the step waits if the
+thread is late (measured with 3 MB of weights on two cores; a step took 0.1 ms)."""
 
 _WORD = 8
 """Bytes of an integer argument of the decoder."""

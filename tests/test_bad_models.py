@@ -86,7 +86,7 @@ def save_tokenizer(folder, size=SIZES["vocab_size"], *, added=()):
 @pytest.mark.parametrize(
     ("size", "added", "said"),
     [
-        (37, ["<pad>"], r"ids up to 37, the model's embedding has 37 rows, none for '<pad>' \(37\)"),
+        (37, ["<pad>"], r"ids up to 37, but the model's embedding has 37 rows, none for '<pad>' \(37\)"),
         (36, ["<a>", "<b>", "<c>"], r"ids up to 38, .* none for '<b>' \(37\), '<c>' \(38\)"),
         (45, [], r"ids up to 44, .* none for 'w37' \(37\), 'w38' \(38\), 'w39' \(39\), \.\.\."),
     ],
@@ -135,7 +135,7 @@ def test_bad_tokenizer_config(content, folder, complains):
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
 def test_an_adapter_beside_a_model(name, folder, complains):
     (folder / name).write_text("{}")
-    complains(folder, rf"also holds an adapter \({name}\), and adapters are not applied: merge it")
+    complains(folder, rf"also holds an adapter \({name}\), but adapters are not supported: merge it")
 
 
 def test_an_adapter_alone(tmp_path, complains):
@@ -231,7 +231,7 @@ def spoiled_head(folder, change=None, **config):
         ({"rope_parameters": 3}, "rope_parameters must be an object"),
         ({"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}}, "rope_type is 'nope'"),
         ({"text_config": 3}, "text_config must be an object"),
-        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"dtype": "int8"}, "dtype must be one of .*, got 'int8'"),
     ],
 )
 def test_nonsense_in_the_config_of_a_head(config, said, tmp_path):
@@ -325,7 +325,11 @@ def test_layers_that_are_known_to_be_left_out(kind, folder):
 def test_sizes(name, value, kind, folder, complains):
     key = NAMES[kind].get(name, name)
     edit_config(folder, **{str(key): value})
-    said = f"{key} must be a whole number, at least 1, got" if value != 10**9 else "asks for|must be|[Mm]ultiple|makes no model"
+    said = (
+        f"{key} must be a whole number, at least 1, got"
+        if value != 10**9
+        else "asks for|must be|[Mm]ultiple|cannot build a model"
+    )
     complains(folder, said)
 
 
@@ -359,14 +363,14 @@ NONSENSE = [
     ({"text_config": 3}, "text_config must be an object, got 3"),
     ({"text_config": "x"}, "text_config must be an object, got 'x'"),
     ({"text_config": {"hidden_size": 16}}, "has no text_config"),
-    ({"x": nested(100)}, "nested 101 levels deep, and at most 16 are read"),
+    ({"x": nested(100)}, "nested 101 levels deep, but at most 16 levels are allowed"),
     ({"rope_scaling": nested(900)}, "nested 901 levels deep"),
-    ({"dtype": "int8"}, "dtype is 'int8', and must be one of float64, float32, float16, bfloat16"),
-    ({"dtype": None, "torch_dtype": "nope"}, "torch_dtype is 'nope', and must be one of"),
-    ({"dtype": 3}, "dtype is 3, and must be one of"),
-    ({"attn_implementation": "nope"}, "attn_implementation is 'nope', and must be one of eager, sdpa"),
-    ({"attn_implementation": "owner/kernel"}, "attn_implementation is 'owner/kernel', and must be one of"),
-    ({"_attn_implementation": 3}, "_attn_implementation is 3, and must be one of"),
+    ({"dtype": "int8"}, "dtype must be one of float64, float32, float16, bfloat16, got 'int8'"),
+    ({"dtype": None, "torch_dtype": "nope"}, "torch_dtype must be one of .*, got 'nope'"),
+    ({"dtype": 3}, "dtype must be one of .*, got 3"),
+    ({"attn_implementation": "nope"}, "attn_implementation must be one of eager, sdpa.*, got 'nope'"),
+    ({"attn_implementation": "owner/kernel"}, "attn_implementation must be one of .*, got 'owner/kernel'"),
+    ({"_attn_implementation": 3}, "_attn_implementation must be one of .*, got 3"),
     ({"quantization_config": 3}, "quantization_config must be an object, got 3"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
     ({"rope_scaling": []}, r"rope_scaling must be an object, got \[\]"),
@@ -376,7 +380,7 @@ NONSENSE = [
     ({"rms_norm_eps": "small"}, "rms_norm_eps must be a number above 0, got 'small'"),
     ({"rope_theta": float("inf")}, "rope_theta must be a number above 0, got inf"),
     ({"rope_theta": [1e4]}, r"rope_theta must be a number above 0, got \[10000.0\]"),
-    ({"hidden_act": "nope"}, "hidden_act is 'nope', and must be one of"),
+    ({"hidden_act": "nope"}, "hidden_act is 'nope', but must be one of"),
     ({"eos_token_id": "x"}, "eos_token_id"),
     ({"id2label": 3}, "is not valid"),
     ({"auto_map": 3}, "is not valid"),
@@ -476,8 +480,8 @@ def test_arguments(options, said, llama):
     [
         ("x" * 5000, "has 5000 characters, and a path has at most 4096"),
         ("/tmp/" + "x" * 300, "cannot look into '/tmp/x"),
-        ("x" * 200, "is no directory, and not a Hub id|cannot look into|no directory"),
-        ("a--b/c", "is no directory, and not a Hub id"),
+        ("x" * 200, "is neither a directory nor a valid Hub id|cannot look into|no directory"),
+        ("a--b/c", "is neither a directory nor a valid Hub id"),
         ("~nobody-of-this-name/model", "cannot look into '~nobody|no directory"),
     ],
 )

@@ -338,8 +338,8 @@ HEAD = str(DATA / "heads" / "eagle")
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--model", HEAD], "holds a draft head and no model"),
-        (["--model", TARGET, "--draft-model", HEAD, "--method", "lm"], "holds a draft head and no model"),
+        (["--model", HEAD], "holds a draft head, not a model"),
+        (["--model", TARGET, "--draft-model", HEAD, "--method", "lm"], "holds a draft head, not a model"),
         (["--model", TARGET, "--draft-model", HEAD, "--method", "fspad"], "hint: give the method of the head, or none"),
         (["--model", TARGET, "--method", "fspad"], "needs a trained head"),
         (["--model", OTHER, "--draft-model", HEAD], "trained for 'babyllama-105', and this target has other weights"),

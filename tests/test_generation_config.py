@@ -289,15 +289,15 @@ def test_refused_on_the_command_line(folder, run):
     code, _, err = run(folder)
     assert code == 1
     assert "error: the model's generation_config.json cannot be used: no_repeat_ngram_size is 2, which is not supported" in err
-    assert "hint: correct it, or ignore the file with generation_config='none' (--generation-config none)" in err
+    assert "hint: correct the file, or ignore the file with generation_config='none' (--generation-config none)" in err
     assert run(folder, "--generation-config", "none", "--max-tokens", 3)[0] == 0
 
 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"bad_words_ids": [[3, 4]]}, r"the sequence of tokens \[3, 4\] is banned or weighed, and only single tokens"),
-        ({"sequence_bias": [[[3, 4], 1.0]]}, r"the sequence of tokens \[3, 4\]"),
+        ({"bad_words_ids": [[3, 4]]}, r"it bans or biases the token sequence \[3, 4\], but only single tokens"),
+        ({"sequence_bias": [[[3, 4], 1.0]]}, r"the token sequence \[3, 4\]"),
         ({"sequence_bias": [[3]]}, "sequence_bias must be a list of pairs"),
         ({"sequence_bias": "x"}, "sequence_bias must be a list"),
         ({"bad_words_ids": 3}, "bad_words_ids must be a list"),

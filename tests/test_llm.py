@@ -317,7 +317,9 @@ def test_default_sampling_is_the_generation_configs(tmp_path: Path) -> None:
     assert llm.generate(STORY)[0].outputs[0].token_ids[:20] == first.token_ids
     path = tmp_path / "changed" / "generation_config.json"
     path.write_text('{"temperature": -1}')
-    with pytest.raises(ValueError, match=r"generation_config.json cannot be used: temperature must be .*got -1; correct it"):
+    with pytest.raises(
+        ValueError, match=r"generation_config.json cannot be used: temperature must be .*got -1; correct the file"
+    ):
         load(PLAIN, tmp_path / "changed")
 
 

@@ -193,7 +193,7 @@ def test_hub_id_without_network(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     for load in (load_target, load_tokenizer, load_generation_config):
-        fails("nobody/no-such-model", "no directory, and not in the local Hub cache.*hf download", load)
+        fails("nobody/no-such-model", "neither a directory nor in the local Hub cache.*hf download", load)
     fails("nobody/no-such-model", "at revision 'v2'", revision="v2")
 
 
@@ -265,7 +265,7 @@ def test_broken_shards(kind, tmp_path):
     shard.write_bytes(good[:-1])
     fails(tmp_path, f"{shard.name} in .* is corrupt or cut off")
     shard.unlink()
-    fails(tmp_path, f"lacks {shard.name}, named in model.safetensors.index.json")
+    fails(tmp_path, f"lacks {shard.name}, which model.safetensors.index.json names")
     index.write_text("{}")
     fails(tmp_path, "has no weight_map")
     index.write_text("{")
@@ -298,7 +298,7 @@ def test_bad_dtype(name, llama):
 
 
 def test_models_that_cannot_run_over_trees(tmp_path):
-    refused = {"mamba": "state-space", "bloom": "ALiBi", "t5": "encoder-decoder", "vit": "no causal language model"}
+    refused = {"mamba": "state-space", "bloom": "ALiBi", "t5": "encoder-decoder", "vit": "not a causal language model"}
     for kind, named in refused.items():
         (tmp_path / kind).mkdir()
         (tmp_path / kind / "config.json").write_text(json.dumps({"model_type": kind}))

@@ -323,7 +323,7 @@ def test_one_number_asked_twice_is_caught() -> None:
         draws.bernoulli(0.5, ("next", (), 0))
         return Verdict([], draws.categorical(target_law.row(0), ("next", (), 0)), "recovered")
 
-    with pytest.raises(AssertionError, match="asked twice"):
+    with pytest.raises(AssertionError, match="used twice"):
         worst_error("dyspec", {}, rule, 2, 1)
 
 

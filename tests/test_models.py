@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from foredraft import LLM, SamplingParams
 from foredraft.drafters.prefixes import prefix_search, trie
-from foredraft.models.attention import steady
+from foredraft.models.attention import any_length_kernels
 from foredraft.models.check import refuse_unsupported, self_check
 from foredraft.models.hf import HFTarget
 from foredraft.models.llama import LlamaTarget
@@ -307,11 +307,11 @@ def test_graphs_are_reused_and_change_nothing(name, num_seqs, monkeypatch):
 
 def test_attention_on_a_card_needs_no_plan():
     enabled = torch.backends.cuda.cudnn_sdp_enabled
-    with steady(torch.device("cuda")):
+    with any_length_kernels(torch.device("cuda")):
         assert not enabled()
         assert torch.backends.cuda.mem_efficient_sdp_enabled()
     assert enabled()
-    with steady(torch.device("cpu")):
+    with any_length_kernels(torch.device("cpu")):
         assert enabled()
 
 

@@ -236,7 +236,7 @@ def test_wrong_types(config: Any, said: str) -> None:
         ({"tree": "branching", "num_chains": 0}, "num_chains and draft_depth must be at least 1"),
         ({"tree": "branching", "expansion": [2, 0]}, "expansion must list a number of draws, at least 1"),
         ({"tree": "static", "paths": [[0, 0]]}, "[0, 0] lacks [[0]]"),
-        ({"tree": "sequoia", "acceptance": [0.5, 1.5]}, "acceptance must hold probabilities"),
+        ({"tree": "sequoia", "acceptance": [0.5, 1.5]}, "acceptance must be a list of probabilities"),
     ],
 )
 def test_numbers_out_of_range(config: dict[str, Any], said: str) -> None:

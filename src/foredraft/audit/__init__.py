@@ -1,2 +1,4 @@
-"""The certificate: whether what a model, drafter, tree and rule emit has the law of plain decoding, computed where it can be
-and tested where it cannot."""
+"""Audits a model, drafter, tree and rule: does their output have the law of plain decoding?
+
+The law is computed exactly on small vocabularies, and tested statistically on the real models.
+"""

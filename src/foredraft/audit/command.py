@@ -1,4 +1,4 @@
-"""``foredraft audit``: runs it, prints it, writes it as JSON and Markdown, and says it with the exit code."""
+"""The command ``foredraft audit``: runs the audit, prints it, writes it as JSON and Markdown, and sets the exit code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from foredraft.params import SamplingParams
 
 @dataclass(frozen=True)
 class AuditChoice:
-    """What the command line said; see ``foredraft audit --help``."""
+    """Options of the command line; see ``foredraft audit --help``."""
 
     config: dict[str, Any] | None
     model: str | None
@@ -38,10 +38,10 @@ class AuditChoice:
 
 
 def prepare(choice: AuditChoice) -> Auditor:
-    """Loads what is to be audited.
+    """Loads the models and the prompts of an audit.
 
     Raises:
-        ValueError: models, prompts or parameters cannot be used.
+        ValueError: a model, the prompts or a parameter cannot be used.
     """
     read = tasks.read_prompts(choice.prompts or PROMPTS, choice.limit)
     whole_number("--samples", choice.samples, 1, MAX_NUM_SEQS, "they are decoded at once")
@@ -51,32 +51,38 @@ def prepare(choice: AuditChoice) -> Auditor:
     raw = choice.raw or llm.tokenizer is None or not getattr(llm.tokenizer, "chat_template", None)
     prompts = [ids for ids in tasks.encode(llm, read, raw=raw) if len(ids) + choice.max_tokens <= llm.max_model_len]
     if not prompts:
-        raise ValueError("no prompt is short enough for the model's context and --max-tokens")
+        raise ValueError(
+            "no prompt fits into the model's context together with --max-tokens: give shorter prompts or a smaller --max-tokens"
+        )
     sampling = SamplingParams(temperature=choice.temperature, top_p=choice.top_p, max_tokens=choice.max_tokens)
     return Auditor(llm, prompts, sampling, choice.samples)
 
 
 def command(choice: AuditChoice, *, output: Path | None, as_json: bool) -> int:
-    """Runs ``foredraft audit``; returns 0 when lossless within the stated power, 1 when not."""
+    """Runs ``foredraft audit``. Returns 0 if the output is lossless within the stated power, else 1.
+
+    Raises:
+        ValueError: the options cannot be used, or the report cannot be written.
+    """
     audit = prepare(choice).run()
-    found = as_dict(audit)
+    report = as_dict(audit)
     if output is not None:
         try:
             output.mkdir(parents=True, exist_ok=True)
-            (output / "audit.json").write_text(json.dumps(found, indent=1) + "\n")
+            (output / "audit.json").write_text(json.dumps(report, indent=1) + "\n")
             (output / "audit.md").write_text(markdown(audit), encoding="utf-8")
         except OSError as error:
-            raise ValueError(f"cannot write to {str(output)!r} ({error.strerror})") from None
+            raise ValueError(f"cannot write to {str(output)!r} ({error.strerror}): choose another --output directory") from None
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(report))
     else:
         Console(highlight=False, soft_wrap=True).print(markdown(audit), markup=False)
     return 0 if audit.is_lossless else 1
 
 
 def as_dict(audit: Audit) -> dict[str, Any]:
-    """The audit for machines."""
-    faults = [one for one in audit.divergences if not one.is_tie]
+    """Returns the audit as a JSON object."""
+    faults = [part for part in audit.divergences if not part.is_tie]
     return {
         "lossless": audit.is_lossless,
         "reasons": audit.reasons,
@@ -88,7 +94,7 @@ def as_dict(audit: Audit) -> dict[str, Any]:
             "tokens": audit.num_greedy_tokens,
             "float_ties": len(audit.divergences) - len(faults),
             "faults": len(faults),
-            "divergences": [{**vars(one), "is_tie": one.is_tie} for one in audit.divergences],
+            "divergences": [{**vars(part), "is_tie": part.is_tie} for part in audit.divergences],
         },
         "sampled": _evidence(audit.sampled),
         "control": _evidence(audit.control),
@@ -107,21 +113,21 @@ def _evidence(evidence: Evidence | None) -> dict[str, Any] | None:
         "tokens": evidence.num_tokens,
         "impossible": evidence.impossible,
         "deviates": evidence.deviates,
-        "tests": [{**one._asdict(), "deviates": one.deviates} for one in evidence.tests()],
+        "tests": [{**test._asdict(), "deviates": test.deviates} for test in evidence.tests()],
         "measured_drift": evidence.drift_measured,
         "detectable_bias": evidence.detectable,
     }
 
 
 def markdown(audit: Audit) -> str:
-    """The report for readers, the verdict first."""
+    """Returns the report in Markdown. The verdict comes first."""
     lossy = audit.guarantee.startswith("lossy")
     verdict = "lossless within the stated power" if audit.is_lossless else "LOSSY" if lossy else "NOT lossless"
     setting = ", ".join(f"{key} {value}" for key, value in audit.setting.items() if value is not None)
     lines = [f"# Audit: {verdict}", ""]
     lines += [f"- {reason}" for reason in audit.reasons] + ([""] if audit.reasons else [])
     lines += [f"{setting}; the rule's claim: {audit.guarantee}.", ""]
-    ties = sum(one.is_tie for one in audit.divergences)
+    ties = sum(part.is_tie for part in audit.divergences)
     lines += [
         "## Theory and algorithm",
         "",
@@ -136,9 +142,9 @@ def markdown(audit: Audit) -> str:
         "",
     ]
     lines += [
-        f"- token {one.position}: {one.plain_token} (plain) or {one.drafted_token}, margin {one.margin:.4g}, "
-        f"rounding {one.rounding:.4g}: {'float tie' if one.is_tie else 'fault'}"
-        for one in audit.divergences
+        f"- token {part.position}: {part.plain_token} (plain) or {part.drafted_token}, margin {part.margin:.4g}, "
+        f"rounding {part.rounding:.4g}: {'float tie' if part.is_tie else 'fault'}"
+        for part in audit.divergences
     ]
     for name, evidence in (("Sampled", audit.sampled), (f"Negative control: acceptance raised by {PLANTED:g}", audit.control)):
         lines += _section(name, evidence) if evidence is not None else []
@@ -154,10 +160,10 @@ def markdown(audit: Audit) -> str:
 def _section(name: str, evidence: Evidence) -> list[str]:
     lines = ["", f"## {name}", "", f"{evidence.num_tokens} tokens against the target's law at their own prefixes.", ""]
     lines += ["| test | statistic | p-value | threshold (Holm) | |", "|---|---|---|---|---|"]
-    for one in evidence.tests():
-        said = "deviates" if one.deviates else "as expected"
-        threshold = f"{one.threshold:.3g}" if one.threshold else "not reached"
-        lines.append(f"| {one.name} | {one.statistic:.3f} | {one.p_value:.3g} | {threshold} | {said} |")
+    for test in evidence.tests():
+        result = "deviates" if test.deviates else "as expected"
+        threshold = f"{test.threshold:.3g}" if test.threshold else "not reached"
+        lines.append(f"| {test.name} | {test.statistic:.3f} | {test.p_value:.3g} | {threshold} | {result} |")
     if evidence.impossible:
         lines += ["", f"{evidence.impossible} tokens have probability 0 under the target."]
     lines += [

@@ -1,8 +1,8 @@
-"""Exact laws by enumeration: a `Draws` that replays every branch.
+"""Computes exact laws by enumeration, with a `Draws` that visits every branch.
 
-First the drafts are enumerated into a law over distinct trees, then the rule is enumerated on each tree. That factorisation is
-valid only if the rule uses no number that the drafting used, so the double keeps the keys asked while drafting, and raises when
-one is asked twice or when the rule asks one of them.
+Drafting is enumerated first, which gives a law over distinct trees. Then the rule is enumerated on each tree. This
+factorisation requires that the rule and the drafting use different random numbers. So `Replay` records the keys of all random
+numbers, and raises if a key is used twice or if the rule uses a key of the drafting.
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ T = TypeVar("T")
 
 
 class Replay:
-    """One walk through the choices: `script` says which option to take at each, the first one beyond its end."""
+    """One run of a random program. `script` gives the option of each choice. Choices beyond its end take the first option.
+
+    Attributes:
+        num_options: number of possible options of each choice so far.
+        asked: keys of the random numbers so far.
+        prob: probability of the run so far.
+    """
 
     def __init__(self, script: list[int], forbidden: frozenset[Key]):
         self.script, self.forbidden = script, forbidden
@@ -36,19 +42,19 @@ class Replay:
         self.prob = 1.0
 
     def ask(self, key: Key) -> None:
-        """Notes that `key` is asked.
+        """Records the key of a random number.
 
         Raises:
-            AssertionError: it was asked before, or while drafting.
+            AssertionError: the key was used before, or by the drafting.
         """
         if key in self.asked:
-            raise AssertionError(f"the random number at {key} was asked twice")
+            raise AssertionError(f"the random number with key {key} was used twice")
         if key in self.forbidden:
-            raise AssertionError(f"the rule asked {key}, which the drafting used")
+            raise AssertionError(f"the rule used the random number with key {key}, which the drafting used before")
         self.asked.add(key)
 
     def choose(self, weights: Sequence[float]) -> int:
-        """One of the options of positive weight."""
+        """Returns one of the options of positive weight."""
         place = len(self.num_options)
         possible = [i for i, weight in enumerate(weights) if weight > 0]
         if place == len(self.script):
@@ -61,12 +67,12 @@ class Replay:
 
 @dataclass(frozen=True)
 class Branches(Draws):
-    """A `Draws` whose answers are the branches of a choice; `enumerate_branches` visits them all."""
+    """A `Draws` that branches at every random number. `enumerate_branches` visits all branches."""
 
     replay: Replay = field(kw_only=True)
 
     def at(self, num_committed: int) -> Branches:
-        """The same branches at another position of the output."""
+        """Returns the same branches at another position of the output."""
         return replace(self, num_committed=num_committed)
 
     def _ask(self, key: Key) -> None:
@@ -95,12 +101,12 @@ class Branches(Draws):
     def order_rows(  # type: ignore[override]
         self, draws: Sequence[Any], probs: Tensor, keys: Sequence[Key], k: int, token_ids: Tensor | None = None
     ) -> list[list[int]]:
-        """`order` for several rows; see `Draws.order_rows`."""
-        return [one.order(row, key, k) for one, row, key in zip(draws, probs, keys, strict=True)]
+        """Runs `order` for several rows; see `Draws.order_rows`."""
+        return [draw.order(row, key, k) for draw, row, key in zip(draws, probs, keys, strict=True)]
 
 
 def enumerate_branches(run: Callable[[Any], T], forbidden: frozenset[Key] = frozenset()) -> Iterator[tuple[float, T, Replay]]:
-    """Every outcome of `run(draws)` with its probability: depth-first over the choices, by running it again and again."""
+    """Yields every outcome of `run(draws)` with its probability. Calls `run` once per outcome, depth-first over the choices."""
     script: list[int] = []
     while True:
         replay = Replay(script, forbidden)
@@ -114,14 +120,19 @@ def enumerate_branches(run: Callable[[Any], T], forbidden: frozenset[Key] = froz
 
 
 class TableExpander:
-    """A drafter for growers: draft logits straight from a law of the whole prefix."""
+    """A drafter for tree policies that reads its draft logits from a law of the whole prefix.
+
+    Attributes:
+        num_passes: number of calls of `expand`.
+        num_evaluated: number of nodes that these calls evaluated.
+    """
 
     def __init__(self, law: Callable[[tuple[int, ...]], np.ndarray], vocab_size: int, prefix: tuple[int, ...]):
         self.law, self.vocab_size, self.prefix = law, vocab_size, prefix
         self.num_passes = self.num_evaluated = 0
 
     def expand(self, states: Sequence[Any], partial: TreeBatch, node_ids: np.ndarray) -> Tensor:
-        """Draft logits after each node, read from the table."""
+        """Returns the draft logits after each node."""
         self.num_passes += 1
         self.num_evaluated += len(node_ids)
         tree = partial[0]
@@ -130,18 +141,19 @@ class TableExpander:
 
 
 def target_law_of(law: Callable[[tuple[int, ...]], np.ndarray], tree: DraftTree, prefix: tuple[int, ...], temperature: float):
-    """The target's law on a tree, from a law of the whole prefix."""
+    """Returns the target's law on a tree, from a law of the whole prefix."""
     rows = [law((*prefix, *(int(tree.tokens[i]) for i in tree.path_to(node)))) for node in range(tree.num_nodes)]
     return TargetLaw(torch.from_numpy(np.stack(rows)).log(), SamplingParams(temperature=temperature))
 
 
 Grown = dict[bytes, tuple[float, DraftTree, frozenset[Key]]]
+"""Content of a tree -> (its probability, the tree, the keys of the random numbers that drew it)."""
 
 
 def tree_law(
     grower: Any, draft: Callable, vocab_size: int, budget: Budget, temperature: float, prefix: tuple[int, ...]
 ) -> Grown:
-    """The law over distinct trees that a grower draws, with the keys it used."""
+    """Returns the law over the distinct trees of a policy, with the keys of the random numbers that it used."""
     trees: Grown = {}
 
     def run(draws: Any) -> DraftTree:
@@ -166,7 +178,7 @@ def joint_law(
     temperature: float,
     prefix: tuple[int, ...],
 ) -> np.ndarray:
-    """The joint law of `length` tokens: what the rule emits on every tree, completed by the target."""
+    """Returns the joint law of `length` tokens: those that the rule emits on every tree, continued by the target."""
     emitted: dict[tuple[int, ...], float] = defaultdict(float)
     for prob, tree, keys in trees.values():
         law = target_law_of(target, tree, prefix, temperature)
@@ -179,14 +191,14 @@ def joint_law(
             emitted[tokens] += prob * share
     joint = np.zeros((vocab_size,) * length)
     for tokens in product(range(vocab_size), repeat=length):
-        for cut in range(length + 1):  # every emitted prefix is spread over its completions
+        for cut in range(length + 1):  # spreads every emitted prefix over its continuations
             if tokens[:cut] in emitted:
                 joint[tokens] += emitted[tokens[:cut]] * chain_prob(target, tokens, cut, temperature, prefix)
     return joint
 
 
 def chain_prob(target: Callable, tokens: tuple[int, ...], start: int, temperature: float, prefix: tuple[int, ...]) -> float:
-    """The target's probability of ``tokens[start:]`` after ``tokens[:start]``."""
+    """Returns the target's probability of ``tokens[start:]`` after ``tokens[:start]``."""
     prob = 1.0
     for i in range(start, len(tokens)):
         row = target((*prefix, *tokens[:i]))
@@ -195,7 +207,7 @@ def chain_prob(target: Callable, tokens: tuple[int, ...], start: int, temperatur
 
 
 def target_joint(target: Callable, vocab_size: int, length: int, temperature: float, prefix: tuple[int, ...]) -> np.ndarray:
-    """The answer: the target's own joint law of `length` tokens."""
+    """Returns the target's joint law of `length` tokens, the reference for `joint_law`."""
     probs = [chain_prob(target, tokens, 0, temperature, prefix) for tokens in product(range(vocab_size), repeat=length)]
     return np.array(probs).reshape((vocab_size,) * length)
 
@@ -203,7 +215,7 @@ def target_joint(target: Callable, vocab_size: int, length: int, temperature: fl
 def expected_tokens(
     trees: Grown, rule: Callable[..., Verdict], target: Callable, temperature: float, prefix: tuple[int, ...]
 ) -> float:
-    """Expected tokens of one step, the recovered or bonus token included."""
+    """Returns the expected number of tokens of one step, including the recovered or bonus token."""
     total = 0.0
     for prob, tree, keys in trees.values():
         law = target_law_of(target, tree, prefix, temperature)

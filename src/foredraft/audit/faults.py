@@ -1,4 +1,4 @@
-"""Faulty rules, that an audit must find: what could go wrong in an implementation of `chain` without anyone seeing it."""
+"""Faulty rules that an audit must detect. Each is a plausible, inconspicuous error in an implementation of `chain`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SHARPER = 1.6
 
 
 def other_temperature(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
-    """The draft law of another temperature is handed to the rule."""
+    """Fault: the rule receives the draft law of another temperature."""
     probs = tree.draft_probs**_SHARPER
     probs = probs / probs.sum(-1, keepdim=True)
     wrong = DraftTree(tree.tokens, tree.parents, tree.drawn, tree.draft_row, probs, tree.draft_ids, tree.vocab_size)
@@ -20,7 +20,7 @@ def other_temperature(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> V
 
 
 def bonus_from_draft(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
-    """The bonus token comes from the law of the last draft."""
+    """Fault: the bonus token is drawn from the draft law of the last draft token."""
     verdict = chain(tree, target_law, draws)
     law = tree.law(tree.num_nodes - 2) if tree.num_nodes > 1 else None
     if verdict.kind != "bonus" or law is None:
@@ -29,7 +29,7 @@ def bonus_from_draft(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Ve
 
 
 def residual_kept(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
-    """The residual is not renormalised: its missing mass falls to the likeliest token of the target."""
+    """Fault: the residual is not renormalised. Its missing mass goes to the target's most likely token."""
     for node in range(1, tree.num_nodes):
         parent, token = node - 1, int(tree.tokens[node])
         law, draft = target_law.row(parent), tree.law(parent)
@@ -48,4 +48,4 @@ FAULTS: dict[str, AcceptanceRule] = {
     "bonus from the draft law": bonus_from_draft,
     "residual not renormalised": residual_kept,
 }
-"""By what is wrong with them."""
+"""Description of the fault -> the faulty rule."""

@@ -1,4 +1,4 @@
-"""Speculative against plain greedy output: where they part, and whether rounding alone explains it."""
+"""Compares speculative with plain greedy output. Finds the first difference, and whether rounding explains it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from foredraft.tree import TreeBatch
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where two outputs part: what each chose, how far apart the two logits are, and how far rounding moves a logit."""
+    """The first difference of two outputs.
+
+    Attributes:
+        position: index of the token in the output.
+        plain_token: token of the plain output, -1 if it has ended.
+        drafted_token: token of the speculative output, -1 if it has ended.
+        margin: difference of the logits of the two tokens. Infinite if one output has ended.
+        rounding: largest change of a leading logit by rounding.
+    """
 
     position: int
     plain_token: int
@@ -24,22 +32,29 @@ class Divergence:
 
     @property
     def is_tie(self) -> bool:
-        """Whether rounding alone explains it."""
+        """Whether rounding alone explains the difference."""
         return self.margin <= self.rounding
 
 
 def num_identical(plain: Sequence[int], drafted: Sequence[int]) -> int:
-    """Tokens before the first difference."""
+    """Returns the number of tokens before the first difference."""
     both = zip(plain, drafted, strict=False)
     return next((i for i, (a, b) in enumerate(both) if a != b), min(len(plain), len(drafted)))
 
 
 @torch.inference_mode()
 def divergence(llm: LLM, prompt: Sequence[int], plain: Sequence[int], drafted: Sequence[int]) -> Divergence | None:
-    """The first difference of two outputs; None where there is none.
+    """Returns the first difference of two outputs, or None if they are equal.
 
-    The rounding is measured on the text before it, scored in one forward and token by token: the largest change of either of
-    the two leading logits at any of its positions. An output that ends where the other goes on differs without a margin.
+    Rounding is measured on the text before the difference. The text is scored in one forward, and again token by token. The
+    rounding is the largest change of the two leading logits at any output position. If one output ends before the other, the
+    margin is infinite.
+
+    Args:
+        llm: the model.
+        prompt: token ids of the prompt.
+        plain: token ids of the plain output.
+        drafted: token ids of the speculative output.
     """
     at = num_identical(plain, drafted)
     if at == len(plain) == len(drafted):

@@ -1,5 +1,5 @@
-"""The audit itself: theory and algorithm by enumeration, greedy output against plain decoding, sampled output against the
-target's law, and the same tests on a rule with a planted bias."""
+"""Runs an audit: enumerates small vocabularies, compares greedy output with plain decoding, and tests sampled output against
+the target's law. The negative control repeats these tests with a planted bias."""
 
 from __future__ import annotations
 
@@ -32,38 +32,39 @@ from foredraft.tree import DraftTree, Ids, TreeBatch
 from foredraft.verify import RULES
 
 TOLERANCE = 1e-12
+"""Largest error of an enumerated law that counts as rounding."""
+
 SIZES: Mapping[int, int] = {2: 4, 3: 3}
-"""Vocabulary -> nodes of the largest trees that are enumerated."""
+"""Size of the vocabulary -> number of nodes of the largest enumerated trees."""
 
 _DEPTH = 3
 _PREFIX = (0,)
 PLANTED = 0.15
-"""What the negative control adds to every probability of acceptance."""
+"""Amount that the negative control adds to every acceptance probability."""
 
 
 @dataclass(frozen=True)
 class Eager(Draws):
-    """Random numbers that accept too often: the planted bias of the negative control."""
+    """Draws that accept too often. They are the planted bias of the negative control."""
 
     def at(self, num_committed: int) -> Eager:
-        """The numbers of a step."""
+        """Returns the draws of a step."""
         return Eager(self.seed, num_committed)
 
     def bernoulli(self, prob: float, key: Key) -> bool:
-        """True with the probability and `PLANTED`."""
+        """Returns True with probability `prob` + `PLANTED`."""
         return super().bernoulli(min(1.0, prob + PLANTED), key)
 
 
 class Drafted(NamedTuple):
-    """What was drafted after a node: the law that its children were drawn from, or 1 for each child that was chosen and not
-    drawn. Tokens that are left out have 0."""
+    """The draft law after a node, as the tokens of positive probability. Children that were not sampled have probability 1."""
 
     token_ids: Ids
     probs: Float[np.ndarray, " n"]
 
     @classmethod
     def after(cls, tree: DraftTree, node: int) -> Drafted | None:
-        """That of one node; None for a leaf. It is settled before any child's token is, so that a test may go by it."""
+        """Returns the draft law after one node, or None for a leaf. It is known before the tokens, so a test may use it."""
         law, children = tree.law(node), tree.children[node]
         if law is None:
             return cls(tree.tokens[children], np.ones(len(children))) if children else None
@@ -71,25 +72,26 @@ class Drafted(NamedTuple):
         return cls(token_ids.cpu().numpy(), law[token_ids].double().cpu().numpy())
 
     def over(self, vocab_size: int) -> Float[np.ndarray, " v"]:
-        """With an entry for every token."""
-        found = np.zeros(vocab_size)
-        found[self.token_ids] = self.probs
-        return found
+        """Returns the law with an entry for every token."""
+        probs = np.zeros(vocab_size)
+        probs[self.token_ids] = self.probs
+        return probs
 
 
 @dataclass
 class Audit:
-    """What was found.
+    """Result of an audit.
 
     Attributes:
         setting: model, drafter, tree, rule, sampling parameters, dtype and versions.
-        guarantee: the rule's own claim.
-        enumerated_error: largest difference between the law of what is emitted and the target's, over all enumerated cases.
-        num_greedy, divergences: greedy outputs compared, and where they part from plain decoding.
-        sampled, control: tests of sampled output, and of the same with a planted bias; None at temperature 0, and the control
-            also for a lossy rule.
-        tv_bound_mean, tv_bound_max: what a lossy rule says of itself.
-        seconds: of each part.
+        guarantee: guarantee of the rule.
+        enumerated_error: largest difference between the law of the output and the target's law, over all enumerated cases.
+        num_greedy, num_greedy_tokens: number of greedy outputs that were compared, and of their tokens.
+        divergences: differences of greedy outputs from plain decoding.
+        sampled: tests of sampled output. None at temperature 0.
+        control: the same tests with a planted bias. None at temperature 0 and for a lossy rule.
+        tv_bound_mean, tv_bound_max: the rule's own bounds on the total variation distance of a token.
+        seconds: duration of each part in seconds.
     """
 
     setting: dict[str, Any]
@@ -106,34 +108,34 @@ class Audit:
 
     @property
     def reasons(self) -> list[str]:
-        """Why it is not lossless within the stated power; empty if it is."""
-        found = []
+        """Reasons why the output is not lossless within the stated power. Empty if it is."""
+        reasons = []
         if self.guarantee.startswith("lossy"):
-            found.append(f"the rule is {self.guarantee}")
+            reasons.append(f"the rule is {self.guarantee}")
         if self.enumerated_error > TOLERANCE:
-            found.append(f"the enumerated law differs from the target's by {self.enumerated_error:.3g}")
-        faults = [one for one in self.divergences if not one.is_tie]
+            reasons.append(f"the enumerated law differs from the target's by {self.enumerated_error:.3g}")
+        faults = [part for part in self.divergences if not part.is_tie]
         if faults:
-            one = faults[0]
-            found.append(
-                f"{len(faults)} greedy outputs part from plain decoding where rounding does not explain it, the first at token "
-                f"{one.position} with a margin of {one.margin:.4g} (rounding {one.rounding:.4g})"
+            first = faults[0]
+            reasons.append(
+                f"{len(faults)} greedy outputs differ from plain decoding by more than rounding, the first at token "
+                f"{first.position} with a margin of {first.margin:.4g} (rounding {first.rounding:.4g})"
             )
         if self.sampled is not None and self.sampled.impossible:
-            found.append(f"{self.sampled.impossible} sampled tokens have probability 0 under the target")
+            reasons.append(f"{self.sampled.impossible} sampled tokens have probability 0 under the target")
         if self.sampled is not None:
-            found += [
-                f"sampled tokens deviate: {one.name} {one.statistic:.3g}, p = {one.p_value:.2g}"
-                for one in self.sampled.tests()
-                if one.deviates
+            reasons += [
+                f"sampled tokens deviate: {test.name} {test.statistic:.3g}, p = {test.p_value:.2g}"
+                for test in self.sampled.tests()
+                if test.deviates
             ]
         if self.control is not None and not self.control.deviates:
-            found.append("the audit has no power: it did not find the planted bias; give it more prompts, samples or tokens")
-        return found
+            reasons.append("the audit lacks power: it did not find the planted bias; give it more prompts, samples or tokens")
+        return reasons
 
     @property
     def is_lossless(self) -> bool:
-        """Whether nothing spoke against it."""
+        """Whether there is no reason against losslessness."""
         return not self.reasons
 
 
@@ -143,12 +145,12 @@ class Auditor:
 
     Args:
         llm: target, drafter, tree and rule.
-        prompts: token ids.
-        sampling: of the sampled part; its temperature may be 0, which leaves the greedy part.
-        samples: outputs a prompt.
-        rule: instead of the one that `llm` would use, for planted faults.
-        sizes: vocabulary -> nodes of the largest trees that are enumerated.
-        enumerated_error: what an earlier audit of this tree and rule found, which does not hang on the models.
+        prompts: token ids of the prompts.
+        sampling: parameters of the sampled part. Temperature 0 skips this part.
+        samples: number of sampled outputs per prompt.
+        rule: rule that replaces that of `llm`, for planted faults.
+        sizes: size of the vocabulary -> number of nodes of the largest enumerated trees.
+        enumerated_error: result of an earlier enumeration of this tree and rule. It does not depend on the models.
     """
 
     llm: LLM
@@ -161,11 +163,11 @@ class Auditor:
     _drafted: dict[Continuation, list[Drafted | None]] = field(default_factory=dict, init=False, repr=False)
 
     def run(self) -> Audit:
-        """All parts, in order of their cost."""
+        """Runs all parts, in order of their cost. Raises `ValueError` if the configuration does not draft."""
         drafting = self.llm.drafting(self.sampling)
         if drafting["method"] == PLAIN or not drafting["budget"]:
             raise ValueError(
-                "there is nothing to audit: this configuration decodes plainly. Name a method, a tree and a budget"
+                "there is nothing to audit: this configuration decodes without drafts. Choose a method, a tree and a budget"
             )
         assert self.llm.speculation is not None
         guarantee = RULES[drafting["rule"]].claim(self.llm.speculation.rule_options)
@@ -195,12 +197,12 @@ class Auditor:
         return self.rule or speculation.rule_for(tree)
 
     def _enumerated(self, drafting: dict[str, Any]) -> float:
-        """Largest error over two draft and two target laws, one of each with zeros, sampled and greedy."""
+        """Returns the largest error, sampled and greedy, over two draft and two target laws. One of each pair has zeros."""
         speculation, tree = self.llm.speculation, drafting["tree"]
         assert speculation is not None
         grower: Any = speculation.grower(tree, self.llm.measured(speculation)) if tree else _stand_in(drafting["method"])
         if hasattr(grower, "width"):
-            grower = replace(grower, width=1)  # what wider passes draw in vain multiplies the orders to visit
+            grower = replace(grower, width=1)  # a wider pass draws more orders in vain, and each must be visited
         worst = 0.0
         cases = [(v, nodes, t) for v, most in self.sizes.items() for nodes in range(1, most + 1) for t in (1.0, 0.0)]
         with progress_bar("enumerating", len(cases)) as advance:
@@ -214,30 +216,30 @@ class Auditor:
         plain = self.llm.with_speculation({"method": PLAIN})
         wanted = plain.generate(list(self.prompts), sampling, progress=True)
         require_whole(wanted)
-        found = [one.output() for one in self._run(sampling, 1, Draws)]
-        for drafted, reference in zip(found, wanted, strict=True):
+        outputs = [request.output() for request in self._run(sampling, 1, Draws)]
+        for drafted, reference in zip(outputs, wanted, strict=True):
             pair = reference.outputs[0].token_ids, drafted.outputs[0].token_ids
             part = divergence(plain, reference.prompt_token_ids, *pair)
             audit.num_greedy += 1
             audit.num_greedy_tokens += len(pair[1])
             audit.divergences += [part] if part is not None else []
-        self._drafted.clear()  # only sampled tokens are tested against what was drafted
+        self._drafted.clear()  # only the tests of sampled tokens need the draft laws
 
     def _sampled(self, audit: Audit | None, kind: type[Draws]) -> Evidence:
         evidence, rng, bounds = Evidence(), np.random.default_rng(0), []
         for request in self._run(self.sampling, self.samples, kind):
-            for one, output in zip(request.continuations, request.output().outputs, strict=True):
+            for continuation, output in zip(request.continuations, request.output().outputs, strict=True):
                 bounds.append(output.metrics)
-                for token, law, draft in self._laws(one):
+                for token, law, draft in self._laws(continuation):
                     evidence.see(token, law, draft, float(rng.random()))
-                self._drafted.pop(one, None)
+                self._drafted.pop(continuation, None)
         if audit is not None:
-            audit.tv_bound_mean = float(np.mean([one.tv_bound_mean for one in bounds]))
-            audit.tv_bound_max = max(one.tv_bound_max for one in bounds)
+            audit.tv_bound_mean = float(np.mean([metrics.tv_bound_mean for metrics in bounds]))
+            audit.tv_bound_max = max(metrics.tv_bound_max for metrics in bounds)
         return evidence
 
     def _run(self, sampling: SamplingParams, samples: int, kind: type[Draws]) -> Iterator[Any]:
-        """Every prompt, decoded with the audited rule; drops a request when the next one is asked for."""
+        """Decodes every prompt with the audited rule. Drops a request when the next one starts."""
         engine, rule = self.llm.engine, self.rule
         before = engine.rule
         engine.rule = rule or before
@@ -245,38 +247,38 @@ class Auditor:
             with progress_bar("decoding", len(self.prompts)) as advance:
                 for number, prompt in enumerate(self.prompts):
                     request = engine.add(None, prompt, replace(sampling, n=samples, seed=number))
-                    for one in request.continuations:
-                        one.draws = kind(one.draws.seed)
-                    seen = {one: one.num_prompt for one in request.continuations}
+                    for continuation in request.continuations:
+                        continuation.draws = kind(continuation.draws.seed)
+                    seen = {continuation: continuation.num_prompt for continuation in request.continuations}
                     for running in engine.run([request]):
-                        for one in running:
-                            self._note(one, seen[one])
-                            seen[one] = len(one.token_ids)
+                        for continuation in running:
+                            self._note(continuation, seen[continuation])
+                            seen[continuation] = len(continuation.token_ids)
                     advance(1)
                     yield request
         finally:
             engine.rule = before
 
-    def _note(self, one: Continuation, start: int) -> None:
-        """What was drafted at each new token."""
-        tree, kept = one.last_tree, self._drafted.setdefault(one, [])
-        nodes = [0, *one.last_path][: len(one.token_ids) - start]
+    def _note(self, continuation: Continuation, start: int) -> None:
+        """Records the draft law at each new token."""
+        tree, kept = continuation.last_tree, self._drafted.setdefault(continuation, [])
+        nodes = [0, *continuation.last_path][: len(continuation.token_ids) - start]
         kept += [Drafted.after(tree, node) if tree is not None else None for node in nodes]
 
-    def _laws(self, one: Continuation) -> Iterator[tuple[int, Float[np.ndarray, " v"], Float[np.ndarray, " v"] | None]]:
-        """Each output token with the target's law at its prefix, from one later forward, and what was drafted there."""
-        ids, first = one.token_ids, one.num_prompt - 1
+    def _laws(self, output: Continuation) -> Iterator[tuple[int, Float[np.ndarray, " v"], Float[np.ndarray, " v"] | None]]:
+        """Yields each output token with the target's law at its prefix, from one later forward, and the draft law there."""
+        ids, first, sampling = output.token_ids, output.num_prompt - 1, output.sampling
         logits = all_logits(self.llm.target, ids[:-1])[first:]
         chain = TreeBatch.chains([ids[first:-1]])[0]
-        processors = prefix_processors(one.sampling, one.num_prompt, set(one.eos_ids), [])
-        law = TargetLaw(logits, one.sampling, chain, ids[: one.num_prompt], processors)
-        for i, (token, drafted) in enumerate(zip(ids[one.num_prompt :], self._drafted[one], strict=True)):
+        processors = prefix_processors(sampling, output.num_prompt, set(output.eos_ids), [])
+        law = TargetLaw(logits, sampling, chain, ids[: output.num_prompt], processors)
+        for i, (token, drafted) in enumerate(zip(ids[output.num_prompt :], self._drafted[output], strict=True)):
             row = law.row(i).double().numpy()
             yield token, row, drafted.over(len(row)) if drafted is not None else None
 
 
 def _stand_in(drafter: str) -> Any:
-    """A policy that takes the likeliest tokens as a drafter with a tree of its own takes what it found."""
+    """Returns a policy that stands in for a drafter with its own trees. It takes the most likely tokens."""
     options: dict[str, Any] = {}
     if DRAFTERS[drafter].chains_only:
         options["paths"] = [[0] * depth for depth in range(1, max(SIZES.values()) + 1)]
@@ -284,8 +286,11 @@ def _stand_in(drafter: str) -> Any:
 
 
 def enumerated_error(grower: Any, rule: AcceptanceRule, size: int, nodes: int, temperature: float) -> float:
-    """Largest difference between the joint law of what a rule emits on a grower's trees, completed by the target, and the
-    target's own, over two draft and two target laws of the whole prefix."""
+    """Returns the largest error of an enumerated law over two draft laws and two target laws of the whole prefix.
+
+    The error is the difference between the target's joint law and that of the rule's output, continued by the target. `size`
+    is the size of the vocabulary and `nodes` the number of nodes of the trees of `grower`.
+    """
     worst, length = 0.0, min(nodes, _DEPTH) + 1
     drafts = [random_law(size, 1), random_law(size, 2, zeros=0.3, concentration=0.6)]
     targets = [random_law(size, 3), random_law(size, 4, zeros=0.3)]

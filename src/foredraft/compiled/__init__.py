@@ -1,6 +1,6 @@
-"""C code, compiled once with the machine's own compiler and kept in the user's cache. Where it cannot run, torch does its work.
+"""Compiles C code once with the local compiler and keeps it in the user's cache. Where it cannot run, torch code runs instead.
 
-The environment variable ``FOREDRAFT_KERNELS`` chooses: ``auto`` (as without it) or ``torch``, which switches compiled code off.
+The environment variable ``FOREDRAFT_KERNELS`` is ``auto`` (the default) or ``torch``, which disables compiled code.
 """
 
 from __future__ import annotations
@@ -24,35 +24,36 @@ SOURCES = tuple(Path(__file__).with_name(name) for name in ("decoder.c", "draws.
 _HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
-"""No contraction and no fast math: equal rows must give equal bits, however the compiler unrolls."""
+"""Compiler flags. Contraction and fast math are off, so equal rows give equal bits, however the compiler unrolls loops."""
 
 KERNELS = ("auto", "torch")
-"""What ``FOREDRAFT_KERNELS`` may be."""
+"""Allowed values of ``FOREDRAFT_KERNELS``."""
 
 _log = logging.getLogger("foredraft")
 
 
 def kernels() -> str:
-    """Which code may run, by the environment variable ``FOREDRAFT_KERNELS``; ``auto`` where it is unset or empty.
+    """Returns the value of ``FOREDRAFT_KERNELS``, or ``auto`` if it is unset or empty.
 
     Raises:
-        ValueError: it is not one of `KERNELS`.
+        ValueError: the value is not one of `KERNELS`.
     """
     given = os.environ.get("FOREDRAFT_KERNELS") or "auto"
     if given not in KERNELS:
         allowed = " or ".join(KERNELS)
         raise ValueError(
-            f"FOREDRAFT_KERNELS must be {allowed}, got {given!r}; give one of these or unset the environment variable"
+            f"FOREDRAFT_KERNELS must be {allowed}, got {given!r}; give one of these, or unset the environment variable"
         )
     return given
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled code, built on the first call.
+    """Returns the compiled code. The first call builds it.
 
     Returns:
-        None where it cannot run: with ``FOREDRAFT_KERNELS=torch``, without AVX-512 BF16, or without a C compiler.
+        The library, or None if it cannot run: with ``FOREDRAFT_KERNELS=torch``, without AVX-512 BF16, without a C compiler, or
+        without a cache folder.
 
     Raises:
         ValueError: ``FOREDRAFT_KERNELS`` has an unknown value.
@@ -64,8 +65,8 @@ def library() -> ctypes.CDLL | None:
     try:
         code = ctypes.CDLL(str(_built(command)))
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        _log.warning("cannot compile the fast decoder (%s), so torch runs, which is slower", said.strip().splitlines()[-1])
+        reason = getattr(error, "stderr", None) or str(error)
+        _log.warning("cannot compile the fast decoder (%s), so torch runs, which is slower", reason.strip().splitlines()[-1])
         return None
     code.foredraft_categorical.restype = code.foredraft_prefixes.restype = ctypes.c_int64
     code.foredraft_subtract.restype = code.foredraft_without.restype = ctypes.c_double
@@ -73,21 +74,21 @@ def library() -> ctypes.CDLL | None:
 
 
 def compiled_for(*numbers: Tensor) -> ctypes.CDLL | None:
-    """The compiled code if it can work on all of `numbers`: float32 on a CPU."""
-    return library() if all(one.dtype == torch.float32 and one.device.type == "cpu" for one in numbers) else None
+    """Returns the compiled code if all tensors are float32 on a CPU, else None."""
+    return library() if all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in numbers) else None
 
 
 def compiler() -> list[str] | None:
-    """The C compiler's command: ``$FOREDRAFT_CC`` if it is set, else the first there is of ``$CC``, cc, gcc and clang."""
+    """Returns the C compiler's command: ``$FOREDRAFT_CC`` if set, else the first that exists of ``$CC``, cc, gcc and clang."""
     if given := shlex.split(os.environ.get("FOREDRAFT_CC", "")):
         return given
     named = [os.environ.get("CC", ""), "cc", "gcc", "clang"]
-    return next((shlex.split(one) for one in named if one and shutil.which(shlex.split(one)[0])), None)
+    return next((shlex.split(name) for name in named if name and shutil.which(shlex.split(name)[0])), None)
 
 
 @cache
 def cpu_flags() -> frozenset[str]:
-    """What the processor can do, in Linux's words."""
+    """Returns the processor's feature flags, under their Linux names."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

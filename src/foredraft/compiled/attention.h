@@ -1,21 +1,21 @@
-/* Attention of the rows of a step to what each may see: see decoder.c, which includes this behind job.h. */
+/* Attention of the rows of a step over their visible tokens. decoder.c includes this file after job.h. */
 
-/* Rows, query heads and, in registers, queries that attend together at most: rows of a tree see the same committed tokens, whose
-   keys and values are read and laid out once for several of them. */
+/* Most rows, most queries, and most queries in registers that attend together. The rows of a tree see the same committed tokens,
+   whose keys and values are read and laid out once for several rows. */
 enum { SEERS = 8, MOST_QUERIES = 24, AT_ONCE = 8 };
 
-/* What a row may see, by position: tokens that stand one after another from `from` on, then the rest of its path, itself last. */
+/* The visible tokens of a row by position: contiguous tokens starting at `from`, then the rest of its path. The row is last. */
 typedef struct {
-    int64_t from, committed, count; /* the first `committed` of `count` tokens stand one after another */
-    const int64_t *path;            /* places of the others */
+    int64_t from, committed, count; /* the first `committed` of `count` tokens are contiguous */
+    const int64_t *path;            /* places of the other tokens */
 } View;
 
-/* `path` has room for the row's depth and one more. */
+/* Makes the view of a row. `path` holds at least depth + 1 entries. */
 static View view_of(const Job *job, int64_t row, int64_t window, int64_t *path) {
     const Step *s = job->step;
     const int64_t tree = job->tree[row], length = s->lengths[tree], *parents = s->parents + s->offsets[tree];
     const int64_t depth = job->depth[s->offsets[tree] + job->node[row]], seen = length + depth + 1;
-    const int64_t hidden = seen > window ? seen - window : 0; /* the window has slid past them */
+    const int64_t hidden = seen > window ? seen - window : 0; /* number of tokens before the window */
     int64_t above = depth + 1;
     for (int64_t node = job->node[row]; node >= 0; node = parents[node]) path[--above] = length + node;
     View view = {.from = least(hidden, length), .count = seen - hidden};
@@ -30,7 +30,7 @@ INLINE const bf16 *entry(const View *view, const bf16 *pool, int64_t i, int64_t 
 
 INLINE __mmask16 first_of(int64_t count) { return (__mmask16)(count >= 16 ? 0xFFFF : (1 << count) - 1); }
 
-/* 16 vectors of 16 numbers, each vector's first number in the first of `out`, and so on. */
+/* Transposes 16 vectors of 16 numbers. */
 INLINE void transpose(const __m512i *x, __m512i *out) {
     __m512i a[16], b[16];
 #pragma GCC unroll 8
@@ -50,7 +50,7 @@ INLINE void transpose(const __m512i *x, __m512i *out) {
     }
 }
 
-/* The keys of up to 16 tokens from `i` on, pair by pair: [size / 2] times a pair of each. */
+/* Lays out the keys of up to 16 tokens from `i` on: [size / 2][16][2]. */
 static void lay_keys(const View *view, const bf16 *keys, int64_t i, int64_t count, int64_t size, __m512i *laid) {
     for (int64_t d = 0; d < size; d += 32) {
         __m512i rows[16];
@@ -60,7 +60,7 @@ static void lay_keys(const View *view, const bf16 *keys, int64_t i, int64_t coun
     }
 }
 
-/* Products of n queries, a constant, with the keys that are laid out; scores [n][room]. */
+/* Computes the scores of n queries with the laid-out keys, [n][room]. n is a constant. */
 INLINE void scores_of(
     const int n, const bf16 *const *queries, const __m512i *laid, int64_t size, __mmask16 there, float *scores, int64_t room
 ) {
@@ -92,14 +92,15 @@ static void softmax(int64_t count, float *scores) {
     for (int64_t i = 0; i < count; i += 16) _mm512_storeu_ps(scores + i, _mm512_mul_ps(_mm512_loadu_ps(scores + i), share));
 }
 
-/* A query's view, and where what it sees is put. */
+/* A query, its view and its output. */
 typedef struct {
     const bf16 *query;
     const View *view;
     bf16 *out;
 } Seer;
 
-/* 32 entries, from d on, of the values' weighted sums, for n queries, a constant; weights [n][room]. They share `shared` tokens. */
+/* Computes 32 entries, from d on, of the weighted sums of values for n queries. n is a constant; weights are [n][room]. The views
+   share their first `shared` tokens. */
 INLINE void mixtures_of(
     const int n, const Seer *seers, int64_t shared, const float *weights, int64_t room, const bf16 *values, int64_t size, int64_t d
 ) {
@@ -126,14 +127,14 @@ INLINE void mixtures_of(
     }
 }
 
-/* CALL with n, at most AT_ONCE, as a constant. */
+/* Calls CALL with n, at most AT_ONCE, as a constant. */
 #define CASES(CALL) \
     switch (n) { \
         case 1: CALL(1); break; case 2: CALL(2); break; case 3: CALL(3); break; case 4: CALL(4); break; \
         case 5: CALL(5); break; case 6: CALL(6); break; case 7: CALL(7); break; case 8: CALL(8); break; \
     }
 
-/* Scores of queries with up to 16 keys that are laid out. */
+/* Computes the scores of queries with up to 16 laid-out keys. */
 static void score_keys(
     const Seer *seers, int64_t count, const __m512i *laid, int64_t size, __mmask16 there, float *scores, int64_t room
 ) {
@@ -147,8 +148,8 @@ static void score_keys(
     }
 }
 
-/* Attention of `count` queries that share a key head: some heads of some rows, each row's one behind the other, whose views begin
-   at the same token. What is seen alike by all is read once; every number is the same as if each were alone. */
+/* Computes attention of `count` queries that share a key head. They are `heads` heads of each row, row after row, and their views
+   start at the same token. Shared tokens are read once. Every result is the same as for a query alone. */
 static void attend(
     const Seer *seers, int64_t count, int64_t heads, const bf16 *keys, const bf16 *values, int64_t size, float *weights,
     int64_t room
@@ -175,14 +176,14 @@ static void attend(
         }
 }
 
-/* Rows that attend together: of about equal numbers each time. */
+/* Returns the number of rows that attend together. All groups have about the same size. */
 INLINE int64_t rows_together(const Job *job) {
     const int64_t fitting = most(1, least(SEERS, MOST_QUERIES * job->model->kv_heads / job->model->heads));
     const int64_t parts = (job->count + fitting - 1) / fitting;
     return (job->count + parts - 1) / parts;
 }
 
-/* Some rows, and the query heads of one key head. */
+/* Computes attention of a group of rows for the query heads of one key head. */
 static void attend_part(const void *given, int64_t part, int id) {
     const Job *job = ((const Phase *)given)->job;
     const int64_t index = ((const Phase *)given)->index, window = job->model->layers[index].window;

@@ -1,14 +1,14 @@
 /* A decoder of the Llama family in bfloat16 over packed trees, for CPUs with AVX-512 BF16. Called by native.py.
 
-   A step of a few tokens is bound by reading the weights. So they lie as they are read, each 64 bytes that come from memory serve
-   all rows of the step, and nothing else is done per layer than what the model asks for.
+   Reading the weights limits the speed of a step of a few tokens. So the weights are stored in the order in which they are read,
+   and each cache line serves all rows of the step.
 
-   Every number depends on its own row and what that row may see, never on the other rows, on where a node stands in its tree or
-   on the number of threads: sums run over the inner dimension, or over visible tokens by their position, in one fixed order. A
-   token scored in a tree therefore has bit for bit the logits that it has when it is decoded alone.
+   Every result depends on its own row and the tokens that the row sees. It does not depend on the other rows, the index of a node
+   in its tree, or the number of threads. For this, sums over the inner dimension and over visible tokens have one fixed order. A
+   token in a tree therefore has the same logits, bit for bit, as a token that is decoded alone.
 
-   Rounded to bfloat16 are the inputs of every linear layer, queries, keys and values; all else is float32. Where the weights of a
-   layer have four bits, its inputs are rounded to eight: a drafter may, for what it says is only proposed. */
+   The inputs of linear layers, queries, keys and values are rounded to bfloat16. Everything else is float32. If the weights of a
+   layer have four bits, its inputs are rounded to eight bits. Only drafters may use this, because drafts are verified. */
 
 #ifndef __AVX512BF16__
 #error "needs AVX-512 BF16"
@@ -18,7 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* In this order: each builds on those before it. */
+/* The order matters: each file uses the files before it. */
 #include "numbers.h"
 #include "passed.h"
 #include "team.h"
@@ -35,7 +35,7 @@ static void embed(const Model *m, int64_t token, float *out) {
     for (int64_t i = 0; i < m->hidden; i += 2, w += 2 * TILE) out[i] = float_of(w[0]), out[i + 1] = float_of(w[1]);
 }
 
-/* The feature that a draft head is given for a row. */
+/* Returns the input feature of a draft head for a row. */
 static const bf16 *feature_of(const Job *job, int64_t row) {
     const Step *s = job->step;
     const int64_t tree = job->tree[row], node = job->node[row], size = job->model->hidden;
@@ -43,7 +43,7 @@ static const bf16 *feature_of(const Job *job, int64_t row) {
     return s->carried[tree] + s->parents[s->offsets[tree] + node] * size;
 }
 
-/* A layer behind the target's features alone. */
+/* Returns whether the model is a layer on the target's features, without a head. */
 INLINE int is_bare(const Model *m) { return m->head.weight == NULL; }
 
 static void begin_row(const void *given, int64_t row, int id) {
@@ -77,7 +77,7 @@ static void normalize_rows(const Job *job, const bf16 *weight) {
     parallel(job->hands.threads, normalize_row, &phase, job->count);
 }
 
-/* One head of one row: norm if there is one, then the rotation. */
+/* Applies the norm, if there is one, and the rotary embedding to one head of one row. */
 static void rotate(const Model *m, float *x, const bf16 *norm, const float *cosines, bf16 *out) {
     const int64_t half = m->head_dim / 2;
     if (norm) {
@@ -92,7 +92,7 @@ static void rotate(const Model *m, float *x, const bf16 *norm, const float *cosi
     }
 }
 
-/* Keys and values of a row, behind its queries in `qkv`, into the pool. */
+/* Writes the keys and values of a row to the pool. They follow its queries in `qkv`. */
 static void store_row(const void *given, int64_t row, int id) {
     const Job *job = ((const Phase *)given)->job;
     const int64_t index = ((const Phase *)given)->index;
@@ -135,7 +135,7 @@ static void feature_row(const void *given, int64_t row, int id) {
     else narrow_all(job->states + row * size, to, size);
 }
 
-/* Features of the layers that ended just now. */
+/* Saves the requested features of a layer that has just ended. */
 static void save_features(const Job *job, int64_t layer) {
     for (int64_t f = 0; f < job->step->num_features; f++) {
         Phase phase = {.job = job, .index = f};
@@ -151,7 +151,7 @@ static void pair_row(const void *given, int64_t row, int id) {
     const Job *job = ((const Phase *)given)->job;
     const int64_t size = job->model->hidden;
     const Step *s = job->step;
-    const int64_t tree = job->tree[row], at = row - tree * s->num_slots; /* among the pairs */
+    const int64_t tree = job->tree[row], at = row - tree * s->num_slots; /* index among the pairs */
     if (job->node[row] >= s->offsets[tree + 1] - s->offsets[tree] - s->num_slots) return;
     bf16 *embedded = job->embedded + at * size, *pair = job->pair + 2 * at * size;
     (void)id;
@@ -160,7 +160,7 @@ static void pair_row(const void *given, int64_t row, int id) {
     memcpy(pair + size, feature_of(job, row), size * sizeof(bf16));
 }
 
-/* The pairs' entries, which stand one after another, to their places, and those of the slots behind the ones of each tree. */
+/* Moves the states of the pairs, which are contiguous, to their nodes. Computes the states of the slots behind them. */
 static void place_slots(const Job *job) {
     const Step *s = job->step;
     const int64_t size = job->model->hidden, slots = s->num_slots;
@@ -173,7 +173,7 @@ static void place_slots(const Job *job) {
     }
 }
 
-/* Both normed side by side, for the layer's queries, keys and values; the feature is what it adds to. */
+/* Concatenates the normed embedding and the normed feature as input of qkv. The feature becomes the residual. */
 static void wide_row(const void *given, int64_t row, int id) {
     const Job *job = ((const Phase *)given)->job;
     const Model *m = job->model;
@@ -187,7 +187,7 @@ static void wide_row(const void *given, int64_t row, int id) {
     normalize(state, m->entry.feature_norm, pair + size, size, m->eps);
 }
 
-/* Embeddings and features into the states that a draft head's layer goes on from. */
+/* Combines embeddings and features into the input states of a draft head's layer. */
 static void enter(const Job *job) {
     const Entry *entry = &job->model->entry;
     const int64_t num_slots = job->step->num_slots * job->step->num_trees;
@@ -217,7 +217,7 @@ static void split_row(const void *given, int64_t row, int id) {
     if (job->step->carried) narrow_all(both + size, carried_by(job, row), size);
 }
 
-/* The residual twice, what the layer adds to each, and both apart: what is scored stays in the states, what is carried goes out. */
+/* Adds both outputs of `down` to the residual. The first sum is scored and stays in the states; the second is carried. */
 static void finish_doubled(const Job *job, const Linear *down) {
     const int64_t size = job->model->hidden;
     Phase phase = {.job = job};
@@ -238,7 +238,7 @@ static void spread_row(const void *given, int64_t row, int id) {
     for (int64_t i = 0; i < m->head.out; i++) to[m->token_ids[i]] = from[i];
 }
 
-/* Logits of the wanted rows; minus infinity where the head has none. */
+/* Computes the logits of the requested rows. Tokens outside the head's vocabulary get minus infinity. */
 static void score(const Job *job) {
     const Model *m = job->model;
     const Step *s = job->step;
@@ -253,8 +253,8 @@ static void score(const Job *job) {
     if (m->blank.weight) linear_into(&job->hands, &m->blank, job->last, s->num_rows, s->logits + m->head.out, m->vocabulary);
 }
 
-/* Whether some rows are only there for their keys and values once the last layer has stored those: nobody asks for features that
-   come later, and the wanted rows stand in order. */
+/* Returns whether the last layer may drop rows after it has stored their keys and values. This requires that no later features
+   are requested, and that the rows with logits are in ascending order. */
 static int is_rest_done(const Job *job) {
     const Step *s = job->step;
     for (int64_t f = 0; f < s->num_features; f++)
@@ -264,7 +264,7 @@ static int is_rest_done(const Job *job) {
     return s->num_rows < job->count;
 }
 
-/* Keys and values of all rows, which stand in x, then the queries of the wanted ones, which alone are left. */
+/* Computes keys and values of all rows in x, drops rows without logits, and computes the queries of the others. */
 static void keep_wanted(Job *job, const Phase *phase, bf16 *x) {
     const Model *m = job->model;
     const Linear *qkv = &m->layers[phase->index].qkv;
@@ -320,14 +320,14 @@ static void run(Job *job) {
 
 /* ---- memory ---------------------------------------------------------------------------------------------------------------- */
 
-/* Cuts the next array off a block; with no block, only adds up how much is needed. */
+/* Returns the next array of a block. Without a block it only adds up the required bytes in `used`. */
 static void *cut(char *block, size_t *used, int64_t count, size_t size) {
     void *here = block ? block + *used : NULL;
     *used += ((size_t)count * size + 63) / 64 * 64;
     return here;
 }
 
-/* Inputs of the layer that has the most. */
+/* Returns the largest number of inputs of any linear layer. */
 static int64_t widest(const Model *m) {
     const Entry *entry = &m->entry;
     int64_t size = most(most(m->head.in, entry->fc.in), most(most(entry->gate.in, entry->down.in), entry->ahead.in));
@@ -362,7 +362,7 @@ static size_t lay_out(Job *job, char *block, int64_t num_nodes) {
     return used;
 }
 
-/* One forward. Returns 0, or 1 where there is no memory. */
+/* Runs one forward. Returns 0, or 1 if there is not enough memory. */
 int foredraft_forward(const Model *model, const Step *step) {
     const int64_t num_nodes = step->offsets[step->num_trees];
     Job job = {.model = model, .step = step};

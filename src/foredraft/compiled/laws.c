@@ -1,7 +1,7 @@
-/* Laws of float32 logits, and draws from them, for CPUs with AVX-512. Called by sampling.py and draws.py.
+/* Computes laws of float32 logits and draws from them, for CPUs with AVX-512. Called by sampling.py, draws.py and residual.py.
 
-   Top-k and top-p need the value of the last token that is kept, not an order of all: a radix search finds it in three passes over
-   the bits of a float, which as whole numbers are in the order of the floats. Sums are in float64, in one fixed order. */
+   Top-k and top-p need the value of the last kept token, but no order of all tokens. A radix search finds the value in three passes
+   over the bits of the floats, mapped to integers of the same order. Sums are in float64, in one fixed order. */
 
 #include <math.h>
 #include <stdint.h>
@@ -16,17 +16,17 @@ INLINE uint32_t in_order(float x) {
     return bits ^ (bits >> 31 ? 0xFFFFFFFFu : 0x80000000u);
 }
 
-/* The last value that is kept where the largest are kept until they weigh `wanted`, and how many of those equal to it. */
+/* The smallest kept value when the largest values of total weight `wanted` are kept, and how many equal values are kept. */
 typedef struct {
     uint32_t value;
     int64_t equal;
 } Edge;
 
-/* weights: of every token, 1 where NULL; tokens of no weight are not looked at. */
+/* weights: weight of every token, or NULL for weight 1. Tokens of weight 0 are ignored. */
 static Edge edge_of(const float *x, const float *weights, int64_t size, double wanted) {
     static const int SHIFTS[] = {21, 10, 0}, BINS[] = {2048, 2048, 1024};
     uint32_t value = 0, known = 0;
-    double before = 0, single = 1; /* weight of all larger values; of one token of this value */
+    double before = 0, single = 1; /* weight of all larger values; weight of one token of this value */
     for (int level = 0; level < 3; level++) {
         double bins[2048] = {0};
         for (int64_t i = 0; i < size; i++) {
@@ -62,7 +62,7 @@ static double mass_of(const float *law, int64_t size) {
     return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
 }
 
-/* Makes the sum 1 where there is any mass; returns the mass that was there. */
+/* Normalises a law unless it has no mass. Returns the mass before. */
 static double normalize_law(float *law, int64_t size) {
     const double mass = mass_of(law, size);
     const float share = (float)(1 / mass);
@@ -71,7 +71,7 @@ static double normalize_law(float *law, int64_t size) {
     return mass;
 }
 
-/* Probabilities of one row; see `warp` in sampling.py. */
+/* Computes the probabilities of one row; see `warp` in sampling.py. */
 static void law_of(const float *logits, int64_t size, float temperature, float least, int64_t top_k, double top_p, float *probs) {
     __m512 highest = _mm512_set1_ps(-INFINITY);
     for (int64_t i = 0; i < size; i += 16) {
@@ -99,10 +99,11 @@ static void law_of(const float *logits, int64_t size, float temperature, float l
         }
     }
     if (!(normalize_law(probs, size) > 0))
-        for (int64_t i = 0; i < size; i++) probs[i] = NAN; /* no logit was a number above minus infinity */
+        for (int64_t i = 0; i < size; i++) probs[i] = NAN; /* every logit is NaN or minus infinity */
 }
 
-/* temperature: above 0; least: log of min_p, or minus infinity; top_k 0 and top_p 1 keep all. */
+/* Computes the probabilities of all rows. temperature is above 0; least is log(min_p) or minus infinity. top_k 0 and top_p 1 keep
+   all tokens. */
 void foredraft_laws(
     const float *logits, int64_t rows, int64_t size, double temperature, double least, int64_t top_k, double top_p, float *probs
 ) {
@@ -110,7 +111,7 @@ void foredraft_laws(
         law_of(logits + row * size, size, (float)temperature, (float)least, top_k, top_p, probs + row * size);
 }
 
-/* The `count` largest numbers of every row, largest first, of equal ones the first, and where they are. */
+/* Finds the `count` largest numbers of every row, in descending order, and their indices. Ties go to the smaller index. */
 void foredraft_largest(const float *x, int64_t rows, int64_t size, int64_t count, float *values, int64_t *places) {
     for (int64_t row = 0; row < rows; row++, x += size, values += count, places += count) {
         int64_t have = 0;
@@ -121,7 +122,7 @@ void foredraft_largest(const float *x, int64_t rows, int64_t size, int64_t count
             __mmask16 larger = have < count ? there : _mm512_mask_cmp_ps_mask(there, numbers, least, _CMP_GT_OQ);
             for (; larger; larger &= larger - 1) {
                 const int64_t place = i + __builtin_ctz(larger);
-                if (have == count && !(x[place] > values[count - 1])) continue; /* one of this line was put before it */
+                if (have == count && !(x[place] > values[count - 1])) continue; /* an earlier number raised the bound */
                 int64_t at = have < count ? have++ : count - 1;
                 for (; at && values[at - 1] < x[place]; at--) values[at] = values[at - 1], places[at] = places[at - 1];
                 values[at] = x[place], places[at] = place;
@@ -130,7 +131,8 @@ void foredraft_largest(const float *x, int64_t rows, int64_t size, int64_t count
     }
 }
 
-/* The token of the law (need not be normalised) at which its cumulated mass exceeds `uniform` of all; -1 without mass. */
+/* Returns the first token at which the cumulative mass exceeds `uniform` times the total, or -1 if there is no mass. The law need
+   not be normalised. */
 int64_t foredraft_categorical(const float *probs, int64_t size, double uniform) {
     enum { STRIDE = 128 };
     double before[size / STRIDE + 1], sum = 0;
@@ -148,12 +150,12 @@ int64_t foredraft_categorical(const float *probs, int64_t size, double uniform) 
         sum += probs[i], last = i;
         if (sum > wanted) return i;
     }
-    for (int64_t i = size - 1; last < 0; i--) /* wanted was rounded up to all */
+    for (int64_t i = size - 1; last < 0; i--) /* rounding made `wanted` reach the total */
         if (probs[i] > 0) last = i;
     return last;
 }
 
-/* norm([target - draft]+) into `left`; returns the mass that was left, 0 where nothing is. */
+/* Writes norm([target - draft]+) to `left`. Returns its mass before normalisation. */
 double foredraft_subtract(const float *target, const float *draft, int64_t size, float *left) {
     for (int64_t i = 0; i < size; i++) {
         const float x = target[i] - draft[i];
@@ -162,7 +164,7 @@ double foredraft_subtract(const float *target, const float *draft, int64_t size,
     return normalize_law(left, size);
 }
 
-/* The law without one token into `left`; returns the mass that was left, 0 where nothing is. */
+/* Writes the law without one token to `left`, normalised. Returns its mass before normalisation. */
 double foredraft_without(const float *law, int64_t token, int64_t size, float *left) {
     memcpy(left, law, (size_t)size * sizeof *law);
     left[token] = 0;

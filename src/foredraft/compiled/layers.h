@@ -1,6 +1,6 @@
-/* Layers by themselves, for draft heads that are no decoder: see decoder.c, which includes this at its end. */
+/* Single layers, for draft heads that are not decoders. decoder.c includes this file at its end. */
 
-/* Linear layers one after another, each x [rows][in] to y [rows][out]. Returns 0, or 1 where there is no memory. */
+/* Runs linear layers one after another, each from x [rows][in] to y [rows][out]. Returns 0, or 1 if memory runs out. */
 int foredraft_linears(const Linear *layers, int64_t count, const bf16 *x, int64_t rows, float *y, int64_t threads) {
     int64_t size = 0;
     for (int64_t i = 0; i < count; i++) size = most(size, layers[i].in);
@@ -19,7 +19,7 @@ typedef struct {
     int64_t size;
 } Added;
 
-/* state += silu(gate), and that as the next inputs. */
+/* state += silu(gate), and the sum becomes the next input. */
 static void add_row(const void *given, int64_t row, int id) {
     const Added *job = given;
     (void)id;
@@ -31,8 +31,8 @@ static void add_row(const void *given, int64_t row, int id) {
     }
 }
 
-/* Residual blocks one after another, x [rows][in] to y [rows][out], all as wide as the first one's outputs. Returns 0, or 1 where
-   there is no memory. */
+/* Runs residual blocks one after another, from x [rows][in] to y [rows][out]. All blocks have the same number of outputs. Returns
+   0, or 1 if memory runs out. */
 int foredraft_residuals(const Residual *blocks, int64_t count, const bf16 *x, int64_t rows, bf16 *y, int64_t threads) {
     const int64_t size = blocks->linear.out, inputs = most(blocks->linear.in, size);
     float *room = aligned_alloc(64, (size_t)(rows * (inputs + 2 * size) + 16) / 16 * 16 * sizeof(float));

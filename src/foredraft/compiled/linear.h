@@ -1,4 +1,4 @@
-/* Numbers in bfloat16, and linear layers on rows of them: see decoder.c, which includes this behind passed.h and team.h. */
+/* bfloat16 numbers, and linear layers on rows of them. decoder.c includes this file after passed.h and team.h. */
 
 #include <math.h>
 #include <string.h>
@@ -33,11 +33,11 @@ static void normalize(const float *x, const bf16 *weight, bf16 *out, int64_t siz
 
 enum { TILE = 32, MOST_ROWS = 12, MANY_ROWS = 40, FEW_ROWS = 5, LINE = 64, AHEAD = 6144, PARTS = 2 };
 
-/* Whether inputs are widened to float32 and products summed one by one, or as VDPBF16PS does it, in pairs. Intel's processors
-   have twice as many units for the former. All products of a process are made alike. */
+/* 1 if inputs are widened to float32 and products are added one by one, 0 if VDPBF16PS adds them in pairs. Intel's processors have
+   twice as many units for the former. The choice holds for the whole process. */
 static int is_wide = -1;
 
-/* For tests and measurements; -1: as suits the processor. */
+/* Sets `is_wide`, for tests and measurements. -1 chooses by the processor. */
 void foredraft_set_wide(int wide) { is_wide = wide; }
 
 INLINE int wide_inputs(void) {
@@ -49,8 +49,8 @@ INLINE __m512 evens(__m512bh x) { return _mm512_castsi512_ps(_mm512_slli_epi32((
 
 INLINE __m512 odds(__m512bh x) { return _mm512_castsi512_ps(_mm512_and_si512((__m512i)x, _mm512_set1_epi32(-65536))); }
 
-/* Rows are run in groups of about equal size, at most so many each that their sums stay in registers; of many rows only half of
-   that, so that their inputs stay in the first cache: a prompt's pass is bound by products, not by reading the weights. */
+/* Rows run in groups of about equal size. A group is small enough that its sums stay in registers. With many rows, groups are half
+   as large, so that inputs stay in the L1 cache: products limit the speed of a prompt, not the reading of weights. */
 INLINE int64_t most_rows(const Linear *layer, int64_t rows) { return layer->few || rows >= MANY_ROWS ? MOST_ROWS / 2 : MOST_ROWS; }
 
 INLINE int64_t groups_of(const Linear *layer, int64_t rows) {
@@ -59,12 +59,11 @@ INLINE int64_t groups_of(const Linear *layer, int64_t rows) {
 
 INLINE int64_t group_of(const Linear *layer, int64_t rows) { return (rows + groups_of(layer, rows) - 1) / groups_of(layer, rows); }
 
-/* What is asked for while some weights are worked through: the processor's own prefetching is too late where many rows keep it
-   from running ahead. One group of rows asks for what comes AHEAD bytes later (no whole number of pages, which would be slower by
-   a tenth); of several, each for its share of the next tile. */
+/* Weights to prefetch while others are used. With many rows the hardware prefetches too late. A single group of rows prefetches
+   AHEAD bytes ahead; a whole number of pages would be slower by a tenth. Several groups each prefetch a share of the next tile. */
 typedef struct {
     const char *at;
-    int64_t pace; /* bytes for every line of weights */
+    int64_t pace; /* bytes to prefetch per cache line of weights */
 } Ahead;
 
 INLINE Ahead ahead_of(const void *tile, int64_t bytes, int64_t group, int64_t groups) {
@@ -72,7 +71,7 @@ INLINE Ahead ahead_of(const void *tile, int64_t bytes, int64_t group, int64_t gr
     return (Ahead){at, LINE / groups};
 }
 
-/* Asks for the next of `lines` lines. */
+/* Prefetches one line and advances by `lines` lines. */
 INLINE void ask(Ahead *ahead, int lines) {
     _mm_prefetch(ahead->at, _MM_HINT_T1);
     ahead->at += lines * ahead->pace;
@@ -84,14 +83,14 @@ INLINE __m512i four_bytes(const void *x) {
     return _mm512_set1_epi32(four);
 }
 
-/* Rows of inputs as a layer's products want them: bf16, float32 (widened), or whole numbers of eight bits. */
+/* Input rows in the form that a layer multiplies: bf16, float32, or integers of eight bits. */
 typedef struct {
     const void *rows;
-    const float *steps;     /* of whole numbers, [rows][in / 32]: what one is worth, */
-    const int32_t *offsets; /* and -8 times their sum: weights are summed up as 8 more than they are */
+    const float *steps;     /* for integers, [rows][in / 32]: the value of 1 */
+    const int32_t *offsets; /* for integers, [rows][in / 32]: -8 times their sum, because stored weights are larger by 8 */
 } Rows;
 
-/* 32 outputs of n rows: 2 n sums stay in registers, each weight is loaded once for all rows. n and `wide` are constants. */
+/* Computes 32 outputs of n rows. 2 n sums stay in registers, and each weight is loaded once. n and `wide` are constants. */
 INLINE void products_of(const int n, const int wide, const void *x, const bf16 *w, int64_t size, Ahead ahead, float (*out)[TILE]) {
     const bf16 *narrow_x = x;
     const float *wide_x = x;
@@ -100,7 +99,7 @@ INLINE void products_of(const int n, const int wide, const void *x, const bf16 *
     for (int m = 0; m < n; m++) low[m] = high[m] = _mm512_setzero_ps();
     for (int64_t i = 0; i < size; i += 2, w += 2 * TILE) {
         if (n > FEW_ROWS) ask(&ahead, 1), ask(&ahead, 1);
-        else ask(&ahead, 2); /* the other line comes along */
+        else ask(&ahead, 2); /* the processor fetches lines in pairs */
         __m512bh first = pairs(w), second = pairs(w + TILE);
         __m512 low_even = evens(first), high_even = evens(second), low_odd = odds(first), high_odd = odds(second);
 #pragma GCC unroll 12
@@ -119,7 +118,7 @@ INLINE void products_of(const int n, const int wide, const void *x, const bf16 *
     for (int m = 0; m < n; m++) _mm512_storeu_ps(out[m], low[m]), _mm512_storeu_ps(out[m] + 16, high[m]);
 }
 
-/* The same of weights of four bits: whole numbers within a block, which is then scaled. */
+/* The same for four-bit weights. Sums within a block are integers, which are then scaled. */
 INLINE void few_products_of(
     const int n, const Rows *x, int64_t row, const Block *block, int64_t size, Ahead ahead, float (*out)[TILE]
 ) {
@@ -156,12 +155,12 @@ INLINE void few_products_of(
     for (int m = 0; m < n; m++) _mm512_storeu_ps(out[m], low[m]), _mm512_storeu_ps(out[m] + 16, high[m]);
 }
 
-/* Bytes of the weights of 32 outputs. */
+/* Returns the bytes of the weights of 32 outputs. */
 INLINE int64_t tile_bytes(const Linear *layer) {
     return layer->few ? layer->in / TILE * (int64_t)sizeof(Block) : TILE * layer->in * (int64_t)sizeof(bf16);
 }
 
-/* Of the n rows from `row` on, a group of all `count`. */
+/* Computes the outputs of a tile for n rows from `row` on, one group of all `count` rows. */
 static void products(int n, const Rows *x, int64_t row, int64_t count, const Linear *layer, int64_t tile, float (*out)[TILE]) {
     const int64_t size = layer->in, bytes = tile_bytes(layer);
     const void *w = (const char *)layer->weight + tile * bytes;
@@ -183,7 +182,7 @@ static void products(int n, const Rows *x, int64_t row, int64_t count, const Lin
         for (int64_t o = 0; o < TILE && tile * TILE + o < layer->out; o++) out[m][o] += float_of(layer->bias[tile * TILE + o]);
 }
 
-/* `count` outputs of a layer from `first` on, a multiple of 32. */
+/* Returns a layer with `count` outputs of another, from `first` on. `first` is a multiple of 32. */
 INLINE Linear outputs(const Linear *layer, int64_t first, int64_t count) {
     Linear some = *layer;
     some.weight = (const char *)layer->weight + first / TILE * tile_bytes(layer), some.out = count;
@@ -193,7 +192,7 @@ INLINE Linear outputs(const Linear *layer, int64_t first, int64_t count) {
 
 INLINE int64_t tiles_of(const Linear *layer) { return (layer->out + TILE - 1) / TILE; }
 
-/* Who works on a linear layer, and where its inputs are made what its products want: room for two of them, float32 each. */
+/* The threads of a linear layer, and two float32 buffers for converted inputs. */
 typedef struct {
     int64_t threads;
     float *room[2];
@@ -215,7 +214,7 @@ static void widen_piece(const void *given, int64_t piece, int id) {
     for (int64_t i = at; i < at + job->size; i += 16) _mm512_storeu_ps(job->wide + i, widen(job->x + i));
 }
 
-/* A row in whole numbers from -127 to 127, 32 of which have one step. */
+/* Rounds a row to integers from -127 to 127. 32 inputs share a step. */
 static void round_piece(const void *given, int64_t row, int id) {
     const Widening *job = given;
     (void)id;
@@ -230,7 +229,7 @@ static void round_piece(const void *given, int64_t row, int id) {
     }
 }
 
-/* Inputs as the products of `layer` want them. */
+/* Converts inputs to the form that `layer` multiplies. */
 static Rows inputs(const Hands *hands, const Linear *layer, const bf16 *x, int64_t rows, int room) {
     Widening job = {.x = x, .size = layer->in, .wide = hands->room[room]};
     if (layer->few) {
@@ -282,7 +281,7 @@ static void gated_tile(const Product *job, int64_t tile) {
     }
 }
 
-/* `span` tiles, one behind the other: what is asked for ahead of one is the next one's. */
+/* Runs `span` consecutive tiles, so that the prefetched weights are those of the next tile. */
 static void tiles_piece(const void *given, int64_t piece, int id) {
     const Product *job = given;
     const int64_t end = least((piece + 1) * job->span, tiles_of(job->layer));
@@ -292,7 +291,7 @@ static void tiles_piece(const void *given, int64_t piece, int id) {
         else linear_tile(job, tile);
 }
 
-/* Some pieces for each thread, so that one that is held up is helped. */
+/* Runs all tiles, in several pieces per thread, so that other threads can help a delayed one. */
 static void run_tiles(const Hands *hands, Product *job) {
     const int64_t tiles = tiles_of(job->layer), pieces = hands->threads * PARTS;
     job->span = (tiles + pieces - 1) / pieces;
@@ -304,17 +303,17 @@ static void run_linear(const Hands *hands, Product job, const bf16 *x) {
     run_tiles(hands, &job);
 }
 
-/* y = x W^T + b, whose rows stand `stride` numbers apart. */
+/* y = x W^T + b. Rows of y are `stride` numbers apart. */
 static void linear_into(const Hands *hands, const Linear *layer, const bf16 *x, int64_t rows, float *y, int64_t stride) {
     run_linear(hands, (Product){.layer = layer, .rows = rows, .y = y, .stride = stride}, x);
 }
 
-/* y = x W^T + b, or y += that. */
+/* y = x W^T + b, or y += x W^T + b if `add`. */
 static void linear(const Hands *hands, const Linear *layer, const bf16 *x, int64_t rows, float *y, int add) {
     run_linear(hands, (Product){.layer = layer, .rows = rows, .y = y, .stride = layer->out, .add = add}, x);
 }
 
-/* act = silu(gate of gate_x) * up of x */
+/* act = silu(gate(gate_x)) * up(x) */
 static void gated(const Hands *hands, const Linear *gate, const Linear *up, const bf16 *gate_x, const bf16 *x, int64_t rows, bf16 *act) {
     Product job = {.layer = gate, .other = up, .rows = rows, .act = act};
     job.x = inputs(hands, up, x, rows, 0);

@@ -1,4 +1,4 @@
-/* What the files beside it share. */
+/* Helpers that several files of this folder share. */
 
 #include <immintrin.h>
 #include <stdint.h>
@@ -9,7 +9,7 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* e^x: 2^n times a polynomial in the remainder, relative error below 1e-6; 0 far below 0, not a number where x is none. */
+/* e^x as 2^n times a polynomial in the remainder. Relative error below 1e-6. 0 for x far below 0, NaN for NaN. */
 INLINE __m512 exponential(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);

@@ -1,17 +1,17 @@
-/* The prefix search of prefixes.py, to the last bit. Called by prefixes.py. */
+/* The prefix search of prefixes.py, with bit-identical results. Called by prefixes.py. */
 
 #include <stdint.h>
 #include <stdlib.h>
 
 typedef int64_t whole;
 
-/* Frames, and the prefixes that were taken, the empty one first. */
+/* The frames, and the prefixes taken so far. The first prefix is empty. */
 typedef struct {
-    const whole *tokens;         /* [frames][width]: what each frame may take */
-    const double *probs, *blanks; /* their probabilities; those of the blank */
+    const whole *tokens;         /* [frames][width]: candidate tokens of each frame */
+    const double *probs, *blanks; /* their probabilities, [frames][width]; probability of the blank, [frames] */
     whole frames, width;
-    whole *token, *parent, *depth; /* of a prefix: its last label, what it extends, how long it is */
-    double *in_blank, *in_token;   /* [prefixes][frames]: paths before each frame that collapse to it, by what they end in */
+    whole *token, *parent, *depth; /* per prefix: its last token, the prefix that it extends, its length */
+    double *in_blank, *in_token;   /* [prefixes][frames]: mass of paths before a frame that give the prefix, by their end */
 } Search;
 
 /* A prefix that may be taken next. */
@@ -26,14 +26,14 @@ static double chance_of(const Search *s, whole frame, whole token) {
     return 0;
 }
 
-/* The probability that a frame completes a prefix. */
+/* Returns the probability that a frame completes a prefix. */
 static double said(const Search *s, whole parent, whole token, whole frame) {
     const double in_blank = s->in_blank[parent * s->frames + frame], in_token = s->in_token[parent * s->frames + frame];
     const int is_new = parent == 0 || s->token[parent] != token;
     return chance_of(s, frame, token) * (is_new ? in_blank + in_token : in_blank);
 }
 
-/* Whether `a` goes first: the likelier one; of equals the shorter one, then the smaller one in the order of words. */
+/* Returns whether `a` comes first: the larger mass, then the shorter prefix, then the lexicographically smaller prefix. */
 static int before(const Search *s, const Candidate *a, const Candidate *b) {
     if (a->mass != b->mass) return a->mass > b->mass;
     whole p = a->parent, q = b->parent, x = a->token, y = b->token;
@@ -42,7 +42,7 @@ static int before(const Search *s, const Candidate *a, const Candidate *b) {
     return x < y;
 }
 
-/* Puts a candidate among the best so far, which are in order and at most `room`. Returns how many there are. */
+/* Inserts a candidate into the sorted list of the best, which holds at most `room`. Returns the length of the list. */
 static whole offer(const Search *s, const Candidate *one, Candidate *best, whole count, whole room) {
     if (!(one->mass > 0) || room == 0) return count;
     if (count == room && !before(s, one, best + count - 1)) return count;
@@ -52,14 +52,14 @@ static whole offer(const Search *s, const Candidate *one, Candidate *best, whole
     return count;
 }
 
-/* Whether a frame's token was among those of an earlier one. */
+/* Returns whether a token of a frame was a candidate of an earlier frame. */
 static int is_old(const Search *s, whole frame, whole token) {
     for (whole i = 0; i < frame * s->width; i++)
         if (s->tokens[i] == token) return 1;
     return 0;
 }
 
-/* Follows a prefix through the frames, and offers what extends it. */
+/* Computes the masses of a prefix at all frames, and offers its extensions. Returns the length of the list. */
 static whole take(const Search *s, whole place, whole depth, Candidate *best, whole count, whole room) {
     double *in_blank = s->in_blank + place * s->frames, *in_token = s->in_token + place * s->frames;
     double blank_now = place == 0, token_now = 0;
@@ -81,8 +81,8 @@ static whole take(const Search *s, whole place, whole depth, Candidate *best, wh
     return count;
 }
 
-/* tokens, probs [frames][width], blanks [frames]; drafted and parents have room for `room` nodes and the root. Returns how many
-   nodes there are, the root included, or -1 where there is no memory. */
+/* Runs the search on tokens, probs [frames][width] and blanks [frames]. drafted and parents hold up to `room` nodes and the root.
+   Returns the number of nodes, root included, or -1 if memory runs out. */
 int64_t foredraft_prefixes(
     const int64_t *tokens, const double *probs, const double *blanks, int64_t frames, int64_t width, int64_t room, int64_t depth,
     int64_t *drafted, int64_t *parents

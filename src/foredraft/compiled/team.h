@@ -1,4 +1,4 @@
-/* A team of threads that work through the phases of a forward. */
+/* A team of threads that runs the phases of a forward. */
 
 #include <pthread.h>
 #include <sched.h>
@@ -8,18 +8,18 @@
 
 enum { MOST_THREADS = 64, SPINS_BEFORE_YIELD = 4000, SPINS_BEFORE_SLEEP = 40000 };
 
-/* One piece of a phase, on thread `id`. Which thread that is changes no result. */
+/* Runs one piece of a phase on thread `id`. The result does not depend on the thread. */
 typedef void Piece(const void *given, int64_t piece, int id);
 
-/* The caller works through the phases of a forward one by one; the others only ever help with the pieces of the current one. So a
-   phase waits for pieces that someone has begun, never for a thread that the system gave no processor. */
+/* The caller runs the phases of a forward one by one. The other threads help with pieces of the current phase. So a phase waits
+   only for pieces that a thread has started, never for a thread that the system has not scheduled. */
 static struct {
     pthread_mutex_t busy, lock;
     pthread_cond_t wake;
-    pid_t owner;            /* threads do not survive a fork */
-    int size;               /* threads there are, the caller's own included */
+    pid_t owner;            /* process that started the threads, which do not survive a fork */
+    int size;               /* number of threads, the caller included */
     atomic_int sleeping;
-    atomic_ulong offer;     /* pieces of the current phase << 32 | those taken; all taken: nothing to do */
+    atomic_ulong offer;     /* pieces of the current phase << 32 | pieces taken; equal when there is nothing to do */
     atomic_long done;
     Piece *piece;
     const void *given;
@@ -27,7 +27,7 @@ static struct {
 
 INLINE int has_more(uint64_t offer) { return (uint32_t)offer < offer >> 32; }
 
-/* Takes pieces while there are any. Whoever holds one keeps the phase from ending, so that what it reads stays what it is. */
+/* Runs pieces until all are taken. The phase does not end while a piece runs, so the data of the piece stays valid. */
 static void help(int id) {
     while (has_more(atomic_load(&team.offer))) {
         uint64_t taken = atomic_fetch_add(&team.offer, 1);
@@ -52,7 +52,7 @@ static void *stand_by(void *id) {
     return NULL;
 }
 
-/* Runs the pieces 0 to count - 1 of a phase, with the help of the whole team if `threads` is more than one. */
+/* Runs the pieces 0 to count - 1 of a phase. The whole team helps if `threads` is above 1. */
 static void parallel(int64_t threads, Piece *piece, const void *given, int64_t count) {
     if (threads == 1 || count == 1) {
         for (int64_t i = 0; i < count; i++) piece(given, i, 0);
@@ -70,7 +70,7 @@ static void parallel(int64_t threads, Piece *piece, const void *given, int64_t c
     for (long spins = 0; atomic_load(&team.done) < count; spins++) spins < SPINS_BEFORE_YIELD ? _mm_pause() : (void)sched_yield();
 }
 
-/* Takes the team for a forward. Returns how many threads there are for it: as many as asked for and can be had. */
+/* Reserves the team for a forward and starts missing threads. Returns the number of threads, at most `wanted`. */
 static int64_t enlist(int64_t wanted) {
     pthread_mutex_lock(&team.busy);
     if (team.owner != getpid()) {

@@ -1,4 +1,4 @@
-"""How a tree grows: GROWERS names every policy, what it needs from a drafter and how it draws."""
+"""Tree policies: how a drafter grows a token tree. `GROWERS` is the table of all policies."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ from foredraft.shape import Drawn
 
 
 class GrowerRow(NamedTuple):
-    """One policy.
+    """One row of the table of policies.
 
     Attributes:
-        grower: its options, a dataclass that loads the policy when a tree is grown.
-        needs: what it asks of a drafter, a capability of the drafters' table.
-        drawn: how it draws at temperatures above 0 (at 0 everything is deterministic unless `draft_sampling` says otherwise).
-        rule: the best exact rule for its trees.
-        chains_only: whether its trees never branch.
+        grower: class of the policy's options, a dataclass. It imports the policy when a tree is grown.
+        needs: capability that the drafter must have, see `foredraft.drafters.DRAFTERS`.
+        drawn: how children are drawn at temperatures above 0. At temperature 0 all children are deterministic, unless
+            `draft_sampling` is ``sampled``.
+        rule: name of the best exact rule for the trees of the policy.
+        chains_only: whether the trees never branch.
+        source: the paper.
     """
 
     grower: type[Options]

@@ -1,4 +1,4 @@
-"""How often a tested child is accepted, by sibling rank and draft probability: measured, and used to value draws."""
+"""Measured acceptance of a tested child by sibling rank and draft probability. It is used to value draws."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ PROB_EDGES = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Lower ends of the bins of draft probability."""
 
 RANK_EDGES = (0, 1, 2, 3, 5, 9, 17)
-"""First ranks of the groups of siblings that share a row."""
+"""First sibling rank of each group. The ranks of a group share a row of the table."""
 
 _PRIOR = 20
-"""A bin's share is drawn to the share of its row as if by so many trials."""
+"""Strength of the prior, in trials, that pulls the share of a bin towards the share of its row."""
 
 
 class Trial(NamedTuple):
-    """One test of a child: its sibling rank, its probability in the draft law without its earlier siblings, the outcome."""
+    """One test of a child.
+
+    Attributes:
+        rank: sibling rank of the child.
+        prob: probability of the child under the draft law without its earlier siblings.
+        accepted: outcome of the test.
+    """
 
     rank: int
     prob: float
@@ -28,8 +34,12 @@ class Trial(NamedTuple):
 
 
 class Worth(NamedTuple):
-    """Of siblings in draw order, relative to their parent: what making each draw promises before its token is known, and what
-    the child is worth once it is."""
+    """Values of siblings in draw order, relative to the value of their parent.
+
+    Attributes:
+        promises: value of making each draw, before its token is known.
+        values: value of each child, after its token is known.
+    """
 
     promises: Float[np.ndarray, " k"]
     values: Float[np.ndarray, " k"]
@@ -37,14 +47,14 @@ class Worth(NamedTuple):
 
 @dataclass(frozen=True)
 class AcceptanceTable:
-    """Measured acceptance of a tested child.
+    """Measured probability that a tested child is accepted.
 
     Attributes:
-        share: by group of ranks and bin of probability.
-        mean: by group of ranks.
+        share: acceptance by group of ranks and bin of draft probability.
+        mean: acceptance by group of ranks.
 
     Raises:
-        ValueError: the numbers are no probabilities, or there are too few of them.
+        ValueError: a number is not a probability, or an array has a wrong shape.
     """
 
     share: Float[np.ndarray, "g b"]
@@ -52,7 +62,7 @@ class AcceptanceTable:
 
     def __post_init__(self) -> None:
         fits = self.share.shape == (len(RANK_EDGES), len(PROB_EDGES)) and self.mean.shape == (len(RANK_EDGES),)
-        if not fits or not all(((one >= 0) & (one <= 1)).all() for one in (self.share, self.mean)):
+        if not fits or not all(((table >= 0) & (table <= 1)).all() for table in (self.share, self.mean)):
             raise ValueError(
                 f"acceptance_by_prob must hold, for each kind of request, 'share' ({len(RANK_EDGES)} rows of {len(PROB_EDGES)} "
                 f"probabilities) and 'mean' ({len(RANK_EDGES)}); measure it with `foredraft calibrate`"
@@ -60,8 +70,8 @@ class AcceptanceTable:
 
     @classmethod
     def measured(cls, trials: Sequence[Trial]) -> AcceptanceTable:
-        """From trials."""
-        ranks, probs, accepted = (np.array([one[i] for one in trials], float) for i in range(3))
+        """Makes the table from trials."""
+        ranks, probs, accepted = (np.array([trial[i] for trial in trials], float) for i in range(3))
         place = _groups(ranks), _bins(probs)
         shape = len(RANK_EDGES), len(PROB_EDGES)
         tested, passed = np.zeros(shape), np.zeros(shape)
@@ -72,16 +82,23 @@ class AcceptanceTable:
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> AcceptanceTable:
-        """From JSON, see `written`."""
+        """Reads the table from a JSON object, see `written`."""
         return cls(*(np.asarray(given.get(name, ()), float) for name in ("share", "mean")))
 
     def written(self) -> dict[str, Any]:
-        """As JSON."""
+        """Returns the table as a JSON object."""
         return {"share": self.share.round(4).tolist(), "mean": self.mean.round(4).tolist()}
 
     def worth(self, probs: Float[np.ndarray, " k"], sampled: bool) -> Worth:
-        """With a_i the acceptance of a child and m_i the mean of its rank: a child is worth a_i prod_{j<i} (1 - a_j), a draw
-        whose token is not known m_i / m_0 prod_{j<i} (1 - a_j)."""
+        """Returns the values of siblings by their measured acceptance.
+
+        Let a_i be the acceptance of child i and m_i the mean acceptance of its rank. The value of child i is
+        a_i prod_{j<i} (1 - a_j). The value of a draw whose token is unknown is m_i / m_0 prod_{j<i} (1 - a_j).
+
+        Args:
+            probs: draft probabilities of the siblings, in draw order.
+            sampled: whether the siblings are sampled. If not, their tokens are known beforehand, so `promises` are `values`.
+        """
         group = _groups(np.arange(len(probs)))
         share = self.share[group, _bins(conditional(probs))]
         reached = np.append(1.0, (1 - share).cumprod())[:-1]
@@ -91,17 +108,20 @@ class AcceptanceTable:
 
 
 def as_drafted(probs: Float[np.ndarray, " k"], sampled: bool) -> Worth:
-    """DySpec's own: the i-th draw promises 1 - (draft mass of its earlier siblings), a child is worth its probability."""
+    """Returns the values of DySpec: 1 - (draft mass of the earlier siblings) for a draw, the draft probability for a child.
+
+    If nothing is sampled, the value of a draw is also the draft probability.
+    """
     return Worth(_left_before(probs) if sampled else probs, probs)
 
 
 def conditional(probs: Float[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
-    """Probability of each child in the law without its earlier siblings."""
+    """Returns the probability of each child under the draft law without its earlier siblings."""
     return np.minimum(1.0, probs / np.maximum(_left_before(probs), 1e-9))
 
 
 def _left_before(probs: Float[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
-    """1 - (draft mass of the earlier siblings)."""
+    """Returns 1 - (draft mass of the earlier siblings) for each sibling."""
     left = np.ones(len(probs))
     left[1:] -= probs.cumsum()[:-1]
     return np.maximum(left, 0.0, out=left)

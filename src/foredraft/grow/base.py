@@ -1,7 +1,7 @@
-"""What every tree policy shares: building a tree node by node, and growing the trees of a batch side by side.
+"""Shared parts of all tree policies: building one tree, and growing the trees of a batch together.
 
-A policy is a generator for one request: it yields the nodes whose draft law it needs next, is sent the laws, adds children,
-and so on. `grow_batch` runs the policies of a batch in step, so that each round costs one call of the drafter.
+A policy is a generator for one request. It yields the nodes whose draft laws it needs, receives the laws and adds children,
+until the tree is complete. `grow_batch` runs the policies of a batch in lockstep, so each round is one call of the drafter.
 """
 
 from __future__ import annotations
@@ -24,23 +24,24 @@ from foredraft.tree import Drawn, TreeBatch
 
 
 class Siblings(NamedTuple):
-    """Children that were picked for a node, in draw order: their tokens and draft probabilities."""
+    """Children picked for one node, in draw order: their tokens and their draft probabilities."""
 
     tokens: Int[np.ndarray, " k"]
     probs: Float[np.ndarray, " k"]
 
     def pairs(self) -> list[tuple[int, float]]:
-        """As (token, draft probability)."""
+        """Returns (token, draft probability) for each child."""
         return list(zip(self.tokens.tolist(), self.probs.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
 class Laws:
-    """Draft laws of some nodes, a row each, on a CPU.
+    """Draft laws of some nodes, one row per node, on the CPU.
 
     Attributes:
-        token_ids: where laws are cut to their likeliest tokens, the token of each entry, likeliest first; else entry j is
-            token j.
+        probs: probability of each entry.
+        token_ids: token of each entry, most likely first, if the laws are cut to their most likely tokens. None means that
+            entry j is token j.
     """
 
     probs: Float[Tensor, "n k"]
@@ -50,32 +51,45 @@ class Laws:
         return Laws(self.probs[rows], None if self.token_ids is None else self.token_ids[rows])
 
     def siblings(self, row: int, entries: Sequence[int]) -> Siblings:
-        """Some entries of a row."""
+        """Returns some entries of a row as siblings."""
         places = np.asarray(entries, np.int64)
         tokens = places if self.token_ids is None else self.token_ids[row].numpy()[places]
         return Siblings(tokens, self.probs[row].double().numpy()[places])
 
     @staticmethod
     def joined(parts: Sequence[Laws]) -> Laws:
-        """The rows of all parts, which are cut alike."""
+        """Concatenates laws that are cut to the same number of tokens."""
         ids = [part.token_ids for part in parts if part.token_ids is not None]
         return Laws(torch.cat([part.probs for part in parts]), torch.cat(ids) if ids else None)
 
 
 Policy = Generator[list[int], Laws, None]
+"""Grows one tree: yields nodes, and is sent their draft laws."""
 
 GREEDY_DRAFT_TEMPERATURE = 0.6
-"""Draft temperature where the request is greedy: the draft temperature of DySpec's and Sequoia's experiments."""
+"""Draft temperature for greedy requests, as in the experiments of DySpec and Sequoia."""
 
 
 @dataclass
 class Sapling:
-    """A tree that is still growing; node 0 is the root.
+    """A tree that is still growing. Node 0 is the root. Lists have one entry per node.
 
     Attributes:
-        values: the draft probability of each node's path, the estimate of the probability that it is accepted.
-        sampled: whether children are sampled (else the most likely tokens are taken).
-        num_passes, num_evaluated: calls of the drafter so far, and nodes they evaluated.
+        root: token of the root.
+        budget: largest number of nodes and largest depth, the root not included.
+        draws: random numbers of the request.
+        sampled: whether children are sampled. If not, the most likely tokens are taken.
+        tokens: token ids.
+        parents: parent of each node, -1 for the root.
+        depths: depth of each node, 0 for the root.
+        ranks: sibling ranks on the path from the root to each node.
+        values: estimated probability that each node is accepted: the draft probability of its path.
+        drawn: how the children of each node are drawn, a `Drawn`.
+        rows: row of each node's draft law, -1 without a law.
+        num_children: number of children of each node.
+        kept: nodes that remain in the finished tree, or None for all.
+        num_passes: number of calls of the drafter so far.
+        num_evaluated: number of nodes that these calls evaluated.
     """
 
     root: int
@@ -98,7 +112,7 @@ class Sapling:
         self._append(self.root, -1, 0, (), 1.0)
 
     def add(self, parent: int, token: int, prob: float, drawn: Drawn) -> int:
-        """A new last child of `parent`; `prob` is the token's draft probability. Returns the node."""
+        """Adds a last child of `parent` and returns its node. `prob` is the draft probability of `token`."""
         rank = self.num_children[parent]
         self.num_children[parent] += 1
         self.drawn[parent] = drawn
@@ -117,9 +131,10 @@ class Sapling:
         return len(self.tokens) - 1
 
     def pick(self, nodes: Sequence[int], laws: Laws, k: int) -> list[Siblings]:
-        """Up to `k` distinct children of each node, in draw order.
+        """Picks up to `k` distinct children of each node, in draw order.
 
-        Sampled without replacement, or the most likely ones in descending order; decided without looking at any token.
+        They are sampled without replacement if `sampled`, else they are the most likely tokens in descending order. Which of
+        the two holds does not depend on any token.
         """
         if self.sampled:
             keys = [("draft", self.ranks[node], 0) for node in nodes]
@@ -130,28 +145,28 @@ class Sapling:
         else:
             probs, tokens = largest(laws.probs, k)
         tokens, probs = tokens.numpy(), probs.double().numpy()
-        counts = (probs > 0).sum(1).tolist()  # in descending order
+        counts = (probs > 0).sum(1).tolist()  # positive entries come first
         return [Siblings(tokens[row, :count], probs[row, :count]) for row, count in enumerate(counts)]
 
     def draw(self, node: int, laws: Laws, k: int) -> list[int]:
-        """Adds `k` independent draws below `node`, whose law is the only one of `laws`; returns the new nodes."""
+        """Adds `k` independent draws below `node` and returns the new nodes. `laws` holds the law of `node` only."""
         entries = [self.draws.categorical(laws.probs[0], ("draft", self.ranks[node], i)) for i in range(k)]
         return [self.add(node, token, prob, Drawn.IID) for token, prob in laws.siblings(0, entries).pairs()]
 
     @property
     def way(self) -> Drawn:
-        """How `pick` draws."""
+        """How `pick` draws children."""
         return Drawn.WITHOUT_REPLACEMENT if self.sampled else Drawn.DETERMINISTIC
 
     def keep_only(self, nodes: Sequence[int]) -> None:
-        """Restricts the tree to `nodes` (the root among them, parents before children, siblings in draw order)."""
+        """Restricts the tree to `nodes`: they include the root, with parents before children and siblings in draw order."""
         self.kept = list(nodes)
 
 
 def draft_sampling(sampling: SamplingParams, draft_temperature: float | int | None) -> SamplingParams:
-    """The parameters of the draft law: the request's truncation, at a temperature of its own.
+    """Returns the sampling parameters of the draft law: those of the request, at the draft temperature.
 
-    The law has its own temperature because at target temperature 0 it would be one-hot and every tree a chain.
+    A greedy request needs a separate temperature: at 0 the draft law would be one-hot and every tree a chain.
     """
     temperature = draft_temperature or sampling.temperature or GREEDY_DRAFT_TEMPERATURE
     return replace(sampling, temperature=temperature)
@@ -166,14 +181,14 @@ def grow_batch(
     sampling: Sequence[SamplingParams],
     draws: Sequence[Draws],
 ) -> TreeBatch:
-    """Grows one tree a request, each by its own policy, with one drafter call per round for the whole batch."""
+    """Grows one tree per request, each by its own policy. Each round is one call of the drafter for the whole batch."""
     trees = [
-        Sapling(root, budget, draw, grower.samples(one))
-        for grower, root, budget, draw, one in zip(growers, roots, budgets, draws, sampling, strict=True)
+        Sapling(root, budget, draw, grower.samples(params))
+        for grower, root, budget, draw, params in zip(growers, roots, budgets, draws, sampling, strict=True)
     ]
-    laws = [draft_sampling(one, grower.draft_temperature) for grower, one in zip(growers, sampling, strict=True)]
+    laws = [draft_sampling(params, grower.draft_temperature) for grower, params in zip(growers, sampling, strict=True)]
     policies = [grower.policy(tree) for grower, tree in zip(growers, trees, strict=True)]
-    wanted = [_advance(one, None) for one in policies]
+    wanted = [_advance(policy, None) for policy in policies]
     passes: list[Laws] = []
     num_rows, sampled = 0, any(tree.sampled for tree in trees)
     while any(wanted):
@@ -181,7 +196,7 @@ def grow_batch(
         node_ids = np.concatenate([np.asarray(w, np.int64) + partial.offsets[b] for b, w in enumerate(wanted)])
         logits = drafter.expand(states, partial, node_ids)
         found = _warp_batch(logits, laws, wanted, max(grower.cut(logits.shape[1]) for grower in growers))
-        if sampled:  # what nothing is drawn from need not be kept
+        if sampled:  # verification needs only laws that tokens were drawn from
             passes.append(found)
         done = 0
         for b, nodes in enumerate(wanted):
@@ -197,7 +212,7 @@ def grow_batch(
 
 
 def _advance(policy: Policy, laws: Laws | None) -> list[int]:
-    """The nodes that `policy` wants next; none when it is done."""
+    """Returns the nodes that `policy` needs next, or none if its tree is complete."""
     try:
         return next(policy) if laws is None else policy.send(laws)
     except StopIteration:
@@ -207,11 +222,11 @@ def _advance(policy: Policy, laws: Laws | None) -> list[int]:
 def _warp_batch(
     logits: Float[Tensor, "n v"], laws: Sequence[SamplingParams], wanted: Sequence[Sequence[int]], cut: int
 ) -> Laws:
-    """Draft laws, on a CPU: whatever is drawn from them one by one would cost a card more in launches than in work."""
+    """Returns draft laws on the CPU. On a GPU, single draws would cost more in kernel launches than in work."""
     token_ids = None
     if cut < logits.shape[1]:
-        logits, token_ids = (one.cpu() for one in logits.topk(cut))
-    logits = solid(logits.cpu()).logits  # a drafter whose logits are not numbers only drafts badly
+        logits, token_ids = (part.cpu() for part in logits.topk(cut))
+    logits = solid(logits.cpu()).logits  # NaN in the drafter's logits makes bad drafts, not errors
     if all(law == laws[0] for law in laws[1:]):
         return Laws(warp(logits, laws[0]), token_ids)
     parts = logits.split([len(nodes) for nodes in wanted])
@@ -219,7 +234,7 @@ def _warp_batch(
 
 
 def pack(trees: Sequence[Sapling], laws: Laws | None, vocab_size: int) -> TreeBatch:
-    """The trees as a batch, restricted to what they keep. Rows of laws that nothing was sampled from are not pointed to."""
+    """Packs trees into a batch, restricted to the nodes that they keep. A node without sampled children has no draft row."""
     tokens, parents, drawn, rows, offsets = [], [], [], [], [0]
     for tree in trees:
         if tree.kept is None:
@@ -249,7 +264,12 @@ def pack(trees: Sequence[Sapling], laws: Laws | None, vocab_size: int) -> TreeBa
 
 @dataclass(frozen=True)
 class ByTemperature:
-    """One policy for greedy requests and one for sampled ones."""
+    """Uses one policy for greedy requests and another for sampled requests.
+
+    Attributes:
+        greedy: policy at temperature 0.
+        sampled: policy at temperatures above 0.
+    """
 
     greedy: Options
     sampled: Options
@@ -263,6 +283,6 @@ class ByTemperature:
         sampling: Sequence[SamplingParams],
         draws: Sequence[Draws],
     ) -> TreeBatch:
-        """See `foredraft.protocols.Grower`."""
-        growers = [self.sampled if one.temperature > 0 else self.greedy for one in sampling]
+        """Grows one tree per request; see `foredraft.protocols.Grower`."""
+        growers = [self.sampled if params.temperature > 0 else self.greedy for params in sampling]
         return grow_batch(growers, drafter, states, roots, budgets, sampling, draws)

@@ -1,7 +1,9 @@
-"""The best tree shape for a given acceptance vector, and its size and depth from measured costs.
+"""Finds the best tree shape for an acceptance vector, and its size and depth from measured costs.
 
-Source: Chen et al., Sequoia (arXiv 2402.12374), section 4.1: the value of a tree is the sum over its nodes of the product of
-P[rank] on the way from the root, P[k] being the probability that the (k + 1)-th child is the accepted one.
+The value of a tree is a sum over its nodes. Each node contributes the product of P[rank] on its path from the root, where P[k]
+is the probability that the (k + 1)-th child is the accepted one.
+
+Source: Chen et al., Sequoia (arXiv 2402.12374), section 4.1.
 """
 
 from __future__ import annotations
@@ -20,22 +22,27 @@ Path = tuple[int, ...]
 
 
 class Costs(NamedTuple):
-    """Measured seconds: one pass of the drafter, and one of the target against the number of nodes it runs."""
+    """Measured costs in seconds.
+
+    Attributes:
+        draft: seconds of one pass of the drafter.
+        verify: (number of nodes, seconds of one pass of the target) in ascending order of nodes.
+    """
 
     draft: float
     verify: tuple[tuple[int, float], ...]
 
     def step(self, nodes: int, depth: int) -> float:
-        """Seconds of a step with `nodes` tokens to verify (root included) after `depth` draft passes."""
+        """Returns the seconds of a step that verifies `nodes` tokens, root included, after `depth` draft passes."""
         sizes, seconds = zip(*self.verify, strict=True)
         return depth * self.draft + float(np.interp(nodes, sizes, seconds))
 
 
 @lru_cache(maxsize=64)
 def tree_values(acceptance: tuple[float, ...], budget: Budget) -> Float[np.ndarray, "l b m"]:
-    """T[l, b, m]: the best value of a tree of m nodes (root included) of depth at most l whose root has b children.
+    """Returns T[l, b, m], the best value of a tree with m nodes (root included), depth at most l and b children of the root.
 
-    ``T[l, b, m] = max_y T[l, b - 1, y] + P[b - 1] * max_b' T[l - 1, b', m - y]``; minus infinity where no tree exists.
+    ``T[l, b, m] = max_y T[l, b - 1, y] + P[b - 1] * max_b' T[l - 1, b', m - y]``; minus infinity if no such tree exists.
     Source: Sequoia, section 4.1.1.
     """
     size = budget.nodes + 1
@@ -52,9 +59,10 @@ def tree_values(acceptance: tuple[float, ...], budget: Budget) -> Float[np.ndarr
 
 
 def best_paths(acceptance: Sequence[float], budget: Budget, costs: Costs | None = None) -> list[Path]:
-    """The sibling-rank paths of the most valuable tree within `budget`, parents first.
+    """Returns the most valuable tree within `budget` as paths of sibling ranks, parents first.
 
-    With `costs`, size and depth are those of the highest value per second instead of the largest allowed.
+    Without `costs` the tree has the largest allowed size. With `costs` it has the size and depth of the highest value per
+    second.
     """
     return _best_paths(tuple(float(p) for p in acceptance), budget, costs)
 
@@ -63,7 +71,9 @@ def best_paths(acceptance: Sequence[float], budget: Budget, costs: Costs | None 
 def _best_paths(vector: tuple[float, ...], budget: Budget, costs: Costs | None) -> list[Path]:
     if budget.nodes < 1 or budget.depth < 1:
         return []
-    deep = min(budget.nodes, 1 << (budget.depth - 1).bit_length())  # at the end of an output every step is less deep
+    deep = min(
+        budget.nodes, 1 << (budget.depth - 1).bit_length()
+    )  # rounded up, so that the shallower steps at the end of an output share a cached table
     table = tree_values(vector, Budget(budget.nodes, deep))[: budget.depth + 1]
     value = table.max(axis=1)  # [depth, size]
     depth, size = budget.depth, int(np.isfinite(value[budget.depth]).nonzero()[0].max())
@@ -79,12 +89,12 @@ def _best_paths(vector: tuple[float, ...], budget: Budget, costs: Costs | None) 
 
 
 def _scaled(values: Float[np.ndarray, " m"], prob: float) -> Float[np.ndarray, " m"]:
-    """Times `prob`, where minus infinity stays what it is: a rank that is never accepted may still have children."""
+    """Multiplies by `prob` and keeps minus infinity. A rank with probability 0 may still have children."""
     return np.multiply(values, prob, out=np.full_like(values, -np.inf), where=np.isfinite(values))
 
 
 def _unfold(table: Float[np.ndarray, "l b m"], acceptance: tuple[float, ...], depth: int, size: int) -> list[Path]:
-    """The tree that `table` promises: the root's children are split off from the last to the first."""
+    """Returns the tree of the best value in `table`. It splits off the children of the root from the last to the first."""
     paths: list[Path] = []
     b = int(table[depth, :, size].argmax())
     while b > 0:

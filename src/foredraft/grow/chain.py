@@ -1,4 +1,4 @@
-"""Chains and independent chains: the trees of speculative sampling, of Algorithm 4 of Yin et al., and of SpecInfer."""
+"""Grows chains: the tree of speculative sampling, of Algorithm 4 of Yin et al., and of SpecInfer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from foredraft.shape import Budget, Drawn
 
 
 def chain(options: Chain, tree: Sapling) -> Policy:
-    """The tree of `Chain`."""
+    """Grows the tree of `Chain`."""
     node = 0
     for _ in range(min(tree.budget)):
         laws = yield [node]
@@ -17,9 +17,9 @@ def chain(options: Chain, tree: Sapling) -> Policy:
 
 
 def branching(options: Branching, tree: Sapling) -> Policy:
-    """The tree of `Branching`."""
+    """Grows the tree of `Branching`."""
     left = tree.budget.nodes
-    layer = {0: 1}  # node -> how many draws reached it
+    layer = {0: 1}  # node -> number of draws that reached it
     for num_draws in _expansion(options, tree.budget)[: tree.budget.depth]:
         layer = _cut_to(layer, num_draws, left)
         if not layer:
@@ -32,13 +32,13 @@ def branching(options: Branching, tree: Sapling) -> Policy:
             for child in children:
                 first = child
                 if options.merge:
-                    first = next(one for one in children if tree.tokens[one] == tree.tokens[child])
+                    first = next(other for other in children if tree.tokens[other] == tree.tokens[child])
                 reached[first] = reached.get(first, 0) + 1
         layer = reached
 
 
 def _expansion(options: Branching, budget: Budget) -> list[int]:
-    """Draws per node, by depth."""
+    """Returns the number of draws per node, by depth."""
     if options.expansion is not None:
         return list(options.expansion)
     chains = min(options.num_chains, max(budget.nodes, 1))
@@ -46,7 +46,7 @@ def _expansion(options: Branching, budget: Budget) -> list[int]:
 
 
 def _cut_to(layer: dict[int, int], num_draws: int, left: int) -> dict[int, int]:
-    """As many nodes of a layer, first come first served, as may all make their draws within `left` nodes."""
+    """Keeps the nodes of a layer, in order, whose draws fit into `left` nodes."""
     fitting = {}
     for node, count in layer.items():
         if count * num_draws <= left:
@@ -56,7 +56,7 @@ def _cut_to(layer: dict[int, int], num_draws: int, left: int) -> dict[int, int]:
 
 
 def _draw(tree: Sapling, node: int, laws: Laws, k: int) -> list[int]:
-    """`k` independent draws below `node`; the k most likely tokens where nothing is sampled. `laws` is its law alone."""
+    """Adds `k` independent draws below `node`, or its `k` most likely tokens if nothing is sampled. `laws` is its law only."""
     if tree.sampled:
         return tree.draw(node, laws, k)
     [picked] = tree.pick([node], laws, k)

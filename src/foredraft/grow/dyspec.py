@@ -1,13 +1,16 @@
-"""DySpec's dynamic trees: a draw is made where the draft distribution promises most.
+"""Grows DySpec's dynamic trees, which make the draws of highest value.
+
+The value of *making* the i-th draw below node u is ``v(u) * (1 - S)``, where S is the draft mass of the earlier children of u.
+The value of the resulting node is ``v(u) * p(token)``. The priority of a draw is the value of making it.
+
+The priority does not depend on the token of the draw, and it never rises from a node to its descendants. So the N draws of
+highest priority are those that the paper's heap pops one by one. This module draws the children of many nodes in one pass.
+It is lossless because it decides whether to make a draw without looking at the token.
+
+If nothing is sampled (temperature 0), the most likely children are known beforehand. The value of a draw is then
+``v(u) * p(token)``, which gives the tree of largest draft mass.
 
 Source: Xiong et al., DySpec (arXiv 2410.11744), Algorithms 1 and 2.
-
-The value of *making* the i-th draw below node u is ``v(u) * (1 - S)``, S being the draft mass of u's earlier children; the
-value of the node it gives is ``v(u) * p(token)``. The priority of a draw does not depend on the token it will give, and
-priorities never rise along the tree, so the nodes of the N highest priorities are those that the paper's heap pops one by
-one. Here the children of many nodes are drawn in one pass. Losslessness rests on deciding whether to draw without looking.
-Where nothing is sampled (temperature 0) the likeliest children are known beforehand, and a draw is worth what it will give,
-``v(u) * p(token)``: the tree of largest draft mass.
 """
 
 from __future__ import annotations
@@ -25,22 +28,22 @@ from foredraft.grow.options import DySpecCalibrated as DySpecCalibrated
 from foredraft.grow.options import DySpecThreshold as DySpecThreshold
 
 MOST_AT_ONCE = 8
-"""Nodes expanded in a pass, unless it is said."""
+"""Largest default number of nodes that one pass expands."""
 
 Judge = Callable[[Float[np.ndarray, " k"], bool], Worth]
-"""(draft probabilities of siblings in draw order, whether they were drawn) -> what they are worth."""
+"""(draft probabilities of siblings in draw order, whether they are sampled) -> their values."""
 
 
 def dyspec(options: DySpec, tree: Sapling) -> Policy:
-    """The tree of `DySpec`."""
+    """Grows the tree of `DySpec`."""
     return greedy(tree, options.width, as_drafted)
 
 
 def dyspec_calibrated(options: DySpecCalibrated, tree: Sapling) -> Policy:
-    """The tree of `DySpecCalibrated`.
+    """Grows the tree of `DySpecCalibrated`.
 
     Raises:
-        ValueError: this kind of request was not measured.
+        ValueError: no acceptance was measured for this kind of request.
     """
     kind = "sampled" if tree.sampled else "greedy"
     if kind not in options.tables:
@@ -52,7 +55,7 @@ def dyspec_calibrated(options: DySpecCalibrated, tree: Sapling) -> Policy:
 
 
 def greedy(tree: Sapling, width: int | None, judge: Judge) -> Policy:
-    """Grows the tree of the draws of highest priority, `width` of the best frontier nodes a pass; see `DySpec`."""
+    """Grows the tree with the draws of highest priority. Each pass expands the `width` best frontier nodes; see `DySpec`."""
     size = tree.budget.nodes
     width = width or max(1, min(MOST_AT_ONCE, size // 2))
     expanded: set[int] = set()
@@ -61,7 +64,7 @@ def greedy(tree: Sapling, width: int | None, judge: Judge) -> Policy:
         least = best[-1].priority if len(best) == size else 0.0
         frontier = [
             node
-            for node in [0, *(one.node for one in best)]
+            for node in [0, *(draw.node for draw in best)]
             if node not in expanded and tree.depths[node] < tree.budget.depth and tree.values[node] >= least
         ]
         frontier = sorted(frontier, key=lambda node: -tree.values[node])[:width]
@@ -71,12 +74,12 @@ def greedy(tree: Sapling, width: int | None, judge: Judge) -> Policy:
         expanded.update(frontier)
         for node, siblings in zip(frontier, tree.pick(frontier, laws, size), strict=True):
             best += _make_draws(tree, node, siblings, judge, least)
-        best = sorted(best)[:size]  # the others can never come back
-    tree.keep_only([0, *sorted((one.node for one in best), key=lambda node: (tree.depths[node], tree.ranks[node]))])
+        best = sorted(best)[:size]  # a dropped draw can never be among the best again
+    tree.keep_only([0, *sorted((draw.node for draw in best), key=lambda node: (tree.depths[node], tree.ranks[node]))])
 
 
 def dyspec_threshold(options: DySpecThreshold, tree: Sapling) -> Policy:
-    """The tree of `DySpecThreshold`."""
+    """Grows the tree of `DySpecThreshold`."""
     size = tree.budget.nodes
     kept, layer = [0], [0]
     for _ in range(tree.budget.depth):
@@ -88,13 +91,13 @@ def dyspec_threshold(options: DySpecThreshold, tree: Sapling) -> Policy:
         made = []
         for node, siblings in zip(layer, tree.pick(layer, laws, left), strict=True):
             made += _make_draws(tree, node, siblings, as_drafted, options.least(size))
-        layer = sorted((one.node for one in sorted(made)[:left]), key=lambda node: tree.ranks[node])
+        layer = sorted((draw.node for draw in sorted(made)[:left]), key=lambda node: tree.ranks[node])
         kept += layer
     tree.keep_only(kept)
 
 
 class _Draw(NamedTuple):
-    """A draw that was made. Sorts best first; ties go to the smaller depth and the smaller address, never by token or age."""
+    """A finished draw. Draws sort by falling priority, then by depth and sibling ranks, but never by token or age."""
 
     loss: float
     depth: int
@@ -103,14 +106,14 @@ class _Draw(NamedTuple):
 
     @property
     def priority(self) -> float:
-        """The value of having made it."""
+        """Value of making this draw."""
         return -self.loss
 
 
 def _make_draws(tree: Sapling, node: int, siblings: Siblings, judge: Judge, least: float) -> list[_Draw]:
-    """Makes the draws below `node`, in draw order, up to the first whose priority is below `least`.
+    """Makes the draws below `node` in draw order. Stops before the first whose priority is below `least`.
 
-    Priorities are computed in float64: in float32 ``1 - S`` is not monotone and would orphan nodes.
+    Priorities are computed in float64: in float32 ``1 - S`` is not monotone, so nodes could lose their parents.
     """
     promises, values = judge(siblings.probs, tree.sampled)
     made, promised = [], 1.0

@@ -1,4 +1,4 @@
-"""Largest values of the numbers in a speculative config, checked before anything is made of them. Loads no torch."""
+"""Limits of the numbers in a speculative config, checked before they are used. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from foredraft.errors import plain_scalar, shown
 from foredraft.params import MAX_COUNT
 
 MAX_SIBLINGS = 1024
-"""Of numbers that count nodes of a tree, which has at most as many."""
+"""Largest number of siblings, chains or list entries. A tree has no more nodes."""
 
 MAX_NGRAM = 256
-"""Tokens of a text that is looked up: every length up to it is kept for every token."""
+"""Most tokens of a pattern in prompt lookup. The index keeps every length up to it for every token."""
 
 _MOST: dict[str, float] = {
     **dict.fromkeys(("num_chains", "topk", "width", "ctc_tokens", "expansion", "paths"), MAX_SIBLINGS),
     **dict.fromkeys(("prompt_lookup_max", "prompt_lookup_min", "lookup_min_match"), MAX_NGRAM),
-    **dict.fromkeys(("num_speculative_tokens", "draft_depth", "suffix_decoding_max_tree_depth"), math.inf),  # checked by others
+    **dict.fromkeys(("num_speculative_tokens", "draft_depth", "suffix_decoding_max_tree_depth"), math.inf),  # checked elsewhere
     "draft_top_k": MAX_COUNT,
     "suffix_decoding_max_spec_factor": 1e6,
     "draft_temperature": 1e308,
 }
-"""Option -> the largest number in it."""
+"""Option -> the largest number that it may hold."""
 
 
 def plain_values(config: Mapping[Any, Any]) -> dict[Any, Any]:
-    """A config whose numbers of numpy and torch are Python's own."""
+    """Returns the config with numbers of numpy and torch converted to Python numbers."""
     return {key: value.tolist() if getattr(value, "ndim", 0) else plain_scalar(value) for key, value in config.items()}
 
 
 def check_sizes(config: Mapping[Any, Any]) -> None:
-    """Checks every number of a config, also in lists; what is no number is left to others.
+    """Checks every number of a config, also in lists and mappings. Ignores values of other types.
 
     Raises:
-        ValueError: one is not finite or too large, or a list is too long.
+        ValueError: a number is not finite or is too large, or a list is too long.
     """
     for key, value in config.items():
         most = _MOST.get(key, MAX_COUNT)
         if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > MAX_SIBLINGS:
-            raise ValueError(f"{key} must have at most {MAX_SIBLINGS} entries, as a tree has nodes, got {len(value)}")
+            raise ValueError(f"{key} must have at most {MAX_SIBLINGS} entries, the most nodes of a tree, got {len(value)}")
         for number in _numbers(value):
             if isinstance(number, float) and not math.isfinite(number):
                 raise ValueError(f"{key} must be finite, got {shown(number)}")
@@ -51,9 +51,9 @@ def check_sizes(config: Mapping[Any, Any]) -> None:
 
 
 def _numbers(value: Any) -> list[Any]:
-    """All numbers in a value of JSON."""
+    """Returns all numbers in a JSON value."""
     if isinstance(value, Mapping):
-        return [number for one in value.values() for number in _numbers(one)]
+        return [number for entry in value.values() for number in _numbers(entry)]
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [number for one in value for number in _numbers(one)]
+        return [number for entry in value for number in _numbers(entry)]
     return [value] if isinstance(value, Real) and not isinstance(value, bool) else []

@@ -1,6 +1,6 @@
-"""Options of every grower: plain dataclasses that check their own values. Loads neither torch nor numpy.
+"""Options of the tree policies: dataclasses that check their values. Imports neither torch nor numpy.
 
-The algorithm of each one stands in the module that its `code` names, and is loaded when a tree is grown.
+The algorithm of a policy is in the module that `Options.code` names. It is imported when a tree is grown.
 """
 
 from __future__ import annotations
@@ -14,17 +14,24 @@ from typing import Any, ClassVar
 from foredraft.shape import MAX_DEPTH
 
 LARGE_VOCABULARY, LARGE_CUT = 8192, 256
-"""Above this vocabulary size a draft law is cut to its likeliest tokens: whole laws would cost more than the draft model."""
+"""Above the first vocabulary size, a draft law keeps the second number of most likely tokens by default. Whole laws would cost
+more than the draft model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options that every grower has.
+    """Options of every tree policy.
 
     Attributes:
-        draft_temperature: temperature of the draft law; None is the request's, or 0.6 for a greedy request.
-        draft_sampling: ``auto`` takes the most likely tokens at target temperature 0; ``sampled`` draws there too.
-        draft_top_k: the draft law keeps this many of its likeliest tokens; 0 keeps all, None keeps 256 of a large vocabulary.
+        draft_temperature: temperature of the draft law, above 0. None is the temperature of the request, or 0.6 for a greedy
+            request.
+        draft_sampling: how children are chosen at temperature 0. ``auto`` takes the most likely tokens, ``sampled`` draws them.
+            At temperatures above 0 they are always drawn, unless the policy never draws.
+        draft_top_k: number of most likely tokens that the draft law keeps. 0 keeps all. None keeps 256 if the vocabulary is
+            larger than 8192, else all.
+
+    Raises:
+        ValueError: a value is out of range.
     """
 
     draft_temperature: float | int | None = None
@@ -32,7 +39,7 @@ class Options:
     draft_top_k: int | None = None
 
     can_sample: ClassVar[bool] = True
-    """Whether its trees are ever drawn; a policy that only takes the likeliest tokens does not draw."""
+    """Whether the policy draws children. False means that it always takes the most likely tokens."""
     code: ClassVar[str] = ""
     """Module and function of the policy, as ``module:function``."""
 
@@ -48,25 +55,25 @@ class Options:
                 raise ValueError(f"{name} must be at most {MAX_DEPTH} deep, got {depth}")
 
     def depths(self) -> dict[str, int | None]:
-        """Depths that these options ask for, by option; each may be at most `MAX_DEPTH`."""
+        """Returns option -> the depth that it asks for. Each depth is at most `MAX_DEPTH`."""
         return {}
 
     def cut(self, vocab_size: int) -> int:
-        """Number of tokens that a draft law keeps."""
+        """Returns the number of tokens that a draft law keeps."""
         usual = LARGE_CUT if vocab_size > LARGE_VOCABULARY else 0
         return min(vocab_size, (usual if self.draft_top_k is None else self.draft_top_k) or vocab_size)
 
     def samples(self, sampling: Any) -> bool:
-        """Whether children are drawn for a request with these `SamplingParams`; else they are the likeliest tokens."""
+        """Returns whether a request with these `SamplingParams` draws children. If not, it takes the most likely tokens."""
         return self.can_sample and (self.draft_sampling == "sampled" or sampling.temperature > 0)
 
     def policy(self, tree: Any) -> Any:
-        """Grows one `foredraft.grow.base.Sapling`: a generator, see `foredraft.grow.base.Policy`."""
+        """Returns the generator that grows one `foredraft.grow.base.Sapling`, see `foredraft.grow.base.Policy`."""
         module, name = self.code.split(":")
         return getattr(import_module(module), name)(self, tree)
 
     def grow(self, drafter: Any, states: Sequence[Any], roots: Sequence[int], budgets: Any, sampling: Any, draws: Any) -> Any:
-        """One tree for each request by this policy; see `foredraft.protocols.Grower`."""
+        """Grows one tree per request by this policy; see `foredraft.protocols.Grower`."""
         from foredraft.grow.base import grow_batch
 
         return grow_batch([self] * len(states), drafter, states, roots, budgets, sampling, draws)
@@ -74,7 +81,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Chain(Options):
-    """One drafted token after another, as deep as the budget allows.
+    """A chain, as deep as the budget allows.
 
     Source: Leviathan et al. 2023 (arXiv 2211.17192).
     """
@@ -84,17 +91,20 @@ class Chain(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class Branching(Options):
-    """Independent draws with replacement.
+    """A tree of independent draws with replacement.
 
-    With ``merge=False``, `num_chains` disjoint chains below the root (Yin et al., Algorithm 4). With ``merge=True``,
-    SpecInfer's tree: at depth d every draw that reached a node makes ``expansion[d]`` draws below it; a repeated sibling stays
-    as a leaf, and what would grow below it hangs under the first of its kind.
+    ``merge=False`` grows `num_chains` disjoint chains below the root (Yin et al., Algorithm 4). ``merge=True`` grows
+    SpecInfer's tree: at depth d, every draw that reached a node makes ``expansion[d]`` draws below it. A repeated sibling stays
+    a leaf, and its draws are made below the first sibling with the same token.
 
     Attributes:
-        num_chains: how many chains.
-        draft_depth: their length; None is budget // num_chains.
-        expansion: draws per node and depth, as ``[2, 2, 1]``; None is `num_chains` at the root and 1 below.
+        num_chains: number of chains, at least 1.
+        draft_depth: length of the chains in tokens. None is budget // num_chains.
+        expansion: number of draws per node for each depth, such as ``[2, 2, 1]``. None is `num_chains` at the root and 1 below.
         merge: whether equal prefixes share nodes.
+
+    Raises:
+        ValueError: a value is out of range.
     """
 
     code = "foredraft.grow.chain:branching"
@@ -112,16 +122,20 @@ class Branching(Options):
             raise ValueError(f"expansion must list a number of draws, at least 1, for every depth; got {self.expansion}")
 
     def depths(self) -> dict[str, int | None]:
-        """See `Options.depths`."""
+        """Returns the depth of each option; see `Options.depths`."""
         return {"draft_depth": self.draft_depth, "expansion": len(self.expansion or ())}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Static(Options):
-    """A tree of given sibling ranks, filled with the most likely tokens of the draft law.
+    """A tree of fixed shape, filled with the most likely tokens of the draft law.
 
     Attributes:
-        paths: list of rank paths, as Medusa's choices: ``[[0], [1], [0, 0]]``. None is a sensible shape for every budget.
+        paths: the shape as paths of sibling ranks, such as ``[[0], [1], [0, 0]]`` (Medusa's choices). None is the best shape
+            for a typical acceptance, at every budget.
+
+    Raises:
+        ValueError: a path lacks its parent or an earlier sibling, or a rank is negative.
 
     Source: Medusa (arXiv 2401.10774), section 2.1.2.
     """
@@ -136,27 +150,30 @@ class Static(Options):
         given = {tuple(path) for path in self.paths or ()}
         for path in given:
             before = [path[:-1]] * (len(path) > 1) + [(*path[:-1], rank) for rank in range(path[-1] if path else 0)]
-            missing = [one for one in before if one not in given]
+            missing = [needed for needed in before if needed not in given]
             if not path or min(path) < 0 or missing:
                 raise ValueError(
-                    f"paths must hold, with a path, its parent and its earlier siblings: {list(path)} lacks "
-                    f"{[list(one) for one in missing] or 'ranks of 0 or above'}"
+                    f"paths must hold the parent and the earlier siblings of every path: {list(path)} lacks "
+                    f"{[list(needed) for needed in missing] or 'ranks of 0 or above'}"
                 )
 
     def depths(self) -> dict[str, int | None]:
-        """See `Options.depths`."""
+        """Returns the depth of each option; see `Options.depths`."""
         return {"paths": max(map(len, self.paths or ()), default=0)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sequoia(Options):
-    """The best positional tree for a measured acceptance vector, filled by draws without replacement.
+    """The best tree shape for a measured acceptance vector, filled by draws without replacement.
 
     Attributes:
-        acceptance: probability, by sibling rank, that this child is the accepted one; a list, or a mapping with the keys
+        acceptance: probability that the child of each sibling rank is the accepted one. A list, or a mapping with the keys
             ``sampled`` and ``greedy``. None is refused when a tree is grown.
-        costs: ``{"draft": seconds a pass, "verify": [[nodes, seconds], ...]}``; with it, size and depth are those of the
-            highest expected value per second within the budget.
+        costs: seconds of each pass, ``{"draft": seconds, "verify": [[nodes, seconds], ...]}``. With costs, the tree has the
+            size and depth of the highest expected value per second within the budget.
+
+    Raises:
+        ValueError: `acceptance` holds no probabilities, or `costs` has another form.
 
     Source: Sequoia (arXiv 2402.12374), section 4.1.
     """
@@ -170,21 +187,25 @@ class Sequoia(Options):
         super().__post_init__()
         for vector in self.vectors().values():
             if not vector or min(vector) < 0 or max(vector) > 1:
-                raise ValueError(f"acceptance must hold probabilities by sibling rank, got {list(vector)}")
+                raise ValueError(f"acceptance must be a list of probabilities by sibling rank, got {list(vector)}")
         self.seconds()  # reports wrong costs at once
 
     def seconds(self) -> tuple[float, tuple[tuple[int, float], ...]] | None:
-        """`costs` as the fields of `foredraft.grow.budget.Costs`."""
+        """Returns `costs` as the fields of `foredraft.grow.budget.Costs`, or None.
+
+        Raises:
+            ValueError: `costs` has another form.
+        """
         if self.costs is None:
             return None
         try:
             return float(self.costs["draft"]), tuple((int(m), float(s)) for m, s in self.costs["verify"])
         except (KeyError, TypeError, ValueError):
             example = '{"draft": 0.001, "verify": [[1, 0.02], [16, 0.03]]}'
-            raise ValueError(f"costs must be seconds as in {example}, got {dict(self.costs)}") from None
+            raise ValueError(f"costs must be seconds of each pass, such as {example}, got {dict(self.costs)}") from None
 
     def vectors(self) -> dict[str, tuple[float, ...]]:
-        """Acceptance by sibling rank, for each kind of request that was measured."""
+        """Returns kind of request -> its acceptance vector, for each kind that was measured."""
         if self.acceptance is None:
             return {}
         if isinstance(self.acceptance, Mapping):
@@ -194,12 +215,18 @@ class Sequoia(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class TopK(Options):
-    """EAGLE-2's dynamic tree: the k best nodes of a layer are expanded into their k likeliest children; the nodes of the
-    highest path probability over all layers are kept.
+    """EAGLE-2's dynamic tree.
+
+    The k best nodes of each layer get their k most likely children. Of all layers, the nodes of highest path probability are
+    kept.
 
     Attributes:
-        topk: k.
-        draft_depth: layers; 6 is the depth of EAGLE-2's released code (5 expansions after the first).
+        topk: k, at least 1.
+        draft_depth: number of layers, at least 1. The default 6 is the depth of EAGLE-2's released code, which makes 5
+            expansions after the first.
+
+    Raises:
+        ValueError: a value is out of range.
 
     Source: Li et al., EAGLE-2 (arXiv 2406.16858), section 4.
     """
@@ -216,17 +243,20 @@ class TopK(Options):
             raise ValueError(f"topk and draft_depth must be at least 1, got {self.topk}, {self.draft_depth}")
 
     def depths(self) -> dict[str, int | None]:
-        """See `Options.depths`."""
+        """Returns the depth of each option; see `Options.depths`."""
         return {"draft_depth": self.draft_depth}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Opt(Options):
-    """OPT-Tree: layers are added while the expected acceptance of the best tree of n nodes still grows by more than `delta`.
+    """OPT-Tree: adds layers while the expected accepted tokens of the best tree within the budget grow by more than `delta`.
 
     Attributes:
-        delta: least gain in expected accepted tokens that pays for one more draft pass: between the cost of a draft pass in
-            target passes and 1.
+        delta: least gain in expected accepted tokens that pays for another draft pass, between 0 and 1. A useful value is at
+            least the cost of a draft pass divided by the cost of a target pass.
+
+    Raises:
+        ValueError: `delta` is out of range.
 
     Source: Wang et al., OPT-Tree (arXiv 2406.17276), Algorithm 1.
     """
@@ -244,12 +274,17 @@ class Opt(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class DySpec(Options):
-    """The greedy tree of Algorithm 1, exactly, in a few batched passes.
+    """DySpec's greedy tree: exactly the tree of Algorithm 1, grown in a few batched passes.
 
     Attributes:
-        width: how many of the best frontier nodes are expanded a pass; 1 is the paper's sequential order. The tree is the
-            same for every width. More nodes a pass cost fewer passes and some nodes evaluated in vain. None is half of the
-            budget, at most 8.
+        width: number of the best frontier nodes that each pass expands, at least 1. It does not change the tree. A larger
+            width needs fewer passes, but evaluates some nodes in vain. 1 is the sequential order of the paper. None is half of
+            the budget, at most 8.
+
+    Raises:
+        ValueError: `width` is below 1.
+
+    Source: Xiong et al., DySpec (arXiv 2410.11744), Algorithm 1.
     """
 
     code = "foredraft.grow.dyspec:dyspec"
@@ -263,14 +298,18 @@ class DySpec(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class DySpecCalibrated(Options):
-    """The greedy tree by measured acceptance: a draw is made where acceptance, not draft probability, promises most.
+    """DySpec's greedy tree with values from measured acceptance instead of draft probability.
 
-    DySpec takes the draft probability of a child for the chance that it is accepted. At temperature 1 a first child is accepted
-    far more often than that, and a second one tested far less often (`docs/dyspec.md`), so its trees are too flat.
+    DySpec estimates the acceptance of a child by its draft probability. At temperature 1 a first child is accepted far more
+    often, and a second child is tested far less often (`docs/dyspec.md`), so its trees are too flat.
 
     Attributes:
-        acceptance_by_prob: `sampled` and `greedy`, each as `foredraft calibrate` writes it; see `AcceptanceTable`.
+        acceptance_by_prob: measured acceptance under the keys ``sampled`` and ``greedy``, in the form that
+            `foredraft calibrate` writes; see `foredraft.grow.acceptance.AcceptanceTable`.
         width: as in `DySpec`.
+
+    Raises:
+        ValueError: `width` is below 1, or `acceptance_by_prob` has another form.
     """
 
     code = "foredraft.grow.dyspec:dyspec_calibrated"
@@ -285,7 +324,7 @@ class DySpecCalibrated(Options):
 
     @cached_property
     def tables(self) -> dict[str, Any]:
-        """An `AcceptanceTable` for each kind of request that was measured."""
+        """Kind of request -> its `AcceptanceTable`, for each kind that was measured."""
         if not self.acceptance_by_prob:
             return {}
         from foredraft.grow.acceptance import AcceptanceTable
@@ -295,13 +334,18 @@ class DySpecCalibrated(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class DySpecThreshold(Options):
-    """The layer-wise variant of Algorithm 2: every draw whose value is not below a threshold, one pass a layer.
+    """DySpec's layer-wise tree: makes every draw whose value is at least a threshold, with one pass per layer.
 
-    The paper prints the test the other way round in both versions. If a layer would exceed the budget, the draws of lower
-    value are left out before they are made.
+    Both versions of the paper print the test the other way round. If a layer would exceed the budget, the draws of lowest value
+    are not made.
 
     Attributes:
-        threshold: least value of a draw that is made; None is 1 / budget.
+        threshold: least value of a draw that is made, above 0 and at most 1. None is 1 / budget.
+
+    Raises:
+        ValueError: `threshold` is out of range.
+
+    Source: Xiong et al., DySpec (arXiv 2410.11744), Algorithm 2.
     """
 
     code = "foredraft.grow.dyspec:dyspec_threshold"
@@ -314,7 +358,7 @@ class DySpecThreshold(Options):
             raise ValueError(f"threshold must be above 0 and at most 1 (or None), got {self.threshold}")
 
     def least(self, size: int) -> float:
-        """The threshold for a budget of `size` nodes."""
+        """Returns the threshold for a budget of `size` nodes."""
         return self.threshold if self.threshold is not None else 1 / max(size, 1)
 
 

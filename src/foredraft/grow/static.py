@@ -1,4 +1,4 @@
-"""Trees of a fixed shape: which ranks are drafted is settled before the draft law is seen."""
+"""Grows trees of a fixed shape. The shape is chosen before the draft law is known."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from foredraft.grow.options import Sequoia as Sequoia
 from foredraft.grow.options import Static as Static
 
 TYPICAL_ACCEPTANCE = tuple(0.55 * 0.45**rank for rank in range(10))
-"""Acceptance by sibling rank that the default shapes are made for: 0.55 for the first child, as small drafters reach it,
-and each further child less than half as likely. A measured vector gives better trees: that is what `Sequoia` is for."""
+"""Acceptance by sibling rank that the default shape is optimal for. A small drafter reaches 0.55 for the first child, and each
+further child is less than half as likely. `Sequoia` takes a measured vector, which gives better trees."""
 
 
 def static(options: Static, tree: Sapling) -> Policy:
-    """The tree of `Static`."""
+    """Grows the tree of `Static`."""
     if options.paths is None:
         return fill(tree, best_paths(TYPICAL_ACCEPTANCE, tree.budget))
     paths = sorted((tuple(path) for path in options.paths), key=lambda path: (len(path), path))
@@ -23,16 +23,16 @@ def static(options: Static, tree: Sapling) -> Policy:
 
 
 def sequoia(options: Sequoia, tree: Sapling) -> Policy:
-    """The tree of `Sequoia`.
+    """Grows the tree of `Sequoia`.
 
     Raises:
-        ValueError: no acceptance vector was measured or given.
+        ValueError: there is no acceptance vector.
     """
     vectors = options.vectors()
     if not vectors:
         raise ValueError(
             "tree 'sequoia' needs a measured acceptance vector by sibling rank: give it as the config key 'acceptance' "
-            "(for instance [0.6, 0.15, 0.07]), or measure it with `foredraft calibrate`"
+            "(such as [0.6, 0.15, 0.07]), or measure it with `foredraft calibrate`"
         )
     seconds = options.seconds()
     vector = vectors.get("sampled" if tree.sampled else "greedy") or next(iter(vectors.values()))
@@ -40,7 +40,7 @@ def sequoia(options: Sequoia, tree: Sapling) -> Policy:
 
 
 def fill(tree: Sapling, paths: Sequence[Path]) -> Policy:
-    """Grows the shape `paths`, a layer a pass; a node whose law has too few tokens gets fewer children."""
+    """Grows the shape `paths`, one layer per pass. A node whose law has too few tokens gets fewer children."""
     at: dict[Path, int] = {(): 0}
     for depth in range(1, max(map(len, paths), default=0) + 1):
         wanted: dict[Path, int] = {}

@@ -1,1 +1,1 @@
-"""Targets: exact laws (`table`), our decoder for the Llama family (`llama`), any other Transformers model (`hf`)."""
+"""Target models: exact laws (`table`), our decoder for the Llama family (`llama`), other Transformers models (`hf`)."""

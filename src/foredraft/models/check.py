@@ -1,4 +1,4 @@
-"""What cannot run over token trees: known by its configuration, or found out by trying."""
+"""Refuses models that cannot run over token trees, by their configuration or by a trial."""
 
 from __future__ import annotations
 
@@ -34,21 +34,24 @@ _REFUSED = {
     "llama4": "chunked attention",
     "llama4_text": "chunked attention",
 }
-"""Values of ``model_type`` that cannot run over trees, with what stands in the way. `gpt_neo` builds a causal mask of its own
-by place in the sequence, ALiBi a bias by place, and a chunk ends at a place, where a tree needs all three by depth."""
+"""``model_type`` that cannot run over trees -> the kind of layer that prevents it.
+
+In a tree, masks and biases must follow the depth of a node. The causal mask of `gpt_neo`, the bias of ALiBi and the ends of
+chunks follow the index in the sequence instead.
+"""
 
 _ATTENTION = {"full_attention", "sliding_attention", "attention", "global", "moe"}
-"""Entries of a configuration's list of layers that are softmax attention, or have no state."""
+"""Types of layers that are softmax attention or have no state."""
 
 _LAYER_LISTS = ("layer_types", "layers_block_type", "block_types", "attention_layers")
-"""Where configurations list their layers."""
+"""Configuration keys that list the types of the layers."""
 
 
 def refuse_unsupported(config: Any) -> None:
-    """Raises if a model with this configuration can be known not to run over token trees. Changes nothing.
+    """Refuses a configuration that is known not to run over token trees. Does not change it.
 
     Raises:
-        ValueError: names the type of layer that stands in the way.
+        ValueError: the model has such layers. The message names their type.
     """
     text = config.get_text_config(decoder=True)
     reason = _refused_layer(config, text)
@@ -62,9 +65,9 @@ def refuse_unsupported(config: Any) -> None:
 def _refused_layer(config: Any, text: Any) -> str | None:
     if getattr(config, "is_encoder_decoder", False):
         return "encoder-decoder"
-    for one in (config, text):
-        if one.model_type in _REFUSED:
-            return _REFUSED[one.model_type]
+    for part in (config, text):
+        if part.model_type in _REFUSED:
+            return _REFUSED[part.model_type]
     for name in _LAYER_LISTS:
         other = sorted({str(kind) for kind in getattr(text, name, None) or []} - _ATTENTION)
         if other:
@@ -77,17 +80,18 @@ def _refused_layer(config: Any, text: Any) -> str | None:
 
 
 _CHECK_PARENTS = (-1, 0, 0, 1, 2, 1, 3, 0, 3, 6, 4, 9)
-"""Tree of the self-check: branches at several depths, children that do not stand next to their parent."""
+"""Parents of the self-check's tree. It branches at several depths, and some children do not directly follow their parent."""
 
 
 def self_check(target: Any) -> None:
-    """Compares a random tree over a random prompt with each of its paths run as a plain chain, in the target's dtype.
+    """Checks that a target gives the same logits in a random tree as on each path of the tree, run as a plain chain.
 
-    The tree is run in two parts, beside a shorter request, so that batching, padding and `start` are tried too. A target
-    that has `plain`, as `HFTarget` does, is compared with that as well. Nothing of the target changes.
+    The tree runs in two parts, beside a shorter request, which also checks batching, padding and `start`. If the target has a
+    method `plain`, as `HFTarget` does, its logits are compared too. The check runs in the target's dtype and does not change
+    the target.
 
     Raises:
-        ValueError: the two disagree by more than rounding, or the target cannot run a tree at all.
+        ValueError: the logits differ by more than rounding, or the target cannot run a tree.
     """
     window = getattr(target.config, "sliding_window", None) or 0
     length = max(1, min(window + 4 if window <= 64 else 8, target.max_len - len(_CHECK_PARENTS)))
@@ -99,18 +103,18 @@ def self_check(target: Any) -> None:
         errors = _path_errors(target, prompt, tokens.tolist())
     except Exception as error:
         raise ValueError(f"cannot run {name} over token trees ({type(error).__name__}: {error})") from error
-    # In half precision a mixture may rightly choose another expert at some nodes, so that only the median is telling.
+    # In half precision rounding may change the experts of some nodes in a mixture model, so only the median is compared.
     error = float(np.median(errors) if torch.finfo(target.dtype).bits < 32 else errors.max())
     if not error <= _tolerance(target.dtype):
         raise ValueError(
-            f"cannot run {name} over token trees: its logits in a tree and on its paths one by one differ by "
-            f"{error:.2g} of their size in {target.dtype}; "
+            f"cannot run {name} over token trees: its logits in a tree differ from those on its single paths "
+            f"by {error:.2g} of their size in {target.dtype}; "
             "choose a model with softmax attention and rotary or learned positions"
         )
 
 
 def _path_errors(target: Any, prompt: list[int], tokens: list[int]) -> Float[np.ndarray, " n"]:
-    """Difference of logits at each node of each path, relative to their size."""
+    """Returns the relative difference of the logits at each node of each path."""
     in_tree = _run_check_tree(target, prompt, tokens)
     tree = TreeBatch.chains([tokens], [_CHECK_PARENTS])[0]
     paths = [[0, *tree.path_to(leaf)] for leaf in range(tree.num_nodes) if not tree.children[leaf]]
@@ -129,7 +133,7 @@ def _path_errors(target: Any, prompt: list[int], tokens: list[int]) -> Float[np.
 
 
 def _run_check_tree(target: Any, prompt: list[int], tokens: list[int]) -> Float[Tensor, "n v"]:
-    """Logits at the nodes of the tree, run in two parts beside a chain of the prompt's first tokens."""
+    """Returns the logits at the nodes of the tree. It runs in two parts, beside a chain of the prompt's first token."""
     pool = target.new_pool(2, len(prompt) + len(tokens))
     caches = [pool.allocate(), pool.allocate()]
     target.forward(TreeBatch.chains([prompt]), caches[1:], rows=np.arange(0))
@@ -148,11 +152,14 @@ def _relative_error(logits: Float[Tensor, "n v"], reference: Float[Tensor, "n v"
 
 
 def agree(logits: Float[Tensor, "n v"], reference: Float[Tensor, "n v"]) -> bool:
-    """Whether two computations of the same logits differ by no more than rounding."""
+    """Returns whether two results for the same logits differ by rounding at most."""
     return bool((_relative_error(logits, reference) <= _tolerance(logits.dtype)).all())
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """Of a difference relative to the size of a row. Over 32 random layers the median was below 2 eps in bfloat16, and without
-    a mask above 5 eps; many models compute norms in float32 whatever their dtype is."""
+    """Returns the largest relative difference that counts as rounding.
+
+    Over 32 random layers in bfloat16 the median difference was below 2 eps, and above 5 eps without a mask. The lower bound of
+    1e-4 is for models that compute norms in float32 in every dtype.
+    """
     return max(4 * torch.finfo(dtype).eps, 1e-4)

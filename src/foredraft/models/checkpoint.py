@@ -1,4 +1,4 @@
-"""A checkpoint on disk: finding it, reading its configuration, opening its tensors. Every fault is one `ModelError`."""
+"""Finds a checkpoint on disk, reads its configuration and opens its tensors. Every fault raises a `ModelError`."""
 
 from __future__ import annotations
 
@@ -26,14 +26,19 @@ _SINGLE = "model.safetensors"
 
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _MOST_CHARACTERS = 4096
-"""Longest path that Linux takes."""
+"""Length of the longest path on Linux."""
 
 _PICKLES = (".bin", ".pt", ".pth")
 _HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "model*.safetensors"]
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file, read when asked; on a CPU it stays mapped into memory."""
+    """A tensor in a safetensors file, which `read` loads. The file stays mapped into memory.
+
+    Attributes:
+        file: the open file.
+        name: name of the tensor in the file.
+    """
 
     file: Any
     name: str
@@ -45,19 +50,19 @@ class StoredTensor(NamedTuple):
 
     @property
     def dtype_name(self) -> str:
-        """As safetensors calls it: F32, BF16, ..."""
+        """Name of the dtype in safetensors, such as F32 or BF16."""
         return self.file.get_slice(self.name).get_dtype()
 
     def read(self) -> Tensor:
-        """The tensor itself."""
+        """Loads the tensor."""
         return self.file.get_tensor(self.name)
 
 
 def resolve(source: Any, revision: str | None) -> Path:
-    """The directory meant by a path or a Hub id, which is downloaded unless it is in the local cache.
+    """Returns the directory of a path or a Hub id. A Hub repository is downloaded unless the local cache holds it.
 
     Raises:
-        ModelError: there is no such directory or repository.
+        ModelError: the directory or repository does not exist.
     """
     if not isinstance(source, str | Path) or not str(source).strip():
         shown = repr(source) if len(repr(source)) < 100 and "\n" not in repr(source) else f"a {type(source).__name__}"
@@ -79,10 +84,10 @@ def resolve(source: Any, revision: str | None) -> Path:
 
 
 def _look(source: str | Path) -> tuple[Path, bool]:
-    """The path, and whether there is a directory.
+    """Returns the path, and whether it is a directory.
 
     Raises:
-        ModelError: the system does not take such a path.
+        ModelError: the system rejects the path.
     """
     if len(str(source)) > _MOST_CHARACTERS:
         raise ModelError(
@@ -97,10 +102,10 @@ def _look(source: str | Path) -> tuple[Path, bool]:
 
 
 def refuse_adapter(path: Path) -> None:
-    """Raises if a directory holds an adapter, which would be ignored: it is not merged into the weights.
+    """Refuses a directory that holds an adapter, because the adapter would be ignored.
 
     Raises:
-        ModelError: names the file and says how to merge the adapter.
+        ModelError: there is an adapter. The message names its file and says how to merge it.
     """
     found = next((name for name in _ADAPTERS if (path / name).is_file()), None)
     if found is None:
@@ -111,14 +116,14 @@ def refuse_adapter(path: Path) -> None:
     named = f"an adapter ({found})" + (f" of the model {base!r}" if base else "")
     what = f"also holds {named}" if has_model else f"holds {named} and no model"
     raise ModelError(
-        f"{str(path)!r} {what}, and adapters are not applied: merge it with "
+        f"{str(path)!r} {what}, but adapters are not supported: merge it with "
         "PeftModel.from_pretrained(model, directory).merge_and_unload().save_pretrained(new_directory) and give the new "
-        "directory, or remove the adapter's files to run the model without it"
+        "directory, or remove the adapter's files to run the model without the adapter"
     )
 
 
 def _download(repo_id: str, revision: str | None) -> Path:
-    """A snapshot of a Hub repository, from the local cache where the network does not answer."""
+    """Returns a snapshot of a Hub repository. Without a network it comes from the local cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -130,20 +135,20 @@ def _download(repo_id: str, revision: str | None) -> Path:
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise ModelError(f"no directory and no Hub model {at}: check the spelling, or run `hf auth login`") from None
     except HFValidationError as error:
-        raise ModelError(f"{at} is no directory, and not a Hub id ({one_line(error)}): check the spelling") from None
+        raise ModelError(f"{at} is neither a directory nor a valid Hub id ({one_line(error)}): check the spelling") from None
     except Exception as error:
         raise ModelError(
-            f"{at} is no directory, and not in the local Hub cache, and the Hub cannot be reached ({type(error).__name__}): "
+            f"{at} is neither a directory nor in the local Hub cache, and the Hub cannot be reached ({type(error).__name__}): "
             "give a directory, or download it first with `hf download`"
         ) from None
 
 
 def read_config(path: Path) -> Any:
-    """The configuration in a directory.
+    """Reads the Transformers configuration in a directory.
 
     Raises:
-        ModelError: it is missing or invalid, that of a draft head, of a type that Transformers does not know, or needs code of
-            the checkpoint.
+        ModelError: config.json is missing or invalid, belongs to a draft head, names an unknown type, or needs code of the
+            checkpoint.
     """
     from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
@@ -151,8 +156,8 @@ def read_config(path: Path) -> Any:
     given = read_json(path / "config.json")
     if HEAD_KEY in given:
         raise ModelError(
-            f"{str(path)!r} holds a draft head and no model: give it as --draft-model (config key 'model') with its own method "
-            "or none, and as --model the model that it was trained for"
+            f"{str(path)!r} holds a draft head, not a model: give the head as --draft-model (config key 'model') with its own "
+            "method or without --method, and give the model that it was trained for as --model"
         )
     model_type = given.get("model_type")
     if not isinstance(model_type, str):
@@ -179,19 +184,19 @@ def read_config(path: Path) -> Any:
 
 
 def open_weights(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the checkpoint in a directory, by name. Reads the headers only.
+    """Opens the checkpoint in a directory and returns its tensors by name. Reads the headers only.
 
     Raises:
-        ModelError: a file is missing, corrupt or cut off, or there are no safetensors.
+        ModelError: a file is missing, corrupt or truncated, or the directory holds no safetensors.
     """
     return open_files(_weight_files(path))
 
 
 def open_files(files: Sequence[Path]) -> dict[str, StoredTensor]:
-    """Every tensor in some safetensors files of one directory, by name. Reads the headers only.
+    """Opens safetensors files of one directory and returns their tensors by name. Reads the headers only.
 
     Raises:
-        ModelError: a file is corrupt or cut off, or there is no tensor in any.
+        ModelError: a file is corrupt or truncated, or no file holds a tensor.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in files:
@@ -207,10 +212,10 @@ def open_files(files: Sequence[Path]) -> dict[str, StoredTensor]:
 
 
 def shards_of(path: Path, index: str) -> list[Path]:
-    """The files of weights that an index in a directory names; none where there is no such index.
+    """Returns the weight files that an index in a directory names. Without the index the list is empty.
 
     Raises:
-        ModelError: it names none, or one that is missing.
+        ModelError: the index names no file, or a file that is missing.
     """
     if not (path / index).is_file():
         return []
@@ -220,7 +225,7 @@ def shards_of(path: Path, index: str) -> list[Path]:
     files = [path / name for name in sorted(set(names.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise ModelError(f"{str(path)!r} lacks {', '.join(missing)}, named in {index}: copy the missing files")
+        raise ModelError(f"{str(path)!r} lacks {', '.join(missing)}, which {index} names: copy the missing files")
     return files
 
 
@@ -240,25 +245,28 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 _SAMPLE = 256
-"""Entries of each tensor that a fingerprint looks at: from its beginning, its middle and its end."""
+"""Number of entries that a fingerprint reads at the beginning, in the middle and at the end of each tensor."""
 
 
 def fingerprint(weights: Mapping[str, Tensor | StoredTensor]) -> str:
-    """What tells the weights of two models apart: equal however they are cut into files, named, tied or (in bfloat16 or finer)
-    stored; different as soon as training has gone on. Reads a few entries of a tensor, so it costs the same for all sizes."""
-    found = set()
-    for one in weights.values():
-        flat = (one if isinstance(one, Tensor) else one.read()).detach().flatten()
+    """Returns a hash that identifies the weights of a model.
+
+    The hash does not depend on how the weights are split into files, named or tied, nor on their dtype if it is bfloat16 or
+    finer. It changes with further training. It reads a few entries of each tensor, so its cost does not grow with their size.
+    """
+    digests = set()
+    for weight in weights.values():
+        flat = (weight if isinstance(weight, Tensor) else weight.read()).detach().flatten()
         middle = max(0, len(flat) // 2 - _SAMPLE // 2)
         parts = torch.cat([flat[:_SAMPLE], flat[middle : middle + _SAMPLE], flat[-_SAMPLE:]]).to("cpu", torch.bfloat16)
-        shape = ",".join(map(str, one.shape))
-        found.add(hashlib.sha256(shape.encode() + parts.view(torch.int16).numpy().tobytes()).hexdigest())
-    return hashlib.sha256("".join(sorted(found)).encode()).hexdigest()
+        shape = ",".join(map(str, weight.shape))
+        digests.add(hashlib.sha256(shape.encode() + parts.view(torch.int16).numpy().tobytes()).hexdigest())
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps Transformers' warnings and its progress bar off the terminal."""
+    """Suppresses the warnings and the progress bar of Transformers."""
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

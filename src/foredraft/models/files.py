@@ -1,4 +1,4 @@
-"""Small files of a checkpoint, and how their faults are said. Loads no torch."""
+"""Reads the small files of a checkpoint and words their faults. Does not import torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from foredraft.errors import ModelError
 
 HEAD_KEY = "foredraft"
-"""Under which key of config.json a draft head of this library says what it is."""
+"""Key of config.json under which a draft head of this library stores its description."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Returns the object in a JSON file.
 
     Raises:
-        ModelError: the file is missing, or is not a JSON object.
+        ModelError: the file is missing, or does not hold a JSON object.
     """
     if not path.is_file():
         raise ModelError(f"{str(path.parent)!r} holds no {path.name}: give the directory of a Transformers checkpoint")
@@ -31,19 +31,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def some(names: list[str]) -> str:
-    """The first names of a list, and how many more there are."""
+    """Returns the first two names of a list and the number of further ones, as text."""
     more = f" and {len(names) - 2} more tensors" if len(names) > 2 else ""
     return ", ".join(repr(name) for name in names[:2]) + more
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of a message that others wrote, kept short; with the second one where the first announces it."""
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return said[:400].rstrip(".:")
+    """Returns the first line of an error message (and the second after a colon), cut to 400 characters."""
+    lines = [text.strip() for text in str(error).strip().splitlines()] or [type(error).__name__]
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return line[:400].rstrip(".:")
 
 
 def is_loaded_model(source: Any) -> bool:
-    """Whether it is a `PreTrainedModel`. Where Transformers' models are not imported, nothing is, and they are not now."""
+    """Returns whether `source` is a `PreTrainedModel`. Does not import Transformers: before that no such object exists."""
     module = sys.modules.get("transformers.modeling_utils")
     return module is not None and isinstance(source, module.PreTrainedModel)

@@ -1,4 +1,4 @@
-"""Models as Transformers loads them: empty ones to compare a file with, and those that run their own code over trees."""
+"""Loads models with Transformers: empty models that a file is checked against, and models that run their own code."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from foredraft.models.weights import finite, refuse_no_floats, refuse_other_laye
 
 
 def refuse_no_language_model(config: PretrainedConfig) -> None:
-    """Raises for a model that generates no text.
+    """Refuses a model that does not generate text.
 
     Raises:
-        ModelError: names its type.
+        ModelError: it is not a causal language model. The message names its type.
     """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(f"model type {config.model_type!r} is no causal language model: choose one that generates text")
+        raise ModelError(f"model type {config.model_type!r} is not a causal language model: choose a model that generates text")
 
 
 def empty_model(config: PretrainedConfig, weights: Mapping[str, Tensor | StoredTensor]) -> PreTrainedModel:
-    """A model of this configuration without data, after a look at the names, shapes and dtypes of the file."""
+    """Checks the number of layers, the dtypes and the total size of the file, then returns a model without data.
+
+    Raises:
+        ModelError: the file does not fit the configuration, or the configuration is invalid.
+    """
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     ignored = getattr(kind, "_keys_to_ignore_on_load_unexpected", None) or ()
     refuse_other_layers(config.get_text_config(decoder=True), weights, ignored)
@@ -35,7 +39,9 @@ def empty_model(config: PretrainedConfig, weights: Mapping[str, Tensor | StoredT
         with torch.device("meta"), quiet():
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:
-        raise ModelError(f"config.json makes no model ({one_line(error)}): correct it or copy it again") from None
+        raise ModelError(
+            f"Transformers cannot build a model from config.json ({one_line(error)}): correct it or copy it again"
+        ) from None
     expected = dict(model.named_parameters())
     refuse_no_floats(weights, expected)
     refuse_other_sizes(expected, weights)
@@ -43,7 +49,11 @@ def empty_model(config: PretrainedConfig, weights: Mapping[str, Tensor | StoredT
 
 
 def load_with_transformers(path: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model, after Transformers found every tensor with the right shape: left alone, it fills the gaps at random."""
+    """Loads a model. Refuses missing tensors and other shapes, which Transformers would replace by random values.
+
+    Raises:
+        ModelError: Transformers cannot load it, or a tensor is missing or has another shape.
+    """
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -60,20 +70,20 @@ def load_with_transformers(path: Path, config: PretrainedConfig, dtype: torch.dt
         raise ModelError(f"Transformers cannot load {str(path)!r}: {one_line(error)}") from None
     model, info = loaded
     for kind, what in (("missing_keys", "lacks"), ("mismatched_keys", "has another shape than config.json asks for in")):
-        names = sorted(one if isinstance(one, str) else one[0] for one in info[kind])
+        names = sorted(entry if isinstance(entry, str) else entry[0] for entry in info[kind])
         if names:
             raise ModelError(f"the checkpoint {what} {some(names)}: copy it again, or check config.json")
     model.to(device)
-    for one in (*model.parameters(), *model.buffers()):
-        one.data = one.data.clone() if device.type == "cpu" else one.data  # the file stays mapped otherwise
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone() if device.type == "cpu" else tensor.data  # without a copy the file stays mapped
     return model
 
 
 def checked(model: PreTrainedModel, max_len: int | None) -> HFTarget:
-    """A loaded model behind the contract, after a look at its weights and a trial over a tree.
+    """Wraps a loaded model as a `Target`, after a check of its weights and a trial over a tree.
 
     Raises:
-        ModelError: a weight is not finite, or the model cannot run over trees.
+        ModelError: a weight is not finite, or the model cannot run over token trees.
     """
     for name, parameter in model.named_parameters():
         finite(name, parameter)

@@ -1,7 +1,8 @@
-"""Defaults that come with a model: its generation_config.json, in the terms of `SamplingParams`.
+"""Sampling defaults of a model, read from its generation_config.json and named as in `SamplingParams`.
 
-`load_generation_config` reads the file. Every field of the format stands in one table: it is taken over, limits the length of
-prompt and output, is refused unless neutral, or has no effect here. `default_params` makes the parameters of one prompt.
+`load_generation_config` reads the file. Each field of the format belongs to one table of this module. A field becomes a
+sampling parameter, limits the length of prompt and output, must be neutral, or has no effect. `default_params` makes the
+parameters of one prompt.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ TAKEN_OVER = {
     "stop_strings": "stop",
     "num_return_sequences": "n",
 }
-"""Fields that `SamplingParams` has, and their names there."""
+"""Field -> the parameter of `SamplingParams` that it sets."""
 
 BIASES = ("suppress_tokens", "bad_words_ids", "sequence_bias")
-"""Fields that become `logit_bias`, as far as they name single tokens."""
+"""Fields that become `logit_bias`. They may name single tokens only."""
 
 LENGTHS = ("max_length", "min_length")
-"""Lengths of prompt and output together. `max_new_tokens` and `min_new_tokens` overrule them."""
+"""Fields that limit the length of prompt plus output. `max_new_tokens` and `min_new_tokens` take precedence."""
 
 REFUSED: dict[str, Callable[[Any], bool]] = {
     "num_beams": lambda given: given == 1,
@@ -55,7 +56,7 @@ REFUSED: dict[str, Callable[[Any], bool]] = {
     "force_words_ids": lambda given: not given,
     "max_time": lambda given: False,
 }
-"""Fields that change the law and that we do not have, with the values that leave the law alone; null always does."""
+"""Unsupported field -> a test for the values that do not change the distribution. A null never changes it."""
 
 WITHOUT_EFFECT = (
     *(
@@ -63,8 +64,8 @@ WITHOUT_EFFECT = (
         "early_stopping",
         "length_penalty",
         "diversity_penalty",
-    ),  # vLLM reads none of them; beams are refused
-    *("renormalize_logits", "remove_invalid_values"),  # a law is normalised, and weights are finite
+    ),  # vLLM ignores them, and `num_beams` above 1 is refused
+    *("renormalize_logits", "remove_invalid_values"),  # our distributions are normalised, and our weights are finite
     *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "low_memory", "prefill_chunk_size"),
     *("compile_config", "disable_compile", "continuous_batching_config"),
     *("use_mtp", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
@@ -73,28 +74,29 @@ WITHOUT_EFFECT = (
     *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
     *("pad_token_id", "bos_token_id", "decoder_start_token_id", "transformers_version"),
 )
-"""Fields that change the speed, the form of the result or nothing. So do unknown fields: Transformers reads none of them."""
+"""Ignored fields: they do not change the distribution. Unknown fields are ignored too, as in Transformers."""
 
 NONE = ("none", "vllm")
-"""Choices that ignore the file; the second is vLLM's name."""
+"""Values of ``generation_config`` that ignore the file. The second is vLLM's name."""
 
 
 def load_generation_config(
     source: Any, revision: str | None = None, *, choice: str | Path = "auto", vocab_size: int | None = None
 ) -> dict[str, Any]:
-    """Defaults that come with a model, under the names of `SamplingParams`.
+    """Reads the sampling defaults of a model, under the names of `SamplingParams`.
 
     Args:
         source: a directory, a Hub id or a loaded `PreTrainedModel`.
-        choice: ``auto`` reads the model's ``generation_config.json``, ``none`` ignores it, and a directory is read instead.
-        vocab_size: token ids from here on cannot be generated, so a ban of them is dropped.
+        revision: branch, tag or commit of a Hub id.
+        choice: ``auto`` reads the model's ``generation_config.json``. ``none`` ignores it. A directory is read instead.
+        vocab_size: size of the vocabulary. A bias on a token id beyond it is dropped.
 
     Returns:
-        ``eos_token_id``, a list of all ids that end an output (it may be empty), what the file gives for `SamplingParams`, and
-        ``max_length`` and ``min_length`` of prompt and output together.
+        ``eos_token_id`` is a list of all ids that end an output; it may be empty. The other keys are the parameters of
+        `SamplingParams` that the file sets, and ``max_length`` and ``min_length`` for prompt plus output.
 
     Raises:
-        ModelError: a file is missing or malformed, or asks for something that this library does not do.
+        ModelError: a file is missing or malformed, or sets an unsupported field.
     """
     given = _given(source, revision, choice)
     config = source.config.to_dict() if is_loaded_model(source) else read_json(resolve(source, revision) / "config.json")
@@ -116,13 +118,13 @@ def default_params(
     *,
     max_tokens: int | None = None,
 ) -> SamplingParams:
-    """The parameters of a prompt for which the defaults of a model apply.
+    """Makes the sampling parameters of one prompt from the defaults of a model.
 
     Args:
-        defaults: from `load_generation_config`.
-        num_prompt: tokens of the prompt; None leaves ``max_length`` and ``min_length`` aside.
-        given: values that overrule the defaults.
-        max_tokens: the limit where neither `given` nor ``max_new_tokens`` says one.
+        defaults: the result of `load_generation_config`.
+        num_prompt: number of prompt tokens. None ignores ``max_length`` and ``min_length``.
+        given: values that take precedence over the defaults.
+        max_tokens: limit of the output if neither `given` nor ``max_new_tokens`` sets one.
 
     Raises:
         ValueError: a value is not allowed, or the prompt is as long as ``max_length``.
@@ -130,8 +132,8 @@ def default_params(
     given = given or {}
     values = {name: defaults[name] for name in SamplingParams.names() if name in defaults} | dict(given)
     if "max_tokens" not in values:
-        room = _room(defaults.get("max_length"), num_prompt)
-        limits = [limit for limit in (max_tokens, room) if limit is not None]
+        remaining = _remaining_length(defaults.get("max_length"), num_prompt)
+        limits = [limit for limit in (max_tokens, remaining) if limit is not None]
         values |= {"max_tokens": min(limits)} if limits else {}
     if "min_tokens" not in values and num_prompt is not None:
         values["min_tokens"] = max(0, defaults.get("min_length", 0) - num_prompt)
@@ -142,7 +144,7 @@ def default_params(
 
 
 def _given(source: Any, revision: str | None, choice: str | Path) -> dict[str, Any]:
-    """The fields of the chosen file; none where it is ignored or missing."""
+    """Returns the fields of the chosen file, or none if it is ignored or missing."""
     if isinstance(choice, str) and choice in NONE:
         return {}
     if choice == "auto" and is_loaded_model(source):
@@ -168,13 +170,13 @@ def _refuse_unsupported(given: Mapping[str, Any]) -> None:
 
 def _cannot_be_used(why: str) -> ModelError:
     return ModelError(
-        f"the model's {FILE} cannot be used: {why}; correct it, or ignore the file with generation_config='none' "
+        f"the model's {FILE} cannot be used: {why}; correct the file, or ignore the file with generation_config='none' "
         "(--generation-config none)"
     )
 
 
 def checked(defaults: Mapping[str, Any]) -> None:
-    """Tries the defaults.
+    """Checks that the defaults are valid `SamplingParams`.
 
     Raises:
         ModelError: a value is not allowed.
@@ -192,7 +194,7 @@ def _is_length(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def _room(max_length: int | None, num_prompt: int | None) -> int | None:
+def _remaining_length(max_length: int | None, num_prompt: int | None) -> int | None:
     if max_length is None or num_prompt is None:
         return None
     if num_prompt >= max_length:
@@ -204,7 +206,7 @@ def _room(max_length: int | None, num_prompt: int | None) -> int | None:
 
 
 def _biases(given: Mapping[str, Any], eos_ids: Sequence[int]) -> dict[int, float]:
-    """What the file adds to the logits of single tokens. As in Transformers, `bad_words_ids` bans no end of sequence."""
+    """Returns token id -> bias on its logit. As in Transformers, `bad_words_ids` does not ban an end-of-sequence token."""
     words = [_ids(word, "bad_words_ids") for word in _list(given, "bad_words_ids")]
     entries = [([i], -math.inf) for i in _ids(given.get("suppress_tokens"), "suppress_tokens")]
     entries += [(word, -math.inf) for word in words if word not in [[i] for i in eos_ids]]
@@ -212,17 +214,17 @@ def _biases(given: Mapping[str, Any], eos_ids: Sequence[int]) -> dict[int, float
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[1], int | float):
             raise _cannot_be_used(f"sequence_bias must be a list of pairs of token ids and a number, got {pair!r}")
         entries.append((_ids(pair[0], "sequence_bias"), float(pair[1])))
-    found: dict[int, float] = {}
+    biases: dict[int, float] = {}
     for ids, bias in entries:
         if len(ids) != 1:
-            raise _cannot_be_used(f"the sequence of tokens {ids} is banned or weighed, and only single tokens are supported")
-        found[ids[0]] = found.get(ids[0], 0.0) + bias
-    return found
+            raise _cannot_be_used(f"it bans or biases the token sequence {ids}, but only single tokens are supported")
+        biases[ids[0]] = biases.get(ids[0], 0.0) + bias
+    return biases
 
 
 def _list(given: Mapping[str, Any], name: str) -> list[Any]:
     value = given.get(name)
-    if isinstance(value, Mapping):  # a loaded model's may be a dictionary of tuples
+    if isinstance(value, Mapping):  # a loaded model may hold a dictionary with tuples as keys
         value = list(value.items())
     if not isinstance(value, list | tuple | None):
         raise _cannot_be_used(f"{name} must be a list, got {value!r}")
@@ -230,9 +232,9 @@ def _list(given: Mapping[str, Any], name: str) -> list[Any]:
 
 
 def _ids(given: Any, name: str) -> list[int]:
-    """Token ids that stand in a file as one id, as a list or not at all."""
+    """Returns the token ids of a field that holds one id, a list of ids or null."""
     ids = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
-    wrong = [one for one in ids if isinstance(one, bool) or not isinstance(one, int)]
+    wrong = [token_id for token_id in ids if isinstance(token_id, bool) or not isinstance(token_id, int)]
     if wrong:
         raise ModelError(f"{name} must be a token id or a list of token ids, got {given!r}: correct config.json or {FILE}")
     return ids

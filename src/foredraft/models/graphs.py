@@ -1,9 +1,13 @@
-"""Forwards of fixed shape: on CUDA a step of a small tree costs the launches of its kernels more than their work, so that
-steps whose shapes come again are captured as one graph each, and replayed.
+"""Runs forwards of fixed shape as CUDA graphs.
 
-A shape is which slots take part, the number of new nodes of the widest tree rounded up to a power of two, and the length of
-the longest slot rounded up to `LENGTH_STEP`. Inputs live in tensors that stay where they are; every step copies into them.
-Padding nodes are nodes behind the tree that see nothing but position 0; nobody reads what they give.
+In a step of a small tree, launching the kernels takes longer than running them. A step whose shape recurs is therefore
+captured as one graph and replayed.
+
+A shape consists of the slots that take part, a width and a length. The width is the number of new nodes of the widest tree,
+rounded up to a power of two. The length is that of the longest slot, rounded up to a multiple of `LENGTH_STEP`.
+
+Inputs have fixed addresses, and every step copies into them. Padding nodes follow the nodes of a tree. They see position 0
+only, and their outputs are never read.
 """
 
 from __future__ import annotations
@@ -24,31 +28,31 @@ from foredraft.protocols import Scores
 from foredraft.tree import Ids
 
 LENGTH_STEP = 256
-"""Masks and attention reach over so many positions more than needed, at most."""
+"""Lengths are rounded up to a multiple of this number of positions."""
 
 MAX_WIDTH = 64
-"""Wider steps, prompts above all, keep the card busy without a graph."""
+"""Most new nodes of a tree that runs as a graph. Wider steps, such as prompts, keep the GPU busy without a graph."""
 
 MAX_GRAPHS = 128
-"""Graphs kept, the latest used ones."""
+"""Number of graphs that are kept. The least recently used graph is dropped first."""
 
 SEEN_BEFORE = 2
-"""Capturing costs a few forwards: a shape is captured when it comes for the third time."""
+"""Number of times that a shape runs before it is captured. Capturing costs as much as a few forwards."""
 
 _ROW = 6 * 8
-"""Bytes of the numbers of a node."""
+"""Bytes of the six int64 numbers of a node."""
 
 Masks = Mapping[int | None, Tensor | None]
 Compute = Callable[[Layout, KVPool, Masks, Sequence[int], Tensor | None], Scores]
-"""Scores of all new nodes, of which the last argument gives a vector each where the model takes such; a pure function of
-tensors, apart from the keys and values that it writes."""
+"""Computes the scores of all new nodes. The last argument holds an input vector for each new node if the model takes one. The
+call has no side effect but the keys and values that it writes."""
 
 Capture = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
-"""Runs something; gives its result, and what computes it again into the same place."""
+"""Runs a function. Returns its result, and a function that computes the result again into the same tensors."""
 
 
 class Shape(NamedTuple):
-    """What two steps must share to be one graph; `place` is where the pool's memory begins, and its sizes."""
+    """Key of a graph: steps with equal values share one. `place` is the address and the shape of the pool's memory."""
 
     slots: tuple[int, ...]
     width: int
@@ -62,10 +66,11 @@ class Graph:
     """One captured forward.
 
     Attributes:
-        inputs: what a step gives it, as bytes: the numbers of a `Layout`, and what every query sees.
-        layout: every tree as wide as the widest; its numbers lie in `inputs`.
-        given: the vectors that a step gives it, where the model takes such.
-        run: computes `outputs` anew.
+        inputs: input of a step as bytes: the numbers of a `Layout`, then the visible positions of every query.
+        layout: a layout in which every tree is as wide as the widest. Its numbers are a view of `inputs`.
+        given: input vectors of a step, or None if the model takes none.
+        outputs: the scores, or None before the capture.
+        run: computes `outputs` again.
     """
 
     inputs: UInt8[Tensor, " bytes"]
@@ -77,15 +82,15 @@ class Graph:
 
 @dataclass
 class Graphs:
-    """The captured forwards of one model.
+    """The captured forwards of one model, by shape.
 
     Args:
         compute: the forward.
-        capture: `cuda_capture()`, or a stand-in where there is no card.
-        group: query heads that share a key head; a mask has a row for each.
-        dtype: of masks.
-        windows: of attention, a mask each.
-        seen_before: how often a shape has to come before it is captured.
+        capture: `cuda_capture()`, or a substitute without a GPU.
+        group: number of query heads that share a key head. A mask has a row for each of them.
+        dtype: dtype of the masks.
+        windows: windows of the attention layers. Each window has its own mask.
+        seen_before: number of times that a shape runs before it is captured.
     """
 
     compute: Compute
@@ -106,11 +111,15 @@ class Graphs:
         *,
         rows: Ids | None = None,
     ) -> Scores | None:
-        """Logits of the new nodes, or of the packed nodes `rows`, and features of all; None where the shape is wide, or has not
-        come often enough."""
+        """Runs a step as a graph.
+
+        Returns:
+            Logits of the new nodes, or of the packed nodes `rows`, and features of all new nodes. None if no graph serves the
+            step: it is too wide, its slots do not adjoin, or its shape has not run often enough.
+        """
         first = layout.slots[0]
         if layout.width > MAX_WIDTH or layout.slots != list(range(first, first + len(layout.slots))):
-            return None  # slots apart are gathered by indices that a graph cannot hold
+            return None  # slots that do not adjoin are gathered by an index, whose size a graph cannot vary
         width = 1 << (layout.width - 1).bit_length()
         length = -(-(layout.length + width) // LENGTH_STEP) * LENGTH_STEP
         pool.reserve(length)
@@ -133,7 +142,7 @@ class Graphs:
         return Scores(copied(logits, asked), None if features is None else copied(features, there))
 
     def _new(self, shape: Shape, layout: Layout, given: Tensor | None) -> Graph | None:
-        """Room for a shape that came often enough."""
+        """Makes the graph of a shape that ran often enough, else counts the shape and returns None."""
         if self._seen.setdefault(shape, 0) < self.seen_before:
             self._seen[shape] += 1
             return None
@@ -151,7 +160,7 @@ class Graphs:
         return graph
 
     def _run(self, graph: Graph, pool: KVPool, feature_layers: Sequence[int]) -> Scores:
-        """The forward on what `graph` was given."""
+        """Runs the forward on the inputs of `graph`."""
         fixed, masks = graph.layout, {}
         seen = graph.inputs[_ROW * fixed.count :].view(torch.bool)
         for window, part in zip(self.windows, seen.view(len(self.windows), -1, fixed.width, fixed.length), strict=True):
@@ -159,7 +168,7 @@ class Graphs:
         return self.compute(fixed, pool, masks, feature_layers, graph.given)
 
     def _bytes(self, layout: Layout, width: int, length: int) -> UInt8[np.ndarray, " bytes"]:
-        """What a graph of this width and length is given. Padding is written behind the trees, where nothing is kept."""
+        """Returns the inputs of a graph of this width and length. Padding nodes write behind the trees, which is harmless."""
         slots = np.asarray(layout.slots)[:, None]
         numbers = np.zeros((6, len(slots), width), np.int64)
         numbers[2], numbers[3] = np.arange(len(slots))[:, None], np.arange(width)
@@ -169,18 +178,19 @@ class Graphs:
         seen[..., 0] = True
         for part, window in zip(seen, self.windows, strict=True):
             part[:, : layout.width, : layout.length] = layout.seen(window)
-        return np.concatenate([one.reshape(-1).view(np.uint8) for one in (numbers, seen)])
+        return np.concatenate([part.reshape(-1).view(np.uint8) for part in (numbers, seen)])
 
 
 def copied(table: Tensor, index: slice | Tensor) -> Tensor:
-    """Rows of what the next graph may write over."""
+    """Returns a copy of some rows of an output that the next graph may overwrite."""
     return table[index].clone() if isinstance(index, slice) else table[index]
 
 
 def cuda_capture() -> Capture:
-    """Captures CUDA graphs that share scratch memory: they run one after another, and what they give is copied at once.
+    """Returns a function that captures CUDA graphs, which share scratch memory.
 
-    Memory that the last graph has left cannot be shared again: what comes after it gets another.
+    Sharing is safe because graphs run one after another and their outputs are copied at once. When no graph is alive, the
+    shared memory cannot be used again, so the next graph starts new memory.
     """
     living: WeakSet[Any] = WeakSet()
     memory = torch.cuda.graph_pool_handle()
@@ -192,7 +202,7 @@ def cuda_capture() -> Capture:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):  # libraries plan on their first calls, which must not be captured
+            for _ in range(2):  # libraries make plans on their first calls, which must not be captured
                 run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()

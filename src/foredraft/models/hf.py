@@ -1,7 +1,8 @@
-"""Any other Transformers causal language model whose layers are softmax attention with rotary or learned positions.
+"""Runs Transformers causal language models whose layers are softmax attention with rotary or learned positions.
 
-The model's own code runs; we hand it the positions of the nodes, a mask of ancestors, and our pool of keys and values behind
-the face of a `transformers.Cache`. What cannot branch with a tree is refused by name, the rest is tried at load.
+The model's own code runs. It receives the positions of the nodes, a mask of ancestors, and our pool of keys and values behind
+the interface of `transformers.Cache`. Models that are known not to run over trees are refused by name. All others are tried
+when they are loaded.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from foredraft.cache import KVCache, KVPool, Layout, lay_out
-from foredraft.models.attention import steady
+from foredraft.models.attention import any_length_kernels
 from foredraft.models.check import agree, refuse_unsupported
 from foredraft.models.rope import context_of, held, hold
 from foredraft.protocols import Scores
@@ -27,14 +28,14 @@ from foredraft.tree import Ids, TreeBatch
 
 
 class _KVShape(NamedTuple):
-    """Heads and head sizes of the keys and the values of one layer, which need not agree with the configuration."""
+    """Number of heads and head size of the keys and the values of one layer. They may differ from the configuration."""
 
     key: tuple[int, int]
     value: tuple[int, int]
 
 
 class _TreeCache(Cache):
-    """The face of a `transformers.Cache` for one forward: `update` writes the new nodes into the pool, reads the slots."""
+    """A `transformers.Cache` for one forward. `update` writes the new nodes into the pool and returns the whole slots."""
 
     def __init__(self, pool: KVPool, layout: Layout, shapes: Sequence[_KVShape]):
         super().__init__(layers=[])
@@ -55,26 +56,26 @@ class _TreeCache(Cache):
         return self._layout.length, 0
 
     def _packed(self, states: Float[Tensor, "b h n e"]) -> Float[Tensor, "m g f"]:
-        """States of the real nodes, filled up with zeros to the heads and head size of the pool."""
+        """Returns the states of the nodes without padding, with zeros up to the heads and the head size of the pool."""
         heads, size = states.shape[1], states.shape[3]
         packed = self._layout.unpad(states.transpose(1, 2).flatten(2)).unflatten(1, (heads, size))
-        room = self._pool.kv.shape[3] - heads, self._pool.kv.shape[5] - size
-        return F.pad(packed, (0, room[1], 0, room[0])) if any(room) else packed
+        missing = self._pool.kv.shape[3] - heads, self._pool.kv.shape[5] - size
+        return F.pad(packed, (0, missing[1], 0, missing[0])) if any(missing) else packed
 
 
 class HFTarget:
-    """A Transformers causal language model behind the `Target` contract.
+    """A Transformers causal language model as a `Target`.
 
-    Weights are never written. The model is put into evaluation mode, its attention is set to sdpa or, where it does not support
-    that, eager, and its experts in float64 to eager; nothing else of it changes. While it runs here, rotary frequencies that
-    depend on the length of a text are fixed to those for `max_len`.
+    Weights are never written. The model is put into evaluation mode. Its attention is set to sdpa, or to eager if it does not
+    support sdpa. Its experts are set to eager in float64. Nothing else of the model changes. During a forward, rotary
+    frequencies that depend on the length of a text are fixed to those for `max_len`.
 
     Args:
         model: a loaded model, on one device.
-        max_len: longest text that is asked for, see `foredraft.models.rope.context_of`.
+        max_len: length in tokens of the longest text, see `foredraft.models.rope.context_of`.
 
     Raises:
-        ValueError: the model has layers that cannot run over trees, or keeps no keys and values for some layer.
+        ValueError: the model has layers that cannot run over trees, or a layer without keys and values of its own.
     """
 
     has_own_threads = False
@@ -90,7 +91,7 @@ class HFTarget:
         _choose_kernels(model, self.config)
         embedding: Any = model.get_input_embeddings()
         head: Any = model.get_output_embeddings()
-        self.num_weight_bytes = sum(one.nbytes for one in model.parameters())
+        self.num_weight_bytes = sum(weight.nbytes for weight in model.parameters())
         if embedding.weight is not head.weight:
             self.num_weight_bytes -= embedding.weight.nbytes
         self._windows = _windows(self.config)
@@ -108,26 +109,26 @@ class HFTarget:
 
     @torch.inference_mode()
     def _probe(self) -> None:
-        """Runs one token to learn the shapes of keys and values, the vocabulary, and whether `head` is the model's head."""
+        """Runs one token. Finds the shapes of keys and values, the vocabulary size, and whether `head` gives the logits."""
         cache = DynamicCache()
         token_ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with self._captured([-1]) as states, held(self._held):
             logits = self.model(input_ids=token_ids, use_cache=True, **{self._cache_name: cache}).logits[0]
-        kept: list[Any] = [(getattr(one, "keys", None), getattr(one, "values", None)) for one in cache.layers]
+        kept: list[Any] = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
         if len(kept) != len(self._layers) or any(key is None or not key.numel() for key, _ in kept):
             raise ValueError(
-                f"cannot run model type {self.config.model_type!r} over token trees: not every one of its {len(self._layers)} "
-                "layers keeps keys and values of its own; choose a model whose layers are all softmax attention"
+                f"cannot run model type {self.config.model_type!r} over token trees: some of its {len(self._layers)} layers "
+                "keep no keys and values of their own; choose a model whose layers are all softmax attention"
             )
         self._shapes = [_KVShape((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3])) for k, v in kept]
         self.vocab_size: int = logits.shape[-1]
         rows = len(self.model.get_input_embeddings().weight)
         if rows < self.vocab_size:
-            raise ValueError(f"the model's embedding has {rows} rows, and its head gives {self.vocab_size} tokens")
+            raise ValueError(f"the model's embedding has {rows} rows, but its head gives logits of {self.vocab_size} tokens")
         self._has_head = agree(self._head(states[-1][0]), logits)
 
     def new_pool(self, num_slots: int, max_len: int) -> KVPool:
-        """Caches for `num_slots` requests. `max_len` is advice: slots grow as they are used."""
+        """Makes caches for `num_slots` requests. `max_len` is a hint only: slots grow as they are used."""
         return KVPool(
             num_slots=num_slots,
             num_layers=len(self._shapes),
@@ -139,19 +140,19 @@ class HFTarget:
 
     @torch.inference_mode()
     def embed(self, token_ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
-        """Input embeddings of the tokens alone: no learned positions."""
+        """Returns the input embeddings of tokens, without learned positions."""
         return self.model.get_input_embeddings()(token_ids)
 
     @torch.inference_mode()
     def head(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
-        """Logits of final features (those after the last norm), with the model's scaling and soft capping.
+        """Returns the logits of features after the last norm, with the model's scaling and soft capping.
 
         Raises:
-            ValueError: the model does more between its last norm and its logits than we know of.
+            ValueError: the model computes its logits from its last norm in an unknown way.
         """
         if not self._has_head:
             raise ValueError(
-                f"the head of model type {self.config.model_type!r} cannot be run by itself: "
+                f"the head of model type {self.config.model_type!r} cannot run by itself: "
                 "choose a drafter that does not share the target's head"
             )
         return self._head(features)
@@ -176,8 +177,8 @@ class HFTarget:
         """Runs the new nodes of every tree; see `foredraft.protocols.Target`.
 
         Args:
-            feature_layers: states to return, side by side: 0 is the input of the first layer, i the state after i layers,
-                -1 the state after the final norm.
+            feature_layers: states to return, concatenated. 0 is the input of the first layer, i is the state after i layers,
+                and -1 is the state after the final norm.
         """
         pool = caches[0].pool
         layout = lay_out(batch, caches, start, self.device)
@@ -186,7 +187,7 @@ class HFTarget:
         request, column = layout.request[new], layout.column[new]
         kept, inverse = column.unique(return_inverse=True) if len(column) else (column.new_zeros(1), column)
         some = self._keeps_some_logits and len(kept) < layout.width
-        with self._captured(feature_layers) as states, steady(self.device), held(self._held):
+        with self._captured(feature_layers) as states, any_length_kernels(self.device), held(self._held):
             logits = self.model(
                 input_ids=_padded(layout, layout.token_ids),
                 position_ids=_padded(layout, layout.positions),
@@ -200,12 +201,12 @@ class HFTarget:
 
     @torch.inference_mode()
     def plain(self, token_ids: Sequence[int]) -> Float[Tensor, "t v"]:
-        """Logits of a plain call of the model: no cache, no mask or positions of ours. What `forward` must agree with."""
+        """Returns the logits of a plain call, without our cache, mask and positions. `forward` must agree with them."""
         with held(self._held):
             return self.model(input_ids=torch.tensor([list(token_ids)], device=self.device), use_cache=False).logits[0]
 
     def _masks(self, layout: Layout) -> Any:
-        """The mask of all layers, or one for each type of layer. Never None: the model would build a causal one."""
+        """Returns one mask for all layers, or one for each type. It is never None: the model would make a causal mask."""
         masks = {}
         for kind, window in self._windows.items():
             mask = layout.mask(self.dtype, self.device, window)
@@ -215,7 +216,7 @@ class HFTarget:
 
     @contextmanager
     def _captured(self, feature_layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-        """Collects the asked states, [B, N, D], while the model runs."""
+        """Collects the states of `feature_layers`, [B, N, D], while the model runs."""
         states: dict[int, Tensor] = {}
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -242,22 +243,25 @@ class HFTarget:
 
 
 def _padded(layout: Layout, values: Int[Tensor, " m"]) -> Int[Tensor, "b n"]:
-    """Whole numbers of the new nodes as a padded batch; padding is 0."""
+    """Returns integers of the new nodes as a padded batch. Padding is 0."""
     padded = values.new_zeros(len(layout.slots), layout.width)
     padded[layout.request, layout.column] = values
     return padded
 
 
 def _windows(config: Any) -> dict[str, int | None]:
-    """The window of each type of layer. Without a list of layers, a window in the configuration is that of all of them."""
+    """Returns the window of each type of layer. Without a list of layers, all layers have the window of the configuration."""
     window = getattr(config, "sliding_window", None) or None
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
     return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
 
 
 def _choose_kernels(model: PreTrainedModel, config: Any) -> None:
-    """Sdpa if the model supports it, else eager, which alone can cap its scores (some versions of
-    Transformers give such models to sdpa, which leaves the cap out). Grouped experts know no float64."""
+    """Sets attention to sdpa if the model supports it, else to eager. Sets experts to eager in float64.
+
+    A model that caps its attention scores needs eager: some versions of Transformers run it in sdpa, which omits the cap.
+    Grouped experts do not support float64.
+    """
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     wanted = "sdpa" if model._supports_sdpa and not capped else "eager"
     if config._attn_implementation not in (wanted, "eager"):
@@ -267,7 +271,7 @@ def _choose_kernels(model: PreTrainedModel, config: Any) -> None:
 
 
 def _decoder_layers(model: nn.Module, count: int) -> Sequence[nn.Module]:
-    """The stack of decoder layers: the outermost list of so many modules."""
+    """Returns the decoder layers: the outermost list of `count` modules."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return list(module)

@@ -1,8 +1,8 @@
-"""Linear layers, plain and packed, and norms: the part of a forward that costs.
+"""Linear layers, plain and packed, and norms. They take most of the time of a forward.
 
-`plain` is `F.linear`. `packed` holds the weight in the blocked layout of oneDNN's bfloat16 kernels (`torch.ops.mkldnn`, the
-operators that torch.compile uses on a CPU): a weight is laid out once at load and not at every call, which is what makes a few
-rows cheap. The operators are private to torch, so `can_pack` tries them, and a test equates the two.
+`plain` is `F.linear`. `pack` keeps the weight in the blocked layout of oneDNN's bfloat16 kernels (`torch.ops.mkldnn`, the
+operators that torch.compile uses on a CPU). The weight is laid out once at load instead of at every call, which makes layers
+of a few rows fast. The operators are private to torch, so `can_pack` tries them, and a test compares both variants.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 Linear = Callable[..., Tensor]
-"""``(x [m, i], residual [m, o] | None) -> [m, o]``: x W^T + bias, plus the residual."""
+"""A linear layer, ``(x [m, i], residual [m, o] | None) -> [m, o]``: x W^T + bias + residual."""
 
 _ROWS = 8
-"""Rows that the blocked layout is made for; 4 to 32 give like layouts, and without a number none is chosen."""
+"""Number of input rows that the blocked layout is made for. 4 to 32 give similar layouts. oneDNN needs a number."""
 
 
 def make_linear(weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None, *, packed: bool) -> Linear:
-    """A linear layer; `packed` needs `can_pack`."""
+    """Makes a linear layer. `packed` requires `can_pack`."""
     return pack(weight, bias) if packed else plain(weight, bias)
 
 
 def plain(weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None) -> Linear:
-    """The layer as torch computes it, on every device and in every dtype."""
+    """Makes a layer that runs `F.linear`, on every device and in every dtype."""
 
     def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
         out = F.linear(x, weight, bias)
@@ -38,7 +38,7 @@ def plain(weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None) -> Lin
 
 
 def pack(weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None) -> Linear:
-    """The layer with its weight in blocked layout; the residual is added within the kernel, before rounding."""
+    """Makes a layer with its weight in blocked layout. The kernel adds the residual before it rounds."""
     operator = torch.ops.mkldnn._linear_pointwise
     run_alone, run_binary = operator.default, operator.binary
     blocked = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
@@ -53,8 +53,11 @@ def pack(weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None) -> Line
 
 @cache
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether packed layers work here: bfloat16 on a CPU whose torch has oneDNN and whose cores have AVX-512 (others emulate
-    bfloat16, slower than `F.linear`)."""
+    """Returns whether packed layers work in this dtype on this device.
+
+    They need bfloat16, a CPU with AVX-512, and a torch with oneDNN. Other CPUs emulate bfloat16, which is slower than
+    `F.linear`.
+    """
     if dtype != torch.bfloat16 or device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -67,14 +70,14 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 Norm = Callable[[Tensor], Tensor]
-"""``x [*m, d] -> [*m, d]``: RMSNorm with its weight."""
+"""RMSNorm with its weight, ``x [*m, d] -> [*m, d]``."""
 
 _FEW_ROWS = 16
-"""Up to here the mirrored norm is faster: `F.rms_norm` runs five kernels where that runs three."""
+"""Most rows for which `mirrored_norm` is faster: it runs three kernels, `F.rms_norm` five."""
 
 
 def make_norm(weight: Float[Tensor, " d"], eps: float) -> Norm:
-    """RMSNorm; for few rows in bfloat16 on a CPU the mirrored variant."""
+    """Makes an RMSNorm. In bfloat16 on a CPU, inputs of up to 16 rows run `mirrored_norm`."""
     shape = weight.shape
     mirrored = mirrored_norm(weight, eps) if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" else None
 
@@ -87,7 +90,7 @@ def make_norm(weight: Float[Tensor, " d"], eps: float) -> Norm:
 
 
 def mirrored_norm(weight: Float[Tensor, " d"], eps: float) -> Norm:
-    """RMSNorm by the layer norm of ``[x, -x]``, whose mean is 0 and whose variance is the mean square of x."""
+    """Makes an RMSNorm by the layer norm of ``[x, -x]``, which has mean 0 and the mean square of x as its variance."""
     size, doubled = weight.shape[0], torch.cat([weight, weight])
     shape = [2 * size]
 

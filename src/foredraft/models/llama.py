@@ -1,8 +1,8 @@
-"""Our own decoder for the Llama family: Llama, Mistral, Qwen2 and Qwen3 checkpoints, run over trees.
+"""Our own decoder for the Llama family. It runs Llama, Mistral, Qwen2 and Qwen3 checkpoints over trees.
 
-Fused projections (packed where that is faster, see `foredraft.models.linear`), rotary rows gathered once a step, one additive
-mask a step, keys and values sliced to the live length.
-The arithmetic follows the published models; only the shape of the attention differs (ancestors instead of all before).
+Projections are fused, and packed where that is faster, see `foredraft.models.linear`. Rotary rows and the additive mask are
+made once a step. Keys and values are sliced to the length in use. The arithmetic follows the published models. Only attention
+differs: a node attends to its ancestors instead of all earlier tokens.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ from foredraft.protocols import Scores
 from foredraft.tree import Ids, TreeBatch
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
-"""Values of ``model_type`` in config.json that this decoder runs."""
+"""Values of ``model_type`` that this decoder runs."""
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", LONG, DYNAMIC)
-"""Rotary scalings that `foredraft.models.rope` has tables for."""
+"""Values of ``rope_type`` that `foredraft.models.rope` makes tables for."""
 
 _WINDOWED = ("mistral", "qwen2", "qwen3")
-"""Of them, those whose published model reads ``sliding_window``."""
+"""Values of ``model_type`` whose published model reads ``sliding_window``."""
 
 _LEAST_ROWS = ((1 << 21, 6), (1 << 18, 4), (0, 1))
-"""(weights of a projection, rows): packed weights that do not stay in a cache are read faster by a few rows than by one."""
+"""Least entries of a projection -> least number of rows. Packed weights that exceed the CPU's cache are read faster by a few
+rows than by one."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer; q/k norms are None where the model has none."""
+    """One decoder layer. `q_norm` and `k_norm` are None if the model has none, and `window` is None for full attention."""
 
     input_norm: Norm
     qkv: Linear
@@ -54,21 +55,22 @@ class Layer:
 
 
 class LlamaTarget:
-    """A Llama-family model behind the `Target` contract.
+    """A Llama-family model as a `Target`.
 
     Args:
         config: the model's Transformers configuration.
-        weights: its state dict, under the names of the Transformers checkpoint.
-        dtype, device: what it runs in.
-        packed: whether linear layers run on packed weights; None is wherever that works.
-        max_len: longest text that is asked for, see `foredraft.models.rope.context_of`.
+        weights: the state dict, under the names of the Transformers checkpoint.
+        dtype: dtype of the weights and of the computation.
+        device: device of the weights and of the computation.
+        packed: whether linear layers use packed weights. None uses them where `can_pack` holds.
+        max_len: length in tokens of the longest text, see `foredraft.models.rope.context_of`.
 
     Attributes:
-        head: logits of final features (those after the last norm).
-        graphs: its forwards of fixed shape, on CUDA; None elsewhere.
+        head: the language-model head. It maps features after the last norm to logits.
+        graphs: the CUDA graphs of the model, or None on a CPU.
 
     Raises:
-        ValueError: the configuration asks for something this decoder does not do, or a weight is missing.
+        ValueError: the decoder does not support the configuration, or a weight is missing.
     """
 
     has_own_threads = False
@@ -96,7 +98,7 @@ class LlamaTarget:
         self.packed = can_pack(dtype, device) if packed is None else packed
         read = Reader(config, weights, dtype, device, self.packed)
         self._embedding = read.tensor("model.embed_tokens")
-        self.num_weight_bytes = sum(one.numel() for one in weights.values()) * dtype.itemsize
+        self.num_weight_bytes = sum(weight.numel() for weight in weights.values()) * dtype.itemsize
         if "lm_head.weight" in weights:
             self.num_weight_bytes -= self._embedding.nbytes
         self._norm = read.norm("model.norm")
@@ -108,12 +110,12 @@ class LlamaTarget:
         self.graphs = self.make_graphs(cuda_capture()) if device.type == "cuda" else None
 
     def make_graphs(self, capture: Capture) -> Graphs:
-        """Forwards of fixed shape of this model."""
+        """Makes the forwards of fixed shape of this model, see `foredraft.models.graphs`."""
         windows = tuple({layer.window for layer in self._layers})
         return Graphs(self._compute, capture, self._heads // self._kv_heads, self.dtype, windows)
 
     def new_pool(self, num_slots: int, max_len: int) -> KVPool:
-        """Caches for `num_slots` requests. `max_len` is advice: slots grow as they are used."""
+        """Makes caches for `num_slots` requests. `max_len` is a hint only: slots grow as they are used."""
         return KVPool(
             num_slots=num_slots,
             num_layers=len(self._layers),
@@ -124,7 +126,7 @@ class LlamaTarget:
         )
 
     def embed(self, token_ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
-        """Input embeddings."""
+        """Returns the input embeddings of tokens."""
         return F.embedding(token_ids, self._embedding)
 
     @torch.inference_mode()
@@ -140,14 +142,14 @@ class LlamaTarget:
         """Runs the new nodes of every tree; see `foredraft.protocols.Target`.
 
         Args:
-            feature_layers: states to return, side by side: 0 is the embedding, i the state after i layers, -1 the state
-                after the final norm.
+            feature_layers: states to return, concatenated. 0 is the embedding, i is the state after i layers, and -1 is the
+                state after the final norm.
         """
         pool = caches[0].pool
         layout = lay_out(batch, caches, start, self.device)
         pool.reserve(layout.length)
-        found = self.graphs(layout, pool, feature_layers, rows=rows) if self.graphs is not None else None
-        return found or self._compute(layout, pool, self._masks(layout), feature_layers, rows=rows)
+        scores = self.graphs(layout, pool, feature_layers, rows=rows) if self.graphs is not None else None
+        return scores or self._compute(layout, pool, self._masks(layout), feature_layers, rows=rows)
 
     def _compute(
         self,
@@ -174,7 +176,7 @@ class LlamaTarget:
         return Scores(self.head(self._norm(hidden)), features)
 
     def _masks(self, layout: Layout) -> Masks:
-        """One mask per kind of layer, its rows repeated for the query heads that share a key head."""
+        """Returns one mask per window, its rows repeated for the query heads that share a key head."""
         group = self._heads // self._kv_heads
         masks: dict[int | None, Tensor | None] = {}
         for window in {layer.window for layer in self._layers}:
@@ -183,7 +185,7 @@ class LlamaTarget:
         return masks
 
     def _padded(self, states: Float[Tensor, "m d"]) -> Float[Tensor, "n d"]:
-        """At least as many rows as the packed kernels are fast with; what is added is computed and never looked at."""
+        """Repeats the first row until there are enough rows for the packed kernels. The results of these rows are not used."""
         missing = self._least_rows - states.shape[0]
         return states if missing <= 0 else torch.cat([states, states[:1].expand(missing, -1)])
 
@@ -221,7 +223,7 @@ class LlamaTarget:
 
 
 def unsupported(config: Any) -> str | None:
-    """Why this decoder cannot run a model with this configuration; None if it can."""
+    """Returns why this decoder cannot run a model with this configuration, or None if it can."""
     if config.model_type not in FAMILY:
         return f"model_type is {config.model_type!r}, not one of {', '.join(FAMILY)}"
     rope = getattr(config, "rope_parameters", None) or {}
@@ -236,12 +238,12 @@ def unsupported(config: Any) -> str | None:
 
 
 def head_dim_of(config: Any) -> int:
-    """Entries of an attention head."""
+    """Returns the size of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def window_of(config: Any, index: int) -> int | None:
-    """How many tokens a token sees in a layer, itself included; None is all."""
+    """Returns how many tokens a token sees in a layer, itself included. None means all."""
     if config.model_type not in _WINDOWED:
         return None
     kinds = getattr(config, "layer_types", None)

@@ -1,6 +1,6 @@
-"""From a directory, a Hub id or a loaded model to a target, its tokenizer and its defaults for sampling.
+"""Loads a target from a directory, a Hub id or a loaded model.
 
-Only safetensors are read, and no code of a checkpoint is ever run. Whatever is wrong is one `ModelError` of one line.
+Weights are read from safetensors only, and code of a checkpoint is never run. Every fault raises a `ModelError` of one line.
 """
 
 from __future__ import annotations
@@ -53,24 +53,26 @@ def load_target(
     revision: str | None = None,
     max_len: int | None = None,
 ) -> Target:
-    """Loads a model behind the `Target` contract: the Llama family runs our own decoder, others their Transformers code.
+    """Loads a model as a `Target`. The Llama family runs in our own decoder, other models run their Transformers code.
 
-    The weights are read once and copied: files that are overwritten later have no effect. Nor has a change of a loaded model of
-    the Llama family. Any other loaded model runs as it is, so a change of its weights acts from the next forward on.
+    The weights are read once and copied, so files that are overwritten later have no effect. The same holds for later changes
+    of a loaded model of the Llama family. Any other loaded model is not copied: a change of its weights takes effect at the
+    next forward.
 
     Args:
-        source: a directory with config.json and safetensors, a Hub id, or a loaded `PreTrainedModel`, which is not changed
-            beyond what `HFTarget` says.
-        dtype: a `torch.dtype`, its name, or ``auto``: the checkpoint's.
-        device: ``auto`` or None is CUDA where there is a device, else the CPU (for a loaded model: where it is).
-        revision: branch, tag or commit, of a Hub id only.
-        max_len: longest text that is asked for; it chooses the factors of LongRoPE, see `foredraft.models.rope.context_of`.
+        source: a directory with config.json and safetensors, a Hub id, or a loaded `PreTrainedModel`. `HFTarget` lists the
+            few changes to a loaded model.
+        dtype: a `torch.dtype`, its name, or ``auto``, which keeps the dtype of the checkpoint.
+        device: ``auto`` or None chooses CUDA if a device is available, else the CPU. A loaded model stays on its device.
+        revision: branch, tag or commit. Allowed for a Hub id only.
+        max_len: length in tokens of the longest text. It chooses the factors of LongRoPE, see
+            `foredraft.models.rope.context_of`.
 
     Raises:
-        ModelError: anything is missing, corrupt, or cannot run over token trees.
+        ModelError: a file is missing or corrupt, or the model cannot run over token trees.
         ValueError: the environment variable ``FOREDRAFT_KERNELS`` has an unknown value.
     """
-    kernels()  # an unknown value is said even where no compiled code would run
+    kernels()  # reports an unknown value even if no compiled code would run
     wanted, place = parse_dtype(dtype), _parse_device(device)
     if is_loaded_model(source):
         if revision is not None:
@@ -88,7 +90,7 @@ def load_target(
 
 
 def _load(path: Path, dtype: torch.dtype | None, device: torch.device, max_len: int | None) -> Target:
-    """A model whose configuration, and perhaps whose code, is Transformers'."""
+    """Loads a model through Transformers, which reads its configuration and may run its code."""
     from foredraft.models.from_transformers import checked, empty_model, load_with_transformers, refuse_no_language_model
 
     config = read_config(path)
@@ -104,10 +106,10 @@ def _load(path: Path, dtype: torch.dtype | None, device: torch.device, max_len: 
 
 
 def fingerprint_of(source: Any, revision: str | None = None) -> str:
-    """The fingerprint of a model's weights, see `foredraft.models.checkpoint.fingerprint`.
+    """Returns the fingerprint of a model's weights, see `foredraft.models.checkpoint.fingerprint`.
 
     Raises:
-        ModelError: there is no such model.
+        ModelError: the model does not exist.
     """
     if is_loaded_model(source):
         return fingerprint(source.state_dict())
@@ -115,10 +117,10 @@ def fingerprint_of(source: Any, revision: str | None = None) -> str:
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """The dtype meant; None for ``auto``.
+    """Returns the dtype of a name, or None for ``auto``.
 
     Raises:
-        ModelError: not one of the allowed names.
+        ModelError: the name is unknown, or the dtype is not supported.
     """
     if dtype == "auto":
         return None
@@ -152,15 +154,15 @@ def _wrap_loaded(model: Any, dtype: torch.dtype | None, device: torch.device | N
     if model.get_output_embeddings() is None:
         raise ModelError(f"{type(model).__name__} has no language-model head: load it with AutoModelForCausalLM")
     if len({parameter.device for parameter in model.parameters()}) > 1:
-        raise ModelError("the model is spread over several devices: load it on one, without device_map")
+        raise ModelError("the model is spread over several devices: load it on one device, without device_map")
     dtype, device = dtype or model.dtype, device or _parse_device(model.device) or model.device
     if unsupported(config) is None:
         return _llama(config, model.state_dict(), dtype, device, max_len)
     refuse_no_floats(dict(model.named_parameters()), dict(model.named_parameters()))
     if dtype != model.dtype or device != model.device:
         raise ModelError(
-            f"a loaded {type(model).__name__} is not moved or cast: it is {model.dtype} on {model.device}, asked for was "
-            f"{dtype} on {device}; load it so, or give its directory instead"
+            f"a loaded {type(model).__name__} is not moved or cast: it is in {model.dtype} on {model.device}, but the options "
+            f"ask for {dtype} on {device}; load the model in that dtype on that device, or give its directory instead"
         )
     from foredraft.models.from_transformers import checked
 
@@ -168,7 +170,7 @@ def _wrap_loaded(model: Any, dtype: torch.dtype | None, device: torch.device | N
 
 
 def _refuse(config: Any) -> None:
-    if any(getattr(one, "quantization_config", None) for one in (config, config.get_text_config(decoder=True))):
+    if any(getattr(part, "quantization_config", None) for part in (config, config.get_text_config(decoder=True))):
         raise ModelError("the checkpoint is quantised, which is not supported: give the original in bfloat16 or float32")
     try:
         refuse_unsupported(config)
@@ -181,16 +183,16 @@ def _refuse_sizes(config: Any) -> None:
         refuse_bad_sizes(config)
     except ValueError as error:
         raise ModelError(
-            f"the configuration of the model is not valid: {error}; correct config.json or copy it again"
+            f"the configuration of the model is not valid: {error}; correct config.json, or copy it again"
         ) from None
 
 
 def _dtype_of(config: Any, weights: Mapping[str, StoredTensor]) -> torch.dtype:
-    """What the configuration says, else what the first tensor of floating point is."""
+    """Returns the dtype in the configuration, else the dtype of the first floating-point tensor."""
     stated = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
     if stated is None:
         names = {"BF16": "bfloat16", "F16": "float16", "F64": "float64", "F32": "float32"}
-        stated = next((names[one.dtype_name] for one in weights.values() if one.dtype_name in names), "float32")
+        stated = next((names[stored.dtype_name] for stored in weights.values() if stored.dtype_name in names), "float32")
     return parse_dtype(stated) or torch.float32
 
 
@@ -201,7 +203,7 @@ def _llama(
     device: torch.device,
     max_len: int | None,
 ) -> LlamaTarget | NativeTarget:
-    """Our decoder, the compiled one where it runs, after every tensor was found in the shape that config.json asks for."""
+    """Makes our decoder, compiled where that runs. First checks that every tensor exists and has the shape of config.json."""
     wanted = expected(config) if isinstance(config, PlainConfig) else _state_dict(config, weights)
     weights = _tied(weights) if config.tie_word_embeddings else weights
     missing = sorted(set(wanted) - set(weights) - ({_HEAD} if config.tie_word_embeddings else set()))
@@ -210,10 +212,10 @@ def _llama(
     wanted = {name: like for name, like in wanted.items() if name in weights}
     refuse_other_shapes(wanted, weights)
     try:
-        found = {name: _read(weights[name]) for name in wanted}
+        tensors = {name: _read(weights[name]) for name in wanted}
         if can_run(config, dtype, device):
-            return NativeTarget(config, found, max_len=max_len)
-        return LlamaTarget(config, found, dtype, device, max_len=max_len)
+            return NativeTarget(config, tensors, max_len=max_len)
+        return LlamaTarget(config, tensors, dtype, device, max_len=max_len)
     except (ValueError, RuntimeError) as error:
         raise error if isinstance(error, ModelError) else ModelError(f"cannot load the model: {one_line(error)}") from None
 
@@ -225,8 +227,8 @@ def _state_dict(config: Any, weights: Mapping[str, Tensor | StoredTensor]) -> di
 
 
 def _tied(weights: Mapping[str, Tensor | StoredTensor]) -> dict[str, Tensor | StoredTensor]:
-    """Weights without a head that repeats the embedding. Like Transformers, keeps a head that differs from it, and takes the
-    head for an embedding that is missing."""
+    """Drops a head that repeats the embedding. As in Transformers, a different head is kept, and a missing embedding is taken
+    from the head."""
     kept = dict(weights)
     if _EMBEDDING not in kept and _HEAD in kept:
         kept[_EMBEDDING] = kept.pop(_HEAD)

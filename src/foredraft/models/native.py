@@ -1,7 +1,8 @@
-"""The Llama family in bfloat16 on a CPU, by `compiled/decoder.c`: weights laid out as they are read, one call a forward.
+"""Runs the Llama family in bfloat16 on a CPU, in `compiled/decoder.c`.
 
-What a node gets does not depend on what else is in the step, bit for bit: a tree gives the very logits of plain decoding. The
-torch decoder (`foredraft.models.llama`) computes the same and runs everywhere else; a test equates the two.
+Weights are stored in the order in which they are read, and a forward is one call. The result of a node does not depend on the
+other nodes of the step, bit for bit, so a tree gives the same logits as plain decoding. The torch decoder
+(`foredraft.models.llama`) computes the same and runs everywhere else. A test compares the two.
 """
 
 from __future__ import annotations
@@ -27,30 +28,33 @@ from foredraft.protocols import Scores
 from foredraft.tree import Ids, TreeBatch
 
 ONE_THREAD_BYTES = 8 << 20
-"""Models up to this size run on one thread: a second one saves at most a tenth of a step of 0.1 ms (3 MB of weights, two
-cores), and when it is late the step waits for it."""
+"""Models up to this size run on one thread. A second thread saves at most a tenth of a step, and the step waits if the
+thread is late (measured with 3 MB of weights on two cores; a step took 0.1 ms)."""
 
 _WORD = 8
-"""Bytes of the whole numbers that the decoder is given."""
+"""Bytes of an integer argument of the decoder."""
 
 _at, _whole = ctypes.c_void_p, ctypes.c_int64
 
 
 def can_run(config: Any, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this decoder runs a model that `foredraft.models.llama` runs: in bfloat16 on a CPU, with even widths."""
+    """Returns whether this decoder runs a model that `foredraft.models.llama` supports.
+
+    It needs the compiled code, bfloat16 on a CPU, and widths that are multiples of `TILE`.
+    """
     widths = (config.hidden_size, config.intermediate_size, head_dim_of(config))
     fits = dtype == torch.bfloat16 and device.type == "cpu" and all(width % TILE == 0 for width in widths)
     return fits and library() is not None
 
 
 class NativeTarget:
-    """A Llama-family model behind the `Target` contract; see `can_run` and the module's text.
+    """A Llama-family model as a `Target`, run by compiled code; see `can_run`.
 
     Args:
         config: the model's Transformers configuration.
-        weights: its state dict, under the names of the Transformers checkpoint.
-        threads: None is what torch uses, or one for a very small model.
-        max_len: longest text that is asked for, see `foredraft.models.rope.context_of`.
+        weights: the state dict, under the names of the Transformers checkpoint.
+        threads: number of threads. None is torch's number, or 1 for a model of at most `ONE_THREAD_BYTES`.
+        max_len: length in tokens of the longest text, see `foredraft.models.rope.context_of`.
 
     Raises:
         ValueError: a weight is missing.
@@ -77,7 +81,7 @@ class NativeTarget:
         self._threads = threads or (torch.get_num_threads() if self._memory.num_bytes > ONE_THREAD_BYTES else 1)
 
     def new_pool(self, num_slots: int, max_len: int) -> KVPool:
-        """Caches for `num_slots` requests. `max_len` is advice: slots grow as they are used."""
+        """Makes caches for `num_slots` requests. `max_len` is a hint only: slots grow as they are used."""
         return KVPool(
             num_slots=num_slots,
             num_layers=self._model.num_layers,
@@ -88,13 +92,13 @@ class NativeTarget:
         )
 
     def embed(self, token_ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
-        """Input embeddings."""
+        """Returns the input embeddings of tokens."""
         if self._embedding is not None:
             return self._embedding[token_ids]
         return self._head[token_ids // TILE, :, token_ids % TILE].flatten(1)
 
     def head(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
-        """Logits (float32) of final features, those after the last norm."""
+        """Returns the logits, in float32, of features after the last norm."""
         return run_linear(self._model.head, features.to(self.dtype), self._threads)
 
     def forward(
@@ -109,13 +113,13 @@ class NativeTarget:
         """Runs the new nodes of every tree; see `foredraft.protocols.Target`. Logits are float32.
 
         Args:
-            feature_layers: states to return, side by side: 0 is the embedding, i the state after i layers, -1 the state
-                after the final norm.
+            feature_layers: states to return, concatenated. 0 is the embedding, i is the state after i layers, and -1 is the
+                state after the final norm.
         """
         return run_step(self._model, batch, caches, rows, start, feature_layers, threads=self._threads)
 
     def _describe(self, config: Any, read: Reader) -> CModel:
-        """The model as `decoder.c` wants it."""
+        """Describes the model for `decoder.c`."""
         tied = not read.has("lm_head")
         head = read.tensor("model.embed_tokens" if tied else "lm_head")
         self._embedding = None if tied else self._memory.put(read.tensor("model.embed_tokens"))
@@ -127,7 +131,7 @@ class NativeTarget:
             for i in range(config.num_hidden_layers)
         ]
         layers = (CLayer * len(described))(*described)
-        self._layers = layers  # lives as long as the model, which points to it
+        self._layers = layers  # keeps the memory alive that the model points to
         return CModel(
             hidden=config.hidden_size,
             heads=config.num_attention_heads,
@@ -148,12 +152,12 @@ class NativeTarget:
 
     @property
     def head_weight(self) -> Float[Tensor, "v d"]:
-        """That of the head."""
+        """Weight of the head."""
         return self._head.transpose(1, 2).flatten(2).flatten(0, 1)[: self.vocab_size]
 
     @property
     def shared(self) -> dict[str, Any]:
-        """What a draft head shares: fields of `CModel`."""
+        """Fields of `CModel` that a draft head shares."""
         return {name: getattr(self._model, name) for name in ("embedding", "tied", "head", "vocabulary")}
 
 
@@ -170,15 +174,23 @@ def run_step(
     carried: Sequence[Float[Tensor, "_ d"]] = (),
     num_slots: int = 0,
 ) -> Scores:
-    """One forward of `decoder.c`; see `foredraft.protocols.Target`.
+    """Runs one forward of `decoder.c`; see `foredraft.protocols.Target`.
 
     Args:
-        given, carried: of a draft head, per tree: the features of its first nodes, and a table with room for what its nodes
-            carry on, which a node behind those has from its parent; both contiguous. No tables: nobody asks.
-        num_slots: the last nodes of every tree that are slots to be filled, and are given no feature.
+        model: the model, described for `decoder.c`.
+        batch: the trees.
+        caches: the cache of each tree, all in one pool.
+        rows: packed nodes whose logits are returned. None means all new nodes.
+        start: number of nodes of each tree that ran before. None means none.
+        feature_layers: states to return, see `NativeTarget.forward`.
+        threads: number of threads.
+        given: for a draft head, the features of the first nodes of each tree. Contiguous.
+        carried: for a draft head, a table per tree that receives the output features of its nodes. A node behind the `given`
+            ones reads the feature of its parent there. Contiguous; empty if nobody reads them.
+        num_slots: number of nodes at the end of every tree that are slots to be filled. They take no feature.
 
     Raises:
-        MemoryError: there is no room for the step.
+        MemoryError: the step does not fit into memory.
     """
     code = library()
     assert code is not None
@@ -191,7 +203,7 @@ def run_step(
     logits = torch.empty(len(wanted), model.vocabulary)
     features = torch.empty(count, len(feature_layers) * model.hidden, dtype=torch.bfloat16) if feature_layers else None
     per_tree = lengths, [cache.slot for cache in caches], first
-    tables = [one.data_ptr() for one in given], [len(one) for one in given], [one.data_ptr() for one in carried]
+    tables = [part.data_ptr() for part in given], [len(part) for part in given], [part.data_ptr() for part in carried]
     nodes = batch.tokens.tolist(), batch.parents.tolist(), offsets
     _alive, begin = _side_by_side(*nodes, *per_tree, wanted.tolist(), feature_layers, *tables)
     keys, (pairs_stride, layer_stride, slot_stride, head_stride, _, _) = pool.kv.data_ptr(), pool.kv.stride()
@@ -216,34 +228,44 @@ def run_step(
         num_slots,
     )
     if code.foredraft_forward(ctypes.byref(model), ctypes.byref(step)):
-        raise MemoryError(f"no memory for a step of {count} tokens")
+        raise MemoryError(f"not enough memory for a step of {count} tokens")
     return Scores(logits, features)
 
 
 def _side_by_side(*parts: Sequence[int]) -> tuple[array[int], list[int]]:
-    """Whole numbers in one array, of which the address is asked for once, and the address of each part in it."""
+    """Copies integers into one array, whose address is read once. Returns the array and the address of each part."""
     numbers = array("q", chain.from_iterable(parts))
     begin, _ = numbers.buffer_info()
-    return numbers, list(accumulate((_WORD * len(one) for one in parts[:-1]), initial=begin))
+    return numbers, list(accumulate((_WORD * len(part) for part in parts[:-1]), initial=begin))
 
 
 def run_linear(layer: CLinear, x: Float[Tensor, "n i"], threads: int) -> Float[Tensor, "n o"]:
-    """A linear layer of `decoder.c` on inputs in bfloat16; what it gives is float32."""
+    """Runs a linear layer of `decoder.c`. Inputs are bfloat16, outputs float32.
+
+    Raises:
+        MemoryError: the layer does not fit into memory.
+    """
     code, x = library(), x.contiguous()
     assert code is not None
     out = torch.empty(len(x), layer.outputs)
     given = ctypes.byref(layer), _whole(1), _at(x.data_ptr()), _whole(len(x)), _at(out.data_ptr()), _whole(threads)
     if code.foredraft_linears(*given):
-        raise MemoryError(f"no memory for a linear layer of {len(x)} rows")
+        raise MemoryError(f"not enough memory for a linear layer of {len(x)} rows")
     return out
 
 
 def run_residuals(blocks: ctypes.Array[CResidual], x: Float[Tensor, "n i"], threads: int) -> Float[Tensor, "n d"]:
-    """Residual blocks of `decoder.c` one after another, all as wide, in bfloat16; between them sums are float32."""
+    """Runs residual blocks of `decoder.c` one after another. All blocks have outputs of one width.
+
+    Inputs and outputs are bfloat16; the sums between blocks are float32.
+
+    Raises:
+        MemoryError: the blocks do not fit into memory.
+    """
     code, x = library(), x.contiguous()
     assert code is not None
     out = torch.empty(len(x), blocks[0].linear.outputs, dtype=torch.bfloat16)
     given = blocks, _whole(len(blocks)), _at(x.data_ptr()), _whole(len(x)), _at(out.data_ptr()), _whole(threads)
     if code.foredraft_residuals(*given):
-        raise MemoryError(f"no memory for residual blocks of {len(x)} rows")
+        raise MemoryError(f"not enough memory for residual blocks of {len(x)} rows")
     return out

@@ -1,6 +1,6 @@
-"""What `compiled/decoder.c` is given: structures, and weights in the order in which it reads them.
+"""The arguments of `compiled/decoder.c`: its structures, and weights in the order in which it reads them.
 
-The same fields in the same order stand in `compiled/passed.h`.
+The structures have the same fields, in the same order, as those in `compiled/passed.h`.
 """
 
 from __future__ import annotations
@@ -17,37 +17,38 @@ from torch import Tensor
 from foredraft.models.reader import Reader
 
 TILE = 32
-"""Outputs of a linear layer whose weights stand side by side; every width but the vocabulary's must be a multiple of it."""
+"""Number of outputs of a linear layer whose weights are interleaved. All widths but the vocabulary size must be multiples."""
 
 NO_WINDOW = 1 << 62
+"""Window of a layer in which a token sees all earlier tokens."""
 
 FEW, FULL = 4, 16
-"""Bits of a weight. Four are read four times as fast; inputs are then rounded to eight, of which the processor multiplies four
-pairs at once."""
+"""Bits of a weight. Weights of four bits are read four times as fast. Their inputs are rounded to eight bits, and the processor
+multiplies four pairs of eight bits at once."""
 
 _BLOCK = 32
-"""Inputs whose weights of four bits have one scale, for every output."""
+"""Number of inputs whose four-bit weights share one scale. Each output has its own scales."""
 
 _LINE, _PAGES = 64, 64 << 20
-"""Bytes that are read at once, and bytes asked of the system at once; what is not written costs nothing."""
+"""Bytes of a cache line, and bytes of one allocation. Pages that are never written take no memory."""
 
 _at, _whole, _real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 class CLinear(ctypes.Structure):
-    """A linear layer, its weight laid out by `blocked`, or by `blocked_few`."""
+    """A linear layer. `blocked` lays out its weight, or `blocked_few` if `few` is 1."""
 
     _fields_ = (("weight", _at), ("few", _whole), ("bias", _at), ("outputs", _whole), ("inputs", _whole))
 
 
 class CResidual(ctypes.Structure):
-    """A residual block; without a weight of `skip`, its inputs are passed by as they are."""
+    """A residual block. If `skip` has no weight, its inputs are added unchanged."""
 
     _fields_ = (("linear", CLinear), ("skip", CLinear))
 
 
 class CLayer(ctypes.Structure):
-    """A decoder layer; what is None there is left out."""
+    """A decoder layer. A norm that is None is skipped."""
 
     _fields_ = (
         *((name, _at) for name in ("input_norm", "q_norm", "k_norm", "post_norm")),
@@ -57,7 +58,7 @@ class CLayer(ctypes.Structure):
 
 
 class CEntry(ctypes.Structure):
-    """How a draft head takes in an embedding and a feature."""
+    """The part of a draft head that combines an embedding and a feature."""
 
     _fields_ = (
         ("fc", CLinear),
@@ -69,7 +70,7 @@ class CEntry(ctypes.Structure):
 
 
 class CModel(ctypes.Structure):
-    """A model."""
+    """A model: sizes, weights and layers."""
 
     _fields_ = (
         *((name, _whole) for name in ("hidden", "heads", "kv_heads", "head_dim", "mlp", "num_layers")),
@@ -84,7 +85,7 @@ class CModel(ctypes.Structure):
 
 
 class CStep(ctypes.Structure):
-    """One forward."""
+    """The arguments of one forward."""
 
     _fields_ = (
         ("num_trees", _whole),
@@ -100,26 +101,26 @@ class CStep(ctypes.Structure):
 
 
 def describe_linear(memory: Memory, read: Reader, *names: str, bits: int = FULL) -> CLinear:
-    """Linear layers fused into one, as `decoder.c` reads it, with weights of `FEW` or `FULL` bits."""
+    """Fuses linear layers into one for `decoder.c`, with weights of `FEW` or `FULL` bits."""
     return describe_weight(memory, read.tensor(*names), read.bias(*names), bits)
 
 
 def describe_weight(memory: Memory, weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None, bits: int) -> CLinear:
-    """The same of a weight."""
+    """Lays out a weight and its bias for `decoder.c`, with weights of `FEW` or `FULL` bits."""
     laid_out = blocked_few(weight) if bits == FEW else blocked(weight)
     given = None if bias is None else memory.put(bias).data_ptr()
     return CLinear(memory.put(laid_out).data_ptr(), int(bits == FEW), given, *weight.shape)
 
 
 class FewBits(NamedTuple):
-    """Weights of four bits: the weight of output o and input i is ``(numbers[o, i] - 8) * scales[o, i // 32]``."""
+    """Weights of four bits. The weight of output o and input i is ``(numbers[o, i] - 8) * scales[o, i // 32]``."""
 
     numbers: UInt8[Tensor, "o i"]
     scales: Float[Tensor, "o b"]
 
     @staticmethod
     def of(weight: Float[Tensor, "o i"]) -> FewBits:
-        """The number 0 is the largest weight of a block, whichever sign it has."""
+        """Rounds a weight to four bits. The number 0 stands for the weight of largest magnitude in a block."""
         blocks = weight.float().unflatten(1, (-1, _BLOCK))
         scales = (blocks.gather(2, blocks.abs().argmax(2, keepdim=True)) / -8).bfloat16()
         steps = torch.where(scales == 0, 0, blocks / scales.float())
@@ -127,7 +128,7 @@ class FewBits(NamedTuple):
 
 
 def describe_layer(memory: Memory, read: Reader, at: str, window: int | None, bits: int = FULL) -> CLayer:
-    """The decoder layer called `at`, as `decoder.c` reads it."""
+    """Describes the decoder layer with the name `at` for `decoder.c`."""
 
     def norm(name: str) -> int | None:
         return memory.put(read.tensor(f"{at}.{name}")).data_ptr() if read.has(f"{at}.{name}") else None
@@ -150,8 +151,13 @@ def describe_layer(memory: Memory, read: Reader, at: str, window: int | None, bi
 
 
 class Memory:
-    """Keeps tensors one after another on huge pages, where the system has them: streaming weights then misses few of the
-    processor's page entries, which makes a step of twelve rows a fifth faster."""
+    """Stores tensors one after another, on huge pages if the system has them.
+
+    Huge pages cause fewer TLB misses when weights are streamed, which makes a step of twelve rows a fifth faster.
+
+    Attributes:
+        num_bytes: bytes of all stored tensors, rounded up to cache lines.
+    """
 
     def __init__(self) -> None:
         self.num_bytes = 0
@@ -159,7 +165,7 @@ class Memory:
         self._used = 0
 
     def put(self, tensor: Tensor) -> Tensor:
-        """A copy of `tensor`, alive as long as this."""
+        """Copies a tensor into this memory and returns the copy."""
         size = -(-tensor.nbytes // _LINE) * _LINE
         if not self._blocks or self._used + size > self._blocks[-1].nbytes:
             self._blocks.append(_pages(max(size, _PAGES)))
@@ -173,20 +179,20 @@ class Memory:
 def _pages(num_bytes: int) -> Tensor:
     memory = mmap.mmap(-1, num_bytes)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
+        with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def blocked(weight: Num[Tensor, "o i"]) -> Num[Tensor, "t half 32 2"]:
-    """A weight in the order in which it is read: for 32 outputs, two entries of each of them after another."""
+    """Lays out a weight in the order in which it is read: blocks of 32 outputs, with two inputs of each output in turn."""
     outputs, inputs = weight.shape
     padded = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % TILE))
     return padded.view(-1, TILE, inputs // 2, 2).transpose(1, 2).contiguous()
 
 
 def blocked_few(weight: Float[Tensor, "o i"]) -> UInt8[Tensor, "t b 576"]:
-    """The same of weights of four bits, as `Block` in `passed.h`: for 32 outputs, scales and numbers of 32 inputs each."""
+    """Lays out a weight of four bits as `Block` in `passed.h`: scales and numbers of 32 outputs and 32 inputs."""
     numbers, scales = FewBits.of(torch.nn.functional.pad(weight, (0, 0, 0, -len(weight) % TILE)))
     low, high = numbers.view(-1, 2, TILE // 2, weight.shape[1] // 4, 4).unbind(1)
     halves = (low | high << 4).transpose(1, 2).reshape(len(low), -1, _BLOCK * TILE // 2)

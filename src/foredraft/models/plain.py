@@ -1,7 +1,7 @@
-"""The plainest kind of checkpoint, read without Transformers: a Llama whose config.json states every value that counts.
+"""Reads plain Llama checkpoints without Transformers, whose import takes longer than loading a small model.
 
-Importing Transformers' models takes longer than loading a small one. It judges every other checkpoint: one that leaves a value
-to a default, has an unknown key, or has weights under other names or in other shapes.
+A checkpoint is plain if its config.json states every relevant value and its weights have the standard names and shapes.
+Transformers reads all others: a checkpoint that relies on a default, has an unknown key, or has other weights.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ _STATED: dict[str, type | tuple[type, ...]] = {
     "tie_word_embeddings": bool,
     "rope_parameters": dict,
 }
-"""Values that must be stated, with their types."""
+"""Key that must be present -> the type of its value."""
 
 _FIXED = {"model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)}
-"""Values that must be stated, and be one of these."""
+"""Key that must be present -> its allowed values."""
 
 _WITHOUT_EFFECT = (
     *("architectures", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"),
     *("pretraining_tp", "transformers_version", "use_cache", "dtype"),
 )
-"""Other keys that may be there; they do not change the model."""
+"""Keys that may be present and do not change the model."""
 
 _FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 class PlainConfig:
-    """The values of a config.json as attributes, as far as `foredraft.models.llama` and the drafters read them."""
+    """A configuration with the values of a config.json as attributes."""
 
     def __init__(self, values: Mapping[str, Any]):
         self.__dict__.update(values)
 
     def get_text_config(self, decoder: bool = True) -> PlainConfig:
-        """Itself: there are no other parts."""
+        """Returns this object, because a plain model has no other parts."""
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """The values."""
+        """Returns the values as a dictionary."""
         return dict(self.__dict__)
 
 
 def plain_config(values: Mapping[str, Any]) -> PlainConfig | None:
-    """The configuration in the values of a config.json; None where Transformers has to read them."""
+    """Returns the configuration with the values of a config.json, or None if Transformers has to read them."""
     known = {*_STATED, *_FIXED, *_WITHOUT_EFFECT}
     if not values.keys() <= known or not {*_STATED, *_FIXED} <= values.keys():
         return None
@@ -67,16 +67,16 @@ def plain_config(values: Mapping[str, Any]) -> PlainConfig | None:
 
 
 def plain_model(path: Path) -> PlainConfig | None:
-    """`plain_config` of the model in a directory; None also where there is something else, or an adapter beside it."""
+    """Returns the `plain_config` of a directory. None also if it holds no model, or holds an adapter."""
     try:
         values = read_json(path / "config.json")
     except ModelError:
-        return None  # said by who reads it next
+        return None  # the next reader reports it
     return None if HEAD_KEY in values or any(path.glob("adapter_*")) else plain_config(values)
 
 
 def expected(config: PlainConfig) -> dict[str, Tensor]:
-    """Every tensor of a plain Llama, by name, without data."""
+    """Returns every tensor of a plain Llama by name, without data."""
     shape: Any = config
     width, rows = shape.hidden_size, shape.num_attention_heads * shape.head_dim
     shared, inner = shape.num_key_value_heads * shape.head_dim, shape.intermediate_size
@@ -93,12 +93,12 @@ def expected(config: PlainConfig) -> dict[str, Tensor]:
 
 
 def fits(config: PlainConfig, weights: Mapping[str, StoredTensor]) -> bool:
-    """Whether a file holds exactly the tensors of a plain Llama, in floating point."""
+    """Returns whether a checkpoint holds exactly the tensors of a plain Llama, in floating point."""
     shape: Any = config
     if shape.num_hidden_layers != sum(name.endswith("mlp.down_proj.weight") for name in weights):
-        return False  # before anything of that size is made
+        return False  # checked before anything of that size is allocated
     wanted = expected(config)
     names = wanted.keys() - ({"lm_head.weight"} - weights.keys() if shape.tie_word_embeddings else set())
     return weights.keys() == names and all(
-        tuple(one.shape) == tuple(wanted[name].shape) and one.dtype_name in _FLOATS for name, one in weights.items()
+        tuple(stored.shape) == tuple(wanted[name].shape) and stored.dtype_name in _FLOATS for name, stored in weights.items()
     )

@@ -1,4 +1,4 @@
-"""Weights of a checkpoint by name, in the dtype and on the device that they run in."""
+"""Reads the weights of a checkpoint by name and makes layers of them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from foredraft.models.weights import finite
 
 
 class Reader:
-    """Weights by name, turned into what runs them. Everything is copied: a later change of the weights has no effect.
+    """Reads weights by name. Every weight is copied, so a later change of the originals has no effect.
 
     Args:
-        config: of the model, for its norms and messages.
-        weights: by the names of the Transformers checkpoint.
-        dtype, device: what the copies are in.
-        packed: whether linear layers run on packed weights.
+        config: the model's configuration. Supplies the epsilon of norms and the model type in messages.
+        weights: the weights, under the names of the Transformers checkpoint.
+        dtype: dtype of the copies.
+        device: device of the copies.
+        packed: whether linear layers use packed weights.
     """
 
     def __init__(
@@ -34,40 +35,42 @@ class Reader:
         self._to = {"dtype": dtype, "device": device}
 
     def tensor(self, *names: str, kind: str = "weight") -> Tensor:
-        """A copy of the tensors called ``name.kind``, one below the other.
+        """Returns a copy of the tensors ``name.kind``, concatenated in their first dimension.
 
         Raises:
-            ValueError: there is none, or one holds NaN or infinity.
+            ValueError: a tensor is missing, or holds NaN or infinity.
         """
         for name in names:
             if f"{name}.{kind}" not in self._weights:
                 raise ValueError(
-                    f"the checkpoint lacks the tensor '{name}.{kind}': is it complete, and of type {self._config.model_type}?"
+                    f"the checkpoint lacks the tensor '{name}.{kind}': check that the checkpoint is complete and of type "
+                    f"{self._config.model_type}"
                 )
-        alone = len(names) == 1  # what is put together is copied by that
-        found = [finite(name, self._weights[name].to(**self._to, copy=alone)) for name in (f"{one}.{kind}" for one in names)]
-        return found[0] if alone else torch.cat(found)
+        alone = len(names) == 1  # concatenation copies anyway
+        keys = [f"{name}.{kind}" for name in names]
+        tensors = [finite(key, self._weights[key].to(**self._to, copy=alone)) for key in keys]
+        return tensors[0] if alone else torch.cat(tensors)
 
     def has(self, name: str, kind: str = "weight") -> bool:
-        """Whether there is a tensor called ``name.kind``."""
+        """Returns whether the tensor ``name.kind`` exists."""
         return f"{name}.{kind}" in self._weights
 
     def bias(self, *names: str) -> Tensor | None:
-        """The biases of linear layers fused into one; None where they have none."""
+        """Returns the biases of linear layers fused into one, or None if the layers have no bias."""
         return self.tensor(*names, kind="bias") if self.has(names[0], "bias") else None
 
     def linear(self, *names: str) -> Linear:
-        """Linear layers fused into one."""
+        """Fuses linear layers into one."""
         return self.make(self.tensor(*names), self.bias(*names))
 
     def make(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        """A linear layer of given weights."""
+        """Makes a linear layer of a weight and a bias."""
         return make_linear(weight, bias, packed=self._packed)
 
     def norm(self, name: str) -> Norm:
-        """A norm."""
+        """Makes the RMSNorm with this name."""
         return make_norm(self.tensor(name), self._config.rms_norm_eps)
 
     def norm_if_any(self, name: str) -> Norm | None:
-        """A norm that some models have."""
+        """Makes the RMSNorm with this name, or returns None if the model has no such norm."""
         return self.norm(name) if self.has(name) else None

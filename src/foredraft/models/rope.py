@@ -1,9 +1,9 @@
-"""Rotary positions: frequencies, tables, and how far they reach.
+"""Rotary position embedding: frequencies, tables, and context length.
 
-The frequencies of two scalings depend on the length of a text. LongRoPE has one list of factors for the context of the first
-training, and another one beyond it. Dynamic scaling changes with every token beyond that context. A cached key keeps the
-frequencies that it was rotated with, so the law would depend on how a text is cut into forwards. Here the frequencies are
-chosen once, when the model is loaded, for the longest text that it may run.
+Two scalings have frequencies that depend on the length of the text. LongRoPE has one list of factors for the original context
+and another for longer texts. Dynamic scaling changes with every token beyond the original context. A cached key keeps its
+frequencies, so the output distribution would depend on how a text is split into forwards. This module therefore chooses the
+frequencies once, when the model is loaded, for the longest text that it may run.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ LONG, DYNAMIC = "longrope", "dynamic"
 """Values of ``rope_type`` whose frequencies depend on the length."""
 
 MOST_POSITIONS = 6 << 20
-"""Longest context for which tables are made unless a shorter one is asked for: 6 GiB for heads of 128."""
+"""Largest context, in tokens, that tables are made for. They take 6 GiB for heads of size 128."""
 
 
 class Rotary(NamedTuple):
-    """Angles that a position adds, for each pair of entries of a head, and the factor of cosines and sines."""
+    """Angle per position for each pair of entries of a head, in radians, and the factor of cosines and sines."""
 
     frequencies: Float[Tensor, " e"]
     scaling: float
 
 
 def context_of(config: Any, wanted: int | None = None) -> int:
-    """Longest text that a model is loaded for, in tokens.
+    """Returns the length in tokens of the longest text that a model is loaded for.
 
-    With LongRoPE this is the context of the first training, as in vLLM, unless `wanted` exceeds it.
+    With LongRoPE this is the original context, as in vLLM, unless `wanted` exceeds it.
 
     Args:
-        config: of the language model.
-        wanted: longest text that is asked for; None is no wish.
+        config: configuration of the language model.
+        wanted: requested length in tokens, or None.
 
     Raises:
         ValueError: the configuration gives no length.
@@ -52,21 +52,21 @@ def context_of(config: Any, wanted: int | None = None) -> int:
 
 
 def original_context(config: Any) -> int | None:
-    """Context that the short factors of LongRoPE are for; None without LongRoPE."""
+    """Returns the context, in tokens, of the short factors of LongRoPE. None without LongRoPE."""
     whole: Any = getattr(config, "original_max_position_embeddings", None) or getattr(config, "max_position_embeddings", None)
     lengths = [rope.get("original_max_position_embeddings") or whole for rope in _ropes(config) if _kind(rope) == LONG]
     return min(lengths, default=None)
 
 
 def why_not_longer(config: Any) -> str:
-    """Why a context cannot be extended, as the end of a sentence; empty where its length alone says it."""
+    """Returns why a context cannot be extended, as the end of a sentence. Empty if its length is the only reason."""
     if any(DYNAMIC in _kind(rope) for rope in _ropes(config)):
-        return ", because its dynamic RoPE changes beyond it with every token, and with it what is cached"
+        return ", because its dynamic RoPE changes with every token beyond it, and cached keys would have to change too"
     return ""
 
 
 def frequencies(config: Any, length: int) -> Rotary:
-    """Rotary positions of a model of the Llama family that is loaded for texts of `length` tokens."""
+    """Returns the frequencies of a Llama-family model that is loaded for texts of `length` tokens."""
     ropes = _ropes(config)
     if len(ropes) == 1 and _kind(ropes[0]) == "default" and ropes[0].keys() <= {"rope_type", "rope_theta"}:
         return _unscaled(config, ropes[0]["rope_theta"])
@@ -81,7 +81,7 @@ def frequencies(config: Any, length: int) -> Rotary:
 
 
 def _unscaled(config: Any, theta: float) -> Rotary:
-    """Frequencies without scaling, in the order of Transformers' own operations.
+    """Returns frequencies without scaling. The order of operations is that of Transformers.
 
     Source: Su et al., RoFormer (arXiv 2104.09864), section 3.2.2.
     """
@@ -92,15 +92,16 @@ def _unscaled(config: Any, theta: float) -> Rotary:
 def rotary_tables(
     config: Any, length: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Float[Tensor, "t e"], Float[Tensor, "t e"]]:
-    """Cosines and sines of every position, computed in float32 as the published models do. The sign of the rotation's first
-    half is folded into the sines, so that rotating is one roll.
+    """Returns the cosines and the signed sines of every position. They are computed in float32, as in the published models.
+
+    The sines of the first half of a head are negated, so that a rotation needs one roll.
 
     Raises:
         ValueError: the tables would be too large.
     """
     if length > MOST_POSITIONS:
         raise ValueError(
-            f"max_position_embeddings is {length}, and tables of rotary positions are made for {MOST_POSITIONS} at most: "
+            f"max_position_embeddings is {length}, but tables of rotary positions hold at most {MOST_POSITIONS}: "
             "give a smaller max_model_len (--max-model-len)"
         )
     chosen, scaling = frequencies(config, min(length, config.max_position_embeddings))
@@ -110,7 +111,7 @@ def rotary_tables(
 
 
 class Held(NamedTuple):
-    """A rotary module of Transformers, and the state that it has while the model runs."""
+    """A rotary module of Transformers, and its state during a forward."""
 
     module: nn.Module
     rope_type: Any
@@ -125,30 +126,32 @@ class Held(NamedTuple):
 
 @contextmanager
 def held(modules: Sequence[Held]) -> Iterator[None]:
-    """Fixes frequencies while a model runs, and restores its modules afterwards."""
+    """Fixes the frequencies of rotary modules, and restores the modules afterwards."""
     before = [
-        Held(one.module, one.module.rope_type, {name: getattr(one.module, name) for name in one.buffers}) for one in modules
+        Held(state.module, state.module.rope_type, {name: getattr(state.module, name) for name in state.buffers})
+        for state in modules
     ]
     try:
-        for one in modules:
-            one.put()
+        for state in modules:
+            state.put()
         yield
     finally:
-        for one in before:
-            one.put()
+        for state in before:
+            state.put()
 
 
 def hold(model: nn.Module, length: int) -> list[Held]:
-    """What `held` needs so that the frequencies of a Transformers model do not change with the text. Changes nothing.
+    """Returns the states with which `held` fixes the frequencies of a Transformers model. Does not change the model.
 
     Args:
-        length: longest text that the model is loaded for.
+        model: a model of Transformers.
+        length: length in tokens of the longest text that the model is loaded for.
 
     Raises:
-        ValueError: the model computes its frequencies in a way of its own, and `length` exceeds its original context.
+        ValueError: the model computes its frequencies in an unknown way, and `length` exceeds its original context.
     """
-    found = [_hold(module, length) for module in model.modules()]
-    return [one for one in found if one is not None]
+    states = [_hold(module, length) for module in model.modules()]
+    return [state for state in states if state is not None]
 
 
 def _hold(module: Any, length: int) -> Held | None:
@@ -166,40 +169,40 @@ def _hold(module: Any, length: int) -> Held | None:
         made, _ = ROPE_INIT_FUNCTIONS[named[layer]](module.config, there.device, seq_len=length, **of_layer)
         buffers[name] = made.to(there.dtype)
     fixed = {layer: "default" if layer in chosen else kind for layer, kind in named.items()}
-    found = Held(module, fixed if isinstance(kinds, dict) else "default", buffers)
-    if all(_obeys(found, length, layer) for layer in chosen):
-        return found
+    state = Held(module, fixed if isinstance(kinds, dict) else "default", buffers)
+    if all(_obeys(state, length, layer) for layer in chosen):
+        return state
     first = original_context(module.config)
     if first is not None and length > first:
         raise ValueError(
-            f"model type {module.config.model_type!r} chooses its LongRoPE factors in a way of its own: "
+            f"model type {module.config.model_type!r} chooses its LongRoPE factors in an unknown way: "
             f"give a max_model_len of at most {first} (--max-model-len)"
         )
-    return None  # up to its original context it computes what we would
+    return None  # up to its original context its frequencies are the same as ours
 
 
 @torch.inference_mode()
-def _obeys(one: Held, length: int, layer: Any) -> bool:
-    """Whether a module uses the frequencies that it is given, whatever the longest position of a forward."""
-    device = next(iter(one.buffers.values())).device
+def _obeys(state: Held, length: int, layer: Any) -> bool:
+    """Returns whether a module uses the given frequencies, independently of the longest position of a forward."""
+    device = next(iter(state.buffers.values())).device
     like, of_layer = torch.zeros(1, device=device), {} if layer is None else {"layer_type": layer}
 
     def first_of(*positions: int) -> Tensor:
-        out = one.module(like, torch.tensor([positions], device=device), **of_layer)
+        out = state.module(like, torch.tensor([positions], device=device), **of_layer)
         return torch.stack([part[0, 0] for part in out])
 
-    with held([one]):
+    with held([state]):
         alone, beside = first_of(1), first_of(1, length - 1)
-    with held([one._replace(buffers={name: buffer / 2 for name, buffer in one.buffers.items()})]):
+    with held([state._replace(buffers={name: buffer / 2 for name, buffer in state.buffers.items()})]):
         slower = first_of(1)
     return torch.equal(alone, beside) and not torch.equal(alone, slower)
 
 
 def refuse_bad_rope(config: Any) -> None:
-    """Raises if the rotary positions of a configuration cannot be computed.
+    """Refuses a configuration whose rotary positions cannot be computed.
 
     Raises:
-        ValueError: names the entry that is wrong.
+        ValueError: an entry is wrong. The message names it.
     """
     for rope in _ropes(config):
         if _kind(rope) != "default":
@@ -229,7 +232,7 @@ _SCALED = ("linear", DYNAMIC, "llama3")
 
 
 def is_positive(value: Any) -> bool:
-    """Whether a value is a number above 0 that float32 can hold."""
+    """Returns whether a value is a number above 0 within the range of float32."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 3e38
 
 
@@ -239,11 +242,11 @@ def _refuse_bad_factors(name: str, value: Any) -> None:
 
 
 def _ropes(config: Any) -> list[dict[str, Any]]:
-    """The rotary positions of a configuration, one for each type of layer that has its own."""
+    """Returns the rotary parameters of a configuration: one entry, or one for each type of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters must be an object, got {rope!r}")
-    nested = [one for one in rope.values() if isinstance(one, dict)]
+    nested = [entry for entry in rope.values() if isinstance(entry, dict)]
     return nested or ([rope] if rope else [])
 
 

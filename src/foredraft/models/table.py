@@ -1,4 +1,4 @@
-"""Targets whose law is a table: the answer key for tests and theory, exact in float64."""
+"""Targets whose law is a table. They are exact in float64 and serve as the reference in tests and theory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Law = Callable[[tuple[int, ...]], Float[np.ndarray, " v"]]
 
 
 def random_law(vocab_size: int, seed: int, zeros: float = 0.0, concentration: float = 1.0) -> Law:
-    """A distinct Dirichlet row for every prefix, a share `zeros` of whose entries is zero (never all)."""
+    """Makes a law with a distinct Dirichlet row for every prefix. A share `zeros` of its entries is zero, never all."""
 
     @memoize
     def law(prefix: tuple[int, ...]) -> Float[np.ndarray, " v"]:
@@ -32,9 +32,9 @@ def random_law(vocab_size: int, seed: int, zeros: float = 0.0, concentration: fl
 
 
 def markov_law(first: Float[np.ndarray, " v"], steps: Float[np.ndarray, "t v v"]) -> Law:
-    """A non-stationary Markov chain: `first` for the empty prefix, then ``steps[n - 1][last token]`` after n tokens.
+    """Makes the law of a Markov chain: `first` for the empty prefix, then ``steps[n - 1][last token]`` after n tokens.
 
-    Beyond the last matrix that one is used on, so that one matrix makes a stationary chain.
+    The last matrix also serves all later tokens, so a single matrix makes a stationary chain.
     """
 
     def law(prefix: tuple[int, ...]) -> Float[np.ndarray, " v"]:
@@ -45,38 +45,38 @@ def markov_law(first: Float[np.ndarray, " v"], steps: Float[np.ndarray, "t v v"]
 
 @dataclass
 class TableCache:
-    """Committed tokens, and behind them the tree of the last forward."""
+    """A cache that holds the committed tokens and the tree of the last forward."""
 
     tokens: list[int] = field(default_factory=list)
     tree: list[int] = field(default_factory=list)
 
     @property
     def length(self) -> int:
-        """Tokens held."""
+        """Number of committed tokens."""
         return len(self.tokens)
 
     def truncate(self, length: int) -> None:
-        """Forgets everything after the first `length` tokens."""
+        """Drops all tokens after the first `length`."""
         del self.tokens[length:]
 
 
 class TablePool:
-    """Caches of a `TableTarget`."""
+    """The pool of a `TableTarget`'s caches."""
 
     def allocate(self) -> TableCache:
-        """A new empty cache."""
+        """Makes an empty cache."""
         return TableCache()
 
     def copy(self, cache: TableCache) -> TableCache:
-        """A new cache with the tokens of another."""
+        """Makes a cache with the tokens of another."""
         return TableCache(list(cache.tokens))
 
     def free(self, cache: TableCache) -> None:
-        """Gives the cache back."""
+        """Frees a cache."""
         pass
 
     def keep(self, caches: Sequence[TableCache], paths: Sequence[Sequence[int]]) -> None:
-        """Commits node 0 and the path of every request."""
+        """Commits node 0 and the nodes of `paths` for every request."""
         for cache, path in zip(caches, paths, strict=True):
             cache.tokens += [cache.tree[node] for node in (0, *path)]
             cache.tree = []
@@ -84,11 +84,14 @@ class TablePool:
 
 @dataclass
 class TableTarget:
-    """A target with a given law; logits are log-probabilities in float64, so temperature 1 gives the law back.
+    """A target with a given law. Its logits are log-probabilities in float64, so temperature 1 reproduces the law.
 
     Attributes:
-        max_len: length of the context.
-        num_forwards: calls of `forward` so far.
+        law: law of the next token after a whole prefix.
+        vocab_size: size of the vocabulary.
+        max_len: length of the context in tokens.
+        num_forwards: number of calls of `forward` so far.
+        config: the model's configuration, if it has any.
     """
 
     has_own_threads = False
@@ -101,7 +104,7 @@ class TableTarget:
     config: Any = None
 
     def new_pool(self, num_slots: int, max_len: int) -> TablePool:
-        """A pool of token lists: the table needs no keys and values."""
+        """Makes a pool of token lists. The table needs no keys and values."""
         return TablePool()
 
     def forward(
@@ -113,7 +116,7 @@ class TableTarget:
         start: Sequence[int] | None = None,
         feature_layers: Sequence[int] = (),
     ) -> Scores:
-        """The table's rows at the asked nodes; prefixes are read from the caches, not from the batch alone."""
+        """Returns the table's rows at `rows`, or at all new nodes. Prefixes come from the caches and the batch."""
         self.num_forwards += 1
         laws: dict[int, np.ndarray] = {}
         for b, cache in enumerate(caches):

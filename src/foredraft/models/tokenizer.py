@@ -1,4 +1,4 @@
-"""The tokenizer beside a model, and whether the two fit."""
+"""Loads the tokenizer of a model and checks that the two fit."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.j
 
 
 def load_tokenizer(source: Any, revision: str | None = None) -> Any:
-    """The tokenizer beside a model; None if there is none, for then the model works on token ids.
+    """Loads the tokenizer in the directory of a model. Returns None if there is none; the model then works on token ids.
 
     Raises:
-        ModelError: there is one, and it cannot be read.
+        ModelError: the files of the tokenizer cannot be read.
     """
     if is_loaded_model(source):
         source = getattr(source.config, "_name_or_path", "")
@@ -36,11 +36,13 @@ def _read(path: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        raise ModelError(f"cannot read the tokenizer in {str(path)!r}: {one_line(error)}; copy its files again") from None
+        raise ModelError(
+            f"cannot read the tokenizer in {str(path)!r}: {one_line(error)}; copy the tokenizer files again"
+        ) from None
     template = getattr(tokenizer, "chat_template", None)
     if not isinstance(template, str | dict | None):
         raise ModelError(
-            f"the chat_template in {str(path)!r} must be a text, got {template!r}: copy tokenizer_config.json again"
+            f"the chat_template in {str(path)!r} must be a string, got {template!r}: copy tokenizer_config.json again"
         )
     length = getattr(tokenizer, "model_max_length", None)
     if not isinstance(length, int | float | None):
@@ -49,15 +51,16 @@ def _read(path: Path) -> Any:
 
 
 def refuse_misfit(tokenizer: Any, vocab_size: int, model: str = "model") -> None:
-    """Raises if a tokenizer cannot be used, or has tokens that a model does not know. None fits every model.
+    """Refuses a tokenizer that is unusable or has tokens outside the vocabulary of a model. None fits every model.
 
     Args:
-        vocab_size: rows of the model's embedding.
-        model: what the message calls it.
+        tokenizer: a Transformers tokenizer, or None.
+        vocab_size: number of rows of the model's embedding.
+        model: name of the model in the message.
 
     Raises:
-        TypeError: it is no tokenizer.
-        ModelError: says both sizes, and which tokens.
+        TypeError: `tokenizer` is not a tokenizer.
+        ModelError: a token id is too large. The message says both sizes and names tokens.
     """
     if tokenizer is None:
         return
@@ -67,17 +70,19 @@ def refuse_misfit(tokenizer: Any, vocab_size: int, model: str = "model") -> None
     if beyond:
         named = ", ".join(f"{token!r} ({i})" for i, token in beyond[:3]) + (", ..." if len(beyond) > 3 else "")
         raise ModelError(
-            f"the tokenizer has ids up to {beyond[-1][0]}, the {model}'s embedding has {vocab_size} rows, none for {named}: "
-            "give the tokenizer of this model, or enlarge the model with resize_token_embeddings and save it"
+            f"the tokenizer has ids up to {beyond[-1][0]}, but the {model}'s embedding has {vocab_size} rows, "
+            f"none for {named}: give the tokenizer of this model, or enlarge the model with resize_token_embeddings and save it"
         )
 
 
 class QuickTokenizer:
-    """A tokenizer.json by itself. Encodes and lists its vocabulary; for anything else it loads Transformers' tokenizer.
+    """A tokenizer that reads tokenizer.json only. It encodes text and lists its vocabulary without Transformers.
+
+    For everything else it loads Transformers' tokenizer of the same files.
 
     Attributes:
         backend_tokenizer: the `tokenizers.Tokenizer`.
-        chat_template: the text of the template; None where there is none.
+        chat_template: the chat template, or None.
     """
 
     def __init__(self, path: Path, backend: Any, chat_template: str | None):
@@ -85,7 +90,7 @@ class QuickTokenizer:
 
     @cached_property
     def whole(self) -> Any:
-        """Transformers' tokenizer of the same files."""
+        """Transformers' tokenizer of the same files. It is loaded on first use."""
         return _read(self._path)
 
     def encode(self, text: Any, **options: Any) -> list[int]:
@@ -95,19 +100,19 @@ class QuickTokenizer:
         return self.backend_tokenizer.encode(text, add_special_tokens=options.get("add_special_tokens", True)).ids
 
     def get_vocab(self) -> dict[str, int]:
-        """Token ids by token."""
+        """Returns the vocabulary: token -> token id."""
         return self.backend_tokenizer.get_vocab(with_added_tokens=True)
 
     def get_added_vocab(self) -> dict[str, int]:
-        """Token ids of what tokenizer.json adds to the vocabulary, special tokens for instance."""
+        """Returns the added tokens of tokenizer.json, such as special tokens: token -> token id."""
         return {token.content: i for i, token in self.backend_tokenizer.get_added_tokens_decoder().items()}
 
     def decode(self, ids: Any, **options: Any) -> Any:
-        """Text of token ids, by Transformers' tokenizer."""
+        """Decodes token ids to text, with Transformers' tokenizer."""
         return self.whole.decode(ids, **options)
 
     def __call__(self, text: Any, **options: Any) -> Any:
-        """``input_ids`` of one text; Transformers' tokenizer takes everything else."""
+        """Returns the ``input_ids`` of a text. Transformers' tokenizer handles all other inputs and options."""
         if isinstance(text, str) and options.keys() <= {"add_special_tokens", "verbose"}:
             return {"input_ids": self.encode(text, **options)}
         return self.whole(text, **options)
@@ -117,14 +122,14 @@ class QuickTokenizer:
 
 
 _QUICK = {"TokenizersBackend", "PreTrainedTokenizerFast"}
-"""Values of ``tokenizer_class`` that take tokenizer.json as it is."""
+"""Values of ``tokenizer_class`` that use tokenizer.json unchanged."""
 
 _HARMLESS = ("backend", "is_local", "local_files_only", "model_max_length", "tokenizer_class", "clean_up_tokenization_spaces")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def quick_tokenizer(path: Path) -> QuickTokenizer | None:
-    """The tokenizer in a directory, where tokenizer.json says all that counts; None where Transformers has to read it."""
+    """Returns the tokenizer in a directory if tokenizer.json defines it fully, or None if Transformers has to read it."""
     if not (path / "tokenizer.json").is_file() or not (path / "tokenizer_config.json").is_file():
         return None
     if any((path / name).exists() for name in ("special_tokens_map.json", "added_tokens.json", "chat_templates")):
@@ -135,7 +140,7 @@ def quick_tokenizer(path: Path) -> QuickTokenizer | None:
         chat_template = template.read_text(encoding="utf-8") if template.is_file() else None
         backend = Tokenizer.from_file(str(path / "tokenizer.json"))
     except Exception:
-        return None  # said by Transformers' reader
+        return None  # Transformers' reader reports the fault
     added = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
     named = [config[key] for key in _SPECIAL if key in config]
     if config.get("tokenizer_class") not in _QUICK or not config.keys() <= {*_HARMLESS, *_SPECIAL}:

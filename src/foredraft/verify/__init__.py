@@ -1,4 +1,4 @@
-"""Acceptance rules: RULES names every one, with its guarantee; `lossy` holds every inexact rule and nothing else does."""
+"""Acceptance rules. `RULES` is the table of all rules and their guarantees. Every inexact rule is in `lossy`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from foredraft.shape import Drawn
 
 
 class RuleRow(NamedTuple):
-    """One rule.
+    """One row of the table of rules.
 
     Attributes:
-        code: module of this package and function, as ``module:function``; imported when the rule is used.
-        drawn: kinds of draws it is made for.
-        chains_only: whether it needs a tree without branches.
-        options: config keys of its own, arguments of the rule.
-        exact_with: options with which a lossy rule is exact.
+        code: ``module:function`` within this package. It is imported when the rule is used.
+        drawn: kinds of draws that the rule supports.
+        chains_only: whether the rule needs a tree without branches.
+        guarantee: whether the rule is exact, and how it deviates if it is lossy.
+        source: the paper.
+        options: config keys that are arguments of the rule.
+        exact_with: options for which a lossy rule is exact.
     """
 
     code: str
@@ -31,17 +33,17 @@ class RuleRow(NamedTuple):
 
     @property
     def rule(self) -> Callable[..., Any]:
-        """The rule itself, a `foredraft.protocols.AcceptanceRule`."""
+        """The rule, a `foredraft.protocols.AcceptanceRule`."""
         module, name = self.code.split(":")
         return getattr(import_module(f"foredraft.verify.{module}"), name)
 
     def claim(self, options: Mapping[str, Any]) -> str:
-        """What it guarantees with these options."""
+        """Returns the guarantee of the rule with these options."""
         exact = self.exact_with and all(options.get(key) == value for key, value in self.exact_with.items())
         return _EXACT if exact else self.guarantee
 
     def with_options(self, **options: Any) -> Callable[..., Any]:
-        """The rule with some of its options given."""
+        """Returns the rule with these options fixed."""
         return partial(self.rule, **options) if options else self.rule
 
 
@@ -102,7 +104,7 @@ RULES: dict[str, RuleRow] = {
         "lossy:tolerance",
         frozenset({_D, _I, _W}),
         True,
-        "lossy: over-accepts by epsilon; the output carries a bound of the distance of every token's law",
+        "lossy: over-accepts by epsilon; the output reports a bound on the distance of every token's law",
         "Yin et al. 2024 (arXiv 2411.00841), section 4, Decoding-OPT",
         ("epsilon",),
         {"epsilon": 0},
@@ -111,7 +113,7 @@ RULES: dict[str, RuleRow] = {
         "lossy:uno",
         frozenset({_D, _I, _W}),
         True,
-        "lossy, also at epsilon 0: over-accepts by epsilon and redraws from the target's law; a comparison",
+        "lossy, even at epsilon 0: over-accepts by epsilon and redraws from the target's law; for comparison",
         "Yin et al. 2024 (arXiv 2411.00841), section 4.3, Decoding-UNO",
         ("epsilon",),
     ),

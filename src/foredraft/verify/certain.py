@@ -1,4 +1,4 @@
-"""What every exact rule does where the target leaves no choice: the fast twin of all of them at temperature 0."""
+"""The fast path of every exact rule when the target has one possible token per node, as at temperature 0."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from foredraft.tree import DraftTree
 
 
 def follow(tree: DraftTree, target_law: TargetLaw) -> Verdict | None:
-    """The path of the only tokens that the target would give; None where it leaves a choice.
+    """Returns the verdict if all target laws are one-hot, else None.
 
-    A draft of probability 1 under the target is accepted by every exact rule whatever its draft probability, one of
-    probability 0 by none, and the residual of a one-hot law is that law: so nothing is drawn, and no law is computed.
+    Every exact rule accepts a token of target probability 1, whatever its draft probability, and rejects a token of
+    probability 0. The residual of a one-hot law is the law itself. So no random number is drawn and no law is computed.
 
-    Guarantee: the same verdict as the rule that asks.
+    Guarantee: the same verdict as the exact rule that calls it.
     """
     if not target_law.is_certain:
         return None
     path, node, children, tokens = [], 0, tree.children, tree.tokens
     while children[node]:
         token = target_law.token(node)
-        child = next((one for one in children[node] if tokens[one] == token), None)
+        child = next((candidate for candidate in children[node] if tokens[candidate] == token), None)
         if child is None:
             return Verdict(path, token, "recovered")
         path.append(child)

@@ -12,7 +12,7 @@ from foredraft.verify.residual import subtract
 
 
 def chain(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
-    """Accepts each drafted token with min(1, target / draft), up to the first rejection.
+    """Accepts each drafted token with probability min(1, target / draft), up to the first rejection.
 
     Guarantee: exact in distribution.
     Source: Leviathan, Kalman, Matias 2023 (arXiv 2211.17192), Algorithm 1; Yin et al. 2024, Algorithm 1.

@@ -1,4 +1,4 @@
-"""K-SEQ: k independent drafts, each accepted with the same discounted probability."""
+"""K-SEQ: tests k independent drafts, each with the same discounted acceptance probability."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from foredraft.verify.multiround import require_drawn, test_children
 
 
 def kseq(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
-    """Accepts each of k siblings drawn independently with min(1, target / (rho draft)); a common residual if none.
+    """Tests k independent siblings in turn. Accepts each with probability min(1, target / (rho draft)).
 
-    With beta = sum_x min(draft, target / rho), some sibling is accepted with probability reached = 1 - (1 - beta)^k, and
-    rho solves reached = rho beta. If none is, the next token comes from target - min(draft, target / rho) reached / beta,
-    normalised. Deterministic siblings are tested as in `multiround`.
+    Let beta = sum_x min(draft, target / rho). The probability that a sibling is accepted is reached = 1 - (1 - beta)^k, and rho
+    solves reached = rho beta. If no sibling is accepted, the next token is drawn from the common residual
+    target - min(draft, target / rho) reached / beta, normalised. Deterministic siblings are tested as in `multiround`.
 
     Guarantee: exact in distribution.
     Source: Sun et al. 2023, SpecTr (arXiv 2310.15141), Algorithm 3 and Theorem 2, one token at a time.
@@ -63,11 +63,12 @@ def _test_siblings(
 
 
 def discount(law: Float[Tensor, " v"], draft: Float[Tensor, " v"], k: int) -> float:
-    """rho in [1, k] with 1 - (1 - beta(rho))^k <= rho beta(rho), equal up to rounding (bisection from above).
+    """Returns the least rho in [1, k] with 1 - (1 - beta(rho))^k <= rho beta(rho), by bisection from above.
 
-    Source: SpecTr, equation 5. Any rho that satisfies the inequality is lossless, the least is the best.
+    Every rho that satisfies the inequality is lossless. The least accepts most, and reaches equality up to rounding.
+
+    Source: SpecTr, equation 5.
     """
-
     target_probs, draft_probs = law.double().cpu().numpy(), draft.double().cpu().numpy()
     low, high = 1.0, float(k)
     rho = low

@@ -1,4 +1,4 @@
-"""Rules that change the output law, kept apart from the exact ones."""
+"""Lossy rules, which change the output distribution. They are separate from the exact rules."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _DELTA = 0.3
 
 
 def typical(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
-    """Accepts every token whose target probability exceeds min(0.09, 0.3 exp(-entropy)); keeps the longest such path.
+    """Accepts every token whose target probability exceeds min(0.09, 0.3 exp(-entropy)), and keeps the longest such path.
 
-    Among equally long paths the most likely one is kept. The next token is drawn from the target's law. (The reference code
-    accepts the first token of a tree because it is the target's own greedy choice; here the root is that token.)
+    Of equally long paths it keeps the most likely one. The next token is drawn from the target's law. The reference code also
+    accepts the first token of a tree, because it is the target's greedy choice. Here the root is that token.
 
-    Guarantee: lossy. ``tv_bounds`` is 1 for every accepted token and the one after them: no smaller bound is known.
+    Guarantee: lossy. ``tv_bounds`` is 1 for every accepted token and for the next token: no smaller bound is known.
     Source: Medusa (arXiv 2401.10774), section 2.3.1; thresholds of the released code.
     """
     best, stack = (0, 0.0, 0), [(0, 0.0, 0)]
     while stack:
         length, logprob, node = stack.pop()
-        best = max(best, (length, logprob, node), key=lambda one: one[:2])
+        best = max(best, (length, logprob, node), key=lambda entry: entry[:2])
         law = target_law.row(node)
         positive = law[law > 0]
         threshold = min(_EPSILON, _DELTA * math.exp(float((positive * positive.log()).sum())))
@@ -44,10 +44,11 @@ def typical(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
 
 
 def tolerance(tree: DraftTree, target_law: TargetLaw, draws: Draws, epsilon: float | int = 0.1) -> Verdict:
-    """Accepts each token of a chain with min(1, (target + epsilon) / draft); after a rejection the law that loses least.
+    """Accepts each token of a chain with probability min(1, (target + epsilon) / draft), and redraws from the best residual.
 
-    Guarantee: lossy. Each emitted token's law is at most ``tv_bounds`` away from the target's; that bound is what the rule
-    loses by Theorem 4, and by Theorem 5 also the probability of a rejection that it saved. Epsilon 0 is rule ``chain``.
+    Guarantee: lossy. The total variation distance of each emitted token's law from the target's is at most ``tv_bounds``. The
+    bound is the loss by Theorem 4. By Theorem 5 it is also the rejection probability that the rule saves. With epsilon 0 the
+    rule is ``chain``.
     Source: Yin et al. 2024 (arXiv 2411.00841), section 4: over-acceptance with the best residual, "Decoding-OPT".
 
     Raises:
@@ -57,10 +58,10 @@ def tolerance(tree: DraftTree, target_law: TargetLaw, draws: Draws, epsilon: flo
 
 
 def uno(tree: DraftTree, target_law: TargetLaw, draws: Draws, epsilon: float | int = 0.1) -> Verdict:
-    """Accepts as `tolerance` does, and redraws from the target's law itself after a rejection.
+    """Accepts tokens as `tolerance` does, but redraws from the target's law after a rejection.
 
-    Guarantee: lossy, also at epsilon 0. ``tv_bounds`` as in `tolerance`, for this redraw.
-    Source: Yin et al. 2024 (arXiv 2411.00841), section 4.3, "Decoding-UNO", the comparison.
+    Guarantee: lossy, even at epsilon 0. ``tv_bounds`` is as in `tolerance`, computed for this redraw.
+    Source: Yin et al. 2024 (arXiv 2411.00841), section 4.3, "Decoding-UNO". The paper uses it for comparison.
 
     Raises:
         ValueError: the tree branches, or epsilon is negative.

@@ -1,7 +1,7 @@
-"""Multi-round verification: siblings are tested one after another against what is left of the target's law.
+"""Multi-round verification: tests siblings in turn against the residual of the target's law.
 
-One function serves every way of drawing. After a rejection the target's law becomes its residual
-``norm([target - draft]+)``; only the update of the draft law differs:
+One function serves every way of drawing. After a rejection the target's law becomes its residual ``norm([target - draft]+)``.
+Only the update of the draft law differs:
 
     iid                   kept                          SpecInfer (arXiv 2305.09781), multi-step speculative sampling
     without_replacement   rejected token zeroed, rest   Sequoia (arXiv 2402.12374), Algorithm 2
@@ -25,10 +25,10 @@ from foredraft.verify.residual import subtract, without
 
 
 def multiround(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
-    """Multi-round rule for every way of drawing, read from ``tree.drawn``.
+    """Verifies a tree by the multi-round rule. ``tree.drawn`` says how the children of each node were drawn.
 
     Guarantee: exact in distribution.
-    Source: DySpec, Algorithm 3 (with a uniform number where the paper prints a normal one).
+    Source: DySpec, Algorithm 3. The random number is uniform; the paper prints a normal one.
     """
     if certain := follow(tree, target_law):
         return certain
@@ -43,7 +43,7 @@ def multiround(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
 
 
 def multiround_iid(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
-    """`multiround` restricted to siblings drawn independently with replacement (and to deterministic ones).
+    """Runs `multiround` on siblings that were drawn independently with replacement, or are deterministic.
 
     Guarantee: exact in distribution.
     Source: SpecInfer (arXiv 2305.09781), section 4.3.
@@ -56,42 +56,47 @@ def multiround_iid(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verd
 
 
 def deterministic(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
-    """`multiround` restricted to candidates that were chosen, not sampled.
+    """Runs `multiround` on deterministic siblings, which were chosen and not sampled.
 
     Guarantee: exact in distribution.
     Source: EAGLE-2 (arXiv 2406.16858), released code: accept a candidate with its remaining target probability.
 
     Raises:
-        ValueError: any node's children were sampled.
+        ValueError: siblings were sampled.
     """
     require_drawn(tree, {Drawn.DETERMINISTIC}, "deterministic")
     return multiround(tree, target_law, draws)
 
 
 def require_drawn(tree: DraftTree, allowed: Collection[Drawn], rule: str) -> None:
-    """Checks that every node's children were drawn in a way that `rule` is exact for.
+    """Checks that the children of every node were drawn in an allowed way.
 
     A single sampled child counts as drawn both with and without replacement.
 
+    Args:
+        tree: the tree.
+        allowed: ways of drawing for which the rule is exact.
+        rule: name of the rule in the message.
+
     Raises:
-        ValueError: some node's were not.
+        ValueError: children were drawn in another way.
     """
     for node, siblings in enumerate(tree.children):
         drawn = Drawn(int(tree.drawn[node])) if siblings else Drawn.DETERMINISTIC
         single = len(siblings) == 1 and drawn is not Drawn.DETERMINISTIC and Drawn.IID in allowed
         if siblings and drawn not in allowed and not single:
-            names = ", ".join(sorted(one.name.lower() for one in allowed))
+            names = ", ".join(sorted(way.name.lower() for way in allowed))
             raise ValueError(
-                f"rule {rule!r} is not exact for children drawn {drawn.name.lower()} (node {node}); it allows {names}. "
+                f"rule {rule!r} is exact for children drawn {names} only, but those of node {node} are {drawn.name.lower()}. "
                 "Use rule 'multiround', which is exact for every tree"
             )
 
 
 def require_chain(tree: DraftTree, rule: str) -> None:
-    """Checks that no node has two children.
+    """Checks that a tree is a chain.
 
     Raises:
-        ValueError: one has.
+        ValueError: a node has more than one child.
     """
     for node, siblings in enumerate(tree.children):
         if len(siblings) > 1:
@@ -104,12 +109,22 @@ def require_chain(tree: DraftTree, rule: str) -> None:
 def test_children(
     tree: DraftTree, node: int, residual: Float[Tensor, " v"], draws: Draws
 ) -> tuple[int | None, Float[Tensor, " v"]]:
-    """The accepted child of `node` (None if all were rejected) and what is left of the target's law."""
+    """Tests the children of `node` in turn.
+
+    Args:
+        tree: the tree.
+        node: a node with children.
+        residual: the target's law after `node`.
+        draws: random numbers of the request.
+
+    Returns:
+        The accepted child, or None if all were rejected, and the residual of the target's law.
+    """
     drawn, draft = tree.drawn[node], tree.law(node)
     for child in tree.children[node]:
         token = int(tree.tokens[child])
         draft_prob = 1.0 if draft is None else float(draft[token])
-        if not draft_prob > 0:  # equal to float rounding: the draft law was exhausted before this child
+        if not draft_prob > 0:  # up to rounding, the earlier siblings exhausted the draft law
             return None, residual
         if draws.bernoulli(float(residual[token]) / draft_prob, ("accept", tree.ranks[child], 0)):
             return child, residual
@@ -120,7 +135,7 @@ def test_children(
 
 
 def for_sampled(rule: AcceptanceRule) -> AcceptanceRule:
-    """`rule` for trees in which anything was sampled, `multiround`, which is exact for every tree, for all others."""
+    """Returns a rule that applies `rule` to trees with sampled children, and `multiround` to all others."""
 
     def choose(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
         return (rule if tree.drawn.any() else multiround)(tree, target_law, draws)

@@ -1,4 +1,4 @@
-"""What is left of a law after a rejection; on CPUs where `compiled/laws.c` runs, by that, else by torch."""
+"""Residuals of laws after a rejection. `compiled/laws.c` computes them where it runs, else torch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from foredraft.compiled import compiled_for
 
 
 def subtract(target: Float[Tensor, " v"], draft: Float[Tensor, " v"] | None, token: int) -> Float[Tensor, " v"]:
-    """``norm([target - draft]+)``, the law after a rejection; a draft law of None is one-hot at `token`.
+    """Returns ``norm([target - draft]+)``, the target's law after a rejection.
 
-    Where nothing is left, the rejection had probability zero but for rounding: the law stays as it was.
+    If the residual has no mass, the rejection had probability 0 up to rounding. The function then returns `target`.
+
+    Args:
+        target: the target's law.
+        draft: the draft law. None is one-hot at `token`.
+        token: the rejected token.
     """
     if draft is None:
         left, mass = _remove(target, token)
@@ -25,12 +30,12 @@ def subtract(target: Float[Tensor, " v"], draft: Float[Tensor, " v"] | None, tok
 
 
 def without(draft: Float[Tensor, " v"], token: int) -> Float[Tensor, " v"]:
-    """`draft` after `token` was taken out; all zero if it was the last one."""
+    """Returns the draft law without `token`, normalised. All zero if `token` was the only one."""
     return _remove(draft, token)[0]
 
 
 _Left = tuple[Float[Tensor, " v"], float]
-"""What is left of a law, normalised where it has mass, and the mass that it had before."""
+"""A residual, normalised if it has mass, and its mass before normalisation."""
 
 
 def _remove(law: Float[Tensor, " v"], token: int) -> _Left:
@@ -54,7 +59,7 @@ def _without(law: Float[Tensor, " v"], token: int) -> _Left:
 
 
 def _subtract_compiled(code: CDLL, target: Float[Tensor, " v"], draft: Float[Tensor, " v"]) -> _Left:
-    """The twin of `_subtract` by `compiled/laws.c`."""
+    """Computes `_subtract` in `compiled/laws.c`."""
     target, draft, left = target.contiguous(), draft.contiguous(), torch.empty(len(target))
     size = c_int64(len(target))
     mass = code.foredraft_subtract(c_void_p(target.data_ptr()), c_void_p(draft.data_ptr()), size, c_void_p(left.data_ptr()))
@@ -62,7 +67,7 @@ def _subtract_compiled(code: CDLL, target: Float[Tensor, " v"], draft: Float[Ten
 
 
 def _without_compiled(code: CDLL, law: Float[Tensor, " v"], token: int) -> _Left:
-    """The twin of `_without` by `compiled/laws.c`."""
+    """Computes `_without` in `compiled/laws.c`."""
     law, left = law.contiguous(), torch.empty(len(law))
     mass = code.foredraft_without(c_void_p(law.data_ptr()), c_int64(token), c_int64(len(law)), c_void_p(left.data_ptr()))
     return left, mass

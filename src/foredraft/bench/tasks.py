@@ -54,7 +54,7 @@ def _text_of(path: Path) -> str:
     except OSError as error:
         raise ValueError(f"no prompts: {str(path)!r} cannot be read ({error.strerror}). {_LOOKS}") from None
     if "\0" in text:
-        raise ValueError(f"no prompts: {str(path)!r} is not text: it contains null bytes. {_LOOKS}")
+        raise ValueError(f"no prompts: {str(path)!r} is not text, since it contains null bytes. {_LOOKS}")
     return text
 
 

@@ -6,8 +6,8 @@ The trade-off is rejections against distance, for chains of 4 at temperature 1. 
 
 - `bound` is the total variation distance of a token's distribution. It is computed exactly from the draft and the target
   distribution at each decision, and averaged over tokens.
-- `drift` uses only the emitted tokens. It is the share of tokens that the drafter prefers more than the target does, minus the
-  share expected under the target's distribution. It is a lower bound of the mean distance, given with its standard error.
+- `drift` uses only the emitted tokens. It is the share of tokens with a higher probability under the drafter than under the
+  target, minus the share expected under the target. It is a lower bound of the mean distance, given with its standard error.
 
 The quality of an answer is the log-likelihood per token under the target, paired over prompts and samples. Plain decoding
 gives the reference.

@@ -104,9 +104,7 @@ def show(pairs: list[Pair]) -> None:
         )
     OUT.print(table)
     ratio = median(pair.plain_ms / pair.drafted_ms for pair in pairs)
-    OUT.print(
-        f"Milliseconds per token include the prompt pass; tokens/step is acceptance_length. Median speed-up {ratio:.2f}."
-    )
+    OUT.print(f"Milliseconds per token include the prompt pass; tokens/step is acceptance_length. Median speed-up {ratio:.2f}.")
 
 
 def explain(plain: LLM, pairs: list[Pair]) -> None:

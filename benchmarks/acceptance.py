@@ -1,8 +1,9 @@
-"""Acceptance length of every drafter with every tree it can grow, on evaluation prompts; tokens per step, not time.
+"""Measures the acceptance length (tokens per step) of every drafter with every tree that it can grow.
 
     python benchmarks/acceptance.py --data ../shared/data/eval --output benchmarks/acceptance-bundled.jsonl
 
-Prompts: the first 8 each of GSM8K test, MT-bench (first turns) and HumanEval, through the chat template. Prints a table.
+The prompts are the first 8 each of GSM8K test, MT-bench (first turns) and HumanEval, through the chat template. Times are not
+measured. The script prints a table.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SETS = (("gsm8k_test.jsonl", "question"), ("mt_bench.jsonl", "turns"), ("humanev
 
 
 def read_prompts(data: Path, each: int) -> list[str]:
-    """The first `each` prompts of every set."""
+    """Reads the first `each` prompts of every set."""
     prompts = []
     for name, key in SETS:
         rows = [json.loads(line)[key] for line in (data / name).read_text(encoding="utf-8").splitlines()[:each]]
@@ -33,7 +34,7 @@ def read_prompts(data: Path, each: int) -> list[str]:
 
 
 def combinations() -> list[tuple[str, str | None]]:
-    """Every drafter with every tree that the tables allow."""
+    """Returns every drafter with every tree that it can grow."""
     return [
         (drafter, tree)
         for drafter, row in DRAFTERS.items()
@@ -43,12 +44,12 @@ def combinations() -> list[tuple[str, str | None]]:
 
 
 def run(drafter: str, tree: str | None, nodes: int, temperature: float, prompts: list[str], max_tokens: int) -> dict[str, Any]:
-    """One row: all prompts as a batch."""
+    """Decodes all prompts as a batch with one drafter and tree, and returns a row of results."""
     config = {"method": drafter, "num_speculative_tokens": nodes} | ({"tree": tree} if tree else {})
     llm = LLM(None, config, max_num_seqs=8)
     sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
     outputs = llm.chat([[{"role": "user", "content": prompt}] for prompt in prompts], sampling)
-    metrics = [one.metrics for one in outputs]
+    metrics = [output.metrics for output in outputs]
     steps, accepted = sum(m.num_steps for m in metrics), sum(m.num_accepted_tokens for m in metrics)
     drafted = sum(m.num_draft_tokens for m in metrics)
     return {
@@ -58,7 +59,7 @@ def run(drafter: str, tree: str | None, nodes: int, temperature: float, prompts:
         "rule": llm.drafting(sampling)["rule"],
         "temperature": temperature,
         "num_prompts": len(prompts),
-        "num_tokens": sum(len(one.outputs[0].token_ids) for one in outputs),
+        "num_tokens": sum(len(output.outputs[0].token_ids) for output in outputs),
         "steps": steps,
         "acceptance_length": round(1 + accepted / steps, 4),
         "acceptance_rate": round(accepted / drafted, 4) if drafted else 0.0,
@@ -67,7 +68,7 @@ def run(drafter: str, tree: str | None, nodes: int, temperature: float, prompts:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Acceptance length by drafter and tree, a column per temperature and number of nodes."""
+    """Makes a Markdown table: acceptance length by drafter and tree, a column per temperature and number of nodes."""
     columns = sorted({(row["temperature"], row["nodes"]) for row in rows})
     lines = [
         "| drafter | tree | " + " | ".join(f"T={t:g}, {n} nodes" for t, n in columns) + " |",
@@ -81,10 +82,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of evaluation prompts")
-    parser.add_argument("--each", type=int, default=8, help="prompts of each set")
+    parser.add_argument("--each", type=int, default=8, help="number of prompts of each set")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--nodes", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])

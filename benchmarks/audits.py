@@ -1,10 +1,10 @@
-"""Audits of every exact rule with every drafter of a target, and of what must fail: lossy rules and planted faults.
+"""Audits every exact rule with every drafter of a target. Audits lossy rules and planted faults too, which must fail.
 
     python benchmarks/audits.py --output benchmarks/audits.jsonl
     python benchmarks/audits.py --model DIR --drafter HEAD HEAD2 --only fspad fspad-lookup --output build/audits.jsonl
 
-Without --drafter these are the bundled ones. The enumeration of a tree and rule is made once, whatever the temperature. Exit
-code 1 where an audit does not end as it must.
+Without --drafter the bundled drafters are audited. Each combination of tree and rule is enumerated once, for all temperatures.
+The exit status is 1 if an audit has the wrong result.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ COLUMNS = (
     *("greedy_ties", "greedy_faults", "sampled_deviates", "control_deviates", "tokens", "detectable_bias", "seconds"),
 )
 TREES = {"multiround": "dyspec", "multiround-iid": "branching", "kseq": "branching", "deterministic": "topk"}
-"""The tree that a rule is audited with; others with the first that they are exact for."""
+"""Tree with which a rule is audited. Other rules are audited with the first tree for which they are exact."""
 
 LOSSY: dict[str, dict[str, Any]] = {"typical": {}, "uno": {"epsilon": 0.0}, "tolerance": {"epsilon": 0.2}}
 
 
 class Case(NamedTuple):
-    """What is audited, and how it must end."""
+    """A case to audit: a speculative config, a temperature, and a planted fault or None."""
 
     config: dict[str, Any]
     temperature: float
@@ -44,13 +44,13 @@ class Case(NamedTuple):
 
     @property
     def must_pass(self) -> bool:
-        """Whether it is exact."""
+        """Whether the case is exact, so that its audit must pass."""
         claim = RULES[self.config["rule"]].claim(self.config)
         return self.fault is None and not claim.startswith("lossy")
 
 
 def weights_of(folders: Sequence[Path], *, bundled: bool) -> dict[str, Path]:
-    """Drafter -> directory of its weights: those given, or else the bundled ones."""
+    """Maps drafters to the directories of their weights: the given ones or, if none is given, the bundled ones."""
     if folders:
         return {method_of(folder) or "lm": folder for folder in folders}
     names = [name for name, row in DRAFTERS.items() if row.weights is not None and row.asks is None] if bundled else []
@@ -58,7 +58,7 @@ def weights_of(folders: Sequence[Path], *, bundled: bool) -> dict[str, Path]:
 
 
 def exact(weights: Mapping[str, Path], only: Sequence[str]) -> list[dict[str, Any]]:
-    """Every exact rule with every drafter that it is exact for."""
+    """Returns the configs of every exact rule with every drafter for which it is exact."""
     found = []
     for drafter, row in DRAFTERS.items():
         folder = weights.get(row.asks or drafter)
@@ -66,7 +66,7 @@ def exact(weights: Mapping[str, Path], only: Sequence[str]) -> list[dict[str, An
             continue
         config = {"method": drafter} | ({"model": str(folder)} if folder is not None else {})
         trees = [name for name in trees_of(row) if name]
-        for rule in (name for name, one in RULES.items() if not one.guarantee.startswith("lossy")):
+        for rule in (name for name, row_of_rule in RULES.items() if not row_of_rule.guarantee.startswith("lossy")):
             fitting = [name for name in trees if rule in fitting_rules(GROWERS[name])]
             if fitting:
                 tree = TREES[rule] if TREES.get(rule) in fitting else fitting[0]
@@ -77,7 +77,7 @@ def exact(weights: Mapping[str, Path], only: Sequence[str]) -> list[dict[str, An
 
 
 def cases(configs: Sequence[dict[str, Any]], temperatures: list[float]) -> list[Case]:
-    """All of them; what must fail with the first drafter that grows chains."""
+    """Returns all cases. The cases that must fail use the first drafter that grows chains."""
     chains = [{**config, "rule": "chain"} for config in configs if config.get("tree") == "chain"][:1]
     failing = [({**chain, "rule": rule, **options}, None) for chain in chains for rule, options in LOSSY.items()]
     failing += [(chain, fault) for chain in chains for fault in FAULTS]
@@ -91,9 +91,9 @@ def cases(configs: Sequence[dict[str, Any]], temperatures: list[float]) -> list[
 
 
 def row(case: Case, audit: Audit, seconds: float) -> dict[str, Any]:
-    """What an audit found."""
+    """Makes a row from the result of an audit."""
     sampled, control = audit.sampled, audit.control
-    faults = sum(not one.is_tie for one in audit.divergences)
+    faults = sum(not divergence.is_tie for divergence in audit.divergences)
     return rounded(
         {
             "drafter": case.config["method"],
@@ -119,13 +119,13 @@ def row(case: Case, audit: Audit, seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = arguments(__doc__, models=False)
-    parser.add_argument("--model", help="directory of the target; the bundled one if not given")
+    parser.add_argument("--model", help="directory of the target; default: the bundled one")
     parser.add_argument("--drafter", type=Path, nargs="+", default=[], help="directories of heads, or of a draft model")
-    parser.add_argument("--only", nargs="+", choices=DRAFTERS, default=[], metavar="NAME", help="drafters; all if not given")
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--samples", type=int, default=4, help="sampled outputs a prompt")
+    parser.add_argument("--only", nargs="+", choices=DRAFTERS, default=[], metavar="NAME", help="drafters; default: all")
+    parser.add_argument("--prompts", type=int, default=16, help="number of prompts")
+    parser.add_argument("--samples", type=int, default=4, help="number of sampled outputs per prompt")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7, 1.0])
     parser.add_argument("--top-p", type=float, default=0.9)
@@ -134,7 +134,7 @@ def main() -> None:
     configs = exact(weights_of(args.drafter, bundled=args.model is None), args.only)
     prompts = [ids for ids in read_prompts(plain, args.prompts) if len(ids) + args.max_tokens <= plain.max_model_len]
     if not prompts or not configs:
-        parser.error("nothing to audit: give drafters of the target, and a --max-tokens that its context has room for")
+        parser.error("nothing to audit: give drafters of the target, and a --max-tokens that fits in its context")
     every, rows = cases(configs, args.temperatures), []
     known: dict[Any, float] = {}
     with progress_bar("auditing", len(every)) as advance:
@@ -148,8 +148,8 @@ def main() -> None:
             rows.append(row(case, audit, perf_counter() - began))
             advance(1)
     report(args.output, rows, COLUMNS, device=plain.target.device, dtype=args.dtype)
-    wrong = [one for one in rows if one["lossless"] != one["must_pass"]]
-    print(f"{len(rows) - len(wrong)} of {len(rows)} audits ended as they must")
+    wrong = [result for result in rows if result["lossless"] != result["must_pass"]]
+    print(f"{len(rows) - len(wrong)} of {len(rows)} audits have the right result")
     sys.exit(1 if wrong else 0)
 
 

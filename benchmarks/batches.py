@@ -1,11 +1,12 @@
-"""Batches of requests, plain and speculative: time of a step, tokens a second, peak memory, and what the cache moves.
+"""Measures batches of requests, plain and speculative: time of a step, tokens per second, peak memory, and cache moves.
 
     python benchmarks/batches.py --output benchmarks/batches-14m.jsonl
     python benchmarks/batches.py --model build/chat-350m --output benchmarks/batches-350m.jsonl
 
-The first round warms up; the memory above what the loaded models hold is that of this round, whose caches grow from nothing.
-In later rounds methods take turns on other prompts; only steps after the first, which runs the prompts, and in which every
-request takes part are counted. Bytes moved are the keys and values of accepted nodes that `keep` puts in another place.
+The first round is a warm-up, in which the caches grow from nothing. The peak memory is measured in it, above the memory of the
+loaded models. In later rounds the methods take turns on other prompts. The first step of a round, which runs the prompts, is
+not counted. Neither are steps in which a request has already ended. The moved bytes are the keys and values of accepted nodes
+that `keep` moves to another place.
 """
 
 from __future__ import annotations
@@ -33,25 +34,25 @@ COLUMNS = (
 
 
 def moved_nodes(paths: Sequence[Sequence[int]]) -> int:
-    """How many nodes of the accepted paths change their place when they are kept."""
+    """Counts the nodes of the accepted paths that change their place when they are kept."""
     return sum(node != place for path in paths for place, node in enumerate(path, start=1))
 
 
 def node_bytes(pool: KVPool) -> int:
-    """Bytes of the keys and values of one node: 2 * layers * heads * head size * size of an entry."""
+    """Computes the bytes of the keys and values of one node: 2 * layers * heads * head size * size of an entry."""
     two, layers, _, heads, _, head_dim = pool.kv.shape
     return two * layers * heads * head_dim * pool.kv.element_size()
 
 
 @dataclass
 class Moved:
-    """What all pools moved since the last `take`."""
+    """Nodes and bytes that all pools moved since the last `take`."""
 
     nodes: int = 0
     bytes: int = 0
 
     def take(self) -> tuple[int, int]:
-        """Nodes and bytes; it starts anew."""
+        """Returns nodes and bytes, and resets both."""
         found = self.nodes, self.bytes
         self.nodes = self.bytes = 0
         return found
@@ -59,7 +60,7 @@ class Moved:
 
 @contextmanager
 def counted_moves() -> Iterator[Moved]:
-    """Counts what every `KVPool.keep` moves meanwhile."""
+    """Counts the moves of every `KVPool.keep` in a block."""
     moved, keep = Moved(), KVPool.keep
 
     def run(self: KVPool, caches: Sequence[Any], paths: Sequence[Sequence[int]]) -> None:
@@ -77,7 +78,7 @@ def counted_moves() -> Iterator[Moved]:
 
 @dataclass(eq=False)
 class Method:
-    """One method at one batch size and law, and what was found."""
+    """One method at one batch size and sampling, and its measurements."""
 
     name: str
     law: str
@@ -87,7 +88,7 @@ class Method:
     steps: list[dict[str, float]] = field(default_factory=list)
 
     def run(self, prompts: Sequence[list[int]], num_tokens: int) -> list[dict[str, float]]:
-        """Generates for a batch; its full steps after the first."""
+        """Generates for a batch, and returns its steps after the first in which all requests take part."""
         sampling = replace(LAWS[self.law], max_tokens=num_tokens, ignore_eos=True)
         engine, found, size = self.llm.engine, [], 0
         requests = [engine.add(None, prompt, replace(sampling, seed=i)) for i, prompt in enumerate(prompts)]
@@ -103,7 +104,7 @@ class Method:
         return found
 
     def row(self) -> dict[str, Any]:
-        """Its figures; memory in MiB."""
+        """Makes a row of the measurements, with memory in MiB."""
         sums = {name: sum(step[name] for step in self.steps) for name in self.steps[0]}
         chosen = self.llm.drafting(LAWS[self.law])
         return rounded(
@@ -124,7 +125,7 @@ class Method:
 
 
 def config_of(name: str, draft_model: str) -> dict[str, Any]:
-    """The speculative config of a method's name."""
+    """Returns the speculative config of a method's name."""
     if name == "ar":
         return {"method": "ar"}
     if name == "auto":
@@ -134,31 +135,31 @@ def config_of(name: str, draft_model: str) -> dict[str, Any]:
 
 
 def warm_up(methods: Sequence[Method], prompts: Sequence[list[int]], num_tokens: int, advance: Callable[[int], None]) -> None:
-    """The first round, which finds the peaks of memory above what is held before each run."""
-    for one in methods:
-        device = one.llm.target.device
+    """Runs the first round, and measures each method's peak memory above the memory that is held before it."""
+    for method in methods:
+        device = method.llm.target.device
         base = held_bytes(device)
-        one.run(prompts, num_tokens)
-        one.peak = peak_bytes(device) - base
+        method.run(prompts, num_tokens)
+        method.peak = peak_bytes(device) - base
         advance(1)
 
 
 def measure(methods: Sequence[Method], plan: Sequence[Sequence[list[int]]], num_tokens: int, minutes: float) -> None:
-    """All rounds of one batch size."""
+    """Runs all rounds of one batch size."""
     with progress_bar(f"batch of {methods[0].batch}", len(plan) * len(methods)) as advance:
         warm_up(methods, plan[0], num_tokens, advance)
         for number in rounds(len(plan) - 1, minutes):
-            for one in rotated(methods, number):
-                one.steps += one.run(plan[1 + number], num_tokens)
+            for method in rotated(methods, number):
+                method.steps += method.run(plan[1 + number], num_tokens)
                 advance(1)
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = arguments(__doc__, minutes=3.0)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--laws", nargs="+", choices=list(LAWS), default=["0", "1"])
-    parser.add_argument("--rounds", type=int, default=2, help="rounds after the first")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="batch sizes")
+    parser.add_argument("--laws", nargs="+", choices=list(LAWS), default=["0", "1"], help="samplings, by name")
+    parser.add_argument("--rounds", type=int, default=2, help="number of rounds after the warm-up")
     parser.add_argument("--max-tokens", type=int, default=48)
     args = parser.parse_args()
     rows, device = [], None
@@ -171,7 +172,7 @@ def main() -> None:
             for name, law in product(METHODS, args.laws)
         ]
         measure(methods, plan, args.max_tokens, args.minutes / len(args.batches))
-        rows += [one.row() for one in methods]
+        rows += [method.row() for method in methods]
         device = plain.target.device
     assert device is not None
     report(args.output, rows, COLUMNS, device=device, dtype=args.dtype)

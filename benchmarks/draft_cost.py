@@ -1,23 +1,26 @@
-"""What one level of a head's drafting costs beside the bare matrix products of its layer and output layer.
+"""Measures the cost of one level of a head's drafting, relative to the bare matrix products of its layers.
 
     python benchmarks/draft_cost.py --output benchmarks/draft-cost.jsonl
 
-A level is one call of the drafter's `expand` while it grows a tree behind a cache: 1 row in a chain, 10 rows in EAGLE-2's
-tree. The bare products are those of the very same packed weights, for as many rows and on as many threads, by one call of the
-compiled code that does nothing else. Slots are filled once a step, so that for them a level is the whole forward. Level and
-products take turns; ratios are of one turn each, and their median stands between the ends of its 95 % interval (from order
-statistics, whatever the distribution). The weights are random, which changes no cost. Two widths: 1536, and the bundled
-target's; weights of 16 bits, and of the usual 4. Torch has one thread meanwhile, as while generating (`decode.paced`):
-its workers wait for more without sleeping, on the processors that the compiled code's threads need.
+A level is one call of the drafter's `expand` while it grows a tree after a cached prefix. It has 1 row in a chain, and 10 rows
+in EAGLE-2's tree. The slots of parallel heads are filled once per step, so their level is the whole forward pass.
+
+The bare products use the same packed weights, the same number of rows and the same number of threads. One call of the compiled
+code computes them and nothing else. Level and products take turns, and each ratio is computed from one turn. The table shows
+the median of the ratios and its 95 % interval, from order statistics and thus for any distribution.
+
+The weights are random, which does not affect the cost. The widths are 1536 and the bundled target's. The weights have 16 bits,
+or the default 4 bits. Torch uses one thread meanwhile, as in generation (`decode.paced`). Its idle workers would spin on the
+processors that the compiled code needs.
 
 | column | meaning |
 |---|---|
 | forwards | calls of the head for a whole tree |
-| bare_ms | the products |
-| forward_ms | the forward: the products, attention, norms, what is written to the cache |
-| level_ms | `expand`: the forward, and what Python lays out for it |
-| grown_ms | from one `expand` to the next: also laws, picking and the growth of the tree |
-| ratio | level / bare; `allowed` is what it may be |
+| bare_ms | time of the products |
+| forward_ms | time of the forward pass: products, attention, norms, writes to the cache |
+| level_ms | time of `expand`: the forward pass and its preparation in Python |
+| grown_ms | time from one `expand` to the next: also distributions, selection of nodes and growth of the tree |
+| ratio | level / bare; `allowed` is its upper limit |
 """
 
 from __future__ import annotations
@@ -53,16 +56,16 @@ SIZES: dict[int, dict[str, int]] = {
     1536: {"intermediate_size": 4096, "num_attention_heads": 24, "num_key_value_heads": 8},
     384: {"intermediate_size": 1024, "num_attention_heads": 6, "num_key_value_heads": 2},
 }
-"""Widths and what belongs to them; head_dim 64 and 4096 tokens for both."""
+"""Widths and the sizes that belong to them. All have head_dim 64 and 4096 tokens."""
 
 ALLOWED = {(1536, 1): 1.3, (1536, 10): 1.15, (384, 10): 1.7}
-"""The most that a level of EAGLE or FSPAD may cost, by width and rows; with weights of 16 bits."""
+"""Upper limit of the ratio for EAGLE and FSPAD with weights of 16 bits, by width and number of rows."""
 
 CONTEXT, BLOCK = 256, 10
-"""Pairs in the cache, and turns of one setting before the next one's."""
+"""Number of pairs in the cache, and number of turns of a setting before the next setting."""
 
 TREES = {1: ("chain", Budget(3, 3)), 10: ("topk", Budget(10, 3))}
-"""Trees whose second and later levels have so many rows."""
+"""Trees and budgets, by the number of rows of their second and later levels."""
 
 COLUMNS = (
     *("method", "width", "bits", "rows", "head_threads", "forwards", "bare_ms", "forward_ms", "level_ms", "grown_ms"),
@@ -71,14 +74,22 @@ COLUMNS = (
 
 
 class Products(NamedTuple):
-    """Linear layers run one after another for so many rows."""
+    """Linear layers that run one after another, each on `rows` rows."""
 
     linears: Sequence[CLinear]
     rows: int
 
 
 class Turn(NamedTuple):
-    """One tree and the products beside it, in seconds: a level, its compiled forward, and up to the next level."""
+    """Measurement of one tree and of the products, in seconds.
+
+    Attributes:
+        level: time of a level.
+        forward: time of the compiled forward pass in it.
+        grown: time from this level to the next.
+        bare: time of the bare products.
+        forwards: number of forward passes of the whole tree.
+    """
 
     level: float
     forward: float
@@ -89,11 +100,13 @@ class Turn(NamedTuple):
 
 @dataclass(eq=False)
 class Setting:
-    """One head drafting trees with levels of so many rows.
+    """One head that drafts trees, and its measurements.
 
     Attributes:
-        expander: whose `call` is a level.
-        counted: whose calls are forwards of the head.
+        rows: number of rows of a level.
+        expander: object and method whose call is a level.
+        counted: object and method whose call is a forward pass of the head.
+        bare: runs the bare products.
     """
 
     method: str
@@ -110,23 +123,23 @@ class Setting:
     turns: list[Turn] = field(default_factory=list)
 
     def turn(self) -> Turn:
-        """One tree, then the products."""
+        """Measures one tree, then the products."""
         self.state.clear()
         with on_the_clock(*self.expander) as levels, on_the_clock(*self.counted) as forwards:
             self.drafter.propose([self.state], [self.budget], [SamplingParams(temperature=0)], [Draws(0)])
         began = perf_counter()
         self.bare()
         bare = perf_counter() - began
-        at = min(1, len(levels) - 1)  # the first level of a recurrent head runs committed pairs too
+        at = min(1, len(levels) - 1)  # the first level of a recurrent head also runs the new pairs of the text
         (start, end), ends = levels[at], [*levels[at + 1 :], (levels[at][1], 0.0)]
         inside = sum(e - s for s, e in forwards if start <= s and e <= end)
         return Turn(end - start, inside, ends[0][0] - start, bare, len(forwards))
 
     def row(self) -> dict[str, Any]:
-        """Medians over the turns, times in milliseconds."""
-        ratios = sorted(one.level / one.bare for one in self.turns)
+        """Makes a row of medians over the turns, with times in milliseconds."""
+        ratios = sorted(turn.level / turn.bare for turn in self.turns)
         low, high = interval(len(ratios))
-        times = {f"{name}_ms": 1000 * median([getattr(one, name) for one in self.turns]) for name in Turn._fields[:4]}
+        times = {f"{name}_ms": 1000 * median([getattr(turn, name) for turn in self.turns]) for name in Turn._fields[:4]}
         found = {"method": self.method, "width": self.width, "bits": self.bits, "rows": self.rows, "head_threads": self.threads}
         found |= {"context": CONTEXT, "turns": len(ratios), "forwards": self.turns[-1].forwards, **times}
         found |= {"ratio": median(ratios), "ratio_low": ratios[low], "ratio_high": ratios[high]}
@@ -136,14 +149,14 @@ class Setting:
 
 
 def interval(count: int) -> tuple[int, int]:
-    """Places in `count` ordered figures between which the median of their law lies with a probability of 95 %."""
+    """Returns the two places in `count` sorted samples that enclose the median of their distribution with probability 95 %."""
     reach = 0.98 * math.sqrt(count)
     return max(0, math.floor(count / 2 - reach)), min(count - 1, math.ceil(count / 2 + reach))
 
 
 @contextmanager
 def on_the_clock(owner: Any, name: str) -> Iterator[list[tuple[float, float]]]:
-    """Notes when every call of a method meanwhile began and ended."""
+    """Records the begin and end of every call of a method in a block."""
     real, calls = getattr(owner, name), []
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -160,15 +173,15 @@ def on_the_clock(owner: Any, name: str) -> Iterator[list[tuple[float, float]]]:
 
 
 def bare(groups: Sequence[Products], threads: int) -> Callable[[], None]:
-    """Runs the products and nothing else."""
+    """Returns a function that runs the products and nothing else."""
     code = library()
     assert code is not None
     calls = []
     for linears, rows in groups:
-        x = torch.randn(rows, max(one.inputs for one in linears)).bfloat16()
-        y = torch.empty(rows, max(one.outputs for one in linears))
+        x = torch.randn(rows, max(linear.inputs for linear in linears)).bfloat16()
+        y = torch.empty(rows, max(linear.outputs for linear in linears))
         array = (CLinear * len(linears))(*linears)
-        numbers = [ctypes.c_int64(one) for one in (len(linears), rows, threads)]
+        numbers = [ctypes.c_int64(number) for number in (len(linears), rows, threads)]
         calls.append((array, numbers, x, y))
 
     def run() -> None:
@@ -179,7 +192,7 @@ def bare(groups: Sequence[Products], threads: int) -> Callable[[], None]:
 
 
 def target_of(width: int) -> NativeTarget:
-    """A target of random weights and one layer: a head uses its embedding and its output layer alone."""
+    """Makes a target of one layer with random weights. A head uses only its embedding and its output layer."""
     sizes = {"head_dim": 64, "vocab_size": 4096, "num_hidden_layers": 1, "max_position_embeddings": 2048}
     config = LlamaConfig(hidden_size=width, **SIZES[width], **sizes)
     torch.manual_seed(0)
@@ -188,7 +201,7 @@ def target_of(width: int) -> NativeTarget:
 
 
 def started(drafter: Any, num_features: int) -> Any:
-    """A request with `CONTEXT` pairs in the cache of the drafter and one more pending."""
+    """Starts a request with `CONTEXT` pairs in the drafter's cache and one more pair pending."""
     tokens, features = list(range(7, 9 + CONTEXT)), torch.randn(CONTEXT + 1, num_features).bfloat16()
     state = drafter.start(tokens[: CONTEXT + 1], features[:CONTEXT])
     drafter.propose([state], [Budget(2, 2)], [SamplingParams(temperature=0)], [Draws(0)])
@@ -198,7 +211,7 @@ def started(drafter: Any, num_features: int) -> Any:
 
 
 def recurrent(method: str, target: NativeTarget, rows: int, bits: int) -> Setting:
-    """EAGLE, FSPAD or EAGLE-3."""
+    """Makes the setting of EAGLE, FSPAD or EAGLE-3."""
     config = layer_config(target.config, target.vocab_size)
     options: dict[str, Any] = {"feature_layers": (0, 1, -1)} if method == "eagle3" else {}
     head = heads.HEADS[method].make(Shape.of(config), **options).bfloat16()
@@ -212,7 +225,7 @@ def recurrent(method: str, target: NativeTarget, rows: int, bits: int) -> Settin
 
 
 def ctc(target: NativeTarget, bits: int) -> Setting:
-    """All slots, the first of which is the last pair."""
+    """Makes the setting of the CTC-based drafter. All slots are filled together; the first slot is the last pair."""
     config = layer_config(target.config, target.vocab_size)
     head = heads.HEADS["ctc"].make(Shape.of(config)).bfloat16()
     drafter = CtcDrafter(slots.LayerSlots(head, config, target, 1, compiled=True, weight_bits=bits), None, target.vocab_size)
@@ -227,21 +240,21 @@ def ctc(target: NativeTarget, bits: int) -> Setting:
 
 
 def medusa(target: NativeTarget, bits: int) -> Setting:
-    """All heads on one feature."""
+    """Makes the setting of Medusa, whose heads all read one feature."""
     config = layer_config(target.config, target.vocab_size)
     head = heads.HEADS["medusa"].make(Shape.of(config)).bfloat16().requires_grad_(False)
     compile_linears(head, target, bits)
     drafter = slots.SlotDrafter(slots.FeatureSlots(head), GROWERS["topk"].grower(), target.vocab_size)
     state = started(drafter, config.hidden_size)
-    linears = [one for one in head.modules() if isinstance(one, CompiledLinear)]
-    products = bare([Products([one.described for one in linears], 1)], linears[0].threads)
+    linears = [module for module in head.modules() if isinstance(module, CompiledLinear)]
+    products = bare([Products([linear.described for linear in linears], 1)], linears[0].threads)
     ends = (drafter.slots, "fill"), (drafter.slots.head, "forward")
     given = drafter, state, Budget(10, 4), *ends, products, linears[0].threads
     return Setting("medusa", config.hidden_size, bits, 1, *given)
 
 
 def settings(widths: Sequence[int]) -> list[Setting]:
-    """Everything that is measured."""
+    """Makes all settings."""
     found = []
     for width in widths:
         target = target_of(width)
@@ -252,14 +265,14 @@ def settings(widths: Sequence[int]) -> list[Setting]:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = arguments(__doc__, models=False, minutes=4.0)
-    parser.add_argument("--widths", type=int, nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--rounds", type=int, default=30, help=f"of {BLOCK} turns a setting, after the first, which warms up")
-    parser.add_argument("--threads", type=int, help="what torch uses if not given; a small head takes one")
+    parser.add_argument("--widths", type=int, nargs="+", choices=SIZES, default=list(SIZES), help="widths of the heads")
+    parser.add_argument("--rounds", type=int, default=30, help=f"rounds of {BLOCK} turns per setting, after a warm-up round")
+    parser.add_argument("--threads", type=int, help="number of threads; default: torch's. A small head uses one")
     args = parser.parse_args()
     if library() is None:
-        parser.exit(1, "error: heads are compiled on CPUs with AVX-512 BF16 alone\n")
+        parser.exit(1, "error: heads are compiled only on CPUs with AVX-512 BF16\n")
     torch.set_num_threads(args.threads or torch.get_num_threads())
     with torch.inference_mode():
         every = settings(args.widths)
@@ -267,12 +280,12 @@ def main() -> None:
         torch.set_num_threads(1)
         with progress_bar("measuring", (args.rounds + 1) * len(every)) as advance:
             for number in rounds(args.rounds + 1, args.minutes):
-                for one in every:
-                    found = [one.turn() for _ in range(BLOCK)]
-                    one.turns += found if number else []
+                for setting in every:
+                    turns = [setting.turn() for _ in range(BLOCK)]
+                    setting.turns += turns if number else []
                     advance(1)
         torch.set_num_threads(usual)
-    rows = [one.row() for one in every if one.turns]
+    rows = [setting.row() for setting in every if setting.turns]
     report(args.output, rows, COLUMNS, device=torch.device("cpu"), dtype="bfloat16")
 
 

@@ -1,4 +1,4 @@
-"""Whether the rule accepts a child, against its draft probability: trials on real text, and tables made of them."""
+"""Trials on real text of whether the rule accepts a child, by its draft probability, and acceptance tables from them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,13 @@ from foredraft.verify import RULES
 
 
 class Trials(NamedTuple):
-    """Children that the rule tested: sibling rank, probability under the law that the child was drawn from (its earlier
-    siblings taken out), whether it was accepted."""
+    """Children that the rule tested.
+
+    Attributes:
+        ranks: sibling rank.
+        probs: probability under the distribution from which the child was drawn, without its earlier siblings.
+        accepted: whether the child was accepted.
+    """
 
     ranks: np.ndarray
     probs: np.ndarray
@@ -32,7 +37,13 @@ class Trials(NamedTuple):
 
 
 class Way(NamedTuple):
-    """How children are drafted for a target temperature: the temperature of their law, and whether they are drawn."""
+    """How children are drafted.
+
+    Attributes:
+        temperature: temperature of the target.
+        draft_temperature: temperature of the draft distribution.
+        sampled: whether children are sampled; if not, the most likely ones are taken.
+    """
 
     temperature: float
     draft_temperature: float
@@ -40,11 +51,11 @@ class Way(NamedTuple):
 
 
 def trials(llm: LLM, model: Target, texts: Sequence[Any], ways: Sequence[Way]) -> dict[Way, Trials]:
-    """At every position of the target's own outputs, up to `RANKS` children and what the multi-round rule makes of them."""
+    """Offers up to `RANKS` children to the multi-round rule at every position of the target's outputs."""
     found: dict[Way, list[tuple[int, float, bool]]] = {way: [] for way in ways}
     for number, text in enumerate(texts):
         ids, begin = text.prompt_token_ids + text.outputs[0].token_ids, len(text.prompt_token_ids) - 1
-        target_rows, draft_rows = (all_logits(one, ids[:-1])[begin:] for one in (llm.target, model))
+        target_rows, draft_rows = (all_logits(scored, ids[:-1])[begin:] for scored in (llm.target, model))
         for place, (target, draft) in enumerate(zip(target_rows, draft_rows, strict=True)):
             for way, rows in found.items():
                 rows += test_children(target, draft, way, Draws(number, place))
@@ -52,7 +63,7 @@ def trials(llm: LLM, model: Target, texts: Sequence[Any], ways: Sequence[Way]) -
 
 
 def test_children(target: torch.Tensor, draft: torch.Tensor, way: Way, draws: Draws) -> list[tuple[int, float, bool]]:
-    """The tested children of one node as (rank, probability, accepted), in order."""
+    """Returns the tested children of one node as (rank, probability, accepted), in order."""
     law = warp(draft[None], SamplingParams(temperature=way.draft_temperature))
     tokens = draws.order(law[0], ("draft", (), 0), RANKS) if way.sampled else law[0].topk(RANKS).indices.tolist()
     size, drawn = len(tokens) + 1, Drawn.WITHOUT_REPLACEMENT if way.sampled else Drawn.DETERMINISTIC
@@ -67,26 +78,26 @@ def test_children(target: torch.Tensor, draft: torch.Tensor, way: Way, draws: Dr
 
 
 def table_of(found: Trials) -> AcceptanceTable:
-    """Acceptance by sibling rank and draft probability."""
-    return AcceptanceTable.measured([Trial(*one) for one in zip(*(column.tolist() for column in found), strict=True)])
+    """Computes the acceptance by sibling rank and draft probability."""
+    return AcceptanceTable.measured([Trial(*row) for row in zip(*(column.tolist() for column in found), strict=True)])
 
 
 def reach_only(table: AcceptanceTable) -> AcceptanceTable:
-    """With draws valued as the paper does, by the probability that they are reached."""
+    """Returns the table with the paper's value of a draw, the probability that it is reached."""
     return replace(table, mean=np.ones_like(table.mean))
 
 
 def rank_only(table: AcceptanceTable) -> AcceptanceTable:
-    """Without a look at the draft probability: Sequoia's tree, found by DySpec."""
+    """Returns the table without the effect of the draft probability, with which DySpec finds Sequoia's tree."""
     return replace(table, share=np.repeat(table.mean[:, None], table.share.shape[1], axis=1))
 
 
 def calibrated(table: AcceptanceTable, width: int = 8) -> DySpecCalibrated:
-    """DySpec's tree by a table, whatever the temperature."""
+    """Makes the grower of DySpec's tree with a table, for all temperatures."""
     return DySpecCalibrated(width=width, acceptance_by_prob=dict.fromkeys(("sampled", "greedy"), table.written()))
 
 
 def own_way(temperature: float, grower: DySpec) -> Way:
-    """How a grower drafts for a temperature."""
+    """Returns how a grower drafts at a temperature of the target."""
     sampling = SamplingParams(temperature=temperature)
     return Way(temperature, float(draft_sampling(sampling, grower.draft_temperature).temperature), grower.samples(sampling))

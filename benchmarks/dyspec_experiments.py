@@ -1,10 +1,14 @@
-"""The experiments of the DySpec paper on the bundled pair; `dyspec_figures.py` makes figures and tables of what it writes.
+"""Runs the experiments of the DySpec paper on the bundled pair. `dyspec_figures.py` makes figures and tables from the results.
 
     python benchmarks/dyspec_experiments.py --data ../shared/data/eval --output benchmarks/dyspec-experiments.jsonl
 
-Source: Xiong et al., DySpec (arXiv 2410.11744), sections 4 and 5. Prompts are those of `acceptance.py`. Rows by "experiment":
-`hypothesis`, acceptance of a tested child against its draft probability; `length`, tokens a step by tree, size and temperature,
-with what the draft law promised; `offload`, tokens per time where a target step costs 200 draft steps. Takes minutes.
+The prompts are the same as in `acceptance.py`. The run takes minutes. Each row names its "experiment":
+
+- `hypothesis`: acceptance of a tested child against its draft probability.
+- `length`: tokens per step by tree, size and temperature, and the number that the draft distribution predicts.
+- `offload`: tokens per time if a target step costs as much as 200 draft steps.
+
+Source: Xiong et al., DySpec (arXiv 2410.11744), sections 4 and 5.
 """
 
 from __future__ import annotations
@@ -37,14 +41,14 @@ from foredraft.verify import RULES
 TEMPERATURES = (0.0, 0.6, 1.0)
 WAYS = (Way(0.0, 0.6, False), Way(0.0, 0.6, True), Way(0.6, 0.6, True), Way(1.0, 0.6, True), Way(1.0, 1.0, True))
 SHAPES = {64: (8, 8), 256: (16, 16), 768: (32, 24)}
-"""Chains and their length in SpecInfer's tree of so many nodes."""
+"""Number of chains and their length in SpecInfer's tree, by the number of nodes."""
 CHAINS = (4, 8, 16, 24)
 TARGET_STEP = 200.0
-"""Cost of a target step in draft passes: 5 s against 25 ms in the paper's Tables 3 and 4."""
+"""Cost of a target step, in draft passes. The paper's Tables 3 and 4 have 5 s and 25 ms."""
 
 
 class Bench:
-    """The pair, the prompts, and what was measured about them."""
+    """The pair of models, the prompts, and the measured acceptance."""
 
     def __init__(self, data: Path, each: int, max_tokens: int):
         self.llm = LLM(None, {"method": "ar"}, max_num_seqs=8)
@@ -54,18 +58,18 @@ class Bench:
         self.vector = read_calibration(BUNDLED_LM, self.llm.target, "lm")["acceptance"]
 
     def texts(self, prompts: list[list[int]], temperature: float) -> list[Any]:
-        """The target's own outputs."""
+        """Generates outputs of the target."""
         sampling = SamplingParams(temperature=temperature, max_tokens=64)
         return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
 
     def trained(self, temperature: float) -> AcceptanceTable:
-        """Acceptance on training prompts."""
+        """Measures the acceptance on training prompts."""
         way = own_way(temperature, DySpec())
         train = tasks.encode(self.llm, tasks.read_prompts(PROMPTS), raw=False)
         return table_of(trials(self.llm, self.model, self.texts(train, temperature), [way])[way])
 
     def length(self, name: str, grower: Options, nodes: int, temperature: float) -> dict[str, Any]:
-        """Tokens a step of one tree."""
+        """Measures the tokens per step of one tree."""
         rule = "block" if name == "chain" else "multiround"
         max_tokens = self.max_tokens // 2 if nodes > 256 else self.max_tokens
         how = {"nodes": nodes, "temperature": temperature, "max_tokens": max_tokens}
@@ -76,25 +80,25 @@ class Bench:
 
 
 def hypothesis(bench: Bench) -> list[dict[str, Any]]:
-    """Acceptance of tested children in bins of their draft probability."""
+    """Measures the acceptance of tested children in bins of their draft probability."""
     rows = []
     for temperature in TEMPERATURES:
         ways = [way for way in WAYS if way.temperature == temperature]
         found = trials(bench.llm, bench.model, bench.texts(bench.prompts, temperature), ways)
-        for way, one in found.items():
+        for way, tested in found.items():
             row = {"experiment": "hypothesis", **way._asdict()}
-            for part, chosen in (("all", one.ranks >= 0), ("first", one.ranks == 0), ("later", one.ranks > 0)):
-                row[part] = binned(Trials(*(values[chosen] for values in one)))
+            for part, chosen in (("all", tested.ranks >= 0), ("first", tested.ranks == 0), ("later", tested.ranks > 0)):
+                row[part] = binned(Trials(*(values[chosen] for values in tested)))
             rows.append(row)
     return rows
 
 
 def binned(found: Trials) -> dict[str, Any]:
-    """Count, share accepted and mean probability in every bin, and the correlation over all children."""
+    """Computes count, accepted share and mean probability in every bin, and the correlation over all children."""
     place = np.searchsorted(PROB_EDGES, found.probs, side="right") - 1
     counts = np.bincount(place, minlength=len(PROB_EDGES))
     sums = [np.bincount(place, weights=values, minlength=len(PROB_EDGES)) for values in (found.accepted, found.probs)]
-    shares, means = (np.divide(one, counts, out=np.zeros(len(counts)), where=counts > 0) for one in sums)
+    shares, means = (np.divide(total, counts, out=np.zeros(len(counts)), where=counts > 0) for total in sums)
     return {
         "tested": len(found.probs),
         "accepted": round(float(found.accepted.mean()), 4),
@@ -109,9 +113,9 @@ def binned(found: Trials) -> dict[str, Any]:
 
 
 def plan(bench: Bench) -> list[tuple[str, Options, int, float]]:
-    """Trees to be measured, small ones first: name, grower, nodes, temperature.
+    """Returns the trees to measure, small ones first, as (name, grower, nodes, temperature).
 
-    The width changes DySpec's passes, not its tree.
+    The width changes the number of DySpec's passes, but not its tree.
     """
     runs: list[tuple[str, Options, int, float]] = []
     for temperature in TEMPERATURES:
@@ -135,12 +139,12 @@ def plan(bench: Bench) -> list[tuple[str, Options, int, float]]:
 
 
 def offload(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Tokens per time where a target step costs `TARGET_STEP` draft passes, whatever the size of the tree."""
+    """Computes tokens per time if a target step costs `TARGET_STEP` draft passes for every size of tree."""
     lengths = [row for row in rows if row.get("experiment") == "length"]
     found = []
     for row in lengths:
-        chains = [one for one in lengths if one["tree"] == "chain" and one["temperature"] == row["temperature"]]
-        best = max(chains, key=lambda one: speedup(one, one["draft_passes"]))
+        chains = [other for other in lengths if other["tree"] == "chain" and other["temperature"] == row["temperature"]]
+        best = max(chains, key=lambda chain: speedup(chain, chain["draft_passes"]))
         passes = {"batched": row["draft_passes"]}
         if row["tree"] == "dyspec":
             passes |= {"a call for every inner node": row["inner_nodes"], "a call for every node": row["nodes_per_step"]}
@@ -155,16 +159,16 @@ def offload(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def speedup(row: dict[str, Any], passes: float) -> float:
-    """Tokens per time over those of plain decoding."""
+    """Computes tokens per time, relative to plain decoding."""
     return row["tokens_per_step"] * TARGET_STEP / (TARGET_STEP + passes)
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of evaluation prompts")
-    parser.add_argument("--each", type=int, default=8, help="prompts of each set")
-    parser.add_argument("--max-tokens", type=int, default=32, help="of an output; half as many with more than 256 nodes")
+    parser.add_argument("--each", type=int, default=8, help="number of prompts of each set")
+    parser.add_argument("--max-tokens", type=int, default=32, help="tokens of an output; half of it with more than 256 nodes")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     bench = Bench(args.data, args.each, args.max_tokens)
@@ -188,7 +192,7 @@ def main() -> None:
 
 
 def write(output: Path, rows: list[dict[str, Any]]) -> None:
-    """JSON lines."""
+    """Writes the rows as JSON lines."""
     output.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

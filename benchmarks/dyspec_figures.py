@@ -1,8 +1,8 @@
-"""Figures and tables of what `dyspec_experiments.py` wrote.
+"""Makes figures and tables from the results of `dyspec_experiments.py`.
 
     python benchmarks/dyspec_figures.py --rows benchmarks/dyspec-experiments.jsonl --output docs/figures
 
-Writes dyspec-hypothesis.png, dyspec-length.png and dyspec-promise.png, and prints the tables of docs/dyspec-experiments.md.
+It writes dyspec-hypothesis.png, dyspec-length.png and dyspec-promise.png, and prints the tables of docs/dyspec-experiments.md.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ STYLES = {
 }
 
 PROMISED = ("dyspec", "dyspec, calibrated", "dyspec, draft at 0.6", "sequoia")
-"""Trees whose nodes' values add up to a number of tokens: siblings drawn with replacement may be equal, and count once."""
+"""Trees whose node values add up to the expected tokens. In other trees, siblings may be equal and then count only once."""
 VARIANTS = ("dyspec", "dyspec, calibrated, reach only", "dyspec, calibrated, rank only", "dyspec, calibrated", "sequoia")
 
 
 def hypothesis(rows: Rows) -> Any:
-    """Acceptance against draft probability, a panel for every way of drafting."""
+    """Draws the acceptance against the draft probability, with a panel for every way of drafting."""
     figure = new_figure(3.1 * len(rows), 3.2)
     for axes, row in zip(figure.subplots(1, len(rows), sharey=True), rows, strict=True):
         for part, colour in (("first", "C0"), ("later", "C3")):
-            bins = [one for one in row[part]["bins"] if one["tested"] >= 10]
-            errors = [math.sqrt(one["accepted"] * (1 - one["accepted"]) / one["tested"]) for one in bins]
-            x, y = [one["prob"] for one in bins], [one["accepted"] for one in bins]
+            bins = [cell for cell in row[part]["bins"] if cell["tested"] >= 10]
+            errors = [math.sqrt(cell["accepted"] * (1 - cell["accepted"]) / cell["tested"]) for cell in bins]
+            x, y = [cell["prob"] for cell in bins], [cell["accepted"] for cell in bins]
             label = {"first": "first child", "later": "later siblings"}[part]
             axes.errorbar(x, y, errors, fmt="o-", color=colour, label=label, markersize=3.5, linewidth=1)
         axes.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1, label="DySpec's estimate")
@@ -53,20 +53,20 @@ def hypothesis(rows: Rows) -> Any:
 
 
 def drafted(row: dict[str, Any]) -> str:
-    """How the children of a row were chosen."""
+    """Says how the children of a row were chosen."""
     return "drawn" if row["sampled"] else "likeliest first"
 
 
 def length(rows: Rows) -> Any:
-    """Tokens a step against nodes, a panel for every temperature."""
+    """Draws the tokens per step against the number of nodes, with a panel for every temperature."""
     temperatures = sorted({row["temperature"] for row in rows})
     figure = new_figure(4.0 * len(temperatures), 3.6)
     for axes, temperature in zip(figure.subplots(1, len(temperatures), sharey=True), temperatures, strict=True):
         for tree, (colour, line) in STYLES.items():
-            some = sorted((row["nodes"], row) for row in rows if row["tree"] == tree and row["temperature"] == temperature)
-            if some:
-                y, errors = ([row[key] for _, row in some] for key in ("tokens_per_step", "standard_error"))
-                x = [nodes for nodes, _ in some]
+            sizes = sorted((row["nodes"], row) for row in rows if row["tree"] == tree and row["temperature"] == temperature)
+            if sizes:
+                y, errors = ([row[key] for _, row in sizes] for key in ("tokens_per_step", "standard_error"))
+                x = [nodes for nodes, _ in sizes]
                 axes.errorbar(x, y, errors, fmt=line, color=colour, label=tree, markersize=4.5, linewidth=1.2)
         axes.set(title=f"temperature {temperature:g}", xlabel="nodes", xscale="log")
         axes.set_xticks([4, 16, 64, 256, 768], ["4", "16", "64", "256", "768"])
@@ -79,7 +79,10 @@ def length(rows: Rows) -> Any:
 
 
 def promise(rows: Rows, nodes: int = 64) -> Any:
-    """By depth, what the draft law promises and what is accepted, for three trees of one size at temperature 0 and 1."""
+    """Draws the predicted and the accepted nodes by depth, for three trees of one size at temperatures 0 and 1.
+
+    The draft distribution gives the prediction.
+    """
     trees, temperatures = ("dyspec", "dyspec, calibrated", "sequoia"), (0.0, 1.0)
     figure = new_figure(10.0, 5.2)
     panels = figure.subplots(len(temperatures), len(trees), sharex=True, sharey="row")
@@ -101,18 +104,18 @@ def promise(rows: Rows, nodes: int = 64) -> Any:
 
 
 def only(rows: Rows, tree: str, nodes: int, temperature: float) -> dict[str, Any]:
-    """The row of a tree."""
-    [row] = [one for one in rows if (one["tree"], one["nodes"], one["temperature"]) == (tree, nodes, temperature)]
-    return row
+    """Returns the only row of a tree, size and temperature."""
+    [found] = [row for row in rows if (row["tree"], row["nodes"], row["temperature"]) == (tree, nodes, temperature)]
+    return found
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
+    """Makes a Markdown table."""
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
 
 
 def hypothesis_table(rows: Rows) -> str:
-    """Correlation, and mean acceptance beside mean draft probability."""
+    """Makes a table of the correlation, the mean acceptance and the mean draft probability."""
     head = ["target at", "draft at", "children", "tested", "correlation"]
     head += ["first child: accepted (draft probability)", "later siblings: accepted (draft probability)"]
     lines = []
@@ -124,7 +127,7 @@ def hypothesis_table(rows: Rows) -> str:
 
 
 def pivot(rows: Rows, trees: Sequence[str], cell: Callable[[dict[str, Any]], str]) -> str:
-    """A line for every tree, a column for every temperature and size."""
+    """Makes a table with a line for every tree and a column for every temperature and size."""
     rows = [row for row in rows if row["tree"] in trees]
     columns = sorted({(row["temperature"], row["nodes"]) for row in rows})
     cells = {(row["tree"], row["temperature"], row["nodes"]): cell(row) for row in rows}
@@ -133,12 +136,12 @@ def pivot(rows: Rows, trees: Sequence[str], cell: Callable[[dict[str, Any]], str
 
 
 def tokens(row: dict[str, Any]) -> str:
-    """Tokens a step with the standard error."""
+    """Formats the tokens per step with their standard error."""
     return f"{row['tokens_per_step']:.2f} ± {row['standard_error']:.2f}"
 
 
 def offload_table(rows: Rows) -> str:
-    """Speed over plain decoding and over the best chain."""
+    """Makes a table of the speed relative to plain decoding and to the best chain."""
     temperatures = sorted({row["temperature"] for row in rows})
     head = ["tree", "nodes", "draft passes a step", *(f"T={t:g}" for t in temperatures)]
     lines: dict[tuple[str, ...], dict[float, dict[str, Any]]] = {}
@@ -147,7 +150,7 @@ def offload_table(rows: Rows) -> str:
             name = row["tree"] + (f", {row['construction']}" if row["tree"] == "dyspec" else "")
             lines.setdefault((name, str(row["nodes"])), {})[row["temperature"]] = row
     printed = []
-    for key, found in sorted(lines.items(), key=lambda one: int(one[0][1])):
+    for key, found in sorted(lines.items(), key=lambda line: int(line[0][1])):
         passes = " / ".join(f"{row['draft_passes']:.1f}" for _, row in sorted(found.items()))
         printed.append(
             [*key, passes, *(f"{row['over_plain']:.2f} ({row['over_chain']:.2f})" for _, row in sorted(found.items()))]
@@ -156,10 +159,10 @@ def offload_table(rows: Rows) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
-    parser.add_argument("--rows", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--rows", type=Path, required=True, help="file that dyspec_experiments.py wrote")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the figures")
     args = parser.parse_args()
     rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()]
     parts = {name: [row for row in rows if row.get("experiment") == name] for name in ("hypothesis", "length", "offload")}

@@ -1,9 +1,9 @@
-"""Draft passes and evaluated nodes of DySpec's tree against its size, where the paper's heap makes one draft call a node.
+"""Counts the draft passes and evaluated nodes of DySpec's tree, by its size. The paper's heap makes one draft call per node.
 
     python benchmarks/dyspec_passes.py --data ../shared/data/train --output benchmarks/dyspec-passes.jsonl
 
-The bundled drafter grows trees in the middle of answers of GSM8K's training part, at temperature 1, with some widths (nodes
-expanded a pass). A last line per size counts whole levels: every frontier node of the tree expanded at once.
+The bundled drafter grows trees in the middle of answers of GSM8K's training part, at temperature 1. The width is the number of
+nodes that a pass expands. The last line of each size expands whole levels: all frontier nodes of the tree in each pass.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ LEVELS = 1 << 20
 
 
 class CountingDrafter(LMDrafter):
-    """Counts its calls and the nodes they evaluate."""
+    """A drafter that counts its passes and the nodes that they evaluate."""
 
     passes = 0
     evaluated = 0
 
     def expand(self, states: Any, partial: Any, node_ids: Any) -> Any:
-        """As in `LMDrafter`."""
+        """Expands nodes as in `LMDrafter`, and counts them."""
         self.passes += 1
         self.evaluated += len(node_ids)
         return super().expand(states, partial, node_ids)
 
 
 def count(model: Any, prompts: list[list[int]], nodes: int, width: int) -> dict[str, Any]:
-    """Means over the prompts for one size and width."""
+    """Measures one size and width, and returns means over the prompts."""
     drafter = CountingDrafter(model, DySpec(width=width), model.vocab_size, 1)
     sampling = [SamplingParams(temperature=1.0)]
     depths = []
@@ -61,11 +61,11 @@ def count(model: Any, prompts: list[list[int]], nodes: int, width: int) -> dict[
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--prompts", type=int, default=20)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="folder of training text")
+    parser.add_argument("--prompts", type=int, default=20, help="number of prompts")
+    parser.add_argument("--output", type=Path, required=True, help="file for the results")
     args = parser.parse_args()
     model, tokenizer = load_target(BUNDLED_LM), load_tokenizer(BUNDLED_TARGET)
     with gzip.open(args.data / "gsm8k_train.jsonl.gz", "rt", encoding="utf-8") as lines:

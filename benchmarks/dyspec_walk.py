@@ -1,9 +1,11 @@
-"""Tokens a step of large trees at the price of small ones: the target runs only where a rule looks, on the accepted path.
+"""Measures the tokens per step of large trees at low cost. The target runs only on the accepted path.
 
-A rule asks for the target's law at the root, then at the child that it accepted, and so on. `walk` decodes as
-`foredraft.decode` does, with the same random numbers, but runs the target on demand, one node after another, instead of on
-the whole tree: a tree of 768 nodes costs a few rows. The tokens are the same; only the target's time, which is not measured
-here, is another. Trees are not cut where an output is about to end, so that short outputs say what trees of full size do.
+A rule asks for the target's distribution at the root, then at the child that it accepted, and so on. `walk` decodes as
+`foredraft.decode` does, with the same random numbers and the same tokens. Only it runs the target on demand, node by node,
+instead of on the whole tree. A tree of 768 nodes therefore costs only the rows of its accepted path. The target's time differs,
+but it is not measured here.
+
+Trees are not cut before the end of an output. Short outputs therefore show the behaviour of trees of full size.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ DEPTHS = 64
 
 
 class PathLaw:
-    """The target's law along one path of a tree, run when it is asked for; in place of `TargetLaw`."""
+    """The target's distributions along one path of a tree, computed on demand. It replaces `TargetLaw`."""
 
     def __init__(self, target: Target, cache: Any, tree: DraftTree, sampling: SamplingParams):
         self._target, self._cache, self._tree, self._sampling = target, cache, tree, sampling
@@ -41,26 +43,26 @@ class PathLaw:
 
     @property
     def is_certain(self) -> bool:
-        """As in `TargetLaw`."""
+        """Whether decoding is greedy, as in `TargetLaw`."""
         return self._sampling.temperature == 0
 
     def token(self, node: int) -> int:
-        """As in `TargetLaw`."""
+        """Returns the most likely token, as in `TargetLaw`."""
         return likeliest(self._run(node))[0]
 
     def row(self, node: int) -> torch.Tensor:
-        """As in `TargetLaw`."""
+        """Returns the distribution at a node, as in `TargetLaw`."""
         return warp(self._run(node), self._sampling)[0]
 
     def rows(self, nodes: Sequence[int]) -> list[torch.Tensor]:
-        """As in `TargetLaw`; a chain's nodes from the root on, in one pass."""
+        """Returns the distributions at a chain's nodes from the root on, as in `TargetLaw`, with one pass."""
         chain = TreeBatch.chains([self._tree.tokens[list(nodes)].tolist()])
         return list(warp(self._target.forward(chain, [self._cache]).logits, self._sampling))
 
     def _run(self, node: int) -> torch.Tensor:
         if node not in self._logits:
             path = [0, *self._tree.path_to(node)]
-            assert all(one in self._logits for one in path[:-1]), "a rule asks for a node after its parent"
+            assert all(ancestor in self._logits for ancestor in path[:-1]), "a rule asks for a node after its parent"
             last = len(path) - 1
             chain = TreeBatch.chains([self._tree.tokens[path].tolist()])
             scores = self._target.forward(chain, [self._cache], np.array([last]), start=[last])
@@ -69,13 +71,13 @@ class PathLaw:
 
 
 class CountingDrafter(LMDrafter):
-    """Counts its passes, request by request, and the nodes they evaluate."""
+    """A drafter that counts its passes per request and the nodes that they evaluate."""
 
     passes = 0
     evaluated = 0
 
     def expand(self, states: Any, partial: Any, node_ids: Any) -> Any:
-        """As in `LMDrafter`."""
+        """Expands nodes as in `LMDrafter`, and counts them."""
         owners = np.searchsorted(partial.offsets, node_ids, side="right")
         self.passes += len(set(owners.tolist()))
         self.evaluated += len(node_ids)
@@ -84,45 +86,50 @@ class CountingDrafter(LMDrafter):
 
 @dataclass
 class Watched:
-    """A grower whose saplings can be looked at after they have grown: they know what the draft law promised."""
+    """A grower that keeps its saplings after they have grown. They hold the acceptance that the draft distribution predicts."""
 
     grower: Options
     saplings: list[Sapling] = field(default_factory=list)
 
     @property
     def draft_temperature(self) -> float | int | None:
-        """The grower's."""
+        """Draft temperature of the grower."""
         return self.grower.draft_temperature
 
     def samples(self, sampling: SamplingParams) -> bool:
-        """The grower's."""
+        """Returns whether the grower samples."""
         return self.grower.samples(sampling)
 
     def cut(self, vocab_size: int) -> int:
-        """The grower's."""
+        """Returns the grower's `cut`."""
         return self.grower.cut(vocab_size)
 
     def policy(self, tree: Sapling) -> Policy:
-        """The grower's."""
+        """Returns the grower's policy, and keeps the sapling."""
         self.saplings.append(tree)
         return self.grower.policy(tree)
 
     def grow(self, drafter: Any, states: Any, roots: Any, budgets: Any, sampling: Any, draws: Any) -> TreeBatch:
-        """As in `foredraft.protocols.Grower`."""
+        """Grows trees as in `foredraft.protocols.Grower`, and forgets the saplings before."""
         self.saplings = []
         return grow_batch([self] * len(states), drafter, states, roots, budgets, sampling, draws)  # type: ignore[list-item]
 
 
 @dataclass
 class Tally:
-    """What a walk found.
+    """Counts of a walk.
 
     Attributes:
-        nodes, inner: nodes of all trees, and those that have children.
-        squares: sum of the squares of accepted nodes a step, for the standard error.
-        promised: by depth, what the nodes' draft probabilities add up to; the same for first children only.
-        accepted: by depth, accepted nodes; the same for those that are first children, as are all their ancestors.
-        width: by depth, nodes.
+        steps: number of steps.
+        squares: sum of the squares of the numbers of accepted nodes per step, for the standard error.
+        nodes: number of nodes of all trees.
+        inner: number of nodes with children.
+        passes: number of draft passes.
+        evaluated: number of nodes that the drafter evaluated.
+        promised: by depth, the sum of the nodes' values, which is the predicted number of accepted nodes. The first row counts
+            all nodes; the second counts only nodes that are first children, like all of their ancestors.
+        accepted: by depth, the number of accepted nodes, in the same two rows.
+        width: by depth, the number of nodes.
     """
 
     steps: int = 0
@@ -136,7 +143,7 @@ class Tally:
     width: np.ndarray = field(default_factory=lambda: np.zeros(DEPTHS + 1))
 
     def add(self, tree: DraftTree, sapling: Sapling, path: Sequence[int]) -> None:
-        """Counts a step."""
+        """Adds a step to the counts."""
         kept = range(tree.num_nodes) if sapling.kept is None else sapling.kept
         values = np.array([sapling.values[node] for node in kept])
         first = np.array([not any(rank) for rank in tree.ranks])
@@ -150,7 +157,7 @@ class Tally:
             self.accepted[row] += np.bincount(tree.depths[path], weights=chosen[path], minlength=DEPTHS + 1)
 
     def row(self) -> dict[str, Any]:
-        """Means a step."""
+        """Makes a row of means per step."""
         mean = float(self.accepted[0].sum()) / self.steps
         return {
             "steps": self.steps,
@@ -176,7 +183,7 @@ class Tally:
 
 
 def walk(llm: LLM, model: Target, grower: Options, rule: AcceptanceRule, prompts: Sequence[list[int]], **how: Any) -> Tally:
-    """Decodes the prompts in waves; `how` is the number of nodes, the temperature and max_tokens."""
+    """Decodes the prompts in waves. `how` holds the number of nodes, the temperature and max_tokens."""
     tally, watched = Tally(), Watched(grower)
     drafter = CountingDrafter(model, watched, llm.target.vocab_size, SEQS)
     numbered = list(enumerate(prompts))
@@ -188,7 +195,7 @@ def walk(llm: LLM, model: Target, grower: Options, rule: AcceptanceRule, prompts
 
 @dataclass
 class Wave:
-    """Some prompts decoded side by side."""
+    """A group of prompts that are decoded together."""
 
     llm: LLM
     drafter: CountingDrafter
@@ -199,7 +206,7 @@ class Wave:
     max_tokens: int
 
     def run(self, numbered: Sequence[tuple[int, list[int]]]) -> None:
-        """Decodes to the end; prompt i has the random numbers of the i-th request of an `LLM`."""
+        """Decodes the prompts to their ends. Prompt i has the same random numbers as the i-th request of an `LLM`."""
         pool = self.llm.target.new_pool(SEQS, self.llm.max_model_len)
         sampling = SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens)
         running = []
@@ -210,15 +217,15 @@ class Wave:
             running.append((list(prompt), len(prompt) + self.max_tokens, cache, draws, self.drafter.start(prompt, None)))
         while running:
             self._step(running, pool, sampling)
-            done = [one for one in running if one[0][-1] in self.llm.eos_ids or len(one[0]) >= one[1]]
-            running = [one for one in running if one not in done]
-            for one in done:
-                self.drafter.finish(one[4])
+            done = [request for request in running if request[0][-1] in self.llm.eos_ids or len(request[0]) >= request[1]]
+            running = [request for request in running if request not in done]
+            for request in done:
+                self.drafter.finish(request[4])
 
     def _step(self, running: Sequence[Any], pool: Any, sampling: SamplingParams) -> None:
         draws = [draw.at(len(tokens)) for tokens, _, _, draw, _ in running]
         budgets = [Budget(self.nodes, min(MAX_DEPTH, self.nodes))] * len(running)
-        states = [one[4] for one in running]
+        states = [request[4] for request in running]
         batch = self.drafter.propose(states, budgets, [sampling] * len(running), draws)
         for b, (tokens, most, cache, _, state) in enumerate(running):
             tree = batch[b]

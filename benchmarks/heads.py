@@ -1,16 +1,21 @@
-"""Draft heads side by side, on prompts of the six task families of Spec-Bench.
+"""Compares draft heads on prompts of the six task families of Spec-Bench.
 
     python benchmarks/heads.py --data ../shared/data/eval --output benchmarks/heads-14m-greedy.jsonl \
         eagle=build/heads/eagle:topk:16 fspad=build/heads/fspad:topk:16 ctc=build/heads/ctc::16
 
-A method is spelled as in `foredraft bench`; all take turns on every prompt, against plain decoding. Prompts over 448 tokens are
-cut in the middle. Beside the figures of `foredraft bench`, a row has the tokens per step of every family and of the prompts
-whose plain output does not loop, the speed-up of the steps alone (without the prompts' own pass) and, in plain decoding's row,
-that of steps which take no time (`speedup_most`: the prompts' own pass is left), forwards and milliseconds of drafting a step,
-parameters and training minutes of the head.
-`transformers` among the methods is that library's own plain decoding, which then takes turns too; every row says what it gains
-over that (`speedup_over`: in all, and where nothing loops, each with the ends of its interval).
-With `--no-times` a row has no figure that hangs on the clock, and no forwards: for heads that are measured while others train.
+Methods are given as in `foredraft bench`. All methods and plain decoding take turns on every prompt. Prompts over 448 tokens
+are cut in the middle. A row has the columns of `foredraft bench`, and these:
+
+- tokens per step of every family, and of the prompts whose plain output does not loop;
+- speed-up of the steps alone, without the pass over the prompt;
+- in the row of plain decoding, `speedup_most`: the speed-up if steps took no time and only the pass over the prompt remained;
+- forward passes and milliseconds of drafting per step;
+- parameters and training minutes of the head.
+
+The method `transformers` is plain decoding by that library. If it is given, it takes turns too, and every row has its speed-up
+relative to it (`speedup_over`: over all prompts and over prompts that do not loop, each with its interval).
+
+With `--no-times` a row has no times and no forward passes. It serves to measure heads while the machine is busy.
 """
 
 from __future__ import annotations
@@ -37,7 +42,7 @@ from foredraft.progress import progress_bar
 from foredraft.speculation import PLAIN
 
 FAMILIES = ("chat", "translation", "summarization", "qa", "math_reasoning", "rag")
-"""Of Spec-Bench; the eight categories of MT-bench are `chat`."""
+"""Families of Spec-Bench. The eight categories of MT-bench count as `chat`."""
 
 LONGEST = 448
 PEER = "transformers"
@@ -48,7 +53,7 @@ COLUMNS = (
 
 
 class Task(NamedTuple):
-    """A prompt of a family, as token ids."""
+    """A prompt of a family, as token ids, and whether it was cut."""
 
     family: str
     ids: list[int]
@@ -56,7 +61,7 @@ class Task(NamedTuple):
 
 
 def read_tasks(llm: LLM, data: Path, count: int) -> list[Task]:
-    """`count` prompts, as many of each family as can be, at equal distances within it; the families in turn."""
+    """Reads `count` prompts, equally many of each family, at equal distances in it. The families take turns in the result."""
     by_family: dict[str, list[str]] = {family: [] for family in FAMILIES}
     for line in (data / "spec_bench.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -72,7 +77,7 @@ def read_tasks(llm: LLM, data: Path, count: int) -> list[Task]:
 
 
 def cut(ids: list[int]) -> list[int]:
-    """At most `LONGEST` tokens, the first and the last ones."""
+    """Cuts a prompt to its first and last tokens, at most `LONGEST` in total."""
     if len(ids) <= LONGEST:
         return ids
     return [*ids[: LONGEST // 2], *ids[-(LONGEST - LONGEST // 2) :]]
@@ -80,9 +85,12 @@ def cut(ids: list[int]) -> list[int]:
 
 @contextmanager
 def counted(drafter: Any) -> Iterator[list[int]]:
-    """Gives a list that holds the forwards of the drafter meanwhile: calls of the head on rows of new nodes or slots."""
+    """Counts the forward passes of a drafter in a block, in a list of one number.
+
+    A forward pass is a call of the head on rows of new nodes or slots.
+    """
     calls = [0]
-    whole = getattr(drafter, "slots", drafter)  # parallel heads are run once, by `fill`, and only looked up by `expand`
+    whole = getattr(drafter, "slots", drafter)  # `fill` runs a parallel head once, and `expand` only reads its results
     names = [name for name in ("fill", "expand") if hasattr(whole, name)][:1]
 
     def counting(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,94 +108,100 @@ def counted(drafter: Any) -> Iterator[list[int]]:
 
 
 def forwards_a_step(llm: LLM, prompts: Sequence[list[int]], sampling: SamplingParams) -> float:
-    """Forwards of the drafter in a step, over some prompts."""
+    """Measures the mean number of the drafter's forward passes per step."""
     with counted(llm.engine.drafter) as calls:
         outputs = llm.generate(list(prompts), sampling)
-    return calls[0] / max(sum(one.metrics.num_steps for one in outputs), 1)
+    return calls[0] / max(sum(output.metrics.num_steps for output in outputs), 1)
 
 
 def lengths(outcomes: Sequence[Outcome]) -> float | None:
-    """Tokens per step."""
-    records = [record for one in outcomes for request in one.records for record in request]
+    """Computes the tokens per step; None without records."""
+    records = [record for outcome in outcomes for request in outcome.records for record in request]
     return summarize(records).acceptance_length if records else None
 
 
 def made(config: dict[str, Any]) -> dict[str, Any]:
-    """What is known of a head: its parameters, and what its training took if its files say so."""
+    """Reads facts about a head: its parameters and, if recorded, the minutes and token passes of its training."""
     folder = Path(str(config.get("model")))
     if not folder.is_dir():
         return {}
-    found = {"parameters": sum(one.numel() for one in read_head(folder).head.parameters())}
+    found = {"parameters": sum(parameter.numel() for parameter in read_head(folder).head.parameters())}
     file = folder / "provenance.json"
     about = json.loads(file.read_text()) if file.is_file() else {}
     return found | {key: about[key] for key in ("minutes", "token_passes") if key in about}
 
 
 def step_seconds(outcomes: Sequence[Outcome]) -> float:
-    """Seconds in the steps alone: without the prompt's own pass, which all methods share."""
-    return sum(getattr(one, f"{part}_s") for one in outcomes for part in ("draft", "verify", "rule", "cache"))
+    """Computes the seconds of the steps alone, without the pass over the prompt, which all methods share."""
+    return sum(getattr(outcome, f"{part}_s") for outcome in outcomes for part in ("draft", "verify", "rule", "cache"))
 
 
 def of_steps(plain: Sequence[Outcome], outcomes: Sequence[Outcome]) -> float:
-    """Speed-up of the steps alone, a token."""
-    before, after = (step_seconds(some) / sum(one.num_tokens for one in some) for some in (plain, outcomes))
+    """Computes the speed-up of the steps alone, from seconds per token."""
+    before, after = (step_seconds(group) / sum(outcome.num_tokens for outcome in group) for group in (plain, outcomes))
     return before / after
 
 
 def at_most(plain: Sequence[Outcome]) -> float:
-    """Speed-up of steps that take no time, in which only the prompt's own pass is left."""
-    whole = sum(one.seconds for one in plain)
+    """Computes the speed-up if steps took no time and only the pass over the prompt remained."""
+    whole = sum(outcome.seconds for outcome in plain)
     return whole / (whole - step_seconds(plain))
 
 
 def over_peer(peer: Sequence[Outcome], outcomes: Sequence[Outcome], quiet: Sequence[int]) -> dict[str, Any]:
-    """Speed-up over a peer, and the same on the prompts `quiet` alone, each with the ends of its interval."""
+    """Computes the speed-up relative to a peer, with its interval, on all prompts and on the prompts `quiet`."""
     chosen = {"all": range(len(peer)), "not_looping": quiet}
-    return {name: speedup([peer[i] for i in some], [outcomes[i] for i in some]) for name, some in chosen.items() if some}
+    return {
+        name: speedup([peer[i] for i in places], [outcomes[i] for i in places]) for name, places in chosen.items() if places
+    }
 
 
 def is_time(key: str) -> bool:
-    """Whether a column of a row hangs on the clock."""
+    """Returns whether a column of a row depends on measured times."""
     return key.endswith(("_s", "_ms")) or key.startswith(("speedup", "ms_"))
 
 
 def compared(row: dict[str, Any], rounds: Sequence[dict[str, Outcome]], quiet: Sequence[int]) -> dict[str, Any]:
-    """What a row says beside that of `foredraft bench`: its speed in other parts of the time, on other prompts, over others."""
+    """Computes the columns that a row of `foredraft bench` lacks.
+
+    Args:
+        quiet: numbers of the prompts whose plain output does not loop.
+    """
     name, found = row["name"], dict[str, Any]()
-    outcomes, plainly = ([one[key] for one in rounds] for key in (name, PLAIN))
-    few, few_plainly = ([some[i] for i in quiet] for some in (outcomes, plainly))
+    outcomes, plain = ([batch[key] for batch in rounds] for key in (name, PLAIN))
+    quiet_outcomes, quiet_plain = ([group[i] for i in quiet] for group in (outcomes, plain))
     if PEER in rounds[0]:
-        found["speedup_over"] = {PEER: over_peer([one[PEER] for one in rounds], outcomes, quiet)}
-    if name != PEER:  # nobody sees the steps of a peer
-        found["speedup_steps"] = of_steps(plainly, outcomes)
-        found |= {"speedup_steps_not_looping": of_steps(few_plainly, few)} if quiet else {}
+        found["speedup_over"] = {PEER: over_peer([batch[PEER] for batch in rounds], outcomes, quiet)}
+    if name != PEER:  # the steps of a peer are unknown
+        found["speedup_steps"] = of_steps(plain, outcomes)
+        found |= {"speedup_steps_not_looping": of_steps(quiet_plain, quiet_outcomes)} if quiet else {}
     if name == PLAIN and quiet:
-        found |= {"speedup_most": at_most(plainly), "speedup_most_not_looping": at_most(few_plainly)}
-    return found | {"not_looping": lengths(few)}
+        found |= {"speedup_most": at_most(plain), "speedup_most_not_looping": at_most(quiet_plain)}
+    return found | {"not_looping": lengths(quiet_outcomes)}
 
 
 def arguments() -> argparse.Namespace:
-    """Of the command line."""
+    """Parses the arguments of the command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("methods", nargs="+", help=f"drafter=DIRECTORY:tree:budget, or {PEER}")
     parser.add_argument("--data", type=Path, required=True, help="folder of evaluation prompts")
-    parser.add_argument("--model", help="directory of the target; the bundled one if not given")
-    parser.add_argument("--count", type=int, default=100, help="prompts in all")
+    parser.add_argument("--model", help="directory of the target; default: the bundled one")
+    parser.add_argument("--count", type=int, default=100, help="total number of prompts")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--no-times", action="store_true", help="tokens a step alone: the machine need not be quiet")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--no-times", action="store_true", help="measure only tokens per step, so that the machine may be busy")
+    parser.add_argument("--output", type=Path, required=True, help="file for the results")
     args = parser.parse_args()
     if not (args.data / "spec_bench.jsonl").is_file():
         parser.error(f"no spec_bench.jsonl in {str(args.data)!r}: give the folder of evaluation prompts as --data")
     if args.no_times and PEER in args.methods:
-        parser.error(f"{PEER} is there for its speed alone: leave it out, or --no-times")
+        parser.error(f"{PEER} serves only to compare times: leave it out, or leave out --no-times")
     return args
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     args = arguments()
     plain = LLM(args.model, {"method": PLAIN}, dtype=args.dtype, max_num_seqs=1)
     sampling = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=0)
@@ -201,14 +215,14 @@ def main() -> None:
         for outcome in measure(contenders, [task.ids for task in every], sampling, batch_size=1, warm_up=warm_up):
             rounds.append(outcome)
             advance(1)
-    quiet = [i for i, one in enumerate(rounds) if not tasks.is_looping(one[PLAIN].token_ids[0])]
+    quiet = [i for i, batch in enumerate(rounds) if not tasks.is_looping(batch[PLAIN].token_ids[0])]
     rows = rows_of(contenders, rounds, args.temperature)
     for row in rows:
         row |= compared(row, rounds, quiet)
         row |= {"weights_mb": plain.target.num_weight_bytes / 1e6, **made(configs.get(row["name"], {}))}
-        outcomes = [one[row["name"]] for one in rounds]
+        outcomes = [batch[row["name"]] for batch in rounds]
         row["families"] = {
-            family: lengths([one for one, task in zip(outcomes, every, strict=True) if task.family == family])
+            family: lengths([outcome for outcome, task in zip(outcomes, every, strict=True) if task.family == family])
             for family in FAMILIES
         }
         row["cut"] = dict(Counter(task.family for task in every if task.was_cut))

@@ -1,8 +1,8 @@
-"""A figure of heads side by side: tokens a step, from files that `heads.py` wrote.
+"""Draws the tokens per step of heads, from files that `heads.py` wrote.
 
     python benchmarks/heads_figure.py benchmarks/heads-14m-*.jsonl --trees topk:8 --output docs/figures/heads-14m.svg
 
-A panel a temperature, a bar a method, the longest on top, with a dot for every seed that was trained.
+The figure has a panel per temperature and a bar per method, the longest on top. A dot marks every trained seed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from foredraft.plots import new_figure
 
 
 def panels(paths: list[Path], endings: list[str]) -> dict[float, dict[str, list[float]]]:
-    """Tokens a step of every head of a method, by temperature; of methods whose names end on one of `endings`."""
+    """Reads the tokens per step of every head, by temperature and method. Methods must end with one of `endings`."""
     rows: dict[float, list[dict[str, Any]]] = {}
     for path in paths:
         every = [json.loads(line) for line in path.read_text().splitlines()]
@@ -27,15 +27,15 @@ def panels(paths: list[Path], endings: list[str]) -> dict[float, dict[str, list[
     return {
         temperature: {
             name: [row["acceptance_length"] for row in group]
-            for name, group in by_method(some).items()
+            for name, group in by_method(measured).items()
             if name.endswith(tuple(endings))
         }
-        for temperature, some in sorted(rows.items())
+        for temperature, measured in sorted(rows.items())
     }
 
 
 def drawn(found: dict[float, dict[str, list[float]]]) -> Any:
-    """The figure."""
+    """Draws the figure."""
     most = max(len(methods) for methods in found.values())
     figure = new_figure(4.6 * len(found), 0.6 + 0.32 * most)
     for axes, (temperature, methods) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
@@ -52,15 +52,15 @@ def drawn(found: dict[float, dict[str, list[float]]]) -> Any:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("rows", type=Path, nargs="+", help="files that heads.py wrote")
-    parser.add_argument("--trees", nargs="+", default=[""], help="of methods whose names end so, topk:8 for instance")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--trees", nargs="+", default=[""], help="endings of the methods to draw, such as topk:8; default: all")
+    parser.add_argument("--output", type=Path, required=True, help="file for the figure")
     args = parser.parse_args()
     found = panels(args.rows, args.trees)
     if not all(found.values()):
-        parser.exit(1, f"error: no method of {', '.join(map(str, args.rows))} ends on {' or '.join(args.trees)}\n")
+        parser.exit(1, f"error: no method of {', '.join(map(str, args.rows))} ends with {' or '.join(args.trees)}\n")
     drawn(found).savefig(args.output, bbox_inches="tight")
 
 

@@ -1,14 +1,19 @@
-"""Makes a Llama-family checkpoint cost what a larger model costs, without changing its function.
+"""Makes a Llama-family checkpoint as costly as a larger model, without changing its function.
 
     python benchmarks/inflate.py [--model DIR] --params 350M --output DIR [--drafter HEAD] ...
 
-Hidden dimensions, heads, neurons and layers are added that reach nothing: dead hidden dimensions stay zero in the residual
-stream, so whatever reads them may be random; dead heads and neurons are random and end in columns of zeros; dead layers are
-random and end in matrices of zeros. A wider RMSNorm has a mean square that is smaller by the width factor f, which
-``weight / sqrt(f)`` and ``epsilon / f`` undo; f is a power of 4, so that both are exact in bfloat16 too. Every probability
-stays what it was, while a forward costs what the larger model costs: with it the speed of an engine can be measured at a
-realistic ratio of target to drafter and with real acceptance. Reports that use such a model say so. Draft heads of the model
-are widened with it, into ``heads/`` of the output (`inflate_head.py`).
+It adds hidden dimensions, heads, neurons and layers without effect:
+
+- Added hidden dimensions stay zero in the residual stream, so the weights that read them may be random.
+- Added heads and neurons are random and end in columns of zeros.
+- Added layers are random and end in matrices of zeros.
+
+In a wider RMSNorm the mean square is smaller by the width factor f. ``weight / sqrt(f)`` and ``epsilon / f`` correct this. f is
+a power of 4, so both are exact in bfloat16 too.
+
+All probabilities stay the same, but a forward pass costs as much as that of the larger model. The speed of an engine can thus
+be measured with a realistic cost ratio of target to drafter, and with real acceptance. Reports name the use of such a model.
+Draft heads of the model are widened too, into ``heads/`` of the output (`inflate_head.py`).
 """
 
 from __future__ import annotations
@@ -32,12 +37,23 @@ from foredraft.models.llama import unsupported
 from foredraft.progress import progress_bar
 
 _STEP = 64
-"""Neurons are added in such steps, as real models have them."""
+"""The number of neurons is a multiple of this, as in real models."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Llama-family model: hidden size, layers, query heads, key heads, size of a head, neurons, vocabulary."""
+    """Sizes of a Llama-family model.
+
+    Attributes:
+        hidden: hidden size.
+        layers: number of layers.
+        heads: number of query heads.
+        kv_heads: number of key heads.
+        head_dim: size of a head.
+        neurons: intermediate size.
+        vocab: number of tokens.
+        tied: whether embedding and output layer share their weights.
+    """
 
     hidden: int
     layers: int
@@ -50,27 +66,27 @@ class Shape:
 
     @property
     def attention(self) -> int:
-        """Weights of the projections of one attention layer."""
+        """Number of weights of the projections of one attention layer."""
         return self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
 
     @property
     def layer(self) -> int:
-        """Weights of one layer, without its norms."""
+        """Number of weights of one layer, without its norms."""
         return self.attention + 3 * self.hidden * self.neurons
 
     @property
     def ends(self) -> int:
-        """Weights of embedding and head."""
+        """Number of weights of embedding and output layer."""
         return self.vocab * self.hidden * (1 if self.tied else 2)
 
     @property
     def params(self) -> int:
-        """All weights, without norms and biases."""
+        """Number of all weights, without norms and biases."""
         return self.ends + self.layers * self.layer
 
 
 def shape_of(config: Any) -> Shape:
-    """The sizes of a model."""
+    """Returns the sizes of a model."""
     heads = config.num_attention_heads
     return Shape(
         hidden=config.hidden_size,
@@ -85,11 +101,13 @@ def shape_of(config: Any) -> Shape:
 
 
 def larger(base: Shape, params: int) -> Shape:
-    """A shape of about `params` weights: the widest one, in the proportions of `base`, that does not need fewer than half of
-    its layers; then the number of layers; then the neurons, which make up the difference.
+    """Finds a shape of about `params` weights.
+
+    Its width is the largest one, in the proportions of `base`, that leaves at least half of the layers of `base`. The number of
+    layers is chosen next. The number of neurons makes up the difference.
 
     Raises:
-        ValueError: `params` is less than `base` has.
+        ValueError: `params` is smaller than the number of weights of `base`.
     """
     if params < base.params:
         raise ValueError(f"--params must be at least the model's own {base.params:,}, got {params:,}")
@@ -108,12 +126,12 @@ def larger(base: Shape, params: int) -> Shape:
 
 
 class Inflater:
-    """Turns the tensors of a checkpoint into those of a larger one.
+    """Converts the tensors of a checkpoint to the tensors of a larger one.
 
     Args:
-        read: gives the tensor of a name, None if the checkpoint has none.
+        read: returns the tensor of a name; None if the checkpoint does not have it.
         old, new: sizes before and after.
-        generator: of the random weights.
+        generator: source of the random weights.
     """
 
     def __init__(self, read: Callable[[str], Tensor | None], old: Shape, new: Shape, generator: torch.Generator):
@@ -121,7 +139,7 @@ class Inflater:
         self._shrink = (new.hidden / old.hidden) ** -0.5
 
     def parts(self) -> Iterator[dict[str, Tensor]]:
-        """The tensors, part by part: the ends, then layer by layer."""
+        """Yields the tensors in parts: embedding and output layer first, then each layer."""
         yield self._ends()
         for index in range(self._new.layers):
             yield self._layer(index)
@@ -148,7 +166,7 @@ class Inflater:
         for name in ("gate", "up"):
             found |= self._linear(f"{at}.mlp.{name}_proj", new.neurons, new.hidden)
         found |= self._linear(f"{at}.mlp.down_proj", new.hidden, new.neurons, zeros=True)
-        for name in ("q_norm", "k_norm"):  # over one head, whose size stays
+        for name in ("q_norm", "k_norm"):  # they norm one head, whose size does not change
             norm = self._read(f"model.layers.{index % self._old.layers}.self_attn.{name}.weight")
             if norm is not None:
                 found[f"{at}.self_attn.{name}.weight"] = norm.clone()
@@ -162,13 +180,13 @@ class Inflater:
         return found
 
     def _norm(self, name: str) -> Tensor:
-        """Live weights rescaled; dead ones scale zeros."""
+        """Widens a norm. Its original weights are rescaled; the added weights only scale zeros."""
         weight = self._wide(name, self._new.hidden)
         weight[: self._old.hidden] *= self._shrink
         return weight
 
     def _wide(self, name: str, *shape: int, zeros: bool = False) -> Tensor:
-        """The tensor in the corner of a larger one, which is random, or zero where it must reach nothing."""
+        """Puts a tensor in the corner of a larger one, whose other entries are random, or zero with `zeros`."""
         old = self._read(name)
         like = old if old is not None else self._read("model.embed_tokens.weight")
         assert like is not None
@@ -181,7 +199,7 @@ class Inflater:
 
 
 def inflate(model: Path, params: int, output: Path, *, seed: int = 0) -> Shape:
-    """Writes the larger checkpoint to `output`, with tokenizer and generation config; returns its shape.
+    """Writes the larger checkpoint to `output`, with tokenizer and generation config, and returns its sizes.
 
     Raises:
         ValueError: the model is of another family, or `params` is too small.
@@ -218,7 +236,7 @@ def inflate(model: Path, params: int, output: Path, *, seed: int = 0) -> Shape:
 
 
 def larger_config(config: dict[str, Any], old: Shape, new: Shape) -> dict[str, Any]:
-    """config.json of the larger model."""
+    """Makes the config.json of the larger model."""
     changed = {
         "hidden_size": new.hidden,
         "num_hidden_layers": new.layers,
@@ -234,21 +252,21 @@ def larger_config(config: dict[str, Any], old: Shape, new: Shape) -> dict[str, A
 
 
 def parse_params(text: str) -> int:
-    """``350M``, ``7B`` or a plain number."""
+    """Parses a number of weights: ``350M``, ``7B`` or a plain number."""
     factor = {"M": 10**6, "B": 10**9}.get(text[-1:].upper(), 1)
     return round(float(text.rstrip("mMbB")) * factor)
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument(
-        "--model", type=Path, default=BUNDLED_TARGET, help="a Llama-family directory; default: the bundled target"
+        "--model", type=Path, default=BUNDLED_TARGET, help="directory of a Llama-family model; default: the bundled target"
     )
-    parser.add_argument("--params", type=parse_params, required=True, help="for instance 110M, 350M or 7B")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--drafter", type=Path, action="append", default=[], help="a draft head of the model, to be widened")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    parser.add_argument("--params", type=parse_params, required=True, help="number of weights, such as 110M, 350M or 7B")
+    parser.add_argument("--output", type=Path, required=True, help="directory for the larger model")
+    parser.add_argument("--drafter", type=Path, action="append", default=[], help="a draft head of the model to widen too")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
     args = parser.parse_args()
     try:
         shape = inflate(args.model, args.params, args.output, seed=args.seed)

@@ -1,8 +1,8 @@
-"""A draft head for an inflated target: the same laws, at the cost of a head of the larger width. `inflate.py --drafter DIR`
-calls it.
+"""Widens a draft head for an inflated target, for `inflate.py --drafter DIR`.
 
-The head's layer is widened by the factor of the target's hidden size: dead hidden dimensions, heads and neurons are zeros,
-which reach nothing and cost what others cost. Norms are rescaled as the target's are, see `inflate.py`.
+The wide head has the same distributions as the original head, and costs as much as a head of the larger width. Its layer is
+widened by the factor of the target's hidden size. The added hidden dimensions, heads and neurons are zeros without effect.
+Norms are rescaled like those of the target, see `inflate.py`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from foredraft.models.checkpoint import fingerprint, open_weights, read_json
 _SIDE_BY_SIDE = re.compile(
     r"(fc|fc\.fc|ahead\.\d+|blocks\.\d+\.0\.(linear|res_connection)|midlayer\.self_attn\.[qkv]_proj)\.weight"
 )
-"""Weights whose inputs are several hidden states side by side."""
+"""Names of weights whose input is a concatenation of several hidden states."""
 
 
 def inflate_head(drafter: Path, target: Path, output: Path) -> None:
-    """Writes the head `drafter` as one for the inflated `target`, with what its calibration says of its laws, which stay.
+    """Writes the head in `drafter` as a head for the inflated `target`. Its calibration is copied, since it stays valid.
 
     Raises:
-        ValueError: there is no head, or the target's hidden size is no multiple of its own.
+        ValueError: there is no head, or the target's hidden size is not a multiple of the head's.
     """
     loaded = read_head(drafter)
     old, hidden = loaded.config, read_json(target / "config.json")["hidden_size"]
@@ -38,7 +38,8 @@ def inflate_head(drafter: Path, target: Path, output: Path) -> None:
     factor = hidden // shape.features
     if hidden != factor * shape.features:
         raise ValueError(
-            f"the target's width {hidden} is no multiple of {shape.features}, that of the head's: give its own target inflated"
+            f"the target's width {hidden} is not a multiple of {shape.features}, the width of the head's target: "
+            "give an inflated copy of the head's own target"
         )
     config = type(old)(
         **{
@@ -68,7 +69,7 @@ def inflate_head(drafter: Path, target: Path, output: Path) -> None:
 
 
 def widened(name: str, weight: Tensor, like: Tensor, hidden: int, factor: int) -> Tensor:
-    """A weight in the corner of zeros, or of each of the blocks that it is made of."""
+    """Puts a weight in the corner of a matrix of zeros. A weight made of blocks is widened block by block."""
     if weight.shape == like.shape:
         return weight
     if "norm" in name:

@@ -1,4 +1,4 @@
-"""What the measurements here share: where figures are written, with what they hang on, and as what table they are printed."""
+"""Functions that the measurements share: options, prompts, rounds, and the report of results with their conditions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from foredraft.bench.run import forget_peak, peak_bytes
 from foredraft.llm import BUNDLED, BUNDLED_LM, LLM
 
 PROMPTS = BUNDLED / "calibration.jsonl"
-"""Training prompts, so that nothing is tuned on what is reported."""
+"""Training prompts. Settings that are tuned on them are not tuned on the reported test prompts."""
 
 LAWS = {
     "0": SamplingParams(temperature=0.0),
@@ -31,37 +31,47 @@ LAWS = {
     "1": SamplingParams(temperature=1.0),
     "1, top_p 0.9": SamplingParams(temperature=1.0, top_p=0.9),
 }
-"""Samplings that are measured, by name: the temperature and what cuts the law off."""
+"""Sampling parameters to measure, by name: the temperature and the truncation of the distribution."""
 
 
 def arguments(doc: str | None, *, models: bool = True, minutes: float = 4.0) -> argparse.ArgumentParser:
-    """A parser with the options that every measurement has."""
+    """Makes a parser with the options that every measurement has.
+
+    Args:
+        doc: docstring of the script, whose first paragraph describes it.
+        models: whether the script has options for target and draft model.
+        minutes: default of ``--minutes``.
+    """
     parser = argparse.ArgumentParser(description=str(doc).split("\n\n")[0])
     if models:
-        parser.add_argument("--model", help="directory of the target; the bundled one if not given")
+        parser.add_argument("--model", help="directory of the target; default: the bundled one")
         parser.add_argument("--draft-model", default=str(BUNDLED_LM), help="directory of the draft model")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", help="cpu or cuda; cuda where there is one if not given")
-    parser.add_argument("--minutes", type=float, default=minutes, help="start no further round after so long")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--dtype", default="bfloat16", help="dtype of the models")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if available")
+    parser.add_argument("--minutes", type=float, default=minutes, help="time after which no further round starts")
+    parser.add_argument("--output", type=Path, required=True, help="file for the results")
     return parser
 
 
 def drafting(draft_model: Any, tree: str | None, nodes: int | str) -> dict[str, Any]:
-    """The speculative config of a draft model with a tree (None: chosen automatically)."""
+    """Makes the speculative config of a draft model with a tree (None: chosen automatically)."""
     return {"method": "lm", "model": draft_model, "num_speculative_tokens": nodes} | ({"tree": tree} if tree else {})
 
 
 def read_prompts(llm: LLM, count: int) -> list[list[int]]:
-    """The first `count` training prompts as token ids."""
+    """Reads the first `count` training prompts, as token ids.
+
+    Raises:
+        ValueError: there are fewer prompts.
+    """
     prompts = tasks.encode(llm, tasks.read_prompts(PROMPTS), raw=False)[:count]
     if len(prompts) < count:
-        raise ValueError(f"{PROMPTS.name} has {len(prompts)} prompts, {count} are asked for")
+        raise ValueError(f"{PROMPTS.name} has only {len(prompts)} prompts, and {count} are needed. Take fewer prompts")
     return prompts
 
 
 def rounds(count: int, minutes: float) -> Iterator[int]:
-    """Numbers of rounds: 0 to ``count - 1``, fewer if the time is over, one at least."""
+    """Yields the numbers of rounds, 0 to ``count - 1``. It stops after `minutes`, but never before the first round."""
     began = perf_counter()
     for number in range(count):
         if number and perf_counter() - began > 60 * minutes:
@@ -70,24 +80,27 @@ def rounds(count: int, minutes: float) -> Iterator[int]:
 
 
 def rotated(items: Sequence[Any], number: int) -> list[Any]:
-    """The items from number `number` on, the others behind: what takes turns does not always follow the same one."""
+    """Rotates the items by `number`, so that an item does not follow the same other item in every round."""
     at = number % max(len(items), 1)
     return [*items[at:], *items[:at]]
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was told."""
+    """Waits until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def median(values: Sequence[float]) -> float:
-    """The median; 0 of nothing."""
+    """Returns the median; 0 if there are no values."""
     return statistics.median(values) if values else 0.0
 
 
 def held_bytes(device: torch.device) -> int:
-    """What the process (the device, on CUDA) holds now, after giving back what is free; starts `peak_bytes` anew."""
+    """Returns the memory in bytes that is held now, after freeing unused memory, and resets the peak of `peak_bytes`.
+
+    It is the memory of the device on CUDA, else of the process.
+    """
     gc.collect()
     with suppress(OSError, AttributeError):  # glibc: freed heap goes back to the system
         ctypes.CDLL(None).malloc_trim(0)
@@ -98,7 +111,7 @@ def held_bytes(device: torch.device) -> int:
 def report(
     path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str], *, device: torch.device, dtype: str | None = None
 ) -> None:
-    """Writes the rows with what they hang on, and prints some of their columns."""
+    """Writes the rows with the conditions of the measurement, and prints some of their columns."""
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     environment = {"command": command, **({"dtype": dtype} if dtype is not None else {}), **machine(device)}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,13 +120,13 @@ def report(
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
-    """Some columns of the rows in Markdown; units and names as in the files."""
+    """Makes a Markdown table of some columns of the rows, with the names and units of the files."""
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     return "\n".join(lines + ["| " + " | ".join(_spelled(row.get(name)) for name in columns) + " |" for row in rows])
 
 
 def rounded(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with its fractions to five places."""
+    """Rounds the floats of a row to five decimal places."""
     return {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
 
 

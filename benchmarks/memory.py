@@ -1,12 +1,14 @@
-"""Peak memory of a step with a large tree and a large vocabulary, against the logits that the target gives for the tree.
+"""Measures the peak memory of a step with a large tree and a large vocabulary, relative to the target's logits for the tree.
 
     python benchmarks/memory.py --output benchmarks/memory.jsonl
 
-Target and drafter are one small random Llama with the vocabulary of Llama 3, whose laws are as sharp as those of a language
-model (logits of standard deviation 4: 3.8 nats). That the drafter agrees with the target makes the accepted paths longest, so
-most laws are needed. Memory is what is held above the state after a small step: in the first step of a request, and in a later
-one, where what the step before left is held too. The peak grows along the step: until the target's forward begins, until it
-ends, until the step ends; all are given in units of the logits. The aim is a peak below twice the logits.
+Target and drafter are one small random Llama with the vocabulary of Llama 3. Its distributions are as sharp as those of a
+language model (logits with standard deviation 4: 3.8 nats). Since the drafter agrees with the target, the accepted paths are
+longest and most distributions are needed.
+
+The memory is measured above the state after a small step. It is measured in the first step of a request and in a later step,
+which also holds the remains of the step before. The peak is recorded up to the start of the target's forward pass, up to its end, and
+up to the end of the step. All peaks are in units of the logits' size. The aim is a peak below twice the logits.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ COLUMNS = ("tree", "nodes", "sampling", "step", "drafted", "accepted", "logits_d
 
 
 def random_llama(vocab: int, dtype: torch.dtype | None, device: str | None) -> LlamaForCausalLM:
-    """A model of two layers whose laws are as sharp as `LOGITS_STD` makes them."""
+    """Makes a random model of two layers whose logits have the standard deviation `LOGITS_STD`."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64,
@@ -54,7 +56,7 @@ def random_llama(vocab: int, dtype: torch.dtype | None, device: str | None) -> L
 
 @contextmanager
 def watched(target: Any, found: dict[str, Any]) -> Iterator[None]:
-    """Notes the peaks before and after the forwards that score a tree, and the logits they give."""
+    """Records the peaks before and after the forward passes that score a tree, and the size of their logits."""
     forward: Callable[..., Any] = target.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -73,7 +75,7 @@ def watched(target: Any, found: dict[str, Any]) -> Iterator[None]:
 
 
 def measure(llm: LLM, law: str, num_steps: int) -> Iterator[dict[str, Any]]:
-    """What the first steps of a request hold above what was held before it."""
+    """Measures the memory of the first steps of a request, above the memory before it."""
     device = llm.target.device
     base = held_bytes(device)
     request = llm.engine.add(None, PROMPT, replace(LAWS[law], ignore_eos=True, seed=0))
@@ -103,11 +105,11 @@ def measure(llm: LLM, law: str, num_steps: int) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = arguments(__doc__, models=False)
-    parser.add_argument("--nodes", type=int, default=1024)
-    parser.add_argument("--vocab", type=int, default=128_256)
-    parser.add_argument("--trees", nargs="+", default=["dyspec", "topk"])
+    parser.add_argument("--nodes", type=int, default=1024, help="number of nodes of the tree")
+    parser.add_argument("--vocab", type=int, default=128_256, help="number of tokens of the vocabulary")
+    parser.add_argument("--trees", nargs="+", default=["dyspec", "topk"], help="names of the trees")
     args = parser.parse_args()
     model = random_llama(args.vocab, parse_dtype(args.dtype), args.device)
     plain = LLM(model, {"method": "ar"}, max_num_seqs=1)
@@ -121,7 +123,9 @@ def main() -> None:
             rows += [{**setting, **row} for row in measure(llm, law, 2)]
             advance(1)
     report(args.output, rows, COLUMNS, device=plain.target.device, dtype=args.dtype)
-    print("Held before the step, and peaks until and after the target's forward and after the step, in units of the logits.")
+    print(
+        "Memory before the step, and peaks before and after the target's forward pass and after the step. The unit is the logits."
+    )
 
 
 if __name__ == "__main__":

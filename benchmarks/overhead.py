@@ -1,12 +1,13 @@
-"""Where the time of a step goes outside the forwards of the two models, by size of the tree, its policy and the sampling.
+"""Measures the time of a step outside the forward passes of the two models, by size of the tree, its policy and the sampling.
 
     python benchmarks/overhead.py --output benchmarks/overhead-14m.jsonl
     python benchmarks/overhead.py --model build/chat-350m --output benchmarks/overhead-350m.jsonl
 
-Both models' `forward` is timed from outside. What is left of a step is split at the clocks of its own record: growing the tree
-(what `propose` takes beside the draft model), the law and the rule, the cache, and the rest (text, stops, what the drafter is
-told). Settings take turns on every prompt, the first step of each turn, which runs the prompt, is left out, and so is a whole
-first round. Figures are medians over steps, so the parts need not add up to the step.
+The `forward` of both models is timed from outside. The rest of a step is split by the times in its record: growth of the tree
+(`propose` without the draft model), distributions and rule, cache, and the remainder (text, stop strings, drafter updates).
+
+Settings take turns on every prompt. The first step of each turn, which runs the prompt, is not counted. Neither is the first
+round. Times are medians over steps, so the parts need not add up to the step.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ COLUMNS = (
 
 @dataclass
 class Stopwatch:
-    """Seconds and calls of one model's `forward` since the last `take`."""
+    """Measures the seconds and calls of one model's `forward` since the last `take`."""
 
     device: torch.device
     seconds: float = 0.0
     calls: int = 0
 
     def timed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward`, on the clock."""
+        """Returns `forward` with its time measured."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             synchronize(self.device)
@@ -57,7 +58,7 @@ class Stopwatch:
         return run
 
     def take(self) -> tuple[float, int]:
-        """What it shows; it starts anew."""
+        """Returns seconds and calls, and resets both."""
         seconds, calls = self.seconds, self.calls
         self.seconds, self.calls = 0.0, 0
         return seconds, calls
@@ -65,7 +66,7 @@ class Stopwatch:
 
 @contextmanager
 def on_the_clock(*models: Any) -> Iterator[list[Stopwatch]]:
-    """Times the forwards of every model meanwhile."""
+    """Times the forward passes of every model in a block."""
     watches = [Stopwatch(model.device) for model in models]
     for model, watch in zip(models, watches, strict=True):
         model.forward = watch.timed(model.forward)
@@ -73,12 +74,12 @@ def on_the_clock(*models: Any) -> Iterator[list[Stopwatch]]:
         yield watches
     finally:
         for model in models:
-            del model.forward  # the class has its own
+            del model.forward  # restores the method of the class
 
 
 @dataclass(eq=False)
 class Setting:
-    """One combination and the steps it made; times in seconds."""
+    """One combination of tree, size and sampling, and its steps, with times in seconds."""
 
     tree: str
     nodes: int
@@ -88,11 +89,11 @@ class Setting:
 
     @property
     def sampling(self) -> SamplingParams:
-        """What a request of it asks for."""
+        """Sampling parameters of its requests."""
         return replace(LAWS[self.law], ignore_eos=True, seed=0)
 
     def run(self, prompt: list[int], num_steps: int) -> Iterator[dict[str, float]]:
-        """So many steps after the first."""
+        """Yields the measurements of `num_steps` steps after the first step."""
         request = self.llm.engine.add(None, prompt, self.sampling)
         drafter: Any = self.llm.engine.drafter
         with on_the_clock(self.llm.target, drafter.model) as (target, draft):
@@ -110,7 +111,7 @@ class Setting:
             running.close()  # type: ignore[attr-defined]
 
     def row(self) -> dict[str, Any]:
-        """Medians over the steps, times in milliseconds."""
+        """Makes a row of medians over the steps, with times in milliseconds."""
         found = {name: median([step[name] for step in self.steps]) for name in self.steps[0]}
         times = {name: 1000 * value for name, value in found.items() if name.endswith("_ms")}
         share = sum(step["outside_ms"] for step in self.steps) / sum(step["step_ms"] for step in self.steps)
@@ -119,7 +120,7 @@ class Setting:
 
 
 def split(seconds: float, target_s: float, draft: tuple[float, int], record: StepRecord) -> dict[str, float]:
-    """Where the time of one step went."""
+    """Splits the time of one step into its parts."""
     draft_s, passes = draft
     known = record.draft_s + record.verify_s + record.rule_s + record.cache_s
     return {
@@ -138,7 +139,7 @@ def split(seconds: float, target_s: float, draft: tuple[float, int], record: Ste
 
 
 def settings(plain: LLM, draft_model: str, sizes: list[int], trees: list[str]) -> list[Setting]:
-    """Every combination; chains are short."""
+    """Makes all combinations. Chains have at most `LONGEST_CHAIN` nodes."""
     found = []
     for tree, nodes in product(trees, sizes):
         if tree != "chain" or nodes <= LONGEST_CHAIN:
@@ -148,23 +149,24 @@ def settings(plain: LLM, draft_model: str, sizes: list[int], trees: list[str]) -
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = arguments(__doc__, minutes=3.0)
-    parser.add_argument("--nodes", type=int, nargs="+", default=[16, 64, 256, 768])
-    parser.add_argument("--trees", nargs="+", default=["dyspec", "topk", "chain"])
-    parser.add_argument("--prompts", type=int, default=6, help="rounds after the first, which warms up")
-    parser.add_argument("--steps", type=int, default=4, help="steps of a turn")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[16, 64, 256, 768], help="numbers of nodes of the trees")
+    parser.add_argument("--trees", nargs="+", default=["dyspec", "topk", "chain"], help="names of the trees")
+    parser.add_argument("--prompts", type=int, default=6, help="number of rounds after the warm-up")
+    parser.add_argument("--steps", type=int, default=4, help="number of steps of a turn")
     args = parser.parse_args()
     plain = LLM(args.model or BUNDLED_TARGET, {"method": "ar"}, dtype=args.dtype, device=args.device, max_num_seqs=1)
     prompts = read_prompts(plain, args.prompts + 1)
     every = settings(plain, args.draft_model, args.nodes, args.trees)
     with progress_bar("measuring", len(prompts) * len(every)) as advance:
         for number in rounds(len(prompts), args.minutes):
-            for one in rotated(every, number):
-                found = list(one.run(prompts[number], args.steps if number else 1))
-                one.steps += found if number else []
+            for setting in rotated(every, number):
+                steps = list(setting.run(prompts[number], args.steps if number else 1))
+                setting.steps += steps if number else []
                 advance(1)
-    report(args.output, [one.row() for one in every if one.steps], COLUMNS, device=plain.target.device, dtype=args.dtype)
+    rows = [setting.row() for setting in every if setting.steps]
+    report(args.output, rows, COLUMNS, device=plain.target.device, dtype=args.dtype)
 
 
 if __name__ == "__main__":

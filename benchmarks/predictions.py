@@ -1,10 +1,10 @@
-"""Rejections predicted from the laws of two real pairs, beside what the engine counted: Theorems 1 and 3 of Yin et al. with a
-finite lookahead and a bonus token.
+"""Predicts the rejections of two real pairs of models, and compares them with the counts of the engine.
 
     python benchmarks/predictions.py --prompts build/eval24.jsonl --output benchmarks/predictions.jsonl
 
-Chains of 4 (M = 1) and M chains of 4, at temperature 0.6 and 1. The bundled pair answers the prompts; the two story models of
-tests/data write on from the beginnings of stories.
+The predictions are Theorems 1 and 3 of Yin et al. with a finite lookahead and a bonus token. The drafts are chains of 4 (M = 1)
+and M chains of 4, at temperatures 0.6 and 1. The bundled pair answers the prompts. The two story models of tests/data continue
+the openings of stories.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COLUMNS = (
 
 
 def texts_of(pair: str, temperature: float, args: Any, stories: Path) -> Texts:
-    """What each pair writes."""
+    """Makes the texts of a pair."""
     if pair == "bundled":
         return Texts(args.prompts, temperature=temperature, repeats=args.repeats)
     models = {"model": str(DATA / "babyllama-105"), "draft_model": str(DATA / "babyllama-105-b")}
@@ -38,10 +38,10 @@ def texts_of(pair: str, temperature: float, args: Any, stories: Path) -> Texts:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = arguments(__doc__, models=False)
-    parser.add_argument("--prompts", type=Path, required=True)
-    parser.add_argument("--repeats", type=int, default=4, help="texts a prompt")
+    parser.add_argument("--prompts", type=Path, required=True, help="file of prompts")
+    parser.add_argument("--repeats", type=int, default=4, help="number of texts per prompt")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -51,10 +51,10 @@ def main() -> None:
             for temperature in (0.6, 1.0):
                 found = predict(texts_of(pair, temperature, args, stories), lookahead=4, drafts=(1, 2, 4, 8))
                 shared = {key: value for key, value in found._asdict().items() if key != "compared"}
-                for one in found.compared:
-                    z = (one.counted - one.predicted) / one.standard_error
-                    extra = {"pair": pair, "ratio": one.counted / one.predicted, "z": z}
-                    rows.append(rounded({**shared, **one._asdict(), **extra}))
+                for row in found.compared:
+                    z = (row.counted - row.predicted) / row.standard_error
+                    extra = {"pair": pair, "ratio": row.counted / row.predicted, "z": z}
+                    rows.append(rounded({**shared, **row._asdict(), **extra}))
     report(args.output, rows, COLUMNS, device=torch.device("cpu"))
 
 

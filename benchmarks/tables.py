@@ -1,5 +1,6 @@
-"""The tables of docs/performance/ and docs/drafters/measured/: Markdown of what `foredraft bench --output` and
-benchmarks/heads.py wrote.
+"""Prints the Markdown tables of docs/performance/ and docs/drafters/measured/.
+
+The input is the files that `foredraft bench --output` and benchmarks/heads.py wrote.
 
 python benchmarks/tables.py benchmarks/350m-greedy.jsonl benchmarks/heads-350m-greedy.jsonl
 """
@@ -28,7 +29,7 @@ HEAD = (
 
 
 def row_of(row: dict[str, Any]) -> list[str]:
-    """One line of the table."""
+    """Makes one line of the table."""
     cells = [f"`{row['name']}`", setting_of(row), f"{row['ms_per_token']:.2f}"]
     cells += [f"{row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"]
     cells += [f"{row['speedup_not_looping']:.2f}" if "speedup_not_looping" in row else ""]
@@ -39,7 +40,7 @@ def row_of(row: dict[str, Any]) -> list[str]:
 
 
 def of_heads(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """A line a method of benchmarks/heads.py: tokens a step, in all and by family, and what drafting costs."""
+    """Makes a table of benchmarks/heads.py: tokens per step in total and by family, and the cost of drafting."""
     families = list(rows[0]["families"])
     head = ["method", "parameters", "training, min", "tokens a step", "not looping", *families, "accepted at depth 1, 2, ..."]
     head += ["forwards, ms to draft (a forward / the target's)", "speed-up (95 %)", "not looping", "steps alone", "not looping"]
@@ -58,14 +59,17 @@ def of_heads(rows: list[dict[str, Any]]) -> list[list[str]]:
                 *(f"{length:.2f}" for length in lengths),
                 " ".join(f"{rate:.2f}" for rate in row["joint_acceptance_rate"][:6]),
                 *costs(row, 1000 * rows[0].get("verify_s", 0.0) / rows[0]["num_steps"]),
-                *(gain(*some) for name in over for some in row["speedup_over"][name].values()),
+                *(gain(*interval) for name in over for interval in row["speedup_over"][name].values()),
             ]
         )
     return lines
 
 
 def costs(row: dict[str, Any], target_ms: float) -> list[str]:
-    """What drafting costs, also beside a forward of the target for one token, and what it gains; empty where no clock ran."""
+    """Formats the cost of drafting, also relative to the target's forward pass for one token, and the speed-ups.
+
+    The cells are empty if no times were measured.
+    """
     if "speedup" not in row:
         return [""] * 5
     gains = gain(row["speedup"], row["speedup_low"], row["speedup_high"])
@@ -76,27 +80,29 @@ def costs(row: dict[str, Any], target_ms: float) -> list[str]:
 
 
 def gain(ratio: float, low: float, high: float) -> str:
-    """A speed-up and its interval."""
+    """Formats a speed-up and its interval."""
     return f"{ratio:.2f} ({low:.2f} to {high:.2f})"
 
 
 def of_seeds(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """A line a method whose heads of several seeds were measured (folders NAME-0, NAME-1, ...): tokens a step of each, their
-    mean and its standard error; none without such methods."""
+    """Makes a table of the methods with heads of several seeds, in the folders NAME-0, NAME-1, ...
+
+    A line has the tokens per step of each seed, and their mean with its standard error. The table is empty if there is no such
+    method.
+    """
     head = ["method", "tokens a step of each seed", "mean", "not looping"]
     lines = [head, ["---"] * len(head)]
     for name, group in by_method(rows).items():
         if len(group) > 1:
             every, quiet = ([row[key] for row in group] for key in ("acceptance_length", "not_looping"))
-            each = ", ".join(f"{one:.2f}" for one in every)
-            lines.append(
-                [f"`{name}`", each, *(f"{fmean(some):.3f} ± {stdev(some) / len(some) ** 0.5:.3f}" for some in (every, quiet))]
-            )
+            each = ", ".join(f"{length:.2f}" for length in every)
+            means = (f"{fmean(lengths):.3f} ± {stdev(lengths) / len(lengths) ** 0.5:.3f}" for lengths in (every, quiet))
+            lines.append([f"`{name}`", each, *means])
     return lines if len(lines) > 2 else []
 
 
 def by_method(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The rows behind the first one by method, heads that differ in their seed alone together."""
+    """Groups the rows after the first by method. Heads that differ only in their seed are in one group."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows[1:]:
         groups.setdefault(re.sub(r"=(.*?)-\d+(?=:|$)", r"=\1-*", shortened(row["name"])), []).append(row)
@@ -104,41 +110,41 @@ def by_method(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def shortened(name: str) -> str:
-    """A method without the folders of its head: ``fspad=build/heads/fs-s0:topk:8`` is ``fspad=fs-s0:topk:8``."""
+    """Shortens a method by the folders of its head: ``fspad=build/heads/fs-s0:topk:8`` becomes ``fspad=fs-s0:topk:8``."""
     drafter, equals, rest = name.partition("=")
     folder, *more = rest.split(":")
     return drafter + equals + ":".join([Path(folder).name, *more])
 
 
 MANY = 12
-"""From so many methods on, a line a tree and a column a budget says more than a line a method."""
+"""With more methods than this, the table has a line per tree and a column per budget, else a line per method."""
 
 
 def full(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """A line a method."""
+    """Makes a table with a line per method."""
     return [list(HEAD), ["---"] * len(HEAD), *map(row_of, rows)]
 
 
 def by_budget(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Tokens a step and speed-up of every tree at every budget; the automatic choice last."""
+    """Makes a table of tokens per step and speed-up of every tree at every budget, with the automatic choice last."""
     cells = {(row["method"], row["tree"], row["budget"]): row for row in rows if row["name"] not in ("ar", "auto")}
     budgets = sorted({budget for *_, budget in cells})
     lines = [["method", *(f"{budget} nodes" for budget in budgets)], ["---"] * (1 + len(budgets))]
     for method, tree in dict.fromkeys(key[:2] for key in cells):
         found = [cells.get((method, tree, budget)) for budget in budgets]
-        said = [f"{row['acceptance_length']:.2f} / {row['speedup']:.2f}" if row else "" for row in found]
-        lines.append([f"`{method}:{tree}`" if tree else f"`{method}`", *said])
+        values = [f"{row['acceptance_length']:.2f} / {row['speedup']:.2f}" if row else "" for row in found]
+        lines.append([f"`{method}:{tree}`" if tree else f"`{method}`", *values])
     for row in rows:
         if row["name"] == "auto":
             interval = f"{row['speedup_low']:.2f} to {row['speedup_high']:.2f}"
             chosen = f"{row['method']} {setting_of(row)}"
-            said = f"{row['acceptance_length']:.2f} / {row['speedup']:.2f} ({interval}): {chosen}"
-            lines.append(["`auto`", said, *[""] * (len(budgets) - 1)])
+            value = f"{row['acceptance_length']:.2f} / {row['speedup']:.2f} ({interval}): {chosen}"
+            lines.append(["`auto`", value, *[""] * (len(budgets) - 1)])
     return lines
 
 
 def main() -> None:
-    """Prints every file's table under its command, and what heads of several seeds have in common, over all files."""
+    """Prints every file's table under its command, and then the tables of heads of several seeds, over all files."""
     seeds: dict[tuple[float, float], list[dict[str, Any]]] = {}
     for path in map(Path, sys.argv[1:]):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -162,7 +168,7 @@ def main() -> None:
 
 
 def markdown(lines: list[list[str]]) -> str:
-    """A table of cells."""
+    """Makes a Markdown table of cells."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 

@@ -1,16 +1,21 @@
-"""Attention over token trees with and without the hidden blocks of the mask, and what the order of the nodes does to it.
+"""Measures attention over token trees, with and without the hidden blocks of the mask, for several orders of the nodes.
 
     python benchmarks/tree_attention.py --output benchmarks/tree-attention.jsonl
 
-One layer of a 350M model (24 query heads that share 8 key heads of size 64) behind a prefix of cached tokens, three ways:
-*dense* is torch's attention with an additive mask; *skipping* computes only the blocks of 32 x 32 in which a query sees some
-key, those of one row of blocks at a time; *compiled* is the decoder of `foredraft.models.native`, which visits only the keys
-that a row sees: a forward of one layer whose projections are as small as they can be, minus the same with a window of one
-token. Masks and lists of blocks are made once a step and not timed. Times are medians over trees and repeats; a way is called
-once more before it is timed, since its threads may have to wait for those of the one before.
+The measured layer is that of a 350M model (24 query heads that share 8 key heads of size 64), after a prefix of cached tokens.
+Attention is computed in three ways:
 
-Trees are random recursive ones (the parent of node i is any of those before it) and DySpec's, grown by the bundled drafter at
-temperature 0.6 on training prompts. Their insertion order is that of the paper's heap, highest priority first.
+- *dense* is torch's attention with an additive mask.
+- *skipping* computes only the blocks of 32 x 32 in which a query attends to a key, one row of blocks at a time.
+- *compiled* is the decoder of `foredraft.models.native`, which reads only the keys to which a row attends. Its time is that of
+  a forward pass of one layer with minimal projections, minus the same with a window of one token.
+
+Masks and lists of blocks are made once per step and are not timed. Times are medians over trees and repeats. Each way is called
+once more before it is timed, since the threads of the way before may still be running.
+
+Trees are random recursive trees (the parent of node i is any earlier node) and DySpec's trees. The bundled drafter grows the
+latter at temperature 0.6 on training prompts. The insertion order is the order of the paper's heap, highest priority first.
+
 Source: DySpec (arXiv 2410.11744), appendix C.
 """
 
@@ -38,7 +43,7 @@ from foredraft.tree import DraftTree, TreeBatch, ancestor_mask
 BLOCK = 32
 HEADS, KEY_HEADS, HEAD_DIM = 24, 8, 64
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-"""Largest difference of outputs, which are means of standard normal values; bfloat16 has 8 bits."""
+"""Largest allowed difference of outputs, which are means of standard normal values. bfloat16 has 8 bits of precision."""
 
 COLUMNS = (
     *("trees", "nodes", "prefix", "dtype", "order", "tree_blocks", "blocks", "all_blocks"),
@@ -48,7 +53,13 @@ COLUMNS = (
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One layer's queries [heads, nodes, size], keys and values [key heads, prefix + nodes, size], and who sees whom."""
+    """Input of one attention layer.
+
+    Attributes:
+        query: queries [heads, nodes, size].
+        key, value: keys and values [key heads, prefix + nodes, size].
+        visible: whether each node attends to each key [nodes, prefix + nodes].
+    """
 
     query: Tensor
     key: Tensor
@@ -57,13 +68,13 @@ class Case:
 
     @property
     def bias(self) -> Tensor:
-        """The additive mask."""
+        """Additive mask."""
         hidden = torch.from_numpy(~self.visible).to(self.query.device)
         return torch.zeros(hidden.shape, dtype=self.query.dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
 
 
 def case_of(tree: DraftTree, prefix: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """Random states for a tree behind a prefix."""
+    """Makes random states for a tree after a prefix."""
     generator = torch.Generator().manual_seed(0)
     total = prefix + tree.num_nodes
     shapes = ((HEADS, tree.num_nodes), (KEY_HEADS, total), (KEY_HEADS, total))
@@ -73,7 +84,7 @@ def case_of(tree: DraftTree, prefix: int, dtype: torch.dtype, device: torch.devi
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """Torch's attention; query heads that share a key head become rows, as in `foredraft.models.llama`."""
+    """Computes torch's attention. Query heads that share a key head become rows, as in `foredraft.models.llama`."""
     group, width = query.shape[0] // key.shape[0], query.shape[1]
     rows = query.reshape(1, key.shape[0], group * width, -1)
     out = F.scaled_dot_product_attention(rows, key[None], value[None], attn_mask=bias.repeat(group, 1)[None, None])
@@ -81,12 +92,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
 
 
 def dense(case: Case) -> Callable[[], Tensor]:
-    """Attention to every key, with the mask."""
+    """Returns a function that computes attention to every key, with the mask."""
     return partial(attend, case.query, case.key, case.value, case.bias)
 
 
 def visible_blocks(visible: np.ndarray) -> np.ndarray:
-    """Which blocks of 32 queries and 32 keys hold a pair that is seen."""
+    """Marks the blocks of 32 queries and 32 keys in which a query attends to a key."""
     rows, columns = (-(-size // BLOCK) for size in visible.shape)
     padded = np.zeros((rows * BLOCK, columns * BLOCK), bool)
     padded[: visible.shape[0], : visible.shape[1]] = visible
@@ -94,7 +105,7 @@ def visible_blocks(visible: np.ndarray) -> np.ndarray:
 
 
 def skipping(case: Case) -> Callable[[], Tensor]:
-    """Attention, for each block of queries, to the blocks of keys that it sees."""
+    """Returns a function that computes attention of each block of queries to its visible blocks of keys."""
     bias, plan = case.bias, []
     for number, blocks in enumerate(visible_blocks(case.visible)):
         rows = slice(number * BLOCK, (number + 1) * BLOCK)
@@ -113,7 +124,7 @@ def skipping(case: Case) -> Callable[[], Tensor]:
 
 
 class Compiled:
-    """Forwards of the compiled decoder: one layer with hardly any projections, with all of attention or none of it."""
+    """Forward passes of the compiled decoder, with one layer of minimal projections, with and without attention."""
 
     def __init__(self) -> None:
         weights = MistralForCausalLM(self.config(None)).state_dict()
@@ -122,7 +133,7 @@ class Compiled:
 
     @staticmethod
     def config(window: int | None) -> Any:
-        """The layer, with a window of attention."""
+        """Makes the configuration of the layer, with a window of attention."""
         return MistralConfig(
             hidden_size=BLOCK,
             intermediate_size=BLOCK,
@@ -137,7 +148,7 @@ class Compiled:
         )
 
     def forwards(self, tree: DraftTree, prefix: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        """A forward with attention and one without."""
+        """Returns a forward pass with attention and one without."""
         return self._forward(0, tree, prefix), self._forward(1, tree, prefix)
 
     def _forward(self, number: int, tree: DraftTree, prefix: int) -> Callable[[], Any]:
@@ -152,7 +163,7 @@ class Compiled:
 
 @dataclass(eq=False)
 class Point:
-    """One kind of tree at one size, prefix, precision and order, and what was found."""
+    """One kind of tree at one size, prefix, precision and order, and its measurements."""
 
     trees: str
     nodes: int
@@ -164,7 +175,7 @@ class Point:
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def run(self, tree: DraftTree, compiled: Compiled | None, device: torch.device, repeats: int) -> None:
-        """Times every way on one tree; outputs of the first two must agree."""
+        """Times every way on one tree. The outputs of *dense* and *skipping* must agree."""
         tree = reordered(tree, ORDERS[self.order](tree))
         case = case_of(tree, self.prefix, self.dtype, device)
         ways: dict[str, Callable[[], Any]] = {"dense": dense(case), "skipping": skipping(case)}
@@ -181,11 +192,11 @@ class Point:
                 began = perf_counter()
                 ways[name]()
                 synchronize(device)
-                if number:  # the first time warms up
+                if number:  # the first call is a warm-up
                     self.seconds.setdefault(name, []).append(perf_counter() - began)
 
     def row(self, insertion: Point) -> dict[str, Any]:
-        """Medians in milliseconds, means of blocks."""
+        """Makes a row of medians in milliseconds and of mean numbers of blocks."""
         found = {name: 1000 * median(seconds) for name, seconds in self.seconds.items()}
         both = "compiled" in found
         skipped, plain = found["skipping"], 1000 * median(insertion.seconds["skipping"])
@@ -208,7 +219,7 @@ class Point:
 
 
 def points(sizes: Sequence[int], prefixes: Sequence[int]) -> list[Point]:
-    """Everything that is measured; a chain, whose nodes see all before them, has one order."""
+    """Makes all points. A chain has only one order, since its nodes attend to all nodes before them."""
     return [
         Point(trees, nodes, prefix, dtype, order)
         for trees, nodes, prefix, dtype in product(("random", "dyspec", "chain"), sizes, prefixes, TOLERANCE)
@@ -217,13 +228,13 @@ def points(sizes: Sequence[int], prefixes: Sequence[int]) -> list[Point]:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = arguments(__doc__, models=False, minutes=2.5)
-    parser.add_argument("--nodes", type=int, nargs="+", default=[256, 512, 1024])
-    parser.add_argument("--prefixes", type=int, nargs="+", default=[128, 1024])
-    parser.add_argument("--rounds", type=int, default=5, help="trees of each kind")
-    parser.add_argument("--repeats", type=int, default=1, help="times each is timed on a tree")
-    parser.add_argument("--threads", type=int, help="1 is steadier where others use the cores too")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[256, 512, 1024], help="numbers of nodes of the trees")
+    parser.add_argument("--prefixes", type=int, nargs="+", default=[128, 1024], help="numbers of cached tokens")
+    parser.add_argument("--rounds", type=int, default=5, help="number of trees of each kind")
+    parser.add_argument("--repeats", type=int, default=1, help="number of times that each way is timed on a tree")
+    parser.add_argument("--threads", type=int, help="number of threads; 1 gives more stable times on a busy machine")
     args = parser.parse_args()
     torch.set_num_threads(args.threads or torch.get_num_threads())
     if any(size % BLOCK for size in (*args.nodes, *args.prefixes)):
@@ -233,11 +244,11 @@ def main() -> None:
     trees, every = dict(all_trees(args.nodes, args.rounds)), points(args.nodes, args.prefixes)
     with progress_bar("measuring", args.rounds * len(every)) as advance:
         for number in rounds(args.rounds, args.minutes):
-            for one in rotated(every, number):
-                one.run(trees[one.trees, one.nodes][number], compiled, device, args.repeats)
+            for point in rotated(every, number):
+                point.run(trees[point.trees, point.nodes][number], compiled, device, args.repeats)
                 advance(1)
-    first = {(one.trees, one.nodes, one.prefix, one.dtype): one for one in every if one.order == "insertion"}
-    rows = [one.row(first[one.trees, one.nodes, one.prefix, one.dtype]) for one in every]
+    first = {(point.trees, point.nodes, point.prefix, point.dtype): point for point in every if point.order == "insertion"}
+    rows = [point.row(first[point.trees, point.nodes, point.prefix, point.dtype]) for point in every]
     report(args.output, rows, COLUMNS, device=device)
 
 

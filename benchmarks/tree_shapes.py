@@ -1,4 +1,4 @@
-"""Shapes of token trees to measure on: random recursive ones, DySpec's and chains, and orders of their nodes.
+"""Token trees for measurements (random recursive trees, DySpec's trees and chains), and orders of their nodes.
 
 Source: DySpec (arXiv 2410.11744), appendix C.
 """
@@ -31,34 +31,34 @@ ORDERS: dict[str, Callable[[DraftTree], Sequence[int]]] = {
 
 
 def tree_of(parents: Sequence[int]) -> DraftTree:
-    """A tree of a shape; its tokens mean nothing."""
+    """Makes a tree of a shape. Its tokens have no meaning."""
     return TreeBatch.chains([[0] * len(parents)], [parents])[0]
 
 
 def random_tree(nodes: int, seed: int) -> DraftTree:
-    """A uniform random recursive tree."""
+    """Draws a uniform random recursive tree."""
     rng = np.random.default_rng(seed)
     return tree_of([-1, *(int(rng.integers(node)) for node in range(1, nodes))])
 
 
 def reordered(tree: DraftTree, order: Sequence[int]) -> DraftTree:
-    """The same tree with its nodes in another order, parents before children."""
+    """Returns the tree with its nodes in another order, in which parents come before children."""
     place = {node: i for i, node in enumerate(order)} | {-1: -1}
     return tree_of([place[int(tree.parents[node])] for node in order])
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeapOrder(DySpec):
-    """DySpec that notes its trees in the order in which the paper's heap pops their nodes."""
+    """DySpec that records its trees, with their nodes in the order in which the paper's heap pops them."""
 
     trees: list[DraftTree] = field(default_factory=list)
 
     def policy(self, tree: Sapling) -> Policy:
-        """See `DySpec`."""
+        """Grows a tree as `DySpec` does, and records it."""
         yield from super().policy(tree)
         assert tree.kept is not None
         priority, left = {0: 2.0}, dict(enumerate(tree.values))
-        for node in range(1, len(tree.tokens)):  # a draw is worth what the earlier ones below its parent left
+        for node in range(1, len(tree.tokens)):  # the priority of a draw is the mass that its earlier siblings left
             parent = tree.parents[node]
             priority[node] = min(priority[parent], left[parent])
             left[parent] -= tree.values[node]
@@ -68,7 +68,10 @@ class HeapOrder(DySpec):
 
 
 def grown_trees(nodes: int, count: int) -> list[DraftTree]:
-    """DySpec's trees of the bundled drafter after training prompts; they are smaller where its law has too little mass."""
+    """Grows DySpec's trees after training prompts, with the bundled drafter.
+
+    A tree is smaller than `nodes` if the draft distribution has too little mass.
+    """
     grower, plain = HeapOrder(), LLM(None, {"method": "ar"})
     model = load_target(BUNDLED_LM)
     drafter = LMDrafter(model, grower, model.vocab_size, 1)
@@ -80,7 +83,7 @@ def grown_trees(nodes: int, count: int) -> list[DraftTree]:
 
 
 def all_trees(sizes: Sequence[int], count: int) -> Iterator[tuple[tuple[str, int], list[DraftTree]]]:
-    """Trees by kind and size, so many of each."""
+    """Yields `count` trees of each kind and size."""
     for nodes in sizes:
         yield ("random", nodes), [random_tree(nodes, seed) for seed in range(count)]
         yield ("dyspec", nodes), grown_trees(nodes, count)

@@ -1,9 +1,9 @@
-"""The bundled pair at work: plain decoding against speculative decoding, greedy: in bfloat16 with the drafter that is
-fastest here, then in float64 with token trees of the bundled head.
+"""Compares plain and speculative decoding of the bundled model, greedy.
 
     python examples/demo.py
 
-Exits with 1 if any float64 output differs from plain decoding.
+It runs first in bfloat16 with the drafter that is fastest on this machine, then in float64 with token trees of the bundled
+head. The exit status is 1 if any float64 output differs from plain decoding.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ OUT = Console(highlight=False, soft_wrap=True)
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt, decoded both ways; seconds include the prompt's own pass."""
+    """One prompt with its plain and its speculative output. Seconds include the pass over the prompt."""
 
     prompt_ids: list[int]
     plain: CompletionOutput
@@ -48,31 +48,31 @@ class Pair:
 
     @property
     def num_identical(self) -> int:
-        """Tokens before the first difference."""
+        """Number of tokens before the first difference."""
         return num_identical(self.plain.token_ids, self.drafted.token_ids)
 
     @property
     def identical(self) -> bool:
-        """Whether the outputs are the same to the end."""
+        """Whether the outputs are equal."""
         return self.plain.token_ids == self.drafted.token_ids
 
     @property
     def plain_ms(self) -> float:
-        """Milliseconds a token of plain decoding."""
+        """Milliseconds per token of plain decoding."""
         return 1000 * self.plain_s / len(self.plain.token_ids)
 
     @property
     def drafted_ms(self) -> float:
-        """Milliseconds a token of speculative decoding."""
+        """Milliseconds per token of speculative decoding."""
         return 1000 * self.drafted_s / len(self.drafted.token_ids)
 
 
 def run(dtype: str, config: dict[str, Any]) -> tuple[LLM, list[Pair]]:
-    """Every prompt both ways, interleaved, after a warm-up."""
+    """Decodes every prompt plainly and speculatively, in turn, after a warm-up."""
     plain, drafted = LLM(speculative_config=PLAIN, dtype=dtype), LLM(speculative_config=config, dtype=dtype)
     way = drafted.drafting(SAMPLING)
-    said = " ".join(str(way[key]) for key in ("method", "tree") if way[key])
-    OUT.print(f"{dtype}, greedy, {SAMPLING.max_tokens} tokens at most, drafted by {said}, {way['budget']} nodes:")
+    names = " ".join(str(way[key]) for key in ("method", "tree") if way[key])
+    OUT.print(f"{dtype}, greedy, at most {SAMPLING.max_tokens} tokens, drafted by {names} with {way['budget']} nodes:")
     for llm in (plain, drafted):
         llm.generate("warm-up", SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
     return plain, [_both(plain, drafted, prompt) for prompt in PROMPTS]
@@ -88,7 +88,7 @@ def _both(plain: LLM, drafted: LLM, prompt: str) -> Pair:
 
 
 def show(pairs: list[Pair]) -> None:
-    """The table of a run and its paired speed-up."""
+    """Prints the table of a run and its paired speed-up."""
     table = Table(box=SIMPLE)
     table.add_column("plain output", no_wrap=True)
     for title in ("identical", "plain ms", "drafted ms", "speed-up", "tokens/step"):
@@ -104,27 +104,26 @@ def show(pairs: list[Pair]) -> None:
         )
     OUT.print(table)
     ratio = median(pair.plain_ms / pair.drafted_ms for pair in pairs)
-    OUT.print(
-        f"Milliseconds a token, the prompt's pass included; tokens/step is acceptance_length. Median speed-up {ratio:.2f}."
-    )
+    OUT.print(f"Milliseconds per token include the prompt pass; tokens/step is acceptance_length. Median speed-up {ratio:.2f}.")
 
 
 def explain(plain: LLM, pairs: list[Pair]) -> None:
-    """Every divergence of a run, with its margin."""
+    """Prints every divergence of a run, with its margin."""
     for number, pair in enumerate(pairs, start=1):
         found = divergence(plain, pair.prompt_ids, pair.plain.token_ids, pair.drafted.token_ids)
         if found is None:
             continue
-        plain_token, drafted_token = (repr(plain.tokenizer.decode([one])) for one in (found.plain_token, found.drafted_token))
+        pair_of_tokens = found.plain_token, found.drafted_token
+        plain_token, drafted_token = (repr(plain.tokenizer.decode([token])) for token in pair_of_tokens)
         verdict = "a float tie" if found.is_tie else "NOT a float tie"
         OUT.print(
             f"Prompt {number} diverges at token {found.position}: {plain_token} (plain) or {drafted_token}; "
-            f"margin of the logits {found.margin:.4f}, rounding of this forward {found.rounding:.4f}: {verdict}."
+            f"margin of the logits {found.margin:.4f}, rounding of this forward pass {found.rounding:.4f}: {verdict}."
         )
 
 
 def main() -> int:
-    """Runs the demo; the exit code says whether every float64 output is identical."""
+    """Runs the demo, and returns the exit status: 0 if all float64 outputs are identical, else 1."""
     plain, pairs = run("bfloat16", FASTEST)
     show(pairs)
     explain(plain, pairs)
@@ -132,7 +131,7 @@ def main() -> int:
     show(exact)
     same = sum(pair.identical for pair in exact)
     tokens = sum(pair.num_identical for pair in exact)
-    OUT.print(f"float64: {same} of {len(exact)} outputs identical to the end ({tokens} tokens).")
+    OUT.print(f"float64: {same} of {len(exact)} outputs are identical ({tokens} tokens).")
     return 0 if same == len(exact) else 1
 
 

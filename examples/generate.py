@@ -1,4 +1,4 @@
-"""The README's first example: the bundled model and its FSPAD head, one prompt, and how drafting went."""
+"""The first example of the README: generates for one prompt with the bundled model and its FSPAD head."""
 
 from foredraft import LLM, SamplingParams
 

@@ -1,14 +1,14 @@
-"""Trains the draft heads for the bundled target: prompts, the target's answers and features once, then every head on the same
-shards, with the same number of token passes.
+"""Trains the draft heads for the bundled target, all on the same shards and with the same number of token passes.
 
     python recipes/bundled_heads.py --data ../shared/data --out build/heads --tokens 1500000 --seeds 0 1 2
     python recipes/bundled_heads.py --data ../shared/data --out build/shipped --only fspad-slim ctc-long eagle-slim \
         --tokens 2400000 --steps 1920 --batch-tokens 16384 --calibrate
 
-The first makes the heads that are compared, seed after seed, so that what is there compares at any moment; the second those
-that ship, as fspad, ctc and eagle, and measures what their trees are worth. A run that was cut off goes on where it was.
-`--no-keep-features` and other options of `foredraft train` are passed on. The heads that were measured and those that ship
-were made so on one GPU, with the target's answers from a CPU.
+The first command trains the heads to compare. It finishes each seed before the next, so the heads can be compared at any
+time. The second command trains the shipped heads fspad, ctc and eagle, and measures the tokens per step of their trees.
+
+An interrupted run continues where it stopped. `--no-keep-features` and other options are passed on to `foredraft train`.
+The measured heads and the shipped heads were trained in this way on one GPU. A CPU generated the target's answers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CHATS = (
     "self_instruct_seed_tasks",
     "sgd_dialogues",
 )
-"""Files of chats and questions; what else there is becomes questions by `other_prompts`."""
+"""Files of chats and questions. `other_prompts` makes questions from further files."""
 
 VARIANTS = {
     "fspad": "--method fspad",
@@ -53,18 +53,21 @@ VARIANTS = {
     "ctc-long": "--method ctc --set num_slots=8 --set labels=8",
     "eagle3": "--method eagle3 --set heads=3 --set kv_heads=3 --set feature_layers=[2,5,-1]",
 }
-"""Heads by name: the methods (`hydra` is Hydra++, `hydra-plain` Hydra without the layer before its heads), their ablations
-(FSPAD with one of its parts, CTC's loss over whole answers, its layer with cross-entropy), and those that ship."""
+"""Training options of the heads, by name.
+
+The list holds the methods (`hydra` is Hydra++, `hydra-plain` is Hydra without the layer before its heads), their ablations
+(FSPAD with one of its parts, CTC with its loss over whole answers, its layer with cross-entropy), and the shipped heads.
+"""
 
 
 def records(file: Path) -> Iterator[dict]:
-    """The records of a JSON Lines file."""
+    """Yields the records of a JSON Lines file."""
     with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
         yield from map(json.loads, lines)
 
 
 def other_prompts(data: Path) -> Iterator[str]:
-    """Summaries, translations (FLORES, split dev) and programs (MBPP without its test split), asked for in plain words."""
+    """Yields prompts that ask for summaries, translations (FLORES, split dev) and programs (MBPP without its test split)."""
     for record in records(data / "train" / "scitldr_a.jsonl.gz"):
         yield "Summarize: " + " ".join(record["source"])
     for record in records(data / "eval" / "flores200_en_de_fr_es.jsonl"):
@@ -76,22 +79,22 @@ def other_prompts(data: Path) -> Iterator[str]:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train/ and eval/")
-    parser.add_argument("--out", type=Path, required=True, help="gets a folder for each head, and the shards (8 GB)")
-    parser.add_argument("--shards", type=Path, help="folder of the shards; OUT/shards if not given")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the subfolders train and eval")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the heads and the shards (8 GB)")
+    parser.add_argument("--shards", type=Path, help="folder of the shards; default: OUT/shards")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS))
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="answer tokens that the target writes")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="number of answer tokens that the target generates")
+    parser.add_argument("--steps", type=int, default=400, help="number of training steps")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the training runs")
     parser.add_argument(
-        "--calibrate", action="store_true", help="measure tokens a step of every tree, for the automatic choice"
+        "--calibrate", action="store_true", help="measure the tokens per step of every tree, for the automatic choice"
     )
     args, more = parser.parse_known_args()
     args.out.mkdir(parents=True, exist_ok=True)
     asked = args.out / "asked.jsonl"
-    asked.write_text("".join(json.dumps({"prompt": one}) + "\n" for one in other_prompts(args.data)))
+    asked.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in other_prompts(args.data)))
     files = [args.data / "train" / f"{name}.jsonl.gz" for name in CHATS] + [asked]
     given = [part for file in files for part in ("--data", str(file))]
     for seed, name in itertools.product(args.seeds, args.only):

@@ -1,11 +1,11 @@
-"""Distils the bundled draft language model from the bundled target: about an hour and a half on one core, by estimate.
+"""Distils the bundled draft language model from the bundled target, in an estimated hour and a half on one core.
 
-The student learns the target's whole next-token law, at every position of texts that the target wrote itself (sampled at
-temperatures 0 to 1) and of the training texts.
+The student learns the target's full next-token distribution at every position. The texts are answers that the target generates
+(at temperatures 0 to 1) and training texts.
 
-    documents -> prompts -> answers and the target's features (shards) -> student -> held-out figures -> acceptance by rank
+    documents -> prompts -> answers and the target's features (shards) -> student -> held-out metrics -> acceptance by rank
 
-Finished shards stay in ``--work``; a run that was cut off goes on from there. ``--smoke`` does all of it in a minute or two.
+Finished shards stay in ``--work``, and a run that was interrupted reuses them. ``--smoke`` runs everything in a minute or two.
 
     OMP_NUM_THREADS=1 python recipes/distill_draft_lm.py --data ../shared/data/train --out build/draft-lm
 """
@@ -30,7 +30,14 @@ from foredraft.llm import BUNDLED_TARGET
 
 
 class Size(NamedTuple):
-    """How much of everything: documents read (None is all), answer tokens, steps, prompts to measure acceptance on."""
+    """Size of a run.
+
+    Attributes:
+        documents: number of documents to read; None: all.
+        tokens: number of answer tokens.
+        steps: number of training steps.
+        prompts: number of prompts on which the acceptance is measured.
+    """
 
     documents: int | None
     tokens: int
@@ -43,7 +50,7 @@ SMOKE = Size(documents=150, tokens=10_000, steps=4, prompts=4)
 
 
 def distill(target: Path, data: Path, out: Path, work: Path, size: Size, seed: int) -> None:
-    """The recipe."""
+    """Runs the recipe: captures the texts, trains the student, saves it, and measures it."""
     llm = LLM(target, {"method": "ar"}, device="cpu", max_model_len=WINDOW, max_num_seqs=160, seed=seed)
     examples = [encode(turns, llm.tokenizer) for turns in read_documents(data, seed)[: size.documents]]
     capture(llm, plan_texts(examples), work, size.tokens)
@@ -61,13 +68,13 @@ def distill(target: Path, data: Path, out: Path, work: Path, size: Size, seed: i
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", type=Path, default=BUNDLED_TARGET, help="folder of the target; the bundled one by default")
+    parser.add_argument("--target", type=Path, default=BUNDLED_TARGET, help="folder of the target; default: the bundled one")
     parser.add_argument("--data", type=Path, required=True, help="folder of the training text (.jsonl.gz)")
-    parser.add_argument("--out", type=Path, required=True, help="folder that gets the draft model")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the draft model")
     parser.add_argument("--work", type=Path, default=Path("build/distill"), help="folder for the shards (2 GB)")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything works")
+    parser.add_argument("--smoke", action="store_true", help="use tiny sizes, to check that everything works")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     size, work = (SMOKE, args.work / "smoke") if args.smoke else (FULL, args.work / "full")

@@ -1,4 +1,4 @@
-"""Trains the small heads of `tests/data/heads` for the story model of the tests: a quarter of an hour on one core.
+"""Trains the small heads of `tests/data/heads` for the story model of the tests, in a quarter of an hour on one core.
 
 OMP_NUM_THREADS=1 python recipes/story_heads.py --out build/story-heads
 """
@@ -30,7 +30,7 @@ MORE = {"eagle3": ["--set", "unroll=3", "--set", "feature_layers=[2,3,4]", "--se
 
 
 def openings(count: int) -> list[str]:
-    """So many different beginnings of stories."""
+    """Makes `count` different openings of stories."""
     rng, found = random.Random(0), set()
     while len(found) < count:
         name, other = rng.sample(NAMES, 2)
@@ -41,7 +41,7 @@ def openings(count: int) -> list[str]:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", default=["eagle", "fspad", "eagle3", "medusa", "hydra", "parallel", "ctc"])
@@ -49,7 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     data = args.out / "stories.jsonl"
-    data.write_text("".join(json.dumps({"prompt": one}) + "\n" for one in openings(1200)))
+    data.write_text("".join(json.dumps({"prompt": opening}) + "\n" for opening in openings(1200)))
     for method in args.methods:
         work = args.out / f"{method}-run"
         command = f"""{sys.executable} -m foredraft train --method {method} --model {ROOT}/tests/data/babyllama-105

@@ -354,10 +354,10 @@ def test_what_a_template_ignores_is_not_dropped_in_silence(tmp_path: Path, token
         ({"messages": [turn("user", "a"), turn("assistant", ""), turn("user", "b")]}, "with an empty assistant turn"),
         (
             {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "weather(Oslo)"}]},
-            "with a tool call that is no JSON",
+            "with a tool call that is not JSON",
         ),
-        ({"prompt": "q", "tools": "["}, "with a list of tools that is no JSON"),
-        ({"prompt": "\ud800"}, "with characters that are no Unicode text (lone surrogates)"),
+        ({"prompt": "q", "tools": "["}, "with a list of tools that is not JSON"),
+        ({"prompt": "\ud800"}, "with invalid Unicode characters (lone surrogates)"),
     ],
 )
 def test_what_cannot_be_rendered_is_named(tmp_path: Path, tokenizer: Any, record: Any, reason: str) -> None:
@@ -384,7 +384,7 @@ def test_without_a_sound_mask_nothing_is_learned_from(tmp_path: Path, tokenizer:
         made.decode([token for token, one in zip(prompt.ids, prompt.mask, strict=True) if one]) == "<think>hm</think>b<|end|>"
     )
     assert dict(corpus.usage.left_out) == {
-        "with earlier turns that the template renders in another way once more turns follow (no mask)": 1,
+        "with earlier turns that the template renders differently when more turns follow (no mask)": 1,
         "with an answer whose prompt alone the template refuses (no mask)": 1,
     }
     assert len(corpus_of(tmp_path, records, tokenizer(FORGETFUL)).prompts) == 3
@@ -416,21 +416,21 @@ def test_without_a_template_what_cannot_be_expressed_is_named(tmp_path: Path, to
 def test_questions_without_answers_are_asked_once_and_named(tmp_path: Path, tokenizer: Any) -> None:
     corpus = corpus_of(tmp_path, [{"turns": ["a", "b"]}, {"turns": ["c"]}], tokenizer(TEMPLATES["plain"]))
     assert corpus.usage.lines() == [
-        "used in part: 1 of 2 conversations: 1 with more questions than the first, which alone is asked"
+        "used in part: 1 of 2 conversations: 1 with several questions and no answers: only the first question is asked"
     ]
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('{"title": "x"}', "a record has the keys title, of which none is messages, "),
-        ('{"messages": [{"content": "x"}]}', "a message has the keys content: it lacks a role or a content"),
-        ('{"messages": [{"role": "user", "contents": "x"}]}', "it lacks a role or a content"),
-        ('{"messages": [{"role": "user", "content": 3}]}', "the content of a message is a int, neither a text nor"),
-        ('{"messages": [["user", "x"]]}', "a message is a list, not an object with a role and a content"),
-        ('{"messages": [{"role": "assistant", "tool_calls": "x"}]}', "tool_calls is a str, not a list"),
+        ('{"title": "x"}', "a record has the keys title, and none of them is messages, "),
+        ('{"messages": [{"content": "x"}]}', "a message has the keys content, but no role or no content"),
+        ('{"messages": [{"role": "user", "contents": "x"}]}', "but no role or no content"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "the content of a message is of type int, neither a text nor"),
+        ('{"messages": [["user", "x"]]}', "a message is of type list, not an object with a role and a content"),
+        ('{"messages": [{"role": "assistant", "tool_calls": "x"}]}', "tool_calls is of type str, not a list"),
         ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "a text part of a message has no text"),
-        ('{"prompt": "x", "tools": ["f"]}', "tools is a list, not a list of objects"),
+        ('{"prompt": "x", "tools": ["f"]}', "tools is of type list, not a list of objects"),
         ('{"prompt": {"text": "x", "replies": [3]}}', "a record has an unknown shape"),
         ('["x"]', "the line holds a list"),
         ("not json", "Expecting value"),
@@ -458,7 +458,7 @@ def test_damaged_and_wrong_files_are_named(tmp_path: Path, tokenizer: Any) -> No
         ("empty.jsonl", b""),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=r"is no JSON Lines file|they hold no conversation") as caught:
+        with pytest.raises(ValueError, match=r"is not a JSON Lines file|they hold no conversation") as caught:
             read_corpus([tmp_path / name], tokenizer(TEMPLATES["plain"]), 0, max_len=64)
         assert name in str(caught.value)
 
@@ -580,7 +580,7 @@ def test_own_and_given_answers_are_not_mixed(tmp_path: Path, given: TrainChoice)
     own = dataclasses.replace(given, answers="own")
     with pytest.raises(TrainingError, match="made with another temperatures and answers"):
         run(own)
-    with pytest.raises(TrainingError, match="of a run with another answers"):
+    with pytest.raises(TrainingError, match="belongs to a run with another answers"):
         run(dataclasses.replace(own, shards=tmp_path / "own"))
     assert all(text.mask is None for text in opened(tmp_path / "own"))
 
@@ -637,8 +637,8 @@ def test_the_command_refuses_what_does_not_go_together(tmp_path: Path, target: P
         (["--answers", "givn"], "error: unknown --answers 'givn'\n", "hint: Did you mean 'given'"),
         (
             ["--answers", "given", "--temperatures", "0"],
-            "error: --temperatures are those of the target's own answers",
-            "leave one",
+            "error: --temperatures apply to the target's own answers",
+            "hint: Leave one of them out",
         ),
         (
             ["--answers", "given", "--model", STORIES],

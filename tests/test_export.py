@@ -431,12 +431,17 @@ def planted(name: str, value: float) -> Any:
 FAULTS = {  # fixture, fault, what is said, whether it can still be converted
     "missing": ("eagle", without("fc.weight"), r"missing: fc\.weight", False),
     "missing part": ("eagle", without("layers.0.mlp.up_proj.weight"), r"missing: layers\.0\.mlp\.up_proj\.weight", False),
-    "too many": ("eagle", lambda c, w: w.update({"x.weight": torch.ones(3)}), r"too many: x\.weight", False),
-    "input norm": ("eagle", lambda c, w: w.update({"layers.0.input_layernorm.weight": torch.ones(128)}), "too many", False),
+    "too many": ("eagle", lambda c, w: w.update({"x.weight": torch.ones(3)}), r"not supported: x\.weight", False),
+    "input norm": (
+        "eagle",
+        lambda c, w: w.update({"layers.0.input_layernorm.weight": torch.ones(128)}),
+        "tensors that are not supported",
+        False,
+    ),
     "shape": (
         "eagle",
         changed("fc.weight", lambda x: x[:, :200]),
-        r"fc\.weight has shape 128 x 200, wanted is 128 x 256",
+        r"fc\.weight has shape 128 x 200, but must have 128 x 256",
         False,
     ),
     "bias said": ("eagle", said(bias=False), "config.json says false", False),
@@ -452,15 +457,15 @@ FAULTS = {  # fixture, fault, what is said, whether it can still be converted
     "inf": ("medusa", planted("0.1.weight", math.inf), r"0\.1\.weight has entries", False),
     "double": ("eagle", changed("fc.weight", lambda x: x.double()), "stored as F64", False),
     "integers": ("fspad", changed("fc.fc.bias", lambda x: x.int()), "stored as I32", False),
-    "d2t absolute": ("eagle3", changed("d2t", lambda x: x + torch.arange(len(x))), "looks like token ids", False),
-    "d2t outside": ("eagle3", planted("d2t", 1000), "1 of 60 lie outside the vocabulary of 105", False),
-    "d2t twice": ("eagle3", changed("d2t", lambda x: x[0] - torch.arange(len(x))), "name a token that another names", False),
-    "d2t shape": ("eagle3", changed("d2t", lambda x: x.view(2, 30)), "d2t has shape 2 x 30, wanted is 60", False),
-    "d2t kind": ("eagle3", changed("d2t", lambda x: x.float()), "d2t is stored as F32, allowed are I64, I32", False),
+    "d2t absolute": ("eagle3", changed("d2t", lambda x: x + torch.arange(len(x))), "seems to hold token ids", False),
+    "d2t outside": ("eagle3", planted("d2t", 1000), "1 of 60 are outside the vocabulary of 105", False),
+    "d2t twice": ("eagle3", changed("d2t", lambda x: x[0] - torch.arange(len(x))), "of 60 repeat another token", False),
+    "d2t shape": ("eagle3", changed("d2t", lambda x: x.view(2, 30)), "d2t has shape 2 x 30, but must have 60", False),
+    "d2t kind": ("eagle3", changed("d2t", lambda x: x.float()), "d2t is stored as F32, but must be one of I64, I32", False),
     "d2t gone": ("eagle3", without("d2t"), "missing: d2t", False),
     "t2d": ("eagle3", changed("t2d", lambda x: ~x), "t2d and d2t name different tokens", True),
     "ids range": ("eagle3", said(eagle_aux_hidden_state_layer_ids=[1, 3, 6]), "from 0 to 5", False),
-    "ids count": ("eagle3", said(eagle_aux_hidden_state_layer_ids=[1, 3]), "there must be 3", False),
+    "ids count": ("eagle3", said(eagle_aux_hidden_state_layer_ids=[1, 3]), "fc fuses 3 of them", False),
     "ids by one": ("eagle3", said(eagle_aux_hidden_state_layer_ids=[1, 1, 1]), "each one less than usual", True),
     "ids both": (
         "eagle3 layers.0",
@@ -469,15 +474,20 @@ FAULTS = {  # fixture, fault, what is said, whether it can still be converted
         True,
     ),
     "norm_output": ("eagle3", said(norm_output=True), "norm_output is True", False),
-    "residual unsaid": ("speculators", lambda c, w: c.pop("norm_before_residual"), "speculators takes that for false", False),
+    "residual unsaid": (
+        "speculators",
+        lambda c, w: c.pop("norm_before_residual"),
+        "the default is false in speculators",
+        False,
+    ),
     "both norms": ("speculators fc", said(fc_norm=True), "exclude each other", False),
     "narrow": ("eagle3 narrow", without("embed_tokens.weight"), r"missing: embed_tokens\.weight", False),
     "wider": ("eagle3", said(target_hidden_size=256), "features of width 256, the target's have 128", False),
     "fc bias": ("medusa vllm", said(medusa_fc_bias=False), "medusa_fc_bias, without which vLLM drops them", True),
     "stray": ("medusa vllm", said(num_attention_heads=8), "num_attention_heads, which vLLM takes", True),
-    "heads": ("medusa", said(medusa_num_heads=4), "medusa_num_heads 4, and the weights have 3 heads", False),
+    "heads": ("medusa", said(medusa_num_heads=4), "medusa_num_heads 4, but the weights have 3 heads", False),
     "scale": ("medusa vllm", said(logit_scale=0.5), "logit_scale is 0.5", False),
-    "map": ("medusa vllm small", planted("token_map", 200), "1 of 40 lie outside", False),
+    "map": ("medusa vllm small", planted("token_map", 200), "1 of 40 are outside", False),
     "grounded": ("hydra", said(grounded_heads=False), "grounded_heads is False", False),
     "offset": ("hydra++", said(hidden_state_offset=1), "hidden_state_offset is 1", False),
     "hydra heads": ("hydra++", said(hydra_num_heads=4), "hydra_num_heads 4", False),
@@ -629,13 +639,13 @@ def test_what_is_no_head_is_said_in_one_line(files: dict[str, bytes], words: str
 @pytest.mark.parametrize(
     ("case", "keys", "words"),
     [
-        ("eagle", {"hidden_size": "wide"}, "hidden_size 'wide', and it must be a number above 0"),
-        ("eagle", {"hidden_size": None}, "does not say hidden_size"),
-        ("eagle", {"num_attention_heads": 7}, "makes no sense"),
-        ("eagle3", {"eagle_config": "x"}, "eagle_config 'x', and it must be an object"),
+        ("eagle", {"hidden_size": "wide"}, "hidden_size 'wide', but it must be a number above 0"),
+        ("eagle", {"hidden_size": None}, "config.json lacks hidden_size"),
+        ("eagle", {"num_attention_heads": 7}, "config.json is invalid"),
+        ("eagle3", {"eagle_config": "x"}, "eagle_config 'x', but it must be an object"),
         ("eagle3", {"eagle_aux_hidden_state_layer_ids": [1, "2", 3]}, "must be a list of numbers"),
         ("eagle3", {"target_hidden_size": 0}, "must be a number above 0"),
-        ("speculators", {"transformer_layer_config": None}, "does not say hidden_size"),
+        ("speculators", {"transformer_layer_config": None}, "config.json lacks hidden_size"),
         ("medusa", {"architectures": 3}, "must be a list"),
     ],
 )
@@ -650,7 +660,7 @@ def test_a_malformed_config_is_said_in_one_line(case: str, keys: Any, words: str
 def test_other_heads_and_models_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="this is a language model"):
         examine(STORIES, None)
-    with pytest.raises(ModelError, match="no draft head in a form known here"):
+    with pytest.raises(ModelError, match="not a draft head with a known layout"):
         examine(write(tmp_path / "none", {}, {"weight": torch.ones(2)}), None)
     source = write(tmp_path, {"speculators_model_type": "dflash"}, {"fc.weight": torch.ones(2)})
     with pytest.raises(ModelError, match="type 'dflash' is not supported"):
@@ -685,9 +695,9 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, printed, _ = call(capsys, "doctor", out, "--model", STORIES, "--json")
     assert (code, json.loads(printed)["fits"], json.loads(printed)["layout"]) == (0, True, "foredraft")
     code, _, err = call(capsys, "convert", source, "--model", STORIES, "--out", out)
-    assert (code, "is there already" in err, "hint: " in err) == (1, True, True)
+    assert (code, "already exists" in err, "hint: " in err) == (1, True, True)
     code, _, err = call(capsys, "convert", source, "--model", STORIES, "--out", source, "--force")
-    assert (code, "holds what is to be converted" in err, "hint: " in err) == (1, True, True)
+    assert (code, "holds the checkpoint to convert" in err, "hint: " in err) == (1, True, True)
     assert call(capsys, "convert", source, "--model", STORIES, "--out", out, "--force")[0] == 0
     code, _, err = call(capsys, "convert", source, "--model", STORIES, "--out", out, "--force", "--format", "medusaa")
     assert (code, "Did you mean 'medusa'" in err) == (1, True)
@@ -699,7 +709,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_pickle_of_a_sparse_tensor_is_refused(tmp_path: Path) -> None:
     torch.save({"layers.0.self_attn.q_proj.weight": torch.eye(4).to_sparse()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="is no table of dense tensors by name"):
+    with pytest.raises(ModelError, match="is not a dict of dense tensors"):
         open_source(tmp_path)
 
 

@@ -65,7 +65,7 @@ def refused(run: Run, *arguments: Any) -> str:
         (["batch", *LAWS, "--horizon", 10**8], "--horizon must be between 1 and 100000"),
         (["batch", *LAWS, "--horizon", 10**8, "--drafts", 10**9], "--horizon must be between 1 and 100000"),
         (["batch", *LAWS, "--drafts", 10**9], "the number of drafts M must be between 1 and 1024"),
-        (["batch", *LAWS, "--horizon", 100000, "--drafts", 1000], "multiplications, and at most 1e+10 are made"),
+        (["batch", *LAWS, "--horizon", 100000, "--drafts", 1000], ", and the limit is 1e+10, a few minutes\nhint: Take"),
         (["rejections", *LAWS, "--drafts", 10**30], "the number of drafts M must be between 1 and 1024"),
         (["rejections", *LAWS, "--drafts", "2.5"], "--drafts must be a whole number or inf"),
         (["rejections", *LAWS, "--lookahead", 10**12], "--lookahead must be between 1 and 100000"),

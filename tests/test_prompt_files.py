@@ -64,7 +64,7 @@ def test_a_readme_is_no_file_of_prompts(command: str, run: Run, monkeypatch: pyt
         ("prompts.csv", b"prompt\na\n", "is neither a .jsonl nor a .txt file"),
         ("model.txt", b"\x80\x81\xff\xfe", "is not text in UTF-8"),
         ("model.jsonl", b"\x93NUMPY\x01\x00", "is not text in UTF-8"),
-        ("zeros.txt", b"\0\0\0\0", "is not text, it holds zero bytes"),
+        ("zeros.txt", b"\0\0\0\0", "is not text, since it contains null bytes"),
         ("empty.txt", b"", "is empty"),
         ("blank.jsonl", b"\n \n\n", "is empty"),
     ],

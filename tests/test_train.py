@@ -135,7 +135,7 @@ def test_a_narrow_head_learns_and_drafts(made: Path) -> None:
     [output] = llm.generate("Tom", SamplingParams(max_tokens=12, seed=1))
     assert len(output.outputs[0].token_ids) == 12
     for method, more, said in (
-        ("eagle3", {"regression": 1.0}, "foretells no feature of it"),
+        ("eagle3", {"regression": 1.0}, "regression needs a head as wide as the target"),
         (
             "eagle3",
             {"kv_heads": 3},
@@ -281,7 +281,7 @@ def refused(given: TrainChoice, message: str) -> None:
 
 def test_other_settings_do_not_go_on(made: Path) -> None:
     run(choice(made, "eagle", "settled"))
-    refused(choice(made, "eagle", "settled", lr=1e-4), "of a run with another lr: give the same settings")
+    refused(choice(made, "eagle", "settled", lr=1e-4), "belongs to a run with another lr: give the same settings")
     refused(choice(made, "fspad", "settled"), "another method and head_options")
 
 
@@ -293,8 +293,8 @@ def test_a_run_begins_with_another_head(made: Path) -> None:
     for name, one in old.items():
         assert torch.allclose(new[name], one, rtol=1e-2, atol=1e-5), name  # saved in bfloat16
     assert any(not torch.allclose(new[name], one, rtol=1e-2, atol=1e-5) for name, one in other.items())
-    refused(dataclasses.replace(given, init=made / "longer"), "of a run with another init")
-    with pytest.raises(ValueError, match=r"has other sizes than the one that is asked for: give its own options \(--set\)"):
+    refused(dataclasses.replace(given, init=made / "longer"), "belongs to a run with another init")
+    with pytest.raises(ValueError, match=r"has other sizes than the head to train: give the options of that head \(--set\)"):
         run(dataclasses.replace(given, options={"intermediate": 16}))
     with pytest.raises(ModelError, match="has method 'eagle', expected 'fspad'"):
         run(dataclasses.replace(choice(made, "fspad", "wrong"), init=made / "first"))
@@ -304,7 +304,7 @@ def test_a_damaged_checkpoint_is_said(made: Path) -> None:
     given = choice(made, "eagle", "damaged")
     run(given)
     (given.out / loop.CHECKPOINT).write_bytes(b"PK" + bytes(100))
-    refused(given, "checkpoint.pt is damaged: delete it to begin anew")
+    refused(given, r"checkpoint.pt is damaged\. Delete it to start again")
 
 
 def test_a_damaged_shard_is_found_before_it_is_learned_from(made: Path, tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_a_damaged_shard_is_found_before_it_is_learned_from(made: Path, tmp_path
     for damaged in (content[: len(content) // 2], content[:-1] + bytes([content[-1] ^ 1]), b""):
         file.unlink()  # others may have it mapped
         file.write_bytes(damaged)
-        refused(given, "is missing or damaged: delete the folder .* and run again")
+        refused(given, r"is missing or damaged\. Delete the folder .* and run again")
     file.unlink()
     refused(given, "is missing or damaged")
     file.write_bytes(content)
@@ -329,12 +329,12 @@ def test_shards_of_another_target_or_plan_are_refused(made: Path) -> None:
 
     given = choice(made, "eagle", "plan")
     refused(replace(given, model=str(OTHER_STORIES)), "made with another target")
-    refused(replace(given, max_len=80), "made with another max_len: give another --shards folder, or delete it")
+    refused(replace(given, max_len=80), "made with another max_len: give another --shards folder, or delete this one")
 
 
 def test_a_loss_that_is_no_number_stops_the_run(made: Path) -> None:
     given = choice(made, "eagle", "nan", steps=40, lr=1e30, clip=1e30, warmup=0.0, evaluate_every=1)
-    refused(given, r"the loss is no number at step \d+: the checkpoint before it stands; lower --lr")
+    refused(given, r"the loss became NaN or infinite at step \d+; the last checkpoint is intact\. Lower --lr")
     kept = torch.load(given.out / loop.CHECKPOINT, weights_only=True)
     assert all(torch.isfinite(one).all() for one in kept["head"].values())
 
@@ -353,7 +353,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(made: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(loop.torch, "save", full)
     other = choice(made, "eagle", "full2", steps=4)
-    refused(other, "No space left on device.*: what was there before stands; make room and run the same command again")
+    refused(other, r"No space left on device.*; its old content is intact\. Free disk space and run the same command again")
     assert not (other.out / loop.CHECKPOINT).exists()
     assert (given.out / loop.CHECKPOINT).read_bytes() == before
     monkeypatch.setattr(loop.torch, "save", real)
@@ -375,9 +375,9 @@ def test_wrong_names_are_said(made: Path, tmp_path: Path) -> None:
         run(choice(made, "egale", "x"))
     with pytest.raises(ValueError, match=r"option of method 'ctc': 'num_slot'\. Did you mean 'num_slots'"):
         run(choice(made, "ctc", "x", options={"num_slot": 4}))
-    with pytest.raises(ValueError, match="anchors is a share of the places, above 0 and at most 1, got 64"):
+    with pytest.raises(ValueError, match="anchors must be a share of the positions, above 0 and at most 1, got 64"):
         run(choice(made, "ctc", "x", options={"anchors": 64}))
-    with pytest.raises(ValueError, match=r"soft_labels must be at least 0 \(0: the text's own tokens\), got -1"):
+    with pytest.raises(ValueError, match=r"soft_labels must be at least 0 \(0: the tokens of the text\), got -1"):
         run(choice(made, "medusa", "x", options={"soft_labels": -1}))
     with pytest.raises(ValueError, match=r"unknown schedule 'cosin'\. Did you mean 'cosine'"):
         run(choice(made, "eagle", "x", schedule="cosin"))
@@ -389,7 +389,11 @@ def test_wrong_names_are_said(made: Path, tmp_path: Path) -> None:
         command.options(["labels"])
     (tmp_path / "bad.jsonl").write_text("not json\n")
     (tmp_path / "odd.jsonl").write_text('{"title": "x"}\n')
-    for name, said in (("bad", "is no JSON Lines file"), ("odd", "of which none is messages, "), ("none", "no data file")):
+    for name, said in (
+        ("bad", "is not a JSON Lines file"),
+        ("odd", "and none of them is messages, "),
+        ("none", "no data file"),
+    ):
         with pytest.raises(ValueError, match=said):
             list(read_conversations(tmp_path / f"{name}.jsonl"))
 

@@ -1,1 +1,1 @@
-"""The parts of `distill_draft_lm.py`, in the order in which it uses them: corpus, capture, batches, student, train, save."""
+"""The modules of `distill_draft_lm.py`, in the order of their use: corpus, capture, batches, student, train, save."""

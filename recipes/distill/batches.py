@@ -1,4 +1,4 @@
-"""Rows of the shards, and batches of them."""
+"""Reads the rows of the shards, and makes batches of them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,22 @@ from torch.nn.utils.rnn import pad_sequence
 from foredraft.train.shards import grouped
 
 BATCH_TOKENS = 8192
-"""Positions in a batch, padding included."""
+"""Number of positions in a batch, padding included."""
 
 POOL = 2048
-"""Rows among which those of like length are put together."""
+"""Number of rows that are sorted by length together before they are cut into batches."""
 
 
 class Row(NamedTuple):
-    """A text with the target's features; `kind` says how the text was made. The features stay on disk until they are read."""
+    """A text with the target's features, which stay on disk until they are read.
+
+    Attributes:
+        ids: token ids.
+        features: the target's final features at each token.
+        prompt_len: number of tokens of the prompt.
+        held_out: whether the text is kept for evaluation.
+        kind: how the text was made: ``text``, or ``temperature_`` and the temperature.
+    """
 
     ids: Int[Tensor, " n"]
     features: Float[Tensor, "n d"]
@@ -32,12 +40,12 @@ class Row(NamedTuple):
 
 
 def load_rows(folder: Path) -> list[Row]:
-    """The texts of all shards."""
+    """Reads the texts of all shards."""
     return [Row(**row) for path in sorted(folder.glob("*.pt")) for row in torch.load(path, mmap=True)]
 
 
 def epoch(rows: Sequence[Row], seed: int) -> list[list[Row]]:
-    """All rows once, in batches of like length, in an order that the seed decides."""
+    """Puts every row into one batch, with rows of similar length. The seed decides the order of the batches."""
     rng = random.Random(seed)
     order = rng.sample(rows, len(rows))
     pools = [order[first : first + POOL] for first in range(0, len(order), POOL)]
@@ -47,7 +55,7 @@ def epoch(rows: Sequence[Row], seed: int) -> list[list[Row]]:
 
 
 class Batch(NamedTuple):
-    """Right-padded tokens, the target's features and a loss weight at each position; causal attention needs no mask."""
+    """A right-padded batch: tokens, the target's features, and loss weights. Causal attention needs no mask for the padding."""
 
     ids: Int[Tensor, "b n"]
     features: Float[Tensor, "b n d"]
@@ -55,9 +63,12 @@ class Batch(NamedTuple):
 
 
 def collate(rows: Sequence[Row], prompt_weight: float) -> Batch:
-    """Puts rows side by side; a position counts 1 where it scores a token of the answer, `prompt_weight` before."""
+    """Makes a batch of rows.
+
+    A position has weight 1 if it predicts a token of the answer, and weight `prompt_weight` before.
+    """
     weights = [torch.ones(len(row.ids)) for row in rows]
     for weight, row in zip(weights, rows, strict=True):
-        weight[: row.prompt_len - 1] = prompt_weight  # the prompt's last token already scores the answer's first
+        weight[: row.prompt_len - 1] = prompt_weight  # the last position of the prompt predicts the answer's first token
     columns = [row.ids for row in rows], [row.features for row in rows], weights
     return Batch(*(pad_sequence(column, batch_first=True) for column in columns))

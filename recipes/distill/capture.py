@@ -1,6 +1,7 @@
-"""Texts, most of them written by the target itself, and the target's final features at every token of them.
+"""Captures texts and the target's final features at each of their tokens. The target generates most of the texts.
 
-The features are a tenth of the size of the next-token laws, which the target's head gives back when a batch needs them.
+The features take a tenth of the space of the next-token distributions. The target's output layer computes the distributions
+from them when a batch needs them.
 """
 
 from __future__ import annotations
@@ -22,41 +23,44 @@ from foredraft.tree import TreeBatch
 from .corpus import Example
 
 WAYS = (1.0, None, 0.7, 1.0, None, 1.0, 0.0, None)
-"""How texts are made, in turn: sampled at a temperature, or None: the training text itself. Sampled ones mostly at 1, the
-rest so that the drafter also meets greedy text, which loops. To run a given text costs a third of sampling one."""
+"""Kinds of texts, used in turn: the temperature of a sampled answer, or None for the training text itself.
+
+Most samples have temperature 1. The other temperatures show the drafter greedy text too, which loops. Running a given text
+costs a third of sampling one.
+"""
 
 HELD_OUT_WAYS = (1.0, 0.0, None)
 
 MAX_PROMPT = 1024
 WINDOW = 512
-"""Tokens of the longest sampled text; behind a long prompt a training text may go on to `MAX_PROMPT + ROOM`."""
+"""Largest number of tokens of a sampled text. After a long prompt, a training text may have up to `MAX_PROMPT + ROOM`."""
 
 ROOM = 64
-"""Tokens that an answer gets at least. Behind a prompt that leaves less of the window, sampling would not pay."""
+"""Smallest number of tokens for an answer. If a prompt leaves less of the window, sampling would not pay."""
 
 SHARD_TEXTS = 256
 CAPTURE_TOKENS = 2048
-"""Positions in one pass of the target: wider passes leave the cache."""
+"""Number of positions in one pass of the target. Larger passes do not fit in the CPU's cache."""
 
 
 class Plan(NamedTuple):
-    """What will become a text: an example, and the temperature at which it is answered (None: by the data)."""
+    """Plan of a text: an example, and the temperature of the target's answer (None: the answer in the data)."""
 
     example: Example
     temperature: float | None
 
 
 def plan_texts(examples: Sequence[Example]) -> list[Plan]:
-    """The held-out examples in each of their ways, then the others, one way each."""
+    """Plans the texts: the held-out examples at all of their temperatures, then the others at one temperature each."""
     examples = [example for example in examples if len(example.prompt_ids) <= MAX_PROMPT]
     held = [Plan(example, way) for example in examples if example.held_out for way in HELD_OUT_WAYS]
     others = [example for example in examples if not example.held_out]
     plan = held + [Plan(example, WAYS[i % len(WAYS)]) for i, example in enumerate(others)]
-    return [one._replace(temperature=None) if len(one.example.prompt_ids) > WINDOW - ROOM else one for one in plan]
+    return [text._replace(temperature=None) if len(text.example.prompt_ids) > WINDOW - ROOM else text for text in plan]
 
 
 def capture(llm: LLM, plan: Sequence[Plan], folder: Path, num_tokens: int) -> None:
-    """Writes shards of texts with their features until the answers have `num_tokens`; finished shards are kept."""
+    """Writes shards of texts with their features until the answers have `num_tokens` tokens. Existing shards are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     found = 0
     with progress_bar("answer tokens", num_tokens) as advance:
@@ -72,26 +76,27 @@ def capture(llm: LLM, plan: Sequence[Plan], folder: Path, num_tokens: int) -> No
 
 
 def save_shard(llm: LLM, plan: Sequence[Plan], path: Path) -> None:
-    """Makes the texts of a shard, runs the target over them and writes both."""
+    """Makes the texts of a shard, runs the target over them, and writes texts and features."""
     texts = write_texts(llm, plan)
     rows = [
         {
             "ids": torch.tensor(text),
-            "features": features.clone(),  # a view would be saved with all that it is a view of
-            "prompt_len": len(one.example.prompt_ids),
-            "held_out": one.example.held_out,
-            "kind": "text" if one.temperature is None else f"temperature_{one.temperature:g}",
+            "features": features.clone(),  # a view would be saved with its whole storage
+            "prompt_len": len(planned.example.prompt_ids),
+            "held_out": planned.example.held_out,
+            "kind": "text" if planned.temperature is None else f"temperature_{planned.temperature:g}",
         }
-        for one, text, features in zip(plan, texts, run_texts(llm.target, texts), strict=True)
+        for planned, text, features in zip(plan, texts, run_texts(llm.target, texts), strict=True)
     ]
     torch.save(rows, path.with_suffix(".new"))
-    path.with_suffix(".new").rename(path)  # a kill never leaves half a shard
+    path.with_suffix(".new").rename(path)  # an interruption never leaves half a shard
 
 
 def write_texts(llm: LLM, plan: Sequence[Plan]) -> list[list[int]]:
-    """Prompts with the target's answers or the data's, without an end of sequence: nothing is predicted after it."""
-    texts = [text_of(one.example) for one in plan]
-    sampling = {i: SamplingParams(temperature=one.temperature) for i, one in enumerate(plan) if one.temperature is not None}
+    """Returns prompts with answers of the target or of the data. The end of sequence is dropped, since nothing follows it."""
+    texts = [text_of(planned.example) for planned in plan]
+    temperatures = {i: planned.temperature for i, planned in enumerate(plan) if planned.temperature is not None}
+    sampling = {i: SamplingParams(temperature=temperature) for i, temperature in temperatures.items()}
     results = llm.generate([plan[i].example.prompt_ids for i in sampling], list(sampling.values()))
     for i, result in zip(sampling, results, strict=True):
         output = result.outputs[0]
@@ -101,12 +106,12 @@ def write_texts(llm: LLM, plan: Sequence[Plan]) -> list[list[int]]:
 
 
 def text_of(example: Example) -> list[int]:
-    """Prompt and answer of the data, cut at the window or a little behind a long prompt."""
+    """Returns prompt and answer of the data, cut at the window, or `ROOM` tokens after a long prompt."""
     return (example.prompt_ids + example.answer_ids)[: max(WINDOW, len(example.prompt_ids) + ROOM)]
 
 
 def run_texts(target: LlamaTarget, texts: Sequence[list[int]]) -> list[Tensor]:
-    """The target's final features `[n, d]` at the tokens of each text."""
+    """Computes the target's final features `[n, d]` at the tokens of each text."""
     features: dict[int, Tensor] = {}
     for group in grouped(range(len(texts)), [len(text) for text in texts], CAPTURE_TOKENS):
         batch, pool = TreeBatch.chains([texts[i] for i in group]), target.new_pool(len(group), WINDOW)

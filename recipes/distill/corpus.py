@@ -1,4 +1,4 @@
-"""The training text: conversations from JSON Lines files, in the target's chat format."""
+"""Reads the training text: conversations from JSON Lines files, in the target's chat format."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from typing import Any, NamedTuple
 
 HELD_OUT_ONE_IN = 100
 MAX_PER_QUESTION = 4
-"""Documents kept of one question: the reports hold up to 29 answers to the same."""
+"""Largest number of documents with the same question. The reports hold up to 29 answers to one question."""
 
 LONGEST_ANSWER = 2000
-"""Characters: a window of 512 tokens holds few more."""
+"""Largest number of characters of an answer. A window of 512 tokens holds hardly more."""
 
 Turns = list[str]
-"""User and assistant texts in turn; the assistant's is the last."""
+"""Texts of the user and the assistant in turn. The last text is the assistant's."""
 
 
 def joined(*parts: str) -> str:
-    """Joins the parts that are not blank with an empty line."""
+    """Joins the parts with empty lines. Blank parts are dropped."""
     return "\n\n".join(part.strip() for part in parts if part and part.strip())
 
 
 def instruction(record: dict) -> list[Turns]:
-    """One question and answer, as dolly and GPTeacher store them."""
+    """Reads one question and answer, in the format of dolly and GPTeacher."""
     return [[joined(record["instruction"], record.get("context") or record.get("input") or ""), record["response"]]]
 
 
 def seed_task(record: dict) -> list[Turns]:
-    """The first instance of a self-instruct seed task."""
+    """Reads the first instance of a self-instruct seed task."""
     first = record["instances"][0]
     return [[joined(record["instruction"], first["input"]), first["output"]]]
 
 
 def report(record: dict) -> list[Turns]:
-    """One answer of each sampling configuration of an OpenAssistant report, at most three."""
+    """Reads one answer of each sampling configuration of an OpenAssistant report, at most three answers."""
     outputs = [result["outputs"][0] for result in record["results"] if result["outputs"]]
     return [[record["prompt"], output] for output in outputs[:3]]
 
 
 def tree(record: dict) -> list[Turns]:
-    """Every path of a conversation tree that ends in an assistant's message."""
+    """Reads every path of a conversation tree that ends in an assistant's message."""
     paths, stack = [], [(record["prompt"], [])]
     while stack:
         node, before = stack.pop()
@@ -57,18 +57,18 @@ def tree(record: dict) -> list[Turns]:
 
 
 def arena_bench(record: dict) -> list[Turns]:
-    """A real user's prompt and one model's answer."""
+    """Reads a real user's prompt and one model's answer."""
     return [[record["turns"][0], record["choices"][0]["turns"][0]]]
 
 
 def arena_hard(record: dict) -> list[Turns]:
-    """A real user's prompt and Sky-T1's answer."""
+    """Reads a real user's prompt and Sky-T1's answer."""
     user, assistant = record["messages"][:2]
     return [[user["content"], assistant["content"]["answer"]]]
 
 
 def dialogue(record: dict) -> list[Turns]:
-    """A dialogue up to an assistant turn that its identifier picks, for one dialogue in eight."""
+    """Reads one dialogue in eight, up to an assistant turn. Its identifier decides both."""
     pick = hashed(record["dialogue_id"])
     turns = [turn["utterance"] for turn in record["turns"]]
     pairs = len(turns) // 2
@@ -76,7 +76,7 @@ def dialogue(record: dict) -> list[Turns]:
 
 
 class Source(NamedTuple):
-    """How a record of a file becomes conversations, and the file's licence."""
+    """The function that reads conversations from a record of a file, and the file's licence."""
 
     read: Callable[[dict], list[Turns]]
     licence: str
@@ -100,7 +100,7 @@ SOURCES = {
 
 
 def hashed(text: str) -> int:
-    """A number that depends on the text alone."""
+    """Returns a number that depends only on the text."""
     return int(hashlib.sha256(text.encode()).hexdigest(), 16)
 
 
@@ -111,13 +111,13 @@ def read_jsonl(path: Path) -> Iterator[dict]:
 
 
 def read_documents(data: Path, seed: int) -> list[Turns]:
-    """Reads every file of `SOURCES`, in an order that depends on the seed only.
+    """Reads every file of `SOURCES`. The order of the documents depends only on the seed.
 
     Raises:
-        ValueError: one of them is missing.
+        ValueError: a file is missing.
     """
     if missing := [name for name in SOURCES if not (data / name).is_file()]:
-        raise ValueError(f"{data} lacks {', '.join(missing)}: point --data at the folder of the training text")
+        raise ValueError(f"{data} lacks {', '.join(missing)}: give the folder of the training text as --data")
     documents = [
         turns
         for name, source in SOURCES.items()
@@ -130,7 +130,7 @@ def read_documents(data: Path, seed: int) -> list[Turns]:
 
 
 def capped(documents: list[Turns]) -> list[Turns]:
-    """Keeps the first few documents of each opening question."""
+    """Keeps the first `MAX_PER_QUESTION` documents of each opening question."""
     seen: Counter[str] = Counter()
     kept = []
     for turns in documents:
@@ -141,10 +141,12 @@ def capped(documents: list[Turns]) -> list[Turns]:
 
 
 class Example(NamedTuple):
-    """A tokenised document: the prompt up to the assistant's header, and the answer that the data gives.
+    """A tokenised document.
 
     Attributes:
-        held_out: kept for evaluation; equal first questions always fall on the same side.
+        prompt_ids: tokens of the prompt, up to the assistant's header.
+        answer_ids: tokens of the answer in the data.
+        held_out: whether it is kept for evaluation. Documents with the same first question have the same value.
     """
 
     prompt_ids: list[int]
@@ -153,7 +155,7 @@ class Example(NamedTuple):
 
 
 def encode(turns: Turns, tokenizer: Any) -> Example:
-    """Applies the target's chat template."""
+    """Encodes a document with the target's chat template."""
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn.strip()} for i, turn in enumerate(turns)]
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)

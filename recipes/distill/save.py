@@ -1,4 +1,4 @@
-"""What a drafter's directory holds: weights in bf16 as Transformers writes them, and where they come from."""
+"""Writes the drafter's directory: weights in bfloat16, in the format of Transformers, and their provenance."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .train import Training
 
 
 def save(student: LlamaForCausalLM, out: Path) -> LlamaForCausalLM:
-    """Saves a bf16 copy of the student and returns it as a user would load it."""
+    """Saves a bfloat16 copy of the student, and loads it as a user would."""
     copy, config = deepcopy(student).bfloat16(), student.config
     copy.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
     copy.save_pretrained(out)
-    (out / "model.safetensors").chmod(0o644)  # it is written for its owner only
+    (out / "model.safetensors").chmod(0o644)  # by default only the owner can read it
     return LlamaForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
 
 
 def provenance(target: Path, student: LlamaForCausalLM, rows: Sequence[Row], num_steps: int, training: Training) -> dict:
-    """Everything needed to say where the weights come from, but for how good they are."""
+    """Collects the origin of the weights: command, commit, target, data, settings and versions."""
     return {
         "what": "draft language model, distilled from the target's full next-token laws",
         "command": shlex.join(["python", *sys.argv]),
@@ -53,14 +53,14 @@ def provenance(target: Path, student: LlamaForCausalLM, rows: Sequence[Row], num
 
 
 def commit() -> str | None:
-    """The commit that the recipe ran from, marked where files differed from it; None outside a repository."""
+    """Returns the commit of the recipe, marked ``-dirty`` if files differ from it; None outside a repository."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     return found.stdout.strip() or None
 
 
 def count_answers(rows: Sequence[Row]) -> dict[str, int]:
-    """Answer tokens by kind of text; held-out ones apart."""
+    """Counts the answer tokens by kind of text, with held-out texts counted separately."""
     counts: Counter[str] = Counter()
     for row in rows:
         counts[f"held_out_{row.kind}" if row.held_out else row.kind] += len(row.ids) - row.prompt_len
@@ -68,5 +68,5 @@ def count_answers(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Writes JSON that reads well."""
+    """Writes indented JSON."""
     path.write_text(json.dumps(content, indent=1) + "\n")

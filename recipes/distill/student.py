@@ -22,18 +22,19 @@ SHAPE = {
     "head_dim": 64,
     "max_position_embeddings": 2048,
 }
-"""A ninth of the bundled target's multiply-adds a token, half of them the head's."""
+"""Sizes of the student. It has a ninth of the bundled target's multiply-adds per token, half of them in the output layer."""
 
 LOGITS_CHUNK = 256
-"""Rows of float32 logits at once: 4 MB at a vocabulary of 4096, so that they stay in the cache."""
+"""Number of rows of logits that are computed together. In float32 they take 4 MB at a vocabulary of 4096, and fit in the
+cache."""
 
 
 def new_student(target: LlamaTarget) -> LlamaForCausalLM:
-    """A student with random layers, its embedding the target's, projected on its main directions."""
+    """Makes a student with random layers. Its embedding is the target's, projected on its principal directions."""
     shared = ("vocab_size", "eos_token_id", "pad_token_id", "bos_token_id", "rms_norm_eps", "rope_parameters")
     taken = {key: getattr(target.config, key) for key in shared}
     student = LlamaForCausalLM(LlamaConfig(**SHAPE, **taken, tie_word_embeddings=True))
-    student.set_attn_implementation("eager")  # forward and backward take half the time of the fused one on a CPU
+    student.set_attn_implementation("eager")  # takes half the time of the fused one on a CPU, forward and backward
     embedding = target.embed(torch.arange(target.vocab_size)).float()
     directions = torch.linalg.svd(embedding, full_matrices=False).Vh[: SHAPE["hidden_size"]]
     student.lm_head.weight.data.copy_(embedding @ directions.T)
@@ -41,9 +42,11 @@ def new_student(target: LlamaTarget) -> LlamaForCausalLM:
 
 
 class Distance(NamedTuple):
-    """Of each position: KL divergence of the student's law p from the target's q, and the acceptance sum_x min(p, q).
+    """Distance of the student's distribution p from the target's distribution q, at n positions.
 
-    The acceptance is that of speculative sampling with one draft at temperature 1, and 1 - TV(p, q).
+    Attributes:
+        kl: KL(q || p).
+        acceptance: sum_x min(p, q) = 1 - TV(p, q), the acceptance of speculative sampling with one draft at temperature 1.
     """
 
     kl: Float[Tensor, " n"]
@@ -51,27 +54,27 @@ class Distance(NamedTuple):
 
 
 def distance(student_logits: Float[Tensor, "n v"], target_logits: Float[Tensor, "n v"]) -> Distance:
-    """How far the student's laws are from the target's."""
+    """Computes the distance of the student's distributions from the target's."""
     p, q = student_logits.log_softmax(-1), target_logits.log_softmax(-1)
     return Distance(torch.linalg.vecdot(q.exp(), q - p), torch.minimum(p.exp(), q.exp()).sum(-1))
 
 
 def hidden_states(student: LlamaForCausalLM, batch: Batch) -> Float[Tensor, "n d"]:
-    """The student's final states at the positions of a batch that count."""
+    """Computes the student's final states at the positions of a batch with a positive weight."""
     with torch.autocast("cpu", torch.bfloat16):
         hidden = student.model(input_ids=batch.ids, use_cache=False).last_hidden_state
     return hidden[batch.weights > 0].float()
 
 
 def student_head(student: LlamaForCausalLM, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
-    """Logits, multiplied in bf16."""
+    """Computes the student's logits, multiplied in bfloat16."""
     with torch.autocast("cpu", torch.bfloat16):
         return student.lm_head(hidden).float()
 
 
 @torch.no_grad()
 def evaluate(student: LlamaForCausalLM, target: LlamaTarget, rows: list[Row]) -> dict[str, dict[str, float]]:
-    """Means over the answers' positions, for each kind of text."""
+    """Computes the mean metrics over the positions of the answers, for each kind of text."""
     means = {}
     for kind in sorted({row.kind for row in rows}):
         batches = [collate(group, prompt_weight=0.0) for group in epoch([row for row in rows if row.kind == kind], seed=0)]
@@ -83,7 +86,7 @@ def evaluate(student: LlamaForCausalLM, target: LlamaTarget, rows: list[Row]) ->
 
 
 def measured(student: LlamaForCausalLM, target: LlamaTarget, batch: Batch) -> Float[Tensor, "3 n"]:
-    """KL divergence, acceptance and agreement of the likeliest token, at the positions of a batch that count."""
+    """Computes KL divergence, acceptance and agreement of the most likely token, at the positions with a positive weight."""
     hidden, features, columns = hidden_states(student, batch), batch.features[batch.weights > 0], []
     for states, wanted in zip(hidden.split(LOGITS_CHUNK), features.split(LOGITS_CHUNK), strict=True):
         logits, target_logits = student_head(student, states), target.head(wanted).float()

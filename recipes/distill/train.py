@@ -1,4 +1,4 @@
-"""Training: batches in, distilled student out."""
+"""Trains the student on batches of texts with the target's features."""
 
 from __future__ import annotations
 
@@ -21,16 +21,22 @@ from .batches import Batch, Row, collate, epoch
 from .student import LOGITS_CHUNK, distance, hidden_states, student_head
 
 PROMPT_WEIGHT = 0.1
-"""A user's words are never drafted; their positions only help the student to read."""
+"""Weight of the positions of a prompt. Prompts are never drafted, but they help the student to learn to read."""
 
 TV_FROM, TV_SHARE = 0.6, 0.5
-"""After this share of the steps the loss is this share total variation, which is what costs acceptance."""
+"""After the share `TV_FROM` of the steps, total variation is the share `TV_SHARE` of the loss. It determines the acceptance."""
 
 REPORT_EVERY = 50
 
 
 class Training(NamedTuple):
-    """What was done: means over the last `REPORT_EVERY` steps, and the positions that counted."""
+    """Result of a training run.
+
+    Attributes:
+        kl, acceptance: means over the last `REPORT_EVERY` steps.
+        num_tokens: number of positions with a positive weight.
+        minutes: duration.
+    """
 
     kl: float
     acceptance: float
@@ -48,8 +54,8 @@ def train(student: LlamaForCausalLM, target: LlamaTarget, rows: Sequence[Row], n
             batch = collate(group, PROMPT_WEIGHT)
             figures.append(backward(student, target, batch, TV_SHARE if step / num_steps > TV_FROM else 0.0))
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            for one in (*optimizers, *schedules):
-                one.step()
+            for stepped in (*optimizers, *schedules):
+                stepped.step()
             student.zero_grad()
             num_tokens += int((batch.weights > 0).sum())
             if (step + 1) % REPORT_EVERY == 0:
@@ -60,19 +66,20 @@ def train(student: LlamaForCausalLM, target: LlamaTarget, rows: Sequence[Row], n
 
 
 def endless(rows: Sequence[Row], seed: int) -> Iterator[list[Row]]:
-    """Epoch after epoch of batches."""
+    """Yields batches without end, epoch after epoch."""
     return (group for number in count() for group in epoch(rows, seed + number))
 
 
 def recent(figures: Sequence[Tensor]) -> list[float]:
-    """Means of the latest steps' figures."""
+    """Computes the means of the metrics of the last `REPORT_EVERY` steps."""
     return [round(mean, 4) for mean in torch.stack(list(figures[-REPORT_EVERY:])).mean(0).tolist()]
 
 
 def backward(student: LlamaForCausalLM, target: LlamaTarget, batch: Batch, tv_share: float) -> Float[Tensor, " 2"]:
-    """Adds the gradient of (1 - s) KL(q || p) + s TV(p, q); returns the weighted means of KL and acceptance.
+    """Adds the gradient of (1 - s) KL(q || p) + s TV(p, q), and returns the weighted means of KL and acceptance.
 
-    The logits are made and differentiated in chunks; their gradients meet in the states from which the layers go on.
+    The logits are computed and differentiated in chunks. Their gradients add up in the final states, from which they pass on to
+    the layers.
     """
     chosen = batch.weights > 0
     weights = batch.weights[chosen] / batch.weights.sum()
@@ -90,7 +97,7 @@ def backward(student: LlamaForCausalLM, target: LlamaTarget, batch: Batch, tv_sh
 
 
 def new_optimizers(student: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for the embedding and the norms."""
+    """Makes the optimizers: Muon for the layers' matrices, AdamW for the embedding and the norms."""
     matrices = [p for p in student.model.layers.parameters() if p.ndim == 2]
     others = [student.lm_head.weight, *(p for p in student.parameters() if p.ndim == 1)]
     return [
@@ -100,5 +107,5 @@ def new_optimizers(student: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def learning_rate(done: float) -> float:
-    """Factor of the peak rate at a share `done` of the run: 2 % warm-up, then a cosine to zero."""
+    """Computes the factor of the peak rate at a share `done` of the run: 2 % warm-up, then a cosine to zero."""
     return min(1.0, done / 0.02 + 0.01) * 0.5 * (1 + math.cos(math.pi * done))

@@ -1,1 +1,1 @@
-"""The ruler for speed: every method on the same prompts, paired with plain decoding in the same run."""
+"""Benchmarks of speed. All methods run on the same prompts, and are compared with plain decoding in the same run."""

@@ -1,4 +1,7 @@
-"""How fast this machine reads memory: what bounds a step of few tokens, and the share of it that plain decoding reaches."""
+"""The memory bandwidth of this machine, and the share of it that plain decoding reaches.
+
+The bandwidth limits the speed of a step with few tokens.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,16 @@ from foredraft.bench.run import Outcome
 from foredraft.protocols import Target
 
 _BYTES = 1 << 29
-"""Read at once; more than any cache holds."""
+"""Number of bytes in a read, more than any cache holds."""
 
 _REPEATS = 5
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes a second, the best of a few sums over a tensor of 512 MiB, on all threads of torch (or the whole CUDA device)."""
+    """Measures the memory bandwidth, in bytes per second.
+
+    It is the best of several sums over a tensor of 512 MiB, on all of torch's threads or on the whole CUDA device.
+    """
     memory = torch.ones(_BYTES // 4, device=device)
     best = 0.0
     for _ in range(_REPEATS):
@@ -28,9 +34,14 @@ def read_bandwidth(device: torch.device) -> float:
 
 
 def reading(target: Target, outcomes: Sequence[Outcome], bandwidth: float) -> dict[str, float]:
-    """What plain decoding reads: megabytes of weights a step, gigabytes a second, and their share of `bandwidth`."""
-    steps = sum(max(map(len, one.records)) for one in outcomes)
-    reached = target.num_weight_bytes * steps / sum(one.verify_s for one in outcomes)
+    """Computes what plain decoding reads: megabytes of weights per step, gigabytes per second, and the share of `bandwidth`.
+
+    Args:
+        outcomes: outcomes of plain decoding.
+        bandwidth: memory bandwidth, in bytes per second.
+    """
+    steps = sum(max(map(len, outcome.records)) for outcome in outcomes)
+    reached = target.num_weight_bytes * steps / sum(outcome.verify_s for outcome in outcomes)
     return {
         "weights_mb": round(target.num_weight_bytes / 1e6, 1),
         "read_gb_per_s": round(reached / 1e9, 2),

@@ -1,8 +1,8 @@
-"""``foredraft calibrate``: what a drafter's tokens are worth, on training text, and what a step costs on this machine.
+"""``foredraft calibrate``: measures the acceptance of a drafter on prompts of training sets, and the cost of a step.
 
-Acceptance by sibling rank (and by depth) and tokens a step of every tree and size do not depend on the machine: they are
-written to ``calibration.json`` in the drafter's directory, or to the user's cache where the drafter has none. Costs are
-measured anew on every machine and kept in the user's cache.
+The acceptance by sibling rank and by depth, and the tokens per step of each tree and size, do not depend on the machine. They
+are written to ``calibration.json`` in the drafter's directory, or in the user's cache if the drafter has no directory. Costs
+are measured on each machine and kept in the user's cache.
 """
 
 from __future__ import annotations
@@ -46,15 +46,17 @@ from foredraft.tree import DraftTree, Drawn, TreeBatch
 from foredraft.verify import RULES
 
 PROMPTS = BUNDLED / "calibration.jsonl"
-"""Prompts of training sets, so that whatever is tuned on them is not tuned on what is reported."""
+"""Default prompts, from training sets. Settings that are tuned on them are thus not tuned on the reported test prompts."""
 
 RANKS = 32
 DEPTHS = 8
 SIZES = (2, 4, 8, 16, 32, 64)
 _GAIN = 1.01
 _HOPELESS = 0.9
-"""What has, at a usual size, fewer tokens a step than this share of the best way's is not tried with larger trees, which take
-most of the time: `auto` would not choose it."""
+"""A method needs, at a typical size, this share of the best method's tokens per step, or larger trees are not measured.
+
+Larger trees take most of the time, and `auto` would not choose such a method.
+"""
 
 TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}
 COST_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -62,7 +64,7 @@ COST_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 @dataclass(frozen=True)
 class CalibrateChoice:
-    """What the command line said; see ``foredraft calibrate --help``."""
+    """The options of ``foredraft calibrate``; see its ``--help``."""
 
     model: str | None = None
     method: str | None = None
@@ -75,17 +77,20 @@ class CalibrateChoice:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The speculative config of what is measured: of a drafter that looks up first, the one that it asks."""
+        """Speculative config to measure. For a drafter that first looks up, it names the drafter that it falls back to."""
         method = self.method or drafter_for(self.draft_model)
         asked = DRAFTERS[method].asks if method in DRAFTERS else None
         return {"method": asked or method} | ({"model": self.draft_model} if self.draft_model else {})
 
 
 def calibrate(choice: CalibrateChoice) -> tuple[Path, dict[str, Any]]:
-    """Measures acceptance and tokens a step, and writes them. Returns where, and what.
+    """Measures acceptance and tokens per step, and writes them to a file.
+
+    Returns:
+        The file, and its content.
 
     Raises:
-        ValueError: the model, the drafter or the prompts cannot be read.
+        ValueError: the model, the drafter or the prompts cannot be read, no prompt fits, or the file cannot be written.
     """
     config = choice.config
     read = tasks.read_prompts(choice.prompts, choice.limit)
@@ -93,41 +98,46 @@ def calibrate(choice: CalibrateChoice) -> tuple[Path, dict[str, Any]]:
     drafting = plain.with_speculation({**config, "num_speculative_tokens": 1})
     prompts = [ids for ids in tasks.encode(plain, read, raw=False) if len(ids) + choice.max_tokens <= plain.max_model_len]
     if not prompts:
-        raise ValueError(f"no prompt leaves room for {choice.max_tokens} tokens in a context of {plain.max_model_len}")
+        raise tasks.too_long(choice.max_tokens, plain.max_model_len)
     found: dict[str, Any] = {"prompts": choice.prompts.name, "num_prompts": len(prompts), "max_tokens": choice.max_tokens}
     found |= {"weights": drafting.draft_weights} if drafting.draft_weights else {}
     file = file_beside(choice.draft_model) or file_in_cache(drafting.draft_weights, plain.target, config["method"])
     if file is None:
-        raise ValueError("a calibration cannot be kept: no cache folder can be written. Set FOREDRAFT_CACHE to one that can")
+        raise ValueError(
+            "the calibration cannot be saved: no cache folder is writable. Set FOREDRAFT_CACHE to a writable folder"
+        )
     if DRAFTERS[config["method"]].gives == "expand":
         trials = {kind: all_trials(plain, drafting, prompts, t, choice.max_tokens) for kind, t in TEMPERATURES.items()}
         found["acceptance_by_depth"] = {kind: by_depth(accepted_ranks(texts)) for kind, texts in trials.items()}
         found["acceptance"] = {kind: rows[0] for kind, rows in found["acceptance_by_depth"].items()}
         found["acceptance_by_prob"] = {kind: table_of(texts).written() for kind, texts in trials.items()}
-        write(file, found)  # the trees of sequoia and dyspec-calibrated need it
+        write(file, found)  # the trees `sequoia` and `dyspec-calibrated` read it
     found |= tokens_per_step(plain, config, prompts, choice.max_tokens)
     write(file, found)
     return file, found
 
 
 def write(file: Path, found: dict[str, Any]) -> None:
-    """Writes a calibration.
+    """Writes a calibration as JSON.
 
     Raises:
-        ValueError: the folder cannot be written.
+        ValueError: the file cannot be written.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found, indent=1) + "\n")
     except OSError as error:
-        raise ValueError(f"cannot write {str(file)!r} ({error.strerror}): give a drafter directory of your own") from None
+        raise ValueError(f"cannot write {str(file)!r} ({error.strerror}): copy the drafter to a writable directory") from None
 
 
 def tokens_per_step(plain: LLM, config: dict[str, Any], prompts: Sequence[list[int]], max_tokens: int) -> dict[str, Any]:
-    """``tokens_per_step``: kind of request -> way -> number of nodes -> acceptance length, by decoding with each; and the same
-    of ``drafted_share`` for drafters that look up first, with the best trees.
+    """Measures tokens per step by decoding with every tree and size.
 
-    With a draft model or a head the drafters that need none are measured too: what it is worth can only be said beside them.
+    If the drafter has weights, drafters without weights are measured too, for comparison.
+
+    Returns:
+        ``tokens_per_step``: kind of request -> drafter and tree -> number of nodes -> acceptance length. ``drafted_share`` has
+        the same form. It holds only drafters that first look up, with the best trees.
     """
     method = config["method"]
     own = [Way(method, name) for name in trees_of(DRAFTERS[method])]
@@ -138,10 +148,10 @@ def tokens_per_step(plain: LLM, config: dict[str, Any], prompts: Sequence[list[i
     found: dict[str, Any] = {"tokens_per_step": {}, "drafted_share": {}}
     with progress_bar("tokens a step", len(TEMPERATURES) * (len(ways) + tried)) as advance:
 
-        def curves(some: Sequence[Way], temperature: float) -> dict[str, list[Point]]:
+        def curves(measured: Sequence[Way], temperature: float) -> dict[str, list[Point]]:
             points: dict[str, list[Point]] = {}
-            for way in some:
-                best = max((at_most(one, TYPICAL_SIZE).acceptance_length for one in points.values()), default=0.0)
+            for way in measured:
+                best = max((at_most(known, TYPICAL_SIZE).acceptance_length for known in points.values()), default=0.0)
                 points[curve_name(way)] = list(curve(plain, config, way, prompts, temperature, max_tokens, best))
                 advance(1)
             return points
@@ -151,16 +161,23 @@ def tokens_per_step(plain: LLM, config: dict[str, Any], prompts: Sequence[list[i
             best = sorted(own, key=lambda way: -at_most(pure[curve_name(way)], TYPICAL_SIZE).acceptance_length)
             mixed = curves([Way(name, way.tree) for name in asking for way in best[:TRIED_TREES]], temperature)
             found["tokens_per_step"][kind] = {
-                name: {str(one.nodes): one.acceptance_length for one in points} for name, points in (pure | mixed).items()
+                name: {str(point.nodes): point.acceptance_length for point in points} for name, points in (pure | mixed).items()
             }
             found["drafted_share"][kind] = {
-                name: {str(one.nodes): one.drafted_share for one in points} for name, points in mixed.items()
+                name: {str(point.nodes): point.drafted_share for point in points} for name, points in mixed.items()
             }
     return found
 
 
 class Point(NamedTuple):
-    """What a size of tree gave; `drafted_share` is 1 for drafters that ask no other."""
+    """Measurement of one tree size.
+
+    Attributes:
+        nodes: number of nodes below the root.
+        acceptance_length: tokens per step.
+        drafted_share: share (0 to 1) of the trees for which a drafter that first looks up fell back to its other drafter; 1 for
+            all other drafters.
+    """
 
     nodes: int
     acceptance_length: float
@@ -168,14 +185,18 @@ class Point(NamedTuple):
 
 
 def at_most(points: Sequence[Point], nodes: int) -> Point:
-    """The largest measured size up to `nodes`."""
-    return max((one for one in points if one.nodes <= nodes), key=lambda one: one.nodes)
+    """Returns the largest measured size up to `nodes`."""
+    return max((point for point in points if point.nodes <= nodes), key=lambda point: point.nodes)
 
 
 def curve(
     plain: LLM, config: dict[str, Any], way: Way, prompts: Sequence[list[int]], temperature: float, max_tokens: int, best: float
 ) -> Iterator[Point]:
-    """Sizes upwards, until a larger tree of this kind gains nothing or falls behind `best`, the best way's tokens a step."""
+    """Measures growing sizes of a tree. It stops when a larger tree gains nothing, or is far behind the best method.
+
+    Args:
+        best: tokens per step of the best method so far, at the typical size.
+    """
     before = 0.0
     for nodes in SIZES:
         tree = {"tree": way.tree} if way.tree else {}
@@ -193,16 +214,21 @@ def curve(
 
 
 def acceptance_length(llm: LLM, prompts: Sequence[list[int]], temperature: float, max_tokens: int) -> float:
-    """Tokens a step over all prompts."""
+    """Measures the tokens per step over all prompts."""
     results = llm.generate(list(prompts), SamplingParams(temperature=temperature, max_tokens=max_tokens))
     require_whole(results)
-    return round(summarize([record for one in results for out in one.outputs for record in out.records]).acceptance_length, 4)
+    records = [record for result in results for output in result.outputs for record in output.records]
+    return round(summarize(records).acceptance_length, 4)
 
 
 def all_trials(
     plain: LLM, drafting: LLM, prompts: Sequence[list[int]], temperature: float, max_tokens: int
 ) -> list[list[list[Trial]]]:
-    """For every position of the target's own continuations, what the rule made of the children that were offered there."""
+    """Offers children to the rule at every position of the target's own continuations, and returns the rule's decisions.
+
+    Returns:
+        For each prompt and position, the trials of `offer_children`.
+    """
     sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
     drafter, found = AskedAlong(plain.target, drafting.drafter_grown_by), []
     with progress_bar(f"acceptance, temperature {temperature:g}", len(prompts)) as advance:
@@ -217,17 +243,20 @@ def all_trials(
 
 
 def accepted_ranks(texts: Sequence[Sequence[Sequence[Trial]]]) -> list[list[int]]:
-    """At every position the rank of the child that is accepted; -1 for none."""
-    return [[some[-1].rank if some and some[-1].accepted else -1 for some in text] for text in texts]
+    """Returns the rank of the accepted child at every position; -1 if none is accepted."""
+    return [[trials[-1].rank if trials and trials[-1].accepted else -1 for trials in text] for text in texts]
 
 
 def table_of(texts: Sequence[Sequence[Sequence[Trial]]]) -> AcceptanceTable:
-    """Acceptance by rank and draft probability, over all positions."""
-    return AcceptanceTable.measured([trial for text in texts for some in text for trial in some])
+    """Computes the acceptance by rank and draft probability, over all positions."""
+    return AcceptanceTable.measured([trial for text in texts for trials in text for trial in trials])
 
 
 def by_depth(ranks: Sequence[Sequence[int]]) -> list[list[float]]:
-    """Share of each rank at depth 1, 2, ...: depth d counts the positions before which d - 1 were accepted in a row."""
+    """Computes the share of each accepted rank at depth 1, 2, ...
+
+    Depth d counts only the positions before which d - 1 children in a row were accepted.
+    """
     rows = []
     for depth in range(DEPTHS):
         at = [text[i] for text in ranks for i in range(depth, len(text)) if all(rank >= 0 for rank in text[i - depth : i])]
@@ -237,7 +266,7 @@ def by_depth(ranks: Sequence[Sequence[int]]) -> list[list[float]]:
 
 
 def all_logits(model: Target, token_ids: Sequence[int]) -> Float[Tensor, "n v"]:
-    """Logits after every token of a text."""
+    """Computes the logits after every token of a text, in float32."""
     pool = model.new_pool(1, len(token_ids))
     [chunks] = prefill(model, pool, [pool.allocate()], [token_ids], scored=True)
     return torch.cat([scores.logits for scores in chunks]).float()
@@ -246,7 +275,14 @@ def all_logits(model: Target, token_ids: Sequence[int]) -> Float[Tensor, "n v"]:
 def offer_children(
     target: Float[Tensor, " v"], draft: Float[Tensor, " v"], sampling: SamplingParams, draws: Draws
 ) -> list[Trial]:
-    """Offers up to `RANKS` children of one node to the multi-round rule: those that it tests, an accepted one last.
+    """Offers up to `RANKS` children of one node to the multi-round rule.
+
+    Args:
+        target: the target's logits at the node.
+        draft: the drafter's logits at the node.
+
+    Returns:
+        The children that the rule tests, in order. An accepted child is the last one.
 
     Source: Sequoia (arXiv 2402.12374), section 4.1, the acceptance vector.
     """
@@ -266,7 +302,7 @@ def offer_children(
 
 
 def cost_curve(target: Target, prompt: Sequence[int], sizes: Sequence[int] = COST_SIZES) -> dict[str, float]:
-    """Seconds of a forward against the number of nodes of its tree, behind a prompt."""
+    """Measures the seconds of a forward pass after a prompt, by the number of nodes of its tree."""
     pool = target.new_pool(1, target.max_len)
     cache = pool.allocate()
     prefill(target, pool, [cache], [list(prompt)])
@@ -274,7 +310,7 @@ def cost_curve(target: Target, prompt: Sequence[int], sizes: Sequence[int] = COS
 
 
 def _star(token: int, size: int) -> Iterator[tuple[int, int]]:
-    """A tree of `size` nodes, (token, parent): a chain and its leaves."""
+    """Yields the nodes (token, parent) of a binary tree of `size` nodes."""
     for node in range(size):
         yield token, -1 if node == 0 else (node - 1) // 2
 
@@ -292,12 +328,12 @@ def _seconds(target: Target, cache: Any, nodes: Sequence[tuple[int, int]], repea
 
 
 def sample_prompt(llm: LLM) -> list[int]:
-    """A prompt to time forwards behind."""
+    """Returns the token ids of the prompt after which forward passes are timed."""
     return list(llm.tokenizer(SAMPLE_TEXT)["input_ids"]) if llm.tokenizer is not None else list(range(1, 33))
 
 
 def command(choice: CalibrateChoice, *, plot: Path | None, as_json: bool) -> int:
-    """Runs ``foredraft calibrate``; returns the exit code."""
+    """Runs ``foredraft calibrate`` and returns the exit status."""
     file, found = calibrate(choice)
     config = choice.config
     llm = LLM(choice.model, config, dtype=choice.dtype, device=choice.device, max_num_seqs=1)
@@ -309,7 +345,7 @@ def command(choice: CalibrateChoice, *, plot: Path | None, as_json: bool) -> int
         print(json.dumps({**found, "seconds": costs, "chosen": chosen, "file": str(file)}))
     else:
         _show(found, costs, chosen)
-        Console(highlight=False, soft_wrap=True).print(f"acceptance and tokens a step are in {file}")
+        Console(highlight=False, soft_wrap=True).print(f"acceptance and tokens per step are in {file}")
     if plot is not None:
         _plot(found, costs, plot)
     return 0
@@ -318,17 +354,19 @@ def command(choice: CalibrateChoice, *, plot: Path | None, as_json: bool) -> int
 def _show(found: dict[str, Any], costs: dict[str, Any], chosen: dict[str, Any]) -> None:
     out = Console(highlight=False, soft_wrap=True)
     for kind, curves in found["tokens_per_step"].items():
-        table = Table("tree", *(f"{size} nodes" for size in SIZES), title=f"tokens a step, {kind}", box=SIMPLE)
+        table = Table("tree", *(f"{size} nodes" for size in SIZES), title=f"tokens per step, {kind}", box=SIMPLE)
         for tree, curve in curves.items():
             table.add_row(tree, *(f"{curve[str(size)]:.2f}" if str(size) in curve else "" for size in SIZES))
         out.print(table)
-    table = Table("model", *(f"{size}" for size in COST_SIZES), title="milliseconds of a forward of so many tokens", box=SIMPLE)
+    table = Table(
+        "model", *(f"{size}" for size in COST_SIZES), title="milliseconds of a forward pass, by number of tokens", box=SIMPLE
+    )
     for name, curve in costs.items():
         table.add_row(name, *(f"{1000 * seconds:.2f}" for seconds in curve.values()))
     out.print(table)
-    for kind, one in chosen.items():
+    for kind, way in chosen.items():
         what = (
-            f"{one['tree'] or one['method']}, {one['budget']} nodes, rule {one['rule']}" if one["budget"] else "plain decoding"
+            f"{way['tree'] or way['method']}, {way['budget']} nodes, rule {way['rule']}" if way["budget"] else "plain decoding"
         )
         out.print(f"chosen for {kind} requests, one at a time: {what}")
 
@@ -338,10 +376,10 @@ def _plot(found: dict[str, Any], costs: dict[str, Any], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     for kind, rows in found.get("acceptance", {}).items():
         left.plot(range(1, len(rows) + 1), rows, label=kind)
-    left.set(xlabel="sibling rank", ylabel="probability that it is the accepted one", yscale="log")
+    left.set(xlabel="sibling rank", ylabel="probability that it is accepted", yscale="log")
     for name, curve in costs.items():
         right.plot([int(size) for size in curve], [1000 * seconds for seconds in curve.values()], marker="o", label=name)
-    right.set(xlabel="tokens in a forward", ylabel="milliseconds", xscale="log", yscale="log")
+    right.set(xlabel="tokens in a forward pass", ylabel="milliseconds", xscale="log", yscale="log")
     left.legend()
     right.legend()
     figure.savefig(path)

@@ -1,4 +1,4 @@
-"""``foredraft bench``: loads, measures, reports."""
+"""``foredraft bench``: loads the models, measures the methods, and reports the results."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from foredraft.progress import progress_bar
 from foredraft.speculation import PLAIN
 
 _WIDTH = 140
-"""Columns of the table where there is no terminal."""
+"""Width of the table, in columns, if the output is not a terminal."""
 
 
 @dataclass(frozen=True)
 class BenchChoice:
-    """What the command line said; see ``foredraft bench --help``."""
+    """The options of ``foredraft bench``; see its ``--help``."""
 
     methods: str
     prompts: Path
@@ -56,12 +56,12 @@ class BenchChoice:
 
 
 def bench(choice: BenchChoice) -> int:
-    """Runs the benchmark; returns the exit code.
+    """Runs the benchmark and returns the exit status.
 
     Raises:
-        ValueError: a method, a file or a value is wrong; nothing has been measured then.
+        ValueError: a method, a file or a value is invalid. Nothing has been measured then.
     """
-    whole_number("--batch-size", choice.batch_size, 1, MAX_NUM_SEQS, "so many outputs are decoded at once at most")
+    whole_number("--batch-size", choice.batch_size, 1, MAX_NUM_SEQS, "at most so many outputs are decoded at the same time")
     names = checked_names(choice.methods, choice.model, choice.draft_model, choice.vllm_python)
     sampling = SamplingParams(
         temperature=choice.temperature,
@@ -75,7 +75,7 @@ def bench(choice: BenchChoice) -> int:
     prompts = tasks.encode(plain, read, raw=choice.raw)
     fitting = [ids for ids in prompts if len(ids) + choice.max_tokens <= plain.max_model_len]
     if not fitting:
-        raise ValueError(f"no prompt leaves room for {choice.max_tokens} tokens in a context of {plain.max_model_len}")
+        raise tasks.too_long(choice.max_tokens, plain.max_model_len)
     warm_up = tasks.encode(plain, tasks.WARM_UP, raw=choice.raw)
     bandwidth = read_bandwidth(plain.target.device)
     with ExitStack() as stack:
@@ -86,7 +86,7 @@ def bench(choice: BenchChoice) -> int:
                 rounds.append(outcome)
                 advance(choice.batch_size)
     rows = report.rows_of(contenders, rounds, choice.temperature)
-    rows[0] |= reading(plain.target, [one[PLAIN] for one in rounds], bandwidth)
+    rows[0] |= reading(plain.target, [outcomes[PLAIN] for outcomes in rounds], bandwidth)
     environment = _environment(plain, choice, len(prompts) - len(fitting)) | {"seed": sampling.seed}
     _show(rows, environment, choice)
     return 0
@@ -95,7 +95,7 @@ def bench(choice: BenchChoice) -> int:
 def contender(
     name: str, plain: LLM, choice: BenchChoice, warm_up: Sequence[list[int]], sampling: SamplingParams, stack: ExitStack
 ) -> Contender:
-    """A method on `plain`'s weights, or a peer on the same ones, which ends with `stack`."""
+    """Makes a method on the weights of `plain`, or a peer on the same weights. `stack` closes the peer's process."""
     if name not in PEERS:
         llm = plain if name == PLAIN else plain.with_speculation(parse_method(name, choice.draft_model))
         if (reason := llm.drafting(sampling)["reason"]) is not None:
@@ -119,7 +119,7 @@ def contender(
 
 
 def _environment(plain: LLM, choice: BenchChoice, num_left_out: int) -> dict[str, Any]:
-    """What the figures hang on."""
+    """Collects the conditions of the measurement."""
     return {
         "command": "foredraft " + " ".join(sys.argv[1:]),
         "prompts": choice.prompts.name,
@@ -133,7 +133,7 @@ def _environment(plain: LLM, choice: BenchChoice, num_left_out: int) -> dict[str
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The machine and the versions that figures hang on."""
+    """Describes the machine and the versions of the software, which affect the results."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

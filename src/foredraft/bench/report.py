@@ -1,4 +1,4 @@
-"""What a benchmark found: rows of figures with intervals, a table, JSON lines, plots."""
+"""Reports of a benchmark: rows of results with confidence intervals, a table, and plots."""
 
 from __future__ import annotations
 
@@ -22,34 +22,38 @@ _SPLIT = ("draft_s", "verify_s", "rule_s", "cache_s")
 
 
 def rows_of(contenders: Sequence[Contender], rounds: Sequence[dict[str, Outcome]], temperature: float) -> list[dict[str, Any]]:
-    """One row a contender; speed-ups are against plain decoding of the same rounds."""
-    plain = [one[PLAIN] for one in rounds]
-    quiet = [i for i, one in enumerate(plain) if not any(map(is_looping, one.token_ids))]
-    outputs = [ids for one in plain for ids in one.token_ids]
+    """Computes a row of results per contender. Speed-ups are relative to plain decoding of the same batches.
+
+    Args:
+        rounds: for each batch, the outcome of every contender by its name.
+    """
+    plain = [outcomes[PLAIN] for outcomes in rounds]
+    not_looping = [i for i, outcome in enumerate(plain) if not any(map(is_looping, outcome.token_ids))]
+    outputs = [ids for outcome in plain for ids in outcome.token_ids]
     looping = sum(map(is_looping, outputs)) / len(outputs)
     rows = []
     for contender in contenders:
-        outcomes = [one[contender.name] for one in rounds]
+        outcomes = [batch[contender.name] for batch in rounds]
         ratio, low, high = speedup(plain, outcomes)
         row = {"name": contender.name, **contender.setting, "temperature": temperature}
         row |= _counts(outcomes)
         row |= {"speedup": ratio, "speedup_low": low, "speedup_high": high}
-        if quiet and len(quiet) < len(plain):
-            row["speedup_not_looping"] = speedup([plain[i] for i in quiet], [outcomes[i] for i in quiet])[0]
+        if not_looping and len(not_looping) < len(plain):
+            row["speedup_not_looping"] = speedup([plain[i] for i in not_looping], [outcomes[i] for i in not_looping])[0]
         row["looping_share"] = looping
         rows.append({key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()})
     return rows
 
 
 def _counts(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    seconds, num_tokens = sum(one.seconds for one in outcomes), sum(one.num_tokens for one in outcomes)
+    seconds, num_tokens = sum(outcome.seconds for outcome in outcomes), sum(outcome.num_tokens for outcome in outcomes)
     found: dict[str, Any] = {
-        "num_prompts": sum(len(one.token_ids) for one in outcomes),
+        "num_prompts": sum(len(outcome.token_ids) for outcome in outcomes),
         "num_tokens": num_tokens,
         "ms_per_token": 1000 * seconds / max(num_tokens, 1),
         "tokens_per_s": num_tokens / seconds,
     }
-    records = [record for one in outcomes for request in one.records for record in request]
+    records = [record for outcome in outcomes for request in outcome.records for record in request]
     if records:
         metrics = summarize(records)
         found |= {
@@ -58,14 +62,17 @@ def _counts(outcomes: Sequence[Outcome]) -> dict[str, Any]:
             "acceptance_rate": metrics.acceptance_rate,
             "joint_acceptance_rate": [round(rate, 4) for rate in metrics.joint_acceptance_rate],
         }
-        split = {name: sum(getattr(one, name) for one in outcomes) for name in _SPLIT}
+        split = {name: sum(getattr(outcome, name) for outcome in outcomes) for name in _SPLIT}
         found |= {**split, "other_s": seconds - sum(split.values())}
-        found["peak_memory_mb"] = max(one.peak_bytes or 0 for one in outcomes) / 2**20
+        found["peak_memory_mb"] = max(outcome.peak_bytes or 0 for outcome in outcomes) / 2**20
     return found
 
 
 def speedup(plain: Sequence[Outcome], outcomes: Sequence[Outcome]) -> tuple[float, float, float]:
-    """Ratio of seconds a token, plain over this, with the ends of its 95 % bootstrap interval over batches of prompts.
+    """Computes the speed-up: seconds per token of plain decoding, divided by those of a method.
+
+    Returns:
+        The speed-up, and the ends of its 95 % bootstrap interval over batches of prompts.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13: the percentile interval.
     """
@@ -80,7 +87,7 @@ def _ratio(sums: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> Table:
-    """The rows as people read them."""
+    """Makes a table of the rows, for the terminal."""
     table = Table(box=SIMPLE)
     for name in (
         "method",
@@ -108,7 +115,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def setting_of(row: dict[str, Any]) -> str:
-    """What was chosen for a method, in short."""
+    """Describes the setting of a method in a few words."""
     if "method" in row:
         return " ".join(str(row[key]) for key in ("tree", "budget", "rule") if row[key] is not None)
     known = {
@@ -117,12 +124,12 @@ def setting_of(row: dict[str, Any]) -> str:
         "num_speculative_tokens": "drafts",
         "confidence": "confidence",
     }
-    said = [f"{short} {row[key]:g}" for key, short in known.items() if key in row]
-    return " ".join([*said, *(["compiled" if row["compiled"] else "eager"] if "compiled" in row else [])])
+    parts = [f"{short} {row[key]:g}" for key, short in known.items() if key in row]
+    return " ".join([*parts, *(["compiled" if row["compiled"] else "eager"] if "compiled" in row else [])])
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Speed-up with intervals, and where the time goes, side by side.
+    """Plots the speed-ups with their intervals (left) and the parts of the time per token (right).
 
     Raises:
         ValueError: matplotlib is not installed.

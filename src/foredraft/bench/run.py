@@ -1,4 +1,7 @@
-"""The measurement: methods take turns on every batch of prompts, after a warm-up, and one counter counts all tokens."""
+"""The measurement of the methods.
+
+After a warm-up, the methods take turns on every batch of prompts. The tokens of all methods are counted in the same way.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,14 @@ from foredraft.params import MAX_SEED, SamplingParams
 
 @dataclass(frozen=True)
 class Outcome:
-    """One batch by one method.
+    """Result of one method on one batch.
 
     Attributes:
-        seconds: from the prompts to the last token, the prompts' own pass included.
-        token_ids: of every output.
-        records: of every output's steps; empty for a peer.
-        draft_s, verify_s, rule_s, cache_s: where the seconds went, as far as known.
-        peak_bytes: the most memory the process (the device, on CUDA) held meanwhile; None for a peer.
+        seconds: time from the prompts to the last token, the pass over the prompts included.
+        token_ids: token ids of every output.
+        records: records of the steps of every output; empty for a peer.
+        draft_s, verify_s, rule_s, cache_s: parts of `seconds`, in seconds; 0 for a peer.
+        peak_bytes: peak memory in bytes, of the device on CUDA, else of the process; None for a peer.
     """
 
     seconds: float
@@ -40,31 +43,36 @@ class Outcome:
 
     @property
     def num_tokens(self) -> int:
-        """Generated tokens of all outputs."""
+        """Number of generated tokens of all outputs."""
         return sum(map(len, self.token_ids))
 
 
 @runtime_checkable
 class Contender(Protocol):
-    """Whatever can be measured."""
+    """A method that can be measured.
+
+    Attributes:
+        name: its name in the report.
+        setting: its setting, as columns of the report.
+    """
 
     name: str
     setting: dict[str, Any]
 
     def run(self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]) -> Outcome:
-        """Generates for a batch."""
+        """Generates for a batch of prompts (token ids), with the sampling parameters of each prompt."""
         ...
 
 
 class Ours:
-    """A method of this package, on weights that all methods share."""
+    """A method of this package. All such methods share their weights."""
 
     def __init__(self, name: str, llm: LLM, sampling: SamplingParams):
         self.name, self._llm = name, llm
         self.setting = llm.drafting(sampling)
 
     def run(self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]) -> Outcome:
-        """See `Contender`."""
+        """Generates for a batch, see `Contender`."""
         device = self._llm.target.device
         with peak_memory(device) as peak:
             began = perf_counter()
@@ -89,15 +97,19 @@ class Ours:
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """Gives a list that holds, at the end, the most bytes held meanwhile: of the device on CUDA, else of the process."""
-    found = [0]
+    """Measures the peak memory of a block, of the device on CUDA, else of the process.
+
+    Yields:
+        A list of one number, which is the peak memory in bytes after the block.
+    """
+    peak = [0]
     forget_peak(device)
-    yield found
-    found[0] = peak_bytes(device)
+    yield peak
+    peak[0] = peak_bytes(device)
 
 
 def forget_peak(device: torch.device) -> None:
-    """Makes `peak_bytes` start anew."""
+    """Resets the peak that `peak_bytes` returns."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -106,7 +118,7 @@ def forget_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most bytes held since `forget_peak`: of the device on CUDA, else of the process; 0 where that is not known."""
+    """Returns the peak memory in bytes since `forget_peak`, of the device on CUDA, else of the process; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
@@ -123,18 +135,28 @@ def measure(
     batch_size: int,
     warm_up: Sequence[list[int]],
 ) -> Iterator[dict[str, Outcome]]:
-    """Yields, batch by batch, what every contender made of it. They take turns in an order that moves on by one a batch."""
-    for one in contenders:
-        one.run(list(warm_up)[:batch_size], _seeded(sampling, 0, min(batch_size, len(warm_up))))
+    """Runs all contenders on every batch, after a warm-up. Their order rotates by one from batch to batch.
+
+    Args:
+        prompts: prompts, as token ids.
+        sampling: sampling parameters of all prompts. Each prompt gets its own seed.
+        batch_size: number of prompts in a batch.
+        warm_up: prompts of the warm-up, which is not measured.
+
+    Yields:
+        For each batch, the outcome of every contender by its name.
+    """
+    for contender in contenders:
+        contender.run(list(warm_up)[:batch_size], _seeded(sampling, 0, min(batch_size, len(warm_up))))
     for number, first in enumerate(range(0, len(prompts), batch_size)):
         batch = list(prompts[first : first + batch_size])
         turn = number % len(contenders)
         order = [*contenders[turn:], *contenders[:turn]]
-        yield {one.name: one.run(batch, _seeded(sampling, first, len(batch))) for one in order}
+        yield {contender.name: contender.run(batch, _seeded(sampling, first, len(batch))) for contender in order}
 
 
 def _seeded(sampling: SamplingParams, first: int, count: int) -> list[SamplingParams]:
-    """Each prompt has its own seed, the same for every method."""
+    """Gives each prompt its own seed, the same for every method."""
     given = {name: getattr(sampling, name) for name in SamplingParams.names()}
     seeds = [((sampling.seed or 0) + first + i) % (MAX_SEED + 1) for i in range(count)]
     return [SamplingParams(**{**given, "seed": seed}) for seed in seeds]

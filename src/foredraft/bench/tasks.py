@@ -1,4 +1,4 @@
-"""Prompts of a benchmark: from a file to token ids."""
+"""Reads the prompts of a benchmark from a file, and encodes them as token ids."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from foredraft.errors import check_text, shown
 from foredraft.llm import LLM
 
 _KEYS = ("messages", "turns", "question", "prompt", "text")
-"""Where a JSON line has its prompt, in order of preference; of `turns` the first counts."""
+"""Keys of a JSON line that may hold the prompt, in order of preference. Of `turns`, only the first is used."""
 
 WARM_UP = (
     "Write a short story about a lighthouse keeper who finds a bottle with a letter.",
     "A baker sells 14 loaves in the morning and twice as many in the afternoon, at 3 euros each. How much does he earn?",
     "Write a Python function that counts how often each word occurs in a text.",
 )
-"""Prompts to warm up on and to choose the settings of other engines on; they are never reported."""
+"""Prompts for the warm-up and for choosing the settings of other engines. They are never reported."""
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[Any]:
-    """Prompts of a file: texts, lists of messages, or ``{"messages": [...], "tools": [...]}``.
+    """Reads the prompts of a file: texts, lists of messages, or ``{"messages": [...], "tools": [...]}``.
 
     Args:
-        path: ``.jsonl`` with one of messages (and tools), turns, question, prompt or text a line, or ``.txt`` with a prompt a
-            line.
-        limit: at most so many, taken at equal distances over the file, so that every category of it is there.
+        path: a ``.jsonl`` file whose lines have one of the keys messages (and tools), turns, question, prompt or text; or a
+            ``.txt`` file with a prompt per line.
+        limit: largest number of prompts. They are taken at equal distances over the file, to cover all of its categories.
 
     Raises:
-        ValueError: it is no such file, a line has no prompt, or messages are incomplete.
+        ValueError: the file cannot be read or has another format, a line has no prompt, or messages are incomplete.
     """
     lines = [(number, line) for number, line in enumerate(_text_of(path).split("\n"), start=1) if line.strip()]
     if not lines:
@@ -48,13 +48,13 @@ def _text_of(path: Path) -> str:
     if path.suffix.lower() not in _ENDINGS:
         raise ValueError(f"no prompts: {str(path)!r} is neither a .jsonl nor a .txt file. {_LOOKS}")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # without the mark that some editors put first
+        text = path.read_text(encoding="utf-8-sig")  # drops the byte order mark that some editors write
     except UnicodeDecodeError as error:
         raise ValueError(f"no prompts: {str(path)!r} is not text in UTF-8 ({error.reason}). {_LOOKS}") from None
     except OSError as error:
         raise ValueError(f"no prompts: {str(path)!r} cannot be read ({error.strerror}). {_LOOKS}") from None
     if "\0" in text:
-        raise ValueError(f"no prompts: {str(path)!r} is not text, it holds zero bytes. {_LOOKS}")
+        raise ValueError(f"no prompts: {str(path)!r} is not text, since it contains null bytes. {_LOOKS}")
     return text
 
 
@@ -64,7 +64,7 @@ _LOOKS = (
     'Give a .jsonl file with one object a line, such as {"prompt": "..."} or {"messages": [...]}, or a .txt file with one '
     "prompt a line"
 )
-"""What a file of prompts looks like."""
+"""Advice in error messages: the format of a file of prompts."""
 
 
 def _text_line(line: str, where: str) -> str:
@@ -83,7 +83,7 @@ def _prompt_of(line: str, where: str) -> Any:
 
 
 def _checked(value: Any, key: str, tools: Any, where: str) -> Any:
-    """The prompt in a value of a JSON line: a text, or messages."""
+    """Checks and returns the prompt in a value of a JSON line: a text, or messages."""
     if key == "messages":
         try:
             check(value)
@@ -99,26 +99,44 @@ def _checked(value: Any, key: str, tools: Any, where: str) -> Any:
 
 
 def encode(llm: LLM, prompts: Sequence[Any], *, raw: bool) -> list[list[int]]:
-    """Prompts as token ids, through the chat template where there is one (unless `raw`).
+    """Encodes prompts as token ids. Texts go through the chat template if there is one, unless `raw`.
 
     Raises:
-        ValueError: a conversation is given and the model has no chat template, or there is no tokenizer.
+        ValueError: the model has no tokenizer, or a prompt is a conversation and the model has no chat template.
     """
     if llm.tokenizer is None:
-        raise ValueError("this model has no tokenizer, which prompts in a file need. Copy the tokenizer's files beside it")
+        raise ValueError(
+            "this model has no tokenizer, which is needed to encode prompts. Copy its files into the model's directory"
+        )
     has_template = bool(getattr(llm.tokenizer, "chat_template", None))
-    found = []
+    encoded = []
     for prompt in prompts:
         if isinstance(prompt, str) and (raw or not has_template):
-            found.append(list(llm.tokenizer(prompt)["input_ids"]))
+            encoded.append(list(llm.tokenizer(prompt)["input_ids"]))
         else:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             given: Any = messages if isinstance(messages, dict) else {"messages": messages}
-            found.append(list(llm.chat_prompt(**given)["prompt_token_ids"]))
-    return found
+            encoded.append(list(llm.chat_prompt(**given)["prompt_token_ids"]))
+    return encoded
+
+
+def too_long(max_tokens: int, context: int) -> ValueError:
+    """Makes the error for prompts that all are too long.
+
+    Args:
+        max_tokens: number of new tokens.
+        context: largest number of tokens of prompt and output together.
+    """
+    return ValueError(
+        f"all prompts are too long: a prompt and its {max_tokens} new tokens must fit in the context of {context} tokens. "
+        "Take shorter prompts or fewer tokens (--max-tokens)"
+    )
 
 
 def is_looping(token_ids: Sequence[int], size: int = 8) -> bool:
-    """Whether fewer than 90 % of an output's 8-grams are distinct: it repeats itself, which any method drafts well."""
+    """Returns whether an output repeats itself: fewer than 90 % of its 8-grams are distinct.
+
+    Every method drafts such outputs well, so they are reported separately.
+    """
     grams = [tuple(token_ids[i : i + size]) for i in range(len(token_ids) - size + 1)]
     return bool(grams) and len(set(grams)) < 0.9 * len(grams)

@@ -1,1 +1,1 @@
-"""Released checkpoints of draft heads: what fits, what does not, and how they become heads of this library."""
+"""Released checkpoints of draft heads: examines them, and converts them to heads of this library."""

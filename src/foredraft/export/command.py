@@ -21,24 +21,29 @@ from foredraft.models.loading import fingerprint_of
 
 
 def convert(source: Path, model: str, out: Path, *, layout: str | None = None, force: bool = False) -> Plan:
-    """Writes a released checkpoint as a head of this library: every weight as it is, in its own dtype.
+    """Converts a released checkpoint to a head of this library. All weights keep their values and their dtype.
 
     Args:
-        model: the target, of which only config.json and a few weights are read.
-        layout: a name in `LAYOUTS`; None: what the checkpoint looks like.
-        force: write into a directory that holds something.
+        source: directory of the checkpoint.
+        model: the target. Only its config.json and a few of its weights are read.
+        out: directory in which the head is written.
+        layout: a name in `LAYOUTS`; None: the layout is recognised.
+        force: whether to write into a directory that is not empty.
+
+    Returns:
+        How the checkpoint was converted.
 
     Raises:
-        ModelError: the checkpoint cannot be read, or does not fit the target.
+        ModelError: the checkpoint cannot be read, or it does not fit the target.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
-        raise ModelError(f"{str(out)!r} is there already: give another --out, or write into it with --force")
+        raise ModelError(f"{str(out)!r} already exists: give another --out, or write into it with --force")
     if out.resolve() == (source.parent if source.is_file() else source).resolve():
-        raise ModelError(f"{str(out)!r} holds what is to be converted: give another --out")
+        raise ModelError(f"{str(out)!r} holds the checkpoint to convert: give another --out")
     opened, made = examine(source, model, layout)
     if made.layout == OURS:
-        raise ModelError(f"{str(source)!r} is a head of this library already: use it as it is")
-    fatal = [one for one in made.findings if one.fatal]
+        raise ModelError(f"{str(source)!r} already is a head of this library. It needs no conversion")
+    fatal = [finding for finding in made.findings if finding.fatal]
     if fatal:
         more = f" ({len(fatal) - 1} more: `foredraft doctor` lists them)" if len(fatal) > 1 else ""
         raise ModelError(f"cannot convert {str(source)!r}, {LAYOUTS[made.layout].says}: {fatal[0].what}; {fatal[0].do}{more}")
@@ -54,10 +59,18 @@ def convert(source: Path, model: str, out: Path, *, layout: str | None = None, f
 
 
 def examine(folder: Path, model: str | None, layout: str | None = None) -> tuple[Source, Plan]:
-    """A checkpoint, what it becomes and everything that is wrong with it.
+    """Reads a checkpoint, plans its conversion, and finds everything that is wrong with it.
+
+    Args:
+        folder: directory of the checkpoint.
+        model: the target that the head should fit; None: the head is examined alone.
+        layout: a name in `LAYOUTS`; None: the layout is recognised.
+
+    Returns:
+        The checkpoint, and the plan of its conversion with all findings.
 
     Raises:
-        ModelError: there is nothing to examine, or it is no draft head.
+        ModelError: the checkpoint cannot be read, or is not a draft head.
     """
     opened = open_source(folder)
     facts = None if model is None else target_facts(model)
@@ -75,7 +88,7 @@ def _provenance(source: Source, made: Plan) -> dict[str, Any]:
         "files": source.hashes(),
         "options": made.reading.options,
         "zeros": sorted(made.reading.zeros),
-        "findings": [one.what for one in made.findings],
+        "findings": [finding.what for finding in made.findings],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "converted": time.strftime("%Y-%m-%d"),
@@ -83,18 +96,18 @@ def _provenance(source: Source, made: Plan) -> dict[str, Any]:
 
 
 def convert_command(source: Path, model: str, out: Path, *, layout: str | None = None, force: bool = False) -> int:
-    """``foredraft convert``; returns the exit status."""
+    """Runs ``foredraft convert`` and returns the exit status."""
     made = convert(source, model, out, layout=layout, force=force)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    for one in made.findings:
-        console.print(f"note: {one.what}", markup=False)
+    for finding in made.findings:
+        console.print(f"note: {finding.what}", markup=False)
     console.print(f"{out}: {LAYOUTS[made.layout].says}, now {_sizes(made)}", markup=False)
     console.print(f'use it as {{"method": "{made.reading.method}", "model": "{out}"}}', markup=False)
     return 0
 
 
 def doctor_command(folder: Path, model: str | None = None, *, layout: str | None = None, as_json: bool = False) -> int:
-    """``foredraft doctor``; returns the exit status: 0 where nothing is wrong."""
+    """Runs ``foredraft doctor`` and returns the exit status: 0 if nothing is wrong, else 1."""
     opened, made = examine(folder, model, layout)
     findings = made.findings + _as_it_stands(opened, made, model)
     if as_json:
@@ -102,22 +115,22 @@ def doctor_command(folder: Path, model: str | None = None, *, layout: str | None
         return 1 if findings else 0
     out = Console(highlight=False, soft_wrap=True)
     out.print(f"{folder}: {LAYOUTS[made.layout].says}; {_sizes(made)}", markup=False)
-    for number, one in enumerate(findings, 1):
-        out.print(f"{number}. {one.what}\n   to do: {one.do}", markup=False)
-    beside = f" {model}" if model else "; with --model it is compared with its target too"
-    out.print(f"does not fit: {len(findings)} to do" if findings else f"fits{beside}", markup=False)
+    for number, finding in enumerate(findings, 1):
+        out.print(f"{number}. {finding.what}\n   to do: {finding.do}", markup=False)
+    compared = f" {model}" if model else "; give --model to compare it with its target too"
+    out.print(f"does not fit: {len(findings)} to do" if findings else f"fits{compared}", markup=False)
     return 1 if findings else 0
 
 
 def _as_it_stands(source: Source, made: Plan, model: str | None) -> list[Finding]:
-    """What keeps the directory from being used as it is: what converting puts right, and another target's weights."""
+    """Finds reasons why `LLM` cannot load the directory without a conversion: pickled weights, or another target's head."""
     if made.layout != OURS:
-        pickled = [Finding("the weights are pickled, which `LLM` does not read", "convert it", fatal=False)]
+        pickled = [Finding("the weights are pickled, and `LLM` reads no pickles", "convert it", fatal=False)]
         return pickled if source.pickled else []
     its_target = (about_head(source.config) or {}).get("target", {})
     belongs = its_target.get("fingerprint")
     if source.pickled:
-        return [Finding("the weights are pickled, which `LLM` does not read", "save them as model.safetensors")]
+        return [Finding("the weights are pickled, and `LLM` reads no pickles", "save them as model.safetensors")]
     if model is None or belongs is None or belongs == fingerprint_of(model):
         return []
     name = its_target.get("name", "another model")
@@ -125,12 +138,12 @@ def _as_it_stands(source: Source, made: Plan, model: str | None) -> list[Finding
 
 
 def _sizes(made: Plan) -> str:
-    """Method, options and widths in one line."""
+    """Describes method, options and sizes in one line."""
     config, options = made.reading.config, made.reading.options
-    said = ", ".join(f"{name} {_plain(value)}" for name, value in options.items())
-    count = sum(one.numel() for one in made.head.parameters())
+    listed = ", ".join(f"{name} {_plain(value)}" for name, value in options.items())
+    count = sum(parameter.numel() for parameter in made.head.parameters())
     return (
-        f"method {made.reading.method}{f' ({said})' if said else ''}, {count:,} parameters, width {config.hidden_size}, "
+        f"method {made.reading.method}{f' ({listed})' if listed else ''}, {count:,} parameters, width {config.hidden_size}, "
         f"{config.vocab_size} tokens"
     )
 
@@ -145,6 +158,6 @@ def _as_dict(made: Plan, findings: Sequence[Finding]) -> dict[str, Any]:
         "layout": made.layout,
         "method": made.reading.method,
         "options": made.reading.options,
-        "parameters": sum(one.numel() for one in made.head.parameters()),
-        "findings": [{"what": one.what, "do": one.do, "convertible": not one.fatal} for one in findings],
+        "parameters": sum(parameter.numel() for parameter in made.head.parameters()),
+        "findings": [{"what": finding.what, "do": finding.do, "convertible": not finding.fatal} for finding in findings],
     }

@@ -12,23 +12,23 @@ _IDS = "eagle_aux_hidden_state_layer_ids"
 
 
 def is_fspad(found: Found) -> bool:
-    """EAGLE's names, and FSPAD's entry or its doubled output."""
+    """Whether it is FSPAD: it has EAGLE's names, and FSPAD's input layer or doubled output."""
     return _has_feature_layer(found) and any(_fspad_parts(found).values())
 
 
 def is_eagle(found: Found) -> bool:
-    """One linear entry and one layer without norms of EAGLE-3."""
+    """Whether it is EAGLE-1 or EAGLE-2: a linear input layer and one decoder layer, without EAGLE-3's norms."""
     return _has_feature_layer(found) and not is_fspad(found)
 
 
 def is_eagle3(found: Found) -> bool:
-    """EAGLE-3's layer has a norm for the feature."""
+    """Whether it is EAGLE-3 as released: its layer has a norm for the feature."""
     has_wide_layer = any(name.startswith("midlayer.") or name.endswith(".hidden_norm.weight") for name in found.shapes)
     return has_wide_layer and not is_eagle3_speculators(found)
 
 
 def is_eagle3_speculators(found: Found) -> bool:
-    """The speculators format names the kind of head."""
+    """Whether it is EAGLE-3 in the speculators format, whose config.json names the kind of head."""
     return found.config.get("speculators_model_type") == "eagle3"
 
 
@@ -37,14 +37,14 @@ def _has_feature_layer(found: Found) -> bool:
 
 
 def _fspad_parts(found: Found) -> dict[str, bool]:
-    """Which of FSPAD's parts it has; the shapes tell, for the names are EAGLE's."""
+    """Finds which of FSPAD's parts the checkpoint has, by its shapes. The names are the same as EAGLE's."""
     inputs = found.shapes["layers.0.self_attn.q_proj.weight"][-1]
     down = found.shapes.get("layers.0.mlp.down_proj.weight", (0,))
     return {"feature_sampling": "fc.fc.weight" in found.shapes, "partial_alignment": down[0] == 2 * inputs}
 
 
 def read_feature_head(found: Found) -> Reading:
-    """EAGLE and FSPAD: their names are ours. An entry without bias has one of zeros.
+    """Reads EAGLE and FSPAD, whose tensors have the same names as ours. A missing bias of the input layer becomes zeros.
 
     Source: the released code of EAGLE (arXiv 2401.15077) and FSPAD (arXiv 2408.15562).
     """
@@ -59,8 +59,8 @@ def read_feature_head(found: Found) -> Reading:
     if found.shares_embedding is False:
         reading.findings.append(
             Finding(
-                "embed_tokens is not the target's embedding, which EAGLE and FSPAD share with it",
-                "give the target that it was trained for",
+                "embed_tokens is not the target's embedding, but EAGLE and FSPAD share the target's",
+                "give the target for which it was trained",
             )
         )
     bias = "fc.fc.bias" if parts["feature_sampling"] else "fc.bias"
@@ -70,7 +70,7 @@ def read_feature_head(found: Found) -> Reading:
         has, says = ("a", "false") if bias in found.shapes else ("no", str(given.get("bias", "nothing")).lower())
         reading.findings.append(
             Finding(
-                f"the weights have {has} bias {bias!r}, and config.json says {says} of it (left out, it means true)",
+                f"the weights have {has} bias {bias!r}, but for bias config.json says {says} (the default is true)",
                 f'write "bias": {"true" if bias in found.shapes else "false"} into config.json',
                 fatal=bias in found.shapes,
             )
@@ -79,13 +79,13 @@ def read_feature_head(found: Found) -> Reading:
 
 
 def _unwrapped(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The layer's configuration in vLLM's wrapper ``{"model_type": "eagle", "model": {...}}``."""
+    """Returns the layer's configuration, without vLLM's wrapper ``{"model_type": "eagle", "model": {...}}``."""
     inner = config.get("model")
     return inner if config.get("model_type") == "eagle" and isinstance(inner, dict) else config
 
 
 def read_eagle3(found: Found) -> Reading:
-    """EAGLE-3 as released, and as SpecForge and ModelOpt write it.
+    """Reads EAGLE-3 as released, and as SpecForge and ModelOpt write it.
 
     Source: the released code of EAGLE-3 (arXiv 2503.01840).
     """
@@ -96,20 +96,23 @@ def read_eagle3(found: Found) -> Reading:
 
 
 def _norm_output(config: Mapping[str, Any]) -> list[Finding]:
-    """SpecForge means by `norm_output` the norm before the output layer, which EAGLE-3 has; others mean the carried feature."""
+    """Checks `norm_output`, which has two meanings.
+
+    In SpecForge it is the norm before the output layer, which EAGLE-3 always has. Elsewhere it norms the carried feature.
+    """
     if "LlamaForCausalLMEagle3" in (config.get("architectures") or ()) and config["norm_output"]:
         return []
-    said = "leaves out the norm before the output layer" if not config["norm_output"] else "can mean two things"
+    effect = "leaves out the norm before the output layer" if not config["norm_output"] else "has two possible meanings"
     return [
         Finding(
-            f"norm_output is {config['norm_output']!r} outside the speculators format, which {said}",
-            "take it out of config.json if the feature is carried on as it is and normed before the output layer",
+            f"norm_output is {config['norm_output']!r} outside the speculators format, which {effect}",
+            "remove it from config.json if the norm is only before the output layer, and not on the carried feature",
         )
     ]
 
 
 def read_eagle3_speculators(found: Found) -> Reading:
-    """EAGLE-3 in the speculators format, as vLLM reads it.
+    """Reads EAGLE-3 in the speculators format, as vLLM does.
 
     Source: the speculators format, version 0.9.
     """
@@ -119,19 +122,23 @@ def read_eagle3_speculators(found: Found) -> Reading:
         if config.get(key):
             reading.options[key] = True
     if config.get("norm_before_fc") and config.get("fc_norm"):
-        reading.findings.append(Finding("norm_before_fc and fc_norm exclude each other", "leave the one that is meant"))
+        reading.findings.append(Finding("norm_before_fc and fc_norm exclude each other", "remove one of them from config.json"))
     if config.get("norm_before_residual") is None:
         reading.findings.append(
             Finding(
-                "config.json does not say norm_before_residual: speculators takes that for false, vLLM for true",
-                "write it into config.json as it was trained",
+                "config.json lacks norm_before_residual: the default is false in speculators and true in vLLM",
+                "write the value with which it was trained into config.json",
             )
         )
     return reading
 
 
 def _eagle3(found: Found, given: Mapping[str, Any]) -> Reading:
-    """What both forms have in common; `given` describes the layer."""
+    """Reads the parts that both EAGLE-3 formats share.
+
+    Args:
+        given: configuration of the head's layer.
+    """
     config, shapes = found.config, found.shapes
     named = config.get("target_hidden_size")
     layer = read_layer(given, **({} if named in (None, given.get("hidden_size")) else {"target_hidden_size": named}))
@@ -146,7 +153,7 @@ def _eagle3(found: Found, given: Mapping[str, Any]) -> Reading:
         options["draft_vocab_size"] = draft
     unlike = found.target is not None and not found.shares_embedding
     has = {
-        "own_embedding": _EMBEDDING in shapes and unlike and width == layer.hidden_size,  # a narrow head has one anyhow
+        "own_embedding": _EMBEDDING in shapes and unlike and width == layer.hidden_size,  # a narrow head always has one
         "norm_before_residual": bool(config.get("norm_before_residual")),
         "qkv_bias": f"{attention}.q_proj.bias" in shapes,
         "qk_norm": f"{attention}.q_norm.weight" in shapes or given.get("model_type") == "qwen3",
@@ -163,28 +170,32 @@ def _eagle3(found: Found, given: Mapping[str, Any]) -> Reading:
 
 
 def _layer_ids(config: Mapping[str, Any], count: int, target: TargetFacts | None) -> tuple[list[int], list[Finding]]:
-    """The target's layers whose states are fused: i is the state after i layers (HF's ``hidden_states[i]``).
+    """Finds the target's layers whose states are fused. Id i is the state after i layers (HF's ``hidden_states[i]``).
 
-    Engines count differently: ids at the top are read so by vLLM; those within ``eagle_config`` by SGLang, which adds 1.
+    Engines count differently. vLLM reads the ids at the top level in this way. SGLang reads the ids in ``eagle_config`` and
+    adds 1 to each.
+
+    Args:
+        count: number of states that the head fuses.
     """
     inner = config.get("eagle_config") or {}
     given, within, found = config.get(_IDS), inner.get(_IDS), []
     if given is None and within is not None:
-        given = [one + 1 for one in within]
+        given = [layer + 1 for layer in within]
         found.append(
             Finding(
-                f"the layers stand in eagle_config only, as {within}: SGLang reads that as the states after {given} layers, "
-                "vLLM does not read it",
+                f"the layers are only in eagle_config, as {within}: SGLang reads them as the states after {given} layers, "
+                "vLLM does not read them",
                 f'write "{_IDS}": {given} into config.json, outside eagle_config',
                 fatal=False,
             )
         )
-    elif given is not None and within is not None and list(within) != [one - 1 for one in given]:
+    elif given is not None and within is not None and list(within) != [layer - 1 for layer in given]:
         found.append(
             Finding(
-                f"{_IDS} is {list(given)}, and {list(within)} within eagle_config, where 1 is added to it: they name "
+                f"{_IDS} is {list(given)}, and {list(within)} in eagle_config, where SGLang adds 1 to each: they name "
                 "different layers",
-                f"take it out of eagle_config, or write {[one - 1 for one in given]} there",
+                f"remove it from eagle_config, or write {[layer - 1 for layer in given]} there",
                 fatal=False,
             )
         )
@@ -194,18 +205,18 @@ def _layer_ids(config: Mapping[str, Any], count: int, target: TargetFacts | None
     size = target.num_layers
     usual = [2, size // 2, size - 3]
     ids = list(usual if given is None else given)
-    if len(ids) != count or not all(0 <= one <= size for one in ids):
+    if len(ids) != count or not all(0 <= layer <= size for layer in ids):
         found.append(
             Finding(
-                f"the layers are {ids}, and there must be {count} (as many as fc fuses) from 0 to {size}, the target's layers",
-                f"correct {_IDS} in config.json, or give the target that it was trained for",
+                f"the layers are {ids}: fc fuses {count} of them, and each must be from 0 to {size}, the target's layers",
+                f"correct {_IDS} in config.json, or give the target for which it was trained",
             )
         )
-    elif ids == [one - 1 for one in usual]:
+    elif ids == [layer - 1 for layer in usual]:
         found.append(
             Finding(
-                f"the layers are {ids}, each one less than usual ({usual}): ids may count from another layer",
-                f"check with who trained it whether the states after {usual} layers are meant",
+                f"the layers are {ids}, each one less than usual ({usual}): the ids may count from another layer",
+                f"ask the author of the head whether the states after {usual} layers are meant",
                 fatal=False,
             )
         )

@@ -1,4 +1,4 @@
-"""Layouts of heads beside the target's last feature, Medusa and Hydra, and that of this library."""
+"""Layouts of the heads that read the target's last feature (Medusa and Hydra), and of the heads of this library."""
 
 from __future__ import annotations
 
@@ -18,36 +18,41 @@ _PREFIX = "prefix_embeding_layer"
 
 
 def is_ours(found: Found) -> bool:
-    """config.json says so."""
+    """Whether it is a head of this library, by its config.json."""
     return HEAD_KEY in found.config
 
 
 def read_ours(found: Found) -> Reading:
-    """A head of this library, as `foredraft.drafters.folder` writes it."""
+    """Reads a head of this library, as `foredraft.drafters.folder` writes it.
+
+    Raises:
+        ModelError: config.json does not describe a head of this library.
+    """
     about = about_head(found.config)
     if about is None:
-        raise ModelError(f"config.json says nothing of {HEAD_KEY!r}, so this is no head of this library: name another --format")
-    config = LlamaConfig(**{key: one for key, one in found.config.items() if key != HEAD_KEY})
+        raise ModelError(f"config.json has no {HEAD_KEY!r}, so this is not a head of this library. Give another --format")
+    config = LlamaConfig(**{key: value for key, value in found.config.items() if key != HEAD_KEY})
     reading = Reading(about["method"], about["options"], config, theirs=lambda name: name)
     layers = reading.options.get("feature_layers", ())
-    if found.target is not None and not all(-1 <= one <= found.target.num_layers for one in layers):
+    if found.target is not None and not all(-1 <= layer <= found.target.num_layers for layer in layers):
         reading.findings.append(
             Finding(
-                f"feature_layers are {list(layers)}, and the target has {found.target.num_layers} layers",
-                "give the target that it was trained for",
+                f"feature_layers are {list(layers)}, but the target has {found.target.num_layers} layers",
+                "give the target for which it was trained",
             )
         )
     return reading
 
 
 def is_medusa(found: Found) -> bool:
-    """Numbers of heads and of layers."""
+    """Whether it is Medusa as released: the names are numbers of heads and of layers."""
     return bool(_numbers(found.shapes, r"(\d+)\.\d+\.linear\.weight"))
 
 
 def read_medusa(found: Found) -> Reading:
-    """Medusa as released: a list of heads, each a list of one or more blocks and an output layer. Where blocks are one block
-    that is shared, it may stand there once.
+    """Reads Medusa as released: a list of heads, each of which is a list of one or more blocks and an output layer.
+
+    If the blocks of a head are one shared block, the checkpoint may hold it only once.
 
     Source: the released code of Medusa (arXiv 2401.10774).
     """
@@ -64,12 +69,12 @@ def read_medusa(found: Found) -> Reading:
 
 
 def is_medusa_vllm(found: Found) -> bool:
-    """Blocks and their layers by name."""
+    """Whether it is Medusa with vLLM's names: ``blocks`` and their ``layers``."""
     return bool(_numbers(found.shapes, r"(?:medusa_heads\.)?blocks\.(\d+)\.layers\.\d+\.weight"))
 
 
 def read_medusa_vllm(found: Found) -> Reading:
-    """Medusa as vLLM names it: one output layer may serve all heads, over some of the tokens.
+    """Reads Medusa with vLLM's names. One output layer may serve all heads, and may cover only some of the tokens.
 
     Source: vLLM's ``medusa.py``.
     """
@@ -96,36 +101,38 @@ def read_medusa_vllm(found: Found) -> Reading:
         reading.unused.add(f"{prefix}token_map")
     if found.config.get("logit_scale", 1.0) != 1.0:
         reading.findings.append(
-            Finding(f"logit_scale is {found.config['logit_scale']}, supported is 1", "choose another head for this target")
+            Finding(
+                f"logit_scale is {found.config['logit_scale']}, but only 1 is supported", "choose another head for this target"
+            )
         )
     return reading
 
 
 def _medusa(found: Found, theirs: Any, num_heads: int, num_layers: int) -> Reading:
-    """What both forms have in common: blocks without biases have biases of zero."""
+    """Reads the parts that both Medusa layouts share. Missing biases of blocks become zeros."""
     options = {"num_heads": num_heads, "num_layers": num_layers}
     reading = Reading("medusa", options, _widths(found, theirs("lm_heads.0.weight")), theirs)
     biases = [f"blocks.{i}.{j}.linear.bias" for i in range(num_heads) for j in range(num_layers)]
     has_biases = any(theirs(name) in found.shapes for name in biases)
-    said = found.config.get("medusa_fc_bias")
-    if not has_biases and not said:
+    has_key = found.config.get("medusa_fc_bias")
+    if not has_biases and not has_key:
         reading.zeros = set(biases)
-    meant_for_vllm = "medusa" in (found.config.get("model_type"), *(str(one)[:6].lower() for one in _architectures(found)))
-    if has_biases and meant_for_vllm and not said:
+    meant_for_vllm = "medusa" in (found.config.get("model_type"), *(str(name)[:6].lower() for name in _architectures(found)))
+    if has_biases and meant_for_vllm and not has_key:
         reading.findings.append(
             Finding(
-                "the blocks have biases, and config.json does not say medusa_fc_bias, without which vLLM drops them",
+                "the blocks have biases, but config.json lacks medusa_fc_bias, without which vLLM drops them",
                 'write "medusa_fc_bias": true into config.json',
                 fatal=False,
             )
         )
-    whose = "the weights have" if found.target is None else "the target's is"
+    actual = "the weights have" if found.target is None else "the target's is"
     for key in ("hidden_size", "vocab_size"):
         if found.config.get(key, getattr(reading.config, key)) != getattr(reading.config, key):
             reading.findings.append(
                 Finding(
-                    f"config.json says {key} {found.config[key]}, {whose} {getattr(reading.config, key)}",
-                    "give the target that it was trained for",
+                    f"config.json says {key} {found.config[key]}, but {actual} {getattr(reading.config, key)}",
+                    "give the target for which it was trained",
                 )
             )
     reading.findings += _counts(found.config, _HEADS_KEYS, num_heads, "heads")
@@ -139,7 +146,7 @@ def _medusa(found: Found, theirs: Any, num_heads: int, num_layers: int) -> Readi
         reading.findings.append(
             Finding(
                 f"config.json has {', '.join(stray)}, which vLLM takes for the number of Medusa's heads or layers",
-                "take it out",
+                "remove it from config.json",
                 fatal=False,
             )
         )
@@ -151,13 +158,15 @@ def _architectures(found: Found) -> list[Any]:
 
 
 def is_hydra(found: Found) -> bool:
-    """The released names."""
+    """Whether it is Hydra or Hydra++, by the released names."""
     return any(name.startswith("hydra_mlp.") for name in found.shapes)
 
 
 def read_hydra(found: Found) -> Reading:
-    """Hydra, and Hydra++ with its layer over the prefix. In the latter a dropout stands before every block, so that blocks
-    have odd numbers; those behind the first are one block, which may stand there once.
+    """Reads Hydra, and Hydra++ with its layer over the prefix.
+
+    In Hydra++ a dropout precedes every block, so the blocks have odd numbers. The blocks after the first are one shared block,
+    which the checkpoint may hold only once.
 
     Source: the released code of Hydra (arXiv 2402.05109).
     """
@@ -196,44 +205,44 @@ def read_hydra(found: Found) -> Reading:
     ):
         if config.get(key) is not None and config[key] not in allowed:
             reading.findings.append(
-                Finding(f"{key} is {config[key]!r}, supported with these weights is {allowed[0]!r}", "choose another head")
+                Finding(f"{key} is {config[key]!r}, but these weights support only {allowed[0]!r}", "choose another head")
             )
     return reading
 
 
 def _parts(name: str) -> tuple[int, int | None, str]:
-    """Number of the head, number of its block (None: its output layer), and weight or bias, of one of our names."""
+    """Splits one of our names into the number of the head, the number of its block (None: output layer), and weight or bias."""
     parts = name.split(".")
     return int(parts[1]), int(parts[2]) if parts[0] == "blocks" else None, parts[-1]
 
 
 def _numbers(names: Iterable[str], pattern: str, group: int = 1) -> set[int]:
-    """The numbers that stand in names of a form."""
+    """Returns the numbers at the given group in all names that match the pattern."""
     matches = (re.match(pattern, name) for name in names)
     return {int(match[group]) for match in matches if match}
 
 
 def _first_in(names: Mapping[str, Any], *wanted: str) -> str:
-    """The first that there is; the very first if there is none."""
-    return next((one for one in wanted if one in names), wanted[0])
+    """Returns the first wanted name that exists, or the first wanted name if none exists."""
+    return next((name for name in wanted if name in names), wanted[0])
 
 
 def _counts(config: Mapping[str, Any], keys: Iterable[str], count: int, what: str) -> list[Finding]:
-    """Keys of config.json that count differently from the weights."""
+    """Finds keys of config.json whose number differs from the weights."""
     return [
-        Finding(f"config.json says {key} {config[key]}, and the weights have {count} {what}", "correct config.json")
+        Finding(f"config.json says {key} {config[key]}, but the weights have {count} {what}", "correct config.json")
         for key in keys
         if config.get(key) is not None and config[key] != count
     ]
 
 
 def _widths(found: Found, output: str, layer: str = "") -> LlamaConfig:
-    """The layer of a target; without one, widths that the shapes allow."""
+    """Returns the configuration of the target's layer; without a target, widths derived from the shapes."""
     if found.target is not None:
         return LlamaConfig(**found.target.config.to_diff_dict())
     given = found.shapes.get(output, ())
     vocab, hidden = given if len(given) == 2 else (1, 1)
-    query, key = (found.shapes.get(f"{layer}self_attn.{one}_proj.weight", (hidden, hidden))[0] for one in "qk")
+    query, key = (found.shapes.get(f"{layer}self_attn.{letter}_proj.weight", (hidden, hidden))[0] for letter in "qk")
     size = gcd(query, key)
     return new_layer(
         hidden_size=hidden,

@@ -1,5 +1,7 @@
-"""LAYOUTS names every form in which draft heads are released, how it is told apart and what it becomes. A checkpoint is
-compared with the head that it becomes, name by name and shape by shape, before any data is read."""
+"""The layouts in which draft heads are released. LAYOUTS says how each layout is recognised and read.
+
+Before any data is read, all names and shapes of a checkpoint are compared with the head that it becomes.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,12 @@ OURS = "foredraft"
 
 
 class Layout(NamedTuple):
-    """A form of checkpoints.
+    """A layout of checkpoints.
 
     Attributes:
-        says: what it is, for readers.
-        is_it: whether a checkpoint is of it, by its config.json and the names and shapes of its tensors.
-        read: the checkpoint in our terms.
+        says: description for the user.
+        is_it: returns whether a checkpoint has this layout, by its config.json and the names and shapes of its tensors.
+        read: translates a checkpoint to the terms of this library.
     """
 
     says: str
@@ -48,13 +50,14 @@ LAYOUTS: dict[str, Layout] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What a checkpoint becomes.
+    """How a checkpoint becomes a head.
 
     Attributes:
-        layout: its name in `LAYOUTS`.
-        head: the module, without data.
-        sources: for each of its tensors, the name in the checkpoint; None: zeros.
-        findings: what is wrong.
+        layout: name in `LAYOUTS`.
+        reading: the checkpoint in the terms of this library.
+        head: the module of the head, without data.
+        sources: maps the name of each of the head's tensors to a name in the checkpoint; None: the tensor is zero.
+        findings: everything that is wrong.
     """
 
     layout: str
@@ -65,10 +68,10 @@ class Plan:
 
 
 def recognise(found: Found) -> str:
-    """The layout of a checkpoint.
+    """Recognises the layout of a checkpoint.
 
     Raises:
-        ModelError: none of the table.
+        ModelError: the checkpoint has no known layout.
     """
     kind = found.config.get("speculators_model_type") or ("dflash" if "dflash_config" in found.config else "eagle3")
     if kind != "eagle3":
@@ -77,22 +80,22 @@ def recognise(found: Found) -> str:
         if layout.is_it(found):
             return name
     if any(name.startswith(("model.layers.", "transformer.h.")) for name in found.shapes):
-        raise ModelError("this is a language model, no draft head: give it as draft model of method 'lm'")
-    some = ", ".join(sorted(found.shapes)[:3])
+        raise ModelError("this is a language model, not a draft head: give it as draft model of method 'lm'")
+    names = ", ".join(sorted(found.shapes)[:3])
     raise ModelError(
-        f"this is no draft head in a form known here ({', '.join(list(LAYOUTS)[1:])}); it has {len(found.shapes)} tensors, "
-        f"such as {some}"
+        f"this is not a draft head with a known layout ({', '.join(list(LAYOUTS)[1:])}); it has {len(found.shapes)} tensors, "
+        f"such as {names}"
     )
 
 
 def plan(found: Found, layout: str | None = None) -> Plan:
-    """What a checkpoint becomes, and what is wrong with it.
+    """Plans how a checkpoint becomes a head, and finds everything that is wrong with it.
 
     Args:
-        layout: its name; None: what it looks like.
+        layout: name of the layout; None: the layout is recognised.
 
     Raises:
-        ModelError: it is of no known layout, or config.json does not say enough to tell.
+        ModelError: the layout is unknown, or config.json lacks necessary facts.
     """
     if layout is not None and layout not in LAYOUTS:
         raise ModelError(str(unknown_name("format", layout, LAYOUTS)))
@@ -108,27 +111,29 @@ def plan(found: Found, layout: str | None = None) -> Plan:
 
 
 def compare(found: Found, reading: Reading, head: nn.Module, sources: Mapping[str, str | None]) -> list[Finding]:
-    """Tensors that are missing, too many, or of another shape than the head's."""
+    """Finds tensors that are missing, unknown, or of another shape than the head's."""
     wanted = {
-        theirs: tuple(one.shape) for one, theirs in zip(head.state_dict().values(), sources.values(), strict=True) if theirs
+        theirs: tuple(tensor.shape)
+        for tensor, theirs in zip(head.state_dict().values(), sources.values(), strict=True)
+        if theirs
     }
     missing = [name for name in wanted if name not in found.shapes]
     unused = reading.unused | {name for name in found.shapes if name.endswith("rotary_emb.inv_freq")}
     more = [name for name in found.shapes if name not in wanted and name not in unused]
     findings = []
     if missing:
-        findings.append(Finding(f"tensors are missing: {_listed(missing)}", "copy the weights again, or name another --format"))
+        findings.append(Finding(f"tensors are missing: {_listed(missing)}", "copy the weights again, or give another --format"))
     if more:
         findings.append(
             Finding(
-                f"tensors are too many: {_listed(more)}",
-                "the head has parts that are not supported; choose another, or name another --format",
+                f"the head has tensors that are not supported: {_listed(more)}",
+                "choose another head, or give another --format",
             )
         )
     findings += [
         Finding(
-            f"{name} has shape {_by(found.shapes[name])}, wanted is {_by(shape)}",
-            "check that config.json is that of the weights, and that the target is the one it was trained for",
+            f"{name} has shape {_by(found.shapes[name])}, but must have {_by(shape)}",
+            "check that config.json belongs to the weights, and that the head was trained for this target",
         )
         for name, shape in wanted.items()
         if name in found.shapes and tuple(found.shapes[name]) != shape

@@ -1,4 +1,4 @@
-"""What a layout is given of a checkpoint, and what it makes of it. Only names, shapes and config.json: no data is needed."""
+"""The input and the result of reading a layout. A layout needs only names, shapes and config.json, and no data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WIDTHS = (
     "max_position_embeddings",
     "vocab_size",
 )
-"""Keys of config.json that say what a head's layer is."""
+"""Keys of config.json that describe a head's layer."""
 
 _KINDS = {
     "a number above 0": (
@@ -44,22 +44,22 @@ _IS_OF_KIND: dict[str, Callable[[Any], bool]] = {
     "a list of numbers": lambda given: isinstance(given, list) and all(type(one) is int for one in given),
     "an object": lambda given: isinstance(given, dict),
 }
-"""What is read of config.json, and what it must be."""
+"""Checks of the kinds of values that `_KINDS` asks of the keys of config.json."""
 
 _REQUIRED = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 _LONGER = ("default", "linear", "llama3", "yarn")
-"""Rotary scalings under which a position's rotation does not depend on the longest one."""
+"""Rotary scalings in which the rotation at a position does not depend on the longest position."""
 
 _ANOTHER = "choose another head for this target, or train one with `foredraft train`"
 
 
 class Finding(NamedTuple):
-    """Something that is wrong with a checkpoint.
+    """A fault of a checkpoint.
 
     Attributes:
-        what: is wrong.
-        do: to put it right.
-        fatal: it cannot be converted.
+        what: description of the fault.
+        do: advice on how to correct it.
+        fatal: whether the fault prevents a conversion.
     """
 
     what: str
@@ -68,7 +68,13 @@ class Finding(NamedTuple):
 
 
 class TargetFacts(NamedTuple):
-    """What a head must fit: the target's widths and rotary positions as those of a head's layer, and its layers."""
+    """Facts about the target that a head must fit.
+
+    Attributes:
+        name: name of the target's directory.
+        config: the target's widths and rotary positions, as the configuration of a head's layer.
+        num_layers: number of the target's layers.
+    """
 
     name: str
     config: LlamaConfig
@@ -76,7 +82,7 @@ class TargetFacts(NamedTuple):
 
 
 def target_facts(source: Any) -> TargetFacts:
-    """The facts about a model that its config.json says.
+    """Reads the facts about a target from its config.json.
 
     Raises:
         ModelError: there is no such model.
@@ -88,11 +94,13 @@ def target_facts(source: Any) -> TargetFacts:
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint as layouts see it.
+    """A checkpoint, as far as layouts read it.
 
     Attributes:
-        target: None where none was named.
-        shares_embedding: whether its `embed_tokens` are the target's; None: unknown, or it has none.
+        config: content of its config.json.
+        shapes: shape of each tensor, by name.
+        target: facts about the target; None if no target is given.
+        shares_embedding: whether its `embed_tokens` equals the target's embedding; None: unknown, or it has none.
     """
 
     config: Mapping[str, Any]
@@ -103,13 +111,16 @@ class Found:
 
 @dataclass
 class Reading:
-    """A checkpoint in our terms.
+    """A checkpoint in the terms of this library.
 
     Attributes:
-        config: of the head's layer.
-        theirs: from our name of a tensor to theirs.
-        zeros: ours that are zero, for the checkpoint has none of them.
-        unused: theirs that no head needs.
+        method: name of the head's method.
+        options: options of the head.
+        config: configuration of the head's layer.
+        theirs: translates our name of a tensor to the checkpoint's name.
+        zeros: names (ours) of tensors that the checkpoint lacks and that become zero.
+        unused: names (the checkpoint's) of tensors that the head does not need.
+        findings: faults of the checkpoint.
     """
 
     method: str
@@ -122,34 +133,41 @@ class Reading:
 
 
 def refuse_malformed(found: Found) -> None:
-    """Raises `ModelError` where a key of config.json is not of its kind, or a weight has no entries."""
+    """Refuses a checkpoint whose config.json has a value of the wrong kind, or that has an empty weight.
+
+    Raises:
+        ModelError: it is such a checkpoint.
+    """
     nested = [found.config.get(key) for key in ("transformer_layer_config", "eagle_config", "model")]
-    for config in [found.config, *(one for one in nested if isinstance(one, dict))]:
+    for config in [found.config, *(value for value in nested if isinstance(value, dict))]:
         for key, value in config.items():
             kind = next((kind for kind, keys in _KINDS.items() if key in keys), None)
             if value is not None and kind is not None and not _IS_OF_KIND[kind](value):
                 raise ModelError(
-                    f"config.json says {key} {value!r}, and it must be {kind}: copy it from where the weights come from"
+                    f"config.json says {key} {value!r}, but it must be {kind}: copy config.json again from the weights' source"
                 )
     empty = [name for name, shape in found.shapes.items() if name.endswith(".weight") and (not shape or 0 in shape)]
     if empty:
-        raise ModelError(f"{empty[0]} has no entries: copy the weights again")
+        raise ModelError(f"{empty[0]} is empty: copy the weights again")
 
 
 def read_layer(given: Mapping[str, Any], **more: Any) -> LlamaConfig:
-    """The configuration of a head's layer that a config.json describes.
+    """Reads the configuration of a head's layer from the content of config.json.
+
+    Args:
+        more: further keys of the configuration.
 
     Raises:
-        ModelError: a width is missing or makes no sense.
+        ModelError: a width is missing or invalid.
     """
     missing = [key for key in _REQUIRED if given.get(key) is None]
     if missing:
-        raise ModelError(f"config.json does not say {', '.join(missing)}: copy it from where the weights come from")
+        raise ModelError(f"config.json lacks {', '.join(missing)}: copy config.json again from the weights' source")
     return new_layer(**{key: given[key] for key in _WIDTHS if given.get(key) is not None}, **more)
 
 
 def new_layer(**keys: Any) -> LlamaConfig:
-    """One Llama layer.
+    """Makes the configuration of one Llama layer.
 
     Raises:
         ModelError: the keys contradict each other.
@@ -157,55 +175,57 @@ def new_layer(**keys: Any) -> LlamaConfig:
     try:
         return LlamaConfig(**keys, num_hidden_layers=1, bos_token_id=None, eos_token_id=None)
     except Exception as error:
-        raise ModelError(f"config.json makes no sense ({one_line(error)}): copy it from where the weights come from") from None
+        raise ModelError(
+            f"config.json is invalid ({one_line(error)}): copy config.json again from the weights' source"
+        ) from None
 
 
 def lengthened(config: LlamaConfig, target: TargetFacts) -> LlamaConfig:
-    """The same layer, for texts as long as the target's: positions mean the same, there are only more."""
+    """Raises the layer's longest text to the target's, in place. The meaning of positions does not change."""
     config.max_position_embeddings = max(config.max_position_embeddings, target.config.max_position_embeddings)
     return config
 
 
 def rope_of(config: LlamaConfig) -> dict[str, Any]:
-    """Rotary positions; without any, Llama's."""
+    """Returns the rotary parameters of a configuration, with Llama's as default."""
     return {"rope_type": "default", "rope_theta": 10000.0, **(getattr(config, "rope_parameters", None) or {})}
 
 
 def about_layer(given: Mapping[str, Any]) -> list[Finding]:
-    """What a config.json asks of its layer that ours does not do."""
+    """Finds keys of config.json that ask for a layer that is not supported."""
     found = []
-    for key, allowed, said in (
+    for key, allowed, supported in (
         ("hidden_act", ("silu", "swish"), "'silu'"),
         ("num_hidden_layers", (1,), "one layer"),
-        ("mlp_bias", (False,), "none"),
+        ("mlp_bias", (False,), "false"),
         ("partial_rotary_factor", (1,), "1"),
     ):
         if given.get(key) is not None and given[key] not in allowed:
-            found.append(Finding(f"{key} is {given[key]!r}, supported is {said}", _ANOTHER))
+            found.append(Finding(f"{key} is {given[key]!r}, but only {supported} is supported", _ANOTHER))
     if "sliding_attention" in (given.get("layer_types") or ())[:1]:
         found.append(Finding("its layer attends to a sliding window, which is not supported", _ANOTHER))
     kind = rope_of(read_layer(given))["rope_type"]
     if kind not in _LONGER:
-        found.append(Finding(f"rope_type is {kind!r}, supported are {', '.join(_LONGER)}", _ANOTHER))
+        found.append(Finding(f"rope_type is {kind!r}, but only {', '.join(_LONGER)} are supported", _ANOTHER))
     return found
 
 
 def beside(config: LlamaConfig, target: TargetFacts) -> list[Finding]:
-    """What the configuration of a layer says differently from the target's."""
+    """Finds differences between the configuration of a head's layer and the target's."""
     found = []
     if config.vocab_size != target.config.vocab_size:
         found.append(
             Finding(
                 f"its vocabulary has {config.vocab_size} tokens, the target's {target.config.vocab_size}",
-                "give the target that it was trained for",
+                "give the target for which it was trained",
             )
         )
     width = Shape.of(config).features
     if width != target.config.hidden_size:
         found.append(
             Finding(
-                f"it is for features of width {width}, the target's have {target.config.hidden_size}",
-                "give the target that it was trained for",
+                f"it needs features of width {width}, the target's have {target.config.hidden_size}",
+                "give the target for which it was trained",
             )
         )
     mine, its = rope_of(config), rope_of(target.config)
@@ -213,7 +233,7 @@ def beside(config: LlamaConfig, target: TargetFacts) -> list[Finding]:
         found.append(
             Finding(
                 f"rope_theta is {mine['rope_theta']:g}, the target's is {its['rope_theta']:g}",
-                "check that config.json is that of the weights: most heads are trained with the target's",
+                "check that config.json belongs to the weights: most heads are trained with the target's rope_theta",
                 fatal=False,
             )
         )
@@ -221,8 +241,9 @@ def beside(config: LlamaConfig, target: TargetFacts) -> list[Finding]:
         found.append(
             Finding(
                 f"max_position_embeddings is {config.max_position_embeddings}, the target's is "
-                f"{target.config.max_position_embeddings}, so that nothing would be drafted behind that",
-                "`foredraft convert` raises it; in a head of this library raise it in config.json",
+                f"{target.config.max_position_embeddings}: nothing would be drafted after position "
+                f"{config.max_position_embeddings}",
+                "`foredraft convert` raises it; in a head of this library, raise it in config.json",
                 fatal=False,
             )
         )

@@ -1,4 +1,7 @@
-"""A directory of released weights, opened without running anything of it. Pickles are read here alone, and as tensors alone."""
+"""Opens a directory of released weights without running code from it.
+
+Only this module reads pickles, and it reads only tensors from them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from foredraft.models.checkpoint import INDEX, ModelError, StoredTensor, one_lin
 
 _PICKLES = (".bin", ".pt", ".pth")
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "trainer_state")
-"""Beginnings of the names of pickles that trainers leave beside the weights."""
+"""Beginnings of the names of pickles that trainers write beside the weights."""
 
 _NAMES = {
     torch.float64: "F64",
@@ -31,7 +34,7 @@ _NAMES = {
 
 
 class PickledTensor(NamedTuple):
-    """A tensor of a pickle, with the face of a `StoredTensor`."""
+    """A tensor of a pickle, with the interface of a `StoredTensor`."""
 
     tensor: Tensor
 
@@ -42,11 +45,11 @@ class PickledTensor(NamedTuple):
 
     @property
     def dtype_name(self) -> str:
-        """As safetensors calls it."""
+        """Name of the dtype in safetensors."""
         return _NAMES.get(self.tensor.dtype, str(self.tensor.dtype))
 
     def read(self) -> Tensor:
-        """The tensor itself."""
+        """Returns the tensor."""
         return self.tensor
 
 
@@ -55,9 +58,11 @@ class Source:
     """A directory of weights.
 
     Attributes:
-        config: the content of config.json; empty if there is none.
-        files: that hold the tensors.
-        pickled: they are pickles.
+        folder: the directory.
+        config: content of config.json; empty if there is none.
+        tensors: the tensors, by name.
+        files: the files that hold the tensors.
+        pickled: whether these files are pickles.
     """
 
     folder: Path
@@ -68,20 +73,20 @@ class Source:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all tensors, by name."""
-        return {name: tuple(one.shape) for name, one in self.tensors.items()}
+        """Shape of each tensor, by name."""
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of each file."""
-        found = {}
+        """Computes the SHA-256 hash of each file, by file name."""
+        hashes = {}
         for file in self.files:
             with file.open("rb") as opened:
-                found[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
-        return found
+                hashes[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+        return hashes
 
 
 def open_source(folder: Path) -> Source:
-    """The weights in a directory: safetensors where there are any, else pickles, of which only tensors are taken.
+    """Opens the weights in a directory: safetensors files if there are any, else pickles. Only tensors are read from pickles.
 
     Raises:
         ModelError: there is no such directory, it holds no weights, or a file cannot be read without running code.
@@ -97,34 +102,38 @@ def open_source(folder: Path) -> Source:
         raise ModelError(f"{str(folder)!r} holds no weights: give the directory of a draft head (.safetensors, .bin or .pt)")
     tensors: dict[str, StoredTensor | PickledTensor] = {}
     for file in files:
-        tensors |= {name: PickledTensor(one) for name, one in _unpickle(file).items()}
+        tensors |= {name: PickledTensor(tensor) for name, tensor in _unpickle(file).items()}
     return Source(folder, config, tensors, files, pickled=True)
 
 
 def _one_of(folder: Path, endings: Sequence[str], usual: str) -> list[Path]:
-    """The file of weights: of the usual name, or the only one."""
+    """Finds the file of weights: the one with the usual name, or else the only one.
+
+    Raises:
+        ModelError: there are several files, and none has the usual name.
+    """
     if (folder / usual).is_file():
         return [folder / usual]
-    files = sorted(one for one in folder.iterdir() if one.suffix in endings and not one.name.startswith(_NO_WEIGHTS))
+    files = sorted(file for file in folder.iterdir() if file.suffix in endings and not file.name.startswith(_NO_WEIGHTS))
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
-        raise ModelError(f"{str(folder)!r} holds several files of weights ({names}): leave one of them in the directory")
+        raise ModelError(f"{str(folder)!r} holds several files of weights ({names}). Leave only one of them in the directory")
     return files
 
 
 def _unpickle(file: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle; what would run code is refused, as torch does with ``weights_only``."""
+    """Reads the tensors of a pickle. A pickle that would run code is refused, by torch's ``weights_only``."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError:
         raise ModelError(
-            f"{file.name} holds more than tensors, and reading that would run code, which is never done: "
-            "get the checkpoint as safetensors from somebody you trust"
+            f"{file.name} holds more than tensors, and reading it would run code, which is never done; "
+            "get the checkpoint as safetensors from a source that you trust"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ModelError(f"{file.name} is corrupt or cut off ({one_line(error)}): copy it again") from None
     if not isinstance(content, dict) or not all(
-        isinstance(one, Tensor) and one.layout is torch.strided for one in content.values()
+        isinstance(value, Tensor) and value.layout is torch.strided for value in content.values()
     ):
-        raise ModelError(f"{file.name} is no table of dense tensors by name: give the file that `torch.save(state_dict)` wrote")
-    return {str(name): one for name, one in content.items()}
+        raise ModelError(f"{file.name} is not a dict of dense tensors: give the file that `torch.save(state_dict)` wrote")
+    return {str(name): tensor for name, tensor in content.items()}

@@ -1,4 +1,4 @@
-"""What only the data of a checkpoint tells: numbers that are none, tables of tokens, whose embedding it has."""
+"""Checks that need the data of a checkpoint: NaN and infinite entries, tables of tokens, and its embedding."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_emb
 """Endings of the name of a target's embedding."""
 
 _FLOATS, _TABLES = ("F32", "F16", "BF16"), ("I64", "I32")
-_AGAIN = "copy the weights again from where they come from"
+_AGAIN = "copy the weights again from their source"
 
 
 def shares_embedding(source: Source, target: Any) -> bool | None:
-    """Whether the checkpoint's `embed_tokens` are the target's, but for the rounding of one 16-bit format to the other. None:
-    it has none, or the target's is not found.
+    """Compares the checkpoint's `embed_tokens` with the target's embedding.
+
+    Returns:
+        Whether they are equal, except for the rounding between two 16-bit formats. None if the checkpoint has no embedding or
+        the target's is not found.
 
     Raises:
         ModelError: there is no such target.
@@ -31,7 +34,7 @@ def shares_embedding(source: Source, target: Any) -> bool | None:
     if mine is None:
         return None
     weights = open_weights(resolve(target, None))
-    name = next((one for one in weights if one.endswith(_EMBEDDINGS)), "lm_head.weight")
+    name = next((key for key in weights if key.endswith(_EMBEDDINGS)), "lm_head.weight")
     if name not in weights:
         return None
     its = weights[name]
@@ -41,25 +44,28 @@ def shares_embedding(source: Source, target: Any) -> bool | None:
 
 
 def inspect(source: Source, plan: Plan) -> list[Finding]:
-    """What is wrong with the data of the tensors that a head uses, as far as their shapes are right."""
+    """Finds faults in the data of the tensors that a head uses. Tensors of a wrong shape are skipped."""
     findings, wanted, shapes = [], plan.head.state_dict(), source.shapes
-    sources = {name: one for name, one in plan.sources.items() if one and shapes.get(one) == tuple(wanted[name].shape)}
+    sources = {
+        name: theirs for name, theirs in plan.sources.items() if theirs and shapes.get(theirs) == tuple(wanted[name].shape)
+    }
     for name, theirs in sources.items():
         stored = source.tensors[theirs]
         allowed = _FLOATS if wanted[name].is_floating_point() else _TABLES
         if stored.dtype_name not in allowed:
             findings.append(
                 Finding(
-                    f"{theirs} is stored as {stored.dtype_name}, allowed are {', '.join(allowed)}", "save it as one of these"
+                    f"{theirs} is stored as {stored.dtype_name}, but must be one of {', '.join(allowed)}",
+                    "save it as one of these",
                 )
             )
         elif stored.dtype_name in _FLOATS and not bool(torch.isfinite(stored.read()).all()):
-            findings.append(Finding(f"{theirs} has entries that are infinite or no numbers", _AGAIN))
+            findings.append(Finding(f"{theirs} has entries that are infinite or NaN", _AGAIN))
     return findings + _tables(source, sources, plan.reading.config.vocab_size)
 
 
 def _tables(source: Source, sources: Mapping[str, str], vocab: int) -> list[Finding]:
-    """Of EAGLE-3's d2t and Medusa's token_map."""
+    """Finds faults in EAGLE-3's d2t and in Medusa's token_map."""
     for name, is_offset in (("d2t", True), ("token_map", False)):
         theirs = sources.get(name)
         if theirs is None or source.tensors[theirs].dtype_name not in _TABLES:
@@ -69,27 +75,27 @@ def _tables(source: Source, sources: Mapping[str, str], vocab: int) -> list[Find
         if wrong and is_offset and not _wrong_tokens(table, vocab):
             return [
                 Finding(
-                    f"{theirs} looks like token ids ({wrong} if they were offsets); it must hold token id - draft id",
+                    f"{theirs} seems to hold token ids (as offsets, {wrong}); it must hold token id - draft id",
                     f"subtract 0, 1, 2, ... from {theirs}",
                 )
             ]
         if wrong:
-            return [Finding(f"{theirs} is no table of tokens: {wrong}", _AGAIN)]
+            return [Finding(f"{theirs} is not a table of tokens: {wrong}", _AGAIN)]
         return _mask(source.tensors, table + torch.arange(len(table)), vocab) if is_offset else []
     return []
 
 
 def _wrong_tokens(token_ids: Tensor, vocab: int) -> str:
-    """Why these are no tokens, each once; empty if they are."""
+    """Says why these are not distinct token ids of the vocabulary; empty if they are."""
     outside = int(((token_ids < 0) | (token_ids >= vocab)).sum())
     if outside:
-        return f"{outside} of {len(token_ids)} lie outside the vocabulary of {vocab}"
-    twice = len(token_ids) - len(token_ids.unique())
-    return f"{twice} of {len(token_ids)} name a token that another names" if twice else ""
+        return f"{outside} of {len(token_ids)} are outside the vocabulary of {vocab}"
+    repeated = len(token_ids) - len(token_ids.unique())
+    return f"{repeated} of {len(token_ids)} repeat another token" if repeated else ""
 
 
 def _mask(tensors: Mapping[str, Any], token_ids: Tensor, vocab: int) -> list[Finding]:
-    """t2d says of every token whether it can be drafted; d2t is what counts."""
+    """Compares t2d, the mask of the tokens that can be drafted, with d2t. Only d2t is used."""
     if "t2d" not in tensors:
         return []
     wanted = torch.zeros(vocab, dtype=torch.bool)
@@ -97,14 +103,14 @@ def _mask(tensors: Mapping[str, Any], token_ids: Tensor, vocab: int) -> list[Fin
     given = tensors["t2d"].read().bool()
     if given.shape == wanted.shape and torch.equal(given, wanted):
         return []
-    return [Finding("t2d and d2t name different tokens; only d2t is used", "make t2d anew from d2t", fatal=False)]
+    return [Finding("t2d and d2t name different tokens; only d2t is used", "recompute t2d from d2t", fatal=False)]
 
 
 def assembled(source: Source, plan: Plan) -> dict[str, Tensor]:
-    """The tensors of the head, none of which shares its memory with another.
+    """Reads the tensors of the head from the checkpoint. No two of them share memory.
 
     Raises:
-        ModelError: one is missing.
+        ModelError: a tensor is missing.
     """
     tensors, wanted = {}, plan.head.state_dict()
     for name, theirs in plan.sources.items():
@@ -114,4 +120,4 @@ def assembled(source: Source, plan: Plan) -> dict[str, Tensor]:
             raise ModelError(f"the checkpoint lacks {theirs!r}: copy it again")
         else:
             tensors[name] = source.tensors[theirs].read().clone(memory_format=torch.contiguous_format)
-    return {name: one if one.is_floating_point() else one.long() for name, one in tensors.items()}
+    return {name: tensor if tensor.is_floating_point() else tensor.long() for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Pairs of Markov chains, draft p and target q: what the theorems are computed on, and how such pairs come about."""
+"""Pairs of Markov chains, draft p and target q, on which the theorems are computed."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ Row = Float[np.ndarray, " v"]
 Rows = Float[np.ndarray, "s v"]
 
 _SUM_TOLERANCE = 1e-6
-"""Laws typed by hand or kept in single precision sum to 1 up to this; they are normalised."""
+"""Largest allowed deviation of a law's sum from 1, for laws typed by hand or in single precision. Laws are normalised."""
 
 _MOST_NUMBERS = 1 << 28
-"""What two chains may hold: 2 GiB in float64."""
+"""Largest number of probabilities in two chains: 2 GiB in float64."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A draft chain p and a target chain q over the same V tokens, non-stationary in general.
+    """A draft chain p and a target chain q over the same V tokens.
+
+    The chains may be non-stationary. The last matrix of a chain applies to all later positions, so two matrices make a
+    stationary chain.
 
     Attributes:
-        draft, target: the laws of positions 1, 2, ...; the first has one row, later ones a row per last token. Beyond the
-            last matrix that one is used on, so that two entries make a stationary chain.
+        draft, target: matrices of the laws of positions 1, 2, ... The first matrix has one row. Later matrices have V rows,
+            one for each last token.
     """
 
     draft: Sequence[Float[np.ndarray, "_ v"]]
@@ -41,7 +44,7 @@ class Pair:
         return self.draft[0].shape[1]
 
     def steps(self, horizon: int) -> Iterator[tuple[Rows, Rows]]:
-        """p_n and q_n for n = 1 to `horizon`.
+        """Yields p_n and q_n for n = 1 to `horizon`.
 
         Raises:
             ValueError: the horizon is below 1.
@@ -52,10 +55,10 @@ class Pair:
             yield self.draft[min(n, len(self.draft) - 1)], self.target[min(n, len(self.target) - 1)]
 
     def require_support(self) -> None:
-        """Checks that the draft law covers the target's.
+        """Checks that the draft laws cover the target laws.
 
         Raises:
-            ValueError: some token has target mass and no draft mass.
+            ValueError: a token has q > 0 and p = 0 at some position.
         """
         for n, (p, q) in enumerate(self.steps(max(len(self.draft), len(self.target))), start=1):
             bare = np.argwhere((p == 0) & (q > 0))
@@ -68,26 +71,30 @@ class Pair:
 
 
 def checked_law(law: Any, name: str) -> Row:
-    """A law as a normalised float64 row.
+    """Returns a law as a normalised row in float64.
+
+    Args:
+        law: a list of probabilities.
+        name: name of the law in error messages.
 
     Raises:
-        ValueError: it is empty, has entries that are negative or not numbers, or does not sum to 1.
+        ValueError: the law is empty, has entries that are negative or not finite, or does not sum to 1.
     """
     row = np.asarray(law, np.float64)
     if row.ndim != 1 or not len(row):
         raise ValueError(f"{name} must be a list of probabilities, got {law!r}")
     if not np.isfinite(row).all() or (row < 0).any():
-        raise ValueError(f"{name} has entries that are no probabilities: {row[~(np.isfinite(row) & (row >= 0))][0]:g}")
+        raise ValueError(f"{name} has an entry that is not a probability: {row[~(np.isfinite(row) & (row >= 0))][0]:g}")
     if abs(row.sum() - 1) > _SUM_TOLERANCE:
-        raise ValueError(f"{name} sums to {row.sum():.6g}, but a law must sum to 1")
+        raise ValueError(f"{name} sums to {row.sum():.6g}, but probabilities must sum to 1")
     return row / row.sum()
 
 
 def iid_pair(p: Any, q: Any) -> Pair:
-    """The same two laws at every position, whatever came before.
+    """Makes a pair with the same two laws at every position, independent of the tokens before.
 
     Raises:
-        ValueError: one is no law, or they are over different vocabularies.
+        ValueError: p or q is not a law, or they have different numbers of tokens.
     """
     p, q = checked_law(p, "p"), checked_law(q, "q")
     if len(p) != len(q):
@@ -97,27 +104,31 @@ def iid_pair(p: Any, q: Any) -> Pair:
 
 
 def check_room(vocab_size: int, matrices: int) -> None:
-    """Checks that two chains of so many matrices can be held.
+    """Checks that two chains of `matrices` matrices each fit in memory.
 
     Raises:
-        ValueError: they cannot.
+        ValueError: they are too large.
     """
     numbers = 2 * matrices * vocab_size**2
     if numbers > _MOST_NUMBERS:
         raise ValueError(
             f"vocabulary too large to enumerate: two chains of {matrices} matrices over {vocab_size} tokens have {numbers:,} "
-            f"numbers, at most {_MOST_NUMBERS:,} are computed. Take fewer tokens or a shorter horizon"
+            f"numbers, and the limit is {_MOST_NUMBERS:,}. Take fewer tokens or a shorter horizon"
         )
 
 
 def random_pair(vocab_size: int, horizon: int, seed: int, *, closeness: float | int = 0.0, stationary: bool = False) -> Pair:
-    """Rows from a flat Dirichlet law, new ones at every position unless `stationary`.
+    """Draws a random pair. Each row comes from a flat Dirichlet distribution.
 
     Args:
-        closeness: 0 draws p and q independently; between 0 and 1, p is that share of q and the rest of its own.
+        vocab_size: number of tokens.
+        horizon: number of positions with matrices of their own.
+        seed: seed of the draws.
+        closeness: weight of q in p, 0 to 1. At 0, p and q are independent; at 1, they are equal.
+        stationary: whether all positions after the first have the same matrix.
 
     Raises:
-        ValueError: sizes are below 1 or closeness is outside 0 to 1.
+        ValueError: vocabulary or horizon are below 1, closeness is outside 0 to 1, or the pair is too large.
     """
     if vocab_size < 1 or horizon < 1:
         raise ValueError(f"vocabulary and horizon must be at least 1, got {vocab_size} and {horizon}")
@@ -132,23 +143,28 @@ def random_pair(vocab_size: int, horizon: int, seed: int, *, closeness: float | 
 
 
 def read_pair(path: Path) -> Pair:
-    """A pair from a JSON file: ``{"draft": [...], "target": [...]}``, each a law, or a list of matrices as in `Pair`.
+    """Reads a pair from a JSON file: ``{"draft": [...], "target": [...]}``.
+
+    Each value is a law, or a list of matrices as in `Pair`.
 
     Raises:
         ValueError: the file cannot be read, or does not hold two chains over the same vocabulary.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        draft, target = found["draft"], found["target"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        draft, target = content["draft"], content["target"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'cannot read laws from {str(path)!r} ({error}): a JSON object with "draft" and "target"') from None
+        raise ValueError(
+            f'cannot read laws from {str(path)!r} ({error}): give a file with a JSON object of "draft" and "target"'
+        ) from None
     for name, chain in (("draft", draft), ("target", target)):
         if not isinstance(chain, list) or not chain:
-            raise ValueError(f"{name!r} of {str(path)!r} must be a list: a law, or matrices of laws; got {shown(chain)}")
+            raise ValueError(f"{name!r} of {str(path)!r} must be a law (a list) or a list of matrices, got {shown(chain)}")
     if np.ndim(np.asarray(draft[0], dtype=object)) == 0:
         return iid_pair(draft, target)
     chains = [
-        [_matrix(one, f"{name}[{n}]") for n, one in enumerate(some)] for name, some in (("draft", draft), ("target", target))
+        [_matrix(rows, f"{name}[{n}]") for n, rows in enumerate(chain)]
+        for name, chain in (("draft", draft), ("target", target))
     ]
     sizes = {matrix.shape[1] for chain in chains for matrix in chain}
     if len(sizes) > 1:
@@ -157,7 +173,9 @@ def read_pair(path: Path) -> Pair:
     for chain in chains:
         for n, matrix in enumerate(chain):
             if len(matrix) != (size if n else 1):
-                raise ValueError(f"matrix {n} of {str(path)!r} has {len(matrix)} rows: the first needs 1, later ones {size}")
+                raise ValueError(
+                    f"matrix {n} of {str(path)!r} has {len(matrix)} rows, but the first matrix needs 1 and later ones {size}"
+                )
     return Pair(*chains)
 
 
@@ -166,12 +184,12 @@ def _matrix(rows: Any, name: str) -> Rows:
 
 
 def total_variation(p: Rows, q: Rows) -> Float[np.ndarray, " s"]:
-    """TV(p, q) of every row."""
+    """Computes the total variation distance TV(p, q) of every row."""
     return np.abs(p - q).sum(-1) / 2
 
 
 def residual(p: Rows, q: Rows) -> Rows:
-    """``norm([q - p]+)`` of every row, the law after a rejection; q itself where nothing is left."""
+    """Computes the law after a rejection of every row, ``norm([q - p]+)``; q itself where q - p is nowhere positive."""
     left = np.maximum(q - p, 0.0)
     mass = left.sum(-1, keepdims=True)
     return np.where(mass > 0, left / np.where(mass > 0, mass, 1.0), q)

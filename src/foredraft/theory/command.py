@@ -1,4 +1,4 @@
-"""``foredraft theory``: what each command computes, as JSON or as a table, and its figure."""
+"""``foredraft theory``: runs its commands, prints their results as JSON or as tables, and writes their figures."""
 
 from __future__ import annotations
 
@@ -31,11 +31,18 @@ from foredraft.theory.tradeoff import check_epsilon, curve
 from foredraft.theory.transport import multiround_without_replacement, reached, with_replacement, without_replacement
 
 _SMALL = 12
-"""Tokens up to which every order of draws without replacement is visited."""
+"""Largest number of tokens for which all orders of draws without replacement are enumerated."""
 
 
 class Laws(NamedTuple):
-    """Where the laws come from: two laws as numbers, a file, or random chains over some states."""
+    """Source of the laws. Exactly one source must be given: `p` and `q`, `file`, or `states`.
+
+    Attributes:
+        p, q: two laws, as numbers separated by commas.
+        file: a JSON file of laws.
+        states: number of states of random chains.
+        seed: seed of random chains and of simulated runs.
+    """
 
     p: str | None = None
     q: str | None = None
@@ -44,14 +51,14 @@ class Laws(NamedTuple):
     seed: int = 0
 
     def pair(self, horizon: int) -> Pair:
-        """The chains.
+        """Reads or draws the chains.
 
         Raises:
-            ValueError: not exactly one source was given, or it holds no laws.
+            ValueError: not exactly one source is given, or it holds no valid laws.
         """
         given = [(self.p or self.q) is not None, self.file is not None, self.states is not None]
         if sum(given) != 1 or (self.p is None) != (self.q is None):
-            raise ValueError("give the laws once: --p and --q (0.5,0.5), --laws FILE, or --states N for random ones")
+            raise ValueError("give the laws once: --p and --q (such as 0.5,0.5), --laws FILE, or --states N for random laws")
         if self.file is not None:
             return read_pair(self.file)
         if self.states is not None:
@@ -59,21 +66,21 @@ class Laws(NamedTuple):
         return iid_pair(*self.rows())
 
     def seeded(self) -> Laws:
-        """The same with a seed from the operating system where it is -1.
+        """Replaces the seed -1 by a random seed from the operating system.
 
         Raises:
-            ValueError: it is neither a seed nor -1.
+            ValueError: the seed is neither a valid seed nor -1.
         """
         return self._replace(seed=used_seed(check_seed(self.seed, "--seed")))
 
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """The two laws given as numbers.
+        """Parses the two laws that are given as numbers.
 
         Raises:
-            ValueError: they were not given, or are no laws over the same vocabulary.
+            ValueError: they are missing, or are not laws over the same vocabulary.
         """
         if self.p is None or self.q is None:
-            raise ValueError("this needs one pair of laws: --p 0.5,0.3,0.2 --q 0.2,0.3,0.5")
+            raise ValueError("this command needs one pair of laws: give them as in --p 0.5,0.3,0.2 --q 0.2,0.3,0.5")
         p, q = (checked_law(numbers(text, f"--{name}"), name) for name, text in (("p", self.p), ("q", self.q)))
         if len(p) != len(q):
             raise ValueError(f"p has {len(p)} tokens and q {len(q)}: they must be laws over the same vocabulary")
@@ -81,10 +88,10 @@ class Laws(NamedTuple):
 
 
 def numbers(text: str, what: str) -> list[float]:
-    """Numbers separated by commas.
+    """Parses numbers separated by commas. `what` names them in the error message.
 
     Raises:
-        ValueError: one of them is none.
+        ValueError: a part is not a number.
     """
     try:
         return [float(part) for part in text.split(",")]
@@ -93,10 +100,10 @@ def numbers(text: str, what: str) -> list[float]:
 
 
 def whole_numbers(text: str, what: str) -> list[int]:
-    """Whole numbers separated by commas.
+    """Parses whole numbers separated by commas. `what` names them in the error message.
 
     Raises:
-        ValueError: one of them is none.
+        ValueError: a part is not a whole number.
     """
     try:
         return [int(part) for part in text.split(",")]
@@ -105,10 +112,10 @@ def whole_numbers(text: str, what: str) -> list[int]:
 
 
 def whole_or_inf(text: str) -> float | int:
-    """A number of drafts.
+    """Parses a number of drafts.
 
     Raises:
-        ValueError: it is neither a whole number nor ``inf``.
+        ValueError: the text is neither a whole number nor ``inf``.
     """
     try:
         return inf if text == "inf" else int(text)
@@ -127,7 +134,10 @@ def rejections(
     plot: Path | None,
     as_json: bool,
 ) -> int:
-    """Expected rejections beside the bound, the limit of many drafts, and what a finite lookahead changes."""
+    """Prints the expected rejections, beside the values for one draft and for infinitely many drafts.
+
+    With `lookahead` it adds the effect of a finite lookahead, with `runs` the mean of simulated runs, with `plot` a figure.
+    """
     limits.check_horizon(horizon)
     count, laws, is_random = whole_or_inf(drafts), laws.seeded(), laws.seed == RANDOM_SEED
     limits.check_drafts(count)
@@ -145,7 +155,7 @@ def rejections(
         "horizon": horizon,
         "drafts": "inf" if count == inf else int(count),
         "expected_rejections": _round(expected),
-        "by_position": [_round(one) for one in rejections_by_position(pair, horizon, count)],
+        "by_position": [_round(value) for value in rejections_by_position(pair, horizon, count)],
         "one_draft": _round(speculative_rejections(pair, horizon)),
         "limit": _round(batch_rejections(pair, horizon, inf)),
         "speedup": _round(speedup(horizon, expected)),
@@ -163,13 +173,13 @@ def rejections(
     if plot is not None:
         curves = figures.curves(pair, horizon, runs or figures.RUNS, laws.seed)
         figures.save(figures.rejections(curves, batch_rejections(pair, horizon, inf), runs or figures.RUNS), plot)
-        found["largest_deviation"] = max(abs(one) for curve in curves.values() for one in curve.deviations())
+        found["largest_deviation"] = max(abs(value) for curve in curves.values() for value in curve.deviations())
     _report(found, as_json)
     return 0
 
 
 def batch(laws: Laws, *, horizon: int, most: int, plot: Path | None, as_json: bool) -> int:
-    """Expected rejections of 1 to `most` drafts, and what the batch gains."""
+    """Prints the expected rejections for 1 to `most` drafts, and the improvement over one draft."""
     if most < 1:
         raise ValueError(f"the number of drafts M must be a whole number of at least 1, got {most}")
     limits.check_horizon(horizon)
@@ -178,12 +188,12 @@ def batch(laws: Laws, *, horizon: int, most: int, plot: Path | None, as_json: bo
     pair = laws.pair(horizon)
     limits.check_work(pair, horizon, most * (most + 1) // 2)
     pair.require_support()
-    one = speculative_rejections(pair, horizon)
+    single = speculative_rejections(pair, horizon)
     rows = [(m, batch_rejections(pair, horizon, m)) for m in (*range(1, most + 1), inf)]
     found = {
         "horizon": horizon,
         "by_drafts": [
-            {"drafts": "inf" if m == inf else m, "expected_rejections": _round(value), "improvement": _round(one - value)}
+            {"drafts": "inf" if m == inf else m, "expected_rejections": _round(value), "improvement": _round(single - value)}
             for m, value in rows
         ],
     } | ({"seed": laws.seed} if is_random else {})
@@ -196,7 +206,7 @@ def batch(laws: Laws, *, horizon: int, most: int, plot: Path | None, as_json: bo
 
 
 def _acceptance(p: np.ndarray, q: np.ndarray, most: int) -> list[dict[str, Any]]:
-    """What rules accept at one node, beside what any rule can."""
+    """Computes the acceptance of several rules at one node, and the optimum over all rules."""
     rows = []
     for k in range(1, min(most, int((p > 0).sum())) + 1):
         bounds = without_replacement(p, q, k)
@@ -209,7 +219,7 @@ def _acceptance(p: np.ndarray, q: np.ndarray, most: int) -> list[dict[str, Any]]
 
 
 def tradeoff(laws: Laws, *, epsilons: str, plot: Path | None, as_json: bool) -> int:
-    """Rejections against loss of over-acceptance, with the best residual and with a redraw."""
+    """Prints rejections and loss of over-acceptance, with the best residual and with a redraw from q."""
     p, q = laws.rows()
     sizes = numbers(epsilons, "--epsilon")
     for size in sizes:
@@ -236,7 +246,7 @@ def tradeoff(laws: Laws, *, epsilons: str, plot: Path | None, as_json: bool) -> 
 def speedups(
     *, acceptance: str, draft_cost: float | int, verify_cost: str, longest: int, plot: Path | None, as_json: bool
 ) -> int:
-    """Tokens a step and speed-up of chains of every length."""
+    """Prints tokens per step and speed-up of chains of every length up to `longest`."""
     rates, verify = numbers(acceptance, "--acceptance"), verify_costs(verify_cost)
     if draft_cost < 0 or longest < 1:
         raise ValueError("--draft-cost must be 0 or more and --longest at least 1")
@@ -263,7 +273,7 @@ def speedups(
 
 
 def estimated(texts: Any, *, states: int, output: Path) -> int:
-    """Writes the chains of a real pair."""
+    """Estimates the chains of a real pair of models, and writes them to a file."""
     from foredraft.theory.estimate import as_json, estimated_pair
 
     texts, is_random = _seeded(texts)
@@ -273,40 +283,40 @@ def estimated(texts: Any, *, states: int, output: Path) -> int:
     except OSError as error:
         raise ValueError(f"cannot write {str(output)!r} ({error.strerror})") from None
     Console(highlight=False, soft_wrap=True).print(
-        f"chains over {pair.vocab_size} states are in {output}; read them with --laws"
+        f"chains over {pair.vocab_size} states are in {output}; read them with --laws {output}"
         + (f" (seed {texts.seed})" if is_random else "")
     )
     return 0
 
 
 def predicted(texts: Any, *, lookahead: int, drafts: Sequence[int], as_json: bool) -> int:
-    """Prediction against run on real models."""
+    """Predicts the rejections of a real pair of models, and compares them with a run."""
     from foredraft.theory.predict import predict
 
     texts, is_random = _seeded(texts)
     found = predict(texts, lookahead=lookahead, drafts=drafts)
     rows = [
         {
-            **one._asdict(),
-            "ratio": one.counted / one.predicted if one.predicted else 1.0,
-            "z": (one.counted - one.predicted) / one.standard_error if one.standard_error else 0.0,
+            **row._asdict(),
+            "ratio": row.counted / row.predicted if row.predicted else 1.0,
+            "z": (row.counted - row.predicted) / row.standard_error if row.standard_error else 0.0,
         }
-        for one in found.compared
+        for row in found.compared
     ]
     _report({**found._asdict(), "compared": rows} | ({"seed": texts.seed} if is_random else {}), as_json)
     return 0
 
 
 def _seeded(texts: Any) -> tuple[Any, bool]:
-    """The texts with a seed from the operating system where theirs is -1, and whether it is."""
+    """Replaces the seed -1 by a random seed from the operating system, and returns whether it did."""
     return replace(texts, seed=used_seed(texts.seed)), texts.seed == RANDOM_SEED
 
 
 def verify_costs(text: str) -> Any:
-    """A cost curve in plain steps from ``1:1,8:1.2``; one number costs the same for every tree.
+    """Parses a cost curve, in steps of plain decoding, such as ``1:1,8:1.2``. A single number applies to every tree.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the text is neither, or a cost is invalid.
     """
     from foredraft.theory.speedup import interpolated
 
@@ -323,7 +333,7 @@ def verify_costs(text: str) -> Any:
 
 
 def _round(value: float | None) -> float | None:
-    """Twelve digits, which is what the recursions are good for."""
+    """Rounds to twelve digits, the accuracy of the recursions."""
     return None if value is None else round(float(value), 12)
 
 
@@ -336,21 +346,21 @@ def _report(found: dict[str, Any], as_json: bool) -> None:
         if isinstance(value, list) and value and isinstance(value[0], dict):
             out.print(_table(key, value))
         else:
-            out.print(f"{key.replace('_', ' ')}: {_say(value)}")
+            out.print(f"{key.replace('_', ' ')}: {_formatted(value)}")
 
 
 def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(*(key.replace("_", " ") for key in rows[0]), title=title.replace("_", " "), box=SIMPLE)
     for row in rows:
-        table.add_row(*(_say(value) for value in row.values()))
+        table.add_row(*(_formatted(value) for value in row.values()))
     return table
 
 
-def _say(value: Any) -> str:
+def _formatted(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list):
-        return ", ".join(_say(one) for one in value)
+        return ", ".join(_formatted(item) for item in value)
     if isinstance(value, dict):
-        return ", ".join(f"{key.replace('_', ' ')} {_say(one)}" for key, one in value.items())
+        return ", ".join(f"{key.replace('_', ' ')} {_formatted(item)}" for key, item in value.items())
     return str(value)

@@ -1,4 +1,7 @@
-"""Markov chains estimated from texts of a real pair: the laws that two models give after each token, averaged."""
+"""Markov chains estimated from texts of a real pair of models.
+
+A state's row is the average of the laws that a model gives after that state's token.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,17 @@ from foredraft.theory.predict import Texts, laws_of
 
 
 def estimated_pair(texts: Texts, states: int) -> tuple[Pair, list[int]]:
-    """A stationary pair over the likeliest tokens of the target's own texts and one state for all others.
+    """Estimates a stationary pair from the target's own texts.
 
-    The row of a state is the mean of what a model says at the positions that follow it (over all positions, where there are
-    none), so that what else a model knows of the prefix is averaged out. Merging tokens can only lower TV(p, q).
+    The most frequent tokens of the texts have a state each, and all other tokens share the last state. The row of a state is
+    the mean of a model's laws at the positions after it, or at all positions if the state never occurs. The mean hides
+    everything else that the model knows from the prefix. Merging tokens can only lower TV(p, q).
 
     Args:
-        states: at least 2; all tokens have a state of their own from the vocabulary's size on.
+        states: number of states, at least 2. With more states than tokens in the vocabulary, each token has its own state.
 
     Returns:
-        The pair, and the token of each state but the last.
+        The pair, and the token of each state except the last.
 
     Raises:
         ValueError: there are too few or too many states, or models or prompts cannot be read.
@@ -38,17 +42,17 @@ def estimated_pair(texts: Texts, states: int) -> tuple[Pair, list[int]]:
     drafter = AskedAlong(plain.target, drafting.drafter_grown_by)
     outputs = plain.generate(texts.encoded(plain), texts.sampling, progress=True)
     require_whole(outputs)
-    counts = Counter(token for one in outputs for token in one.outputs[0].token_ids)
+    counts = Counter(token for result in outputs for token in result.outputs[0].token_ids)
     tokens = [token for token, _ in counts.most_common(states - 1)]
     place = np.full(plain.target.vocab_size, len(tokens))
     place[tokens] = np.arange(len(tokens))
     sums = np.zeros((2, len(tokens) + 1, len(tokens) + 1))
     begins, seen = np.zeros((2, len(tokens) + 1)), np.zeros(len(tokens) + 1)
     with progress_bar("estimating", len(outputs)) as advance:
-        for one in outputs:
-            ids = one.outputs[0].token_ids
-            last = place[[one.prompt_token_ids[-1], *ids[:-1]]]
-            laws = [merged(rows, place, len(seen)) for rows in laws_of(drafter, one.prompt_token_ids, ids, texts.sampling)]
+        for result in outputs:
+            ids = result.outputs[0].token_ids
+            last = place[[result.prompt_token_ids[-1], *ids[:-1]]]
+            laws = [merged(rows, place, len(seen)) for rows in laws_of(drafter, result.prompt_token_ids, ids, texts.sampling)]
             for total, begin, rows in zip(sums, begins, laws, strict=True):
                 np.add.at(total, last, rows)
                 begin += rows[0]
@@ -62,16 +66,16 @@ def estimated_pair(texts: Texts, states: int) -> tuple[Pair, list[int]]:
 
 
 def merged(rows: Rows, place: Int[np.ndarray, " v"], states: int) -> Float[np.ndarray, "s k"]:
-    """Laws over tokens as laws over states; token t belongs to state ``place[t]``."""
-    found = np.zeros((len(rows), states))
-    np.add.at(found.T, place, rows.T)
-    return found
+    """Sums laws over tokens to laws over states. Token t belongs to state ``place[t]``."""
+    sums = np.zeros((len(rows), states))
+    np.add.at(sums.T, place, rows.T)
+    return sums
 
 
 def as_json(pair: Pair, tokens: Sequence[int]) -> dict[str, object]:
-    """What `read_pair` reads."""
+    """Converts a pair to a JSON object, which `read_pair` can read."""
     return {
         "tokens": list(tokens),
-        "draft": [one.tolist() for one in pair.draft],
-        "target": [one.tolist() for one in pair.target],
+        "draft": [matrix.tolist() for matrix in pair.draft],
+        "target": [matrix.tolist() for matrix in pair.target],
     }

@@ -19,18 +19,18 @@ from foredraft.theory.tradeoff import curve, front
 RUNS = 5000
 _SCALE = (1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 48)
 MOST_DRAFTS = sum(_SCALE)
-"""Drafts of all simulations of a figure together."""
+"""Total number of drafts in all simulations of a figure."""
 _SHADES = 201
 
 
 def save(figure: Any, path: Path) -> None:
-    """Writes a figure, in the format of the file's ending.
+    """Writes a figure. The ending of the file's name decides the format.
 
     Raises:
         ValueError: the ending is neither .png nor .svg, or the file cannot be written.
     """
     if path.suffix not in (".png", ".svg"):
-        raise ValueError(f"figures are written as .png or .svg, got {str(path)!r}")
+        raise ValueError(f"the file of a figure must end in .png or .svg, got {str(path)!r}")
     try:
         figure.savefig(path, dpi=144)
     except OSError as error:
@@ -38,26 +38,31 @@ def save(figure: Any, path: Path) -> None:
 
 
 class Curve(NamedTuple):
-    """Rejections up to each position: the theory's line, and means over runs beside it."""
+    """Rejections up to each position.
+
+    Attributes:
+        theory: expected rejections.
+        means: means over simulated runs.
+    """
 
     theory: Float[np.ndarray, " t"]
     means: Sequence[Mean]
 
     def deviations(self) -> list[float]:
-        """Of the drawn points from the line, in standard errors."""
-        some = drawn(len(self.theory))
-        pairs = zip(list(self.means)[some], self.theory[some], strict=True)
+        """Computes the deviations of the plotted points from the theory, in standard errors."""
+        places = drawn(len(self.theory))
+        pairs = zip(list(self.means)[places], self.theory[places], strict=True)
         return [(mean.value - line) / mean.error if mean.error else mean.value - line for mean, line in pairs]
 
 
 def drawn(horizon: int) -> slice:
-    """The positions at which points are drawn: a dozen, the last one among them."""
+    """Returns the positions at which points are plotted: about a dozen, including the last."""
     step = max(horizon // 12, 1)
     return slice((horizon - 1) % step, None, step)
 
 
 def curves(pair: Pair, horizon: int, runs: int, seed: int) -> dict[int, Curve]:
-    """By number of drafts."""
+    """Computes the curves of figure 2, by number of drafts."""
     return {
         m: Curve(np.cumsum(rejections_by_position(pair, horizon, m)), simulated_rejections(pair, horizon, m, runs, seed + m))
         for m in _SCALE
@@ -65,19 +70,22 @@ def curves(pair: Pair, horizon: int, runs: int, seed: int) -> dict[int, Curve]:
 
 
 def rejections(found: Mapping[int, Curve], limit: float, runs: int) -> Any:
-    """Figure 2: counted rejections against theory over N, for one draft, for 4 and 5, and the scaling in M with its limit."""
+    """Draws figure 2: counted and expected rejections.
+
+    The panels show one draft against N, 4 and 5 drafts against N, and all numbers of drafts M with their limit.
+    """
     figure = new_figure(13.0, 4.0)
     left, middle, right = figure.subplots(1, 3)
     horizon = len(found[1].theory)
-    said, some, places = f"{runs} runs, 3 s.e.", drawn(horizon), np.arange(1, horizon + 1)
+    label, some, places = f"{runs} runs, 3 s.e.", drawn(horizon), np.arange(1, horizon + 1)
     for axes, counts in ((left, (1,)), (middle, (4, 5))):
         for m in counts:
             axes.plot(places, found[m].theory, label=f"theory, {m} draft{'s' if m > 1 else ''}")
-            _points(axes, places[some], list(found[m].means)[some], said)
+            _points(axes, places[some], list(found[m].means)[some], label)
         axes.set(xlabel="tokens N", ylabel="rejections")
         axes.legend(fontsize="small")
-    right.plot(list(found), [one.theory[-1] for one in found.values()], label="theory")
-    _points(right, list(found), [one.means[-1] for one in found.values()], said)
+    right.plot(list(found), [curve.theory[-1] for curve in found.values()], label="theory")
+    _points(right, list(found), [curve.means[-1] for curve in found.values()], label)
     right.axhline(limit, ls="--", c="grey", label="limit of many drafts")
     right.set(xlabel="drafts M", ylabel=f"rejections in {horizon} tokens", xscale="log")
     right.legend(fontsize="small")
@@ -89,7 +97,7 @@ def _points(axes: Any, places: Any, means: Sequence[Mean], label: str) -> None:
 
 
 def improvement() -> Any:
-    """Figure 3: what a retry among M drafts takes off the rejections of one step, for uniform and for Bernoulli laws."""
+    """Draws figure 3: by how much M drafts reduce the rejections of one step, for uniform and for Bernoulli laws."""
     figure = new_figure(9.0, 4.0)
     left, right = figure.subplots(1, 2)
     shares = np.linspace(0, 1, _SHADES)
@@ -104,32 +112,32 @@ def improvement() -> Any:
 
 
 def uniform_gain(share: np.ndarray, drafts: int) -> np.ndarray:
-    """TV - prod TV for p uniform on V tokens and q uniform on a share r of them: (1 - r) - (1 - r)^M."""
+    """Computes TV - prod TV = (1 - r) - (1 - r)^M for p uniform on V tokens and q uniform on a share r of them."""
     return (1 - share) - (1 - share) ** drafts
 
 
 def bernoulli_gain(u: np.ndarray, v: np.ndarray, drafts: int) -> np.ndarray:
-    """TV - prod TV for p = Ber(u), q = Ber(v): (u - v)(1 - u^(M - 1)) where u >= v, and by symmetry below."""
+    """Computes TV - prod TV for p = Ber(u), q = Ber(v): (u - v)(1 - u^(M - 1)) if u >= v, and by symmetry if u < v."""
     high = (u - v) * (1 - u ** (drafts - 1))
     low = (v - u) * (1 - (1 - u) ** (drafts - 1))
     return np.where(u >= v, high, low)
 
 
 def tradeoff(p: Row, q: Row, epsilons: Sequence[float]) -> Any:
-    """The Pareto line with the points of both rules."""
+    """Draws the Pareto front with the points of both rules."""
     figure = new_figure(5.5, 4.0)
     axes = figure.subplots()
     line = front(p, q, 2)
-    axes.plot([one.reject for one in line], [one.loss for one in line], c="grey", label="Pareto front (Theorem 5)")
+    axes.plot([point.reject for point in line], [point.loss for point in line], c="grey", label="Pareto front (Theorem 5)")
     for name, points in curve(p, q, epsilons).items():
-        axes.plot([one.reject for one in points], [one.loss for one in points], "o", label=name.upper())
+        axes.plot([point.reject for point in points], [point.loss for point in points], "o", label=name.upper())
     axes.set(xlabel="probability of a rejection", ylabel="loss (total variation)")
     axes.legend()
     return figure
 
 
 def speedup(draft_cost: float | int, verify: Cost, longest: int) -> Any:
-    """Speed-up of chains against their length, for several acceptances."""
+    """Draws the speed-up of chains against their length, for several acceptances."""
     figure = new_figure(5.5, 4.0)
     axes = figure.subplots()
     lengths = range(1, longest + 1)

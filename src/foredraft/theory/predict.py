@@ -1,10 +1,12 @@
-"""Prediction against run on real models: rejections and target calls from measured laws, beside what the engine counted.
+"""Predictions on real models: rejections and target calls from measured laws, compared with the counts of the engine.
 
-Text of the target's law passes through the recursion of `lookahead_rejections` as a single path. Given the emitted text,
-the place of each token in its round and whether it replaced a rejected draft are random with probabilities that the two laws
-at its prefix give: at token x a fresh retry has failed with ``fail last(x) / q(x)``, a single test with ``[q - p]+(x) / q(x)``.
-Their sum is the conditional expectation of the count given the text, so that the difference to what the engine counted on the
-same text has mean 0 and a small variance.
+The prediction is made for a given text of the target, by the recursion of `lookahead_rejections` along this single path. Given
+the text, two things are random: the place of each token in its round, and whether it replaced a rejected draft. The two laws
+at the token's prefix give their probabilities. At token x, a retry among M drafts has failed with probability
+``fail last(x) / q(x)``, and a test of a single draft with probability ``[q - p]+(x) / q(x)``.
+
+The sum of these probabilities is the conditional expectation of the count, given the text. The difference to the engine's
+count on the same text therefore has mean 0 and a small variance.
 """
 
 from __future__ import annotations
@@ -35,16 +37,17 @@ from foredraft.theory.transport import with_replacement
 _MOST_REPEATS = 10_000
 
 _OPTIMA = 200
-"""Positions at which the optimum over all rules is looked at."""
+"""Approximate number of positions of a text at which the optimum over all rules is computed."""
 
 
 class Along(NamedTuple):
-    """What the two laws say along one text, position by position.
+    """Probabilities at the positions of one text, from the two laws.
 
     Attributes:
-        first, later: probability that the token replaced rejected drafts, where M are retried, and where one is tested.
+        first: probability that the token replaced M rejected drafts, at the first position of a round.
+        later: probability that the token replaced a rejected draft, at a later position of a round.
         distance: TV(p, q).
-        fail: probability that all M fail.
+        fail: probability that all M drafts are rejected.
     """
 
     first: Float[np.ndarray, " t"]
@@ -54,7 +57,7 @@ class Along(NamedTuple):
 
 
 def along(p: Rows, q: Rows, tokens: Sequence[int], drafts: int) -> Along:
-    """The probabilities at the tokens of a text, whose laws are the rows of p and q."""
+    """Computes the probabilities at the tokens of a text. Row i of p and q is the law of token i."""
     fail, last = retry(p, q, drafts)
     at = np.arange(len(q)), np.asarray(tokens)
     prob = q[at]
@@ -62,7 +65,7 @@ def along(p: Rows, q: Rows, tokens: Sequence[int], drafts: int) -> Along:
 
 
 def rounds_along(text: Along, lookahead: int, *, bonus: bool = True) -> Rounds:
-    """Expected rejections and target calls given the text; see `lookahead_rejections`."""
+    """Computes the expected rejections and target calls, given the text; see `lookahead_rejections`."""
     place, horizon = Place(lookahead, bonus, False), len(text.first)
     weights = {0: 1.0}
     rejections = calls = 0.0
@@ -80,15 +83,17 @@ def rounds_along(text: Along, lookahead: int, *, bonus: bool = True) -> Rounds:
 
 
 class Compared(NamedTuple):
-    """Prediction and count of one number of drafts, over all texts.
+    """Prediction and count for one number of drafts, over all texts.
 
     Attributes:
-        predicted, counted: rejections.
-        standard_error: of their difference, over texts.
-        plain_theorem: Theorem 1 or 3 on the same texts: drafts to the horizon, no bonus token.
-        predicted_length, counted_length: tokens a step.
-        first_acceptance, optimum: of the first position of a round, by this rule and by the best lossless rule with M
-            independent drafts, at sampled positions.
+        drafts: number of drafts M.
+        predicted: predicted number of rejections.
+        counted: number of rejections that the engine counted.
+        standard_error: standard error of the difference of these numbers, over the texts.
+        plain_theorem: rejections by Theorem 1 or 3 on the same texts, with drafts to the horizon and no bonus token.
+        predicted_length, counted_length: tokens per step, predicted and counted.
+        first_acceptance: acceptance of this rule at the first position of a round, averaged over sampled positions.
+        optimum: the same for the best lossless rule with M independent drafts.
     """
 
     drafts: int
@@ -103,11 +108,16 @@ class Compared(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What `predict` found.
+    """Result of `predict`.
 
     Attributes:
-        distance: mean TV(p, q) over all positions.
-        by_position: the same over blocks of 16 output tokens.
+        temperature: temperature of the texts.
+        lookahead: number of tokens of each draft.
+        num_texts: number of texts.
+        num_tokens: number of output tokens in all texts.
+        distance: mean of TV(p, q) over all positions.
+        by_position: means of TV(p, q) over blocks of about 16 output tokens.
+        compared: prediction and count for each number of drafts.
     """
 
     temperature: float | int
@@ -121,7 +131,23 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Texts:
-    """Which texts are generated, by which pair; `repeats` texts a prompt."""
+    """The texts to generate, and the pair of models.
+
+    Attributes:
+        prompts: file of prompts.
+        model: the target; None: the bundled one.
+        draft_model: directory of a draft model or head; None: the bundled one.
+        limit: largest number of prompts.
+        temperature: temperature, above 0.
+        max_tokens: number of tokens of each text.
+        repeats: number of texts for each prompt.
+        dtype: dtype of the models.
+        raw: whether prompts bypass the chat template.
+        seed: seed of the texts.
+
+    Raises:
+        ValueError: a value is invalid.
+    """
 
     prompts: Path
     model: str | None = None
@@ -136,48 +162,57 @@ class Texts:
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
-            raise ValueError("laws need a temperature above 0: at 0 every rejection is certain or impossible")
+            raise ValueError("laws need a temperature above 0. At 0, every rejection is certain or impossible")
         if self.repeats < 1:
             raise ValueError(f"repeats must be at least 1, got {self.repeats}")
-        whole_number("repeats", self.repeats, 1, _MOST_REPEATS, "every text is kept until the last is done")
+        whole_number("repeats", self.repeats, 1, _MOST_REPEATS, "all texts are held in memory until the last is finished")
         check_seed(self.seed, "--seed")
-        _ = self.sampling  # says now what is wrong with it
+        _ = self.sampling  # raises its errors now
 
     @property
     def sampling(self) -> SamplingParams:
-        """Every text has `max_tokens` tokens."""
+        """Sampling parameters, with which every text has `max_tokens` tokens."""
         return SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens, ignore_eos=True)
 
     @property
     def drafting(self) -> dict[str, Any]:
-        """The speculative config without a tree."""
+        """Speculative config, without a tree."""
         return {"method": drafter_for(self.draft_model)} | ({"model": self.draft_model} if self.draft_model else {})
 
     def load(self) -> LLM:
-        """The target, decoding plainly."""
-        tasks.read_prompts(self.prompts, self.limit)  # says what is wrong with them before anything is loaded
+        """Loads the target, for plain decoding."""
+        tasks.read_prompts(self.prompts, self.limit)  # raises its errors before the model is loaded
         return LLM(self.model, {"method": "ar"}, dtype=self.dtype, max_num_seqs=8, seed=self.seed)
 
     def encoded(self, llm: LLM) -> list[list[int]]:
-        """The prompts that leave room, `repeats` times."""
+        """Encodes the prompts that fit in the context, `repeats` times.
+
+        Raises:
+            ValueError: no prompt fits.
+        """
         read = tasks.read_prompts(self.prompts, self.limit)
         encoded = tasks.encode(llm, read, raw=self.raw or llm.tokenizer.chat_template is None)
         fitting = [ids for ids in encoded if len(ids) + self.max_tokens <= llm.max_model_len]
         if not fitting:
-            raise ValueError(f"no prompt leaves room for {self.max_tokens} tokens in a context of {llm.max_model_len}")
+            raise tasks.too_long(self.max_tokens, llm.max_model_len)
         return fitting * self.repeats
 
 
 def predict(texts: Texts, *, lookahead: int, drafts: Sequence[int]) -> Prediction:
-    """Runs the engine with M drafts of `lookahead` tokens and predicts its rejections from the two laws along its own texts.
+    """Runs the engine with M drafts of `lookahead` tokens, and predicts its rejections from the two laws along its texts.
+
+    Args:
+        texts: the texts to generate, and the models.
+        lookahead: number of tokens of each draft.
+        drafts: the numbers of drafts M to try.
 
     Raises:
-        ValueError: fewer than one draft or token, models or prompts that cannot be read, or a head and more than one token:
-            what it drafts first it has from the target's features, and the rest from its own.
+        ValueError: a number is below 1, models or prompts cannot be read, or a head drafts more than one token. A head drafts
+            its first token from the target's features and later tokens from its own, which differ.
     """
     if not drafts or min(drafts) < 1 or lookahead < 1:
         raise ValueError("drafts and lookahead must be at least 1")
-    whole_number("drafts times lookahead", max(drafts) * lookahead, 1, MAX_NODES, "these are the nodes of a tree")
+    whole_number("drafts times lookahead", max(drafts) * lookahead, 1, MAX_NODES, "it is the number of nodes of the tree")
     plain = texts.load()
     prompts, sampling = texts.encoded(plain), texts.sampling
     compared, distances = [], np.zeros(texts.max_tokens)
@@ -187,8 +222,8 @@ def predict(texts: Texts, *, lookahead: int, drafts: Sequence[int]) -> Predictio
             drafter, found = AskedAlong(llm.target, llm.drafter_grown_by), []
             if lookahead > 1 and drafter.needs_features:
                 raise ValueError(
-                    "what a head drafts behind its own drafts depends on where its round began, which no law along the text "
-                    f"says (lookahead {lookahead}): use --lookahead 1, or a draft model"
+                    f"a head with lookahead {lookahead} cannot be predicted, since its later drafts depend on the start of the "
+                    "round: use --lookahead 1, or a draft model"
                 )
             results = llm.generate(prompts, sampling)
             require_whole(results)
@@ -204,13 +239,13 @@ def predict(texts: Texts, *, lookahead: int, drafts: Sequence[int]) -> Predictio
         num_texts=len(prompts),
         num_tokens=len(prompts) * texts.max_tokens,
         distance=float(distances.mean()),
-        by_position=[float(one.mean()) for one in np.array_split(distances, max(1, texts.max_tokens // 16))],
+        by_position=[float(block.mean()) for block in np.array_split(distances, max(1, texts.max_tokens // 16))],
         compared=compared,
     )
 
 
 def _tree(drafts: int, lookahead: int) -> dict[str, Any]:
-    """Algorithm 4's tree and rule; with one draft, Algorithm 1's."""
+    """Returns the tree and the rule of Algorithm 4, or those of Algorithm 1 for one draft."""
     if drafts == 1:
         return {"tree": "chain", "rule": "chain", "num_speculative_tokens": lookahead}
     shape = {"num_chains": drafts, "draft_depth": lookahead, "num_speculative_tokens": drafts * lookahead}
@@ -218,14 +253,24 @@ def _tree(drafts: int, lookahead: int) -> dict[str, Any]:
 
 
 def laws_of(drafter: AskedAlong, prompt: Sequence[int], output: Sequence[int], sampling: SamplingParams) -> tuple[Rows, Rows]:
-    """Draft and target law at every output token."""
+    """Computes the draft law and the target law of every output token."""
     target, draft = drafter.logits([*prompt, *output[:-1]], len(prompt) - 1)
     laws = warp(draft.double(), draft_sampling(sampling, None)), warp(target.double(), sampling)
     return laws[0].cpu().numpy(), laws[1].cpu().numpy()
 
 
 class OneText(NamedTuple):
-    """One text: prediction and count."""
+    """Prediction and count for one text.
+
+    Attributes:
+        text: probabilities at its positions.
+        predicted: predicted rejections and target calls.
+        plain: rejections by Theorem 1 or 3.
+        counted: number of rejections that the engine counted.
+        steps: number of steps of the engine.
+        acceptance: acceptance at the first position of a round, averaged over sampled positions.
+        optimum: the same for the best lossless rule.
+    """
 
     text: Along
     predicted: Rounds
@@ -237,7 +282,7 @@ class OneText(NamedTuple):
 
 
 def compare(p: Rows, q: Rows, output: CompletionOutput, drafts: int, lookahead: int) -> OneText:
-    """Predicts one output of the engine."""
+    """Predicts the rejections of one output of the engine, and compares them with its count."""
     text = along(p, q, output.token_ids, drafts)
     counted = sum(record.kind == "recovered" for record in output.records)
     some = np.linspace(0, len(p) - 1, min(len(p), max(1, _OPTIMA // len(p) + 4))).astype(int)
@@ -254,17 +299,17 @@ def compare(p: Rows, q: Rows, output: CompletionOutput, drafts: int, lookahead: 
 
 
 def summed(drafts: int, texts: Sequence[OneText]) -> Compared:
-    """All texts together."""
-    differences = np.array([one.counted - one.predicted.rejections for one in texts])
-    tokens = sum(len(one.text.first) for one in texts)
+    """Combines the predictions and counts of all texts."""
+    differences = np.array([text.counted - text.predicted.rejections for text in texts])
+    tokens = sum(len(text.text.first) for text in texts)
     return Compared(
         drafts=drafts,
-        predicted=sum(one.predicted.rejections for one in texts),
-        counted=float(sum(one.counted for one in texts)),
+        predicted=sum(text.predicted.rejections for text in texts),
+        counted=float(sum(text.counted for text in texts)),
         standard_error=float(differences.std(ddof=1)) * sqrt(len(texts)) if len(texts) > 1 else float("nan"),
-        plain_theorem=sum(one.plain for one in texts),
-        predicted_length=tokens / sum(one.predicted.target_calls for one in texts),
-        counted_length=tokens / sum(one.steps for one in texts),
-        first_acceptance=float(np.mean([one.acceptance for one in texts])),
-        optimum=float(np.mean([one.optimum for one in texts])),
+        plain_theorem=sum(text.plain for text in texts),
+        predicted_length=tokens / sum(text.predicted.target_calls for text in texts),
+        counted_length=tokens / sum(text.steps for text in texts),
+        first_acceptance=float(np.mean([text.acceptance for text in texts])),
+        optimum=float(np.mean([text.optimum for text in texts])),
     )

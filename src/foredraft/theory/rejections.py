@@ -1,9 +1,10 @@
-"""Expected rejections of speculative decoding, exactly: Theorems 1 to 3 of Yin et al. (arXiv 2411.00841) and what a finite
-lookahead and the bonus token change.
+"""Expected rejections of speculative decoding, computed exactly.
 
-p is the draft law, q the target's, TV their total variation distance; T is the horizon, M the number of drafts. Sums over
-prefixes are carried as one number per last token, which makes them O(T V^2 M). ``f`` is the measure of prefixes whose last
-token replaced a rejected one, so that a new retry among M drafts begins after it.
+The module computes Theorems 1 to 3 of Yin et al. (arXiv 2411.00841), and the effect of a finite lookahead and the bonus token.
+
+p is the draft law, q the target law, and TV their total variation distance. T is the horizon and M the number of drafts. A sum
+over prefixes is kept as one number per last token, so the cost is O(T V^2 M). ``f`` is the measure of the prefixes whose last
+token replaced a rejected draft. After such a prefix a new retry among M drafts begins.
 """
 
 from __future__ import annotations
@@ -19,32 +20,38 @@ from foredraft.theory.chains import Pair, Rows, residual, total_variation
 
 
 def speculative_rejections(pair: Pair, horizon: int) -> float:
-    """Expected rejections of one draft: the sum over n of E_q[TV(p_n, q_n)].
+    """Computes the expected rejections with one draft: the sum over n of E_q[TV(p_n, q_n)].
 
-    Source: Yin et al. (arXiv 2411.00841), Theorem 1. By Theorem 2 also the least that any unbiased algorithm reaches that
-    accepts or rejects one draft per position.
+    By Theorem 2, it is also the minimum over all unbiased algorithms that accept or reject one draft per position.
+
+    Source: Yin et al. (arXiv 2411.00841), Theorem 1.
     """
     return batch_rejections(pair, horizon, 1)
 
 
 def batch_rejections(pair: Pair, horizon: int, drafts: float | int) -> float:
-    """Expected rejections of Algorithm 4 with `drafts` independent continuations to the horizon, no bonus token.
+    """Computes the expected rejections of Algorithm 4 with independent drafts to the horizon and no bonus token.
 
-    E[N] = sum_n E_q[TV_n] - sum_x f(x) (TV_n - prod_m TV(q_n^(m), p_n)); `math.inf` gives the limit of many drafts.
+    E[N] = sum_n E_q[TV_n] - sum_x f(x) (TV_n - prod_m TV(q_n^(m), p_n))
+
+    Args:
+        drafts: number of drafts M; `math.inf` gives the limit of many drafts.
+
     Source: Yin et al. (arXiv 2411.00841), Theorem 3.
 
     Raises:
-        ValueError: fewer than one draft, a horizon below 1, or no limit because p does not cover q.
+        ValueError: there are fewer than one draft, the horizon is below 1, or the limit does not exist because p does not
+            cover q.
     """
     return float(sum(rejections_by_position(pair, horizon, drafts)))
 
 
 def rejections_by_position(pair: Pair, horizon: int, drafts: float | int) -> list[float]:
-    """The terms of `batch_rejections`: the probability that position n is a rejection, for n = 1 to `horizon`."""
+    """Computes the terms of `batch_rejections`: the probability of a rejection at each position n = 1 to `horizon`."""
     check_drafts(drafts)
     if drafts == inf:
         pair.require_support()
-    output = retried = np.ones(1)  # measure of the last token: under q, and of those that replaced a rejected one (f)
+    output = retried = np.ones(1)  # measures of the last token: all prefixes (q), and those ending in a replacement (f)
     found = []
     for p, q in pair.steps(horizon):
         fail, last = retry(p, q, drafts)
@@ -58,16 +65,20 @@ def check_drafts(drafts: float | int) -> None:
     """Checks a number of drafts.
 
     Raises:
-        ValueError: it is below 1, or no whole number.
+        ValueError: the number is below 1, or not a whole number.
     """
     if drafts != inf and (drafts < 1 or drafts != int(drafts)):
         raise ValueError(f"the number of drafts M must be a whole number of at least 1, or inf, got {drafts:g}")
 
 
 def retry(p: Rows, q: Rows, drafts: float | int) -> tuple[Float[np.ndarray, " s"], Rows]:
-    """Testing M independent draws from p one after another: the probability that all fail, and the law after that.
+    """Tests M independent draws from p one after another.
 
-    Each failure leaves ``q <- norm([q - p]+)``. With M = inf nothing fails, and the law is of no meaning.
+    Each rejection replaces q by ``norm([q - p]+)``.
+
+    Returns:
+        The probability that all draws are rejected, and the law after that. If M is infinite, the probability is 0 and the law
+        has no meaning.
     """
     if drafts == inf:
         return np.zeros(len(q)), q
@@ -82,8 +93,8 @@ class Rounds(NamedTuple):
     """Expected counts of one output.
 
     Attributes:
-        rejections: drafts (or retries of all M) that failed.
-        target_calls: steps of the target, one a round.
+        rejections: number of rejected drafts. A retry whose M drafts all fail counts once.
+        target_calls: number of steps of the target, one per round.
     """
 
     rejections: float
@@ -93,13 +104,20 @@ class Rounds(NamedTuple):
 def lookahead_rejections(
     pair: Pair, horizon: int, lookahead: int, *, drafts: int = 1, bonus: bool = True, tests_last: bool = False
 ) -> Rounds:
-    """Rejections and target calls where a round drafts `lookahead` tokens, as engines do, M drafts being retried at its first.
+    """Computes expected rejections and target calls for rounds with a finite number of draft tokens, as in engines.
 
-    With `bonus`, a round whose drafts are all accepted emits one more token from q, which is never tested. The engine leaves
-    the last token before the horizon to the target, and drafts one token less than what remains; `tests_last` drafts it too.
-    Without the bonus token, and with a lookahead of the horizon, the rejections are those of Theorems 1 and 3.
+    Each round tests M drafts at its first position and one draft at each later position. Without the bonus token, and with a
+    lookahead of at least the horizon, the rejections are those of Theorems 1 and 3.
 
-    Source: recursion over (position, place in the round); the theorems assume lookahead to the horizon and no bonus token.
+    Args:
+        lookahead: number of tokens that a round drafts.
+        drafts: number of drafts M at the first position of a round.
+        bonus: whether a round with only accepted drafts emits one more token from q, which is never tested.
+        tests_last: whether the last token before the horizon is drafted too. The engine leaves it to the target, and drafts
+            one token less than remain.
+
+    Source: own recursion over (position, place in the round). The theorems assume a lookahead to the horizon and no bonus
+    token.
 
     Raises:
         ValueError: lookahead, drafts or horizon are below 1.
@@ -128,44 +146,53 @@ def lookahead_rejections(
 
 
 class Place(NamedTuple):
-    """Where a position stands in its round."""
+    """Rules for the place of a position in its round.
+
+    Attributes:
+        lookahead, bonus, tests_last: as in `lookahead_rejections`.
+    """
 
     lookahead: int
     bonus: bool
     tests_last: bool
 
     def is_tested(self, accepted: int, left: int) -> bool:
-        """Whether the next token is a draft; else it is the bonus token. `left` counts it and those after it."""
+        """Returns whether the next token is tested as a draft. If not, it is the bonus token.
+
+        Args:
+            accepted: number of tokens of the round that are accepted so far.
+            left: number of tokens up to the horizon, the next token included.
+        """
         return not self.bonus or (accepted < self.lookahead and (left > 1 or self.tests_last))
 
     def after(self, accepted: int, left: int) -> int:
-        """Tokens of the round accepted once this one is; 0 where a new round begins."""
+        """Returns the number of accepted tokens of the round after the next token is accepted; 0 if a new round begins."""
         if not self.is_tested(accepted, left):
             return 0
         return 0 if not self.bonus and accepted + 1 == self.lookahead else accepted + 1
 
 
 def speedup(horizon: int, rejections: float | int) -> float:
-    """T / E[rejections], the paper's speed-up; at most T, since there is one call of the target at least."""
+    """Computes the paper's speed-up, T / E[rejections]. It is at most T, since there is at least one call of the target."""
     return horizon / max(1.0, rejections)
 
 
 Acceptance = Callable[[Rows, Rows], Rows]
-"""Probability b(x) of accepting draft x, from p and q, a row per last token."""
+"""Function of p and q (a row per last token) that returns the probability b(x) of accepting draft x."""
 
 
 def least_acceptance(p: Float[np.ndarray, "*s v"], q: Float[np.ndarray, "*s v"]) -> Float[np.ndarray, "*s v"]:
-    """b = min(1, q / p), speculative decoding's own."""
+    """Computes the acceptance function of speculative decoding, b = min(1, q / p)."""
     return np.minimum(1.0, np.divide(q, p, out=np.ones_like(q), where=p > 0))
 
 
 class Checked(NamedTuple):
-    """What Theorem 2 says of an acceptance function.
+    """An acceptance function, compared with the bound of Theorem 2.
 
     Attributes:
-        rejections: expected ones, if prefixes have the target's law.
-        bound: of every unbiased algorithm.
-        is_unbiased: whether some law after a rejection makes it unbiased: b p <= q everywhere.
+        rejections: expected rejections, if prefixes have the target's distribution.
+        bound: lower bound on the expected rejections of every unbiased algorithm.
+        is_unbiased: whether b p <= q everywhere, so that some law after a rejection makes the algorithm unbiased.
     """
 
     rejections: float
@@ -174,12 +201,12 @@ class Checked(NamedTuple):
 
 
 def check_acceptance(pair: Pair, horizon: int, acceptance: Acceptance) -> Checked:
-    """Expected rejections of an acceptance function beside the lower bound, which no unbiased one passes.
+    """Computes the expected rejections of an acceptance function, and the lower bound for unbiased algorithms.
 
     Source: Yin et al. (arXiv 2411.00841), Theorem 2: unbiased means b p <= q, hence acceptance of at most sum min(p, q).
 
     Raises:
-        ValueError: b leaves the range 0 to 1.
+        ValueError: b is outside 0 to 1.
     """
     output, rejections, unbiased = np.ones(1), 0.0, True
     for p, q in pair.steps(horizon):

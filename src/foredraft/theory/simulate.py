@@ -1,4 +1,4 @@
-"""Running the algorithms on Markov chains, all runs at once: the points beside the theory's lines."""
+"""Simulations of the algorithms on Markov chains. All runs are simulated at the same time."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ class Mean(NamedTuple):
 
 
 def simulated_rejections(pair: Pair, horizon: int, drafts: int, runs: int, seed: int) -> list[Mean]:
-    """Rejections up to each position n = 1 to `horizon` of Algorithm 4 (Algorithm 1 with one draft), counted.
+    """Simulates Algorithm 4 (Algorithm 1 with one draft), and counts its rejections.
 
-    Drafts to the horizon and no bonus token, so that only a rejection begins a new retry among `drafts` tokens.
+    Drafts extend to the horizon and there is no bonus token. Only a rejection therefore begins a new retry among `drafts`
+    tokens.
+
+    Returns:
+        The mean number of rejections up to each position n = 1 to `horizon`.
+
     Source: Yin et al. (arXiv 2411.00841), Algorithms 1 and 4.
 
     Raises:
-        ValueError: drafts, runs or horizon are below 1.
+        ValueError: drafts or horizon are below 1, or there are fewer than 2 runs.
     """
     check_drafts(drafts)
     if runs < 2:
@@ -54,7 +59,7 @@ def simulated_rejections(pair: Pair, horizon: int, drafts: int, runs: int, seed:
 
 
 def sample(laws: Rows, rng: np.random.Generator) -> Int[np.ndarray, " s"]:
-    """One token from every row."""
+    """Draws one token from every row."""
     bounds = laws.cumsum(-1)
     levels = rng.random(len(laws))[:, None] * bounds[:, -1:]
     return (bounds <= levels).sum(-1).clip(max=laws.shape[1] - 1)

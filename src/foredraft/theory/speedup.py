@@ -1,7 +1,7 @@
-"""From acceptance and costs to tokens a step and speed-up, for chains and trees.
+"""Tokens per step and speed-up of chains and trees, from acceptances and costs.
 
-Costs are in steps of plain decoding at the same batch size: `draft` is one pass of the drafter, `verify` maps the number of
-nodes of a tree, root included, to the target's step.
+Costs are relative to a step of plain decoding at the same batch size. `draft` is the cost of one pass of the drafter. `verify`
+maps the number of nodes of a tree (root included) to the cost of the target's step.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ Cost = Callable[[int], float]
 
 
 def chain_tokens(acceptance: float | Sequence[float], length: int) -> float:
-    """Tokens a step of a chain: 1 + a_1 + a_1 a_2 + ..., the recovered or bonus token included.
+    """Computes the tokens per step of a chain: 1 + a_1 + a_1 a_2 + ..., with the recovered or bonus token.
 
     Args:
-        acceptance: of a token once those before it were accepted; one number, or one per depth (the last one goes on).
+        acceptance: probability that a token is accepted, given that all tokens before it were accepted. It is one number, or
+            one number per depth; the last one applies to all deeper tokens.
+        length: draft length.
 
     Source: Leviathan et al. 2023 (arXiv 2211.17192), equation 1: (1 - a^(K + 1)) / (1 - a) for equal acceptances.
     """
@@ -28,44 +30,55 @@ def chain_tokens(acceptance: float | Sequence[float], length: int) -> float:
 
 
 def check_acceptance(acceptance: Sequence[float]) -> list[float]:
-    """Acceptances as a list.
+    """Checks acceptances, and returns them as a list.
 
     Raises:
-        ValueError: there are none, or one is outside 0 to 1.
+        ValueError: the list is empty, or a number is outside 0 to 1.
     """
     rates = list(acceptance)
-    if not rates or not all(0 <= one <= 1 for one in rates):
+    if not rates or not all(0 <= rate <= 1 for rate in rates):
         raise ValueError(f"acceptance must be between 0 and 1, got {rates}")
     return rates
 
 
 def chain_speedup(acceptance: float | Sequence[float], length: int, draft: float | int, verify: Cost) -> float:
-    """Tokens a step over the cost of a step: `length` draft passes and one verification of length + 1 nodes."""
+    """Computes the speed-up of a chain: tokens per step, divided by the cost of a step.
+
+    A step takes `length` draft passes and one verification of length + 1 nodes.
+    """
     return chain_tokens(acceptance, length) / (length * draft + verify(length + 1))
 
 
 def tree_speedup(tokens: float | int, passes: float | int, nodes: int, draft: float | int, verify: Cost) -> float:
-    """The same for a tree of `nodes` nodes below the root that took `passes` draft passes and gives `tokens` a step."""
+    """Computes the speed-up of a tree: tokens per step, divided by the cost of a step.
+
+    Args:
+        tokens: tokens per step.
+        passes: number of draft passes.
+        nodes: number of nodes below the root.
+        draft: cost of a draft pass.
+        verify: cost of the target's step, by number of nodes (root included).
+    """
     return tokens / (passes * draft + verify(nodes + 1))
 
 
 class Best(NamedTuple):
-    """A draft length and what it gives; length 0 is plain decoding."""
+    """A draft length and its speed-up. Length 0 is plain decoding."""
 
     length: int
     speedup: float
 
 
 def best_length(acceptance: float | Sequence[float], draft: float | int, verify: Cost, longest: int = 64) -> Best:
-    """The chain of most tokens a second; plain decoding where none beats it."""
-    every = [Best(0, 1.0)] + [Best(k, chain_speedup(acceptance, k, draft, verify)) for k in range(1, longest + 1)]
-    return max(every, key=lambda one: one.speedup)
+    """Finds the draft length (0 to `longest`) with the most tokens per second. 0 means that plain decoding is fastest."""
+    lengths = [Best(0, 1.0)] + [Best(k, chain_speedup(acceptance, k, draft, verify)) for k in range(1, longest + 1)]
+    return max(lengths, key=lambda best: best.speedup)
 
 
 def break_even_acceptance(length: int, draft: float | int, verify: Cost) -> float | None:
-    """The acceptance from which a chain of `length` is as fast as plain decoding; None if even 1 is too little.
+    """Finds the acceptance at which a chain is as fast as plain decoding; None if the chain is slower even at 1.
 
-    Tokens a step rise with the acceptance, so it is found by bisection, to 1e-12.
+    Tokens per step rise with the acceptance, so bisection finds it, to 1e-12.
     """
     low, high = 0.0, 1.0
     if chain_speedup(1.0, length, draft, verify) < 1:
@@ -81,13 +94,15 @@ def break_even_acceptance(length: int, draft: float | int, verify: Cost) -> floa
 def break_even_batch(
     tokens: float | int, nodes: int, passes: float | int, seconds: Mapping[int, float], draft_seconds: Cost
 ) -> int | None:
-    """The largest number of requests for which a tree still pays, from a measured cost curve; None if it never does.
+    """Finds the largest batch for which a tree is at least as fast as plain decoding; None if there is none.
 
     Args:
-        tokens: tokens a step of one request.
-        nodes: below the root, of one request's tree.
-        seconds: number of tokens in a forward of the target -> seconds; interpolated, and only batches within it are looked at.
-        draft_seconds: of one draft pass, by the number of requests.
+        tokens: tokens per step of one request.
+        nodes: number of nodes below the root of one request's tree.
+        passes: number of draft passes in a step.
+        seconds: measured seconds of the target's forward pass, by its number of tokens. Values between are interpolated. Larger
+            batches are not considered.
+        draft_seconds: seconds of a draft pass, by the number of requests.
     """
     cost = interpolated(seconds)
     most = max(seconds) // (nodes + 1)
@@ -96,12 +111,12 @@ def break_even_batch(
 
 
 def interpolated(points: Mapping[int, float]) -> Cost:
-    """A cost curve, linear between measured numbers of tokens and flat outside.
+    """Makes a cost curve that is linear between the measured numbers of tokens, and constant outside.
 
     Raises:
-        ValueError: nothing was measured, or a cost is not positive.
+        ValueError: there is no measurement, or a cost is not positive.
     """
     if not points or min(points.values()) <= 0:
-        raise ValueError(f"a cost curve needs positive seconds at some number of tokens, got {dict(points)}")
+        raise ValueError(f"a cost curve needs at least one number of tokens with a positive cost, got {dict(points)}")
     sizes = sorted(points)
     return lambda count: float(np.interp(count, sizes, [points[size] for size in sizes]))

@@ -1,7 +1,9 @@
-"""Quality against rejections: what accepting more than is lossless costs (Yin et al., arXiv 2411.00841, section 4).
+"""The trade-off between rejections and loss, if more drafts are accepted than lossless decoding allows.
 
-One step accepts a draft x ~ p with probability b(x) and draws from some law P after a rejection. Its law is
-``b p + Z P`` with ``Z = sum (1 - b) p``, the probability of a rejection; its loss is the total variation distance to q.
+A step accepts a draft x ~ p with probability b(x), and draws from a law P after a rejection. The step's law is ``b p + Z P``,
+where ``Z = sum (1 - b) p`` is the probability of a rejection. The loss is the total variation distance of the step's law to q.
+
+Source: Yin et al. (arXiv 2411.00841), section 4.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from foredraft.theory.chains import Row
 
 
 class Point(NamedTuple):
-    """One rule on one pair of laws.
+    """Rejections and loss of one rule on one pair of laws.
 
     Attributes:
         reject: probability of a rejection.
@@ -27,14 +29,15 @@ class Point(NamedTuple):
 
 
 def reject_prob(p: Row, b: Row) -> float:
-    """Z = sum (1 - b) p."""
+    """Computes the probability of a rejection, Z = sum (1 - b) p."""
     return float(((1 - b) * p).sum())
 
 
 def best_residual(p: Row, q: Row, b: Row) -> Row:
-    """The law after a rejection that loses least: ``norm([q - b p]+)``; q where nothing is missing.
+    """Computes a law after a rejection that minimises the loss: ``norm([q - b p]+)``; q where q - b p is nowhere positive.
 
-    All minimisers are the laws that are 0 where q < b p and at most (q - b p) / Z elsewhere; this is one of them.
+    A law minimises the loss if and only if it is 0 where q < b p and at most (q - b p) / Z elsewhere.
+
     Source: Yin et al. (arXiv 2411.00841), Theorem 4.
     """
     missing = np.maximum(q - b * p, 0.0)
@@ -42,12 +45,12 @@ def best_residual(p: Row, q: Row, b: Row) -> Row:
 
 
 def loss(p: Row, q: Row, b: Row, after: Row) -> float:
-    """Total variation distance of the step's law ``b p + Z after`` to q."""
+    """Computes the total variation distance of the step's law ``b p + Z after`` to q."""
     return float(np.abs(q - b * p - reject_prob(p, b) * after).sum() / 2)
 
 
 def least_loss(p: Row, q: Row, b: Row) -> float:
-    """The loss with the best residual: (sum |q - b p| - sum (1 - b) p) / 2.
+    """Computes the loss with the best residual: (sum |q - b p| - sum (1 - b) p) / 2.
 
     Source: Yin et al. (arXiv 2411.00841), Theorem 4.
     """
@@ -55,7 +58,7 @@ def least_loss(p: Row, q: Row, b: Row) -> float:
 
 
 def over_acceptance(p: Row, q: Row, epsilon: float | int) -> Row:
-    """b = min(1, (q + epsilon) / p), which accepts more than is lossless.
+    """Computes b = min(1, (q + epsilon) / p), which accepts more than lossless decoding if epsilon is above 0.
 
     Source: Yin et al. (arXiv 2411.00841), section 4.2 (form computed, see the tests).
 
@@ -67,17 +70,17 @@ def over_acceptance(p: Row, q: Row, epsilon: float | int) -> Row:
 
 
 def check_epsilon(epsilon: float | int) -> None:
-    """Checks the size of over-acceptance.
+    """Checks the size epsilon of over-acceptance.
 
     Raises:
-        ValueError: it is negative or not a number.
+        ValueError: epsilon is negative or NaN.
     """
     if not epsilon >= 0:
         raise ValueError(f"epsilon must be 0 (lossless) or more, got {epsilon:g}")
 
 
 def optimal(p: Row, q: Row, epsilon: float | int) -> Point:
-    """Over-acceptance with the best residual ("Decoding-OPT"): on the Pareto front, reject + loss = TV(p, q).
+    """Computes over-acceptance with the best residual ("Decoding-OPT"), on the Pareto front: reject + loss = TV(p, q).
 
     Source: Yin et al. (arXiv 2411.00841), Theorem 5.
     """
@@ -86,13 +89,13 @@ def optimal(p: Row, q: Row, epsilon: float | int) -> Point:
 
 
 def uno(p: Row, q: Row, epsilon: float | int) -> Point:
-    """Over-acceptance with a redraw from q itself ("Decoding-UNO"): biased even at epsilon 0."""
+    """Computes over-acceptance with a redraw from q ("Decoding-UNO"), which is biased even at epsilon 0."""
     b = over_acceptance(p, q, epsilon)
     return Point(reject_prob(p, b), loss(p, q, b, q))
 
 
 def front(p: Row, q: Row, count: int) -> list[Point]:
-    """Points of the Pareto front, the line from (TV, 0) to (0, TV): what no rule of this family passes below.
+    """Returns points of the Pareto front, the line from (TV, 0) to (0, TV). No rule of this family is below it.
 
     Source: Yin et al. (arXiv 2411.00841), Theorem 5.
     """
@@ -101,5 +104,5 @@ def front(p: Row, q: Row, count: int) -> list[Point]:
 
 
 def curve(p: Row, q: Row, epsilons: Sequence[float]) -> dict[str, list[Point]]:
-    """The points of both rules at given sizes of over-acceptance."""
-    return {"opt": [optimal(p, q, one) for one in epsilons], "uno": [uno(p, q, one) for one in epsilons]}
+    """Computes the points of both rules for the given sizes of over-acceptance."""
+    return {"opt": [optimal(p, q, epsilon) for epsilon in epsilons], "uno": [uno(p, q, epsilon) for epsilon in epsilons]}

@@ -1,7 +1,8 @@
-"""How much any lossless rule can accept at one node: the optimum over all couplings of k drafts and one token of q.
+"""The optimal acceptance at one node: the most that any lossless rule can accept with k drafts.
 
-The chance that the emitted token is among the drafts is a flow from sets of drafts S to their tokens, limited by P(S) and by
-q(x). Its maximum is the least cut: over sets H of tokens, ``1 + q(H) - P(S inside H)``.
+It is the optimum over all couplings of k drafts and one token of q. The probability that the emitted token is among the drafts
+is a flow from sets of drafts S to their tokens, limited by P(S) and by q(x). The maximum flow is the minimum cut, the minimum
+of ``1 + q(H) - P(S inside H)`` over sets H of tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from foredraft.theory.chains import Row, residual, total_variation
 from foredraft.theory.rejections import retry
 
 MOST_SETS = 5000
-"""Sets of drafts that the linear programme is solved with; above, a bound is given."""
+"""Largest number of sets of drafts for which the linear programme is solved. For more sets, bounds are given."""
 
 _MOST_ORDERS = 1_000_000
 
@@ -26,14 +27,14 @@ _CUTS, _SPACING = 64, 0.05
 
 
 class Bounds(NamedTuple):
-    """The optimum lies between; equal where it is known exactly."""
+    """Lower and upper bound of the optimum. They are equal if the optimum is known exactly."""
 
     low: float
     high: float
 
     @property
     def gap(self) -> float:
-        """What is not known."""
+        """Difference of the bounds; 0 if the optimum is known exactly."""
         return self.high - self.low
 
 
@@ -41,17 +42,17 @@ def check_count(k: int) -> None:
     """Checks a number of drafts.
 
     Raises:
-        ValueError: it is below 1.
+        ValueError: the number is below 1.
     """
     if k < 1:
         raise ValueError(f"the number of drafts must be at least 1, got {k}")
 
 
 def with_replacement(p: Row, q: Row, k: int) -> float:
-    """The optimum for k independent drafts, exactly, in O(V log V).
+    """Computes the optimum for k independent drafts exactly, in O(V log V).
 
-    The least of ``1 + q(H) - p(H)^k``: for a given p(H) the cut is least where H holds tokens of small q / p, so that only
-    the beginnings of that order have to be looked at (a token of p = 0 never belongs to H).
+    It is the minimum of ``1 + q(H) - p(H)^k``. For a given p(H) the cut is smallest if H holds the tokens of smallest q / p.
+    Only the prefixes of this order are therefore compared. A token with p = 0 never belongs to H.
     """
     check_count(k)
     draft, target = _by_ratio(p, q)
@@ -59,16 +60,16 @@ def with_replacement(p: Row, q: Row, k: int) -> float:
 
 
 def _by_ratio(p: Row, q: Row) -> tuple[Float[np.ndarray, " _"], Float[np.ndarray, " _"]]:
-    """p(H) and q(H) of the beginnings H of the tokens by rising q / p, the empty one first."""
+    """Computes p(H) and q(H) of all prefixes H of the tokens in the order of rising q / p, starting with the empty prefix."""
     order = np.argsort(np.divide(q, p, out=np.full_like(q, np.inf), where=p > 0), kind="stable")
     return np.concatenate([[0.0], p[order].cumsum()]), np.concatenate([[0.0], q[order].cumsum()])
 
 
 def without_replacement(p: Row, q: Row, k: int) -> Bounds:
-    """The optimum for k drafts without replacement: exact where there are few sets of drafts, else bounds.
+    """Computes the optimum for k drafts without replacement, exactly up to `MOST_SETS` sets of drafts, else as bounds.
 
-    Above `MOST_SETS` the lower bound is the optimum with replacement, whose drafts are a beginning of those without; the upper
-    bound is the least cut over 64 beginnings of the order by q / p, with P(S inside H) by numerical integration.
+    The lower bound is the optimum with replacement, whose distinct drafts are a prefix of the drafts without replacement. The
+    upper bound is the smallest cut over 64 prefixes of the order by q / p, with P(S inside H) by numerical integration.
     """
     check_count(k)
     k = min(k, int((p > 0).sum()))
@@ -83,57 +84,68 @@ def without_replacement(p: Row, q: Row, k: int) -> Bounds:
 
 
 def inside(p: Row, outside: float | int, k: int) -> float:
-    """Probability that the first k draws without replacement all lie in a set of laws `p`, whose complement has mass `outside`.
+    """Computes the probability that the first k draws without replacement are all in a set of tokens.
 
-    Each token has an exponential clock of rate p; the set wins if k of its clocks ring before the first one outside.
+    Each token has an exponential clock of rate p. The draws are all in the set if k clocks of the set ring before the first
+    clock outside.
+
+    Args:
+        p: probabilities of the tokens in the set.
+        outside: probability of all tokens outside the set.
     """
     if outside <= 0:
         return 1.0
-    grid = np.arange(-4.0, 4.0, _SPACING)  # tanh-sinh quadrature, which does not mind singular ends
+    grid = np.arange(-4.0, 4.0, _SPACING)  # tanh-sinh quadrature, which tolerates singularities at the ends
     odds = np.exp(np.pi * np.sinh(grid))
     late = 1 / (1 + odds)  # probability that no clock outside has rung
     weights = _SPACING * np.pi * np.cosh(grid) * odds * late**2
     times = -np.log(late) / outside
-    few = np.zeros((k, len(times)))  # probability that so many of the set's clocks have rung, fewer than k
-    few[0] = 1.0
+    counts = np.zeros((k, len(times)))  # row n: probability that exactly n clocks of the set have rung, for n < k
+    counts[0] = 1.0
     for rate in p:
         rung = -np.expm1(-rate * times)
-        few[1:] = few[1:] * (1 - rung) + few[:-1] * rung
-        few[0] *= 1 - rung
-    return float(weights @ (1 - few.sum(0)))
+        counts[1:] = counts[1:] * (1 - rung) + counts[:-1] * rung
+        counts[0] *= 1 - rung
+    return float(weights @ (1 - counts.sum(0)))
 
 
 def set_probs(p: Row, k: int) -> dict[tuple[int, ...], float]:
-    """Law of the set of the first k draws without replacement, by adding up the orders in which it can come."""
-    found = {(): 1.0}
+    """Computes the distribution of the set of the first k draws without replacement, by summing over all orders."""
+    probs = {(): 1.0}
     for _ in range(k):
         grown: dict[tuple[int, ...], float] = {}
-        for chosen, prob in found.items():
+        for chosen, prob in probs.items():
             left = 1 - p[list(chosen)].sum()
             for token in np.flatnonzero(p):
                 if token not in chosen:
                     key = tuple(sorted((*chosen, int(token))))
                     grown[key] = grown.get(key, 0.0) + prob * p[token] / left
-        found = grown
-    return found
+        probs = grown
+    return probs
 
 
 def iid_set_probs(p: Row, k: int) -> dict[tuple[int, ...], float]:
-    """Law of the set of distinct tokens among k independent draws."""
+    """Computes the distribution of the set of distinct tokens among k independent draws."""
     size = len(p)
-    inside_of = {some: float(p[list(some)].sum()) ** k for n in range(k + 1) for some in combinations(range(size), n)}
-    found: dict[tuple[int, ...], float] = {}
-    for some in inside_of:
-        parts = (sub for n in range(len(some) + 1) for sub in combinations(some, n))
-        prob = sum((-1) ** (len(some) - len(sub)) * inside_of[sub] for sub in parts)
+    inside_of = {tokens: float(p[list(tokens)].sum()) ** k for n in range(k + 1) for tokens in combinations(range(size), n)}
+    probs: dict[tuple[int, ...], float] = {}
+    for tokens in inside_of:
+        subsets = (subset for n in range(len(tokens) + 1) for subset in combinations(tokens, n))
+        prob = sum((-1) ** (len(tokens) - len(subset)) * inside_of[subset] for subset in subsets)
         if prob > 1e-15:
-            found[some] = prob
-    return found
+            probs[tokens] = prob
+    return probs
 
 
 def by_programme(sets: dict[tuple[int, ...], float], q: Row) -> float:
-    """The optimum for a given law over sets of drafts, as a linear programme: the largest flow from sets to their tokens."""
-    edges = [(i, token) for i, some in enumerate(sets) for token in some]
+    """Computes the optimum for a given distribution over sets of drafts, as a linear programme.
+
+    The optimum is the maximum flow from the sets to their tokens.
+
+    Raises:
+        ValueError: the linear programme was not solved.
+    """
+    edges = [(i, token) for i, tokens in enumerate(sets) for token in tokens]
     limits = np.zeros((len(sets) + len(q), len(edges)))
     for column, (i, token) in enumerate(edges):
         limits[i, column] = limits[len(sets) + token, column] = 1.0
@@ -145,13 +157,15 @@ def by_programme(sets: dict[tuple[int, ...], float], q: Row) -> float:
 
 
 def deterministic(q: Row, k: int) -> float:
-    """The optimum for k chosen candidates: the k largest target probabilities."""
+    """Computes the optimum for k chosen candidates: the sum of the k largest target probabilities."""
     check_count(k)
     return float(np.sort(q)[::-1][:k].sum())
 
 
 def reached(p: Row, q: Row, k: int) -> dict[str, float]:
-    """What rules accept at one node with k drafts: the likeliest of p, and independent draws.
+    """Computes the acceptance of three rules at one node with k drafts.
+
+    ``multiround-iid`` and ``kseq`` test k independent draws from p. ``deterministic`` tests the k most likely tokens of p.
 
     Source: one minus the product of the distances (SpecInfer, section 4.3); SpecTr (arXiv 2310.15141), Theorem 2; EAGLE-2.
     """
@@ -171,7 +185,7 @@ def reached(p: Row, q: Row, k: int) -> dict[str, float]:
 
 
 def multiround_without_replacement(p: Row, q: Row, k: int) -> float:
-    """Acceptance of the multi-round rule for k drafts without replacement, by visiting every order of draws (small V).
+    """Computes the acceptance of the multi-round rule for k drafts without replacement, by enumerating all orders (small V).
 
     Raises:
         ValueError: there are too many orders.
@@ -181,14 +195,14 @@ def multiround_without_replacement(p: Row, q: Row, k: int) -> float:
     check_count(k)
     if (orders := perm(len(p), k - 1)) > _MOST_ORDERS:
         raise ValueError(
-            f"vocabulary too large to enumerate: {k} drafts among {len(p)} tokens come in {orders:,} orders, at most "
-            f"{_MOST_ORDERS:,} are visited. Take fewer tokens or drafts"
+            f"vocabulary too large to enumerate: {k} drafts among {len(p)} tokens come in {orders:,} orders, and the limit is "
+            f"{_MOST_ORDERS:,}. Take fewer tokens or drafts"
         )
     accepted = float(np.minimum(p, q).sum())
     if k == 1:
         return accepted
     after = residual(p[None], q[None])[0]
-    for token in np.flatnonzero(p > q):  # only these can be rejected
+    for token in np.flatnonzero(p > q):  # other tokens are never rejected
         left = p.copy()
         left[token] = 0.0
         if left.sum() > 0:
@@ -197,5 +211,5 @@ def multiround_without_replacement(p: Row, q: Row, k: int) -> float:
 
 
 def distance(p: Row, q: Row) -> float:
-    """TV(p, q)."""
+    """Computes the total variation distance TV(p, q)."""
     return float(total_variation(p[None], q[None])[0])

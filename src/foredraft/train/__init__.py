@@ -1,1 +1,1 @@
-"""Training draft heads: text that the target wrote, its features, one loop for every method."""
+"""Training of draft heads: the training text, the target's features at it, and one loop for every method."""

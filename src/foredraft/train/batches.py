@@ -1,4 +1,4 @@
-"""Batches of texts of like length, in an order that the seed and the step alone decide."""
+"""Batches of texts of similar length. Their order depends only on the seed and the step."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from foredraft.drafters.heads import FINAL
 from foredraft.train.shards import Text, features_of, grouped
 
 POOL = 1024
-"""Texts among which those of like length are put together."""
+"""Number of texts that are sorted by length together before they are cut into batches."""
 
 
 class Batch(NamedTuple):
-    """Texts side by side, padded on the right.
+    """A batch of b texts, padded on the right to t positions.
 
     Attributes:
-        features: the target's, of the layers that a head is given.
-        final: those after the target's last norm.
-        answer: whether the token at a position belongs to an answer that is learned from; padding does not.
-        num_tokens: answer tokens: one token pass each.
+        ids: token ids.
+        features: the target's features of the layers that the head reads, concatenated.
+        final: the target's features after its last norm.
+        answer: whether the head learns from the token at a position. It is false at padding.
+        num_tokens: number of answer tokens. Each counts as one token pass.
     """
 
     ids: Int[Tensor, "b t"]
@@ -37,11 +38,11 @@ class Batch(NamedTuple):
 
 
 def collate(texts: Sequence[Text], layers: Sequence[int], target: Any) -> Batch:
-    """Puts texts side by side, on the target's device.
+    """Makes a batch of texts, on the target's device.
 
     Args:
-        layers: whose features a head is given, side by side.
-        target: the model that is drafted for; it is run where the texts have come without features.
+        layers: the target's layers whose features the head reads. They are concatenated in this order.
+        target: the target model. It runs over the batch if the texts hold no features.
     """
     ids = pad_sequence([text.ids.long() for text in texts], batch_first=True)
     answer = pad_sequence([text.answer for text in texts], batch_first=True)
@@ -53,9 +54,9 @@ def collate(texts: Sequence[Text], layers: Sequence[int], target: Any) -> Batch:
 
 
 def _with_features(texts: Sequence[Text], layers: Sequence[int], target: Any) -> list[Text]:
-    found = features_of(target, [text.ids.tolist() for text in texts], layers)
-    parts = [one.chunk(len(layers), dim=1) for one in found]
-    return [text._replace(features=dict(zip(layers, some, strict=True))) for text, some in zip(texts, parts, strict=True)]
+    features = features_of(target, [text.ids.tolist() for text in texts], layers)
+    parts = [rows.chunk(len(layers), dim=1) for rows in features]
+    return [text._replace(features=dict(zip(layers, chunks, strict=True))) for text, chunks in zip(texts, parts, strict=True)]
 
 
 def _features(texts: Sequence[Text], layers: Sequence[int], device: torch.device) -> Float[Tensor, "b t f"]:
@@ -64,7 +65,11 @@ def _features(texts: Sequence[Text], layers: Sequence[int], device: torch.device
 
 
 def epoch(texts: Sequence[Text], tokens: int, seed: int, number: int) -> list[list[Text]]:
-    """All texts once, in batches of about `tokens` positions."""
+    """Puts every text into one batch, with about `tokens` positions a batch, padding included.
+
+    Args:
+        number: number of the epoch. It decides the order together with `seed`.
+    """
     rng = random.Random(f"{seed}/{number}")
     order = rng.sample(texts, len(texts))
     pools = [order[first : first + POOL] for first in range(0, len(order), POOL)]
@@ -74,7 +79,7 @@ def epoch(texts: Sequence[Text], tokens: int, seed: int, number: int) -> list[li
 
 
 def endless(texts: Sequence[Text], tokens: int, seed: int, first: int = 0) -> Iterator[list[Text]]:
-    """Epoch after epoch of batches, from batch number `first` on."""
+    """Yields batches without end, epoch after epoch, starting from batch number `first`."""
     for number in count():
         groups = epoch(texts, tokens, seed, number)
         yield from groups[first:]

@@ -1,4 +1,4 @@
-"""``foredraft train``: conversations -> answers and the target's features (shards) -> a head -> its directory."""
+"""``foredraft train``: makes shards (answers and the target's features) from conversations, and trains a head on them."""
 
 from __future__ import annotations
 
@@ -33,25 +33,35 @@ from foredraft.train.start import FITTED_TOKENS, begin, token_counts
 from foredraft.train.workers import Workers, find_workers
 
 WRITERS = 128
-"""Answers written at once."""
+"""Number of answers that the target generates at the same time."""
 
 TEMPERATURES = (0.0, 0.6, 1.0)
-"""Of the target's own answers, in turn, where none are given."""
+"""Default temperatures of the target's own answers. The prompts use them in turn."""
 
 
 @dataclass(frozen=True)
 class TrainChoice:
-    """What the command line asks for.
+    """The options of ``foredraft train``.
 
     Attributes:
-        options: of the head and of its recipe, by name.
-        init: directory of a head of the same method and sizes whose weights are begun with.
-        answers: whose answers are learned from: ``own``, which the target writes to the prompts, or ``given``, which are those
-            in the files.
-        shards: folder of the captured texts; None is one in `out`.
-        feature_layers: captured beside those that the head needs, so that several heads can share the shards.
-        temperatures: of the target's own answers, in turn; None: `TEMPERATURES`.
-        keep_features: in new shards; without them the model is run over every batch again, and shards are small.
+        method: a name in `RECIPES`.
+        model: the target; None: the bundled one.
+        data: JSON Lines files of conversations.
+        out: directory in which the head is written.
+        options: options of the head and of its recipe, by name.
+        init: directory of an existing head to start from, with the same method and sizes; None: fitted initial weights.
+        answers: ``own``: the head learns from answers that the target generates. ``given``: it learns from the answers in the
+            files.
+        shards: folder of the shards; None: the folder ``shards`` in `out`.
+        num_tokens: number of answer tokens to learn from, without the held-out ones.
+        temperatures: temperatures of the target's own answers, used in turn; None: `TEMPERATURES`.
+        max_len: largest number of tokens of a prompt and its answer together.
+        feature_layers: layers to capture beside those that the head needs, so that several heads can share the shards.
+        keep_features: whether new shards hold features. Shards without features are small, but the target then runs over
+            every batch again.
+        settings: fields of `Settings` that differ from their defaults.
+        device: device of the target and the head; None: chosen automatically.
+        seed: seed of the run, 0 or more.
     """
 
     method: str
@@ -75,28 +85,33 @@ class TrainChoice:
 def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
     """Trains a head and writes its directory.
 
+    A run that was interrupted continues from its last checkpoint in `choice.out`.
+
     Args:
-        workers: the processes that share the work; None: this one alone.
+        workers: the processes that share the work; None: this process alone.
 
     Raises:
-        ValueError: something was asked for that cannot be; a `TrainingError` says what stands and how to go on.
+        ValueError: an option is invalid, or options contradict each other.
+        TrainingError: the run cannot continue. The message says which files are intact and how to continue.
     """
     # a random seed, -1, is not allowed: a run could not be resumed with it
-    whole_number("--seed", choice.seed, 0, MAX_SEED // 2, "texts count on from it")
+    whole_number("--seed", choice.seed, 0, MAX_SEED // 2, "every text adds its number to it")
     _check(choice)
     source, workers = choice.model or BUNDLED_TARGET, workers or Workers()
     device = choice.device or workers.device
     llm = LLM(source, {"method": "ar"}, device=device, max_num_seqs=WRITERS, seed=choice.seed)
     settings = _settings(choice, workers, llm.target.device)
     if llm.tokenizer is None:
-        raise ValueError("the target has no tokenizer, so that its data cannot be read: give a directory with one")
+        raise ValueError(
+            "the target has no tokenizer, which training needs to read the data: give a directory with a tokenizer"
+        )
     if choice.answers == "given" and not getattr(llm.tokenizer, "chat_template", None):
-        raise ValueError("the target has no chat template to show which tokens are answers. Leave out --answers given")
+        raise ValueError("the target has no chat template, which --answers given needs. Leave out --answers given")
     given = _split_options(choice.method, choice.options, llm.target)
     config = layer_config(llm.target.config, llm.target.vocab_size, given.sizes)
     shape = Shape.of(config)
     if shape.features != shape.hidden and given.recipe["regression"]:
-        raise ValueError("a head that is not as wide as the target foretells no feature of it: leave out regression")
+        raise ValueError("regression needs a head as wide as the target, and hidden makes it narrower. Leave out one of them")
     torch.manual_seed(choice.seed)
     head = HEADS[choice.method].make(shape, **given.head).to(llm.target.device)
     layers = list(dict.fromkeys([*head.feature_layers, *FINAL]))
@@ -115,7 +130,7 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
         frozen=frozen,
         rotary=tables(config, llm.target.device),
         texts=learned,
-        held_out=[one for one in texts if one.held_out],
+        held_out=[text for text in texts if text.held_out],
         target=llm.target,
         facts={
             "method": choice.method,
@@ -137,45 +152,48 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
 
 
 def _check(choice: TrainChoice) -> None:
-    """Looks at the options that need no model.
+    """Checks the options that need no model.
 
     Raises:
-        ValueError: one of them is unknown, or does not go with another.
+        ValueError: an option is unknown, or two options contradict each other.
     """
     if choice.method not in RECIPES:
         raise unknown_name("method", choice.method, list(RECIPES))
     if choice.answers not in ANSWERS:
         raise unknown_name("--answers", choice.answers, ANSWERS)
     if choice.answers == "given" and choice.temperatures is not None:
-        raise ValueError("--temperatures are those of the target's own answers, and --answers given has none: leave one out")
+        raise ValueError(
+            "--temperatures apply to the target's own answers, and --answers given uses none. Leave one of them out"
+        )
 
 
 def _begin(head: Any, frozen: Frozen, learned: Sequence[Text], settings: Settings, target: Any) -> None:
-    """Gives a head its first weights, from the first batches that it will learn from."""
-    few = islice(endless(learned, settings.batch_tokens, settings.seed), -(-FITTED_TOKENS // settings.batch_tokens))
-    begin(head, frozen, token_counts(learned, target), [collate(one, head.feature_layers, target) for one in few])
+    """Sets the initial weights of a head, fitted on the first batches of the training."""
+    groups = islice(endless(learned, settings.batch_tokens, settings.seed), -(-FITTED_TOKENS // settings.batch_tokens))
+    begin(head, frozen, token_counts(learned, target), [collate(texts, head.feature_layers, target) for texts in groups])
 
 
 def _read_init(choice: TrainChoice, head: torch.nn.Module) -> dict[str, torch.Tensor] | None:
-    """The weights to begin with; None where no head is named.
+    """Reads the weights that ``--init`` names; None without ``--init``.
 
     Raises:
-        ValueError: they are of a head of other sizes; a `ModelError` says what else is wrong with them.
+        ValueError: that head has other sizes.
+        ModelError: that head cannot be read.
     """
     if choice.init is None:
         return None
     weights = read_head(resolve(choice.init, None), (choice.method,)).head.state_dict()
-    wanted = {name: one.shape for name, one in head.state_dict().items()}
-    if {name: one.shape for name, one in weights.items()} != wanted:
+    wanted = {name: tensor.shape for name, tensor in head.state_dict().items()}
+    if {name: tensor.shape for name, tensor in weights.items()} != wanted:
         raise ValueError(
-            f"the head in {str(choice.init)!r} has other sizes than the one that is asked for: give its own options (--set); "
-            "its provenance.json names them"
+            f"the head in {str(choice.init)!r} has other sizes than the head to train: give the options of that head (--set); "
+            "its provenance.json lists them"
         )
     return weights
 
 
 def _settings(choice: TrainChoice, workers: Workers, device: torch.device) -> Settings:
-    """The usual settings, but for those that are given."""
+    """Combines the default settings with the given ones."""
     usual = {"steps": 1000, "lr": RECIPES[choice.method].lr, "seed": choice.seed}
     if "bf16" not in choice.settings:
         usual["bf16"] = workers.count > 1 or faster_in_bf16(choice.out, device)
@@ -183,18 +201,18 @@ def _settings(choice: TrainChoice, workers: Workers, device: torch.device) -> Se
 
 
 def _learned(texts: Sequence[Text], answer_share: float) -> list[Text]:
-    """The texts to learn from; says how many are left out for their small share of answer."""
-    found = [one for one in texts if not one.held_out and one.answer_share >= answer_share]
-    if not found:
+    """Selects the texts to learn from, and prints how many were left out because their answer is too short."""
+    learned = [text for text in texts if not text.held_out and text.answer_share >= answer_share]
+    if not learned:
         raise ValueError(
-            f"none of the {len(texts)} texts has an answer that is {answer_share:.1%} of it: give --answer-share 0"
+            f"in each of the {len(texts)} texts, the answer is less than {answer_share:.1%} of the text: give --answer-share 0"
         )
-    if short := sum(not one.held_out for one in texts) - len(found):
+    if short := sum(not text.held_out for text in texts) - len(learned):
         line = (
             f"{short:,} of {len(texts):,} texts are left out: less than {answer_share:.1%} of each is answer (--answer-share)"
         )
         Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
-    return found
+    return learned
 
 
 def _say(line: str) -> None:
@@ -202,24 +220,26 @@ def _say(line: str) -> None:
 
 
 def captured(choice: TrainChoice, llm: LLM, source: Any, layers: Sequence[int]) -> list[Text]:
-    """The texts to learn from, with the features of `layers`, written and captured as far as they are not there yet."""
+    """Returns the training texts with the features of `layers`. Shards that are missing are made first."""
     every = list(dict.fromkeys([*choice.feature_layers, *layers])) if choice.keep_features else []
     temperatures = (choice.temperatures or TEMPERATURES) if choice.answers == "own" else ()
     plan = Plan(temperatures, min(choice.max_len, llm.max_model_len), choice.num_tokens, every, choice.seed)
     about = {"target": fingerprint_of(source), "data": _names(choice), "answers": choice.answers}
     folder = _shards(choice)
     width = llm.target.config.hidden_size * len(every) * 2 + 4  # bytes of a token: bfloat16, and its id
-    Console(stderr=True).print(f"shards in {folder}: about {1.6 * choice.num_tokens * width / 1e9:.2g} GB in all")
+    Console(stderr=True).print(f"shards in {folder}: about {1.6 * choice.num_tokens * width / 1e9:.2g} GB in total")
 
     def read(seed: int) -> Corpus:
         corpus = read_corpus(choice.data, llm.tokenizer, seed, answers=choice.answers, max_len=plan.max_len)
-        for line in corpus.usage.lines():  # said at the end as well, which may be hours away
+        for line in corpus.usage.lines():  # printed at the end as well, which may be hours later
             _say(line)
         return corpus
 
     texts = capture(llm, read, plan, folder, about, layers)
     if every and texts and not texts[0].features:
-        Console(stderr=True).print("they keep no features: the model is run over every batch; other --shards would keep them")
+        Console(stderr=True).print(
+            "these shards hold no features: the target runs over every batch; another --shards folder would hold them"
+        )
     return texts
 
 
@@ -232,7 +252,13 @@ def _names(choice: TrainChoice) -> list[str]:
 
 
 class Options(NamedTuple):
-    """Options of a run: sizes of the head's layer that are not the target's, of the head, of its recipe."""
+    """The options of a run.
+
+    Attributes:
+        sizes: sizes of the head's layer that differ from the target's.
+        head: options of the head.
+        recipe: options of the recipe.
+    """
 
     sizes: dict[str, Any]
     head: dict[str, Any]
@@ -240,14 +266,14 @@ class Options(NamedTuple):
 
 
 def _split_options(method: str, given: Mapping[str, Any], target: Any) -> Options:
-    """Whose the given options are.
+    """Sorts the given options into sizes, head options and recipe options.
 
     Raises:
-        ValueError: nobody has an option of that name, or its value cannot be.
+        ValueError: an option is unknown, or its value is invalid.
     """
     sizes = HEADS[method].sizes
     known = list(inspect.signature(HEADS[method].cls.__init__).parameters.values())[2:]
-    of_head = {one.name: one.default for one in known if one.name not in HEADS[method].converted}
+    of_head = {parameter.name: parameter.default for parameter in known if parameter.name not in HEADS[method].converted}
     recipe = RECIPES[method].options
     for name in given:
         if name not in (*sizes, *of_head, *recipe):
@@ -256,18 +282,22 @@ def _split_options(method: str, given: Mapping[str, Any], target: Any) -> Option
     head = {**usual, **HEADS[method].options, **{name: given[name] for name in of_head if name in given}}
     if "feature_layers" in of_head and "feature_layers" not in head:
         count = target.config.num_hidden_layers
-        head["feature_layers"] = [2, count // 2, count - 3]  # the released EAGLE-3's
+        head["feature_layers"] = [2, count // 2, count - 3]  # the layers of the released EAGLE-3
     learned = {**recipe, **{name: given[name] for name in recipe if name in given}}
     check(learned)
     return Options({name: given[name] for name in sizes if name in given}, head, learned)
 
 
 def command(choice: TrainChoice, *, plot: Path | None = None) -> int:
-    """``foredraft train``; returns the exit status."""
+    """Runs ``foredraft train`` and returns the exit status.
+
+    Args:
+        plot: file for the plot of the losses, ``.png`` or ``.svg``; None: no plot.
+    """
     out = Console(stderr=True, highlight=False, soft_wrap=True)
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise ValueError(f"--plot must be a .png or .svg file, got {str(plot)!r}")
-    figure = new_figure(9.0, 3.4) if plot is not None else None  # says now if it cannot be drawn
+    figure = new_figure(9.0, 3.4) if plot is not None else None  # fails before the training if matplotlib is missing
     workers = find_workers()
     done = run(choice, workers)
     if not workers.writes:

@@ -1,6 +1,6 @@
-"""Training text from JSON Lines files: every conversation as the target's own chat template renders it.
+"""Training text from JSON Lines files. The target's chat template renders every conversation.
 
-A conversation that cannot be used is counted under its reason, never dropped in silence.
+A conversation that cannot be used is counted under the reason, and the counts are reported.
 """
 
 from __future__ import annotations
@@ -20,22 +20,25 @@ from foredraft.train.records import EXAMPLE, CannotUse, Conversation, conversati
 from foredraft.train.rendering import Renderer
 
 HELD_OUT_ONE_IN = 50
+"""One in so many opening questions is held out for evaluation."""
+
 MAX_PER_QUESTION = 4
-"""Conversations used of one opening question: reports of sampled answers hold dozens of the same."""
+"""Largest number of conversations with the same opening question. Files of sampled answers hold dozens of them."""
 
 ANSWERS = ("own", "given")
-"""Whose answers are learned from: the target's own, or those in the files."""
+"""The answers to learn from: answers that the target generates, or the answers in the files."""
 
 ROOM = 32
-"""Tokens that the target's own answer gets at least."""
+"""Smallest number of tokens that is left for the target's own answer."""
 
 
 class Prompt(NamedTuple):
-    """Token ids of a prompt that the target is to answer or, with a mask, of a whole text.
+    """A prompt for the target to answer or, with a mask, a whole text.
 
     Attributes:
-        held_out: kept for evaluation; equal opening questions always fall on the same side.
-        mask: which tokens of a whole text are learned from; None where the target is to answer.
+        ids: token ids.
+        held_out: whether the text is kept for evaluation. Texts with the same opening question have the same value.
+        mask: whether the head learns from each token of a whole text; None for a prompt.
     """
 
     ids: list[int]
@@ -45,12 +48,12 @@ class Prompt(NamedTuple):
 
 @dataclass
 class Usage:
-    """How many conversations of the files were used.
+    """Counts of the conversations that were not used.
 
     Attributes:
-        conversations: in the files.
-        left_out: conversations that are not used, by reason.
-        in_part: conversations of which a part is not used, by reason.
+        conversations: number of conversations in the files.
+        left_out: number of conversations that are not used, by reason.
+        in_part: number of conversations of which a part is not used, by reason.
     """
 
     conversations: int = 0
@@ -58,7 +61,7 @@ class Usage:
     in_part: Counter[str] = field(default_factory=Counter)
 
     def lines(self) -> list[str]:
-        """What was not used, with its reasons; nothing where all was used."""
+        """Returns one line for `left_out` and one for `in_part`, with the reasons. Empty counts give no line."""
         named = (("left out", self.left_out), ("used in part", self.in_part))
         return [
             f"{name}: {reasons.total():,} of {self.conversations:,} conversations: "
@@ -69,24 +72,24 @@ class Usage:
 
 
 class Corpus(NamedTuple):
-    """The prompts of the files, and what of the files was not used."""
+    """The prompts of the files, and the counts of the conversations that were not used."""
 
     prompts: list[Prompt]
     usage: Usage
 
 
 def read_corpus(files: Sequence[Path], tokenizer: Any, seed: int, *, answers: str = "own", max_len: int) -> Corpus:
-    """The conversations of all files in the target's chat format, in an order that depends on the seed alone.
+    """Reads the conversations of all files and renders them in the target's chat format. Their order depends on the seed.
 
     Args:
-        answers: ``own``: prompts up to the last turn that is not the assistant's, for the target to answer; ``given``: whole
+        answers: ``own``: prompts up to the last turn that is not the assistant's, for the target to answer. ``given``: whole
             conversations up to their last answer, with the template's mask of every assistant turn.
-        max_len: tokens of prompt and answer together; longer conversations are left out.
+        max_len: largest number of tokens of prompt and answer together. Longer conversations are left out.
 
     Raises:
-        ValueError: a file is missing or is no JSON Lines, a record of it has an unknown shape, or no conversation can be used.
+        ValueError: a file is missing or is not JSON Lines, a record has an unknown shape, or no conversation can be used.
     """
-    every = [found for file in files for found in read_conversations(file, answers)]
+    every = [conversation for file in files for conversation in read_conversations(file, answers)]
     random.Random(seed).shuffle(every)
     usage, renderer, seen, kept = Usage(len(every)), Renderer(tokenizer), Counter(), []
     for conversation in every:
@@ -103,26 +106,27 @@ def read_corpus(files: Sequence[Path], tokenizer: Any, seed: int, *, answers: st
             usage.left_out[str(reason)] += 1
             continue
         seen[conversation.question] += 1
-        usage.in_part.update(one for one in (conversation.unused, renderer.unused(conversation)) if one)
+        usage.in_part.update(reason for reason in (conversation.unused, renderer.unused(conversation)) if reason)
         kept.append((conversation.question, ids, mask))
     if not kept:
-        said = " ".join(usage.lines()) or "they hold no conversation"
-        raise ValueError(f"no training text in {', '.join(map(str, files))} ({said}). {EXAMPLE}")
+        reasons = " ".join(usage.lines()) or "they hold no conversation"
+        raise ValueError(f"no training text in {', '.join(map(str, files))} ({reasons}). {EXAMPLE}")
     held_out = _held_out({question for question, _, _ in kept})
     return Corpus([Prompt(ids, question in held_out, mask) for question, ids, mask in kept], usage)
 
 
 def _held_out(questions: set[str]) -> set[str]:
-    """One question in fifty, by a hash of it alone; at least one."""
+    """Chooses the held-out questions by a hash of their text: one in `HELD_OUT_ONE_IN`, and at least one."""
     hashes = {question: int(hashlib.sha256(question.encode(errors="surrogatepass")).hexdigest(), 16) for question in questions}
-    return {one for one, value in hashes.items() if value % HELD_OUT_ONE_IN == 0} or {min(hashes, key=hashes.__getitem__)}
+    chosen = {question for question, value in hashes.items() if value % HELD_OUT_ONE_IN == 0}
+    return chosen or {min(hashes, key=hashes.__getitem__)}
 
 
 def _check(conversation: Conversation) -> None:
-    """Looks at what no template says.
+    """Checks a conversation for errors that no template reports.
 
     Raises:
-        CannotUse: nobody asks anything, or a turn is empty.
+        CannotUse: it has no user turn, or a turn is empty.
     """
     if conversation.question is None:
         raise CannotUse("with no user turn")
@@ -133,25 +137,27 @@ def _check(conversation: Conversation) -> None:
 
 
 def read_conversations(file: Path, answers: str = "own") -> Iterator[Conversation | CannotUse]:
-    """The conversations of a file, cut for `answers`, see `read_corpus`; or why a record cannot be used.
+    """Yields the conversations of a file, cut for `answers` (see `read_corpus`).
+
+    For a record that cannot be used, it yields the reason as a `CannotUse`.
 
     Raises:
-        ValueError: see `read_corpus`.
+        ValueError: the file is missing or is not JSON Lines, or a record has an unknown shape.
     """
     for number, record in _records(file):
         try:
-            found = conversations_of(record)
+            conversations = conversations_of(record)
         except CannotUse as reason:
             yield reason
             continue
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            said = str(error) if isinstance(error, ValueError) else f"a record has an unknown shape ({error!r})"
-            raise ValueError(f"{file}, line {number}: {said}. {EXAMPLE}") from None
-        yield from _cut(found, answers)
+            problem = str(error) if isinstance(error, ValueError) else f"a record has an unknown shape ({error!r})"
+            raise ValueError(f"{file}, line {number}: {problem}. {EXAMPLE}") from None
+        yield from _cut(conversations, answers)
 
 
 def _records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """The objects of a file with their line numbers; blank lines are skipped."""
+    """Yields the objects of a file with their line numbers. Blank lines are skipped."""
     if not file.is_file():
         raise ValueError(f"no data file {str(file)!r}: give JSON Lines files (.jsonl or .jsonl.gz)")
     open_it, number = gzip.open if file.suffix == ".gz" else open, 0
@@ -166,24 +172,31 @@ def _records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 yield number, record
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise ValueError(
-            f"{file} is no JSON Lines file (line {max(number, 1)}: {error}): one JSON object a line is asked for. {EXAMPLE}"
+            f"{file} is not a JSON Lines file (line {max(number, 1)}: {error}): each line must be a JSON object. {EXAMPLE}"
         ) from None
 
 
-def _cut(found: Sequence[Conversation], answers: str) -> list[Conversation | CannotUse]:
-    """Conversations of one record, each ending where the target answers or behind the last given answer, each once."""
+def _cut(conversations: Sequence[Conversation], answers: str) -> list[Conversation | CannotUse]:
+    """Cuts the conversations of one record and drops duplicates.
+
+    Each ends before the answer that the target generates, or after the last given answer.
+    """
     given, cut = answers == "given", []
-    for conversation in found:
+    for conversation in conversations:
         messages = conversation.messages
         others = [i for i, message in enumerate(messages) if (message["role"] == "assistant") == given]
         cut.append(conversation._replace(messages=messages[: others[-1] + 1] if others else []))
-    if given:  # a path of a tree is learned from once, with all its answers
-        cut = [one for i, one in enumerate(cut) if not any(_goes_on(one, other) for other in cut[:i] + cut[i + 1 :])]
+    if given:  # a path of a tree is used once, with all its answers
+        cut = [short for i, short in enumerate(cut) if not any(_is_prefix(short, other) for other in cut[:i] + cut[i + 1 :])]
     empty = CannotUse("with no answer to learn from" if given else "with no user turn")
-    return [one if one.messages else empty for i, one in enumerate(cut) if not one.messages or one not in cut[:i]]
+    return [
+        conversation if conversation.messages else empty
+        for i, conversation in enumerate(cut)
+        if not conversation.messages or conversation not in cut[:i]
+    ]
 
 
-def _goes_on(one: Conversation, other: Conversation) -> bool:
-    """Whether `other` begins as `one` and is longer."""
-    length = len(one.messages)
-    return len(other.messages) > length and other.messages[:length] == one.messages
+def _is_prefix(short: Conversation, other: Conversation) -> bool:
+    """Whether `other` starts with the messages of `short` and has more of them."""
+    length = len(short.messages)
+    return len(other.messages) > length and other.messages[:length] == short.messages

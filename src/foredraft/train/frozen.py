@@ -1,4 +1,4 @@
-"""What training uses of the target: its embedding and its head, frozen, in float32."""
+"""The parts of the target that training uses: its embedding and its output layer, frozen, in float32."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from foredraft.models.checkpoint import ModelError
 
 
 class Frozen:
-    """The target's embedding and head as functions that gradients pass.
+    """The target's embedding and output layer (its head). Gradients flow through both to their inputs.
 
     Attributes:
-        weight: of the head.
+        weight: weight of the output layer, in float32.
 
     Raises:
-        ModelError: the head is not linear.
+        ModelError: the output layer is not linear.
     """
 
     def __init__(self, target: Any, hidden: int):
@@ -29,19 +29,19 @@ class Frozen:
         wanted, got = target.head(probe).float(), self.head(probe.float())
         if (wanted - got).abs().max() > 0.02 * wanted.abs().max():
             raise ModelError(
-                "the target's head is not linear: train a head with an output layer of its own (medusa, hydra, eagle3)"
+                "the target's output layer is not linear. Train a head with its own output layer (medusa, hydra, eagle3)"
             )
         self._target = target
 
     def embed(self, token_ids: Int[Tensor, "*n"]) -> Float[Tensor, "*n d"]:
-        """Embeddings of tokens."""
+        """Returns the embeddings of tokens, in float32."""
         return self._target.embed(token_ids.flatten()).clone().float().view(*token_ids.shape, -1)
 
     def head(self, features: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
-        """Logits of final features."""
+        """Computes the target's logits from its final features."""
         return F.linear(features, self.weight)
 
     @torch.no_grad()
     def probs(self, features: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
-        """The target's law after its own features."""
+        """Computes the target's next-token probabilities from its final features."""
         return self.head(features).float().softmax(-1)

@@ -1,7 +1,7 @@
-"""The training loop: one for every method, read from top to bottom. It goes on bit for bit where it was cut off.
+"""The training loop. All methods share it. A run that was interrupted continues with the same bits as one that was not.
 
-Whatever is random in a step is a function of the seed and the step's number, so a checkpoint holds weights, the optimizer's
-state and the history, and nothing else.
+All randomness of a step is a function of the seed and the step's number. A checkpoint therefore holds only the weights, the
+optimizers' state, the history and the settings.
 """
 
 from __future__ import annotations
@@ -35,24 +35,28 @@ Optimizers = Sequence[torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class Settings:
-    """How long and how fast to learn.
+    """Settings of the optimization.
 
     Attributes:
-        steps: of the optimizer.
-        batch_tokens: positions of a batch, padding included.
-        accumulate: batches a step, of every process.
+        steps: number of optimizer steps.
+        batch_tokens: number of positions in a batch, padding included.
+        accumulate: number of batches that each process adds up in a step.
         lr: peak learning rate.
-        warmup: share of the steps until it is reached.
-        schedule: ``cosine`` or ``linear``, down to 0.
-        optimizer: ``muon``: Muon for the matrices between input and output layers, AdamW for the others; or ``adamw``.
-        clip: largest norm of the gradient.
-        evaluate_every: steps between evaluations and checkpoints.
-        patience: evaluations without a better loss until training ends; 0: it never ends early.
-        bf16: whether matrix products are made in bfloat16.
-        answer_share: texts of which the answer is a smaller share are left out: they cost more than they teach.
+        warmup: share of the steps (0 to 1) in which the learning rate rises to its peak.
+        schedule: ``cosine`` or ``linear``: how the learning rate falls from its peak to 0.
+        optimizer: ``muon``: Muon for the matrices between input and output layers, AdamW for all other parameters.
+            ``adamw``: AdamW for all parameters.
+        weight_decay: weight decay of the matrices. Vectors have none.
+        clip: largest norm of the gradient. A longer gradient is scaled down to it.
+        seed: seed of the batches' order and of all other randomness.
+        evaluate_every: number of steps between evaluations. Each evaluation also writes a checkpoint.
+        patience: number of evaluations without a lower loss after which training ends; 0: it never ends early.
+        bf16: whether matrix products are computed in bfloat16.
+        answer_share: smallest share (0 to 1) of answer tokens in a text. Other texts are left out, since they cost more time
+            than they teach.
 
     Raises:
-        ValueError: an unknown schedule or optimizer.
+        ValueError: the schedule or the optimizer is unknown.
     """
 
     steps: int
@@ -78,14 +82,15 @@ class Settings:
 
 @dataclass
 class Progress:
-    """What has been done.
+    """Progress of a run.
 
     Attributes:
-        step: steps done.
-        token_passes: answer tokens that were learned from, as often as they came.
-        seconds: spent in training, evaluations included.
-        best: the lowest loss on the held-out part; `since`: evaluations since then.
-        history: a row an evaluation.
+        step: number of finished steps.
+        token_passes: number of answer tokens that the head has learned from, with repetitions.
+        seconds: time spent in training, evaluations included.
+        best: lowest loss on the held-out texts so far.
+        since: number of evaluations since `best`.
+        history: one row of metrics per evaluation.
     """
 
     step: int = 0
@@ -98,12 +103,19 @@ class Progress:
 
 @dataclass(frozen=True)
 class Course:
-    """Everything a run is made of, but its settings.
+    """All parts of a run except its settings.
 
     Attributes:
-        target: what wrote the texts.
-        facts: what a checkpoint must agree with to be gone on from.
-        workers: the processes that share a step's batches.
+        head: the head to train, changed in place.
+        recipe: how its method is trained.
+        options: options of the recipe.
+        frozen: the target's embedding and output layer.
+        rotary: rotary tables of the head's layer.
+        texts: the texts to learn from.
+        held_out: the texts to evaluate on.
+        target: the target model.
+        facts: facts about the run. A checkpoint with other facts is refused.
+        workers: the processes that share the batches of a step.
     """
 
     head: Any
@@ -119,15 +131,15 @@ class Course:
 
     @property
     def device(self) -> torch.device:
-        """Where everything is."""
+        """Device of the target and the head."""
         return self.target.device
 
 
 def train(course: Course, settings: Settings, folder: Path) -> Progress:
-    """Trains the head in place, from the checkpoint in `folder` on if there is one.
+    """Trains the head in place. Continues from the checkpoint in `folder` if there is one.
 
     Raises:
-        TrainingError: the checkpoint is of another run, the loss is no number, or memory or disk are full.
+        TrainingError: the checkpoint belongs to another run, the loss became NaN or infinite, or memory or disk are full.
     """
     head, optimizers, done = course.head, new_optimizers(course.head, settings), Progress()
     resume(course, settings, optimizers, done, folder / CHECKPOINT)
@@ -138,7 +150,7 @@ def train(course: Course, settings: Settings, folder: Path) -> Progress:
     with progress_bar("training steps", settings.steps) as advance:
         advance(done.step)
         while done.step < settings.steps and not over(settings, done):
-            for group in (group for one in optimizers for group in one.param_groups):
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = settings.lr * rate(settings, done.step)
             for part in range(settings.accumulate):
                 batch = collate(next(batches), course.head.feature_layers, course.target)
@@ -148,8 +160,8 @@ def train(course: Course, settings: Settings, folder: Path) -> Progress:
             norm = nn.utils.clip_grad_norm_(head.parameters(), settings.clip)
             if not torch.isfinite(norm):
                 raise TrainingError(
-                    f"the loss is no number at step {done.step + 1}: the checkpoint before it stands; lower --lr "
-                    f"(now {settings.lr:g}) and run again with another --out, or look at the data"
+                    f"the loss became NaN or infinite at step {done.step + 1}; the last checkpoint is intact. Lower --lr "
+                    f"(now {settings.lr:g}) and run again with another --out, or check the data"
                 )
             for optimizer in optimizers:
                 optimizer.step()
@@ -164,19 +176,21 @@ def train(course: Course, settings: Settings, folder: Path) -> Progress:
 
 
 _ENDS = ("embed_tokens", "lm_head", "blank")
-"""Parameters that Muon is not for: their rows are tokens."""
+"""Beginnings of the names of parameters that Muon does not train: each of their rows belongs to a token."""
 
 
 def new_optimizers(head: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
-    """AdamW with EAGLE's betas, and Muon with steps as long as AdamW's; only matrices decay.
+    """Makes the optimizers: AdamW with EAGLE's betas, and Muon whose steps are as long as AdamW's. Only matrices decay.
 
     Source: Muon (K. Jordan, 2024); its step length: Liu et al. 2025 (arXiv 2502.16982), section 2.2.
     """
-    every, decay = list(head.named_parameters()), settings.weight_decay
-    inner = [one for name, one in every if one.ndim == 2 and not name.startswith(_ENDS) and settings.optimizer == "muon"]
-    muon = {id(one) for one in inner}
-    matrices = [one for _, one in every if one.ndim > 1 and id(one) not in muon]
-    vectors = [one for _, one in every if one.ndim <= 1]
+    named, decay = list(head.named_parameters()), settings.weight_decay
+    inner = [
+        weight for name, weight in named if weight.ndim == 2 and not name.startswith(_ENDS) and settings.optimizer == "muon"
+    ]
+    muon = {id(weight) for weight in inner}
+    matrices = [weight for _, weight in named if weight.ndim > 1 and id(weight) not in muon]
+    vectors = [weight for _, weight in named if weight.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95))
     if not inner:
@@ -185,7 +199,7 @@ def new_optimizers(head: nn.Module, settings: Settings) -> list[torch.optim.Opti
 
 
 def rate(settings: Settings, step: int) -> float:
-    """Share of the peak learning rate: a warm-up, then down to 0."""
+    """Returns the learning rate at a step as a share of its peak: a linear warm-up, then a fall to 0."""
     warm = max(1, round(settings.warmup * settings.steps))
     if step < warm:
         return (step + 1) / warm
@@ -194,7 +208,18 @@ def rate(settings: Settings, step: int) -> float:
 
 
 def backward(course: Course, settings: Settings, batch: Batch, step: int, part: int) -> dict[str, Tensor]:
-    """Adds the gradient of one batch."""
+    """Adds the gradient of one batch to the head's parameters.
+
+    Args:
+        step: number of the step, from 0.
+        part: number of the batch in its step, from 0.
+
+    Returns:
+        The loss and the other metrics of the batch.
+
+    Raises:
+        TrainingError: the batch does not fit in memory.
+    """
     generator = torch.Generator(course.device).manual_seed(hash((settings.seed, step, part, course.workers.rank)) & 0x7FFFFFFF)
     try:
         with torch.autocast(course.device.type, torch.bfloat16, enabled=settings.bf16):
@@ -204,20 +229,20 @@ def backward(course: Course, settings: Settings, batch: Batch, step: int, part: 
         if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
             raise
         raise TrainingError(
-            f"a batch of {settings.batch_tokens} positions does not fit in memory: the last checkpoint stands; run again with "
-            f"--batch-tokens {settings.batch_tokens // 2} --accumulate {2 * settings.accumulate}, which learns the same"
+            f"a batch of {settings.batch_tokens} positions does not fit in memory; the last checkpoint is intact. Run again "
+            f"with --batch-tokens {settings.batch_tokens // 2} --accumulate {2 * settings.accumulate}, which learns the same"
         ) from None
     return {"loss": learned.loss.detach(), **learned.figures}
 
 
 def lesson(course: Course, batch: Batch, generator: torch.Generator | None) -> Lesson:
-    """What the recipe is given for a batch."""
+    """Makes the recipe's input from a batch. Without a generator nothing is random, as in evaluation."""
     return Lesson(course.head, batch, course.frozen, course.rotary, course.options, generator)
 
 
 @torch.no_grad()
 def evaluate(course: Course, settings: Settings) -> dict[str, float]:
-    """Means over the held-out texts."""
+    """Computes the means of the loss and of the other metrics over the held-out texts."""
     means = Means()
     for group in grouped(course.held_out, [len(text.ids) for text in course.held_out], settings.batch_tokens):
         batch = collate(group, course.head.feature_layers, course.target)
@@ -228,27 +253,27 @@ def evaluate(course: Course, settings: Settings) -> dict[str, float]:
 
 
 class Means:
-    """Weighted means of figures; a device is not waited for before they are taken."""
+    """Weighted means of metrics. Adding does not wait for the device; `take` does."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Any] = {}
         self._weight = 0.0
 
     def add(self, figures: Mapping[str, Tensor], weight: int) -> None:
-        """Adds a batch's."""
+        """Adds the metrics of a batch, with the weight `weight`."""
         for name, value in figures.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach().double() * weight
         self._weight += weight
 
     def take(self) -> dict[str, float]:
-        """The means since the last call."""
+        """Returns the means since the last call, and starts anew."""
         means = {name: float(value) / max(self._weight, 1e-9) for name, value in self._sums.items()}
         self._sums, self._weight = {}, 0.0
         return means
 
 
 def note(done: Progress, training: dict[str, float], held_out: dict[str, float], seconds: float) -> None:
-    """Adds a row to the history."""
+    """Adds a row of metrics to the history, and updates the time and the best loss."""
     done.seconds = seconds
     row = {"step": done.step, "token_passes": done.token_passes, "train_loss": training["loss"], **held_out}
     done.history.append(row)
@@ -258,15 +283,19 @@ def note(done: Progress, training: dict[str, float], held_out: dict[str, float],
 
 
 def over(settings: Settings, done: Progress) -> bool:
-    """Whether to end early."""
+    """Returns whether the run ends early because its patience is used up."""
     return 0 < settings.patience <= done.since
 
 
 def save(course: Course, settings: Settings, optimizers: Optimizers, done: Progress, file: Path) -> None:
-    """Writes the checkpoint."""
+    """Writes the checkpoint. The old one stays intact until the new one is complete.
+
+    Raises:
+        TrainingError: the file cannot be written.
+    """
     content = {
         "head": course.head.state_dict(),
-        "optimizers": [one.state_dict() for one in optimizers],
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "progress": asdict(done),
         "facts": facts_of(course, settings),
     }
@@ -274,11 +303,14 @@ def save(course: Course, settings: Settings, optimizers: Optimizers, done: Progr
 
 
 def faster_in_bf16(folder: Path, device: torch.device) -> bool:
-    """Whether matrix products are to be made in bfloat16 where nothing is asked for: as in the checkpoint in `folder`, or else
-    unless float32 is clearly faster, as it is on CPUs that are made for bfloat16 in tiles and have none."""
+    """Decides whether matrix products use bfloat16 if the user did not choose.
+
+    A checkpoint in `folder` decides. Without one, the answer is true on a GPU. On a CPU both types are timed, and float32 is
+    chosen if it is clearly faster, as it is on CPUs without bfloat16 tiles.
+    """
     try:
         return torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)["facts"]["bf16"]
-    except Exception:  # there is none, or it cannot be read, of which `resume` speaks
+    except Exception:  # no checkpoint, or an unreadable one, which `resume` reports
         if device.type != "cpu":
             return True
     seconds = []
@@ -294,27 +326,28 @@ def faster_in_bf16(folder: Path, device: torch.device) -> bool:
 
 
 def facts_of(course: Course, settings: Settings) -> dict[str, Any]:
-    """What two runs must share for one to go on with the other's checkpoint."""
+    """Collects the facts that must be equal in a run and in the checkpoint from which it continues."""
     return {**asdict(settings), **course.facts, "options": dict(course.options), "processes": course.workers.count}
 
 
 def resume(course: Course, settings: Settings, optimizers: Optimizers, done: Progress, file: Path) -> None:
-    """Takes over a checkpoint, if there is one.
+    """Loads a checkpoint, if there is one, into the head, the optimizers and `done`.
 
     Raises:
-        TrainingError: it is damaged, or of another run.
+        TrainingError: the checkpoint is damaged, or belongs to another run.
     """
     if not file.exists():
         return
     try:
         content = torch.load(file, map_location=course.device, weights_only=True)
     except Exception:
-        raise TrainingError(f"{file} is damaged: delete it to begin anew") from None
+        raise TrainingError(f"{file} is damaged. Delete it to start again from the first step") from None
     content["facts"].setdefault("answers", "own")
     different = [key for key, value in facts_of(course, settings).items() if content["facts"].get(key) != value]
     if different:
         raise TrainingError(
-            f"{file} is of a run with another {' and '.join(different)}: give the same settings to go on, or another --out"
+            f"{file} belongs to a run with another {' and '.join(different)}: "
+            "give the same settings to continue, or another --out"
         )
     course.head.load_state_dict(content["head"])
     for optimizer, state in zip(optimizers, content["optimizers"], strict=True):

@@ -1,6 +1,6 @@
 """Losses of draft heads: pure functions, averaged over the positions that count.
 
-p is what the head gives, q the target's law, as everywhere here. Masks are 1 where a position counts.
+p is the head's distribution and q the target's. A mask is 1 at a position that counts and 0 elsewhere.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ _SMALL = 1e-5
 """Added to the number of positions, so that a batch without any has loss 0 (EAGLE's released code)."""
 
 _ROWS, _ROWS_ON_A_CARD = 128, 4096
-"""Rows whose logits are held at once: on a CPU they fit in its cache, a card is kept busy."""
+"""Number of rows whose logits are held at the same time. On a CPU they fit in its cache; on a GPU they keep it busy."""
 
 _NEVER = -1e30
-"""Log-probability of what cannot happen: finite, because the gradient through two infinities would not be a number."""
+"""Log-probability of an impossible event. It is finite, because the gradient through two infinities would be NaN."""
 
 IMPOSSIBLE = 1e20
-"""A loss above this is of labels that no path of the frames stands for."""
+"""A CTC loss above this value means that no path of the frames collapses to the labels."""
 
 
 def masked_mean(values: Float[Tensor, "*n"], mask: Float[Tensor, "*n"]) -> Float[Tensor, ""]:
-    """Mean of `values` where the mask is 1, or weighted by it."""
+    """Computes the mean of `values`, weighted by the mask."""
     return (values * mask).sum() / (mask.sum() + _SMALL)
 
 
 def cross_entropy(logits: Float[Tensor, "*n v"], labels: Int[Tensor, "*n"], mask: Float[Tensor, "*n"]) -> Float[Tensor, ""]:
-    """Mean of -log p(label).
+    """Computes the mean of -log p(label).
 
     Source: Medusa (arXiv 2401.10774), equation 1.
     """
@@ -43,7 +43,7 @@ def cross_entropy(logits: Float[Tensor, "*n v"], labels: Int[Tensor, "*n"], mask
 def soft_cross_entropy(
     logits: Float[Tensor, "*n v"], target_probs: Float[Tensor, "*n v"], mask: Float[Tensor, "*n"]
 ) -> Float[Tensor, ""]:
-    """Mean of -sum_x q(x) log p(x): the classification loss of EAGLE and FSPAD.
+    """Computes the mean of -sum_x q(x) log p(x), the classification loss of EAGLE and FSPAD.
 
     Source: EAGLE (arXiv 2401.15077), section 3.2; FSPAD (arXiv 2408.15562), released code.
     """
@@ -57,24 +57,28 @@ def distilled(
     target_weight: Float[Tensor, "w f"],
     mask: Float[Tensor, " n"],
 ) -> Float[Tensor, ""]:
-    """`soft_cross_entropy` of two linear output layers, some rows at a time: logits of all rows are never held at once,
-    and their gradient is made where they are.
+    """Computes `soft_cross_entropy` of two linear output layers, in chunks of rows to save memory.
+
+    The logits of all rows are never held at the same time. The forward pass computes the gradient of each chunk.
 
     Args:
-        states, weight: the draft's state and output layer, `weight` row for row of the same tokens as `target_weight`.
-        wanted: the target's state.
+        states: the draft head's states before its output layer.
+        weight: weight of the draft head's output layer. Row i belongs to the same token as row i of `target_weight`.
+        wanted: the target's states before its output layer.
+        target_weight: weight of the target's output layer, for the tokens that can be drafted.
+        mask: weight of each row.
     """
     return _Distilled.apply(states, weight, wanted, target_weight, mask) / (mask.sum() + _SMALL)
 
 
 def _parts(states: Tensor) -> Iterator[slice]:
-    """Some rows at a time."""
+    """Yields the chunks of rows that are computed together."""
     rows = _ROWS if states.device.type == "cpu" else _ROWS_ON_A_CARD
     return (slice(first, first + rows) for first in range(0, len(states), rows))
 
 
 class _Distilled(torch.autograd.Function):
-    """The sum over rows, with its gradient already made in the forward pass."""
+    """Sum of the cross-entropy over the rows. The forward pass already computes the gradient."""
 
     @staticmethod
     def forward(ctx: Any, *args: Tensor) -> Tensor:  # type: ignore[override]
@@ -103,7 +107,7 @@ class _Distilled(torch.autograd.Function):
 
 
 def log_probs(states: Float[Tensor, "n d"], weight: Float[Tensor, "w d"], ids: Int[Tensor, "n s"]) -> Float[Tensor, "n s"]:
-    """``log_softmax(states weight^T)`` at `ids`, some rows at a time."""
+    """Computes ``log_softmax(states weight^T)`` at `ids`, in chunks of rows to save memory."""
     found, log_sum = logits_at(states, weight, ids)
     return found - log_sum[:, None]
 
@@ -111,12 +115,16 @@ def log_probs(states: Float[Tensor, "n d"], weight: Float[Tensor, "w d"], ids: I
 def logits_at(
     states: Float[Tensor, "n d"], weight: Float[Tensor, "w d"], ids: Int[Tensor, "n s"]
 ) -> tuple[Float[Tensor, "n s"], Float[Tensor, " n"]]:
-    """``states weight^T`` at `ids`, and the log of the sum of the exponentials of all; some rows at a time."""
+    """Computes ``states weight^T`` at `ids`, in chunks of rows to save memory.
+
+    Returns:
+        The logits at `ids`, and the logsumexp over all logits of each row.
+    """
     return _LogitsAt.apply(states, weight, ids)
 
 
 class _LogitsAt(torch.autograd.Function):
-    """Keeps the probabilities in the dtype of the states, for the gradient is made of them."""
+    """Computes `logits_at`. It keeps the probabilities in the dtype of the states, for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -137,7 +145,7 @@ class _LogitsAt(torch.autograd.Function):
         states, output, ids, probs = ctx.saved_tensors
         to_states = torch.empty_like(states)
         to_weight = torch.zeros_like(output, dtype=grads[0].dtype) if ctx.needs_input_grad[1] else None
-        to_found, to_sum = (one.to(probs.dtype) for one in grads)
+        to_found, to_sum = (grad.to(probs.dtype) for grad in grads)
         for part in _parts(states):
             slope = (probs[part] * to_sum[part, None]).scatter_add_(1, ids[part], to_found[part])
             to_states[part] = slope @ output
@@ -153,31 +161,38 @@ def agreement(
     wanted: Float[Tensor, "n f"],
     target_weight: Float[Tensor, "w f"],
 ) -> dict[str, Float[Tensor, ""]]:
-    """Share of positions where ``states weight^T`` and ``wanted target_weight^T`` have the same likeliest token, and of sampled
-    drafts that would be accepted; some rows at a time."""
+    """Compares the draft logits ``states weight^T`` with the target logits ``wanted target_weight^T``, in chunks of rows.
+
+    Returns:
+        ``top1``: share of positions at which both have the same most likely token. ``acceptance``: probability that a sampled
+        draft is accepted, averaged over the positions. Empty if there are no positions.
+    """
     if not len(states):
         return {}
-    same, kept = [], []
+    same, accepted = [], []
     for part in _parts(states):
         logits, target_logits = F.linear(states[part], weight), F.linear(wanted[part], target_weight)
         same.append(logits.argmax(-1) == target_logits.argmax(-1))
-        kept.append(torch.minimum(logits.float().softmax(-1), target_logits.float().softmax(-1)).sum(-1))
-    return {"top1": torch.cat(same).float().mean(), "acceptance": torch.cat(kept).mean()}
+        accepted.append(torch.minimum(logits.float().softmax(-1), target_logits.float().softmax(-1)).sum(-1))
+    return {"top1": torch.cat(same).float().mean(), "acceptance": torch.cat(accepted).mean()}
 
 
 @torch.no_grad()
 def likeliest(
     states: Float[Tensor, "n d"], weight: Float[Tensor, "w d"], count: int
 ) -> tuple[Int[Tensor, "n m"], Float[Tensor, "n m"]]:
-    """The `count` likeliest tokens by ``softmax(states weight^T)``, and their probabilities among themselves; some rows at a
-    time."""
-    found = [F.linear(some, weight.to(some.dtype)).topk(count) for some in map(states.__getitem__, _parts(states))]
-    ids, logits = torch.cat([one.indices for one in found]), torch.cat([one.values for one in found])
+    """Finds the `count` most likely tokens by ``softmax(states weight^T)``, in chunks of rows to save memory.
+
+    Returns:
+        Their token ids, and their probabilities, normalised to sum to 1 over these tokens.
+    """
+    chunks = [F.linear(rows, weight.to(rows.dtype)).topk(count) for rows in map(states.__getitem__, _parts(states))]
+    ids, logits = torch.cat([chunk.indices for chunk in chunks]), torch.cat([chunk.values for chunk in chunks])
     return ids, logits.float().softmax(-1)
 
 
 def kl(logits: Float[Tensor, "*n v"], target_probs: Float[Tensor, "*n v"], mask: Float[Tensor, "*n"]) -> Float[Tensor, ""]:
-    """Mean of KL(q || p): `soft_cross_entropy` less the entropy of q, which has no gradient."""
+    """Computes the mean of KL(q || p): `soft_cross_entropy` minus the entropy of q, which has no gradient."""
     entropy = torch.special.entr(target_probs).sum(-1)
     return masked_mean(-(target_probs * logits.log_softmax(-1)).sum(-1) - entropy, mask)
 
@@ -185,12 +200,15 @@ def kl(logits: Float[Tensor, "*n v"], target_probs: Float[Tensor, "*n v"], mask:
 def total_variation(
     logits: Float[Tensor, "*n v"], target_probs: Float[Tensor, "*n v"], mask: Float[Tensor, "*n"]
 ) -> Float[Tensor, ""]:
-    """Mean of TV(p, q), which is 1 - the probability that a drafted token is accepted (Yin et al., Theorem 1)."""
+    """Computes the mean of TV(p, q), the probability that a drafted token is rejected.
+
+    Source: Yin et al. (arXiv 2411.00841), Theorem 1.
+    """
     return masked_mean((logits.softmax(-1) - target_probs).abs().sum(-1) / 2, mask)
 
 
 def smooth_l1(features: Float[Tensor, "*n d"], wanted: Float[Tensor, "*n d"], mask: Float[Tensor, "*n"]) -> Float[Tensor, ""]:
-    """Mean over positions of the mean over entries of SmoothL1 with beta 1: the regression loss of EAGLE and FSPAD.
+    """Computes the mean over positions of the mean over entries of SmoothL1 (beta 1), the regression loss of EAGLE and FSPAD.
 
     Source: EAGLE (arXiv 2401.15077), section 3.2.
     """
@@ -200,16 +218,18 @@ def smooth_l1(features: Float[Tensor, "*n d"], wanted: Float[Tensor, "*n d"], ma
 def ctc(
     logprobs: Float[Tensor, "n t w"], labels: Int[Tensor, "n s"], lengths: Int[Tensor, " n"], blank: int
 ) -> Float[Tensor, " n"]:
-    """-log P(labels), summed over all paths of t frames that collapse to them (repeats merged, then blanks dropped).
+    """Computes -log P(labels): P sums over all paths of t frames that collapse to the labels.
+
+    A path collapses when its repeats are merged and then its blanks are dropped. The recursion is
 
     ``alpha_t(s) = P_t(y'_s) (alpha_{t-1}(s) + alpha_{t-1}(s - 1) + [y'_s is no blank and not y'_{s-2}] alpha_{t-1}(s - 2))``
     on y' = (blank, y_1, blank, ..., y_s, blank), and P = alpha_T(last) + alpha_T(last but one).
 
     Args:
-        lengths: how many of each row's labels count, 0 or more.
+        lengths: number of labels of each row that count, 0 or more.
 
     Returns:
-        One loss a row; 1e30 or so where no path of t frames collapses to the labels.
+        One loss per row, about 1e30 where no path of t frames collapses to the labels.
 
     Source: Graves et al. 2006, Connectionist Temporal Classification, section 4.1.
     """
@@ -218,7 +238,12 @@ def ctc(
 
 
 def ctc_of(emitted: Float[Tensor, "n t _"], labels: Int[Tensor, "n s"], lengths: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """`ctc` from the log-probabilities of each row's own labels and, last, of the blank: nothing else enters it."""
+    """Computes `ctc` from the log-probabilities that it needs.
+
+    Args:
+        emitted: log-probabilities in each frame of the row's own labels and, in the last column, of the blank.
+        labels, lengths: as for `ctc`.
+    """
     *_, alpha = _walk(emitted, labels)
     last = 2 * lengths[:, None]
     ends = torch.cat([alpha.gather(1, last), alpha.gather(1, (last - 1).clamp(min=0)).masked_fill(last == 0, _NEVER)], dim=1)
@@ -231,14 +256,16 @@ def ctc_prefixes(
     lasts: Int[Tensor, "n s m"],
     said: Float[Tensor, "n t s m"],
 ) -> Float[Tensor, "n s m"]:
-    """-log of the probability that what the frames collapse to *begins* with the first k labels and then one of `lasts[k]`,
-    whatever follows.
+    """Computes -log of the probability of prefixes of the collapsed frames.
 
-    A prefix is complete in the frame in which its last token is said first; what the later frames say is free. This is the
-    probability by which drafts are chosen, and that the first k + 1 drafted tokens are those.
+    Prefix (k, m) consists of the first k labels and then the token ``lasts[k, m]``. Any tokens may follow it. A prefix is
+    complete in the frame that first emits its last token, and the later frames are free. Drafts are chosen by this
+    probability: it is the probability that the first k + 1 drafted tokens are the prefix.
 
     Args:
         emitted: as for `ctc_of`.
+        labels: the labels of each row.
+        lasts: candidates for the last token of each prefix.
         said: log-probabilities of `lasts`, in every frame.
     """
     repeats = lasts == F.pad(labels, (1, 0), value=-1)[:, :-1, None]
@@ -252,7 +279,7 @@ def ctc_prefixes(
 
 
 def _walk(emitted: Float[Tensor, "n t _"], labels: Int[Tensor, "n s"]) -> Iterator[Tensor]:
-    """Frame by frame, log alpha of all states of ``(blank, y_1, blank, ..., y_s, blank)``."""
+    """Yields for each frame log alpha of all states of ``(blank, y_1, blank, ..., y_s, blank)``."""
     count, size = labels.shape
     skips = torch.zeros(count, 2 * size + 1, dtype=torch.bool, device=labels.device)
     skips[:, 3::2] = labels[:, 1:] != labels[:, :-1]

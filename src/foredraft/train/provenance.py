@@ -1,4 +1,4 @@
-"""What is told about a finished run: where a head's weights come from, and how its losses fell."""
+"""The record of a finished training run: the origin of a head's weights, and the plot of its losses."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from foredraft.train.loop import Course, Progress, Settings
 
 
 def provenance(course: Course, settings: Settings, done: Progress, head: torch.nn.Module) -> dict[str, Any]:
-    """Everything needed to say where the weights come from and how good they are on the held-out part."""
+    """Collects the origin of the weights (command, data, settings, versions) and their last held-out metrics."""
     import transformers
 
     return {
         "command": "foredraft " + " ".join(sys.argv[1:]),
         "method": course.facts["method"],
-        "parameters": sum(one.numel() for one in head.parameters()),
+        "parameters": sum(parameter.numel() for parameter in head.parameters()),
         "data": course.facts["data"],
         "answers": course.facts["answers"],
         "recipe": dict(course.options),
@@ -37,12 +37,12 @@ def provenance(course: Course, settings: Settings, done: Progress, head: torch.n
 
 
 def curves_of(done: Progress, method: str, figure: Any) -> None:
-    """Draws the losses and what is reported beside them, over the steps."""
+    """Plots the losses (left) and the other metrics (right) of the history against the step."""
     names = [name for name in done.history[-1] if name not in ("step", "token_passes")]
     losses = [name for name in names if "loss" in name]
     others = [name for name in names if name not in losses]
-    for axes, some in zip(figure.subplots(1, 2), (losses, others), strict=True):
-        for name in some:
+    for axes, plotted in zip(figure.subplots(1, 2), (losses, others), strict=True):
+        for name in plotted:
             axes.plot([row["step"] for row in done.history], [row.get(name) for row in done.history], label=name)
         axes.set_xlabel("step")
         axes.legend(fontsize=7)

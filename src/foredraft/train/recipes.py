@@ -1,12 +1,14 @@
-"""What each method learns from: RECIPES names for every head its loss and its usual settings.
+"""Training recipes of the methods: RECIPES holds the loss and the default settings of every head.
 
-Rows of a batch are aligned as the heads see them at work, see `foredraft.drafters.heads`: pair j is (token j + 1, feature j).
+The rows of a batch are aligned as in decoding, see `foredraft.drafters.heads`: pair j is (token j + 1, feature j).
 
     pair                  0      1      2
     token                 t1     t2     t3
     feature               f0     f1     f2
-    foretold feature      f1     f2     f3
-    foretold token        t2     t3     t4     whose law is that of the target's head after the foretold feature
+    predicted feature     f1     f2     f3
+    predicted token       t2     t3     t4
+
+The target's output layer, applied to the predicted feature, gives the distribution of the predicted token.
 """
 
 from __future__ import annotations
@@ -26,11 +28,19 @@ from foredraft.train.batches import Batch
 from foredraft.train.frozen import Frozen
 
 NOISE, NOISE_LENGTH = 0.2, 512
-"""Uniform noise on input features, of this width at this length of text (EAGLE's and FSPAD's released code)."""
+"""Width of the uniform noise on input features, and the text length at which it applies (EAGLE's and FSPAD's released code).
+
+The width is inversely proportional to the length of the text.
+"""
 
 
 class Learned(NamedTuple):
-    """The loss of a batch, and what is reported beside it, as means over its positions."""
+    """Result of a recipe on a batch.
+
+    Attributes:
+        loss: the loss to minimise.
+        figures: other metrics, as means over the positions of the batch.
+    """
 
     loss: Float[Tensor, ""]
     figures: Mapping[str, Float[Tensor, ""]]
@@ -38,11 +48,15 @@ class Learned(NamedTuple):
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a loss is computed from.
+    """Input of a recipe.
 
     Attributes:
-        generator: of whatever is random in this batch; its seed depends on the step alone. None while evaluating.
-        options: of the recipe.
+        head: the head that is trained.
+        batch: the texts with the target's features.
+        frozen: the target's embedding and output layer.
+        rotary: rotary tables of the head's layer.
+        options: options of the recipe.
+        generator: source of all randomness in this batch. None during evaluation, in which nothing is random.
     """
 
     head: Any
@@ -54,14 +68,17 @@ class Lesson:
 
 
 def recurrent(lesson: Lesson) -> Learned:
-    """EAGLE, FSPAD and EAGLE-3: regression on the next feature and classification by the target's law, over `unroll` runs
-    that are fed with the head's own features.
+    """Computes the loss of EAGLE, FSPAD and EAGLE-3.
 
-    ``sum_s decay^s (regression SmoothL1(foretold, f) + classification CE(target's law, draft law))``
+    It adds regression on the next feature and classification against the target's distribution. Both are summed over `unroll`
+    runs. Each run after the first reads the head's own features of the run before.
+
+    ``sum_s decay^s (regression SmoothL1(predicted, f) + classification CE(target_probs, draft_probs))``
+
+    The option `ctc` weighs a sequence-level term, which the released code of the CTC-based drafter adds.
 
     Source: EAGLE (arXiv 2401.15077), section 3.2; FSPAD (arXiv 2408.15562) and its released code; EAGLE-3 (arXiv 2503.01840),
-    section 3.2.
-    The sequence-level term with weight `ctc` is that of the released code of the CTC-based drafter (arXiv 2412.00061).
+    section 3.2; for the term `ctc`: the released code of the CTC-based drafter (arXiv 2412.00061).
     """
     head, batch, options = lesson.head, lesson.batch, lesson.options
     feature = head.fuse(_noisy(batch.features[:, :-1], lesson))
@@ -90,19 +107,24 @@ def recurrent(lesson: Lesson) -> Learned:
 
 
 def medusa(lesson: Lesson) -> Learned:
-    """Medusa's heads: cross-entropy of each with the token so many places on, weighted ``decay^k``; see `_labelled`.
+    """Computes the loss of Medusa, the sum of its heads' cross-entropies.
+
+    Head k predicts the token k + 1 places after the root. Its cross-entropy is weighted ``decay^k``. With `soft_labels`, the
+    target's most likely tokens at that place are the labels, see `_labelled`.
 
     Source: Medusa (arXiv 2401.10774), section 2.2.1.
     """
     batch, head = lesson.batch, lesson.head
     mask = _shifted(batch.answer, 2, to=batch.ids.shape[1] - 1)
     features = batch.features[:, :-1][mask]
-    slots = [(block(features), one.weight) for block, one in zip(head.blocks, head.lm_heads, strict=True)]
+    slots = [(block(features), lm_head.weight) for block, lm_head in zip(head.blocks, head.lm_heads, strict=True)]
     return _spelled(lesson, slots, _labelled(lesson, mask.nonzero(as_tuple=True), len(slots), features.dtype))
 
 
 def hydra(lesson: Lesson) -> Learned:
-    """Hydra's heads: the target's law at every depth of the text itself, all weighted alike.
+    """Computes the loss of Hydra: the mean over the heads of the cross-entropy with the target's distribution.
+
+    Head i reads the tokens of the text up to depth i and learns the target's distribution after them.
 
     Source: Hydra (arXiv 2402.05109), section 4 (teacher loss alone).
     """
@@ -124,12 +146,17 @@ def hydra(lesson: Lesson) -> Learned:
 
 
 def ctc(lesson: Lesson) -> Learned:
-    """The CTC-based drafter: -log of the probability that the slots collapse to the next `labels` tokens or, with `prefixes`,
-    the mean of those that what they collapse to begins with the next one, two, ... of them, the last of which is any of
-    `_labelled`; without a blank, cross-entropy of slot k with token k. `regression` weighs SmoothL1 of slot k's state with
-    the target's feature before token k, and of every pair's own with that before the next token.
+    """Computes the loss of the CTC-based drafter and of the parallel drafter.
 
-    Slots are filled behind a share `anchors` of the pairs of each text, drawn anew in every step.
+    Without `prefixes` it is -log of the probability that the slots collapse to the next `labels` tokens. With `prefixes` it is
+    the mean of -log of the probabilities that the collapsed slots begin with the next 1, 2, ... tokens. The last token of each
+    prefix is then a soft label, see `_labelled`. A head without a blank (the parallel drafter) uses the cross-entropy of slot
+    k with token k.
+
+    The option `regression` weighs SmoothL1 of slot k's state against the target's feature before token k, and of every pair's
+    state against the target's feature before the next token.
+
+    Slots follow a share `anchors` of the pairs of each text. The pairs are drawn anew in every step.
 
     Source: Wen, Gui, Feng 2024 (arXiv 2412.00061), section 3.2.
     """
@@ -138,7 +165,7 @@ def ctc(lesson: Lesson) -> Learned:
     anchors = _anchors(mask, lesson)
     pairs = frozen.embed(batch.ids[:, 1:]), batch.features[:, :-1]
     entries = head.enter(*pairs)
-    later = head.enter_ahead(*(one.take_along_dim(anchors[..., None], 1) for one in pairs)).flatten(1, 2)
+    later = head.enter_ahead(*(rows.take_along_dim(anchors[..., None], 1) for rows in pairs)).flatten(1, 2)
     attend = with_slots(lesson.rotary, entries.shape[1], anchors, head.num_slots - 1)
     paired, out = head(torch.cat([entries, later], dim=1), attend).split([entries.shape[1], later.shape[1]], dim=1)
     chosen = mask.gather(1, anchors)
@@ -150,14 +177,14 @@ def ctc(lesson: Lesson) -> Learned:
     labels, there = following.tokens, following.there
     regression = torch.zeros((), device=states.device)
     if lesson.options["regression"]:
-        some = states[:, :count].float()  # labels may be fewer than slots, or more
-        places = anchors[chosen][:, None] + 1 + torch.arange(some.shape[1], device=rows.device)
+        labelled = states[:, :count].float()  # there may be fewer labels than slots, or more
+        places = anchors[chosen][:, None] + 1 + torch.arange(labelled.shape[1], device=rows.device)
         wanted = batch.final[rows[:, None], places.clamp(max=batch.ids.shape[1] - 1)]
-        behind = losses.smooth_l1(some, wanted, there[:, : some.shape[1]].float())
+        behind = losses.smooth_l1(labelled, wanted, there[:, : labelled.shape[1]].float())
         every = losses.smooth_l1(paired.float(), _shifted(batch.final, 1), mask.float())
         regression = lesson.options["regression"] * (behind + every)
     if head.blank is None:
-        learned = _spelled(lesson, [(one, frozen.weight) for one in states.unbind(1)], following)
+        learned = _spelled(lesson, [(slot, frozen.weight) for slot in states.unbind(1)], following)
         return learned._replace(loss=learned.loss + regression)
     ids = torch.cat([labels, following.likely.flatten(1)], dim=1)[:, None].expand(-1, head.num_slots, -1)
     found, log_sum = losses.logits_at(states.flatten(0, 1), frozen.weight, ids.flatten(0, 1))
@@ -183,7 +210,11 @@ def ctc(lesson: Lesson) -> Learned:
 def _shifted(
     values: Float[Tensor, "b t *d"] | Int[Tensor, "b t"] | Bool[Tensor, "b t"], by: int, to: int | None = None
 ) -> Tensor:
-    """``out[:, j] = values[:, j + by]``, zero beyond the end; as long as there are pairs."""
+    """Shifts values along the text: ``out[:, j] = values[:, j + by]``, zero beyond the end.
+
+    Args:
+        to: length of the result; None: t - 1, the number of pairs.
+    """
     length = values.shape[1] - 1 if to is None else to
     out = values.new_zeros(values.shape[0], length, *values.shape[2:])
     part = values[:, by : by + length]
@@ -205,10 +236,11 @@ def _classified(
     token_ids: Int[Tensor, " w"] | None,
     wanted: Float[Tensor, "n f"],
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """Soft cross-entropy with the target's law, over the tokens `token_ids` where only those can be drafted, and, while
-    evaluating, the agreement with it.
+    """Computes the soft cross-entropy with the target's distribution and, during evaluation, the `agreement` with it.
 
-    A position whose likeliest token cannot be drafted is left out, as in EAGLE-3.
+    Args:
+        token_ids: the tokens that can be drafted; None: all tokens. A position whose most likely token cannot be drafted is
+            left out, as in EAGLE-3.
     """
     target_weight, known = lesson.frozen.weight, wanted.new_ones(len(wanted))
     if token_ids is not None:
@@ -223,7 +255,11 @@ def _spelled(
     slots: Sequence[tuple[Float[Tensor, "n d"], Float[Tensor, "v d"]]],
     following: Following,
 ) -> Learned:
-    """Cross-entropy of slot k, a state and its output layer, with label k; weighted ``decay^k``."""
+    """Computes the cross-entropy of slot k with label k, weighted ``decay^k``.
+
+    Args:
+        slots: the states and the output layer's weight of each slot.
+    """
     total, figures = torch.zeros((), device=following.tokens.device), {}
     for k, (states, weight) in enumerate(slots):
         there = following.there[:, k]
@@ -236,7 +272,7 @@ def _spelled(
 
 
 def _anchors(mask: Bool[Tensor, "b p"], lesson: Lesson) -> Int[Tensor, "b a"]:
-    """Pairs to draft behind, drawn among those of answers; evenly spread while evaluating."""
+    """Chooses the pairs that slots follow, among the pairs of answers: at random, or spread evenly during evaluation."""
     count = max(1, round(lesson.options["anchors"] * mask.shape[1]))
     if lesson.generator is None:
         order = -torch.arange(mask.shape[1], device=mask.device).expand_as(mask).mul(7919).remainder(mask.shape[1]).float()
@@ -246,11 +282,13 @@ def _anchors(mask: Bool[Tensor, "b p"], lesson: Lesson) -> Int[Tensor, "b a"]:
 
 
 class Following(NamedTuple):
-    """The next answer tokens behind the roots of some pairs, and what else might have stood in the place of each.
+    """The labels of n pairs: the next k answer tokens after each pair's root, and m soft labels for each of them.
 
     Attributes:
-        there: which of the tokens there are.
-        likely, shares: the target's likeliest tokens in each place, and their probabilities among themselves.
+        tokens: the answer tokens.
+        there: whether the token exists; false after the end of the answer.
+        likely: the target's most likely tokens at each place.
+        shares: their probabilities, normalised to sum to 1 over these tokens.
     """
 
     tokens: Int[Tensor, "n k"]
@@ -260,11 +298,13 @@ class Following(NamedTuple):
 
 
 def _labelled(lesson: Lesson, pairs: tuple[Int[Tensor, " n"], ...], count: int, dtype: torch.dtype) -> Following:
-    """The next `count` answer tokens behind the root of each pair; `soft_labels` of the target's law stand beside each, or
-    else (and where whole sequences are learned) the token itself alone.
+    """Returns the next `count` answer tokens after the root of each pair.
+
+    The option `soft_labels` adds that many of the target's most likely tokens at each place. The token itself is the only
+    label if the option is 0 or if the head learns whole sequences (`prefixes` is false).
 
     Args:
-        pairs: text and place of each.
+        pairs: number of the text, and place in it, of each pair.
     """
     batch, soft = lesson.batch, lesson.options["soft_labels"] if lesson.options.get("prefixes", True) else 0
     rows, places = pairs[0][:, None], pairs[1][:, None] + 2 + torch.arange(count, device=batch.ids.device)
@@ -274,15 +314,17 @@ def _labelled(lesson: Lesson, pairs: tuple[Int[Tensor, " n"], ...], count: int, 
     if not soft:
         return Following(tokens, there, tokens[..., None], torch.ones(*tokens.shape, 1, device=tokens.device))
     before, weight = batch.final[rows, places - 1].flatten(0, 1).to(dtype), lesson.frozen.weight
-    likely, shares = (one.unflatten(0, tokens.shape) for one in losses.likeliest(before, weight, min(soft, len(weight))))
+    likely, shares = (rows.unflatten(0, tokens.shape) for rows in losses.likeliest(before, weight, min(soft, len(weight))))
     return Following(tokens, there, likely, shares)
 
 
 def _over_positions(
     head: Any, scored: Float[Tensor, "b p d"], likeliest: Int[Tensor, " n"], mask: Bool[Tensor, "b p"], lesson: Lesson
 ) -> Float[Tensor, ""]:
-    """CTC over six positions of the text, the target's likeliest three tokens as labels, token 0 as blank: a regulariser of
-    EAGLE."""
+    """Computes CTC over six positions of the text, as a regulariser of EAGLE.
+
+    The labels are the target's most likely tokens at the first three positions. Token 0 is the blank.
+    """
     frames, count = 6, 3
     best = torch.zeros(mask.shape, dtype=torch.long, device=mask.device)
     best[mask] = likeliest
@@ -302,9 +344,9 @@ class Recipe:
     """How a method is trained.
 
     Attributes:
-        learn: its loss.
-        options: of the loss, with their usual values.
-        lr: peak learning rate.
+        learn: function that computes the loss.
+        options: options of the loss, with their default values.
+        lr: default peak learning rate.
     """
 
     learn: Callable[[Lesson], Learned]
@@ -313,15 +355,15 @@ class Recipe:
 
 
 def check(options: Mapping[str, Any]) -> None:
-    """Looks at a recipe's options before anything is made.
+    """Checks the options of a recipe.
 
     Raises:
-        ValueError: one of them cannot be.
+        ValueError: an option is out of range.
     """
     if not 0 < options.get("anchors", 1) <= 1:
-        raise ValueError(f"anchors is a share of the places, above 0 and at most 1, got {options['anchors']}")
+        raise ValueError(f"anchors must be a share of the positions, above 0 and at most 1, got {options['anchors']}")
     if options.get("soft_labels", 0) < 0:
-        raise ValueError(f"soft_labels must be at least 0 (0: the text's own tokens), got {options['soft_labels']}")
+        raise ValueError(f"soft_labels must be at least 0 (0: the tokens of the text), got {options['soft_labels']}")
 
 
 _RECURRENT = {"regression": 1.0, "classification": 0.1, "unroll": 1, "decay": 0.8, "noise": NOISE, "ctc": 0.0}

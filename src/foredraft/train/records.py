@@ -1,7 +1,8 @@
-"""Conversations from the records of JSON Lines files: OpenAI messages, ShareGPT conversations, instructions, questions, trees.
+"""Conversations from the records of JSON Lines files.
 
-A record is read, not judged: every turn, tool call and list of tools is kept as the file has it. Only the names of keys and of
-well-known roles are changed to those that chat templates use.
+Known shapes are OpenAI messages, ShareGPT conversations, instructions, questions and conversation trees. Every turn, tool call
+and list of tools is kept as the file has it. Only the names of keys and of well-known roles are changed to the names that chat
+templates use.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _ROLES = {
     **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "bing", "bard", "function_call", "tool_call"), "assistant"),
     **dict.fromkeys(("observation", "function_response", "tool_response"), "tool"),
 }
-"""Roles of well-known files, in lower case. All others are passed to the template as they are."""
+"""Role names of well-known files, in lower case, and their standard names. Other roles are passed to the template unchanged."""
 
 _ROLE_KEYS = ("role", "from", "speaker")
 _TEXT_KEYS = ("content", "value", "utterance", "text")
@@ -27,22 +28,23 @@ _ANSWER_KEYS = ("response", "output", "answer", "completion")
 _CALLS = ("tool_calls", "function_call")
 
 _MEDIA = {name: name.rstrip("s") for name in ("image", "images", "audio", "audios", "video", "videos")}
-"""Keys of a record that hold what no text model reads, and how they are named."""
+"""Keys of a record that hold images, audio or video, and their names in messages. A text model cannot read them."""
 
 Message = dict[str, Any]
-"""As chat templates take it; `content` is absent, a text, or a list of ``{"type": "text", "text": ...}``."""
+"""A message for a chat template. `content` is absent, a text, or a list of ``{"type": "text", "text": ...}``."""
 
 
 class CannotUse(Exception):
-    """A conversation cannot be used; the message says why, in words that follow a number of conversations."""
+    """A conversation cannot be used. The message is the reason, worded to follow a count: "3 with image parts"."""
 
 
 class Conversation(NamedTuple):
-    """What a chat template renders.
+    """A conversation that a chat template can render.
 
     Attributes:
+        messages: the messages, in order.
         tools: descriptions of the tools, as the record has them.
-        unused: what the record holds beyond the messages, in words that follow a number of conversations.
+        unused: description of a part of the record that is not used, worded to follow a count; None if all is used.
     """
 
     messages: list[Message]
@@ -51,33 +53,33 @@ class Conversation(NamedTuple):
 
     @property
     def question(self) -> str | None:
-        """Text of the first user turn."""
+        """Text of the first user turn; None if there is none."""
         return next((text_of(message) for message in self.messages if message["role"] == "user"), None)
 
 
 def text_of(message: Message) -> str:
-    """The text of a message; parts are joined by line ends."""
+    """Returns the text of a message. Parts are joined by line ends."""
     content = message.get("content", "")
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
 def conversations_of(record: Mapping[str, Any]) -> list[Conversation]:
-    """The conversations of one record, with the answers that it holds.
+    """Reads the conversations of one record, with the answers that it holds.
 
     Raises:
-        CannotUse: it holds images or the like, or a tool call that cannot be read.
-        ValueError: its shape is unknown; the message says what was found.
+        CannotUse: the record holds images, audio or video, or a tool call that cannot be read.
+        ValueError: the shape of the record is unknown. The message describes it.
     """
     for key, kind in _MEDIA.items():
         if record.get(key):
             raise CannotUse(f"with {kind} parts")
     tools = _tools(record)
     before = [{"role": "system", "content": record[key]} for key in ("system", "system_prompt") if _is_text(record.get(key))]
-    return [one._replace(messages=[*before, *one.messages], tools=tools) for one in _shaped(record)]
+    return [found._replace(messages=[*before, *found.messages], tools=tools) for found in _shaped(record)]
 
 
 def _shaped(record: Mapping[str, Any]) -> Iterator[Conversation]:
-    """The conversations of a record, without its system text and its tools."""
+    """Yields the conversations of a record, without its system text and its tools."""
     for key in _LISTS:
         if isinstance(record.get(key), list):
             yield _listed(record[key], record)
@@ -95,7 +97,7 @@ def _shaped(record: Mapping[str, Any]) -> Iterator[Conversation]:
         yield from _tree(record["prompt"])
     else:
         known = f"{', '.join(_LISTS)}, instruction, question or prompt"
-        raise ValueError(f"a record has the keys {', '.join(list(record)[:6])}, of which none is {known}")
+        raise ValueError(f"a record has the keys {', '.join(list(record)[:6])}, and none of them is {known}")
 
 
 def _is_text(value: Any) -> bool:
@@ -108,7 +110,7 @@ def _pair(question: str, answer: str | None) -> list[Message]:
 
 
 def _answers(record: Mapping[str, Any]) -> list[str | None]:
-    """The answers to a record's question; None alone if it has none."""
+    """Returns the answers to a record's question, or a single None if it has no answer."""
     texts = [record[key] for key in _ANSWER_KEYS if isinstance(record.get(key), str)][:1]
     results = record["results"] if isinstance(record.get("results"), list) else []
     for result in results:  # a report of sampled answers
@@ -118,7 +120,7 @@ def _answers(record: Mapping[str, Any]) -> list[str | None]:
 
 
 def _instructed(record: Mapping[str, Any]) -> Iterator[Conversation]:
-    """An instruction with its input, once for every instance; earlier pairs of `history` stand before it."""
+    """Yields a conversation per instance of an instruction, with its input, after the earlier pairs of `history`."""
     history = record["history"] if isinstance(record.get("history"), list) else []
     before = [message for question, answer in history for message in _pair(question, answer)]
     instances = record["instances"] if isinstance(record.get("instances"), list) else [record]
@@ -132,25 +134,25 @@ def _joined(*parts: str) -> str:
 
 
 def _listed(messages: Sequence[Any], record: Mapping[str, Any]) -> Conversation:
-    """A list of messages. A list of plain strings holds the user's alone; `choices` may hold the answers."""
+    """Reads a list of messages. A list of plain strings holds only the user's turns; `choices` may hold the answers."""
     if all(isinstance(message, str) for message in messages):
         choices = record.get("choices")
         answers = choices[0].get("turns") if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
         if isinstance(answers, list) and len(answers) == len(messages):
-            return Conversation([one for pair in zip(messages, answers, strict=True) for one in _pair(*pair)])
-        unused = "with more questions than the first, which alone is asked" if len(messages) > 1 else None
+            return Conversation([message for pair in zip(messages, answers, strict=True) for message in _pair(*pair)])
+        unused = "with several questions and no answers: only the first question is asked" if len(messages) > 1 else None
         return Conversation(_pair(messages[0], None) if messages else [], unused=unused)
     return Conversation([_message(message) for message in messages])
 
 
 def _message(given: Any) -> Message:
-    """A message with the keys and roles that templates use; keys without a value are dropped, as Transformers does."""
+    """Reads a message, with the keys and roles that templates use. Keys without a value are dropped, as Transformers does."""
     if not isinstance(given, dict):
-        raise ValueError(f"a message is a {type(given).__name__}, not an object with a role and a content")
+        raise ValueError(f"a message is of type {type(given).__name__}, not an object with a role and a content")
     role_key = next((key for key in _ROLE_KEYS if _is_text(given.get(key))), None)
     text_key = next((key for key in _TEXT_KEYS if key in given), None)
     if role_key is None or (text_key is None and not any(key in given for key in _CALLS)):
-        raise ValueError(f"a message has the keys {', '.join(list(given)[:6])}: it lacks a role or a content")
+        raise ValueError(f"a message has the keys {', '.join(list(given)[:6])}, but no role or no content")
     role = _role(str(given[role_key]), is_speaker=role_key == "speaker")
     dropped = {role_key, text_key, *_CALLS}
     kept = {key: value for key, value in given.items() if key not in dropped and value is not None}
@@ -163,17 +165,18 @@ def _message(given: Any) -> Message:
 
 
 def _role(name: str, *, is_speaker: bool = False) -> str:
-    """The role that templates know by a name; the speaker SYSTEM of a dialogue corpus is the assistant."""
+    """Returns the standard name of a role. The speaker SYSTEM of a dialogue corpus is the assistant."""
     if name == "SYSTEM":
         return "assistant" if is_speaker else "system"
     return _ROLES.get(name.lower(), name)
 
 
 def _content(content: Any, role: str) -> str | list[dict[str, str]] | None:
-    """A text, a list of text parts, or None.
+    """Reads the content of a message: a text, a list of text parts, or None.
 
     Raises:
-        CannotUse: a part is no text.
+        CannotUse: a part is not text.
+        ValueError: the content has another type.
     """
     if content is None or isinstance(content, str):
         return content
@@ -183,7 +186,7 @@ def _content(content: Any, role: str) -> str | list[dict[str, str]] | None:
         return [_part(part) for part in content]
     if role in ("tool", "function"):
         return json.dumps(content, ensure_ascii=False)
-    raise ValueError(f"the content of a message is a {type(content).__name__}, neither a text nor a list of parts")
+    raise ValueError(f"the content of a message is of type {type(content).__name__}, neither a text nor a list of parts")
 
 
 def _is_part(part: Any) -> bool:
@@ -202,21 +205,21 @@ def _part(part: str | Mapping[str, Any]) -> dict[str, str]:
 
 
 def _calls(given: Mapping[str, Any]) -> list[Any]:
-    """The tool calls of a message; the older `function_call` is a tool call by another name."""
+    """Returns the tool calls of a message. The older key `function_call` holds one tool call."""
     calls = given.get("tool_calls") or []
     if not isinstance(calls, list):
-        raise ValueError(f"tool_calls is a {type(calls).__name__}, not a list")
+        raise ValueError(f"tool_calls is of type {type(calls).__name__}, not a list")
     old = given.get("function_call")
     return [*calls, {"type": "function", "function": old}] if isinstance(old, dict) else calls
 
 
 def _spelled_calls(value: Any) -> list[Any]:
-    """Tool calls that are written as JSON in the text of a turn, as ShareGPT files have them."""
-    found = _json(value, "with a tool call that is no JSON")
-    calls = found if isinstance(found, list) else [found]
+    """Reads tool calls that are written as JSON in the text of a turn, as in ShareGPT files."""
+    parsed = _json(value, "with a tool call that is not JSON")
+    calls = parsed if isinstance(parsed, list) else [parsed]
     if not all(isinstance(call, dict) and "name" in call for call in calls):
         raise CannotUse("with a tool call without a name")
-    return [{"type": "function", "function": {"name": one["name"], "arguments": one.get("arguments", {})}} for one in calls]
+    return [{"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}} for call in calls]
 
 
 def _json(value: Any, complaint: str) -> Any:
@@ -227,17 +230,17 @@ def _json(value: Any, complaint: str) -> Any:
 
 
 def _tools(record: Mapping[str, Any]) -> list[Any] | None:
-    """The tools of a record, which some files write as JSON in a text; the older `functions` are wrapped as tools are."""
-    tools = _json(record.get("tools") or None, "with a list of tools that is no JSON")
+    """Returns the tools of a record; some files write them as JSON in a text. The older key `functions` is converted."""
+    tools = _json(record.get("tools") or None, "with a list of tools that is not JSON")
     if not tools and isinstance(record.get("functions"), list):
-        tools = [{"type": "function", "function": one} for one in record["functions"]]
+        tools = [{"type": "function", "function": function} for function in record["functions"]]
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise ValueError(f"tools is a {type(tools).__name__}, not a list of objects")
+        raise ValueError(f"tools is of type {type(tools).__name__}, not a list of objects")
     return tools or None
 
 
 def _tree(root: Mapping[str, Any]) -> Iterator[Conversation]:
-    """Every path of a conversation tree down to an answer or to a leaf."""
+    """Yields every path of a conversation tree from the root to an answer or a leaf."""
     stack: list[tuple[Mapping[str, Any], list[Message]]] = [(root, [])]
     while stack:
         node, before = stack.pop()

@@ -1,7 +1,8 @@
-"""Conversations in the target's own chat format: its chat template decides every token, and what is learned from.
+"""Conversations rendered by the target's chat template. The template decides every token and the mask of the answers.
 
-A template may ignore what it does not know. Nothing would show it, so a conversation is rendered a second time with that part
-changed: if the text stays the same, the template ignores it, and the conversation is not used.
+A template silently ignores the parts of a conversation that it does not know. To notice this, each conversation is rendered a
+second time with such a part changed. If the text stays the same, the template ignores the part, and the conversation is not
+used.
 """
 
 from __future__ import annotations
@@ -16,23 +17,28 @@ from foredraft.train.records import CannotUse, Conversation, Message, text_of
 _MARKERS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 _PROBE = "foredraft-probe"
-"""A text that no conversation holds."""
+"""A text that occurs in no conversation."""
 
 _TOOLS = [{"type": "function", "function": {"name": "f", "description": "f", "parameters": {"type": "object"}}}]
-"""A list of tools, for which some tokenizers have a template of its own."""
+"""A list of tools. Some tokenizers have a separate template for conversations with tools."""
 
-_NO_MASK = "with earlier turns that the template renders in another way once more turns follow (no mask)"
+_NO_MASK = "with earlier turns that the template renders differently when more turns follow (no mask)"
 
 
 class Rendered(NamedTuple):
-    """Token ids of a conversation, and which of them its assistant turns are."""
+    """A rendered conversation.
+
+    Attributes:
+        ids: token ids.
+        mask: whether each token belongs to an assistant turn.
+    """
 
     ids: list[int]
     mask: list[bool]
 
 
 class Renderer:
-    """Renders conversations by the template of a tokenizer; without a template, the last question as plain text.
+    """Renders conversations with a tokenizer's chat template. Without a template, the last question is rendered as plain text.
 
     Attributes:
         has_template: whether the tokenizer has a chat template.
@@ -44,7 +50,7 @@ class Renderer:
         self._known: dict[str, str] = {}
 
     def prompt(self, conversation: Conversation) -> list[int]:
-        """The prompt that asks for the next assistant turn.
+        """Renders the prompt for the next assistant turn, as token ids.
 
         Raises:
             CannotUse: the template refuses the conversation, or ignores a part of it.
@@ -57,13 +63,13 @@ class Renderer:
         return self._encode(text)
 
     def given(self, conversation: Conversation) -> Rendered:
-        """The whole conversation, with the template's mask for every assistant turn.
+        """Renders the whole conversation, with a mask of all assistant turns.
 
-        The mask is that of the template's ``{% generation %}`` markers. Without markers, an assistant turn is what follows the
-        prompt that asks for it, up to the end of the conversation cut after it.
+        The mask comes from the template's ``{% generation %}`` markers. Without markers, each assistant turn is located by two
+        renderings: the prompt for the turn, and the conversation up to and including the turn. The turn is the difference.
 
         Raises:
-            CannotUse: see `prompt`; or no mask can be taken.
+            CannotUse: the template refuses the conversation or ignores a part of it, or the mask cannot be found.
         """
         conversation = self._prepared(conversation)
         text = self._checked(conversation, generation=False)
@@ -76,7 +82,7 @@ class Renderer:
         return Rendered(ids, mask)
 
     def unused(self, conversation: Conversation) -> str | None:
-        """What `prompt` leaves out for want of a template, in words that follow a number of conversations."""
+        """Describes the parts that `prompt` leaves out because there is no template, worded to follow a count; None if none."""
         if self.has_template:
             return None
         messages = conversation.messages
@@ -97,24 +103,28 @@ class Renderer:
         return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=special, verbose=False)]
 
     def _text(self, messages: Sequence[Message], tools: Any, *, generation: bool) -> str:
-        """The text of the template.
+        """Renders messages as text.
 
         Raises:
-            Exception: whatever the template raises; templates are programs.
+            Exception: any exception that the template raises. Templates are programs.
         """
         return self._tokenizer.apply_chat_template(
             list(messages), tools=tools, add_generation_prompt=generation, tokenize=False
         )
 
     def _tried(self, messages: Sequence[Message], tools: Any = None, *, generation: bool = False) -> str | None:
-        """The text, or None where the template raises."""
+        """Renders messages as text; returns None if the template raises."""
         try:
             return self._text(messages, tools, generation=generation)
         except Exception:
             return None
 
     def _checked(self, conversation: Conversation, *, generation: bool) -> str:
-        """The text of a conversation of which the template ignores nothing."""
+        """Renders a conversation as text, and checks that the template ignores no part of it.
+
+        Raises:
+            CannotUse: the template refuses the conversation, or ignores a part of it.
+        """
         messages, tools = conversation.messages, conversation.tools
         try:
             text = self._text(messages, tools, generation=generation)
@@ -126,23 +136,23 @@ class Renderer:
         return text
 
     def _refusal(self, conversation: Conversation, error: Exception, *, generation: bool) -> str:
-        """Names the role that the template refuses, or else gives the template's own words."""
+        """Names the role that the template refuses. If no single role is to blame, it quotes the template's error."""
         for role in sorted(_roles(conversation) - {"user", "assistant"}):
             others = [message for message in conversation.messages if message["role"] != role]
             if self._tried(others, conversation.tools, generation=generation) is not None:
                 return f"with turns of role {role!r} that the template refuses"
-        said = " ".join(str(error).split())[:100] or type(error).__name__
-        return f"refused by the template ({said})"
+        quoted = " ".join(str(error).split())[:100] or type(error).__name__
+        return f"refused by the template ({quoted})"
 
     def _marked(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
-        """Ids and mask by the generation markers of the template."""
-        found = self._tokenizer.apply_chat_template(
+        """Returns ids and mask, by the generation markers of the template."""
+        encoded = self._tokenizer.apply_chat_template(
             conversation.messages, tools=conversation.tools, return_dict=True, return_assistant_tokens_mask=True
         )
-        return [int(token) for token in found["input_ids"]], [bool(one) for one in found["assistant_masks"]]
+        return [int(token) for token in encoded["input_ids"]], [bool(flag) for flag in encoded["assistant_masks"]]
 
     def _by_prefixes(self, conversation: Conversation, whole: str) -> tuple[list[int], list[bool]]:
-        """Ids and mask by rendering every assistant turn's prompt, and the conversation cut after the turn."""
+        """Returns ids and mask, by rendering the prompt for each assistant turn and the conversation up to its end."""
         messages, spans = conversation.messages, []
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
@@ -166,7 +176,7 @@ class Renderer:
         return ids, mask
 
     def _prepared(self, conversation: Conversation) -> Conversation:
-        """Contents and arguments of tool calls in the form that the template reads."""
+        """Converts contents and arguments of tool calls to the form that the template reads."""
         return conversation._replace(messages=[self._formed(message) for message in conversation.messages])
 
     def _formed(self, message: Message) -> Message:
@@ -184,7 +194,7 @@ class Renderer:
         return message
 
     def _needs_content(self) -> bool:
-        """Whether the template raises for a tool call without a content, but renders it with an empty one."""
+        """Whether the template needs a content beside a tool call: it raises without one, but accepts an empty one."""
         if "no content" not in self._known:
             called = self._formed({"role": "assistant", "content": "", "tool_calls": [_call({_PROBE: "x"})]})
             messages = [{"role": "user", "content": "x"}, called]
@@ -194,7 +204,7 @@ class Renderer:
         return self._known["no content"] == "True"
 
     def _form_of_content(self, role: str) -> str:
-        """``text``, ``parts`` or ``any``: the forms of content that the template reads in turns of a role."""
+        """Returns the form of content that the template reads in turns of a role: ``text``, ``parts`` or ``any``."""
         if role not in self._known:
             before = [] if role in ("user", "system", "developer") else [{"role": "user", "content": "x"}]
             after = [{"role": "user", "content": "x"}] if role in ("system", "developer") else []
@@ -208,7 +218,7 @@ class Renderer:
         return self._known[role]
 
     def _formed_call(self, call: Any) -> Any:
-        """A tool call with its arguments as an object or as JSON in a text, whichever the template reads."""
+        """Converts the arguments of a tool call to the form that the template reads: an object, or JSON in a text."""
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or "arguments" not in function:
             return call
@@ -221,10 +231,10 @@ class Renderer:
         return {**call, "function": formed} if "function" in call else formed
 
     def _form_of_arguments(self) -> str:
-        """``object``, ``text`` or ``any``: the forms of a tool call's arguments that the template reads.
+        """Returns the form of a tool call's arguments that the template reads: ``object``, ``text`` or ``any``.
 
-        A template that writes JSON itself would quote a text once more, and one that expects a text would write an object as
-        Python does.
+        A template that writes JSON itself would quote a text a second time. A template that expects a text would write an
+        object in Python's notation.
         """
         if "arguments" not in self._known:
             reads = []
@@ -244,11 +254,11 @@ def _check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise CannotUse("with characters that are no Unicode text (lone surrogates)") from None
+        raise CannotUse("with invalid Unicode characters (lone surrogates)") from None
 
 
 def _overlapping(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Which tokens have a part in one of the spans, as Transformers' own mask has it; spans do not overlap and are in order."""
+    """Marks the tokens that overlap one of the spans, as Transformers' own mask does. Spans are disjoint and in order."""
     mask, place = [], 0
     for first, last in offsets:
         while place < len(spans) and first >= spans[place][1]:
@@ -258,12 +268,12 @@ def _overlapping(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, 
 
 
 def _object(text: str) -> Any:
-    """The object that a text spells; the text itself where it spells none."""
+    """Parses a text as a JSON object; returns the text itself if it is none."""
     try:
-        found = json.loads(text)
+        parsed = json.loads(text)
     except (ValueError, RecursionError):
         return text
-    return found if isinstance(found, dict) else text
+    return parsed if isinstance(parsed, dict) else text
 
 
 def _roles(conversation: Conversation) -> set[str]:
@@ -271,7 +281,7 @@ def _roles(conversation: Conversation) -> set[str]:
 
 
 def _changes(conversation: Conversation) -> list[tuple[Conversation, str]]:
-    """The conversation with each part changed that some templates ignore, and the name of the part."""
+    """Returns variants of the conversation, each with one part changed that some templates ignore, and the part's name."""
     messages = conversation.messages
     found = [(conversation._replace(tools=None), "tools")] if conversation.tools else []
     for i, message in enumerate(messages):

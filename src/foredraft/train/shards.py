@@ -1,10 +1,11 @@
-"""Texts with the target's features at every token, in files that are mapped into memory. The target wrote the answers, or they
-are given and a mask says which tokens they are. Without layers, a shard holds the texts alone, and the target is run over each
-batch again (`foredraft.train.batches`).
+"""Shards: files of training texts with the target's features at every token.
 
-A shard is whole or not there: it is written under another name first. `manifest.json` says what the shards were made from and
-what each tensor of them hashes to, so that a run goes on where it was cut off, and damage is found before it is trained on.
-Features of different layers are tensors of their own: a head that uses one layer reads no other.
+The target generates the answers, or the data holds them and a mask marks their tokens. A shard without features holds only
+texts, and the target runs over each batch again (`foredraft.train.batches`).
+
+A shard is written under another name first, so it is complete or missing. `manifest.json` records what the shards were made
+from and the hash of each tensor. A run can therefore continue after an interruption, and damage is found before training.
+Each layer's features are a separate tensor, so a head reads only the layers that it uses.
 """
 
 from __future__ import annotations
@@ -31,31 +32,34 @@ from foredraft.train.corpus import Corpus, Prompt, Usage
 from foredraft.tree import TreeBatch
 
 SHARD_TEXTS = 256
+"""Number of texts in a shard."""
+
 CAPTURE_TOKENS = 2048
-"""Positions in one pass of the target: wider passes leave the cache of a small CPU."""
+"""Number of positions in one pass of the target on a CPU. Larger passes do not fit in the cache of a small CPU."""
 
 CAPTURE_TOKENS_ON_A_CARD = 16_384
-"""The same on a card, which wider passes keep busy."""
+"""Number of positions in one pass of the target on a GPU, which larger passes keep busy."""
 
 _MAY_DIFFER = ("num_tokens", "feature_layers", "seed")
-"""More shards may be asked for, fewer layers used, and several seeds may learn from the same texts."""
+"""Facts that a later run may change: it may add shards, use fewer layers, or use another seed on the same texts."""
 
 _TEXT_VERSION = 2
-"""Of the order and rendering of the conversations. Version 1 left out system turns and tool turns."""
+"""Version of the order and rendering of the conversations. Version 1 left out system turns and tool turns."""
 
 
 class TrainingError(ValueError):
-    """A run cannot go on; the message says why, what stands and what to do."""
+    """A run cannot continue. The message gives the reason, the files that are intact, and what to do."""
 
 
 class Plan(NamedTuple):
-    """What the shards are to hold.
+    """The content that the shards should have.
 
     Attributes:
-        temperatures: of the answers, in turn over the prompts.
-        max_len: tokens of prompt and answer together.
-        num_tokens: answer tokens in all, held-out ones apart.
-        feature_layers: of the target, as in `Target.forward`; none: texts alone are kept.
+        temperatures: temperatures of the answers, used in turn over the prompts.
+        max_len: largest number of tokens of a prompt and its answer together.
+        num_tokens: total number of answer tokens, without the held-out ones.
+        feature_layers: the target's layers, as in `Target.forward`; if empty, the shards hold only texts.
+        seed: seed of the prompts' order and of the sampled answers.
     """
 
     temperatures: Sequence[float]
@@ -66,11 +70,14 @@ class Plan(NamedTuple):
 
 
 class Text(NamedTuple):
-    """One text; its features, by layer, stay on disk until they are read. None are there where texts alone are kept.
+    """A training text.
 
     Attributes:
-        prompt_len: tokens before the first answer.
-        mask: which tokens are learned from; None: all after `prompt_len`.
+        ids: token ids.
+        features: the target's features, by layer. They stay on disk until they are read. Empty if the shards hold only texts.
+        prompt_len: number of tokens before the first answer.
+        held_out: whether the text is kept for evaluation.
+        mask: whether the head learns from each token; None: from all tokens after the prompt.
     """
 
     ids: Int[Tensor, " n"]
@@ -81,28 +88,30 @@ class Text(NamedTuple):
 
     @property
     def answer(self) -> Bool[Tensor, " n"]:
-        """Whether each token is learned from."""
+        """Whether the head learns from each token."""
         return torch.arange(len(self.ids)) >= self.prompt_len if self.mask is None else self.mask
 
     @property
     def answer_share(self) -> float:
-        """Answer tokens, of all."""
+        """Share of answer tokens among all tokens of the text, 0 to 1."""
         return 1 - self.prompt_len / len(self.ids) if self.mask is None else float(self.mask.float().mean())
 
 
 def capture(
     llm: LLM, read: Callable[[int], Corpus], plan: Plan, folder: Path, about: Mapping[str, Any], layers: Sequence[int]
 ) -> list[Text]:
-    """Writes what is missing of the shards, and opens them all.
+    """Makes the shards that are missing, and opens all shards.
 
     Args:
-        llm: the target, decoding plainly.
-        read: gives the prompts in the order of a seed; asked where shards are missing.
-        about: what the shards depend on beside the plan: the target's fingerprint, the data, whose answers.
-        layers: whose features are opened, if any are kept.
+        llm: the target, without speculation.
+        read: returns the prompts in the order of a seed. It is called only if shards are missing.
+        plan: the content that the shards should have.
+        folder: folder of the shards.
+        about: further facts on which the shards depend: the target's fingerprint, the data, and whose answers are used.
+        layers: layers whose features are opened, if the shards hold features.
 
     Raises:
-        TrainingError: shards there were made from something else, lack a layer, are damaged, or cannot be written.
+        TrainingError: existing shards were made from something else, lack a layer or are damaged, or a shard cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     facts = json.loads(json.dumps({**plan._asdict(), **about}))
@@ -115,8 +124,8 @@ def capture(
     if tokens < plan.num_tokens:
         if manifest["shards"] and manifest["text_version"] != _TEXT_VERSION:
             raise TrainingError(
-                f"the shards in {folder} were begun by another version of foredraft, which read conversations in another way: "
-                "give another --shards folder, or delete it"
+                f"the shards in {folder} were begun by another version of foredraft, which read conversations differently: "
+                "give another --shards folder, or delete this one"
             )
         prompts, usage = read(plan.seed)
         prompts.sort(key=lambda prompt: not prompt.held_out)  # held-out ones are in the first shards
@@ -126,7 +135,7 @@ def capture(
 
 
 def usage_lines(folder: Path) -> list[str]:
-    """What the shards in a folder hold no text of, with the reasons, see `Usage.lines`."""
+    """Returns the lines of `Usage.lines` for the shards in a folder: the conversations that were not used, and why."""
     manifest = json.loads((folder / "manifest.json").read_text())
     if manifest.get("text_version", 1) != _TEXT_VERSION:
         return [f"the shards in {folder} are by an earlier version of foredraft, which left out system and tool turns"]
@@ -135,7 +144,7 @@ def usage_lines(folder: Path) -> list[str]:
 
 
 def _write(llm: LLM, prompts: Sequence[Prompt], plan: Plan, folder: Path, manifest: dict[str, Any]) -> None:
-    """Shard after shard, until there are enough tokens or no more prompts; each is entered into the manifest."""
+    """Makes shards until there are enough tokens or no more prompts, and enters each into the manifest."""
     tokens = sum(shard["answer_tokens"] for shard in manifest["shards"])
     with progress_bar("answer tokens", plan.num_tokens) as advance:
         advance(tokens)
@@ -163,16 +172,19 @@ def _read_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     if different:
         raise TrainingError(
             f"the shards in {folder} were made with another {' and '.join(different)}: "
-            "give another --shards folder, or delete it"
+            "give another --shards folder, or delete this one"
         )
     return manifest
 
 
 def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file under another name and puts it in its place when it is on the disk, so that it is whole or what it was.
+    """Writes a file under another name, and renames it when it is on the disk. On failure the old file stays intact.
+
+    Args:
+        write: writes the content to the path that it is given.
 
     Raises:
-        TrainingError: it cannot be written.
+        TrainingError: the file cannot be written.
     """
     part = file.with_name(file.name + ".part")
     try:
@@ -184,7 +196,7 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
         part.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise TrainingError(
-            f"cannot write {file} ({reason}): what was there before stands; make room and run the same command again"
+            f"cannot write {file} ({reason}); its old content is intact. Free disk space and run the same command again"
         ) from None
 
 
@@ -193,7 +205,7 @@ def _write_shard(llm: LLM, prompts: Sequence[Prompt], plan: Plan, folder: Path, 
     texts = [prompt.ids for prompt in prompts] if given else _answer(llm, prompts, plan, first)
     masks = [torch.tensor(prompt.mask) for prompt in prompts] if given else []
     prompt_lens = [prompt.mask.index(True) if prompt.mask else len(prompt.ids) for prompt in prompts]
-    features = [one.cpu() for one in features_of(llm.target, texts, plan.feature_layers)] if plan.feature_layers else []
+    features = [rows.cpu() for rows in features_of(llm.target, texts, plan.feature_layers)] if plan.feature_layers else []
     layers = torch.cat(features).chunk(len(plan.feature_layers), dim=1) if features else ()
     tensors = {
         "ids": torch.tensor([token for text in texts for token in text], dtype=torch.int32),
@@ -201,14 +213,14 @@ def _write_shard(llm: LLM, prompts: Sequence[Prompt], plan: Plan, folder: Path, 
         "prompt_lens": torch.tensor(prompt_lens),
         "held_out": torch.tensor([prompt.held_out for prompt in prompts]),
         **({"mask": torch.cat(masks)} if given else {}),
-        **{_name(layer): one.contiguous() for layer, one in zip(plan.feature_layers, layers, strict=True)},
+        **{_name(layer): rows.contiguous() for layer, rows in zip(plan.feature_layers, layers, strict=True)},
     }
     file = folder / f"{number:05d}.safetensors"
     write_whole(file, lambda part: save_file(tensors, part))
     answers = [
-        sum(one.mask) if one.mask else len(text) - len(one.ids)
-        for text, one in zip(texts, prompts, strict=True)
-        if not one.held_out
+        sum(prompt.mask) if prompt.mask else len(text) - len(prompt.ids)
+        for text, prompt in zip(texts, prompts, strict=True)
+        if not prompt.held_out
     ]
     hashes = {name: _sha256(tensor) for name, tensor in tensors.items()}
     return {"name": file.name, "sha256": hashes, "answer_tokens": sum(answers)}
@@ -219,18 +231,18 @@ def _name(layer: int) -> str:
 
 
 def _answer(llm: LLM, prompts: Sequence[Prompt], plan: Plan, first: int) -> list[list[int]]:
-    """Prompts with the target's own answers, the end of sequence included."""
-    ways = [plan.temperatures[(first + i) % len(plan.temperatures)] for i in range(len(prompts))]
+    """Returns the prompts with the target's own answers, the end of sequence included."""
+    temperatures = [plan.temperatures[(first + i) % len(plan.temperatures)] for i in range(len(prompts))]
     sampling = [
-        SamplingParams(temperature=way, max_tokens=plan.max_len - len(prompt.ids), seed=plan.seed + first + i)
-        for i, (way, prompt) in enumerate(zip(ways, prompts, strict=True))
+        SamplingParams(temperature=temperature, max_tokens=plan.max_len - len(prompt.ids), seed=plan.seed + first + i)
+        for i, (temperature, prompt) in enumerate(zip(temperatures, prompts, strict=True))
     ]
     results = llm.generate([prompt.ids for prompt in prompts], sampling)
     return [prompt.ids + result.outputs[0].token_ids for prompt, result in zip(prompts, results, strict=True)]
 
 
 def features_of(target: Any, texts: Sequence[list[int]], feature_layers: Sequence[int]) -> list[Float[Tensor, "n f"]]:
-    """The target's features at the tokens of each text, as they are kept: in bfloat16, the layers side by side."""
+    """Computes the target's features at the tokens of each text, in bfloat16, the layers concatenated."""
     found: dict[int, Tensor] = {}
     tokens = CAPTURE_TOKENS if target.device.type == "cpu" else CAPTURE_TOKENS_ON_A_CARD
     for group in grouped(range(len(texts)), [len(text) for text in texts], tokens):
@@ -244,10 +256,13 @@ def features_of(target: Any, texts: Sequence[list[int]], feature_layers: Sequenc
 
 
 def open_shard(file: Path, sha256: Mapping[str, str], layers: Sequence[int]) -> list[Text]:
-    """The texts of a shard with the features of some layers, mapped into memory.
+    """Opens the texts of a shard with the features of some layers, mapped into memory.
+
+    Args:
+        sha256: hash of each tensor, by name.
 
     Raises:
-        TrainingError: it is missing or damaged.
+        TrainingError: the shard is missing or damaged.
     """
     masked = ["mask"] if "mask" in sha256 else []
     names = ["ids", "lengths", "prompt_lens", "held_out", *masked, *map(_name, layers)]
@@ -258,7 +273,7 @@ def open_shard(file: Path, sha256: Mapping[str, str], layers: Sequence[int]) -> 
         whole = {}
     if any(name not in whole or _sha256(whole[name]) != sha256[name] for name in names):
         raise TrainingError(
-            f"the shard {file} is missing or damaged: delete the folder {file.parent} and run again, and it is made anew"
+            f"the shard {file} is missing or damaged. Delete the folder {file.parent} and run again, to make the shards again"
         )
     lengths = whole["lengths"].tolist()
     features = {layer: whole[_name(layer)].split(lengths) for layer in layers}
@@ -275,7 +290,10 @@ def _sha256(tensor: Tensor) -> str:
 
 
 def grouped(items: Sequence[Any], lengths: Sequence[int], tokens: int) -> Iterator[list[Any]]:
-    """Groups of like length that take at most about `tokens` positions each, padding included; the shortest first."""
+    """Yields groups of items of similar length, the shortest items first.
+
+    Each group has at most `tokens` positions, padding included. Only a group of a single item may have more.
+    """
     group: list[Any] = []
     for length, item in sorted(zip(lengths, items, strict=True), key=lambda pair: pair[0]):
         if group and (len(group) + 1) * length > tokens:

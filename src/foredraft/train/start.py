@@ -1,6 +1,7 @@
-"""Where heads begin: output layers as the target's, entries fitted to foretell its features, everything between silent.
+"""Initial weights of draft heads.
 
-A head that begins so is the best linear guess of what it is to say; its layers learn what is missing.
+Output layers are copied from the target. Input layers are fitted to predict the target's features. The residual branches
+between them start at zero. A head therefore starts as the best linear prediction, and its layers learn the rest.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from foredraft.train.frozen import Frozen
 from foredraft.train.shards import Text
 
 FITTED_TOKENS = 65_536
-"""Positions that the entries are fitted on."""
+"""Number of positions on which the input layers are fitted."""
 
 _RIDGE = 1e-3
-"""Added to the diagonal, as a share of its mean."""
+"""Ridge term that is added to the diagonal, as a share of the diagonal's mean."""
 
 _SILENT = ("o_proj", "down_proj")
-"""Last matrices of residual branches: zero at first."""
+"""Names of the last matrices of residual branches. They start at zero."""
 
 
 def token_counts(texts: Sequence[Text], target: Any) -> Int[Tensor, " v"]:
-    """How often every token stands in an answer."""
+    """Counts how often each token occurs in the answers."""
     counts = torch.zeros(target.vocab_size, dtype=torch.long)
     for text in texts:
         counts += torch.bincount(text.ids[text.answer].long(), minlength=target.vocab_size)
@@ -38,11 +39,11 @@ def token_counts(texts: Sequence[Text], target: Any) -> Int[Tensor, " v"]:
 
 @torch.no_grad()
 def begin(head: Any, frozen: Frozen, counts: Int[Tensor, " v"], batches: list[Batch]) -> None:
-    """Gives a head its first weights.
+    """Sets the initial weights of a head, in place.
 
     Args:
-        counts: how often every token stands in an answer; a reduced vocabulary is that of the most frequent ones.
-        batches: texts that the entries are fitted on.
+        counts: how often each token occurs in the answers. A reduced draft vocabulary holds the most frequent tokens.
+        batches: texts on which the input layers are fitted.
     """
     if hasattr(head, "d2t"):
         inner = directions(frozen.weight, head.lm_head.in_features)
@@ -52,24 +53,28 @@ def begin(head: Any, frozen: Frozen, counts: Int[Tensor, " v"], batches: list[Ba
     if getattr(head, "embed_tokens", None) is not None:
         every = frozen.embed(torch.arange(len(counts), device=counts.device))
         head.embed_tokens.weight.copy_(every @ directions(every, head.embed_tokens.embedding_dim))
-    for one in getattr(head, "lm_heads", ()):
-        one.weight.copy_(frozen.weight)
+    for output_layer in getattr(head, "lm_heads", ()):
+        output_layer.weight.copy_(frozen.weight)
     for name, module in head.named_modules():
         if name.endswith(_SILENT):
             nn.init.zeros_(module.weight)
-    for one in head.foretellings():
-        matrix, bias = fitted(one, frozen, batches)
-        if one.linear.out_features == len(frozen.weight):
+    for prediction in head.foretellings():
+        linear = prediction.linear
+        matrix, bias = fitted(prediction, frozen, batches)
+        if linear.out_features == len(frozen.weight):
             matrix = frozen.weight @ matrix
-        elif one.linear.out_features != len(matrix):
-            matrix = directions(frozen.weight, one.linear.out_features).T @ matrix
-        one.linear.weight.copy_(matrix)
-        if one.linear.bias is not None:
-            one.linear.bias.copy_(bias)
+        elif linear.out_features != len(matrix):
+            matrix = directions(frozen.weight, linear.out_features).T @ matrix
+        linear.weight.copy_(matrix)
+        if linear.bias is not None:
+            linear.bias.copy_(bias)
 
 
 def directions(rows: Float[Tensor, "n d"], width: int) -> Float[Tensor, "d w"]:
-    """The `width` directions in which rows differ most (zeros where there are fewer); the identity at their own width."""
+    """Computes the `width` directions in which the rows vary most (their principal components), one per column.
+
+    Missing directions are zero where `width` exceeds d. The result is the identity where `width` equals d.
+    """
     if rows.shape[1] == width:
         return torch.eye(width).to(rows)
     centred = (rows - rows.mean(0)).double()
@@ -78,7 +83,13 @@ def directions(rows: Float[Tensor, "n d"], width: int) -> Float[Tensor, "d w"]:
 
 
 def fitted(one: Foretelling, frozen: Frozen, batches: list[Batch]) -> tuple[Float[Tensor, "d i"], Float[Tensor, " d"]]:
-    """The ridge regression of the target's final feature `one.ahead` places on, over the positions of answers."""
+    """Fits a head's linear input layer by ridge regression, over the positions of answers.
+
+    It predicts the target's final feature `one.ahead` positions later.
+
+    Returns:
+        The weight and the bias.
+    """
     gram = moment = torch.zeros((), dtype=torch.float64)
     for batch in batches:
         length = batch.ids.shape[1] - one.ahead

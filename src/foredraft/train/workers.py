@@ -1,4 +1,7 @@
-"""One process, or those of ``accelerate launch -m foredraft train ...``: each learns from its share of a step's batches."""
+"""The processes of a training run: one, or several started by ``accelerate launch -m foredraft train ...``.
+
+Each process learns from its share of the batches of a step.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ class Workers:
     """The processes of a run.
 
     Attributes:
-        count, rank: how many there are, and which this one is; number 0 writes files.
+        count: number of processes.
+        rank: number of this process, from 0. Process 0 writes the files.
+        accelerator: Accelerate's `Accelerator`; None for a single process.
     """
 
     count: int = 1
@@ -30,51 +35,51 @@ class Workers:
 
     @property
     def device(self) -> str | None:
-        """Where this process computes; None: the user decides."""
+        """Device of this process; None for a single process, whose device the user chooses."""
         return None if self.accelerator is None else str(self.accelerator.device)
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Waits until all processes have reached this call."""
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()
 
     def one_first(self, work: Callable[[], Any]) -> Any:
-        """What `work` gives, done by the process that writes files before all others."""
+        """Calls `work` in every process, first in the one that writes files, and returns its result."""
         if not self.writes:
             self.wait()
-        found = work()
+        result = work()
         if self.writes:
             self.wait()
-        return found
+        return result
 
     def share_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replaces every gradient by its mean over the processes."""
         if self.accelerator is None:
             return
-        some = [one for one in parameters if one.requires_grad]
-        grads = [torch.zeros_like(one) if one.grad is None else one.grad for one in some]
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        grads = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in trained]
         flat = self.accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), "mean")
-        for one, part in zip(some, flat.split([grad.numel() for grad in grads]), strict=True):
-            one.grad = part.view_as(one)
+        for parameter, part in zip(trained, flat.split([grad.numel() for grad in grads]), strict=True):
+            parameter.grad = part.view_as(parameter)
 
     def total(self, count: int) -> int:
-        """The sum of a number over the processes."""
+        """Sums a number over the processes."""
         if self.accelerator is None:
             return count
         return int(self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device), "sum"))
 
 
 def find_workers() -> Workers:
-    """The processes that this one was launched with.
+    """Finds the processes that were launched together with this one.
 
     Raises:
-        ValueError: it was launched by Accelerate, which is not installed here.
+        ValueError: there are several processes, but Accelerate is not installed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         return Workers()
     try:
         from accelerate import Accelerator
     except ImportError:
-        raise ValueError("several processes need Accelerate: pip install accelerate") from None
+        raise ValueError("training with several processes needs Accelerate. Install it: pip install accelerate") from None
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     return Workers(accelerator.num_processes, accelerator.process_index, accelerator)

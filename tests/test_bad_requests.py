@@ -380,6 +380,4 @@ def test_a_prompt_that_is_too_long(run: Run) -> None:
 
 def test_a_model_without_a_chat_template(run: Run) -> None:
     code, _, err = run("generate", STORY, "--chat", "--model", MODEL, "--method", "ar")
-    assert (
-        code == 1 and "hint: give a prompt in the format that it was trained on, to `foredraft generate` without --chat" in err
-    )
+    assert code == 1 and "hint: Give a prompt in the model's own format, to `foredraft generate` without --chat" in err

@@ -88,6 +88,7 @@ def test_unscaled_frequencies_are_those_of_transformers() -> None:
         {"something_new": 1},
         {"num_hidden_layers": True},
         {"hidden_size": -4},
+        {"dtype": "int8"},
         {"num_attention_heads": 0},
     ],
     ids=str,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from foredraft.models.checkpoint import StoredTensor
 from foredraft.models.files import HEAD_KEY, ModelError, read_json
+from foredraft.models.sizes import DTYPES
 
 _STATED: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"), int),
@@ -59,7 +60,7 @@ def plain_config(values: Mapping[str, Any]) -> PlainConfig | None:
         return None
     if any(type(values[key]) is not kind or (kind is int and values[key] < 1) for key, kind in _STATED.items()):
         return None
-    if any(values[key] not in allowed for key, allowed in _FIXED.items()) or not isinstance(values.get("dtype"), str | None):
+    if any(values[key] not in allowed for key, allowed in _FIXED.items()) or values.get("dtype") not in (None, *DTYPES):
         return None
     rope = values["rope_parameters"]
     is_default = rope.keys() == {"rope_type", "rope_theta"} and rope["rope_type"] == "default"

@@ -75,8 +75,8 @@ def render(tokenizer: Any, messages: Any, template: Template) -> str:
     options = _options(template, own)
     if tokenizer is None or not (own or "chat_template" in options):
         raise ValueError(
-            "this model has no chat template. Give a prompt in the model's own format, to `foredraft generate` without --chat or to "
-            "generate() in Python, or give a chat template"
+            "this model has no chat template. Give a prompt in the model's own format, to `foredraft generate` without "
+            "--chat or to generate() in Python, or give a chat template"
         )
 
     def rendered(given: list[dict[str, Any]], **changed: Any) -> str:

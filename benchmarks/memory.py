@@ -7,8 +7,8 @@ language model (logits with standard deviation 4: 3.8 nats). Since the drafter a
 longest and most distributions are needed.
 
 The memory is measured above the state after a small step. It is measured in the first step of a request and in a later step,
-which also holds the remains of the step before. The peak is recorded up to the start of the target's forward pass, up to its end, and
-up to the end of the step. All peaks are in units of the logits' size. The aim is a peak below twice the logits.
+which also holds the remains of the step before. The peak is recorded up to the start of the target's forward pass, up to its
+end, and up to the end of the step. All peaks are in units of the logits' size. The aim is a peak below twice the logits.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def main() -> None:
             advance(1)
     report(args.output, rows, COLUMNS, device=plain.target.device, dtype=args.dtype)
     print(
-        "Memory before the step, and peaks before and after the target's forward pass and after the step. The unit is the logits."
+        "Memory before the step, and peaks before and after the target's forward pass and after the step, in units of the "
+        "logits."
     )
 
 

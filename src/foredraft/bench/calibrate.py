@@ -146,7 +146,7 @@ def tokens_per_step(plain: LLM, config: dict[str, Any], prompts: Sequence[list[i
     ways = [*own, *free] if has_weights(own[0]) else own
     tried = min(TRIED_TREES, len(own)) * len(asking)
     found: dict[str, Any] = {"tokens_per_step": {}, "drafted_share": {}}
-    with progress_bar("tokens a step", len(TEMPERATURES) * (len(ways) + tried)) as advance:
+    with progress_bar("tokens per step", len(TEMPERATURES) * (len(ways) + tried)) as advance:
 
         def curves(measured: Sequence[Way], temperature: float) -> dict[str, list[Point]]:
             points: dict[str, list[Point]] = {}

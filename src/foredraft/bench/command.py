@@ -165,7 +165,8 @@ def _show(rows: Sequence[dict[str, Any]], environment: dict[str, Any], choice: B
         )
         if choice.seed == RANDOM_SEED:
             out.print(f"seed {environment['seed']}")
-        out.print("plain decoding reads {weights_mb} MB of weights a step, {read_gb_per_s} GB/s: ".format_map(rows[0]), end="")
+        reads = "plain decoding reads {weights_mb} MB of weights per step, {read_gb_per_s} GB/s: "
+        out.print(reads.format_map(rows[0]), end="")
         out.print("{bandwidth_share:.0%} of the {bandwidth_gb_per_s} GB/s that this machine reads".format_map(rows[0]))
     if choice.output is not None:
         choice.output.mkdir(parents=True, exist_ok=True)

@@ -154,5 +154,5 @@ def _plot_split(axes: Any, rows: Sequence[dict[str, Any]], names: Sequence[str])
         widths = np.array([1000 * row.get(part, 0.0) / row["num_tokens"] for row in rows])
         axes.barh(names, widths, left=done, label=part.removesuffix("_s"))
         done += widths
-    axes.set_xlabel("milliseconds a token")
+    axes.set_xlabel("milliseconds per token")
     axes.legend(fontsize="small")

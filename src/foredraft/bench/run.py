@@ -81,12 +81,12 @@ class Ours:
                 torch.cuda.synchronize(device)
             seconds = perf_counter() - began
         require_whole(results)
-        outputs = [one.outputs[0] for one in results]
-        longest = max(outputs, key=lambda one: len(one.records)).metrics  # took part in every step of the batch
+        outputs = [result.outputs[0] for result in results]
+        longest = max(outputs, key=lambda output: len(output.records)).metrics  # takes part in every step of the batch
         return Outcome(
             seconds,
-            [one.token_ids for one in outputs],
-            [one.records for one in outputs],
+            [output.token_ids for output in outputs],
+            [output.records for output in outputs],
             longest.draft_s,
             longest.verify_s,
             longest.rule_s,

@@ -41,7 +41,7 @@ _KINDS = {
 _IS_OF_KIND: dict[str, Callable[[Any], bool]] = {
     "a number above 0": lambda given: type(given) is int and given > 0,
     "a list": lambda given: isinstance(given, list),
-    "a list of numbers": lambda given: isinstance(given, list) and all(type(one) is int for one in given),
+    "a list of numbers": lambda given: isinstance(given, list) and all(type(number) is int for number in given),
     "an object": lambda given: isinstance(given, dict),
 }
 """Checks of the kinds of values that `_KINDS` asks of the keys of config.json."""
@@ -181,7 +181,7 @@ def new_layer(**keys: Any) -> LlamaConfig:
 
 
 def lengthened(config: LlamaConfig, target: TargetFacts) -> LlamaConfig:
-    """Raises the layer's longest text to the target's, in place. The meaning of positions does not change."""
+    """Raises ``max_position_embeddings`` to the target's, in place. The rotation at each position does not change."""
     config.max_position_embeddings = max(config.max_position_embeddings, target.config.max_position_embeddings)
     return config
 

@@ -32,6 +32,8 @@ def jaxtyped(function: Any = None, *, typechecker: Any) -> Any:
     if isinstance(function, type) and "__dataclass_fields__" in vars(function) and is_usual(vars(function).get("__init__")):
         function.__init__ = checked_once(function.__init__)  # type: ignore[misc]
         return function
+    if isinstance(function, type) and hasattr(vars(function).get("__init__"), "__wrapped__"):
+        return function  # its constructor takes more names than its signature says, and checks them itself
     return checked_once(function) if is_usual(function) else by_jaxtyping(function, typechecker=typechecker)
 
 

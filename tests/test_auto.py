@@ -122,7 +122,7 @@ def test_a_choice_is_logged_once_for_each_kind_of_request(
         llm = LLM(PAIR[0], {"model": str(PAIR[1])}, dtype="float64")
         llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=4))
     assert [one.getMessage() for one in caplog.records] == [
-        f"{kind} requests: drafting: off (no method is expected to be faster: best lm, {tree} 1.00x; timed here on {today})"
+        f"{kind} requests: drafting: off (no method expected above plain: best lm, {tree} 1.00x; timed here on {today})"
         for kind, tree in (("greedy", "opt"), ("sampled", "chain"))
     ]
     assert llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=4))[0].outputs[0].kinds == ["plain"] * 4

@@ -184,7 +184,10 @@ def test_caches_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         (["bench", "--methods", "suffix", "--batch-size", 10**6], "--batch-size must be between 1 and 4096"),
         (["bench", "--methods", "suffix", "--max-tokens", 2**40], "max_tokens must be a whole number"),
         (["bench", "--methods", "suffix", "--seed", -2], "must be a whole number between 0 and 2**64 - 1"),
-        (["bench", "--methods", "suffix:::deterministic:suffix_decoding_max_tree_depth=1000"], "at most 64 deep"),
+        (
+            ["bench", "--methods", "suffix:::deterministic:suffix_decoding_max_tree_depth=1000"],
+            "must be between 1 and 64, got 1000",
+        ),
         (["audit", "--method", "suffix", "--samples", 10**7], "--samples must be between 1 and 4096"),
         (["audit", "--method", "suffix", "--seed", -2], "seed must be a whole number between 0"),
         (["audit", "--method", "suffix", "--budget", 10**9], "must be between 1 and 1024"),

@@ -469,7 +469,7 @@ def test_every_command_and_spelling(run: Any, command: str, given: tuple[Any, ..
 
 def test_their_method_in_every_command(run: Any) -> None:
     """`audit` chooses a tree by the method before it is parsed."""
-    from foredraft.commands import speculative_config
+    from foredraft.choices import speculative_config
 
     config = speculative_config(str(TARGET), "draft_model", str(OTHER), None, None, None)
     assert config == {"method": "lm", "model": str(OTHER)}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from foredraft import LLM, SamplingParams
+from foredraft import LLM, SamplingParams, typed
 from foredraft.drafters.folder import read_head
 from foredraft.drafters.heads import HEADS, Eagle3Head, FeatureHead, Foretelling
 from foredraft.drafters.layers import Shape
@@ -386,7 +386,7 @@ def test_wrong_names_are_said(made: Path, tmp_path: Path) -> None:
     assert command.command(choice(made, "eagle", "plotted"), plot=made / "curves.svg") == 0
     assert "<svg" in (made / "curves.svg").read_text()
     with pytest.raises(ValueError, match="--set takes NAME=VALUE, got 'labels'"):
-        command.options(["labels"])
+        typed.options(["labels"])
     (tmp_path / "bad.jsonl").write_text("not json\n")
     (tmp_path / "odd.jsonl").write_text('{"title": "x"}\n')
     for name, said in (

@@ -105,7 +105,7 @@ class Choice(NamedTuple):
             return f"drafting: {name} {self.nodes} nodes (expected {self.speedup:.1f}x; {when})"
         if self.speedup > 1:
             return f"drafting: off (best {name} {self.speedup:.2f}x, but a draft model must reach {_MODEL_MARGIN}x; {when})"
-        return f"drafting: off (no method is expected to be faster: best {name} {self.speedup:.2f}x; {when})"
+        return f"drafting: off (no method expected above plain: best {name} {self.speedup:.2f}x; {when})"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from foredraft.decode import Continuation, Logprob, Steps, autoregressive, hand_
 from foredraft.draws import Draws, hash_seed
 from foredraft.errors import shown
 from foredraft.metrics import Metrics, StepRecord, summarize
+from foredraft.models.rope import original_context
 from foredraft.params import SamplingParams, used_seed
 from foredraft.processors import prefix_processors
 from foredraft.protocols import AcceptanceRule, Budget, Drafter, Target
@@ -239,7 +240,8 @@ class Engine:
         if not prompt_ids:
             raise ValueError("the prompt is empty: give at least one token")
         if len(prompt_ids) >= self.max_model_len:
-            longest = self.target.max_len
+            scaled = original_context(self.target.config) is not None  # a greater max_model_len chooses other factors
+            longest = self.target.config.max_position_embeddings if scaled else self.target.max_len
             more = f", or raise max_model_len (at most {longest})" if self.max_model_len < longest else ""
             raise ValueError(
                 f"the prompt has {len(prompt_ids)} tokens, but the context of {self.max_model_len} must also fit an output: "

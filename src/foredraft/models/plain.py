@@ -44,6 +44,9 @@ class PlainConfig:
     def __init__(self, values: Mapping[str, Any]):
         self.__dict__.update(values)
 
+    def __getattr__(self, name: str) -> Any:  # tells type checkers that values are attributes
+        raise AttributeError(f"config.json gives no {name}")
+
     def get_text_config(self, decoder: bool = True) -> PlainConfig:
         """Returns this object, because a plain model has no other parts."""
         return self
@@ -51,6 +54,10 @@ class PlainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns the values as a dictionary."""
         return dict(self.__dict__)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The values: no default is left out, since none is known here."""
+        return self.to_dict()
 
 
 def plain_config(values: Mapping[str, Any]) -> PlainConfig | None:

@@ -155,14 +155,15 @@ def _wrap_loaded(model: Any, dtype: torch.dtype | None, device: torch.device | N
         raise ModelError(f"{type(model).__name__} has no language-model head: load it with AutoModelForCausalLM")
     if len({parameter.device for parameter in model.parameters()}) > 1:
         raise ModelError("the model is spread over several devices: load it on one device, without device_map")
-    dtype, device = dtype or model.dtype, device or _parse_device(model.device) or model.device
+    kind: torch.dtype = dtype or model.dtype
+    place: torch.device = device or _parse_device(model.device) or model.device
     if unsupported(config) is None:
-        return _llama(config, model.state_dict(), dtype, device, max_len)
+        return _llama(config, model.state_dict(), kind, place, max_len)
     refuse_no_floats(dict(model.named_parameters()), dict(model.named_parameters()))
-    if dtype != model.dtype or device != model.device:
+    if kind != model.dtype or place != model.device:
         raise ModelError(
             f"a loaded {type(model).__name__} is not moved or cast: it is in {model.dtype} on {model.device}, but the options "
-            f"ask for {dtype} on {device}; load the model in that dtype on that device, or give its directory instead"
+            f"ask for {kind} on {place}; load the model in that dtype on that device, or give its directory instead"
         )
     from foredraft.models.from_transformers import checked
 

@@ -14,7 +14,7 @@ import torch
 
 from foredraft import LLM
 from foredraft.__main__ import main
-from foredraft.bench.run import parse_method
+from foredraft.bench.names import parse_method
 from foredraft.drafters import DRAFTERS
 from foredraft.speculation import parse
 

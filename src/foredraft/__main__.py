@@ -681,7 +681,10 @@ def _report_usage(error: Any) -> int:
     return 2
 
 
-_ADVICE = re.compile(r"\. (?=[A-Z])|; (?![^(]*\))|: (?=(?:check|choose|convert|copy|give|it|load|measure|shorten|use)\b)")
+_ADVICE = re.compile(
+    r"\. (?=[A-Z])|; (?![^(]*\))"
+    r"|: (?=(?:check|choose|convert|copy|correct|give|it|leave|load|measure|merge|name|raise|shorten|train|use)\b)"
+)
 """Where a message turns from what is wrong to what to do."""
 
 

@@ -71,7 +71,7 @@ def speculative_config(
     again = {"retime": True} if retime else {}
     if not config:
         return again | {"method": AUTO if model is None else "suffix"} if again else None
-    config = config_with_our_names(config)
+    config = config_with_our_names(config, command=True)
     has_draft_model = model is None or "model" in config or "tree" in config
     return {"method": drafter_for(config.get("model")) if has_draft_model else "suffix", **config, **again}
 

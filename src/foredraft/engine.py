@@ -231,7 +231,7 @@ class Engine:
     def _check(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
         vocab_size = self.target.vocab_size
         if not prompt_ids:
-            raise ValueError("the prompt is empty: give at least one token")
+            raise ValueError("the prompt is empty: give a text that makes at least one token")
         if len(prompt_ids) >= self.max_model_len:
             longest = self.target.max_len
             more = f", or raise max_model_len (at most {longest})" if self.max_model_len < longest else ""

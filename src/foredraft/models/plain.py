@@ -34,6 +34,7 @@ _WITHOUT_EFFECT = (
 )
 """Other keys that may be there; they do not change the model."""
 
+_DTYPES = (None, "bfloat16", "float16", "float32", "float64")
 _FLOATS = ("F16", "BF16", "F32", "F64")
 
 
@@ -59,7 +60,9 @@ def plain_config(values: Mapping[str, Any]) -> PlainConfig | None:
         return None
     if any(type(values[key]) is not kind for key, kind in _STATED.items()):
         return None
-    if any(values[key] not in allowed for key, allowed in _FIXED.items()) or not isinstance(values.get("dtype"), str | None):
+    if any(values[key] < 1 for key, kind in _STATED.items() if kind is int):
+        return None
+    if any(values[key] not in allowed for key, allowed in _FIXED.items()) or values.get("dtype") not in _DTYPES:
         return None
     rope = values["rope_parameters"]
     is_default = rope.keys() == {"rope_type", "rope_theta"} and rope["rope_type"] == "default"
@@ -77,6 +80,11 @@ def plain_model(path: Path) -> PlainConfig | None:
 
 def expected(config: PlainConfig) -> dict[str, Tensor]:
     """Every tensor of a plain Llama, by name, without data."""
+    return {name: torch.empty(size, device="meta") for name, size in _shapes(config).items()}
+
+
+def _shapes(config: PlainConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor. No tensor is made of them before they are known to fit: sizes may be absurd."""
     shape: Any = config
     width, rows = shape.hidden_size, shape.num_attention_heads * shape.head_dim
     shared, inner = shape.num_key_value_heads * shape.head_dim, shape.intermediate_size
@@ -89,7 +97,7 @@ def expected(config: PlainConfig) -> dict[str, Tensor]:
     shapes = {"model.embed_tokens": (shape.vocab_size, width), "model.norm": (width,), "lm_head": (shape.vocab_size, width)}
     for i in range(shape.num_hidden_layers):
         shapes |= {f"model.layers.{i}.{name}": size for name, size in layer.items()}
-    return {f"{name}.weight": torch.empty(size, device="meta") for name, size in shapes.items()}
+    return {f"{name}.weight": size for name, size in shapes.items()}
 
 
 def fits(config: PlainConfig, weights: Mapping[str, StoredTensor]) -> bool:
@@ -97,8 +105,8 @@ def fits(config: PlainConfig, weights: Mapping[str, StoredTensor]) -> bool:
     shape: Any = config
     if shape.num_hidden_layers != sum(name.endswith("mlp.down_proj.weight") for name in weights):
         return False  # before anything of that size is made
-    wanted = expected(config)
+    wanted = _shapes(config)
     names = wanted.keys() - ({"lm_head.weight"} - weights.keys() if shape.tie_word_embeddings else set())
     return weights.keys() == names and all(
-        tuple(one.shape) == tuple(wanted[name].shape) and one.dtype_name in _FLOATS for name, one in weights.items()
+        tuple(one.shape) == wanted[name] and one.dtype_name in _FLOATS for name, one in weights.items()
     )

@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 
 from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
+from foredraft.choices import DTYPES
+from foredraft.models.loading import parse_dtype
 
 MODEL = Path(__file__).parent / "data" / "babyllama-105"
 LOOKUP = {"method": "ngram", "num_speculative_tokens": 3}
@@ -148,3 +152,37 @@ def test_what_is_no_prompt_gets_advice_that_fits(prompt: Any, advice: str) -> No
     with pytest.raises(TypeError) as error:
         LLM(MODEL, LOOKUP).generate(prompt)
     assert str(error.value).endswith(f". {advice}")
+
+
+WITHOUT_TORCH = """
+import sys
+from foredraft.__main__ import main
+try:
+    main(sys.argv[1:])
+finally:
+    assert not {"torch", "transformers"} & set(sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["generate", "x", "--dtype", "int8"], "unknown dtype 'int8'"),
+        (["chat", "--dtype", "bloat16"], "Did you mean 'bfloat16'?"),
+        (["audit", "--dtype", ""], "unknown dtype ''"),
+        (["bench", "--methods", "ar", "--prompts", "x", "--dtype", "int4"], "unknown dtype 'int4'"),
+        (["generate", "x", "--max-model-len", "0"], "max_model_len must be between 1 and 2147483647, got 0"),
+        (["chat", "--max-model-len", "10000000000"], "no model's context is longer"),
+        (["generate", "x", "--method", "lm", "--speculative-config", '{"model": 3}'], "got 3"),
+    ],
+    ids=str,
+)
+def test_errors_in_options_load_no_torch(arguments: list[str], expected: str) -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *arguments], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 2
+    assert expected in done.stderr
+
+
+def test_every_dtype_that_the_command_line_takes_is_one() -> None:
+    assert parse_dtype(DTYPES[0]) is None and all(parse_dtype(name) is not None for name in DTYPES[1:])

@@ -134,6 +134,24 @@ def check(model: str | None, config: dict[str, Any] | None, sampling: dict[str, 
     parse(usual_config(config, bundled=model is None))
 
 
+DTYPES = (
+    *("auto", "bfloat16", "bf16", "float16", "fp16", "half"),
+    *("float32", "fp32", "float", "float64", "fp64", "double"),
+)
+"""Names of dtypes, as `foredraft.models.loading.parse_dtype` takes them."""
+
+
+def check_dtype(name: str) -> str:
+    """A name of a dtype, as it was given.
+
+    Raises:
+        ValueError: there is no such dtype.
+    """
+    if name.removeprefix("torch.") not in DTYPES:
+        raise unknown_name("dtype", name, DTYPES)
+    return name
+
+
 def check_head_method(method: str) -> None:
     """Reports a method that trains no head.
 

@@ -29,13 +29,9 @@ def jaxtyped(function: Any = None, *, typechecker: Any) -> Any:
     if isinstance(function, property):
         parts = (function.fget, function.fset, function.fdel)
         return property(*(part and jaxtyped(part, typechecker=typechecker) for part in parts))
-    if isinstance(function, type) and "__dataclass_fields__" in vars(function):
-        init = vars(function).get("__init__")
-        if hasattr(init, "__wrapped__"):
-            return function  # it takes more names than the fields, and checks all of them itself
-        if is_usual(init):
-            function.__init__ = checked_once(function.__init__)  # type: ignore[misc]
-            return function
+    if isinstance(function, type) and "__dataclass_fields__" in vars(function) and is_usual(vars(function).get("__init__")):
+        function.__init__ = checked_once(function.__init__)  # type: ignore[misc]
+        return function
     return checked_once(function) if is_usual(function) else by_jaxtyping(function, typechecker=typechecker)
 
 

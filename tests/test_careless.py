@@ -54,6 +54,8 @@ def refused_config(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -
         ({"head_dim": -8}, "head_dim must be a whole number, at least 1, got -8"),
         ({"intermediate_size": -1}, "intermediate_size must be a whole number, at least 1, got -1"),
         ({"num_attention_heads": -2}, "num_attention_heads must be a whole number, at least 1, got -2"),
+        ({"intermediate_size": 10**30}, "config.json makes no model"),
+        ({"vocab_size": 2**62}, "config.json makes no model"),
         ({"intermediate_size": 10**12}, "weights, the file holds"),
         ({"dtype": "int8"}, "config.json in '{path}' is not valid: dtype is 'int8'"),
         ({"dtype": "nope"}, "config.json in '{path}' is not valid: dtype is 'nope'"),

@@ -34,7 +34,6 @@ _WITHOUT_EFFECT = (
 )
 """Other keys that may be there; they do not change the model."""
 
-_DTYPES = (None, "bfloat16", "float16", "float32", "float64")
 _FLOATS = ("F16", "BF16", "F32", "F64")
 
 
@@ -60,9 +59,7 @@ def plain_config(values: Mapping[str, Any]) -> PlainConfig | None:
         return None
     if any(type(values[key]) is not kind for key, kind in _STATED.items()):
         return None
-    if any(values[key] < 1 for key, kind in _STATED.items() if kind is int):
-        return None
-    if any(values[key] not in allowed for key, allowed in _FIXED.items()) or values.get("dtype") not in _DTYPES:
+    if any(values[key] not in allowed for key, allowed in _FIXED.items()) or not isinstance(values.get("dtype"), str | None):
         return None
     rope = values["rope_parameters"]
     is_default = rope.keys() == {"rope_type", "rope_theta"} and rope["rope_type"] == "default"

@@ -13,7 +13,8 @@ import light_types
 
 jaxtyping.jaxtyped = light_types.jaxtyped  # before anything of the package is imported
 torch.set_num_threads(1)
-os.environ["FOREDRAFT_CACHE"] = tempfile.mkdtemp(prefix="foredraft-tests-")  # nothing measured by a test outlives it
+_CACHE = tempfile.TemporaryDirectory(prefix="foredraft-tests-", ignore_cleanup_errors=True)  # removed when the process ends
+os.environ["FOREDRAFT_CACHE"] = _CACHE.name  # nothing measured by a test outlives it
 
 
 @pytest.fixture(autouse=True)

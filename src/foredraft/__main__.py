@@ -25,18 +25,36 @@ app = typer.Typer(
 _MODEL, _DRAFT, _SAMPLING, _SHOWN = "Model", "Drafting", "Sampling", "Output"
 
 
-def _option(panel: str, text: str) -> Any:
-    return typer.Option(help=text, rich_help_panel=panel, show_default=False)
+def _option(panel: str, text: str, **more: Any) -> Any:
+    return typer.Option(help=text, rich_help_panel=panel, show_default=False, **more)
+
+
+def _checked_dtype(name: str) -> str:
+    from foredraft.choices import check_dtype
+
+    return check_dtype(name)
+
+
+def _checked_length(length: int | None) -> int | None:
+    from foredraft.errors import whole_number
+    from foredraft.params import MAX_COUNT
+
+    return None if length is None else whole_number("max_model_len", length, 1, MAX_COUNT, "no model's context is longer")
 
 
 Model = Annotated[str | None, _option(_MODEL, "Directory or Hub id of the model; default: the bundled model.")]
-Dtype = Annotated[str, _option(_MODEL, "auto (dtype of the checkpoint), bfloat16, float16, float32 or float64.")]
+Dtype = Annotated[
+    str, _option(_MODEL, "auto (dtype of the checkpoint), bfloat16, float16, float32 or float64.", callback=_checked_dtype)
+]
 Device = Annotated[str | None, _option(_MODEL, "cpu, cuda, cuda:1, ...; default: CUDA if available, else the CPU.")]
 Revision = Annotated[str | None, _option(_MODEL, "Branch, tag or commit of the Hub id.")]
 TokenizerDir = Annotated[
     str | None, typer.Option("--tokenizer", help="Directory or Hub id of another tokenizer.", rich_help_panel=_MODEL)
 ]
-MaxModelLen = Annotated[int | None, _option(_MODEL, "Maximum tokens of prompt plus output; default: the model's context.")]
+MaxModelLen = Annotated[
+    int | None,
+    _option(_MODEL, "Maximum tokens of prompt plus output; default: the model's context.", callback=_checked_length),
+]
 GenerationConfig = Annotated[
     str, _option(_SAMPLING, "auto uses the model's generation_config.json, none ignores it; or a directory that holds one.")
 ]
@@ -706,7 +724,10 @@ def _report_usage(error: Any) -> int:
     return 2
 
 
-_ADVICE = re.compile(r"\. (?=[A-Z])|; (?![^(]*\))|: (?=(?:check|choose|convert|copy|give|it|load|measure|shorten|use)\b)")
+_ADVICE = re.compile(
+    r"\. (?=[A-Z])|; (?![^(]*\))"
+    r"|: (?=(?:check|choose|convert|copy|correct|give|it|leave|load|measure|merge|name|raise|shorten|train|use)\b)"
+)
 """Separates the description of an error from the advice that follows it."""
 
 

@@ -91,21 +91,30 @@ def class_takes_other_names(place: str) -> Callable[[_Class], _Class]:
     return decorate
 
 
-def config_with_our_names(config: Mapping[Any, Any]) -> dict[Any, Any]:
+def config_with_our_names(config: Mapping[Any, Any], *, command: bool = False) -> dict[Any, Any]:
     """Converts a speculative config to our own names. Keys that no library has stay unchanged.
+
+    Args:
+        command: whether the config comes from the command line, so that messages name its options.
 
     Raises:
         TypeError: a key of another library has a value that cannot be accepted.
     """
     ours = {key: value for key, value in config.items() if key not in NAMES}
     others = {key: value for key, value in config.items() if key in NAMES}
-    ours |= translated(DRAFT, others, config, own=OWN[DRAFT], said=DRAFT)
+    ours |= translated(DRAFT, others, config, own=OWN[DRAFT], said=DRAFT, command=command)
     method = ours.get("method")
     return ours | ({"method": METHODS[method]} if isinstance(method, str) and method in METHODS else {})
 
 
 def translated(
-    place: str, others: Mapping[str, Any], given: Mapping[Any, Any], *, own: Iterable[str], said: str
+    place: str,
+    others: Mapping[str, Any],
+    given: Mapping[Any, Any],
+    *,
+    own: Iterable[str],
+    said: str,
+    command: bool = False,
 ) -> dict[str, Any]:
     """Checks arguments that a function does not have. Returns the accepted arguments under our own names.
 
@@ -115,6 +124,7 @@ def translated(
         given: the function's own arguments that were given.
         own: names of all own arguments of the function.
         said: name of the function in messages.
+        command: whether the arguments come from the command line.
 
     Raises:
         TypeError: an argument cannot be accepted. The message tells what it does elsewhere and what to use here.
@@ -123,9 +133,9 @@ def translated(
     for name, value in others.items():
         row = NAMES.get(name)
         if row is None or place not in row.places or (row.means and row.means not in own):
-            raise _misplaced(name, value, row, given, own=own, said=said)
+            raise _misplaced(name, value, row, given, own=own, said=said, command=command)
         if not row.accepts(value, given):
-            raise _refused(name, value, row, given)
+            raise _refused(name, value, row, given, command=command)
         if row.means in given or row.means in ours:
             raise TypeError(f"{name} and {row.means} are the same argument of {said}, and both are given. Give one of them")
         if row.means:
@@ -143,22 +153,31 @@ def _say_ignored(said: str, names: tuple[str, ...]) -> None:
     _log.warning("%s ignores %s: in other libraries it only affects speed or memory", said, ", ".join(names))
 
 
-def _refused(name: str, value: Any, row: Name, given: Mapping[Any, Any]) -> TypeError:
+def _refused(name: str, value: Any, row: Name, given: Mapping[Any, Any], *, command: bool) -> TypeError:
     does = row.does.format(code=code_of(given.get("model")))
-    return TypeError(f"{name}={reprlib.repr(value)} is not supported: in {row.library} it {does}. {row.use}")
+    use = (row.command if command else "") or row.use
+    return TypeError(f"{name}={reprlib.repr(value)} is not supported: in {row.library} it {does}. {use}")
 
 
 def _misplaced(
-    name: str, value: Any, row: Name | None, given: Mapping[Any, Any], *, own: Iterable[str], said: str
+    name: str,
+    value: Any,
+    row: Name | None,
+    given: Mapping[Any, Any],
+    *,
+    own: Iterable[str],
+    said: str,
+    command: bool,
 ) -> TypeError:
     """Returns the error for a name that this place does not have. The name may belong to another place or to none."""
     ours = row.means if row and row.means else name
     for place, names in {**OWN, SAMPLE: _sampling_names()}.items():
         if ours in names:
+            use = f"--{ours.replace('_', '-')}" if command else _WRITTEN[place].format(ours)
             means = "" if ours == name else f"is {ours} here, and "
-            return TypeError(f"{said} does not take {name}: it {means}belongs to {place}. Use {_WRITTEN[place].format(ours)}")
+            return TypeError(f"{said} does not take {name}: it {means}belongs to {place}. Use {use}")
     if row is not None:
-        return _refused(name, value, row, given)
+        return _refused(name, value, row, given, command=command)
     near = difflib.get_close_matches(name, [*own], n=1, cutoff=0.5)
     meant = f"Did you mean {near[0]!r}? " if near else ""
     return TypeError(f"{said} takes no argument {name!r}. {meant}It takes {', '.join(sorted(own))}")

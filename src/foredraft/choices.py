@@ -73,7 +73,7 @@ def speculative_config(
     again = {"retime": True} if retime else {}
     if not config:
         return again | {"method": AUTO if model is None else "suffix"} if again else None
-    config = config_with_our_names(config)
+    config = config_with_our_names(config, command=True)
     has_draft_model = model is None or "model" in config or "tree" in config
     return {"method": drafter_for(config.get("model")) if has_draft_model else "suffix", **config, **again}
 
@@ -134,6 +134,24 @@ def check(model: str | None, config: dict[str, Any] | None, sampling: dict[str, 
     """
     SamplingParams(**sampling)
     parse(usual_config(config, bundled=model is None))
+
+
+DTYPES = (
+    *("auto", "bfloat16", "bf16", "float16", "fp16", "half"),
+    *("float32", "fp32", "float", "float64", "fp64", "double"),
+)
+"""Names of dtypes, as `foredraft.models.loading.parse_dtype` takes them."""
+
+
+def check_dtype(name: str) -> str:
+    """A name of a dtype, as it was given.
+
+    Raises:
+        ValueError: there is no such dtype.
+    """
+    if name.removeprefix("torch.") not in DTYPES:
+        raise unknown_name("dtype", name, DTYPES)
+    return name
 
 
 def check_head_method(method: str) -> None:

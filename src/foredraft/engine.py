@@ -238,7 +238,7 @@ class Engine:
     def _check(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
         vocab_size = self.target.vocab_size
         if not prompt_ids:
-            raise ValueError("the prompt is empty: give at least one token")
+            raise ValueError("the prompt is empty: give a text that makes at least one token")
         if len(prompt_ids) >= self.max_model_len:
             scaled = original_context(self.target.config) is not None  # a greater max_model_len chooses other factors
             longest = self.target.config.max_position_embeddings if scaled else self.target.max_len

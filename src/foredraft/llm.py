@@ -207,7 +207,7 @@ class LLM:
         """Returns the prompt on which steps are timed."""
         if self.tokenizer is None:
             return [1 + i % (self.target.vocab_size - 1) for i in range(16)]
-        return list(self.tokenizer(SAMPLE_TEXT)["input_ids"])[: self.max_model_len // 2]
+        return list(self.tokenizer(SAMPLE_TEXT)["input_ids"])[: max(1, self.max_model_len // 2)]
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Returns the sampling parameters of the model's ``generation_config.json``.

@@ -26,7 +26,7 @@ def encode(prompt: Prompt, tokenizer: Any) -> tuple[str | None, list[int]]:
         text, ids = _of_mapping(prompt)
     if isinstance(ids, str):
         if not ids:
-            raise ValueError("the prompt is empty: give at least one token")
+            raise ValueError("the prompt is empty: give at least one character")
         check_text("the prompt", ids)
         if tokenizer is None:
             raise ValueError(
@@ -75,7 +75,11 @@ def is_one_prompt(value: Any) -> bool:
 
 def not_a_prompt(given: Any) -> TypeError:
     """Returns the error for a prompt of a wrong type."""
+    advice = (
+        "Convert an array or a tensor with .tolist()" if hasattr(given, "tolist") else "Give one of these, or a list of them"
+    )
+    if isinstance(given, Mapping):
+        advice = f"Allowed keys: {', '.join(_KEYS)}"
     return TypeError(
-        f"a prompt is a str, a list of token ids (whole numbers) or {{'prompt_token_ids': [...]}}, got {shown(given)}. "
-        "Convert an array or a tensor with .tolist()"
+        f"a prompt is a str, a list of token ids (whole numbers) or {{'prompt_token_ids': [...]}}, got {shown(given)}. {advice}"
     )

@@ -135,6 +135,7 @@ def parse(config: Any) -> Speculation | None:
     for key in ("method", "tree", "rule"):
         if not isinstance(config.get(key), str | None):
             raise TypeError(f"{key} must be a name, got {config[key]!r}; `foredraft methods` lists them")
+    _check_model(config.get("model"))
     weights_for = drafter_for(config.get("model"))
     method = config.get("method") or weights_for
     if method == PLAIN:
@@ -180,9 +181,18 @@ def parse(config: Any) -> Speculation | None:
     return found
 
 
+def _check_model(model: Any) -> None:
+    """Checks that what JSON can hold names a draft model; a loaded one is checked when it is used."""
+    if isinstance(model, bool | int | float | bytes | Mapping | Sequence) and not (isinstance(model, str) and model):
+        raise TypeError(
+            f"'model' (--draft-model) must be the directory or the Hub id of a draft model, got {shown(model)}. "
+            "Leave it out, or give one"
+        )
+
+
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be true or false, got {value!r}")
+        raise TypeError(f"{name} must be true or false, got {shown(value)}. Leave it out for false")
     return value
 
 
@@ -281,7 +291,9 @@ def fits(rule: RuleRow, drawn: Drawn, chains_only: bool) -> bool:
 
 def _budget(nodes: Any) -> Budget:
     if isinstance(nodes, bool) or not isinstance(nodes, int):
-        raise TypeError(f"num_speculative_tokens must be a whole number or {AUTO!r}, got {shown(nodes)}")
+        raise TypeError(
+            f"num_speculative_tokens must be a whole number or {AUTO!r}, got {shown(nodes)}. Leave it out to have it chosen"
+        )
     if not 1 <= nodes <= MAX_NODES:
         raise ValueError(
             f"num_speculative_tokens (--budget) must be between 1 and {MAX_NODES}, got {shown(nodes)}. "

@@ -83,7 +83,12 @@ class AcceptanceTable:
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> AcceptanceTable:
         """Reads the table from a JSON object, see `written`."""
-        return cls(*(np.asarray(given.get(name, ()), float) for name in ("share", "mean")))
+        given = given if isinstance(given, Mapping) else {}
+        try:
+            found = [np.asarray(given.get(name, ()), float) for name in ("share", "mean")]
+        except (TypeError, ValueError):  # texts, or rows of unequal length
+            found = [np.empty(0)] * 2
+        return cls(*found)
 
     def written(self) -> dict[str, Any]:
         """Returns the table as a JSON object."""

@@ -199,10 +199,15 @@ class Sequoia(Options):
         if self.costs is None:
             return None
         try:
-            return float(self.costs["draft"]), tuple((int(m), float(s)) for m, s in self.costs["verify"])
+            draft, verify = float(self.costs["draft"]), tuple((int(m), float(s)) for m, s in self.costs["verify"])
+            if not verify or min(draft, *(min(pair) for pair in verify)) < 0 or list(verify) != sorted(verify):
+                raise ValueError
+            return draft, verify
         except (KeyError, TypeError, ValueError):
             example = '{"draft": 0.001, "verify": [[1, 0.02], [16, 0.03]]}'
-            raise ValueError(f"costs must be seconds of each pass, such as {example}, got {dict(self.costs)}") from None
+            raise ValueError(
+                f"costs must be seconds by rising numbers of nodes, as in {example}, got {dict(self.costs)}"
+            ) from None
 
     def vectors(self) -> dict[str, tuple[float, ...]]:
         """Returns kind of request -> its acceptance vector, for each kind that was measured."""

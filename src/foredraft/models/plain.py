@@ -85,6 +85,11 @@ def plain_model(path: Path) -> PlainConfig | None:
 
 def expected(config: PlainConfig) -> dict[str, Tensor]:
     """Returns every tensor of a plain Llama by name, without data."""
+    return {name: torch.empty(size, device="meta") for name, size in _shapes(config).items()}
+
+
+def _shapes(config: PlainConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor. No tensor is made of them before they are known to fit: sizes may be absurd."""
     shape: Any = config
     width, rows = shape.hidden_size, shape.num_attention_heads * shape.head_dim
     shared, inner = shape.num_key_value_heads * shape.head_dim, shape.intermediate_size
@@ -97,16 +102,16 @@ def expected(config: PlainConfig) -> dict[str, Tensor]:
     shapes = {"model.embed_tokens": (shape.vocab_size, width), "model.norm": (width,), "lm_head": (shape.vocab_size, width)}
     for i in range(shape.num_hidden_layers):
         shapes |= {f"model.layers.{i}.{name}": size for name, size in layer.items()}
-    return {f"{name}.weight": torch.empty(size, device="meta") for name, size in shapes.items()}
+    return {f"{name}.weight": size for name, size in shapes.items()}
 
 
 def fits(config: PlainConfig, weights: Mapping[str, StoredTensor]) -> bool:
     """Returns whether a checkpoint holds exactly the tensors of a plain Llama, in floating point."""
     shape: Any = config
     if shape.num_hidden_layers != sum(name.endswith("mlp.down_proj.weight") for name in weights):
-        return False  # checked before anything of that size is allocated
-    wanted = expected(config)
+        return False  # before anything of that size is made
+    wanted = _shapes(config)
     names = wanted.keys() - ({"lm_head.weight"} - weights.keys() if shape.tie_word_embeddings else set())
     return weights.keys() == names and all(
-        tuple(stored.shape) == tuple(wanted[name].shape) and stored.dtype_name in _FLOATS for name, stored in weights.items()
+        tuple(one.shape) == wanted[name] and one.dtype_name in _FLOATS for name, one in weights.items()
     )

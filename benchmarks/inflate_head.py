@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 from foredraft.calibration import file_beside
 from foredraft.drafters.folder import read_head, save_head
@@ -41,7 +42,7 @@ def inflate_head(drafter: Path, target: Path, output: Path) -> None:
             f"the target's width {hidden} is not a multiple of {shape.features}, the width of the head's target: "
             "give an inflated copy of the head's own target"
         )
-    config = type(old)(
+    config = LlamaConfig(
         **{
             **old.to_diff_dict(),
             "hidden_size": old.hidden_size * factor,

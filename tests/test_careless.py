@@ -54,11 +54,17 @@ def refused_config(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -
         ({"head_dim": -8}, "head_dim must be a whole number, at least 1, got -8"),
         ({"intermediate_size": -1}, "intermediate_size must be a whole number, at least 1, got -1"),
         ({"num_attention_heads": -2}, "num_attention_heads must be a whole number, at least 1, got -2"),
-        ({"intermediate_size": 10**30}, "config.json makes no model"),
-        ({"vocab_size": 2**62}, "config.json makes no model"),
+        ({"intermediate_size": 10**30}, "Transformers cannot build a model from config.json"),
+        ({"vocab_size": 2**62}, "Transformers cannot build a model from config.json"),
         ({"intermediate_size": 10**12}, "weights, the file holds"),
-        ({"dtype": "int8"}, "config.json in '{path}' is not valid: dtype is 'int8'"),
-        ({"dtype": "nope"}, "config.json in '{path}' is not valid: dtype is 'nope'"),
+        (
+            {"dtype": "int8"},
+            "config.json in '{path}' is not valid: dtype must be one of float64, float32, float16, bfloat16, got 'int8'",
+        ),
+        (
+            {"dtype": "nope"},
+            "config.json in '{path}' is not valid: dtype must be one of float64, float32, float16, bfloat16, got 'nope'",
+        ),
     ],
     ids=str,
 )
@@ -77,7 +83,7 @@ def test_a_short_context_leaves_room_to_time_steps(length: int) -> None:
     llm = LLM(MODEL, {"method": "ngram"}, max_model_len=length)
     if length > 1:
         assert len(llm.generate([[5]], SamplingParams(ignore_eos=True))[0].outputs[0].token_ids) == length - 1
-    with pytest.raises(ValueError, match=f"the context of {length} must also hold an output"):
+    with pytest.raises(ValueError, match=f"the context of {length} must also fit an output"):
         llm.generate([[5] * length])
 
 
@@ -125,7 +131,7 @@ def test_hints_on_other_names_in_a_config(config: dict[str, Any], hint: str, cap
         ({"num_speculative_tokens": 2.5}, "Leave it out to have it chosen"),
         ({"num_speculative_tokens": True}, "Leave it out to have it chosen"),
         ({"retime": "yes"}, "Leave it out for false"),
-        ({"retime": True, "num_speculative_tokens": 3}, "leave retime out"),
+        ({"retime": True, "num_speculative_tokens": 3}, "Remove retime"),
     ],
     ids=str,
 )

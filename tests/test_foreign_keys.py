@@ -161,7 +161,7 @@ def test_a_benchmarks_draft_model_is_for_those_that_take_one() -> None:
         ({"method": "ngram", "prompt_lookup_max": 10**9}, "prompt_lookup_max must be at most 256"),
         (
             {"method": "suffix", "suffix_decoding_max_tree_depth": 10**9},
-            "suffix_decoding_max_tree_depth must be at most 64 deep",
+            "suffix_decoding_max_tree_depth must be between 1 and 64",
         ),
         (
             {"method": "suffix", "suffix_decoding_max_spec_factor": float("inf")},

@@ -78,7 +78,7 @@ def test_unknown_kernels_are_refused(given: str, monkeypatch: pytest.MonkeyPatch
             main(["generate", "Once", "--model", str(TARGET), "--method", "ar", "--dtype", dtype])
         out, err = capsys.readouterr()
         assert (ended.value.code, out) == (1, "")
-        assert err == f"error: {said}\nhint: give one of these or unset the environment variable\n"
+        assert err == f"error: {said}\nhint: give one of these, or unset the environment variable\n"
 
 
 @pytest.mark.parametrize("command", ["false", "no-such-compiler -v"])

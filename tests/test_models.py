@@ -386,7 +386,7 @@ def test_bidirectional_attention_is_found_out():
 
 def test_a_model_that_keeps_no_keys_is_refused():
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("openai-gpt", **GPT_SIZES))
-    with pytest.raises(ValueError, match="keeps keys and values of its own"):
+    with pytest.raises(ValueError, match="keep no keys and values of their own"):
         HFTarget(model)
 
 

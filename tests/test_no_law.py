@@ -255,7 +255,7 @@ def test_the_command_line_says_why(
     temperature: str, method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     banned = SamplingParams(allowed_token_ids=[2], min_tokens=4)
-    monkeypatch.setattr(LLM, "get_default_sampling_params", lambda self: banned)
+    monkeypatch.setattr(LLM, "default_params_for", lambda self, prompt, given, **more: replace(banned, **given))
     monkeypatch.setattr(sys, "stdin", StringIO(""))
     given = ["generate", STORY, "--model", str(MODEL), "--method", method, "--temperature", temperature, "--budget", "4"]
     for more in ([], ["--json"]):

@@ -5,6 +5,5 @@ from foredraft import LLM, SamplingParams
 llm = LLM(speculative_config={"method": "fspad", "tree": "dyspec", "num_speculative_tokens": 8})
 messages = [{"role": "user", "content": "Write a Python function that reverses a string."}]
 [output] = llm.chat(messages, SamplingParams(temperature=0, max_tokens=64, stop=["\n\n"]))
-completion = output.outputs[0]
-print(completion.text)
-print(f"{len(completion.token_ids)} tokens in {completion.metrics.num_steps} steps")
+print(output.outputs[0].text)
+print(f"{len(output.outputs[0].token_ids)} tokens in {output.metrics.num_steps} steps")

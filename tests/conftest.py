@@ -33,6 +33,7 @@ def _measurements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(auto, "_MOST_STEPS", 2)
         source = request.node.nodeid
     else:
+        monkeypatch.setattr(auto, "announce", lambda: None)
         monkeypatch.setattr(auto, "slowdown_of", lambda timed, plain: 1 + timed.nodes / 20)
         source = "given"
     monkeypatch.setattr(auto, "recalled", lambda kind, facts, *rest, **more: recalled(kind, [source, facts], *rest, **more))

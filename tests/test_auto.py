@@ -255,3 +255,28 @@ def test_slower_steps_are_slower_than_plain_ones() -> None:
 
     slow = auto.Timed(target, Slow(), RULES["deterministic"].rule, 2, [1], SamplingParams(temperature=0), 2)
     assert auto.slowdown_of(slow, plain) > 2
+
+
+@pytest.mark.parametrize(("in_time", "timed"), [(0, 1), (1, 1), (3, 3), (100, 6)])
+def test_no_candidate_is_timed_after_the_deadline(in_time: int, timed: int) -> None:
+    """At least one is timed; those that were timed before the deadline are compared."""
+    count = []
+
+    def slowdown(candidate: Candidate) -> float:
+        count.append(candidate)
+        return 1.0
+
+    ways = [Way("lm", "chain"), Way("lm", "opt")]
+    chosen = auto.choose(
+        ways, (2, 4, 8), lambda one: 1.0 + one.nodes, slowdown, fallback=True, in_time=lambda: len(count) < in_time
+    )
+    assert len(count) == timed
+    assert chosen.nodes == max(one.nodes for one in count)
+
+
+def test_a_line_announces_that_steps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    announced: list[None] = []
+    monkeypatch.setattr(auto, "announce", lambda: announced.append(None))
+    monkeypatch.setattr(auto, "recalled", lambda kind, facts, measure, **more: measure())
+    LLM(PAIR[0], {"model": str(PAIR[1])}, dtype="float64")
+    assert len(announced) == 1

@@ -305,7 +305,7 @@ def broken(tmp_path):
 
 def without_choice(err):
     """Standard error without what is said of the automatic choice, which may come before an error."""
-    return "".join(line for line in err.splitlines(keepends=True) if not line.startswith("drafting"))
+    return "".join(line for line in err.splitlines(keepends=True) if not line.startswith(("drafting:", "timing drafters")))
 
 
 def assert_two_lines(err, said):

@@ -266,6 +266,13 @@ def test_every_refused_field_is_tested():
     assert set(NEUTRAL) <= set(REFUSED)
 
 
+@pytest.mark.parametrize("name", ["num_beams", "num_beam_groups"])
+def test_a_truth_is_no_number(name, folder):
+    say(folder, **{name: True})
+    with pytest.raises(ModelError, match=f"{name} is True"):
+        load_generation_config(folder)
+
+
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_unsupported_fields_are_refused_by_name(name, folder):
     say(folder, **{name: UNSUPPORTED[name]})
@@ -305,11 +312,12 @@ def test_refused_on_the_command_line(folder, run):
         ({"max_length": "x"}, "max_length must be a whole number"),
         ({"max_length": 0}, "max_length must be a whole number, at least 1, got 0"),
         ({"min_length": -1}, "min_length must be a whole number"),
-        ({"max_new_tokens": 0}, "max_tokens must be a whole number, at least 1"),
-        ({"min_new_tokens": 5, "max_new_tokens": 3}, r"min_tokens \(5\) must not exceed max_tokens \(3\)"),
+        ({"max_new_tokens": "7"}, "max_new_tokens must be a whole number"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number, at least 1"),
+        ({"min_new_tokens": 5, "max_new_tokens": 3}, r"min_new_tokens \(5\) must not exceed max_new_tokens \(3\)"),
         ({"temperature": "hot"}, "temperature must be 0 .greedy. or above, got 'hot'"),
         ({"top_p": 0.0}, "top_p must be above 0"),
-        ({"stop_strings": [3]}, "stop must be a string or a list of strings"),
+        ({"stop_strings": [3]}, "stop_strings must be a string or a list of strings"),
     ],
 )
 @pytest.mark.unchecked

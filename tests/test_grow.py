@@ -257,6 +257,8 @@ def test_trees_branch_at_temperature_0(name: str) -> None:
         ("static", {"paths": [[0, 0]]}, "parent"),
         ("static", {"paths": [[1]]}, "siblings"),
         ("sequoia", {"acceptance": [1.5]}, "acceptance"),
+        ("sequoia", {"acceptance": {"foo": [1.0]}}, "sampled and greedy, got foo"),
+        ("static", {"paths": [[0], []]}, "an empty path"),
         ("topk", {"topk": 0}, "topk"),
         ("opt", {"delta": -1.0}, "delta"),
     ],

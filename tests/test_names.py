@@ -449,6 +449,32 @@ def test_an_option_of_the_table_is_explained(run: Any, name: str) -> None:
     assert hint == f"hint: {row.command or row.use}"
 
 
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("--num-speculative-tokens", "Use --budget"),
+        ("--draft_temperature", "Use --speculative-config '{\"draft_temperature\": VALUE}'"),
+        ("--n", "Leave it out. In Python, use generate(prompts, SamplingParams(n=...))"),
+        ("--presence-penalty", "Leave it out. In Python, use generate(prompts, SamplingParams(presence_penalty=...))"),
+        ("--max-num-seqs", "Leave it out. In Python, use LLM(model, max_num_seqs=...)"),
+        ("--continue-final-message", "Leave it out. In Python, use LLM.chat(messages, continue_final_message=...)"),
+    ],
+)
+def test_arguments_of_python_that_are_no_options(run: Any, given: str, hint: str) -> None:
+    code, _, err = run("generate", "x", given, "2")
+    assert code == 2
+    assert err.splitlines() == [f"error: `foredraft generate` has no option {given}", f"hint: {hint}"]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("static", "tree"), ("dyspec", "tree"), ("block", "rule")])
+def test_a_tree_or_a_rule_is_not_a_method(run: Any, name: str, kind: str) -> None:
+    with pytest.raises(ValueError, match=f"{name!r} is a {kind}, not a method. Use {kind!r}: {name!r}"):
+        LLM(TARGET, {"method": name})
+    code, _, err = run("generate", "x", "--method", name)
+    assert code == 1
+    assert f"--{kind} {name}" in err
+
+
 def test_hints_name_options_that_exist() -> None:
     known = options_of("generate") | {"--local-dir"}  # of `hf download`
     for name in ABSENT:

@@ -235,6 +235,8 @@ def test_factors_that_a_model_chooses_in_a_way_of_its_own():
         ({"long_factor": [1.0, "x", 1.0, 1.0]}, "long_factor of the rotary positions must be a list of numbers above 0"),
         ({"short_factor": []}, "short_factor of the rotary positions must be a list"),
         ({"long_factor": [1.0, 0.0, 1.0, 1.0]}, "long_factor of the rotary positions must be a list of numbers above 0"),
+        ({"short_factor": [1.0]}, "short_factor of the rotary positions must hold 4 numbers, .* got 1"),
+        ({"long_factor": [1.0] * 8}, "long_factor of the rotary positions must hold 4 numbers, .* got 8"),
         ({"rope_theta": float("nan")}, "rope_theta of the rotary positions must be a number above 0, got nan"),
         ({"original_max_position_embeddings": -4}, "original_max_position_embeddings of the rotary positions must be"),
         ({"rope_type": "long"}, "rope_type is 'long': it must be one of default, .*longrope"),

@@ -35,6 +35,19 @@ def _checked_dtype(name: str) -> str:
     return check_dtype(name)
 
 
+def _checked_device(name: str | None) -> str | None:
+    from foredraft.choices import check_device
+
+    return None if name is None else check_device(name)
+
+
+def _checked_generation_config(choice: str) -> str:
+    from foredraft.models.files import check_generation_config
+
+    check_generation_config(choice)
+    return choice
+
+
 def _checked_length(length: int | None) -> int | None:
     from foredraft.errors import whole_number
     from foredraft.params import MAX_COUNT
@@ -46,7 +59,9 @@ Model = Annotated[str | None, _option(_MODEL, "Directory or Hub id of the model;
 Dtype = Annotated[
     str, _option(_MODEL, "auto (dtype of the checkpoint), bfloat16, float16, float32 or float64.", callback=_checked_dtype)
 ]
-Device = Annotated[str | None, _option(_MODEL, "cpu, cuda, cuda:1, ...; default: CUDA if available, else the CPU.")]
+Device = Annotated[
+    str | None, _option(_MODEL, "cpu, cuda, cuda:1, ...; default: CUDA if available, else the CPU.", callback=_checked_device)
+]
 Revision = Annotated[str | None, _option(_MODEL, "Branch, tag or commit of the Hub id.")]
 TokenizerDir = Annotated[
     str | None, typer.Option("--tokenizer", help="Directory or Hub id of another tokenizer.", rich_help_panel=_MODEL)
@@ -56,7 +71,12 @@ MaxModelLen = Annotated[
     _option(_MODEL, "Maximum tokens of prompt plus output; default: the model's context.", callback=_checked_length),
 ]
 GenerationConfig = Annotated[
-    str, _option(_SAMPLING, "auto uses the model's generation_config.json, none ignores it; or a directory that holds one.")
+    str,
+    _option(
+        _SAMPLING,
+        "auto uses the model's generation_config.json, none ignores it; or a directory that holds one.",
+        callback=_checked_generation_config,
+    ),
 ]
 Method = Annotated[str | None, _option(_DRAFT, "Drafter: lm, lm-lookup, ngram, suffix, fspad, ...; auto; ar drafts nothing.")]
 DraftModel = Annotated[str | None, _option(_DRAFT, "Directory or Hub id of the draft model, or directory of the head.")]
@@ -715,10 +735,13 @@ def _report_usage(error: Any) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         return 2
+    from foredraft.speculation import option_names
+
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "foredraft"
     usual = error.format_message(), f"`{command} --help` lists all options"
-    problem, hint = option_advice(getattr(error, "option_name", None) or "", command) or usual
+    option = getattr(error, "option_name", None) or ""
+    problem, hint = (option_advice(option, command, option_names()) if option else None) or usual
     _say("error", problem)
     _say("hint", hint)
     return 2
@@ -738,6 +761,8 @@ def _report(error: Exception, arguments: list[str]) -> int:
         problem, *more = _ADVICE.split(" ".join(str(error).split()), maxsplit=1)
         if more:
             hint = more[0]
+        elif isinstance(error, OSError):
+            hint = "check that the file can be read or written, and that its disk has space"
         elif isinstance(error, ValueError):
             hint = f"`foredraft {arguments[0]} --help` describes the values of each option"
     _say("error", problem or type(error).__name__)

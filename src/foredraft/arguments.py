@@ -189,15 +189,31 @@ def _sampling_names() -> list[str]:
     return SamplingParams.names()
 
 
-def option_advice(option: str, command: str) -> tuple[str, str] | None:
+def option_advice(option: str, command: str, keys: Iterable[str] = ()) -> tuple[str, str] | None:
     """Returns the error and the hint for an option of another library; None if no library has the name.
 
     Args:
         option: the option as the user typed it, such as ``--tensor-parallel-size``.
         command: the command, such as ``foredraft generate``.
+        keys: the keys that a speculative config may have.
     """
-    row = NAMES.get(option.lstrip("-").replace("-", "_"))
+    name = option.lstrip("-").replace("-", "_")
+    row = NAMES.get(name)
     if row is None:
-        return None
+        return _own_option(name, option, command, keys)
     does = row.does.format(code=code_of(None))
     return f"`{command}` has no option {option}: in {row.library} it {does}", row.command or row.use
+
+
+def _own_option(name: str, option: str, command: str, keys: Iterable[str]) -> tuple[str, str] | None:
+    """Returns the error and the hint for an option that is only an argument in Python; None if it is none."""
+    if command.rsplit(" ", 1)[-1] not in ("generate", "chat", "audit"):
+        return None
+    if name == "num_speculative_tokens":
+        return f"`{command}` has no option {option}", "Use --budget"
+    if name in keys:
+        return f"`{command}` has no option {option}", f"Use --speculative-config '{{\"{name}\": VALUE}}'"
+    for place in (SAMPLE, LOAD, CHAT, RUN):
+        if name in (_sampling_names() if place == SAMPLE else OWN[place]):
+            return f"`{command}` has no option {option}", f"Leave it out. In Python, use {_WRITTEN[place].format(name)}"
+    return None

@@ -58,6 +58,12 @@ _WARM_STEPS, _LEAST_STEPS, _MOST_STEPS, _ENOUGH_S = 2, 8, 48, 0.4
 """Warm-up steps, then the least and the largest number of timed steps, and the seconds that suffice. Warm-up is needed because
 the first step runs the prompt through the drafter."""
 
+_LEAST_LONG_STEPS, _LONG_S = 3, 1.0
+"""The least number of timed steps if they take more than `_LONG_S` seconds. The times of long steps vary less."""
+
+LIMIT_S = 10.0
+"""After this many seconds, no further candidate is timed for the same kind of requests."""
+
 TRIED_TREES, TYPICAL_SIZE = 2, 8
 """Only `TRIED_TREES` trees are timed: those with the most tokens per step at `TYPICAL_SIZE` nodes."""
 
@@ -102,7 +108,8 @@ class Choice(NamedTuple):
             return f"drafting: {f'{name} {self.nodes} nodes' if self.nodes else 'off'} (nothing was timed)"
         when = f"timed here on {self.timed_on}"
         if self.nodes:
-            return f"drafting: {name} {self.nodes} nodes (expected {self.speedup:.1f}x; {when})"
+            speedup = f"{self.speedup:.{1 if self.speedup > 1.1 else 2}f}x"
+            return f"drafting: {name} {self.nodes} nodes (expected {speedup}; {when})"
         if self.speedup > 1:
             return f"drafting: off (best {name} {self.speedup:.2f}x, but a draft model must reach {_MODEL_MARGIN}x; {when})"
         return f"drafting: off (no method expected above plain: best {name} {self.speedup:.2f}x; {when})"
@@ -150,6 +157,7 @@ class Chooser:
 
     def _measure(self) -> dict[str, Choice]:
         today = date.today().isoformat()
+        announce()
         return {kind: self._choose(kind)._replace(timed_on=today) for kind in KINDS}
 
     def _facts(self) -> dict[str, Any]:
@@ -170,7 +178,7 @@ class Chooser:
     def _choose(self, kind: str) -> Choice:
         sampling = SamplingParams(temperature=0.0 if kind == "greedy" else 1.0)
         plain = Timed(self.target, None, None, 0, self.prompt, sampling, self.num_seqs)
-        ways = self._worth_timing(kind)
+        ways, deadline = self._worth_timing(kind), perf_counter() + LIMIT_S
         drafters: dict[Way, Drafter] = {}
 
         @memoize
@@ -186,7 +194,7 @@ class Chooser:
             way, nodes = candidate
             fallback = DRAFTERS[way.drafter].asks
             if fallback is None:
-                return slower(way, nodes)
+                return slower(way if has_weights(way) else LOOKUP, nodes)
             share = self._drafted_share(kind, candidate)
             return share * slower(Way(fallback, way.tree), nodes) + (1 - share) * slower(LOOKUP, nodes)
 
@@ -196,6 +204,7 @@ class Chooser:
             lambda candidate: tokens_per_step(self._curves(kind), candidate),
             slowdown,
             fallback=self.speculation.budget is None,
+            in_time=lambda: perf_counter() < deadline,
         )
 
     def _worth_timing(self, kind: str) -> list[Way]:
@@ -236,7 +245,7 @@ def curve_name(way: Way) -> str:
 
 
 LOOKUP = Way("ngram", None)
-"""The way whose time stands for every step that was drafted by lookup."""
+"""The way whose time stands for every step that was drafted by lookup, and for every drafter without weights."""
 
 
 class Full:
@@ -263,12 +272,19 @@ class Full:
         """Does nothing, because no resources are held."""
 
 
+def announce() -> None:
+    """Logs that drafters are timed, which takes seconds. It is a warning, so that it appears where logging is not set up."""
+    _log.warning(
+        "timing drafters on this machine; this takes at most some %.0f s, and the result is kept", len(KINDS) * LIMIT_S
+    )
+
+
 def slowdown_of(timed: Timed, plain: Timed) -> float:
     """Returns the time of a step divided by the time of a plain decoding step.
 
     Both take turns, because the speed of the machine drifts. The slowest quarter of the steps of each is left out, because
-    other work may have interrupted them. At least `_LEAST_STEPS` steps of each are timed. Fast models run more steps, up to
-    `_MOST_STEPS`, until `_ENOUGH_S` seconds have passed.
+    other work may have interrupted them. At least `_LEAST_STEPS` steps of each are timed, or `_LEAST_LONG_STEPS` if they are
+    long. Fast models run more steps, up to `_MOST_STEPS`, until `_ENOUGH_S` seconds have passed.
     """
     pair = [candidate.steps() for candidate in (timed, plain)]
     seconds: list[list[float]] = [[], []]
@@ -280,7 +296,8 @@ def slowdown_of(timed: Timed, plain: Timed) -> float:
                     return inf if not times else _ratio(seconds)
                 if number >= _WARM_STEPS:
                     times.append(perf_counter() - began)
-            if number >= _WARM_STEPS + _LEAST_STEPS and sum(map(sum, seconds)) > _ENOUGH_S:
+            taken = sum(map(sum, seconds))
+            if number >= _WARM_STEPS + (_LEAST_LONG_STEPS if taken > _LONG_S else _LEAST_STEPS) - 1 and taken > _ENOUGH_S:
                 break
         return _ratio(seconds)
     finally:
@@ -307,9 +324,11 @@ class Timed:
 
     def steps(self) -> Generator[Any, None, None]:
         """Runs one step per iteration, until the generator is closed."""
-        pool = self.target.new_pool(self.num_seqs, self.target.max_len)
+        most = len(self.prompt) + (_WARM_STEPS + _MOST_STEPS + 1) * (1 + self.nodes)
+        length = min(self.target.max_len, most)
+        pool = self.target.new_pool(self.num_seqs, length)
         run = [
-            Continuation(list(self.prompt), len(self.prompt), self.target.max_len, self.sampling, Draws(b), TextStream(None))
+            Continuation(list(self.prompt), len(self.prompt), length, self.sampling, Draws(b), TextStream(None))
             for b in range(self.num_seqs)
         ]
         if self.drafter is None:
@@ -334,6 +353,7 @@ def choose(
     slowdown: Callable[[Candidate], float],
     *,
     fallback: bool,
+    in_time: Callable[[], bool] = lambda: True,
 ) -> Choice:
     """Returns the candidate with the most tokens per second.
 
@@ -343,6 +363,7 @@ def choose(
         tokens_per_step: returns the tokens per step of a candidate; None if they are not known.
         slowdown: returns the time of a candidate's step divided by that of a plain decoding step.
         fallback: choose plain decoding (0 nodes) if no candidate is faster.
+        in_time: returns whether another candidate may be timed. At least one is timed.
     """
     ways = list(ways)
     best = Choice(ways[0], 0, 1.0, 1.0, 1.0 if fallback else 0.0)
@@ -354,6 +375,8 @@ def choose(
             tokens = tokens_per_step(candidate)
             if tokens is None:
                 continue
+            if nearest.speedup and not in_time():
+                break
             cost = slowdown(candidate)
             speedup = tokens / cost
             score = speedup / (_MODEL_MARGIN if has_weights(way) else 1.0)

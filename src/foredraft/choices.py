@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from foredraft.arguments import config_with_our_names
 from foredraft.chat import Template
 from foredraft.drafters import DRAFTERS
-from foredraft.errors import unknown_name
+from foredraft.errors import shown, unknown_name
 from foredraft.params import SamplingParams
 from foredraft.speculation import AUTO, PLAIN, drafter_for, parse, usual_config
 
@@ -151,6 +152,19 @@ def check_dtype(name: str) -> str:
     """
     if name.removeprefix("torch.") not in DTYPES:
         raise unknown_name("dtype", name, DTYPES)
+    return name
+
+
+def check_device(name: str) -> str:
+    """Returns the name of a device unchanged.
+
+    Raises:
+        ValueError: models do not run on such a device. Whether the machine has it is checked when a model is loaded.
+    """
+    if not re.fullmatch(r"auto|(cpu|cuda)(:\d{1,3})?", name):
+        raise ValueError(
+            f"device {shown(name)} cannot be used (models run on cpu and cuda only): give auto, cpu, cuda or cuda:1"
+        )
     return name
 
 

@@ -141,7 +141,7 @@ def parse(config: Any) -> Speculation | None:
     if method == PLAIN:
         return _check_unused(config)
     if method not in (*DRAFTERS, AUTO):
-        raise unknown_name("method", method, [*DRAFTERS, AUTO, PLAIN])
+        raise _no_method(method)
     drafter = DRAFTERS[weights_for if method == AUTO else method]  # the drafter with the most options
     nodes = config.get("num_speculative_tokens")
     tree, grower = _named_tree(method, drafter, config.get("tree"))
@@ -179,6 +179,13 @@ def parse(config: Any) -> Speculation | None:
     if found.retime and not found.is_open:
         raise ValueError("retime repeats the timing for open choices, and this config leaves nothing open. Remove retime")
     return found
+
+
+def _no_method(name: str) -> ValueError:
+    for kind, table in (("tree", GROWERS), ("rule", RULES)):
+        if name in table:
+            return ValueError(f"{name!r} is a {kind}, not a method. Use {kind!r}: {name!r} (--{kind} {name}) with a method")
+    return unknown_name("method", name, [*DRAFTERS, AUTO, PLAIN])
 
 
 def _check_model(model: Any) -> None:
@@ -224,11 +231,16 @@ def _rule_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
     return options
 
 
+def option_names() -> list[str]:
+    """Returns all keys that a speculative config may hold for some method, tree or rule."""
+    known = [*_COMMON, *(name for row in DRAFTERS.values() for name in row.options)]
+    known += [name for row in GROWERS.values() for name in _option_names(row.grower)]
+    return [*dict.fromkeys(known + [name for row in RULES.values() for name in row.options])]
+
+
 def _check_unused(config: Mapping[str, Any]) -> None:
     """Refuses all keys for plain decoding, which has none. For a misspelt key, the error suggests the right name."""
-    known = [*_COMMON, *(name for row in DRAFTERS.values() for name in row.options)]
-    known += dict.fromkeys(name for row in GROWERS.values() for name in _option_names(row.grower))
-    known += dict.fromkeys(name for row in RULES.values() for name in row.options)
+    known = option_names()
     tables = {"tree": GROWERS, "rule": RULES}
     for key, value in config.items():
         if key not in known:

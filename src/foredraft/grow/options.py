@@ -151,7 +151,11 @@ class Static(Options):
         for path in given:
             before = [path[:-1]] * (len(path) > 1) + [(*path[:-1], rank) for rank in range(path[-1] if path else 0)]
             missing = [needed for needed in before if needed not in given]
-            if not path or min(path) < 0 or missing:
+            if not path:
+                raise ValueError(
+                    "paths must hold the ranks from the root to every node, so an empty path names none. Leave it out"
+                )
+            if min(path) < 0 or missing:
                 raise ValueError(
                     f"paths must hold the parent and the earlier siblings of every path: {list(path)} lacks "
                     f"{[list(needed) for needed in missing] or 'ranks of 0 or above'}"
@@ -214,7 +218,11 @@ class Sequoia(Options):
         if self.acceptance is None:
             return {}
         if isinstance(self.acceptance, Mapping):
-            return {key: tuple(self.acceptance[key]) for key in ("sampled", "greedy") if key in self.acceptance}
+            if not self.acceptance.keys() <= {"sampled", "greedy"}:
+                raise ValueError(
+                    f"acceptance must have the keys sampled and greedy, got {', '.join(map(str, self.acceptance))}"
+                )
+            return {key: tuple(vector) for key, vector in self.acceptance.items()}
         return {"sampled": tuple(self.acceptance), "greedy": tuple(self.acceptance)}
 
 

@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from foredraft.errors import ModelError
+from foredraft.errors import ModelError, shown
+
+GENERATION_CONFIG = "generation_config.json"
+IGNORE = ("none", "vllm")
+"""Values of ``generation_config`` that ignore the file. The second is vLLM's name."""
 
 HEAD_KEY = "foredraft"
 """Key of config.json under which a draft head of this library stores its description."""
@@ -28,6 +32,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{str(path)!r} must be a JSON object, got a {type(content).__name__}: copy it again")
     return content
+
+
+def check_generation_config(choice: Any) -> None:
+    """Checks the argument ``generation_config`` of `LLM`.
+
+    Raises:
+        ModelError: it is neither ``auto`` nor ``none`` nor a directory with the file.
+    """
+    if isinstance(choice, str) and choice in ("auto", *IGNORE):
+        return
+    if not isinstance(choice, str | Path) or not (Path(choice) / GENERATION_CONFIG).is_file():
+        raise ModelError(
+            f"generation_config must be 'auto', 'none' or a directory that holds {GENERATION_CONFIG}, got {shown(choice)}"
+        )
 
 
 def some(names: list[str]) -> str:

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from foredraft.models.checkpoint import ModelError, one_line, read_json, resolve
-from foredraft.models.files import is_loaded_model
+from foredraft.models.files import GENERATION_CONFIG as FILE
+from foredraft.models.files import IGNORE, check_generation_config, is_loaded_model
 from foredraft.params import SamplingParams
-
-FILE = "generation_config.json"
 
 TAKEN_OVER = {
     **{name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")},
@@ -34,8 +33,8 @@ LENGTHS = ("max_length", "min_length")
 """Fields that limit the length of prompt plus output. `max_new_tokens` and `min_new_tokens` take precedence."""
 
 REFUSED: dict[str, Callable[[Any], bool]] = {
-    "num_beams": lambda given: given == 1,
-    "num_beam_groups": lambda given: given == 1,
+    "num_beams": lambda given: given == 1 and given is not True,
+    "num_beam_groups": lambda given: given == 1 and given is not True,
     "penalty_alpha": lambda given: given == 0,
     "dola_layers": lambda given: False,
     "typical_p": lambda given: given >= 1,
@@ -75,9 +74,6 @@ WITHOUT_EFFECT = (
     *("pad_token_id", "bos_token_id", "decoder_start_token_id", "transformers_version"),
 )
 """Ignored fields: they do not change the distribution. Unknown fields are ignored too, as in Transformers."""
-
-NONE = ("none", "vllm")
-"""Values of ``generation_config`` that ignore the file. The second is vLLM's name."""
 
 
 def load_generation_config(
@@ -145,15 +141,14 @@ def default_params(
 
 def _given(source: Any, revision: str | None, choice: str | Path) -> dict[str, Any]:
     """Returns the fields of the chosen file, or none if it is ignored or missing."""
-    if isinstance(choice, str) and choice in NONE:
+    if isinstance(choice, str) and choice in IGNORE:
         return {}
+    check_generation_config(choice)
     if choice == "auto" and is_loaded_model(source):
         return source.generation_config.to_diff_dict() if source.generation_config else {}
     if choice == "auto":
         path = resolve(source, revision) / FILE
         return read_json(path) if path.is_file() else {}
-    if not isinstance(choice, str | Path) or not (Path(choice) / FILE).is_file():
-        raise ModelError(f"generation_config must be 'auto', 'none' or a directory that holds {FILE}, got {choice!r}")
     return read_json(Path(choice) / FILE)
 
 
@@ -184,7 +179,10 @@ def checked(defaults: Mapping[str, Any]) -> None:
     try:
         default_params(defaults)
     except (ValueError, TypeError) as error:
-        raise _cannot_be_used(one_line(error)) from None
+        ours, _, rest = one_line(error).partition(" ")
+        fields = {name: field for field, name in TAKEN_OVER.items()}
+        rest = rest.replace("max_tokens", "max_new_tokens")
+        raise _cannot_be_used(f"{fields.get(ours, ours)} {rest}") from None
 
 
 def _is_length(name: str, value: Any) -> bool:

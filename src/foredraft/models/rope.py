@@ -209,7 +209,7 @@ def refuse_bad_rope(config: Any) -> None:
             _refuse_kind(_kind(rope))
         for name, value in rope.items():
             if name in _LISTS:
-                _refuse_bad_factors(name, value)
+                _refuse_bad_factors(name, value, _num_pairs(config, rope))
             elif name in _NUMBERS and value is not None and not is_positive(value):
                 raise ValueError(f"{name} of the rotary positions must be a number above 0, got {value!r}")
         if _kind(rope) in _SCALED and rope.get("factor") is None and _kind(rope) != LONG:
@@ -236,9 +236,26 @@ def is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 3e38
 
 
-def _refuse_bad_factors(name: str, value: Any) -> None:
+def _refuse_bad_factors(name: str, value: Any, count: int | None) -> None:
     if not isinstance(value, list | tuple) or not value or not all(map(is_positive, value)):
         raise ValueError(f"{name} of the rotary positions must be a list of numbers above 0, got {value!r}")
+    if count is not None and len(value) != count:
+        raise ValueError(
+            f"{name} of the rotary positions must hold {count} numbers, one for each pair of entries of a head, "
+            f"got {len(value)}"
+        )
+
+
+def _num_pairs(config: Any, rope: dict[str, Any]) -> int | None:
+    """Returns the number of pairs of entries of a head that are rotated; None if the configuration does not tell."""
+    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    size = getattr(config, "head_dim", None) or (
+        hidden // heads if isinstance(hidden, int) and isinstance(heads, int) else None
+    )
+    if not isinstance(size, int):
+        return None
+    share = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    return (int(size * share) + 1) // 2
 
 
 def _ropes(config: Any) -> list[dict[str, Any]]:

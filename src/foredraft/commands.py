@@ -13,10 +13,9 @@ from foredraft import show
 from foredraft.chat import Template, is_plain
 from foredraft.choices import ModelChoice, Shown
 from foredraft.engine import CompletionOutput, RequestOutput
-from foredraft.errors import check_text
+from foredraft.errors import check_text, speaks_unicode
 from foredraft.llm import LLM, Prompt
 from foredraft.params import RANDOM_SEED, SamplingParams
-from foredraft.progress import speaks_unicode
 
 MAX_TOKENS = 256
 """Maximum number of tokens to generate if neither the user nor the model sets one."""

@@ -66,3 +66,8 @@ def check_text(name: str, text: str) -> None:
             f"{name} is not valid text: character {error.start + 1} is the lone surrogate U+{ord(text[error.start]):04X}. "
             "Give the text in UTF-8; on the command line, set a UTF-8 locale (LC_ALL=C.UTF-8)"
         ) from None
+
+
+def speaks_unicode(stream: Any) -> bool:
+    """Whether every character can be written to a stream as it is."""
+    return str(getattr(stream, "encoding", None) or "").lower().startswith("utf")

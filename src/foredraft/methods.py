@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import textwrap
 from dataclasses import fields
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from foredraft.drafters import DRAFTERS
+from foredraft.errors import speaks_unicode
 from foredraft.grow import GROWERS
-from foredraft.progress import speaks_unicode
 from foredraft.shape import Drawn
 from foredraft.speculation import fits, fitting_rules, trees_of
 from foredraft.verify import RULES
@@ -81,27 +80,28 @@ def command(*, as_json: bool) -> None:
 
 
 def print_tables(tables: dict[str, list[dict[str, Any]]]) -> None:
-    """Prints the result of `tables`."""
-    out = Console(highlight=False)
-    columns = {
-        "drafters": ("name", "gives", "trees", "options"),
-        "trees": ("name", "drawn", "rules", "options"),
-        "rules": ("name", "guarantee", "trees"),
+    """Prints the result of `tables`: for each row its name, its source, and the facts to choose by."""
+    shown = {
+        "drafters": ("trees", "options"),
+        "trees": ("drawn", "rules", "options"),
+        "rules": ("guarantee", "trees", "options"),
     }
     trees = [row["name"] for row in tables["trees"]]
+    width, indent = min(shutil.get_terminal_size().columns, 130), " " * 21
     for title, rows in tables.items():
-        table = Table(title=title, title_justify="left", title_style="bold")
-        for column in (*columns[title], "source"):
-            table.add_column(column, overflow="fold")
+        print(title)
         for row in rows:
-            table.add_row(*(_cell(row, column, trees) for column in columns[title]), row["source"])
-        out.print(table)
+            facts = {column: _fact(row, column, trees) for column in shown[title]}
+            lines = [row["source"], *(f"{column}: {fact}" for column, fact in facts.items() if fact)]
+            wrapped = [part for line in lines for part in textwrap.wrap(line, max(20, width - len(indent)))]
+            print(f"  {row['name']:<{len(indent) - 3}}", f"\n{indent}".join(wrapped))
+        print()
     for title in ("drafters", "trees"):
-        out.print(f"guarantee of {title}: {tables[title][0]['guarantee']}")
-    out.print("Method ar drafts nothing (plain decoding). The default rule of a tree need not be the first: see --json.")
+        print(f"guarantee of {title}: {tables[title][0]['guarantee']}")
+    print("Method ar drafts nothing (plain decoding). The default rule of a tree need not be the first: see --json.")
 
 
-def _cell(row: dict[str, Any], column: str, trees: list[str]) -> str:
+def _fact(row: dict[str, Any], column: str, trees: list[str]) -> str:
     value = row[column]
     if column == "trees" and "gives" in row:
         named = "every tree" if value == trees else ", ".join(value)

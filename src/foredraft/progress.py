@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -36,8 +35,3 @@ def progress_bar(label: str, total: int, *, shown: bool = True) -> Iterator[Call
     finally:
         if running:
             bar.stop()
-
-
-def speaks_unicode(stream: Any) -> bool:
-    """Whether every character can be written to a stream as it is."""
-    return str(getattr(stream, "encoding", None) or "").lower().startswith("utf")

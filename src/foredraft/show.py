@@ -18,8 +18,8 @@ from rich.text import Text
 from rich.tree import Tree
 
 from foredraft.engine import CompletionOutput
+from foredraft.errors import speaks_unicode
 from foredraft.params import SamplingParams
-from foredraft.progress import speaks_unicode
 from foredraft.text import TextStream
 from foredraft.tree import DraftTree
 

@@ -74,7 +74,7 @@ def run(dtype: str, config: dict[str, Any]) -> tuple[LLM, list[Pair]]:
     names = " ".join(str(way[key]) for key in ("method", "tree") if way[key])
     OUT.print(f"{dtype}, greedy, at most {SAMPLING.max_tokens} tokens, drafted by {names} with {way['budget']} nodes:")
     for llm in (plain, drafted):
-        llm.generate("warm-up", SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
+        llm.chat([{"role": "user", "content": "warm-up"}], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
     return plain, [_both(plain, drafted, prompt) for prompt in PROMPTS]
 
 

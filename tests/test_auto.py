@@ -122,7 +122,8 @@ def test_a_choice_is_logged_once_for_each_kind_of_request(
         llm = LLM(PAIR[0], {"model": str(PAIR[1])}, dtype="float64")
         llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=4))
     assert [one.getMessage() for one in caplog.records] == [
-        f"{kind} requests: drafting: off (no method expected above plain: best lm, {tree} 1.00x; timed here on {today})"
+        f"{kind} requests: drafting: off (no method expected above plain: best lm, {tree} 1.00x; timed here on {today}; "
+        "not calibrated, so a typical drafter is assumed); num_speculative_tokens drafts all the same"
         for kind, tree in (("greedy", "opt"), ("sampled", "chain"))
     ]
     assert llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=4))[0].outputs[0].kinds == ["plain"] * 4
@@ -280,3 +281,30 @@ def test_a_line_announces_that_steps_are_timed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(auto, "recalled", lambda kind, facts, measure, **more: measure())
     LLM(PAIR[0], {"model": str(PAIR[1])}, dtype="float64")
     assert len(announced) == 1
+
+
+def test_a_lookup_that_was_not_calibrated_is_expected_to_find_little() -> None:
+    for nodes, tokens in ((1, 1.2), (2, 1.3), (64, 1.4)):
+        assert tokens_per_step(None, Candidate(Way("suffix", None), nodes)) == pytest.approx(tokens)
+        assert tokens_per_step(None, Candidate(Way("lm", "chain"), nodes)) > tokens
+
+
+@pytest.mark.parametrize(("speedup", "nodes"), [(1.05, 0), (1.15, 4)])
+@pytest.mark.parametrize("drafter", ["ngram", "lm"])
+def test_a_gain_within_the_margin_is_no_reason_to_draft(drafter: str, speedup: float, nodes: int) -> None:
+    found = choose([Way(drafter, None)], [4], lambda one: speedup, lambda one: 1.0, fallback=True)
+    assert (found.nodes, found.speedup) == (nodes, speedup)
+    if nodes == 0:
+        assert "must reach 1.1x" in found._replace(timed_on="today").reason
+
+
+@pytest.mark.parametrize(("method", "level"), [("suffix", "WARNING"), ("auto", "INFO")])
+def test_python_says_that_a_named_method_drafts_nothing(
+    method: str, level: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(auto, "slowdown_of", lambda timed, plain: 2.0)
+    monkeypatch.setattr(auto, "recalled", lambda kind, facts, measure, **more: measure())
+    with caplog.at_level(logging.INFO, auto.CHOICES):
+        llm = LLM(PAIR[0], {"method": method})
+    assert {one.levelname for one in caplog.records} == {level}
+    assert llm.drafting() == llm.drafting(SamplingParams())

@@ -1,7 +1,7 @@
 """Chooses tree, size and depth from measurements: tokens per step, and seconds per step on this machine.
 
 Tokens per step come from ``calibration.json`` in the drafter's directory, or from the user's cache. `foredraft calibrate`
-measures them on training text. Without a calibration, they are computed from a typical acceptance by sibling rank.
+measures them on training text. Without a calibration, they are those of a typical drafter of its kind.
 
 Seconds per step are measured once on this machine by running real steps, and are stored in the user's cache.
 
@@ -36,7 +36,7 @@ from foredraft.grow.budget import best_paths
 from foredraft.grow.static import TYPICAL_ACCEPTANCE
 from foredraft.params import SamplingParams
 from foredraft.protocols import AcceptanceRule, Budget, Drafter, Target
-from foredraft.speculation import MAX_DEPTH, Speculation, Way
+from foredraft.speculation import AUTO, MAX_DEPTH, Speculation, Way
 from foredraft.text import TextStream
 from foredraft.tree import TreeBatch
 
@@ -53,6 +53,8 @@ KINDS = ("greedy", "sampled")
 """Kinds of requests: temperature 0 (greedy) and above 0 (sampled). Each kind has its own choice."""
 
 _log = logging.getLogger("foredraft")
+CHOICES = "foredraft.choices"
+"""Name of the logger of choices. The command line prints them itself."""
 
 _WARM_STEPS, _LEAST_STEPS, _MOST_STEPS, _ENOUGH_S = 2, 8, 48, 0.4
 """Warm-up steps, then the least and the largest number of timed steps, and the seconds that suffice. Warm-up is needed because
@@ -67,8 +69,13 @@ LIMIT_S = 10.0
 TRIED_TREES, TYPICAL_SIZE = 2, 8
 """Only `TRIED_TREES` trees are timed: those with the most tokens per step at `TYPICAL_SIZE` nodes."""
 
-_MODEL_MARGIN = 1.1
-"""A draft model or head must beat plain decoding and lookup by this factor. It costs more, and its gain varies by text."""
+_MARGIN = 1.1
+"""A drafter must beat plain decoding by this factor, and a draft model or head must also beat lookup by it. Gains vary by text,
+and a draft model or head costs more."""
+
+_TYPICAL_LOOKUP = 0.2, 0.5
+"""Acceptance of the first token of a lookup, and of each further one if the tokens before were accepted. With many nodes, this
+gives 1.4 tokens per step, which lookups reached on answers of SmolLM2-135M-Instruct."""
 
 _WORSE = 0.92
 """No larger size is tried once the predicted speed has fallen to this share of the best speed."""
@@ -91,6 +98,7 @@ class Choice(NamedTuple):
         slowdown: time of its step divided by the time of a plain decoding step, measured on this machine.
         speedup: expected speed-up over plain decoding: `tokens_per_step` divided by `slowdown`.
         timed_on: date of the measurement; None if nothing was timed.
+        calibrated: whether `tokens_per_step` was measured. If not, it is that of a typical drafter.
     """
 
     way: Way
@@ -99,6 +107,7 @@ class Choice(NamedTuple):
     slowdown: float
     speedup: float
     timed_on: str | None = None
+    calibrated: bool = True
 
     @property
     def reason(self) -> str:
@@ -106,12 +115,14 @@ class Choice(NamedTuple):
         name = ", ".join(part for part in self.way if part)
         if self.timed_on is None:
             return f"drafting: {f'{name} {self.nodes} nodes' if self.nodes else 'off'} (nothing was timed)"
-        when = f"timed here on {self.timed_on}"
+        when = f"timed here on {self.timed_on}" + (
+            "" if self.calibrated else "; not calibrated, so a typical drafter is assumed"
+        )
         if self.nodes:
             speedup = f"{self.speedup:.{1 if self.speedup > 1.1 else 2}f}x"
             return f"drafting: {name} {self.nodes} nodes (expected {speedup}; {when})"
         if self.speedup > 1:
-            return f"drafting: off (best {name} {self.speedup:.2f}x, but a draft model must reach {_MODEL_MARGIN}x; {when})"
+            return f"drafting: off (best {name} {self.speedup:.2f}x, but a drafter must reach {_MARGIN}x; {when})"
         return f"drafting: off (no method expected above plain: best {name} {self.speedup:.2f}x; {when})"
 
 
@@ -152,13 +163,16 @@ class Chooser:
         found = recalled("choice", facts, self._measure, anew=self.speculation.retime)
         choices = {kind: Choice(Way(*found[kind][0]), *found[kind][1:]) for kind in KINDS}
         for kind, choice in choices.items():
-            _log.info("%s requests: %s", kind, choice.reason)
+            is_surprise = choice.nodes == 0 and self.speculation.drafter != AUTO
+            level = logging.WARNING if is_surprise else logging.INFO
+            advice = "; num_speculative_tokens drafts all the same" if is_surprise else ""
+            logging.getLogger(CHOICES).log(level, "%s requests: %s%s", kind, choice.reason, advice)
         return choices
 
     def _measure(self) -> dict[str, Choice]:
         today = date.today().isoformat()
         announce()
-        return {kind: self._choose(kind)._replace(timed_on=today) for kind in KINDS}
+        return {kind: self._choose(kind)._replace(timed_on=today, calibrated=bool(self._curves(kind))) for kind in KINDS}
 
     def _facts(self) -> dict[str, Any]:
         """The facts that determine the times."""
@@ -362,12 +376,12 @@ def choose(
     Args:
         tokens_per_step: returns the tokens per step of a candidate; None if they are not known.
         slowdown: returns the time of a candidate's step divided by that of a plain decoding step.
-        fallback: choose plain decoding (0 nodes) if no candidate is faster.
+        fallback: choose plain decoding (0 nodes) if no candidate is faster by `_MARGIN`.
         in_time: returns whether another candidate may be timed. At least one is timed.
     """
     ways = list(ways)
-    best = Choice(ways[0], 0, 1.0, 1.0, 1.0 if fallback else 0.0)
-    top_score, nearest = best.speedup, best._replace(speedup=0.0)
+    best = Choice(ways[0], 0, 1.0, 1.0, 1.0)
+    top_score, nearest = 0.0, best._replace(speedup=0.0)
     for way in ways:
         top = 0.0
         for nodes in sizes:
@@ -379,8 +393,8 @@ def choose(
                 break
             cost = slowdown(candidate)
             speedup = tokens / cost
-            score = speedup / (_MODEL_MARGIN if has_weights(way) else 1.0)
-            if score > top_score:
+            score = speedup / (_MARGIN if has_weights(way) else 1.0)
+            if score > top_score and (speedup > _MARGIN or not fallback):
                 best, top_score = Choice(way, nodes, tokens, cost, speedup), score
             if speedup > nearest.speedup:
                 nearest = Choice(way, 0, tokens, cost, speedup)
@@ -400,6 +414,9 @@ def tokens_per_step(measured: Mapping[str, Mapping[str, float]] | None, candidat
     Returns:
         None if other candidates were measured but not this one.
     """
+    if not measured and not has_weights(candidate.way):
+        first, further = _TYPICAL_LOOKUP
+        return 1 + sum(first * further**depth for depth in range(candidate.nodes))
     if not measured:
         paths = best_paths(TYPICAL_ACCEPTANCE, Budget(candidate.nodes, candidate.nodes))
         return 1 + sum(prod(TYPICAL_ACCEPTANCE[rank] for rank in path) for path in paths)

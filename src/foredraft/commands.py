@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from foredraft import show
+from foredraft.auto import CHOICES
 from foredraft.chat import Template, is_plain
 from foredraft.choices import ModelChoice, Shown
 from foredraft.engine import CompletionOutput, RequestOutput
@@ -100,6 +102,7 @@ def _note_choice(llm: LLM, params: SamplingParams) -> None:
 
 
 def _load(choice: ModelChoice, config: dict[str, Any] | None, *, seed: int) -> LLM:
+    logging.getLogger(CHOICES).setLevel(logging.CRITICAL)  # `_note_choice` prints the choice
     return LLM(
         choice.model,
         config,

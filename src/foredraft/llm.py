@@ -165,8 +165,11 @@ class LLM:
             eos_ids=self.eos_ids,
         )
 
-    def drafting(self, sampling: SamplingParams) -> dict[str, Any]:
+    def drafting(self, sampling: SamplingParams | None = None) -> dict[str, Any]:
         """Tells how a request is drafted, and why if that was chosen automatically.
+
+        Args:
+            sampling: parameters of the request. None is `get_default_sampling_params`.
 
         Returns:
             ``method``, ``tree``, ``budget`` (number of nodes; 0 means plain decoding) and ``rule``. An automatic choice adds
@@ -176,7 +179,7 @@ class LLM:
         speculation = self.speculation
         if speculation is None:
             return {"method": PLAIN, "tree": None, "budget": None, "rule": None} | dict.fromkeys(_REASONS)
-        kind = "sampled" if sampling.temperature > 0 else "greedy"
+        kind = "sampled" if (sampling or self.get_default_sampling_params()).temperature > 0 else "greedy"
         way, choice = self._way(speculation, kind), self.choices.get(kind)
         rule = speculation.rule_name_for(way.tree)
         reasons = (choice.speedup, choice.timed_on, choice.reason) if choice else (None, None, None)

@@ -1,7 +1,8 @@
-"""What a terminal shows of long work: a bar, after two seconds."""
+"""Shows how far long work has come: a bar on a terminal, else a line from time to time."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
@@ -9,29 +10,37 @@ from time import monotonic
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-_DELAY_S = 2.0
+_DELAY_S, _LINE_S = 2.0, 30.0
+"""Seconds until the bar appears, and seconds between lines."""
 
 
 @contextmanager
 def progress_bar(label: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
     """Yields a function that adds to the number of finished items, out of `total`.
 
-    The bar appears on standard error, and only if that is a terminal.
+    A bar appears on standard error if that is a terminal. Otherwise a line appears every 30 seconds.
     """
     columns = TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     console = Console(stderr=True)
     bar = Progress(*columns, console=console, transient=True)
-    task, began, running = bar.add_task(label, total=total), monotonic(), False
+    task, began, lines, done = bar.add_task(label, total=total), monotonic(), 0, 0
 
     def advance(count: int) -> None:
-        nonlocal running
+        nonlocal lines, done
+        done += count
         bar.advance(task, count)
-        if shown and not running and console.is_terminal and monotonic() - began > _DELAY_S:
-            running = True
-            bar.start()
+        passed = monotonic() - began
+        if not shown:
+            return
+        if console.is_terminal:
+            if not bar.live.is_started and passed > _DELAY_S:
+                bar.start()
+        elif passed > _LINE_S * (lines + 1):
+            lines = int(passed / _LINE_S)
+            print(f"{label}: {done} of {total} after {passed:.0f} s", file=sys.stderr, flush=True)
 
     try:
         yield advance
     finally:
-        if running:
+        if bar.live.is_started:
             bar.stop()

@@ -299,7 +299,11 @@ def command(choice: TrainChoice, *, plot: Path | None = None) -> int:
         raise ValueError(f"--plot must be a .png or .svg file, got {str(plot)!r}")
     figure = new_figure(9.0, 3.4) if plot is not None else None  # fails before the training if matplotlib is missing
     workers = find_workers()
-    done = run(choice, workers)
+    try:
+        done = run(choice, workers)
+    except KeyboardInterrupt:
+        _say(f"interrupted; the same command resumes from what {choice.out} and the shards hold")
+        raise
     if not workers.writes:
         return 0
     last = done.history[-1]

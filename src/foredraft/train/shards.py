@@ -151,11 +151,10 @@ def _write(llm: LLM, prompts: Sequence[Prompt], plan: Plan, folder: Path, manife
         for first in range(len(manifest["shards"]) * SHARD_TEXTS, len(prompts), SHARD_TEXTS):
             if tokens >= plan.num_tokens:
                 break
-            new = _write_shard(llm, prompts[first : first + SHARD_TEXTS], plan, folder, len(manifest["shards"]), first)
+            new = _write_shard(llm, prompts[first : first + SHARD_TEXTS], plan, folder, len(manifest["shards"]), first, advance)
             manifest["shards"].append(new)
             write_whole(folder / "manifest.json", lambda file: file.write_text(json.dumps(manifest, indent=1)))
             tokens += new["answer_tokens"]
-            advance(new["answer_tokens"])
 
 
 def _read_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -200,9 +199,18 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
         ) from None
 
 
-def _write_shard(llm: LLM, prompts: Sequence[Prompt], plan: Plan, folder: Path, number: int, first: int) -> dict[str, Any]:
+def _write_shard(
+    llm: LLM,
+    prompts: Sequence[Prompt],
+    plan: Plan,
+    folder: Path,
+    number: int,
+    first: int,
+    advance: Callable[[int], None],
+) -> dict[str, Any]:
+    """Writes the shard of some prompts, the first of which has the index `first`. `advance` counts answer tokens."""
     given = prompts[0].mask is not None
-    texts = [prompt.ids for prompt in prompts] if given else _answer(llm, prompts, plan, first)
+    texts = [prompt.ids for prompt in prompts] if given else _answer(llm, prompts, plan, first, advance)
     masks = [torch.tensor(prompt.mask) for prompt in prompts] if given else []
     prompt_lens = [prompt.mask.index(True) if prompt.mask else len(prompt.ids) for prompt in prompts]
     features = [rows.cpu() for rows in features_of(llm.target, texts, plan.feature_layers)] if plan.feature_layers else []
@@ -222,6 +230,7 @@ def _write_shard(llm: LLM, prompts: Sequence[Prompt], plan: Plan, folder: Path, 
         for text, prompt in zip(texts, prompts, strict=True)
         if not prompt.held_out
     ]
+    advance(sum(answers) if given else 0)
     hashes = {name: _sha256(tensor) for name, tensor in tensors.items()}
     return {"name": file.name, "sha256": hashes, "answer_tokens": sum(answers)}
 
@@ -230,15 +239,21 @@ def _name(layer: int) -> str:
     return f"features.{layer}"
 
 
-def _answer(llm: LLM, prompts: Sequence[Prompt], plan: Plan, first: int) -> list[list[int]]:
+def _answer(llm: LLM, prompts: Sequence[Prompt], plan: Plan, first: int, advance: Callable[[int], None]) -> list[list[int]]:
     """Returns the prompts with the target's own answers, the end of sequence included."""
     temperatures = [plan.temperatures[(first + i) % len(plan.temperatures)] for i in range(len(prompts))]
     sampling = [
         SamplingParams(temperature=temperature, max_tokens=plan.max_len - len(prompt.ids), seed=plan.seed + first + i)
         for i, (temperature, prompt) in enumerate(zip(temperatures, prompts, strict=True))
     ]
-    results = llm.generate([prompt.ids for prompt in prompts], sampling)
-    return [prompt.ids + result.outputs[0].token_ids for prompt, result in zip(prompts, results, strict=True)]
+    texts = []
+    for at in range(0, len(prompts), llm.max_num_seqs):
+        wave = prompts[at : at + llm.max_num_seqs]
+        results = llm.generate([prompt.ids for prompt in wave], sampling[at : at + llm.max_num_seqs])
+        texts += [prompt.ids + result.outputs[0].token_ids for prompt, result in zip(wave, results, strict=True)]
+        new = zip(wave, results, strict=True)
+        advance(sum(len(result.outputs[0].token_ids) for prompt, result in new if not prompt.held_out))
+    return texts
 
 
 def features_of(target: Any, texts: Sequence[list[int]], feature_layers: Sequence[int]) -> list[Float[Tensor, "n f"]]:

@@ -431,7 +431,7 @@ def test_bad_input(run, arguments, said):
     [
         (["generate"], "Missing argument 'PROMPT'"),
         (["generate", STORY, "--metod", "lm"], "--method"),
-        (["generate", STORY, "--seed", "many"], "valid integer"),
+        (["generate", STORY, "--seed", "many"], "valid int"),
         (["generate", STORY, "more"], "unexpected extra argument"),
         (["generat", STORY], "generat"),
     ],

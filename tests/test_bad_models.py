@@ -511,3 +511,37 @@ def test_a_loaded_model_without_data(kind):
 
 def test_a_good_model_still_runs(folder):
     assert len(LLM(folder, {"method": "ar"}).generate([5, 9, 3], GREEDY)[0].outputs[0].token_ids) == 6
+
+
+@pytest.mark.parametrize("name", ["q_proj.lora_A.weight", "q_proj.weight_scale", "o_proj.qweight", "v_proj.scales"])
+def test_an_adapter_or_scales_in_the_file_are_refused(name, folder, kind):
+    stack = "model.layers.0.self_attn" if kind == "llama" else "transformer.h.0.attn"
+    edit_weights(folder, lambda weights: weights.update({f"{stack}.{name}": torch.ones(4)}))
+    complains(folder, f"holds '{stack}.{name}': an adapter or a quantisation was not merged")
+
+
+@pytest.mark.parametrize("name", ["q_proj.bias", "q_norm.weight"])
+def test_other_tensors_that_the_configuration_does_not_know_are_reported(name, caplog):
+    """Transformers leaves them out too."""
+    model = make_model("llama")
+    with caplog.at_level("WARNING", "foredraft"):
+        load_target(model)
+        assert not caplog.records
+    from foredraft.models.weights import check_unused
+
+    check_unused([f"model.layers.0.self_attn.{name}", "model.layers.0.self_attn.rotary_emb.inv_freq"], ["model.layers.0"])
+    [line] = caplog.records
+    assert f"holds 'model.layers.0.self_attn.{name}', which a model with this config.json does not use" in line.getMessage()
+
+
+def test_a_loaded_model_with_hooks_or_other_layers():
+    class Tripled(torch.nn.Linear):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    hooked = make_model("llama")
+    hooked.model.layers[0].register_forward_hook(lambda module, given, found: None)
+    fails(hooked, "the module 'model.layers.0' has forward hooks")
+    other = make_model("llama")
+    other.model.layers[1].mlp.up_proj = Tripled(2, 2)
+    fails(other, "the module 'model.layers.1.mlp.up_proj' is a Tripled of test_bad_models")

@@ -20,7 +20,10 @@ import torch
 from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
 from foredraft.errors import shown, whole_number
+from foredraft.names import remote_code
 from foredraft.params import MAX_BIAS, MAX_COUNT, MAX_N, MAX_SEED, check_seed, used_seed
+from foredraft.sampling import likeliest_of_mass
+from foredraft.speculation import parse
 
 DATA = Path(__file__).parent / "data"
 MODEL = str(DATA / "babyllama-105")
@@ -381,3 +384,64 @@ def test_a_prompt_that_is_too_long(run: Run) -> None:
 def test_a_model_without_a_chat_template(run: Run) -> None:
     code, _, err = run("generate", STORY, "--chat", "--model", MODEL, "--method", "ar")
     assert code == 1 and "hint: Give a prompt in the model's own format, to `foredraft generate` without --chat" in err
+
+
+@pytest.mark.parametrize("name", ["skip_special_tokens", "ignore_eos", "include_stop_str_in_output"])
+@pytest.mark.unchecked
+def test_none_is_no_truth(name):
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got None"):
+        SamplingParams(**{name: None})
+
+
+def test_a_tiny_top_p_keeps_the_most_likely_token():
+    law = torch.tensor([[0.2, 0.5, 0.3]])
+    assert likeliest_of_mass(law, 1e-320).tolist() == [[False, True, False]]
+
+
+DEEP = "[" * 100_000
+LONG_NUMBER = '{"draft_temperature": ' + "1" * 5000 + "}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--speculative-config", DEEP], "--speculative-config is not JSON (it is nested too deeply)"),
+        (["--speculative-config", LONG_NUMBER], "--speculative-config is not JSON (a number is too long)"),
+        (["--chat", "--chat-template-kwargs", DEEP], "--chat-template-kwargs is not JSON (it is nested too deeply)"),
+        (["--budget", "\u00b2"], "--budget must be a whole number or auto"),
+        (["--budget=--5"], "--budget must be a whole number or auto"),
+        (["--method", "mtp"], "method 'mtp' drafts by layers of the model itself"),
+        (["--method", "auto", "--tree", "chain", "--model", MODEL], "tree 'chain' needs the laws of a draft model"),
+        (["--tree", "static", "--speculative-config", '{"paths": []}'], "paths must name at least one node"),
+        (["--tree", "static", "--speculative-config", '{"paths": [[0], [0]]}'], "paths must name every node once"),
+    ],
+)
+def test_options_that_cannot_be_meant(arguments, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "x", *arguments])
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (1, "")
+    assert said in err
+    assert len(err.splitlines()) == 2
+
+
+def test_a_closed_standard_input(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "-", "--model", MODEL])
+    assert ended.value.code == 1
+    assert "error: standard input is closed" in capsys.readouterr().err
+
+
+def test_a_config_that_nests_without_end():
+    nested: dict = {}
+    for _ in range(100_000):
+        nested = {"a": nested}
+    for config in ({"method": "lm", "model": nested}, {"method": "lm", "tree": "static", "paths": nested}):
+        with pytest.raises((ValueError, TypeError), match="nested"):
+            parse(config)
+
+
+def test_code_of_a_tokenizer_counts(tmp_path):
+    (tmp_path / "config.json").write_text('{"auto_map": {"AutoTokenizer": ["tok.X", null], "AutoModel": "mod.Y"}}')
+    assert remote_code(tmp_path) == ["mod.py", "tok.py"]

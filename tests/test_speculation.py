@@ -130,7 +130,7 @@ def test_every_own_tree_with_every_rule(method: str, rule: str) -> None:
     ("config", "near"),
     [
         ({"method": "ngrm"}, "unknown method 'ngrm'. Did you mean 'ngram'? Allowed: lm, ngram, suffix, eagle, "),
-        ({"method": "LM"}, "unknown method 'LM'. Allowed: "),
+        ({"method": "LM"}, "unknown method 'LM'. Did you mean 'lm'?"),
         ({"tree": "dyspec_threshold"}, "unknown tree 'dyspec_threshold'. Did you mean 'dyspec-threshold'?"),
         ({"method": "suffix", "tree": "chian"}, "unknown tree 'chian'. Did you mean 'chain'?"),
         ({"rule": "multi-round"}, "unknown rule 'multi-round'. Did you mean 'multiround'? Allowed: chain, multiround"),

@@ -50,6 +50,12 @@ def _checked_generation_config(choice: str) -> str:
     return choice
 
 
+def _checked_plot(file: Path | None) -> Path | None:
+    from foredraft.choices import check_plot
+
+    return None if file is None else check_plot(file)
+
+
 def _checked_length(length: int | None) -> int | None:
     from foredraft.errors import whole_number
     from foredraft.params import MAX_COUNT
@@ -169,6 +175,7 @@ def generate(
         seed=seed,
     )
     choices.check(model, config, sampling)
+    choices.check_prompt(prompt)
     template = choices.template(tools, chat_template, chat_template_kwargs, chat=chat)
     from foredraft import commands
 
@@ -266,6 +273,7 @@ def bench(
     from foredraft.bench.names import checked_names
 
     checked_names(methods, model, draft_model, vllm_python)
+    choices.check_files("--prompts", [prompts])
     choices.check(None, None, {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed})
     from foredraft.bench.command import BenchChoice
     from foredraft.bench.command import bench as run
@@ -309,7 +317,8 @@ def calibrate(
     dtype: Dtype = "auto",
     device: Device = None,
     plot: Annotated[
-        Path | None, typer.Option(help="File for a plot, .svg or .png (needs matplotlib).", show_default=False)
+        Path | None,
+        typer.Option(help="File for a plot, .svg or .png (needs matplotlib).", show_default=False, callback=_checked_plot),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -431,6 +440,9 @@ def train(
     settings |= {name: value for name, value in {"lr": lr, "bf16": bf16}.items() if value is not None}
     layers = typed.numbers("--feature-layers", feature_layers or "", int)
     ways = None if temperatures is None else typed.numbers("--temperatures", temperatures, float)
+    for temperature in ways or ():
+        choices.check(None, None, {"temperature": temperature})
+    choices.check_files("--data", data)
     given = typed.options(set_option or [])
     text = {"shards": shards, "num_tokens": tokens, "temperatures": ways, "max_len": max_len, "feature_layers": layers}
     text |= {"keep_features": keep_features, "answers": answers}
@@ -486,7 +498,10 @@ LawFile = Annotated[Path | None, typer.Option("--laws", help='JSON file: {"draft
 States = Annotated[int | None, typer.Option(help="Use random non-stationary chains with this many states.", show_default=False)]
 LawSeed = Annotated[int, typer.Option("--seed", help="Seed of random chains and simulated runs.")]
 Horizon = Annotated[int, typer.Option(help="Number of tokens to generate.")]
-PlotFile = Annotated[Path | None, typer.Option("--plot", help="Write the plot to this .png or .svg file.", show_default=False)]
+PlotFile = Annotated[
+    Path | None,
+    typer.Option("--plot", help="Write the plot to this .png or .svg file.", show_default=False, callback=_checked_plot),
+]
 
 
 @theory.command("rejections")
@@ -787,7 +802,8 @@ def _report(error: Exception, arguments: list[str]) -> int:
         elif isinstance(error, OSError):
             hint = "check that the file can be read or written, and that its disk has space"
         elif isinstance(error, ValueError):
-            hint = f"`foredraft {arguments[0]} --help` describes the values of each option"
+            command = " ".join(arguments[: 2 if arguments[0] == "theory" else 1])
+            hint = f"`foredraft {command} --help` describes the values of each option"
     _say("error", problem or type(error).__name__)
     _say("hint", hint)
     return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 from foredraft.arguments import config_with_our_names
 from foredraft.chat import Template
 from foredraft.drafters import DRAFTERS
-from foredraft.errors import shown, unknown_name
+from foredraft.errors import check_text, shown, unknown_name, why_no_json
+from foredraft.models.files import is_file
 from foredraft.params import SamplingParams
 from foredraft.speculation import AUTO, PLAIN, drafter_for, parse, usual_config
 
@@ -66,8 +68,8 @@ def speculative_config(
     Raises:
         ValueError: `extra` is not a JSON object, or the budget is not a number.
     """
-    if budget not in (None, AUTO) and not budget.lstrip("-").isdigit():
-        raise ValueError(f"--budget must be a whole number or {AUTO}, got {budget!r}")
+    if budget not in (None, AUTO) and not re.fullmatch(r"-?[0-9]{1,4000}", budget):
+        raise ValueError(f"--budget must be a whole number or {AUTO}, got {shown(budget)}")
     nodes = int(budget) if budget not in (None, AUTO) else budget
     named = given(method=method, model=draft_model, tree=tree, num_speculative_tokens=nodes, rule=rule)
     config = {**_json_object(extra, "--speculative-config", '{"num_chains": 2}'), **named, **({"force": True} if force else {})}
@@ -82,10 +84,10 @@ def speculative_config(
 def _json_object(text: str | None, option: str, example: str) -> dict[str, Any]:
     try:
         found = json.loads(text) if text is not None else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{option} is not JSON ({error}). Example: '{example}'") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{option} is not JSON ({why_no_json(error)}). Example: '{example}'") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{option} must be a JSON object, got {text}. Example: '{example}'")
+        raise ValueError(f"{option} must be a JSON object, got {shown(text)}. Example: '{example}'")
     return found
 
 
@@ -107,8 +109,10 @@ def _tools(file: Path | None) -> list[Any] | None:
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--tools cannot be read ({error}). Give a file with a JSON list of function schemas") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"--tools cannot be read ({why_no_json(error)}). Give a file with a JSON list of function schemas"
+        ) from None
     if not isinstance(found, list):
         raise ValueError("--tools must be a file with a JSON list of function schemas. Put a single schema into [ ]")
     return found
@@ -135,6 +139,39 @@ def check(model: str | None, config: dict[str, Any] | None, sampling: dict[str, 
     """
     SamplingParams(**sampling)
     parse(usual_config(config, bundled=model is None))
+
+
+def check_prompt(prompt: str) -> None:
+    """Checks the prompt of ``foredraft generate`` without loading a model.
+
+    Raises:
+        ValueError: it is empty or not valid text.
+    """
+    if not prompt:
+        raise ValueError("the prompt is empty: give at least one character")
+    check_text("the prompt", prompt)
+
+
+def check_files(option: str, files: Iterable[Path]) -> None:
+    """Checks that files exist.
+
+    Raises:
+        ValueError: a file does not exist.
+    """
+    for file in files:
+        if not is_file(file):
+            raise ValueError(f"{option}: {shown(str(file))} is not a file. Give the path of a file that exists")
+
+
+def check_plot(file: Path) -> Path:
+    """Returns the file of a plot unchanged.
+
+    Raises:
+        ValueError: it is neither a .png nor an .svg file.
+    """
+    if file.suffix.lower() not in (".png", ".svg"):
+        raise ValueError(f"the file of a figure must end in .png or .svg, got {shown(str(file))}")
+    return file
 
 
 DTYPES = (

@@ -56,6 +56,8 @@ def generate(
 
 
 def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise ValueError("standard input is closed. Give the prompt as PROMPT")
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:

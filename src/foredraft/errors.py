@@ -12,19 +12,22 @@ class ModelError(ValueError):
     """A model cannot be loaded; the message says what was given, what is allowed and what to do next."""
 
 
-def unknown_name(kind: str, given: object, allowed: Iterable[str]) -> ValueError:
-    """Returns an error for a name that is not in `allowed`. The message suggests the most similar allowed name."""
+def unknown_name(kind: str, given: object, allowed: Iterable[str], *, meant: str | None = None) -> ValueError:
+    """Returns an error for a name that is not in `allowed`. The message suggests `meant`, or the most similar allowed name."""
     names = list(allowed)
-    near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
-    meant = f" Did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"unknown {kind} {given!r}.{meant} Allowed: {', '.join(names)}")
+    near = [meant] if meant else difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
+    advice = f" Did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"unknown {kind} {given!r}.{advice} Allowed: {', '.join(names)}")
 
 
 def shown(value: object) -> str:
     """Formats a value for a message: its `repr`, shortened if it is long."""
     if isinstance(value, int) and value.bit_length() > 200:  # Python refuses to format very long integers
         return f"{'-' if value < 0 else ''}10**{int((value.bit_length() - 1) * 0.30103)} or so"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
@@ -71,3 +74,10 @@ def check_text(name: str, text: str) -> None:
 def speaks_unicode(stream: Any) -> bool:
     """Whether every character can be written to a stream as it is."""
     return str(getattr(stream, "encoding", None) or "").lower().startswith("utf")
+
+
+def why_no_json(error: Exception) -> str:
+    """Words the error of a JSON parser. Some messages of Python give advice that only code can follow."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return "a number is too long" if "set_int_max_str_digits" in str(error) else str(error)

@@ -418,7 +418,7 @@ def bundled_drafter(name: str) -> Path | None:
 
 def _given_tokenizer(tokenizer: Any) -> Any:
     if isinstance(tokenizer, str | Path):
-        found = load_tokenizer(tokenizer)
+        found = load_tokenizer(tokenizer) if str(tokenizer) else None
         if found is None:
             raise ValueError(f"{str(tokenizer)!r} holds no tokenizer. Give a directory with a tokenizer.json or a Hub id")
         return found

@@ -72,8 +72,9 @@ def remote_code(model: Any) -> list[str] | None:
         return None
     try:
         named = json.loads((Path(model) / "config.json").read_text()).get("auto_map", {}).values()
-        return sorted({f"{target.rsplit('.', 1)[0].rsplit('--', 1)[-1]}.py" for target in named})
-    except (OSError, ValueError, AttributeError):
+        classes = [name for entry in named for name in (entry if isinstance(entry, list) else [entry]) if name is not None]
+        return sorted({f"{name.rsplit('.', 1)[0].rsplit('--', 1)[-1]}.py" for name in classes})
+    except (OSError, ValueError, AttributeError, RecursionError):
         return []  # loading the model reports a broken file
 
 
@@ -194,6 +195,15 @@ NAMES: dict[str, Name] = {
     **_load("hf_overrides rope_scaling rope_theta", "changes config.json", _CONFIG, _only({})),
     **_rows((LOAD, DRAFT), _VLLM, "tokenizer_revision code_revision", "names a revision on the Hub", _STORED),
     **_load("tokenizer_mode", "chooses how the tokenizer is run", _TOKENIZER, _only("auto", "hf")),
+    **_load("reasoning_parser", "parses the thinking of a model", "Parse the text yourself. Leave it out"),
+    **_load("kv_transfer_config", "moves keys and values between machines", _DEVICE),
+    **_load("enable_expert_parallel", "spreads experts over devices", _DEVICE, _only(False)),
+    **_load("pooler_config", "sets up an embedding model", "It generates text. Leave it out"),
+    **_load("max_loras max_lora_rank", "sets up adapters", _LORA),
+    **_load("logprobs_mode", "chooses which log-probabilities are returned", "", _only("raw_logprobs")),
+    **_load_hf("max_memory", "spreads the layers over devices", _DEVICE),
+    **_load_hf("subfolder variant gguf_file", "chooses a file of a checkpoint", "Give the directory of the checkpoint itself"),
+    **_load_hf("local_files_only", "does not contact the Hub", "Set HF_HUB_OFFLINE to 1 in the environment", _only(False)),
     **_load("skip_tokenizer_init", "loads no tokenizer", _IDS, _only(False)),
     **_load("load_format", "chooses the format of the weights", _SAFE, _only("auto", "safetensors", "hf")),
     **_load_hf("use_safetensors", "chooses the format of the weights", _SAFE, _only(True)),
@@ -246,7 +256,18 @@ NAMES: dict[str, Name] = {
     **_sample_hf("guidance_scale", "changes how likely tokens are", _WARP, _only(1)),
     **_sample_hf("penalty_alpha dola_layers", "changes how likely tokens are", _WARP, _only(0)),
     **_sample_hf("exponential_decay_length_penalty", "ends the output sooner", _LENGTH),
-    **_sample_hf("renormalize_logits remove_invalid_values token_healing", "changes logits or the prompt", "", _only(False)),
+    **_sample_hf("renormalize_logits remove_invalid_values", "changes invalid logits", "", _is_bool),
+    **_sample_hf("token_healing", "changes the end of the prompt", "", _only(False)),
+    **_sample_hf("prefix_allowed_tokens_fn", "constrains the output by code", _TOKENS),
+    **_sample_hf("past_key_values", "continues a cache", _IDS),
+    **_sample_hf("return_full_text", "repeats the prompt in the text", "", _only(False)),
+    **_rows(
+        _REQUEST, "llama.cpp", "repeat_penalty", "is what repetition_penalty is here", _in_python("Use repetition_penalty")
+    ),
+    **_rows(_REQUEST, _OPENAI, "functions function_call", "describes functions", _in_python("Use tools with LLM.chat"), _only([], {})),
+    **_rows(_REQUEST, _OPENAI, "stream_options", "adds the usage to a stream", "Read metrics of the output. Leave it out"),
+    **_ignored(_REQUEST, _HF, "synced_gpus"),
+    **_ignored(_REQUEST, _OPENAI, "metadata service_tier"),
     **_sample_hf("watermarking_config", "marks the text as generated"),
     **_sample("thinking_token_budget repetition_detection", "ends the output, or its thinking", _LENGTH),
     **_rows(_REQUEST, _BOTH, "logits_processors logits_processor", "changes logits by code", _TOKENS, _only([])),
@@ -296,6 +317,13 @@ NAMES: dict[str, Name] = {
     **_ignored((DRAFT,), _VLLM, "use_local_argmax_reduction disable_by_batch_size disable_logprobs"),
     **_ignored((DRAFT,), _VLLM, "num_speculative_tokens_per_batch_size enable_adaptive_verification draft_load_config"),
 }
+
+METHODS_ELSEWHERE = {
+    **dict.fromkeys(("mtp", "deepseek_mtp"), "drafts by layers of the model itself, which are not run here"),
+    "mlp_speculator": "drafts by a head of IBM's accelerator, which is not read here",
+    "custom_class": "drafts by code of the user. Add a row to DRAFTERS instead",
+}
+"""Methods of vLLM that this library does not have -> what they do."""
 
 METHODS = {"draft_model": "lm", "ngram_gpu": "ngram", "prompt_lookup": "ngram", "suffix_decoding": "suffix"}
 """Names of methods in vLLM -> our names of the same methods."""

@@ -133,7 +133,8 @@ class SamplingParams:
         if self.seed is not None:
             self._set("seed", check_seed(self.seed))
         for name, fits, description in _KINDS:
-            if getattr(self, name) is not None and not fits(getattr(self, name)):
+            value = getattr(self, name)
+            if (value is not None or name in _FLAGS) and not fits(value):
                 raise TypeError(f"{name} must be {description}, got {shown(getattr(self, name))}")
         self._check_lists()
 
@@ -244,6 +245,8 @@ def _many(kind: type, values: Any) -> bool:
     return all(issubclass(value_type, kind) and value_type is not bool for value_type in types)
 
 
+_FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
+
 _KINDS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("stop", lambda x: isinstance(x, str) or _many(str, x), "a string or a list of strings"),
     ("bad_words", lambda x: _many(str, x), "a list of strings"),
@@ -254,8 +257,5 @@ _KINDS: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda x: isinstance(x, Mapping) and _many(Integral, x) and _many(Real, x.values()),
         "a dictionary of token ids and numbers",
     ),
-    *[
-        (name, lambda x: isinstance(x, bool), "True or False")
-        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
-    ],
+    *[(name, lambda x: isinstance(x, bool), "True or False") for name in _FLAGS],
 ]

@@ -52,7 +52,8 @@ def _of_mapping(prompt: Mapping[str, Any]) -> tuple[str | None, Any]:
         return (text if isinstance(text, str) else None), text if text is not None else prompt
     if not _is_ids(ids):
         raise TypeError(
-            f"prompt_token_ids must be a list of token ids (whole numbers), got {shown(ids)}. Give text as 'prompt'"
+            f"prompt_token_ids must be a list of token ids (whole numbers), got {shown(ids)}. "
+            + ("Convert an array or a tensor with .tolist()" if hasattr(ids, "tolist") else "Give text as 'prompt'")
         )
     if not isinstance(text, str | None):
         raise TypeError(f"'prompt' must be a str if prompt_token_ids is given, got {shown(text)}. Leave one of them out")

@@ -102,7 +102,7 @@ def likeliest_of_mass(probs: Float[Tensor, "n v"], mass: float) -> Bool[Tensor, 
     top = probs.topk(min(_NUM_TOP, probs.shape[-1])).values
     suffices = top.sum(-1) >= mass * (1 + 1e-6)  # the margin covers rounding in any order of summation
     descending = top if bool(suffices.all()) else _descending(probs)
-    count = (descending.cumsum(-1) - descending < mass).sum(-1, keepdim=True)
+    count = (descending.cumsum(-1) - descending < mass).sum(-1, keepdim=True).clamp(min=1)  # a tiny mass may round to 0
     least = descending.gather(-1, count - 1)
     kept, equal = probs > least, probs == least
     wanted = count - kept.sum(-1, keepdim=True)

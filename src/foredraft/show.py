@@ -169,7 +169,7 @@ def note(message: str) -> None:
 
 def greet() -> None:
     """Prints the commands of a chat if standard input is a terminal."""
-    if sys.stdin.isatty():
+    if sys.stdin is not None and sys.stdin.isatty():
         note("/reset starts a new conversation, /exit ends the chat, Ctrl-C stops an answer")
 
 
@@ -177,6 +177,8 @@ def lines() -> Iterator[str]:
     """Yields the lines that the user types, until the input ends. A prompt sign appears on terminals only."""
     with suppress(ImportError):
         import readline  # noqa: F401 (this import adds line editing and history to input())
+    if sys.stdin is None:  # it was closed
+        return
     typed = "> " if sys.stdin.isatty() else ""
     while True:
         try:

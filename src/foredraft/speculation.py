@@ -17,6 +17,7 @@ from foredraft.folders import BUNDLED_HEAD
 from foredraft.grow import GROWERS, GrowerRow
 from foredraft.grow.limits import check_sizes, plain_values
 from foredraft.grow.options import Options
+from foredraft.names import METHODS_ELSEWHERE
 from foredraft.shape import MAX_DEPTH, MAX_NODES, Budget, Drawn
 from foredraft.verify import RULES, RuleRow
 
@@ -73,7 +74,13 @@ class Speculation:
                 if row.weights is None or (has_model and self.weights_for in (name, row.asks))
             ]
         )
-        return [Way(name, tree) for name in names for tree in self._trees(DRAFTERS[name])]
+        ways = [Way(name, tree) for name in names for tree in self._trees(DRAFTERS[name])]
+        if not ways:
+            raise ValueError(
+                f"tree {self.tree!r} needs the laws of a draft model or a head, and none is given. Give 'model' "
+                "(--draft-model), or leave 'tree' (--tree) out"
+            )
+        return ways
 
     def _trees(self, drafter: DrafterRow) -> list[str | None]:
         able = trees_of(drafter)
@@ -185,6 +192,10 @@ def _no_method(name: str) -> ValueError:
     for kind, table in (("tree", GROWERS), ("rule", RULES)):
         if name in table:
             return ValueError(f"{name!r} is a {kind}, not a method. Use {kind!r}: {name!r} (--{kind} {name}) with a method")
+    if name in METHODS_ELSEWHERE:
+        return ValueError(f"method {name!r} {METHODS_ELSEWHERE[name]}. Use a method of `foredraft methods`")
+    if name.lower() in DRAFTERS:
+        return unknown_name("method", name, [*DRAFTERS, AUTO, PLAIN], meant=name.lower())
     return unknown_name("method", name, [*DRAFTERS, AUTO, PLAIN])
 
 

@@ -25,6 +25,8 @@ def checked_names(methods: str, model: str | None, draft_model: str | None, vllm
         ValueError: a method is unknown, or something that it needs is missing.
     """
     names = [name.strip() for name in methods.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"--methods names no method, got {methods!r}. Example: --methods auto,suffix")
     for name in names:
         if name not in PEERS:
             parse(parse_method(name, draft_model))

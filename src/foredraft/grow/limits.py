@@ -42,7 +42,11 @@ def check_sizes(config: Mapping[Any, Any]) -> None:
         most = _MOST.get(key, MAX_COUNT)
         if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > MAX_SIBLINGS:
             raise ValueError(f"{key} must have at most {MAX_SIBLINGS} entries, the most nodes of a tree, got {len(value)}")
-        for number in _numbers(value):
+        try:
+            numbers = _numbers(value)
+        except RecursionError:
+            raise ValueError(f"{key} is nested too deeply, got {shown(value)}") from None
+        for number in numbers:
             if isinstance(number, float) and not math.isfinite(number):
                 raise ValueError(f"{key} must be finite, got {shown(number)}")
             if number > most:

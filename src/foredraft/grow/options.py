@@ -148,6 +148,9 @@ class Static(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         given = {tuple(path) for path in self.paths or ()}
+        if self.paths is not None and len(given) != max(1, len(self.paths)):
+            what = "name every node once" if self.paths else "name at least one node"
+            raise ValueError(f"paths must {what}, got {list(self.paths)[:8]}")
         for path in given:
             before = [path[:-1]] * (len(path) > 1) + [(*path[:-1], rank) for rank in range(path[-1] if path else 0)]
             missing = [needed for needed in before if needed not in given]

@@ -34,6 +34,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def is_file(path: Path) -> bool:
+    """Whether a path is a file. A path that is too long is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def check_generation_config(choice: Any) -> None:
     """Checks the argument ``generation_config`` of `LLM`.
 
@@ -42,7 +50,7 @@ def check_generation_config(choice: Any) -> None:
     """
     if isinstance(choice, str) and choice in ("auto", *IGNORE):
         return
-    if not isinstance(choice, str | Path) or not (Path(choice) / GENERATION_CONFIG).is_file():
+    if not isinstance(choice, str | Path) or not is_file(Path(choice) / GENERATION_CONFIG):
         raise ModelError(
             f"generation_config must be 'auto', 'none' or a directory that holds {GENERATION_CONFIG}, got {shown(choice)}"
         )

@@ -13,7 +13,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Pret
 from foredraft.models.check import self_check
 from foredraft.models.checkpoint import ModelError, StoredTensor, one_line, quiet, some
 from foredraft.models.hf import HFTarget
-from foredraft.models.weights import finite, refuse_no_floats, refuse_other_layers, refuse_other_sizes
+from foredraft.models.weights import check_unused, finite, refuse_no_floats, refuse_other_layers, refuse_other_sizes
 
 
 def refuse_no_language_model(config: PretrainedConfig) -> None:
@@ -73,6 +73,7 @@ def load_with_transformers(path: Path, config: PretrainedConfig, dtype: torch.dt
         names = sorted(entry if isinstance(entry, str) else entry[0] for entry in info[kind])
         if names:
             raise ModelError(f"the checkpoint {what} {some(names)}: copy it again, or check config.json")
+    check_unused(info["unexpected_keys"], [name for name, _ in model.named_modules()])
     model.to(device)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone() if device.type == "cpu" else tensor.data  # without a copy the file stays mapped

@@ -232,7 +232,7 @@ def _list(given: Mapping[str, Any], name: str) -> list[Any]:
 def _ids(given: Any, name: str) -> list[int]:
     """Returns the token ids of a field that holds one id, a list of ids or null."""
     ids = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
-    wrong = [token_id for token_id in ids if isinstance(token_id, bool) or not isinstance(token_id, int)]
+    wrong = [token_id for token_id in ids if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0]
     if wrong:
         raise ModelError(f"{name} must be a token id or a list of token ids, got {given!r}: correct config.json or {FILE}")
     return ids

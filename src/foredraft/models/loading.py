@@ -24,7 +24,7 @@ from foredraft.models.native import NativeTarget, can_run
 from foredraft.models.plain import PlainConfig, expected, fits, plain_model
 from foredraft.models.sizes import refuse_bad_sizes
 from foredraft.models.tokenizer import load_tokenizer as load_tokenizer
-from foredraft.models.weights import refuse_no_floats, refuse_other_shapes
+from foredraft.models.weights import check_unused, is_float, refuse_no_floats, refuse_other_shapes
 from foredraft.protocols import Target
 
 _DTYPES = {
@@ -158,6 +158,7 @@ def _wrap_loaded(model: Any, dtype: torch.dtype | None, device: torch.device | N
     kind: torch.dtype = dtype or model.dtype
     place: torch.device = device or _parse_device(model.device) or model.device
     if unsupported(config) is None:
+        _refuse_changed(model)
         return _llama(config, model.state_dict(), kind, place, max_len)
     refuse_no_floats(dict(model.named_parameters()), dict(model.named_parameters()))
     if kind != model.dtype or place != model.device:
@@ -168,6 +169,19 @@ def _wrap_loaded(model: Any, dtype: torch.dtype | None, device: torch.device | N
     from foredraft.models.from_transformers import checked
 
     return checked(model, max_len)
+
+
+def _refuse_changed(model: Any) -> None:
+    """Refuses a loaded model whose code was changed, because our decoder reads its weights only."""
+    for name, module in model.named_modules():
+        where = f"the module {name!r}" if name else "the model"
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise ModelError(f"{where} has forward hooks, which are not run here: remove them, or save the model without them")
+        if type(module).__module__.split(".")[0] not in ("torch", "transformers"):
+            raise ModelError(
+                f"{where} is a {type(module).__name__} of {type(module).__module__}, whose code is not run here: merge an "
+                "adapter into the model (merge_and_unload of peft), or save the model with plain layers"
+            )
 
 
 def _refuse(config: Any) -> None:
@@ -211,6 +225,8 @@ def _llama(
     if missing:
         raise ModelError(f"the checkpoint lacks {some(missing)}: copy it again, or check config.json")
     wanted = {name: like for name, like in wanted.items() if name in weights}
+    unused = [name for name, weight in weights.items() if name not in wanted and is_float(weight)]
+    check_unused(unused, [f"model.layers.{i}" for i in range(config.num_hidden_layers)])
     refuse_other_shapes(wanted, weights)
     try:
         tensors = {name: _read(weights[name]) for name in wanted}

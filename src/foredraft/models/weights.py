@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Iterable, Mapping
 from math import prod
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from foredraft.models.checkpoint import ModelError, StoredTensor, some
+
+_log = logging.getLogger("foredraft")
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _TORCH_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -52,6 +55,33 @@ def refuse_other_layers(config: Any, names: Iterable[str], ignored: Iterable[str
     raise ModelError(f"{numbers} ({stack}.0 to {stack}.{count - 1}): weights and configuration are not of the same model")
 
 
+_COMPUTED = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias|_extra_state)$")
+"""Names of tensors that older checkpoints hold and that a model computes itself: frequencies and causal masks."""
+
+_CHANGED = re.compile(r"lora_|\.(weight_scale\w*|qweight|qzeros|scales|g_idx|absmax|weight_packed)$")
+"""Names of tensors that change other weights: adapters, and the scales of quantised weights."""
+
+
+def check_unused(names: Iterable[str], layers: Collection[str]) -> None:
+    """Refuses an adapter or scales in the file, and reports other tensors of a layer that the model does not use.
+
+    Args:
+        names: names of the tensors that the model does not use.
+        layers: names of the model's layers, such as ``model.layers.0``. Tensors of other parts are ignored.
+
+    Raises:
+        ModelError: an unused tensor changes other weights. The message names it.
+    """
+    found = [name for name in names if (layer := _LAYER.match(name)) and f"{layer[1]}.{layer[2]}" in layers]
+    if changed := sorted(name for name in found if _CHANGED.search(name)):
+        raise ModelError(
+            f"the checkpoint holds {some(changed)}: an adapter or a quantisation was not merged into the weights; "
+            "give the original checkpoint, or merge it"
+        )
+    if unused := sorted(name for name in found if not _COMPUTED.search(name)):
+        _log.warning("the checkpoint holds %s, which a model with this config.json does not use", some(unused))
+
+
 def refuse_other_sizes(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor | StoredTensor]) -> None:
     """Refuses a model that would be far larger than its file. It is called before the model is allocated.
 
@@ -83,6 +113,11 @@ def refuse_other_shapes(expected: Mapping[str, Tensor], weights: Mapping[str, Te
             )
 
 
+def is_float(weight: Tensor | StoredTensor) -> bool:
+    """Whether a tensor holds floating-point numbers of 16 bits or more."""
+    return weight.dtype in _TORCH_FLOATS if isinstance(weight, Tensor) else weight.dtype_name in _FLOATS
+
+
 def refuse_no_floats(weights: Mapping[str, Tensor | StoredTensor], wanted: Collection[str]) -> None:
     """Refuses weights in integers or in eight bits. Without a quantization_config their scales are unknown.
 
@@ -95,8 +130,7 @@ def refuse_no_floats(weights: Mapping[str, Tensor | StoredTensor], wanted: Colle
     """
     wrong: dict[str, list[str]] = {}
     for name, weight in weights.items():
-        is_float = weight.dtype in _TORCH_FLOATS if isinstance(weight, Tensor) else weight.dtype_name in _FLOATS
-        if not is_float and (name in wanted or name.endswith("weight")):
+        if not is_float(weight) and (name in wanted or name.endswith("weight")):
             wrong.setdefault(str(weight.dtype) if isinstance(weight, Tensor) else weight.dtype_name, []).append(name)
     for dtype, names in wrong.items():
         raise ModelError(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from foredraft.errors import shown
+from foredraft.errors import shown, why_no_json
 
 Row = Float[np.ndarray, " v"]
 Rows = Float[np.ndarray, "s v"]
@@ -153,9 +153,10 @@ def read_pair(path: Path) -> Pair:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         draft, target = content["draft"], content["target"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f'cannot read laws from {str(path)!r} ({error}): give a file with a JSON object of "draft" and "target"'
+            f'cannot read laws from {str(path)!r} ({why_no_json(error)}): give a file with a JSON object of "draft" and '
+            '"target"'
         ) from None
     for name, chain in (("draft", draft), ("target", target)):
         if not isinstance(chain, list) or not chain:

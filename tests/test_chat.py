@@ -533,3 +533,78 @@ def test_raw_text_on_a_chat_model_is_said_once(run: Any, folders: dict[str, Path
     assert NOTE not in out + err
     assert NOTE not in run("generate", "<|user|>\nHi\n<|assistant|>\n", *USUAL)[2]  # the bundled model's own format
     assert NOTE in run("generate", "Hi", *USUAL)[2]
+
+
+# --- what would be dropped or misread in silence
+
+
+@pytest.mark.parametrize("key", ["images", "image", "audio", "audios", "video", "videos", "image_url"])
+def test_media_beside_the_content_is_refused_by_name(key: str) -> None:
+    with pytest.raises(ValueError, match=f"message 2 has the key '{key}', but models read text only here. Leave the key out"):
+        prompt(CHATML, [said("system", "S"), said("user", "What?", **{key: ["x.png"]})])
+    for empty in (None, [], "", False):
+        assert prompt(CHATML, [said("user", "Hi", **{key: empty})]) == "<user>Hi</><assistant>"
+
+
+def test_further_keys_of_a_text_part_are_refused_by_name() -> None:
+    for key in ("image", "image_url", "file"):
+        part = {"type": "text", "text": "What?", key: "x.png"}
+        with pytest.raises(ValueError, match=f"a text part of message 1 has the key '{key}', but .* Leave the key out"):
+            prompt(CHATML, [said("user", [part])])
+    harmless = {"type": "output_text", "text": "Hi", "annotations": [1], "cache_control": {"type": "x"}, "image": None}
+    assert prompt(CHATML, [said("user", [harmless])]) == "<user>Hi</><assistant>"
+
+
+def test_the_older_function_call_is_a_tool_call() -> None:
+    function = {"name": "look_up", "arguments": '{"x": 4}'}
+    asked = {"role": "assistant", "content": None, "function_call": function}
+    assert prompt(CALLS, [*HELLO, asked]) == "<user>Hi</><assistant>look_up:4</><assistant>"
+    with pytest.raises(ValueError, match=r"drops the tool calls of message 2 \(look_up\)"):
+        prompt(CHATML, [*HELLO, asked])
+    with pytest.raises(ValueError, match=r"message 2 has both function_call and tool_calls\. Leave function_call out"):
+        prompt(CALLS, [*HELLO, {**asked, "tool_calls": [{"function": function}]}])
+    for wrong in ("auto", {"arguments": "{}"}):
+        with pytest.raises(TypeError, match="function_call of message 2 must be a dict with a 'name' and 'arguments', got"):
+            prompt(CALLS, [*HELLO, {**asked, "function_call": wrong}])
+
+
+@pytest.mark.parametrize("role", ["content", "role", "type", "string"])
+def test_quoted_keys_of_messages_are_no_roles(role: str) -> None:
+    template = CHATML + "{{ 'type' if x else 'string' }}"
+    with pytest.raises(ValueError, match=f"unknown role of message 2: '{role}'"):
+        prompt(template, [*HELLO, said(role, "x")])
+
+
+@pytest.mark.parametrize("name", ["add_generation_prompt", "continue_final_message"])
+def test_switches_are_bools(name: str) -> None:
+    for wrong in ("False", 1, None):
+        for options in ({name: wrong}, {"chat_template_kwargs": {name: wrong}}):
+            with pytest.raises(TypeError, match=f"{name} must be True or False, got {wrong!r}"):
+                prompt(CHATML, HELLO, **options)
+
+
+def test_lone_surrogates_are_named() -> None:
+    for content in ("a\ud800", text("b", "a\ud800")):
+        with pytest.raises(ValueError, match=r"the content of message 2 is not valid text: character 2 is .* U\+D800"):
+            prompt(CHATML, [*HELLO, said("user", content)])
+    with pytest.raises(ValueError, match=r"the conversation that the chat template renders is not valid text: character 1 is"):
+        prompt("{{ style }}" + CHATML, HELLO, chat_template_kwargs={"style": "\udfff"})
+
+
+def test_a_path_that_is_too_long_and_a_file_that_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no chat template: 'xxx.* is neither a Jinja template nor a file\. Give") as caught:
+        prompt(CHATML, HELLO, chat_template="x" * 5000)
+    assert len(str(caught.value)) < 400
+    file = tmp_path / "latin.jinja"
+    file.write_bytes(b"ab\xe9{{ x }}")
+    with pytest.raises(ValueError, match=r"latin\.jinja' cannot be read: byte 3 of the file is not UTF-8\. Give a text file"):
+        prompt(CHATML, HELLO, chat_template=str(file))
+
+
+def test_deeply_nested_arguments_of_a_tool_call() -> None:
+    deep = '{"x": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    call = {"function": {"name": "f", "arguments": deep}}
+    with pytest.raises(ValueError, match="the arguments of a tool call in message 2 are nested too deeply") as caught:
+        prompt(CALLS, [*HELLO, {"role": "assistant", "tool_calls": [call]}])
+    assert str(caught.value).endswith("Give fewer levels")
+    assert len(str(caught.value)) < 400

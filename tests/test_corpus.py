@@ -667,3 +667,132 @@ def test_help_says_whose_answers(command: Any) -> None:
 def test_no_template_is_asked_for_a_mask(tokenizer: Any) -> None:
     assert Renderer(tokenizer(None)).has_template is False
     assert Renderer(tokenizer(STRICT)).has_template is True
+
+
+# --- weights, unknown roles, media beside the content, and what a template does not use
+
+
+WEIGHED = [
+    turn("user", "a"),
+    turn("assistant", "first", weight=0),
+    turn("user", "b"),
+    turn("assistant", "second", weight=1),
+    turn("assistant", "third", weight=0),
+    turn("user", "c", weight=0),
+    turn("assistant", "fourth"),
+]
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_turns_of_weight_0_are_not_learned_from(tmp_path: Path, tokenizer: Any, kind: str) -> None:
+    made = tokenizer(TEMPLATES[kind])
+    [prompt] = corpus_of(tmp_path, [{"messages": WEIGHED}], made, answers="given").prompts
+    bare = [{key: value for key, value in message.items() if key != "weight"} for message in WEIGHED]
+    assert prompt.ids == made.encode(made.apply_chat_template(bare, tokenize=False), add_special_tokens=False)
+    learned = made.decode([token for token, one in zip(prompt.ids, prompt.mask, strict=True) if one])
+    assert learned == "second<|end|>\nfourth<|end|>\n"
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_other_weights_are_named(tmp_path: Path, tokenizer: Any, kind: str) -> None:
+    answered = {"prompt": "?", "answer": "!"}
+    records = [{"messages": [turn("user", f"{w}"), turn("assistant", "x", weight=w)]} for w in (0.5, -1, "0", [1], 1.0, None)]
+    records.append({"messages": [turn("user", "q"), turn("assistant", "x", weight=0)]})
+    usage = corpus_of(tmp_path, [answered, *records], tokenizer(TEMPLATES[kind]), answers="given").usage
+    assert dict(usage.left_out) == {
+        "with an assistant turn whose weight is neither 0 nor 1": 4,
+        "with weight 0 for every answer": 1,
+    }
+
+
+def test_a_weight_of_0_without_a_sound_place_is_named(tmp_path: Path, tokenizer: Any) -> None:
+    """A marked template that ends the last turn differently: the place of an earlier turn cannot be found by renderings."""
+    odd = TEMPLATES["marked"].replace("{{ m.content }}", "{{ m.content }}{{ '!' if loop.last else '?' }}")
+    records = [{"prompt": "?", "answer": "!"}, {"messages": WEIGHED}]
+    usage = corpus_of(tmp_path, records, tokenizer(odd), answers="given").usage
+    assert list(usage.left_out) == ["with earlier turns that the template renders differently when more turns follow (no mask)"]
+
+
+@pytest.mark.parametrize("answers", ["own", "given"])
+def test_a_role_that_the_template_does_not_know_is_named(tmp_path: Path, tokenizer: Any, answers: str) -> None:
+    chat = [turn("user", "a"), turn("critic", "bad"), turn("assistant", "b"), turn("user", "c"), turn("assistant", "d")]
+    records = [
+        {"prompt": "?", "answer": "!"},
+        {"messages": chat},
+        {"messages": [turn("System", "s"), turn("User", "u"), chat[-1]]},
+    ]
+    usage = corpus_of(tmp_path, records, tokenizer(TEMPLATES["plain"]), answers=answers).usage
+    assert dict(usage.left_out) == {"with turns of role 'critic' that the template does not know": 1}
+    knows = TEMPLATES["plain"].replace("== 'assistant'", "in ('assistant', 'critic')")
+    corpus = corpus_of(tmp_path, records, tokenizer(knows), answers=answers)
+    assert len(corpus.prompts) == 3
+
+
+@pytest.mark.parametrize(("key", "kind"), [("images", "image"), ("image", "image"), ("audio", "audio"), ("videos", "video")])
+def test_media_in_messages_is_named(tmp_path: Path, tokenizer: Any, key: str, kind: str) -> None:
+    records = [
+        {"messages": [turn("user", "what?", **{key: ["x"]})]},
+        {"messages": [turn("user", [{"type": "text", "text": "what?", key: "x"}])]},
+        {"messages": [turn("user", "nothing", **{key: []})]},
+    ]
+    assert reasons(tmp_path, records, tokenizer(TEMPLATES["plain"])) == {f"with {kind} parts": 2}
+
+
+def test_thoughts_are_passed_to_the_template_or_counted(tmp_path: Path, tokenizer: Any) -> None:
+    chat = [turn("user", "a"), turn("assistant", "b", reasoning_content="hm"), turn("user", "c"), turn("assistant", "d")]
+    records, said = (
+        [{"messages": chat}, {"prompt": "q", "answer": "r"}],
+        "with reasoning_content that the template does not use",
+    )
+    for answers in ("own", "given"):
+        corpus = corpus_of(tmp_path, records, tokenizer(TEMPLATES["plain"]), answers=answers)
+        assert corpus.usage.lines() == [f"used in part: 1 of 2 conversations: 1 {said}"]
+        for kind in TEMPLATES:
+            shows = TEMPLATES[kind].replace("{{ m.content }}", "{{ m.reasoning_content or '' }}{{ m.content }}", 1)
+            made = tokenizer(shows)
+            corpus = corpus_of(tmp_path, records[:1], made, answers=answers)
+            assert corpus.usage.lines() == []
+            assert "hmb<|end|>" in made.decode(corpus.prompts[0].ids)
+
+
+def test_variables_of_a_record_are_passed_to_the_template_or_counted(tmp_path: Path, tokenizer: Any) -> None:
+    record = {"prompt": "q", "answer": "r", "chat_template_kwargs": {"style": "brief", "enable_thinking": True}}
+    for kind in TEMPLATES:
+        made = tokenizer("{{ style }}|" + TEMPLATES[kind])
+        for answers in ("own", "given"):
+            corpus = corpus_of(tmp_path, [record], made, answers=answers)
+            assert made.decode(corpus.prompts[0].ids).startswith("brief|<|user|>")
+            assert dict(corpus.usage.in_part) == {
+                "with chat_template_kwargs 'enable_thinking' that the template does not use": 1
+            }
+    left = reasons(tmp_path, [{"prompt": "q", "chat_template_kwargs": {"tokenize": True}}], tokenizer(TEMPLATES["plain"]))
+    assert left == {"with chat_template_kwargs 'tokenize', which is not a variable of a template": 1}
+    assert dict(corpus_of(tmp_path, [record], tokenizer(None)).usage.in_part) == {
+        "with chat_template_kwargs that cannot be expressed without a chat template": 1
+    }
+
+
+def test_a_lone_surrogate_in_a_given_answer_is_named(tmp_path: Path, tokenizer: Any) -> None:
+    records = [{"prompt": "?", "answer": "!"}, {"prompt": "q", "answer": "\ud800"}]
+    for template in TEMPLATES.values():
+        usage = corpus_of(tmp_path, records, tokenizer(template), answers="given").usage
+        assert dict(usage.left_out) == {"with invalid Unicode characters (lone surrogates)": 1}
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"messages": {}}, "messages of a record must be a list of messages, got {}"),
+        ({"conversations": "x", "messages": None}, "conversations of a record must be a list of messages, got 'x'"),
+        ({"question": 3}, "question of a record must be a text that is not empty, got 3"),
+        ({"question": ""}, "question of a record must be a text that is not empty, got ''"),
+        ({"instruction": ["x"]}, "instruction of a record must be a text that is not empty, got ['x']"),
+        ({"prompt": {}}, "prompt of a record must be a text that is not empty, or a list of messages, got {}"),
+        ({"prompt": "x", "chat_template_kwargs": [1]}, "chat_template_kwargs is of type list, not an object"),
+    ],
+)
+def test_values_of_a_wrong_type_are_named(tmp_path: Path, tokenizer: Any, record: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        corpus_of(tmp_path, [record], tokenizer(TEMPLATES["plain"]))
+    assert "none of them is" not in str(caught.value)
+    assert "data.jsonl, line 1: " in str(caught.value)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict
 
-from foredraft.errors import unknown_name
+from foredraft.errors import check_text, shown, unknown_name
 from foredraft.prompts import is_list
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -17,11 +17,24 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 Message = Mapping[str, Any]
 """``{"role": "user", "content": "..."}``. The content may also be a list of parts, ``[{"type": "text", "text": "..."}]``."""
 
+MEDIA = {name: kind for kind in ("image", "audio", "video") for name in (kind, f"{kind}s", f"{kind}_url", f"input_{kind}")}
+"""Keys of messages and of parts that hold images, audio or video, and their kinds. The models read text only."""
+
+_NEVER_ROLES = (
+    *("role", "content", "type", "text", "name", "id", "weight", "parameters", "arguments", "properties", "required"),
+    *("description", "tool_calls", "tool_call_id", "function_call", "reasoning", "reasoning_content", "thinking"),
+    *("string", "number", "integer", "boolean", "object", "array", "null"),
+)
+"""Words that templates quote because they are keys of messages and tools, or types of JSON."""
+
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_KEYS_OF_PARTS = ("type", "text", "annotations", "logprobs", "cache_control")
+"""Keys of a text part. Those after `text` say nothing to the model."""
+
 _MARK = "QZXJMARK"
 """A word in capitals that no template contains. It survives trimming and escaping."""
 
-_OF_THE_CALL = ("conversation", "messages", "tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length")
+OF_THE_CALL = ("conversation", "messages", "tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length")
 _EXAMPLE = "[{'role': 'user', 'content': 'Hello'}]"
 
 
@@ -68,7 +81,7 @@ def render(tokenizer: Any, messages: Any, template: Template) -> str:
 
     Raises:
         ValueError: the model has no chat template. Or the template refuses the messages, drops a message or does not support
-            tools. Or a message is incomplete or has a part that is not text.
+            tools. Or a message is incomplete, is not valid text or has a part that is not text.
         TypeError: messages or options have a wrong type.
     """
     own = getattr(tokenizer, "chat_template", None)
@@ -89,6 +102,7 @@ def render(tokenizer: Any, messages: Any, template: Template) -> str:
     checked = list(_with_contents(checked, _takes(rendered, template.get("chat_template_content_format", "auto"))))
     _check_roles(checked, _source(tokenizer, options))
     text = rendered(checked)
+    check_text("the conversation that the chat template renders", text)
     _check_kept(checked, rendered)
     _check_calls(checked, text)
     if options.get("tools") and rendered(checked, tools=None) == text:
@@ -108,12 +122,15 @@ def _options(template: Template, named: Any) -> dict[str, Any]:
     further = template.get("chat_template_kwargs") or {}
     if not isinstance(further, Mapping) or not all(isinstance(key, str) for key in further):
         raise TypeError(f"chat_template_kwargs must be a dict of variables for the template, got {further!r}")
-    for key in _OF_THE_CALL:
+    for key in OF_THE_CALL:
         if key in further:
             raise ValueError(f"chat_template_kwargs cannot set {key!r}, which is not a variable of a template. Leave it out")
     options = {"add_generation_prompt": True, "continue_final_message": False, **template, **further}
     for key in ("chat_template_kwargs", "chat_template_content_format"):
         options.pop(key, None)
+    for key in ("add_generation_prompt", "continue_final_message"):
+        if not isinstance(options[key], bool):
+            raise TypeError(f"{key} must be True or False, got {shown(options[key])}")
     if options["add_generation_prompt"] and options["continue_final_message"]:
         raise ValueError(
             "continue_final_message and add_generation_prompt exclude each other: an output continues a message or starts one. "
@@ -128,13 +145,27 @@ def _template_text(given: Any, named: Any) -> str | None:
     """Returns the text of a template. As in vLLM, a string without braces and line breaks is the path of a file."""
     if given is None or (isinstance(given, str) and re.search(r"[{}\n]", given)):
         return given
+    if not isinstance(given, str | Path):
+        raise TypeError(f"chat_template must be a Jinja template or the path of a file with one, got {shown(given)}")
     if isinstance(named, Mapping) and given in named:
         return named[given]
-    if not isinstance(given, str | Path):
-        raise TypeError(f"chat_template must be a Jinja template or the path of a file with one, got {given!r}")
-    if not Path(given).is_file():
-        raise ValueError(f"no chat template: {str(given)!r} is neither a Jinja template nor a file. Give one of them")
-    return Path(given).read_text(encoding="utf-8")
+    path = shown(str(given))
+    if not _is_file(given):
+        raise ValueError(f"no chat template: {path} is neither a Jinja template nor a file. Give one of them")
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        why = f"byte {error.start + 1} of the file is not UTF-8"
+        raise ValueError(f"the chat template {path} cannot be read: {why}. Give a text file in UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"the chat template {path} cannot be read: {error.strerror}. Give a file that can be read") from None
+
+
+def _is_file(path: str | Path) -> bool:
+    try:
+        return Path(path).is_file()
+    except OSError:  # such as a path that is too long for the file system
+        return False
 
 
 def _checked_tools(tools: Any) -> list[Any] | None:
@@ -169,18 +200,43 @@ def _checked(message: Any, number: int) -> dict[str, Any]:
         raise TypeError(f"message {number} must be a dict such as {_EXAMPLE[1:-1]}, got {message!r}")
     if not isinstance(message.get("role"), str) or not message["role"]:
         raise ValueError(f"message {number} has no role. Give one of {', '.join(ROLES)}, as in {_EXAMPLE[1:-1]}")
-    content, called = message.get("content"), message.get("tool_calls")
-    if called and not is_list(called):
-        raise TypeError(f"tool_calls of message {number} must be a list of calls, got {called!r}")
+    _check_media(message, number)
+    content, called = message.get("content"), _calls_of(message, number)
     if content is None and not called:
         raise ValueError(f"message {number} (role {message['role']!r}) has no content. Give a text, as in {_EXAMPLE[1:-1]}")
     if is_list(content):
         content = [_text_of(part, number) for part in content or ()]
     elif content is not None and not isinstance(content, str):
         raise TypeError(f"the content of message {number} must be a text or a list of text parts, got {content!r}")
-    checked = {key: value for key, value in message.items() if value is not None and key != "tool_calls"}
+    for text in content if isinstance(content, list) else (content or "",):
+        check_text(f"the content of message {number}", text)
+    checked = {key: value for key, value in message.items() if value is not None and key not in ("tool_calls", "function_call")}
     calls = {"tool_calls": [_called(call, number) for call in called]} if called else {}  # templates test for the key
     return checked | {"content": content or ""} | calls
+
+
+def _check_media(message: Message, number: int) -> None:
+    for key in MEDIA:
+        value = message.get(key)
+        if value is not None and value is not False and (not isinstance(value, Sized) or len(value)):
+            raise ValueError(
+                f"message {number} has the key {key!r}, but models read text only here. Leave the key out, or describe its "
+                "value in the content"
+            )
+
+
+def _calls_of(message: Message, number: int) -> Any:
+    """Returns the tool calls of a message. The older key `function_call` holds a single call."""
+    called, old = message.get("tool_calls"), message.get("function_call")
+    if called and not is_list(called):
+        raise TypeError(f"tool_calls of message {number} must be a list of calls, got {shown(called)}")
+    if not old:
+        return called
+    if called:
+        raise ValueError(f"message {number} has both function_call and tool_calls. Leave function_call out")
+    if not isinstance(old, Mapping) or not isinstance(old.get("name"), str):
+        raise TypeError(f"function_call of message {number} must be a dict with a 'name' and 'arguments', got {shown(old)}")
+    return [{"type": "function", "function": old}]
 
 
 def _text_of(part: Any, number: int) -> str:
@@ -195,7 +251,13 @@ def _text_of(part: Any, number: int) -> str:
             "in a part of type 'text'"
         )
     if not isinstance(part.get("text"), str):
-        raise TypeError(f"a text part of message {number} must hold a text, got {part!r}")
+        raise TypeError(f"a text part of message {number} must hold a text, got {shown(part)}")
+    further = [key for key, value in part.items() if key not in _KEYS_OF_PARTS and value]
+    if further:
+        raise ValueError(
+            f"a text part of message {number} has the key {further[0]!r}, but models read its text only. Leave the key out, or "
+            "describe its value in the text"
+        )
     return part["text"]
 
 
@@ -208,7 +270,13 @@ def _called(call: Any, number: int) -> Any:
     try:
         arguments = json.loads(given or "{}") if isinstance(given, str) else given
     except json.JSONDecodeError as error:
-        raise ValueError(f"the arguments of a tool call in message {number} are not JSON ({error}). Got {given!r}") from None
+        raise ValueError(
+            f"the arguments of a tool call in message {number} are not JSON ({error}), got {shown(given)}. Give a JSON object"
+        ) from None
+    except RecursionError:
+        raise ValueError(
+            f"the arguments of a tool call in message {number} are nested too deeply, got {shown(given)}. Give fewer levels"
+        ) from None
     changed = {**function, "arguments": arguments}
     return {**call, "function": changed} if "function" in call else changed
 
@@ -254,16 +322,26 @@ def _with_contents(messages: Sequence[dict[str, Any]], takes: _Takes) -> Iterato
         yield {**message, "content": content}
 
 
+def source_of(template: Any) -> str:
+    """Returns the text of a tokenizer's template, or of all its named templates."""
+    return "\n".join(template.values()) if isinstance(template, Mapping) else str(template)
+
+
+def knows_role(source: str, role: str) -> bool:
+    """Whether a role is usual, or named in the text of a template."""
+    named = role not in _NEVER_ROLES and re.search(f"['\"]{re.escape(role)}['\"]", source)
+    return role in ROLES or bool(named)
+
+
 def _source(tokenizer: Any, options: Mapping[str, Any]) -> str:
     """Returns the text of the templates, which names their additional roles."""
-    own = options.get("chat_template") or tokenizer.chat_template
-    return "\n".join(own.values()) if isinstance(own, Mapping) else str(own)
+    return source_of(options.get("chat_template") or tokenizer.chat_template)
 
 
 def _check_roles(messages: Sequence[Message], source: str) -> None:
     for number, message in enumerate(messages, start=1):
         role = message["role"]
-        if role not in ROLES and not re.search(f"['\"]{re.escape(role)}['\"]", source):
+        if not knows_role(source, role):
             raise unknown_name(f"role of message {number}:", role, ROLES)
 
 

@@ -11,6 +11,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from foredraft.chat import MEDIA, ROLES
+from foredraft.errors import shown
+
 EXAMPLE = 'A record looks like {"messages": [{"role": "user", "content": "..."}]} or {"prompt": "..."}'
 
 _LISTS = ("messages", "conversations", "conversation", "turns")
@@ -27,8 +30,12 @@ _TEXT_KEYS = ("content", "value", "utterance", "text")
 _ANSWER_KEYS = ("response", "output", "answer", "completion")
 _CALLS = ("tool_calls", "function_call")
 
-_MEDIA = {name: name.rstrip("s") for name in ("image", "images", "audio", "audios", "video", "videos")}
-"""Keys of a record that hold images, audio or video, and their names in messages. A text model cannot read them."""
+_ALLOWED = {
+    **dict.fromkeys(_LISTS, "a list of messages"),
+    **dict.fromkeys(("instruction", "question"), "a text that is not empty"),
+    "prompt": "a text that is not empty, or a list of messages",
+}
+"""Keys of a record that hold a conversation or its start, and what they must hold."""
 
 Message = dict[str, Any]
 """A message for a chat template. `content` is absent, a text, or a list of ``{"type": "text", "text": ...}``."""
@@ -44,11 +51,13 @@ class Conversation(NamedTuple):
     Attributes:
         messages: the messages, in order.
         tools: descriptions of the tools, as the record has them.
+        variables: further variables for the template: `chat_template_kwargs` of the record.
         unused: description of a part of the record that is not used, worded to follow a count; None if all is used.
     """
 
     messages: list[Message]
     tools: list[Any] | None = None
+    variables: Mapping[str, Any] | None = None
     unused: str | None = None
 
     @property
@@ -70,12 +79,12 @@ def conversations_of(record: Mapping[str, Any]) -> list[Conversation]:
         CannotUse: the record holds images, audio or video, or a tool call that cannot be read.
         ValueError: the shape of the record is unknown. The message describes it.
     """
-    for key, kind in _MEDIA.items():
-        if record.get(key):
-            raise CannotUse(f"with {kind} parts")
-    tools = _tools(record)
+    _check_media(record)
+    tools, variables = _tools(record), record.get("chat_template_kwargs") or None
+    if variables is not None and not isinstance(variables, dict):
+        raise ValueError(f"chat_template_kwargs is of type {type(variables).__name__}, not an object")
     before = [{"role": "system", "content": record[key]} for key in ("system", "system_prompt") if _is_text(record.get(key))]
-    return [found._replace(messages=[*before, *found.messages], tools=tools) for found in _shaped(record)]
+    return [found._replace(messages=[*before, *found.messages], tools=tools, variables=variables) for found in _shaped(record)]
 
 
 def _shaped(record: Mapping[str, Any]) -> Iterator[Conversation]:
@@ -96,8 +105,17 @@ def _shaped(record: Mapping[str, Any]) -> Iterator[Conversation]:
     elif isinstance(record.get("prompt"), dict) and "text" in record["prompt"]:
         yield from _tree(record["prompt"])
     else:
+        wrong = sorted((key for key in _ALLOWED if key in record), key=lambda key: record[key] is None)
+        if wrong:
+            raise ValueError(f"{wrong[0]} of a record must be {_ALLOWED[wrong[0]]}, got {shown(record[wrong[0]])}")
         known = f"{', '.join(_LISTS)}, instruction, question or prompt"
         raise ValueError(f"a record has the keys {', '.join(list(record)[:6])}, and none of them is {known}")
+
+
+def _check_media(given: Mapping[str, Any]) -> None:
+    for key, kind in MEDIA.items():
+        if given.get(key):
+            raise CannotUse(f"with {kind} parts")
 
 
 def _is_text(value: Any) -> bool:
@@ -153,6 +171,7 @@ def _message(given: Any) -> Message:
     text_key = next((key for key in _TEXT_KEYS if key in given), None)
     if role_key is None or (text_key is None and not any(key in given for key in _CALLS)):
         raise ValueError(f"a message has the keys {', '.join(list(given)[:6])}, but no role or no content")
+    _check_media(given)
     role = _role(str(given[role_key]), is_speaker=role_key == "speaker")
     dropped = {role_key, text_key, *_CALLS}
     kept = {key: value for key, value in given.items() if key not in dropped and value is not None}
@@ -168,7 +187,8 @@ def _role(name: str, *, is_speaker: bool = False) -> str:
     """Returns the standard name of a role. The speaker SYSTEM of a dialogue corpus is the assistant."""
     if name == "SYSTEM":
         return "assistant" if is_speaker else "system"
-    return _ROLES.get(name.lower(), name)
+    lower = name.lower()
+    return _ROLES.get(lower, lower if lower in ROLES else name)
 
 
 def _content(content: Any, role: str) -> str | list[dict[str, str]] | None:
@@ -200,6 +220,7 @@ def _part(part: str | Mapping[str, Any]) -> dict[str, str]:
     if kind in ("text", "input_text", "output_text"):
         if not isinstance(part.get("text"), str):
             raise ValueError("a text part of a message has no text")
+        _check_media(part)
         return {"type": "text", "text": part["text"]}
     raise CannotUse(f"with {kind.removeprefix('input_').removesuffix('_url')} parts")
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from foredraft.chat import OF_THE_CALL, knows_role, source_of
 from foredraft.train.records import CannotUse, Conversation, Message, text_of
 
 _MARKERS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -21,6 +22,12 @@ _PROBE = "foredraft-probe"
 
 _TOOLS = [{"type": "function", "function": {"name": "f", "description": "f", "parameters": {"type": "object"}}}]
 """A list of tools. Some tokenizers have a separate template for conversations with tools."""
+
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message that hold the thoughts before an answer."""
+
+_RESERVED = (*OF_THE_CALL, "tools", "add_generation_prompt", "continue_final_message", "chat_template")
+"""Names that `chat_template_kwargs` of a record cannot set."""
 
 _NO_MASK = "with earlier turns that the template renders differently when more turns follow (no mask)"
 
@@ -63,7 +70,7 @@ class Renderer:
         return self._encode(text)
 
     def given(self, conversation: Conversation) -> Rendered:
-        """Renders the whole conversation, with a mask of all assistant turns.
+        """Renders the whole conversation, with a mask of all assistant turns. Turns of weight 0 are left out of the mask.
 
         The mask comes from the template's ``{% generation %}`` markers. Without markers, each assistant turn is located by two
         renderings: the prompt for the turn, and the conversation up to and including the turn. The turn is the difference.
@@ -71,28 +78,39 @@ class Renderer:
         Raises:
             CannotUse: the template refuses the conversation or ignores a part of it, or the mask cannot be found.
         """
+        weights = _weights(conversation)
         conversation = self._prepared(conversation)
         text = self._checked(conversation, generation=False)
+        _check_text(text)
         if _MARKERS.search(str(self._tokenizer.get_chat_template(None, tools=conversation.tools))) and self._is_fast:
-            ids, mask = self._marked(conversation)
+            ids, mask = self._marked(conversation, text, weights)
         else:
-            ids, mask = self._by_prefixes(conversation, text)
+            ids, mask = self._by_prefixes(conversation, text, weights)
         if not any(mask):
             raise CannotUse("with no answer that the template marks")
         return Rendered(ids, mask)
 
     def unused(self, conversation: Conversation) -> str | None:
-        """Describes the parts that `prompt` leaves out because there is no template, worded to follow a count; None if none."""
-        if self.has_template:
-            return None
-        messages = conversation.messages
-        last = max(i for i, message in enumerate(messages) if message["role"] == "user")
-        roles = {message["role"] for i, message in enumerate(messages) if i != last}
-        called = conversation.tools or any("tool_calls" in message for message in messages)
-        others = sorted(roles - {"user", "assistant"})
-        held = [f"turns of role {role!r}" for role in others] + ["tools"] * bool(called)
-        held += ["earlier turns"] * bool(roles & {"user", "assistant"})
-        return f"with {' and '.join(held)} that cannot be expressed without a chat template" if held else None
+        """Describes the parts that are left out of the text, worded to follow a count; None if there are none."""
+        return self._dropped(conversation) if self.has_template else _inexpressible(conversation)
+
+    def _dropped(self, conversation: Conversation) -> str | None:
+        """Names the thoughts and the variables that the template does not use. Some templates use the latest thoughts only."""
+        prepared, source = self._prepared(conversation), source_of(self._tokenizer.chat_template)
+        generation, held = prepared.messages[-1]["role"] != "assistant", []
+        changes = [
+            (_with(prepared, i, **{key: _PROBE}), key)
+            for i, message in enumerate(prepared.messages)
+            for key in _THOUGHTS
+            if message.get(key)
+        ]
+        text = self._tried(prepared, generation=generation) if changes else None
+        for change, key in changes:
+            if key not in held and self._tried(change, generation=generation) == text:
+                held.append(key)
+        names = [key for key in conversation.variables or () if not re.search(rf"\b{re.escape(key)}\b", source)]
+        held += [f"chat_template_kwargs {name!r}" for name in names]
+        return f"with {' and '.join(held)} that the template does not use" if held else None
 
     @property
     def _is_fast(self) -> bool:
@@ -102,20 +120,19 @@ class Renderer:
         _check_text(text)
         return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=special, verbose=False)]
 
-    def _text(self, messages: Sequence[Message], tools: Any, *, generation: bool) -> str:
-        """Renders messages as text.
+    def _text(self, conversation: Conversation, *, generation: bool) -> str:
+        """Renders a conversation as text.
 
         Raises:
             Exception: any exception that the template raises. Templates are programs.
         """
-        return self._tokenizer.apply_chat_template(
-            list(messages), tools=tools, add_generation_prompt=generation, tokenize=False
-        )
+        options = {**(conversation.variables or {}), "tools": conversation.tools, "add_generation_prompt": generation}
+        return self._tokenizer.apply_chat_template(list(conversation.messages), tokenize=False, **options)
 
-    def _tried(self, messages: Sequence[Message], tools: Any = None, *, generation: bool = False) -> str | None:
-        """Renders messages as text; returns None if the template raises."""
+    def _tried(self, conversation: Conversation, *, generation: bool = False) -> str | None:
+        """Renders a conversation as text; returns None if the template raises."""
         try:
-            return self._text(messages, tools, generation=generation)
+            return self._text(conversation, generation=generation)
         except Exception:
             return None
 
@@ -125,46 +142,76 @@ class Renderer:
         Raises:
             CannotUse: the template refuses the conversation, or ignores a part of it.
         """
-        messages, tools = conversation.messages, conversation.tools
+        self._check_known(conversation)
         try:
-            text = self._text(messages, tools, generation=generation)
+            text = self._text(conversation, generation=generation)
         except Exception as error:
             raise CannotUse(self._refusal(conversation, error, generation=generation)) from None
         for change, name in _changes(conversation):
-            if self._tried(change.messages, change.tools, generation=generation) == text:
+            if self._tried(change, generation=generation) == text:
                 raise CannotUse(f"with {name} that the template ignores")
         return text
+
+    def _check_known(self, conversation: Conversation) -> None:
+        """Raises `CannotUse` for a role that the template does not know, and for a variable that it cannot be given."""
+        source = source_of(self._tokenizer.chat_template)
+        for role in sorted(_roles(conversation)):
+            if not knows_role(source, role):
+                raise CannotUse(f"with turns of role {role!r} that the template does not know")
+        for key in conversation.variables or ():
+            if key in _RESERVED:
+                raise CannotUse(f"with chat_template_kwargs {key!r}, which is not a variable of a template")
 
     def _refusal(self, conversation: Conversation, error: Exception, *, generation: bool) -> str:
         """Names the role that the template refuses. If no single role is to blame, it quotes the template's error."""
         for role in sorted(_roles(conversation) - {"user", "assistant"}):
             others = [message for message in conversation.messages if message["role"] != role]
-            if self._tried(others, conversation.tools, generation=generation) is not None:
+            if self._tried(conversation._replace(messages=others), generation=generation) is not None:
                 return f"with turns of role {role!r} that the template refuses"
         quoted = " ".join(str(error).split())[:100] or type(error).__name__
         return f"refused by the template ({quoted})"
 
-    def _marked(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
+    def _marked(self, conversation: Conversation, whole: str, weights: Sequence[int]) -> tuple[list[int], list[bool]]:
         """Returns ids and mask, by the generation markers of the template."""
         encoded = self._tokenizer.apply_chat_template(
-            conversation.messages, tools=conversation.tools, return_dict=True, return_assistant_tokens_mask=True
+            conversation.messages,
+            **{**(conversation.variables or {}), "tools": conversation.tools},
+            return_dict=True,
+            return_assistant_tokens_mask=True,
         )
-        return [int(token) for token in encoded["input_ids"]], [bool(flag) for flag in encoded["assistant_masks"]]
+        ids, mask = [int(token) for token in encoded["input_ids"]], [bool(flag) for flag in encoded["assistant_masks"]]
+        left_out = [self._span(conversation, whole, i, prompt=False) for i, weight in enumerate(weights) if not weight]
+        if left_out:
+            offsets = self._tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            inside = _overlapping(offsets["offset_mapping"], left_out)
+            mask = [flag and not other for flag, other in zip(mask, inside, strict=True)]
+        return ids, mask
 
-    def _by_prefixes(self, conversation: Conversation, whole: str) -> tuple[list[int], list[bool]]:
+    def _span(self, conversation: Conversation, whole: str, place: int, *, prompt: bool = True) -> tuple[int, int]:
+        """Locates a turn in the text of the whole conversation, with or without the prompt for it.
+
+        Raises:
+            CannotUse: the template refuses the turns up to this one, or renders them differently.
+        """
+
+        def until(count: int, *, generation: bool = False) -> str | None:
+            if count == len(conversation.messages):
+                return whole
+            return self._tried(conversation._replace(messages=conversation.messages[:count]), generation=generation)
+
+        begin = until(place, generation=prompt) if place else None if prompt else ""
+        end = until(place + 1)
+        if begin is None or end is None:
+            raise CannotUse("with an answer whose prompt alone the template refuses (no mask)")
+        if not (whole.startswith(begin) and whole.startswith(end) and len(begin) <= len(end)):
+            raise CannotUse(_NO_MASK)
+        return len(begin), len(end)
+
+    def _by_prefixes(self, conversation: Conversation, whole: str, weights: Sequence[int]) -> tuple[list[int], list[bool]]:
         """Returns ids and mask, by rendering the prompt for each assistant turn and the conversation up to its end."""
-        messages, spans = conversation.messages, []
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                begin = self._tried(messages[:i], conversation.tools, generation=True) if i else None
-                end = whole if i + 1 == len(messages) else self._tried(messages[: i + 1], conversation.tools)
-                if begin is None or end is None:
-                    raise CannotUse("with an answer whose prompt alone the template refuses (no mask)")
-                if not (whole.startswith(begin) and whole.startswith(end) and len(begin) <= len(end)):
-                    raise CannotUse(_NO_MASK)
-                spans.append((len(begin), len(end)))
+        learned = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant" and weights[i]]
+        spans = [self._span(conversation, whole, i) for i in learned]
         if self._is_fast:
-            _check_text(whole)
             found = self._tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             return [int(token) for token in found["input_ids"]], _overlapping(found["offset_mapping"], spans)
         ids = self._encode(whole)
@@ -180,7 +227,7 @@ class Renderer:
         return conversation._replace(messages=[self._formed(message) for message in conversation.messages])
 
     def _formed(self, message: Message) -> Message:
-        message = dict(message)
+        message = {key: value for key, value in message.items() if key != "weight"}
         if "content" in message:
             form = self._form_of_content(message["role"])
             if form == "text":
@@ -199,7 +246,8 @@ class Renderer:
             called = self._formed({"role": "assistant", "content": "", "tool_calls": [_call({_PROBE: "x"})]})
             messages = [{"role": "user", "content": "x"}, called]
             bare = {key: value for key, value in called.items() if key != "content"}
-            found = self._tried(messages, _TOOLS) is not None and self._tried([messages[0], bare], _TOOLS) is None
+            found = self._tried(Conversation(messages, _TOOLS)) is not None
+            found = found and self._tried(Conversation([messages[0], bare], _TOOLS)) is None
             self._known["no content"] = str(found)
         return self._known["no content"] == "True"
 
@@ -209,8 +257,8 @@ class Renderer:
             before = [] if role in ("user", "system", "developer") else [{"role": "user", "content": "x"}]
             after = [{"role": "user", "content": "x"}] if role in ("system", "developer") else []
             parts = [{"type": "text", "text": f"{_PROBE}-{i}"} for i in range(2)]
-            spelled = self._tried([*before, {"role": role, "content": parts}, *after])
-            plain = self._tried([*before, {"role": role, "content": _PROBE}, *after])
+            spelled = self._tried(Conversation([*before, {"role": role, "content": parts}, *after]))
+            plain = self._tried(Conversation([*before, {"role": role, "content": _PROBE}, *after]))
             reads_parts = spelled is not None and all(part["text"] in spelled for part in parts)
             reads_parts = reads_parts and not re.search(r"""['"]type['"]""", spelled or "")
             reads_text = plain is not None and _PROBE in plain
@@ -240,7 +288,7 @@ class Renderer:
             reads = []
             for arguments in ({_PROBE: "x"}, json.dumps({_PROBE: "x"})):
                 called = {"role": "assistant", "content": "", "tool_calls": [_call(arguments)]}
-                text = self._tried([{"role": "user", "content": "x"}, called], _TOOLS)
+                text = self._tried(Conversation([{"role": "user", "content": "x"}, called], _TOOLS))
                 reads.append(text is not None and _PROBE in text and f'\\"{_PROBE}' not in text and f"'{_PROBE}'" not in text)
             self._known["arguments"] = {(True, False): "object", (False, True): "text"}.get((reads[0], reads[1]), "any")
         return self._known["arguments"]
@@ -274,6 +322,34 @@ def _object(text: str) -> Any:
     except (ValueError, RecursionError):
         return text
     return parsed if isinstance(parsed, dict) else text
+
+
+def _weights(conversation: Conversation) -> list[int]:
+    """Returns whether each turn is learned from: 0 or 1. As in OpenAI's files, `weight` of an assistant turn says it.
+
+    Raises:
+        CannotUse: a weight is another value, or no answer has weight 1.
+    """
+    messages = conversation.messages
+    answers = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
+    if any(weight not in (0, 1) for weight in answers):
+        raise CannotUse("with an assistant turn whose weight is neither 0 nor 1")
+    if answers and not any(answers):
+        raise CannotUse("with weight 0 for every answer")
+    return [int(message.get("weight", 1)) if message["role"] == "assistant" else 1 for message in messages]
+
+
+def _inexpressible(conversation: Conversation) -> str | None:
+    """Describes the parts that a prompt without a chat template leaves out, worded to follow a count; None if none."""
+    messages = conversation.messages
+    last = max(i for i, message in enumerate(messages) if message["role"] == "user")
+    roles = {message["role"] for i, message in enumerate(messages) if i != last}
+    called = conversation.tools or any("tool_calls" in message for message in messages)
+    others = sorted(roles - {"user", "assistant"})
+    held = [f"turns of role {role!r}" for role in others] + ["tools"] * bool(called)
+    held += ["earlier turns"] * bool(roles & {"user", "assistant"})
+    held += ["chat_template_kwargs"] * bool(conversation.variables)
+    return f"with {' and '.join(held)} that cannot be expressed without a chat template" if held else None
 
 
 def _roles(conversation: Conversation) -> set[str]:

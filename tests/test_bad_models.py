@@ -514,7 +514,7 @@ def test_a_good_model_still_runs(folder):
 
 
 @pytest.mark.parametrize("name", ["q_proj.lora_A.weight", "q_proj.weight_scale", "o_proj.qweight", "v_proj.scales"])
-def test_an_adapter_or_scales_in_the_file_are_refused(name, folder, kind):
+def test_an_adapter_or_scales_in_the_file_are_refused(name, folder, kind, complains):
     stack = "model.layers.0.self_attn" if kind == "llama" else "transformer.h.0.attn"
     edit_weights(folder, lambda weights: weights.update({f"{stack}.{name}": torch.ones(4)}))
     complains(folder, f"holds '{stack}.{name}': an adapter or a quantisation was not merged")

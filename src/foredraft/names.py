@@ -264,7 +264,14 @@ NAMES: dict[str, Name] = {
     **_rows(
         _REQUEST, "llama.cpp", "repeat_penalty", "is what repetition_penalty is here", _in_python("Use repetition_penalty")
     ),
-    **_rows(_REQUEST, _OPENAI, "functions function_call", "describes functions", _in_python("Use tools with LLM.chat"), _only([], {})),
+    **_rows(
+        _REQUEST,
+        _OPENAI,
+        "functions function_call",
+        "describes functions",
+        _in_python("Use tools with LLM.chat"),
+        _only([], {}),
+    ),
     **_rows(_REQUEST, _OPENAI, "stream_options", "adds the usage to a stream", "Read metrics of the output. Leave it out"),
     **_ignored(_REQUEST, _HF, "synced_gpus"),
     **_ignored(_REQUEST, _OPENAI, "metadata service_tier"),

@@ -104,19 +104,24 @@ def _note_choice(llm: LLM, params: SamplingParams) -> None:
 
 
 def _load(choice: ModelChoice, config: dict[str, Any] | None, *, seed: int) -> LLM:
-    logging.getLogger(CHOICES).setLevel(logging.CRITICAL)  # `_note_choice` prints the choice
-    return LLM(
-        choice.model,
-        config,
-        dtype=choice.dtype,
-        device=choice.device,
-        revision=choice.revision,
-        tokenizer=choice.tokenizer,
-        max_model_len=choice.max_model_len,
-        generation_config=choice.generation_config,
-        max_num_seqs=1,
-        seed=seed,
-    )
+    log = logging.getLogger(CHOICES)
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # `_note_choice` prints the choice
+    try:
+        return LLM(
+            choice.model,
+            config,
+            dtype=choice.dtype,
+            device=choice.device,
+            revision=choice.revision,
+            tokenizer=choice.tokenizer,
+            max_model_len=choice.max_model_len,
+            generation_config=choice.generation_config,
+            max_num_seqs=1,
+            seed=seed,
+        )
+    finally:
+        log.setLevel(level)
 
 
 def _params(llm: LLM, prompt: Prompt, sampling: dict[str, Any]) -> SamplingParams:

@@ -78,11 +78,9 @@ class Settings:
         for kind, name, known in (("schedule", self.schedule, SCHEDULES), ("optimizer", self.optimizer, OPTIMIZERS)):
             if name not in known:
                 raise unknown_name(kind, name, list(known))
-        for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name} must be above 0 and finite, got {getattr(self, name)}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"--weight-decay must be 0 or above and finite, got {self.weight_decay}")
+        for name in ("lr", "clip", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be 0 or above and finite, got {getattr(self, name)}")
 
 
 @dataclass

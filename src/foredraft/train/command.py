@@ -101,12 +101,7 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
     device = choice.device or workers.device
     llm = LLM(source, {"method": "ar"}, device=device, max_num_seqs=WRITERS, seed=choice.seed)
     settings = _settings(choice, workers, llm.target.device)
-    if llm.tokenizer is None:
-        raise ValueError(
-            "the target has no tokenizer, which training needs to read the data: give a directory with a tokenizer"
-        )
-    if choice.answers == "given" and not getattr(llm.tokenizer, "chat_template", None):
-        raise ValueError("the target has no chat template, which --answers given needs. Leave out --answers given")
+    _check_tokenizer(llm.tokenizer, choice)
     given = _split_options(choice.method, choice.options, llm.target)
     config = layer_config(llm.target.config, llm.target.vocab_size, given.sizes)
     shape = Shape.of(config)
@@ -149,6 +144,20 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
         about = {"method": choice.method, "options": given.head, "target": belongs}
         save_head(choice.out, head, config, about, provenance(course, settings, done, head))
     return done
+
+
+def _check_tokenizer(tokenizer: Any, choice: TrainChoice) -> None:
+    """Checks that the target's tokenizer can read the data.
+
+    Raises:
+        ValueError: there is no tokenizer, or it has no chat template and the answers of the files need one.
+    """
+    if tokenizer is None:
+        raise ValueError(
+            "the target has no tokenizer, which training needs to read the data: give a directory with a tokenizer"
+        )
+    if choice.answers == "given" and not getattr(tokenizer, "chat_template", None):
+        raise ValueError("the target has no chat template, which --answers given needs. Leave out --answers given")
 
 
 def _check(choice: TrainChoice) -> None:

@@ -17,9 +17,9 @@ import torch
 import transformers
 
 from foredraft import DRAFTERS, LLM, SamplingParams
+from foredraft.core.progress import progress_bar
 from foredraft.llm import bundled_drafter
-from foredraft.progress import progress_bar
-from foredraft.speculation import trees_of
+from foredraft.plan.config import trees_of
 
 SETS = (("gsm8k_test.jsonl", "question"), ("mt_bench.jsonl", "turns"), ("humaneval.jsonl", "prompt"))
 

@@ -20,10 +20,10 @@ from measuring import arguments, read_prompts, report, rounded
 from foredraft import DRAFTERS, GROWERS, LLM, RULES, SamplingParams
 from foredraft.audit.faults import FAULTS
 from foredraft.audit.run import Audit, Auditor
-from foredraft.drafters.folder import method_of
+from foredraft.core.progress import progress_bar
+from foredraft.heads.folder import method_of
 from foredraft.llm import bundled_drafter
-from foredraft.progress import progress_bar
-from foredraft.speculation import fitting_rules, trees_of
+from foredraft.plan.config import fitting_rules, trees_of
 
 COLUMNS = (
     *("drafter", "tree", "rule", "fault", "temperature", "must_pass", "lossless", "enumerated_error"),

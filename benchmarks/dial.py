@@ -25,9 +25,9 @@ from measuring import arguments, report, rounded
 from foredraft import LLM, SamplingParams
 from foredraft.audit.hypotheses import Evidence
 from foredraft.bench import tasks
+from foredraft.core.plots import new_figure
+from foredraft.core.progress import progress_bar
 from foredraft.drafters.along import AskedAlong
-from foredraft.plots import new_figure
-from foredraft.progress import progress_bar
 from foredraft.theory.predict import laws_of
 
 EPSILONS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)

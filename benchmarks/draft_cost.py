@@ -38,19 +38,20 @@ from measuring import arguments, median, report, rounded, rounds
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from foredraft import SamplingParams
-from foredraft.compiled import library
-from foredraft.drafters import heads, slots
+from foredraft.core.contracts import Budget
+from foredraft.core.draws import Draws
+from foredraft.core.progress import progress_bar
+from foredraft.drafters import slots
 from foredraft.drafters.compiled import CompiledLinear, compile_linears
 from foredraft.drafters.ctc import CtcDrafter
-from foredraft.drafters.folder import layer_config
-from foredraft.drafters.layers import Shape
 from foredraft.drafters.recurrent import RecurrentDrafter
-from foredraft.draws import Draws
-from foredraft.grow import GROWERS
+from foredraft.heads import modules as heads
+from foredraft.heads.folder import layer_config
+from foredraft.heads.layers import Shape
+from foredraft.kernels import library
 from foredraft.models.native import NativeTarget
 from foredraft.models.packed import FEW, FULL, CLinear
-from foredraft.progress import progress_bar
-from foredraft.protocols import Budget
+from foredraft.trees import GROWERS
 
 SIZES: dict[int, dict[str, int]] = {
     1536: {"intermediate_size": 4096, "num_attention_heads": 24, "num_key_value_heads": 8},

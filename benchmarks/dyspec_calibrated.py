@@ -11,15 +11,15 @@ import torch
 
 from foredraft import LLM
 from foredraft.bench.calibrate import RANKS, all_logits
-from foredraft.draws import Draws
-from foredraft.grow.acceptance import AcceptanceTable, Trial, conditional
-from foredraft.grow.base import draft_sampling
-from foredraft.grow.dyspec import DySpec, DySpecCalibrated
-from foredraft.params import SamplingParams
-from foredraft.protocols import Target
-from foredraft.sampling import TargetLaw, warp
-from foredraft.tree import DraftTree, Drawn
-from foredraft.verify import RULES
+from foredraft.core.contracts import Target
+from foredraft.core.draws import Draws
+from foredraft.core.law import TargetLaw, warp
+from foredraft.core.params import SamplingParams
+from foredraft.core.tree import DraftTree, Drawn
+from foredraft.rules import RULES
+from foredraft.trees.acceptance import AcceptanceTable, Trial, conditional
+from foredraft.trees.base import draft_sampling
+from foredraft.trees.dyspec import DySpec, DySpecCalibrated
 
 
 class Trials(NamedTuple):

@@ -30,13 +30,13 @@ from dyspec_walk import walk
 from foredraft import LLM, SamplingParams
 from foredraft.bench import tasks
 from foredraft.bench.calibrate import PROMPTS
-from foredraft.calibration import read_calibration
-from foredraft.grow import Branching, Chain, DySpec, Options, Sequoia
-from foredraft.grow.acceptance import PROB_EDGES, AcceptanceTable
+from foredraft.core.progress import progress_bar
 from foredraft.llm import BUNDLED_LM
 from foredraft.models.loading import load_target
-from foredraft.progress import progress_bar
-from foredraft.verify import RULES
+from foredraft.plan.store import read_calibration
+from foredraft.rules import RULES
+from foredraft.trees import Branching, Chain, DySpec, Options, Sequoia
+from foredraft.trees.acceptance import PROB_EDGES, AcceptanceTable
 
 TEMPERATURES = (0.0, 0.6, 1.0)
 WAYS = (Way(0.0, 0.6, False), Way(0.0, 0.6, True), Way(0.6, 0.6, True), Way(1.0, 0.6, True), Way(1.0, 1.0, True))

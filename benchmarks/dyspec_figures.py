@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from foredraft.plots import new_figure
+from foredraft.core.plots import new_figure
 
 Rows = list[dict[str, Any]]
 

@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from foredraft.core.contracts import Budget
+from foredraft.core.draws import Draws
+from foredraft.core.params import SamplingParams
+from foredraft.core.progress import progress_bar
 from foredraft.drafters.lm import LMDrafter
-from foredraft.draws import Draws
-from foredraft.grow.dyspec import DySpec
 from foredraft.llm import BUNDLED_LM, BUNDLED_TARGET
 from foredraft.models.loading import load_target, load_tokenizer
-from foredraft.params import SamplingParams
-from foredraft.progress import progress_bar
-from foredraft.protocols import Budget
+from foredraft.trees.dyspec import DySpec
 
 LEVELS = 1 << 20
 

@@ -1,7 +1,7 @@
 """Measures the tokens per step of large trees at low cost. The target runs only on the accepted path.
 
 A rule asks for the target's distribution at the root, then at the child that it accepted, and so on. `walk` decodes as
-`foredraft.decode` does, with the same random numbers and the same tokens. Only it runs the target on demand, node by node,
+`foredraft.engine.decode` does, with the same random numbers and tokens. Only it runs the target on demand, node by node,
 instead of on the whole tree. A tree of 768 nodes therefore costs only the rows of its accepted path. The target's time differs,
 but it is not measured here.
 
@@ -19,16 +19,16 @@ import numpy as np
 import torch
 
 from foredraft import LLM
-from foredraft.cache import prefill
+from foredraft.cache.pool import prefill
+from foredraft.core.contracts import AcceptanceRule, Budget, Target
+from foredraft.core.draws import Draws, hash_seed
+from foredraft.core.law import likeliest, warp
+from foredraft.core.params import SamplingParams
+from foredraft.core.tree import DraftTree, TreeBatch
 from foredraft.drafters.lm import LMDrafter
-from foredraft.draws import Draws, hash_seed
-from foredraft.grow import Options
-from foredraft.grow.base import Policy, Sapling, grow_batch
-from foredraft.params import SamplingParams
-from foredraft.protocols import AcceptanceRule, Budget, Target
-from foredraft.sampling import likeliest, warp
-from foredraft.speculation import MAX_DEPTH
-from foredraft.tree import DraftTree, TreeBatch
+from foredraft.plan.config import MAX_DEPTH
+from foredraft.trees import Options
+from foredraft.trees.base import Policy, Sapling, grow_batch
 
 SEQS = 8
 DEPTHS = 64
@@ -110,7 +110,7 @@ class Watched:
         return self.grower.policy(tree)
 
     def grow(self, drafter: Any, states: Any, roots: Any, budgets: Any, sampling: Any, draws: Any) -> TreeBatch:
-        """Grows trees as in `foredraft.protocols.Grower`, and forgets the saplings before."""
+        """Grows trees as in `foredraft.core.contracts.Grower`, and forgets the saplings before."""
         self.saplings = []
         return grow_batch([self] * len(states), drafter, states, roots, budgets, sampling, draws)  # type: ignore[list-item]
 

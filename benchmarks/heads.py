@@ -32,14 +32,14 @@ from measuring import report, rounded
 
 from foredraft import LLM, SamplingParams
 from foredraft.bench import tasks
-from foredraft.bench.command import BenchChoice, contender
 from foredraft.bench.names import parse_method
 from foredraft.bench.report import rows_of, speedup
 from foredraft.bench.run import Outcome, measure
-from foredraft.drafters.folder import read_head
-from foredraft.metrics import summarize
-from foredraft.progress import progress_bar
-from foredraft.speculation import PLAIN
+from foredraft.cli.bench import BenchChoice, contender
+from foredraft.core.metrics import summarize
+from foredraft.core.progress import progress_bar
+from foredraft.heads.folder import read_head
+from foredraft.plan.config import PLAIN
 
 FAMILIES = ("chat", "translation", "summarization", "qa", "math_reasoning", "rag")
 """Families of Spec-Bench. The eight categories of MT-bench count as `chat`."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from tables import by_method
 
-from foredraft.plots import new_figure
+from foredraft.core.plots import new_figure
 
 
 def panels(paths: list[Path], endings: list[str]) -> dict[float, dict[str, list[float]]]:

@@ -31,10 +31,10 @@ from inflate_head import inflate_head
 from safetensors.torch import save_file
 from torch import Tensor
 
+from foredraft.core.progress import progress_bar
 from foredraft.llm import BUNDLED_TARGET
 from foredraft.models.checkpoint import open_weights, read_config
 from foredraft.models.llama import unsupported
-from foredraft.progress import progress_bar
 
 _STEP = 64
 """The number of neurons is a multiple of this, as in real models."""

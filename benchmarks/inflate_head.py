@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from foredraft.calibration import file_beside
-from foredraft.drafters.folder import read_head, save_head
-from foredraft.drafters.heads import HEADS
-from foredraft.drafters.layers import Shape
+from foredraft.heads import HEADS
+from foredraft.heads.folder import read_head, save_head
+from foredraft.heads.layers import Shape
 from foredraft.models.checkpoint import fingerprint, open_weights, read_json
+from foredraft.plan.store import file_beside
 
 _SIDE_BY_SIDE = re.compile(
     r"(fc|fc\.fc|ahead\.\d+|blocks\.\d+\.0\.(linear|res_connection)|midlayer\.self_attn\.[qkv]_proj)\.weight"

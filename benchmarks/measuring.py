@@ -18,7 +18,7 @@ import torch
 
 from foredraft import SamplingParams
 from foredraft.bench import tasks
-from foredraft.bench.command import machine
+from foredraft.bench.machine import machine
 from foredraft.bench.run import forget_peak, peak_bytes
 from foredraft.llm import BUNDLED, BUNDLED_LM, LLM
 

@@ -24,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from foredraft import LLM
 from foredraft.bench.run import forget_peak, peak_bytes
+from foredraft.core.progress import progress_bar
 from foredraft.models.loading import parse_dtype
-from foredraft.progress import progress_bar
 
 LOGITS_STD = 4.0
 PROMPT = list(range(100, 116))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from measuring import arguments, median, report, rotated, rounded, rounds
 
-from foredraft.compiled import cpu_flags
+from foredraft.kernels import cpu_flags
 
 ROUNDS = 10
 SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")

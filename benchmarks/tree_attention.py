@@ -36,9 +36,9 @@ from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 from tree_shapes import ORDERS, all_trees, reordered
 
+from foredraft.core.progress import progress_bar
+from foredraft.core.tree import DraftTree, TreeBatch, ancestor_mask
 from foredraft.models.native import NativeTarget, can_run
-from foredraft.progress import progress_bar
-from foredraft.tree import DraftTree, TreeBatch, ancestor_mask
 
 BLOCK = 32
 HEADS, KEY_HEADS, HEAD_DIM = 24, 8, 64

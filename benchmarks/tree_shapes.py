@@ -12,15 +12,15 @@ import numpy as np
 from measuring import read_prompts
 
 from foredraft import LLM
+from foredraft.core.contracts import Budget
+from foredraft.core.draws import Draws
+from foredraft.core.params import SamplingParams
+from foredraft.core.tree import DraftTree, TreeBatch, bfs_order, dfs_order, heavy_path_order
 from foredraft.drafters.lm import LMDrafter
-from foredraft.draws import Draws
-from foredraft.grow.base import Policy, Sapling
-from foredraft.grow.dyspec import DySpec
 from foredraft.llm import BUNDLED_LM
 from foredraft.models.loading import load_target
-from foredraft.params import SamplingParams
-from foredraft.protocols import Budget
-from foredraft.tree import DraftTree, TreeBatch, bfs_order, dfs_order, heavy_path_order
+from foredraft.trees.base import Policy, Sapling
+from foredraft.trees.dyspec import DySpec
 
 ORDERS: dict[str, Callable[[DraftTree], Sequence[int]]] = {
     "insertion": lambda tree: range(tree.num_nodes),

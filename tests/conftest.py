@@ -23,7 +23,7 @@ def _measurements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
     A test marked `timed` times a few steps on the machine, and neither reads nor leaves a choice for others.
     """
-    from foredraft import auto
+    from foredraft.plan import choose as auto
 
     monkeypatch.setattr(auto, "SIZES", (4,))
     monkeypatch.setattr(auto, "TRIED_TREES", 1)

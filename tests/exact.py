@@ -19,7 +19,7 @@ from foredraft.audit.exact import (
     target_law_of,
     tree_law,
 )
-from foredraft.grow.acceptance import PROB_EDGES, RANK_EDGES
+from foredraft.trees.acceptance import PROB_EDGES, RANK_EDGES
 
 __all__ = [
     "MEASURED",

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from foredraft.drafters.folder import layer_config, save_head
-from foredraft.drafters.heads import HEADS
-from foredraft.drafters.layers import Shape
+from foredraft.heads import HEADS
+from foredraft.heads.folder import layer_config, save_head
+from foredraft.heads.layers import Shape
 
 
 def narrow_head(target: Path, folder: Path, *, hidden: int = 64) -> Path:

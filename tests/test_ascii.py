@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from foredraft import LLM, show
+from foredraft import LLM
 from foredraft.__main__ import main
+from foredraft.cli import show
 
 DATA = Path(__file__).parent / "data"
 MODEL = str(DATA / "babyllama-105")

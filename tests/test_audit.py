@@ -15,14 +15,14 @@ import torch
 
 from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
-from foredraft.audit.command import as_dict, markdown
 from foredraft.audit.faults import FAULTS
 from foredraft.audit.hypotheses import FALSE_ALARM, Evidence, holm
 from foredraft.audit.run import Audit, Auditor, Drafted
-from foredraft.choices import with_usual_tree
+from foredraft.cli.audit import as_dict, markdown
+from foredraft.cli.choices import with_usual_tree
+from foredraft.core.draws import Draws
+from foredraft.core.tree import DraftTree, Drawn
 from foredraft.drafters import DRAFTERS
-from foredraft.draws import Draws
-from foredraft.tree import DraftTree, Drawn
 
 pytestmark = pytest.mark.unchecked
 

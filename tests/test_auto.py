@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 
 from exact import MEASURED
-from foredraft import LLM, SamplingParams, auto
-from foredraft.auto import Candidate, Choice, Full, choose, tokens_per_step
-from foredraft.calibration import recalled
+from foredraft import LLM, SamplingParams
 from foredraft.drafters.ngram import NgramDrafter
-from foredraft.grow import GROWERS
 from foredraft.models.table import TableTarget, random_law
-from foredraft.speculation import AUTO, Way, parse
-from foredraft.verify import RULES
+from foredraft.plan import choose as auto
+from foredraft.plan.choose import Candidate, Choice, Full, choose, tokens_per_step
+from foredraft.plan.config import AUTO, Way, parse
+from foredraft.plan.store import recalled
+from foredraft.rules import RULES
+from foredraft.trees import GROWERS
 
 DATA = Path(__file__).parent / "data"
 PAIR = sorted(path.parent for path in DATA.glob("*/config.json"))

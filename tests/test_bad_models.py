@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
-from foredraft.drafters.folder import read_head
+from foredraft.heads.folder import read_head
 from foredraft.llm import BUNDLED_HEAD
 from foredraft.models.loading import ModelError, load_target
 from foredraft.models.weights import finite

@@ -19,11 +19,11 @@ import torch
 
 from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
-from foredraft.errors import shown, whole_number
-from foredraft.names import remote_code
-from foredraft.params import MAX_BIAS, MAX_COUNT, MAX_N, MAX_SEED, check_seed, used_seed
-from foredraft.sampling import likeliest_of_mass
-from foredraft.speculation import parse
+from foredraft.core.errors import shown, whole_number
+from foredraft.core.law import likeliest_of_mass
+from foredraft.core.names import remote_code
+from foredraft.core.params import MAX_BIAS, MAX_COUNT, MAX_N, MAX_SEED, check_seed, used_seed
+from foredraft.plan.config import parse
 
 DATA = Path(__file__).parent / "data"
 MODEL = str(DATA / "babyllama-105")

@@ -17,12 +17,12 @@ from tables import of_seeds
 from tree_attention import BLOCK, case_of, dense, skipping, visible_blocks
 from tree_shapes import ORDERS, HeapOrder, random_tree, reordered
 
-from foredraft.cache import KVPool
-from foredraft.compiled import library
-from foredraft.draws import Draws
-from foredraft.grow.base import Laws, Sapling
-from foredraft.protocols import Budget
-from foredraft.tree import ancestor_mask
+from foredraft.cache.pool import KVPool
+from foredraft.core.contracts import Budget
+from foredraft.core.draws import Draws
+from foredraft.core.tree import ancestor_mask
+from foredraft.kernels import library
+from foredraft.trees.base import Laws, Sapling
 
 
 @pytest.mark.parametrize("order", ORDERS)

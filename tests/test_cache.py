@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from foredraft.cache import PREFILL_CHUNK, KVCache, KVPool, Layout, lay_out, prefill
+from foredraft.cache.pool import PREFILL_CHUNK, KVCache, KVPool, Layout, lay_out, prefill
+from foredraft.core.tree import TreeBatch
 from foredraft.models.table import TableTarget, random_law
-from foredraft.tree import TreeBatch
 
 CPU = torch.device("cpu")
 LAYERS, HEADS, DIM = 2, 3, 4

@@ -12,7 +12,7 @@ import pytest
 
 from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
-from foredraft.choices import DTYPES
+from foredraft.cli.choices import DTYPES
 from foredraft.models.loading import parse_dtype
 
 MODEL = Path(__file__).parent / "data" / "babyllama-105"

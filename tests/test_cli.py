@@ -17,13 +17,14 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models
 
-from foredraft import LLM, SamplingParams, show
+from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
+from foredraft.cli import show
 from foredraft.drafters import DRAFTERS
-from foredraft.engine import CompletionOutput
-from foredraft.grow import GROWERS
+from foredraft.engine.engine import CompletionOutput
 from foredraft.llm import BUNDLED_TARGET
-from foredraft.verify import RULES
+from foredraft.rules import RULES
+from foredraft.trees import GROWERS
 
 DATA = Path(__file__).parent / "data"
 TARGET, OTHER = str(DATA / "babyllama-105"), str(DATA / "babyllama-105-b")

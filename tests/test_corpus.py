@@ -18,13 +18,13 @@ import torch
 from transformers import AutoTokenizer
 
 from foredraft.__main__ import main
-from foredraft.drafters.heads import HEADS
-from foredraft.drafters.layers import Shape
+from foredraft.cli.train import TrainChoice, run
+from foredraft.heads import HEADS
+from foredraft.heads.layers import Shape
 from foredraft.llm import BUNDLED_TARGET, LLM
 from foredraft.train import shards
 from foredraft.train.attention import tables
 from foredraft.train.batches import Batch, collate
-from foredraft.train.command import TrainChoice, run
 from foredraft.train.corpus import Corpus, read_corpus
 from foredraft.train.frozen import Frozen
 from foredraft.train.recipes import RECIPES, Lesson

@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 
 from exact import MEASURED, enumerate_branches
-from foredraft.decode import Continuation, autoregressive, speculative
+from foredraft.core.contracts import Budget
+from foredraft.core.draws import Draws
+from foredraft.core.params import SamplingParams
+from foredraft.core.processors import prefix_processors
+from foredraft.core.text import TextStream
 from foredraft.drafters.lm import LMDrafter
 from foredraft.drafters.lookup_first import LookupFirst
 from foredraft.drafters.ngram import NgramDrafter
 from foredraft.drafters.suffix import SuffixDrafter
-from foredraft.draws import Draws
-from foredraft.grow import GROWERS
+from foredraft.engine.decode import Continuation, autoregressive, speculative
 from foredraft.models.table import Law, TableTarget, random_law
-from foredraft.params import SamplingParams
-from foredraft.processors import prefix_processors
-from foredraft.protocols import Budget
-from foredraft.text import TextStream
-from foredraft.verify import RULES
+from foredraft.rules import RULES
+from foredraft.trees import GROWERS
 
 PROMPT = (0, 1)
 LENGTH = 4

@@ -13,16 +13,16 @@ import pytest
 import torch
 
 from exact import MEASURED
+from foredraft.core.contracts import Budget
+from foredraft.core.draws import Draws
+from foredraft.core.params import SamplingParams
+from foredraft.core.tree import DraftTree, Drawn
 from foredraft.drafters import DRAFTERS
 from foredraft.drafters.lm import LMDrafter, check_tokens, check_vocabulary, fit_vocabulary
 from foredraft.drafters.ngram import NgramDrafter
 from foredraft.drafters.suffix import SuffixDrafter
-from foredraft.draws import Draws
-from foredraft.grow import GROWERS
 from foredraft.models.loading import load_target
-from foredraft.params import SamplingParams
-from foredraft.protocols import Budget
-from foredraft.tree import DraftTree, Drawn
+from foredraft.trees import GROWERS
 
 DRAFT_MODEL = Path(__file__).parent / "data" / "babyllama-105-b"
 GREEDY, SAMPLED = SamplingParams(temperature=0), SamplingParams(temperature=1.0)
@@ -218,7 +218,7 @@ def test_lm_runs_long_texts_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     text = [random.Random(0).randrange(3, 105) for _ in range(60)]
     drafter = lm_drafter()
     whole = propose(drafter, drafter.start(text, None), Budget(8, 8), SAMPLED)
-    for name in ("foredraft.cache.PREFILL_CHUNK", "foredraft.drafters.lm.PREFILL_CHUNK"):
+    for name in ("foredraft.cache.pool.PREFILL_CHUNK", "foredraft.drafters.lm.PREFILL_CHUNK"):
         monkeypatch.setattr(name, 7)
     assert_same_tree(propose(drafter, drafter.start(text, None), Budget(8, 8), SAMPLED), whole)
 

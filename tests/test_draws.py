@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from foredraft import compiled, draws
-from foredraft.draws import Draws, hash_seed, mix
+from foredraft import kernels as compiled
+from foredraft.core import draws
+from foredraft.core.draws import Draws, hash_seed, mix
 
 SEEDS = [0, 1, -1, 7, 2**63, 2**64 - 1, -(2**63), 10**30]
 

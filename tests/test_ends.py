@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from foredraft import LLM, CompletionOutput, SamplingParams
-from foredraft.metrics import StepRecord, summarize
+from foredraft.core.metrics import StepRecord, summarize
 
 DATA = Path(__file__).parent / "data"
 TARGET, OTHER = DATA / "babyllama-105", DATA / "babyllama-105-b"
@@ -160,7 +160,7 @@ def test_steps_that_ended_early_by_hand(kind: str) -> None:
 def test_a_benchmark_counts_the_same_tokens() -> None:
     from foredraft.bench.report import rows_of
     from foredraft.bench.run import Ours
-    from foredraft.speculation import PLAIN
+    from foredraft.plan.config import PLAIN
 
     full, prompt = whole("all accepted"), list(model("plain").tokenizer(STORY)["input_ids"])
     sampling = replace(GREEDY, stop_token_ids=[full.token_ids[11]])

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from foredraft import LLM, CompletionOutput, SamplingParams
-from foredraft.draws import Draws, hash_seed
-from foredraft.tree import TreeBatch
+from foredraft.core.draws import Draws, hash_seed
+from foredraft.core.tree import TreeBatch
 
 DATA = Path(__file__).parent / "data"
 TARGET, OTHER = DATA / "babyllama-105", DATA / "babyllama-105-b"

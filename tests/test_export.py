@@ -19,21 +19,21 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
-from foredraft.drafters import DRAFTERS, Setting
-from foredraft.drafters.folder import layer_config, read_head
-from foredraft.drafters.heads import HEADS
-from foredraft.draws import Draws
-from foredraft.export.command import convert, doctor_command, examine
-from foredraft.export.layouts import LAYOUTS, plan
-from foredraft.export.reading import Found, TargetFacts
-from foredraft.export.source import open_source
+from foredraft.cli.importers import convert, doctor_command, examine
+from foredraft.cli.train import TrainChoice
+from foredraft.cli.train import run as train_run
+from foredraft.core.contracts import Budget, Setting
+from foredraft.core.draws import Draws
+from foredraft.core.params import SamplingParams as Sampling
+from foredraft.core.tree import TreeBatch
+from foredraft.drafters import DRAFTERS
+from foredraft.heads import HEADS
+from foredraft.heads.folder import layer_config, read_head
+from foredraft.importers.layouts import LAYOUTS, plan
+from foredraft.importers.reading import Found, TargetFacts
+from foredraft.importers.source import open_source
 from foredraft.models.checkpoint import ModelError, open_weights
 from foredraft.models.loading import fingerprint_of, load_target
-from foredraft.params import SamplingParams as Sampling
-from foredraft.protocols import Budget
-from foredraft.train.command import TrainChoice
-from foredraft.train.command import run as train_run
-from foredraft.tree import TreeBatch
 from released import TINY, VICUNA, Released, eagle, eagle3, filled, fspad, hydra, medusa, medusa_vllm, speculators, write
 
 DATA = Path(__file__).parent / "data"

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from foredraft import LLM, SamplingParams, auto, folders
-from foredraft.calibration import recalled
-from foredraft.folders import cache_folder, cached_file, keep
+from foredraft import LLM, SamplingParams
+from foredraft.core import folders
+from foredraft.core.folders import cache_folder, cached_file, keep
+from foredraft.plan import choose as auto
+from foredraft.plan.store import recalled
 
 NOWHERE = "/proc/no/such/folder"
 GREEDY = SamplingParams(temperature=0, max_tokens=4)

@@ -16,7 +16,7 @@ from foredraft import LLM
 from foredraft.__main__ import main
 from foredraft.bench.names import parse_method
 from foredraft.drafters import DRAFTERS
-from foredraft.speculation import parse
+from foredraft.plan.config import parse
 
 DATA = Path(__file__).parent / "data"
 MODEL, OTHER = str(DATA / "babyllama-105"), str(DATA / "babyllama-105-b")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
-from foredraft.commands import MAX_TOKENS
+from foredraft.cli.generate import MAX_TOKENS
 from foredraft.models.generation import BIASES, LENGTHS, REFUSED, TAKEN_OVER, WITHOUT_EFFECT, default_params
 from foredraft.models.loading import ModelError, load_generation_config
 from test_loading import SIZES, make_model
@@ -379,7 +379,7 @@ def test_unknown_choices(choice, folder, run):
 def test_chat_takes_the_same_defaults(folder, monkeypatch, capsys):
     say(folder, max_new_tokens=4, temperature=0.0)
     for more, count in (([], 4), (["--generation-config", "none", "--max-tokens", "6"], 6)):
-        monkeypatch.setattr("foredraft.show.lines", lambda: iter(["w5 w9"]))
+        monkeypatch.setattr("foredraft.cli.show.lines", lambda: iter(["w5 w9"]))
         with pytest.raises(SystemExit):
             main(["chat", "--model", str(folder), "--method", "ar", *more])
         assert f"{count} tokens" in capsys.readouterr().err

@@ -12,19 +12,19 @@ import pytest
 import torch
 
 from exact import MEASURED, TableExpander, any_table, expected_tokens, tree_law
-from foredraft.draws import Draws
-from foredraft.grow import GROWERS
-from foredraft.grow.acceptance import PROB_EDGES, AcceptanceTable, Trial, as_drafted
-from foredraft.grow.base import GREEDY_DRAFT_TEMPERATURE
-from foredraft.grow.budget import Costs, best_paths, tree_values
-from foredraft.grow.dyspec import DySpec, DySpecThreshold
-from foredraft.grow.options import LARGE_CUT, LARGE_VOCABULARY
-from foredraft.grow.topk import Opt
+from foredraft.core.contracts import Budget
+from foredraft.core.draws import Draws
+from foredraft.core.params import SamplingParams
+from foredraft.core.tree import DraftTree, TreeBatch, ancestor_mask, bfs_order, dfs_order, heavy_path_order
 from foredraft.models.table import Law, random_law
-from foredraft.params import SamplingParams
-from foredraft.protocols import Budget
-from foredraft.tree import DraftTree, TreeBatch, ancestor_mask, bfs_order, dfs_order, heavy_path_order
-from foredraft.verify import RULES
+from foredraft.rules import RULES
+from foredraft.trees import GROWERS
+from foredraft.trees.acceptance import PROB_EDGES, AcceptanceTable, Trial, as_drafted
+from foredraft.trees.base import GREEDY_DRAFT_TEMPERATURE
+from foredraft.trees.budget import Costs, best_paths, tree_values
+from foredraft.trees.dyspec import DySpec, DySpecThreshold
+from foredraft.trees.options import LARGE_CUT, LARGE_VOCABULARY
+from foredraft.trees.topk import Opt
 
 PREFIX = (0,)
 

@@ -17,30 +17,31 @@ from torch import Tensor
 
 from few_bits import FewBitsTarget, in_few_bits, round_inputs
 from foredraft import LLM
-from foredraft.compiled import library
-from foredraft.drafters import DRAFTERS, Setting, pairs
+from foredraft.cli.importers import examine
+from foredraft.core.contracts import Budget, Setting
+from foredraft.core.draws import Draws
+from foredraft.core.params import SamplingParams
+from foredraft.core.tree import DraftTree, TreeBatch
+from foredraft.drafters import DRAFTERS, pairs
 from foredraft.drafters.along import Roots
 from foredraft.drafters.compiled import compile_linears
-from foredraft.drafters.folder import layer_config, read_head
 from foredraft.drafters.growing import paths_of
-from foredraft.drafters.heads import HEADS, FeatureHead
 from foredraft.drafters.hydra import HydraDrafter
-from foredraft.drafters.layers import Shape
 from foredraft.drafters.prefixes import prefix_search, trie
 from foredraft.drafters.recurrent import RecurrentDrafter
 from foredraft.drafters.slots import LayerSlots
-from foredraft.draws import Draws
-from foredraft.export.command import examine
-from foredraft.grow import GROWERS
+from foredraft.heads import HEADS
+from foredraft.heads.folder import layer_config, read_head
+from foredraft.heads.layers import Shape
+from foredraft.heads.modules import FeatureHead
+from foredraft.kernels import library
 from foredraft.llm import BUNDLED_TARGET
 from foredraft.models.checkpoint import ModelError, read_json
 from foredraft.models.loading import load_target
 from foredraft.models.native import NativeTarget
 from foredraft.models.packed import FEW, FULL
-from foredraft.params import SamplingParams
-from foredraft.protocols import Budget
 from foredraft.train.attention import tables, unrolled, with_slots
-from foredraft.tree import DraftTree, TreeBatch
+from foredraft.trees import GROWERS
 from narrow import narrow_head
 from test_models import replayed
 

@@ -16,10 +16,10 @@ from inflate import inflate, larger, parse_params, shape_of
 from inflate_head import inflate_head
 
 from foredraft import LLM, SamplingParams
+from foredraft.core.tree import TreeBatch
 from foredraft.drafters import DRAFTERS
-from foredraft.drafters.heads import HEADS
+from foredraft.heads import HEADS
 from foredraft.models.loading import load_target
-from foredraft.tree import TreeBatch
 from narrow import narrow_head
 
 DATA = Path(__file__).parent / "data"

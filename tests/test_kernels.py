@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from foredraft import LLM, SamplingParams, compiled
+from foredraft import LLM, SamplingParams
+from foredraft import kernels as compiled
 from foredraft.__main__ import main
 from foredraft.llm import BUNDLED_LM
 from foredraft.models.llama import LlamaTarget

@@ -9,21 +9,16 @@ import foredraft
 
 ROOT = Path(foredraft.__file__).parent
 
-LAYERS = [  # lowest first; modules of one line may import each other
-    {"folders", "compiled", "shape", "plots"},
-    {"names"},
-    {"errors", "params", "arguments", "chat", "tree", "draws", "sampling", "processors", "metrics", "text", "prompts"}
-    | {"progress", "typed"},
-    {"protocols"},
-    {"cache", "calibration"},
-    {"models", "grow", "verify"},
+LAYERS = [  # lowest first; rooms of one line may import each other
+    {"kernels", "core"},
+    {"cache"},
+    {"models", "trees", "rules", "heads"},
     {"drafters"},
-    {"decode"},
-    {"speculation", "engine", "auto"},
+    {"engine"},
+    {"plan"},
     {"llm"},
-    {"train", "theory", "bench", "audit", "export"},
-    {"serve"},
-    {"show", "methods", "choices", "commands", "__main__"},
+    {"train", "theory", "bench", "audit", "importers"},
+    {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = [file for file in sorted(ROOT.rglob("*.py")) if file != ROOT / "__init__.py"]
@@ -52,4 +47,4 @@ def test_imports_point_down(file):
 
 
 def test__walk_sees_an_import_upwards():
-    assert imported(ast.parse("def f():\n    from foredraft.llm import LLM\n    from foredraft import show")) == ["llm", "show"]
+    assert imported(ast.parse("def f():\n    from foredraft.llm import LLM\n    from foredraft import cli")) == ["llm", "cli"]

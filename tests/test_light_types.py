@@ -14,8 +14,8 @@ from jaxtyping import Float, Int, TypeCheckError
 from torch import Tensor
 
 import light_types
-from foredraft.sampling import TargetLaw
-from foredraft.tree import TreeBatch, ancestor_mask
+from foredraft.core.law import TargetLaw
+from foredraft.core.tree import TreeBatch, ancestor_mask
 
 if TYPE_CHECKING:
     from nowhere import Unknown  # type: ignore[import-not-found]

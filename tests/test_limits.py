@@ -15,7 +15,7 @@ import torch
 
 from foredraft import LLM
 from foredraft.__main__ import main
-from foredraft.cache import check_pool
+from foredraft.cache.pool import check_pool
 from foredraft.theory import limits
 from foredraft.theory.chains import iid_pair
 

@@ -212,7 +212,7 @@ def test_a_prompt_in_chunks_is_the_prompt_at_once(method: str, tmp_path: Path, m
         return [[(token, entry.logprob) for each in one for token, entry in (each or {}).items()] for one in listed]
 
     chunked = scores()
-    for name in ("foredraft.cache.PREFILL_CHUNK", "foredraft.drafters.lm.PREFILL_CHUNK"):
+    for name in ("foredraft.cache.pool.PREFILL_CHUNK", "foredraft.drafters.lm.PREFILL_CHUNK"):
         monkeypatch.setattr(name, 4096)
     for some, whole in zip(chunked, scores(), strict=True):
         assert [token for token, _ in some] == [token for token, _ in whole]

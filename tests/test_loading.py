@@ -13,10 +13,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from foredraft.core.tree import TreeBatch
 from foredraft.models.hf import HFTarget
 from foredraft.models.llama import LlamaTarget
 from foredraft.models.loading import ModelError, load_generation_config, load_target, load_tokenizer
-from foredraft.tree import TreeBatch
 
 SIZES = {
     "vocab_size": 37,

@@ -17,17 +17,17 @@ import pytest
 import torch
 
 from exact import MEASURED, Grown, joint_law, target_joint, tree_law
-from foredraft.draws import Draws
-from foredraft.grow import GROWERS
-from foredraft.grow.chain import Branching
-from foredraft.grow.dyspec import DySpec, DySpecThreshold
+from foredraft.core.contracts import Budget, Verdict
+from foredraft.core.draws import Draws
+from foredraft.core.law import TargetLaw
+from foredraft.core.tree import DraftTree, Drawn
 from foredraft.models.table import Law, random_law
-from foredraft.protocols import Budget, Verdict
-from foredraft.sampling import TargetLaw
-from foredraft.speculation import fitting_rules
-from foredraft.tree import DraftTree, Drawn
-from foredraft.verify import RULES
-from foredraft.verify.residual import subtract, without
+from foredraft.plan.config import fitting_rules
+from foredraft.rules import RULES
+from foredraft.rules.residual import subtract, without
+from foredraft.trees import GROWERS
+from foredraft.trees.chain import Branching
+from foredraft.trees.dyspec import DySpec, DySpecThreshold
 
 pytestmark = pytest.mark.unchecked
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from foredraft.metrics import Metrics, StepRecord, summarize
+from foredraft.core.metrics import Metrics, StepRecord, summarize
 
 FIVE = [
     StepRecord(3, 3, 3, "bonus", draft_s=1.0, verify_s=2.0, rule_s=0.25, cache_s=0.5),

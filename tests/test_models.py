@@ -12,12 +12,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from foredraft import LLM, SamplingParams
+from foredraft.core.tree import TreeBatch
 from foredraft.drafters.prefixes import prefix_search, trie
 from foredraft.models.attention import any_length_kernels
 from foredraft.models.check import refuse_unsupported, self_check
 from foredraft.models.hf import HFTarget
 from foredraft.models.llama import LlamaTarget
-from foredraft.tree import TreeBatch
 
 VOCAB = 61
 SIZES = {

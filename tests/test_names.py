@@ -20,12 +20,13 @@ import pytest
 import typer
 from transformers import AutoTokenizer
 
-from foredraft import LLM, SamplingParams, arguments
+from foredraft import LLM, SamplingParams
 from foredraft.__main__ import app, main
-from foredraft.arguments import OWN, config_with_our_names
-from foredraft.chat import Template
-from foredraft.names import CHAT, DRAFT, LOAD, METHODS, NAMES, RUN, SAMPLE, remote_code
-from foredraft.speculation import Speculation, parse
+from foredraft.core import arguments
+from foredraft.core.arguments import OWN, config_with_our_names
+from foredraft.core.chat import Template
+from foredraft.core.names import CHAT, DRAFT, LOAD, METHODS, NAMES, RUN, SAMPLE, remote_code
+from foredraft.plan.config import Speculation, parse
 
 DATA = Path(__file__).parent / "data"
 TARGET, OTHER = DATA / "babyllama-105", DATA / "babyllama-105-b"
@@ -405,7 +406,8 @@ def test_remote_code_is_named(tmp_path: Path) -> None:
 
 
 def test_the_modules_load_no_torch() -> None:
-    code = "import sys, foredraft.names, foredraft.arguments, foredraft.chat, foredraft.params; print('torch' in sys.modules)"
+    modules = ", ".join(f"foredraft.core.{name}" for name in ("names", "arguments", "chat", "params"))
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
 
@@ -501,7 +503,7 @@ def test_every_command_and_spelling(run: Any, command: str, given: tuple[Any, ..
 
 def test_their_method_in_every_command(run: Any) -> None:
     """`audit` chooses a tree by the method before it is parsed."""
-    from foredraft.choices import speculative_config
+    from foredraft.cli.choices import speculative_config
 
     config = speculative_config(str(TARGET), "draft_model", str(OTHER), None, None, None)
     assert config == {"method": "lm", "model": str(OTHER)}

@@ -12,12 +12,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from few_bits import in_eight_bits, in_few_bits
-from foredraft import LLM, SamplingParams, compiled
+from foredraft import LLM, SamplingParams
+from foredraft import kernels as compiled
+from foredraft.core.tree import TreeBatch
 from foredraft.models.llama import LlamaTarget
 from foredraft.models.loading import load_target
 from foredraft.models.native import NativeTarget, can_run, run_linear
 from foredraft.models.packed import FEW, FULL, FewBits, Memory, blocked, blocked_few, describe_weight
-from foredraft.tree import TreeBatch
 from test_models import LLAMA3
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="needs a CPU with AVX-512 BF16 and a C compiler")

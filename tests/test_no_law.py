@@ -21,14 +21,14 @@ from torch import Tensor
 from exact import enumerate_branches
 from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
-from foredraft.decode import Continuation, autoregressive, speculative
-from foredraft.draws import Draws
+from foredraft.core.contracts import Budget
+from foredraft.core.draws import Draws
+from foredraft.core.law import TargetLaw, solid
+from foredraft.core.text import TextStream
+from foredraft.core.tree import TreeBatch
+from foredraft.engine.decode import Continuation, autoregressive, speculative
 from foredraft.models.table import TableTarget
-from foredraft.protocols import Budget
-from foredraft.sampling import TargetLaw, solid
-from foredraft.text import TextStream
-from foredraft.tree import TreeBatch
-from foredraft.verify import RULES
+from foredraft.rules import RULES
 from test_decode import CASES, PROMPT, TARGET, assert_equal_laws, lm_drafter
 
 DATA = Path(__file__).parent / "data"
@@ -139,7 +139,7 @@ def test_solid_rows_are_not_copied() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_reason_names_what_forbids(temperature: float) -> None:
-    from foredraft.processors import prefix_processors
+    from foredraft.core.processors import prefix_processors
 
     sampling = SamplingParams(temperature=temperature, allowed_token_ids=[1], min_tokens=3)
     processors = prefix_processors(sampling, 1, [1])

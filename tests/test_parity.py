@@ -16,7 +16,7 @@ from exact import MEASURED
 from foredraft import LLM, RequestOutput, SamplingParams
 from foredraft.drafters import DRAFTERS
 from foredraft.llm import BUNDLED_LM, BUNDLED_TARGET, bundled_drafter
-from foredraft.speculation import trees_of
+from foredraft.plan.config import trees_of
 from narrow import narrow_head
 
 pytestmark = pytest.mark.unchecked

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from foredraft import LLM, SamplingParams
-from foredraft.drafters.folder import read_head
-from foredraft.folders import BUNDLED, BUNDLED_TARGET
+from foredraft.core.folders import BUNDLED, BUNDLED_TARGET
+from foredraft.heads.folder import read_head
 from foredraft.models import loading, plain
 from foredraft.models.checkpoint import open_weights
 from foredraft.models.plain import PlainConfig, expected, fits, plain_config, plain_model

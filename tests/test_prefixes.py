@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from foredraft.compiled import library
 from foredraft.drafters.prefixes import PrefixLaws, collapse, likeliest_prefixes, prefix_search, trie
+from foredraft.kernels import library
 
 BLANK = -1
 

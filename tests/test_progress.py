@@ -2,8 +2,8 @@
 
 import pytest
 
-from foredraft import progress
-from foredraft.progress import progress_bar
+from foredraft.core import progress
+from foredraft.core.progress import progress_bar
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
+from foredraft.core.tree import TreeBatch
 from foredraft.models.hf import HFTarget
 from foredraft.models.llama import LlamaTarget
 from foredraft.models.loading import load_target
 from foredraft.models.rope import context_of, frequencies, hold, rotary_tables
-from foredraft.tree import TreeBatch
 from test_loading import SIZES, edit_config, fails
 
 ORIGINAL, FULL = 24, 96

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from exact import TableExpander, enumerate_branches, expected_tokens, tree_law
-from foredraft import compiled
-from foredraft.draws import Draws
-from foredraft.grow import GROWERS
+from foredraft import kernels as compiled
+from foredraft.core.contracts import Budget
+from foredraft.core.draws import Draws
+from foredraft.core.law import TargetLaw
+from foredraft.core.params import SamplingParams
+from foredraft.core.tree import DraftTree, Drawn
 from foredraft.models.table import Law, random_law
-from foredraft.params import SamplingParams
-from foredraft.protocols import Budget
-from foredraft.sampling import TargetLaw
-from foredraft.tree import DraftTree, Drawn
-from foredraft.verify import RULES, residual
-from foredraft.verify.kseq import discount
+from foredraft.rules import RULES, residual
+from foredraft.rules.kseq import discount
+from foredraft.trees import GROWERS
 
 DRAFT, TARGET = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
 

@@ -19,20 +19,20 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-import foredraft.sampling as laws
+import foredraft.core.law as laws
 from exact import enumerate_branches
-from foredraft import compiled
-from foredraft.decode import Continuation, autoregressive, speculative
+from foredraft import kernels as compiled
+from foredraft.core.contracts import Budget
+from foredraft.core.law import PrefixProcessor, TargetLaw, largest, warp
+from foredraft.core.params import SamplingParams
+from foredraft.core.processors import prefix_processors
+from foredraft.core.text import TextStream
+from foredraft.core.tree import TreeBatch
 from foredraft.drafters.lm import LMDrafter
-from foredraft.grow import GROWERS
+from foredraft.engine.decode import Continuation, autoregressive, speculative
 from foredraft.models.table import TableTarget, random_law
-from foredraft.params import SamplingParams
-from foredraft.processors import prefix_processors
-from foredraft.protocols import Budget
-from foredraft.sampling import PrefixProcessor, TargetLaw, largest, warp
-from foredraft.text import TextStream
-from foredraft.tree import TreeBatch
-from foredraft.verify import RULES
+from foredraft.rules import RULES
+from foredraft.trees import GROWERS
 
 NAN, INF = math.nan, math.inf
 

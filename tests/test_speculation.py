@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from foredraft.core.contracts import Budget
+from foredraft.core.tree import Drawn
 from foredraft.drafters import DRAFTERS
-from foredraft.grow import GROWERS
-from foredraft.protocols import Budget
-from foredraft.speculation import AUTO, MAX_DEPTH, MAX_NODES, Way, fitting_rules, parse
-from foredraft.tree import Drawn
-from foredraft.verify import RULES
+from foredraft.plan.config import AUTO, MAX_DEPTH, MAX_NODES, Way, fitting_rules, parse
+from foredraft.rules import RULES
+from foredraft.trees import GROWERS
 
 EXACT = {name for name, row in RULES.items() if row.guarantee.startswith("exact")}
 OWN_TREE = [name for name, row in DRAFTERS.items() if row.makes_own]

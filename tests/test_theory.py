@@ -14,10 +14,10 @@ from scipy.optimize import linprog
 
 from exact import enumerate_branches, joint_law, target_joint, target_law_of, tree_law
 from foredraft.__main__ import main
+from foredraft.core.contracts import Budget
 from foredraft.drafters.along import AskedAlong
-from foredraft.grow import GROWERS
 from foredraft.models.table import markov_law, random_law
-from foredraft.protocols import Budget
+from foredraft.rules import RULES
 from foredraft.theory import figures, predict, transport
 from foredraft.theory.chains import Pair, iid_pair, random_pair, read_pair, total_variation
 from foredraft.theory.estimate import estimated_pair, merged
@@ -42,7 +42,7 @@ from foredraft.theory.speedup import (
 )
 from foredraft.theory.tradeoff import best_residual, front, least_loss, loss, optimal, reject_prob, uno
 from foredraft.theory.trees import best_by_search, best_tree, expected_tokens
-from foredraft.verify import RULES
+from foredraft.trees import GROWERS
 
 EXACT = 1e-12
 FIXED = iid_pair([0.5, 0.5], [0.8, 0.2])

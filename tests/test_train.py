@@ -19,16 +19,19 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from foredraft import LLM, SamplingParams, typed
-from foredraft.drafters.folder import read_head
-from foredraft.drafters.heads import HEADS, Eagle3Head, FeatureHead, Foretelling
-from foredraft.drafters.layers import Shape
+from foredraft import LLM, SamplingParams
+from foredraft.cli import train as command
+from foredraft.cli.train import TrainChoice, run
+from foredraft.core import typed
+from foredraft.heads import HEADS
+from foredraft.heads.folder import read_head
+from foredraft.heads.layers import Shape
+from foredraft.heads.modules import Eagle3Head, FeatureHead, Foretelling
 from foredraft.models.checkpoint import ModelError, fingerprint
 from foredraft.models.loading import fingerprint_of
-from foredraft.train import command, loop, shards
+from foredraft.train import loop, shards
 from foredraft.train.attention import masked, slot_rows, tables, unrolled, with_slots
 from foredraft.train.batches import Batch
-from foredraft.train.command import TrainChoice, run
 from foredraft.train.corpus import read_conversations, read_corpus
 from foredraft.train.loop import Settings, rate
 from foredraft.train.recipes import RECIPES, Lesson
@@ -454,7 +457,7 @@ def test_the_texts_are_the_targets_own(made: Path) -> None:
         [output] = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=96 - len(prompt)))
         assert output.outputs[0].token_ids == text.ids[text.prompt_len :].tolist()
         pool = llm.target.new_pool(1, 96)
-        from foredraft.tree import TreeBatch
+        from foredraft.core.tree import TreeBatch
 
         scores = llm.target.forward(TreeBatch.chains([text.ids.tolist()]), [pool.allocate()], feature_layers=(2, 3, -1))
         features = torch.cat([text.features[layer] for layer in (2, 3, -1)], dim=1)

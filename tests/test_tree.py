@@ -9,16 +9,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from foredraft.tree import (
-    DraftTree,
-    Drawn,
-    TreeBatch,
-    ancestor_mask,
-    bfs_order,
-    depths_of,
-    dfs_order,
-    heavy_path_order,
-)
+from foredraft.core.tree import DraftTree, Drawn, TreeBatch, ancestor_mask, bfs_order, depths_of, dfs_order, heavy_path_order
 
 ORDERS = [dfs_order, bfs_order, heavy_path_order]
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from foredraft import LLM, SamplingParams
+from foredraft.core.progress import progress_bar
+from foredraft.core.tree import TreeBatch
 from foredraft.models.llama import LlamaTarget
-from foredraft.progress import progress_bar
 from foredraft.train.shards import grouped
-from foredraft.tree import TreeBatch
 
 from .corpus import Example
 

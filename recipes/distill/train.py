@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaForCausalLM
 
+from foredraft.core.progress import progress_bar
 from foredraft.models.llama import LlamaTarget
-from foredraft.progress import progress_bar
 
 from .batches import Batch, Row, collate, epoch
 from .student import LOGITS_CHUNK, distance, hidden_states, student_head

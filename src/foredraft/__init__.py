@@ -7,36 +7,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from foredraft.decode import Logprob as Logprob
+    from foredraft.core.contracts import Verdict as Verdict
+    from foredraft.core.draws import Draws as Draws
+    from foredraft.core.law import TargetLaw as TargetLaw
+    from foredraft.core.metrics import Metrics as Metrics
+    from foredraft.core.params import SamplingParams as SamplingParams
+    from foredraft.core.tree import DraftTree as DraftTree
+    from foredraft.core.tree import TreeBatch as TreeBatch
     from foredraft.drafters import DRAFTERS as DRAFTERS
-    from foredraft.draws import Draws as Draws
-    from foredraft.engine import CompletionOutput as CompletionOutput
-    from foredraft.engine import RequestOutput as RequestOutput
-    from foredraft.grow import GROWERS as GROWERS
+    from foredraft.engine.decode import Logprob as Logprob
+    from foredraft.engine.engine import CompletionOutput as CompletionOutput
+    from foredraft.engine.engine import RequestOutput as RequestOutput
     from foredraft.llm import LLM as LLM
-    from foredraft.metrics import Metrics as Metrics
-    from foredraft.params import SamplingParams as SamplingParams
-    from foredraft.protocols import Verdict as Verdict
-    from foredraft.sampling import TargetLaw as TargetLaw
-    from foredraft.tree import DraftTree as DraftTree
-    from foredraft.tree import TreeBatch as TreeBatch
-    from foredraft.verify import RULES as RULES
+    from foredraft.rules import RULES as RULES
+    from foredraft.trees import GROWERS as GROWERS
 
 _HOMES = {
     "DRAFTERS": "drafters",
-    "GROWERS": "grow",
-    "RULES": "verify",
+    "GROWERS": "trees",
+    "RULES": "rules",
     "LLM": "llm",
-    "SamplingParams": "params",
-    "RequestOutput": "engine",
-    "CompletionOutput": "engine",
-    "Logprob": "decode",
-    "Metrics": "metrics",
-    "DraftTree": "tree",
-    "TreeBatch": "tree",
-    "TargetLaw": "sampling",
-    "Verdict": "protocols",
-    "Draws": "draws",
+    "SamplingParams": "core.params",
+    "RequestOutput": "engine.engine",
+    "CompletionOutput": "engine.engine",
+    "Logprob": "engine.decode",
+    "Metrics": "core.metrics",
+    "DraftTree": "core.tree",
+    "TreeBatch": "core.tree",
+    "TargetLaw": "core.law",
+    "Verdict": "core.contracts",
+    "Draws": "core.draws",
 }
 
 __all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

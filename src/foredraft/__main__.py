@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from foredraft.arguments import option_advice
+from foredraft.core.arguments import option_advice
 
 app = typer.Typer(
     name="foredraft",
@@ -32,13 +32,13 @@ def _option(panel: str, text: str, **more: Any) -> Any:
 
 
 def _checked_dtype(name: str) -> str:
-    from foredraft.choices import check_dtype
+    from foredraft.cli.choices import check_dtype
 
     return check_dtype(name)
 
 
 def _checked_device(name: str | None) -> str | None:
-    from foredraft.choices import check_device
+    from foredraft.cli.choices import check_device
 
     return None if name is None else check_device(name)
 
@@ -51,14 +51,14 @@ def _checked_generation_config(choice: str) -> str:
 
 
 def _checked_plot(file: Path | None) -> Path | None:
-    from foredraft.choices import check_plot
+    from foredraft.cli.choices import check_plot
 
     return None if file is None else check_plot(file)
 
 
 def _checked_length(length: int | None) -> int | None:
-    from foredraft.errors import whole_number
-    from foredraft.params import MAX_COUNT
+    from foredraft.core.errors import whole_number
+    from foredraft.core.params import MAX_COUNT
 
     return None if length is None else whole_number("max_model_len", length, 1, MAX_COUNT, "no model's context is longer")
 
@@ -160,7 +160,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue PROMPT and stream the text. Colours mark accepted, recovered and bonus tokens."""
-    from foredraft import choices
+    from foredraft.cli import choices
 
     more: dict[str, Any] = {"extra": speculative_config, "force": force, "retime": retime}
     config = choices.speculative_config(model, method, draft_model, tree, budget, rule, **more)
@@ -177,7 +177,7 @@ def generate(
     choices.check(model, config, sampling)
     choices.check_prompt(prompt)
     template = choices.template(tools, chat_template, chat_template_kwargs, chat=chat)
-    from foredraft import commands
+    from foredraft.cli import generate as commands
 
     choice = choices.ModelChoice(model, dtype, device, revision, tokenizer, max_model_len, generation_config)
     shown = choices.Shown(chat=chat, tree=show_tree, json=as_json)
@@ -217,7 +217,7 @@ def chat(
     show_tree: ShowTree = False,
 ) -> None:
     """Chat with the model. /reset starts a new conversation, /exit ends the chat, Ctrl-C stops an answer."""
-    from foredraft import choices
+    from foredraft.cli import choices
 
     more: dict[str, Any] = {"extra": speculative_config, "force": force, "retime": retime}
     config = choices.speculative_config(model, method, draft_model, tree, budget, rule, **more)
@@ -233,7 +233,7 @@ def chat(
     )
     choices.check(model, config, sampling)
     template = choices.template(tools, chat_template, chat_template_kwargs)
-    from foredraft import commands
+    from foredraft.cli import generate as commands
 
     choice = choices.ModelChoice(model, dtype, device, revision, tokenizer, max_model_len, generation_config)
     shown = choices.Shown(chat=True, tree=show_tree)
@@ -269,14 +269,14 @@ def bench(
     Other libraries on the same weights: transformers, transformers-assisted, vllm, vllm-ngram.
     The last two need --vllm-python.
     """
-    from foredraft import choices
     from foredraft.bench.names import checked_names
+    from foredraft.cli import choices
 
     checked_names(methods, model, draft_model, vllm_python)
     choices.check_files("--prompts", [prompts])
     choices.check(None, None, {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed})
-    from foredraft.bench.command import BenchChoice
-    from foredraft.bench.command import bench as run
+    from foredraft.cli.bench import BenchChoice
+    from foredraft.cli.bench import bench as run
 
     choice = BenchChoice(
         methods,
@@ -327,7 +327,7 @@ def calibrate(
     Acceptance and tokens per step are stored with the drafter, or in the user's cache.
     They improve the automatic choice of tree and size.
     """
-    from foredraft import choices
+    from foredraft.cli import choices
 
     choices.check(model, choices.given(method=method, model=draft_model) or None, {"max_tokens": max_tokens})
     from foredraft.bench.calibrate import PROMPTS, CalibrateChoice
@@ -431,7 +431,8 @@ def train(
     By default the model answers each conversation, and the head learns from these answers.
     Conversations that the template cannot render are counted and listed at the end.
     """
-    from foredraft import choices, typed
+    from foredraft.cli import choices
+    from foredraft.core import typed
 
     choices.check_head_method(method)
     settings: dict[str, Any] = {"steps": steps, "batch_tokens": batch_tokens, "accumulate": accumulate, "warmup": warmup}
@@ -446,8 +447,8 @@ def train(
     given = typed.options(set_option or [])
     text = {"shards": shards, "num_tokens": tokens, "temperatures": ways, "max_len": max_len, "feature_layers": layers}
     text |= {"keep_features": keep_features, "answers": answers}
-    from foredraft.train import command
-    from foredraft.train.command import TrainChoice
+    from foredraft.cli import train as command
+    from foredraft.cli.train import TrainChoice
 
     choice = TrainChoice(
         method, model, data, out, options=given, init=init, settings=settings, device=device, seed=seed, **text
@@ -470,7 +471,7 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Write even if the directory is not empty.")] = False,
 ) -> None:
     """Convert a released EAGLE, EAGLE-3, FSPAD, Medusa or Hydra checkpoint to a head of this library."""
-    from foredraft.export.command import convert_command
+    from foredraft.cli.importers import convert_command
 
     raise typer.Exit(convert_command(source, model, out, layout=layout, force=force))
 
@@ -484,7 +485,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Describe a draft head and list its problems. The exit code is 0 if there are none, else 1."""
-    from foredraft.export.command import doctor_command
+    from foredraft.cli.importers import doctor_command
 
     raise typer.Exit(doctor_command(folder, model, layout=layout, as_json=as_json))
 
@@ -521,7 +522,7 @@ def theory_rejections(
     as_json: AsJson = False,
 ) -> None:
     """Compute expected rejections by Theorems 1 to 3 of Yin et al., their limit, and the effect of a finite lookahead."""
-    from foredraft.theory import command
+    from foredraft.cli import theory as command
 
     given = command.Laws(p, q, laws, states, seed)
     more: dict[str, Any] = {"lookahead": lookahead, "bonus": bonus, "runs": simulate, "plot": plot, "as_json": as_json}
@@ -542,7 +543,7 @@ def theory_batch(
     as_json: AsJson = False,
 ) -> None:
     """Compute what 1 to M drafts save, and the limit. With --p and --q, compare each rule with the best possible rule."""
-    from foredraft.theory import command
+    from foredraft.cli import theory as command
 
     given = command.Laws(p, q, laws, states, seed)
     raise typer.Exit(command.batch(given, horizon=horizon, most=drafts, plot=plot, as_json=as_json))
@@ -558,7 +559,7 @@ def theory_tradeoff(
     as_json: AsJson = False,
 ) -> None:
     """Compute the trade-off of quality and rejections by Theorems 4 and 5 of Yin et al."""
-    from foredraft.theory import command
+    from foredraft.cli import theory as command
 
     raise typer.Exit(command.tradeoff(command.Laws(p, q), epsilons=epsilon, plot=plot, as_json=as_json))
 
@@ -576,7 +577,7 @@ def theory_speedup(
     as_json: AsJson = False,
 ) -> None:
     """Compute tokens per step and speed-up of chains of every length, and the least acceptance with a speed-up."""
-    from foredraft.theory import command
+    from foredraft.cli import theory as command
 
     how: dict[str, Any] = {"draft_cost": draft_cost, "verify_cost": verify_cost, "longest": longest}
     raise typer.Exit(command.speedups(acceptance=acceptance, **how, plot=plot, as_json=as_json))
@@ -611,7 +612,7 @@ def theory_predict(
     as_json: AsJson = False,
 ) -> None:
     """Predict rejections from the probabilities of both models, and compare with the engine's count on the same texts."""
-    from foredraft.theory import command
+    from foredraft.cli import theory as command
     from foredraft.theory.predict import Texts
 
     counts = command.whole_numbers(drafts, "--drafts")
@@ -636,7 +637,7 @@ def theory_estimate(
     seed: Seed = 0,
 ) -> None:
     """Estimate Markov chains of a pair of models from texts of the target. Other commands read them with --laws."""
-    from foredraft.theory import command
+    from foredraft.cli import theory as command
     from foredraft.theory.predict import Texts
 
     texts = Texts(prompts, model, drafter, limit, temperature, max_tokens, repeats, dtype, raw, seed)
@@ -675,15 +676,15 @@ def audit(
     The audit enumerates the rule on small vocabularies. It compares greedy output with plain decoding, and sampled output with
     the target's distribution. Finally it plants a bias, which the tests must find.
     """
-    from foredraft import choices
+    from foredraft.cli import choices
 
     config = choices.speculative_config(model, method, draft_model, tree, budget, rule, extra=speculative_config, force=force)
     if epsilon is not None:
         config = {**(config or {}), "epsilon": epsilon}
     config = choices.with_usual_tree(config or {})
     choices.check(model, config, {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed})
-    from foredraft.audit.command import AuditChoice
-    from foredraft.audit.command import command as run
+    from foredraft.cli.audit import AuditChoice
+    from foredraft.cli.audit import command as run
 
     choice = AuditChoice(config, model, prompts, limit, samples, temperature, top_p, max_tokens, dtype, device, seed, raw)
     raise typer.Exit(run(choice, output=output, as_json=as_json))
@@ -692,7 +693,7 @@ def audit(
 @app.command()
 def methods(*, as_json: AsJson = False) -> None:
     """List all drafters, trees and rules, each with its guarantee and source."""
-    from foredraft.methods import command
+    from foredraft.cli.methods import command
 
     command(as_json=as_json)
 
@@ -773,7 +774,7 @@ def _report_usage(error: Any) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         return 2
-    from foredraft.speculation import option_names
+    from foredraft.plan.config import option_names
 
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "foredraft"

@@ -11,32 +11,33 @@ from typing import Any, Unpack
 
 import torch
 
-from foredraft.arguments import takes_other_names
-from foredraft.auto import SAMPLE_TEXT, Choice, Chooser
-from foredraft.cache import check_pool
-from foredraft.calibration import read_calibration
-from foredraft.chat import Message, Template, conversations, render
-from foredraft.drafters import DRAFTERS, Setting
+from foredraft.cache.pool import check_pool
+from foredraft.core.arguments import takes_other_names
+from foredraft.core.chat import Message, Template, conversations, render
+from foredraft.core.contracts import Setting
+from foredraft.core.errors import plain_scalar, shown, whole_number
+from foredraft.core.folders import BUNDLED as BUNDLED
+from foredraft.core.folders import BUNDLED_HEAD as BUNDLED_HEAD
+from foredraft.core.folders import BUNDLED_LM as BUNDLED_LM
+from foredraft.core.folders import BUNDLED_TARGET as BUNDLED_TARGET
+from foredraft.core.names import CHAT, LOAD, RUN
+from foredraft.core.params import MAX_COUNT, SamplingParams, check_seed, used_seed
+from foredraft.core.progress import progress_bar
+from foredraft.core.prompts import Prompt, encode, is_list, is_one_prompt, not_a_prompt
+from foredraft.core.shape import MAX_DEPTH, Budget
+from foredraft.drafters import DRAFTERS
 from foredraft.drafters.mixed import MixedDrafter
-from foredraft.engine import Engine, Request, RequestOutput
-from foredraft.errors import plain_scalar, shown, whole_number
-from foredraft.folders import BUNDLED as BUNDLED
-from foredraft.folders import BUNDLED_HEAD as BUNDLED_HEAD
-from foredraft.folders import BUNDLED_LM as BUNDLED_LM
-from foredraft.folders import BUNDLED_TARGET as BUNDLED_TARGET
-from foredraft.grow.base import ByTemperature
+from foredraft.engine.engine import Engine, Request, RequestOutput
 from foredraft.models.checkpoint import ModelError
 from foredraft.models.generation import checked, default_params
 from foredraft.models.loading import fingerprint_of, load_generation_config, load_target, load_tokenizer
 from foredraft.models.rope import why_not_longer
 from foredraft.models.tokenizer import refuse_misfit
-from foredraft.names import CHAT, LOAD, RUN
-from foredraft.params import MAX_COUNT, SamplingParams, check_seed, used_seed
-from foredraft.progress import progress_bar
-from foredraft.prompts import Prompt, encode, is_list, is_one_prompt, not_a_prompt
-from foredraft.shape import MAX_DEPTH, Budget
-from foredraft.speculation import PLAIN, Speculation, Way, parse, usual_config
-from foredraft.verify.multiround import for_sampled
+from foredraft.plan.choose import SAMPLE_TEXT, Choice, Chooser
+from foredraft.plan.config import PLAIN, Speculation, Way, parse, usual_config
+from foredraft.plan.store import read_calibration
+from foredraft.rules.multiround import for_sampled
+from foredraft.trees.base import ByTemperature
 
 DEFAULT_NUM_SEQS = 8
 
@@ -61,7 +62,7 @@ class LLM:
             method of the head in ``model``, and ``lm`` if ``model`` holds no head. For the bundled target, ``model``
             defaults to the bundled head. None is method ``auto`` for the bundled target. For any other target, None is
             method ``suffix``, which needs no weights. If ``tree`` or ``num_speculative_tokens`` is left out or ``"auto"``,
-            the fastest value is chosen from measurements, see `foredraft.auto`.
+            the fastest value is chosen from measurements, see `foredraft.plan.choose`.
         tokenizer: a Transformers tokenizer, or its directory or Hub id. None is the tokenizer stored with the model.
         dtype: ``auto`` (the dtype of the checkpoint), ``bfloat16``, ``float16``, ``float32`` or ``float64``.
         device: None is CUDA if a CUDA device is available, else the CPU.
@@ -76,7 +77,7 @@ class LLM:
         generation_config: ``auto`` takes defaults from the model's ``generation_config.json``. ``none`` ignores that file,
             including its end-of-sequence tokens, so that those of ``config.json`` apply. A directory is read in its place.
 
-    Other names of vLLM and Transformers are accepted, ignored or refused; `foredraft.names` lists them.
+    Other names of vLLM and Transformers are accepted, ignored or refused; `foredraft.core.names` lists them.
 
     Raises:
         ValueError: something cannot be loaded, or the parts do not fit together. The message says what to do.
@@ -299,7 +300,7 @@ class LLM:
                 a list of text parts, ``[{"type": "text", "text": "..."}]``.
             sampling_params: one for all conversations, or one per conversation. None is `get_default_sampling_params`.
             progress: as in `generate`.
-            template: see `foredraft.chat.Template`.
+            template: see `foredraft.core.chat.Template`.
 
         Raises:
             ValueError: the model has no chat template, or the template cannot render the messages or the tools.
@@ -378,7 +379,7 @@ class LLM:
         return speculation.model if speculation else None
 
     def measured(self, speculation: Speculation) -> dict[str, Any]:
-        """Reads the calibration of the drafter, see `foredraft.calibration.read_calibration`."""
+        """Reads the calibration of the drafter, see `foredraft.plan.store.read_calibration`."""
         source = self.draft_source
         if source is None and self._bundled and DRAFTERS[speculation.calibrated].weights is None:
             source = BUNDLED_LM  # its calibration file also covers drafters without weights

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foredraft.draws import Draws, Key
-from foredraft.params import SamplingParams
-from foredraft.protocols import Budget, Verdict
-from foredraft.sampling import TargetLaw
-from foredraft.tree import DraftTree, TreeBatch
+from foredraft.core.contracts import Budget, Verdict
+from foredraft.core.draws import Draws, Key
+from foredraft.core.law import TargetLaw
+from foredraft.core.params import SamplingParams
+from foredraft.core.tree import DraftTree, TreeBatch
 
 T = TypeVar("T")
 

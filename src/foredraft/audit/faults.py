@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from foredraft.draws import Draws
-from foredraft.protocols import AcceptanceRule, Verdict
-from foredraft.sampling import TargetLaw
-from foredraft.tree import DraftTree
-from foredraft.verify.chain import chain
+from foredraft.core.contracts import AcceptanceRule, Verdict
+from foredraft.core.draws import Draws
+from foredraft.core.law import TargetLaw
+from foredraft.core.tree import DraftTree
+from foredraft.rules.chain import chain
 
 _SHARPER = 1.6
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from foredraft.cache import prefill
+from foredraft.cache.pool import prefill
+from foredraft.core.tree import TreeBatch
 from foredraft.llm import LLM
-from foredraft.tree import TreeBatch
 
 
 @dataclass(frozen=True)

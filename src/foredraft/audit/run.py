@@ -15,21 +15,21 @@ from foredraft.audit.exact import joint_law, target_joint, tree_law
 from foredraft.audit.greedy import Divergence, divergence
 from foredraft.audit.hypotheses import Evidence
 from foredraft.bench.calibrate import all_logits
-from foredraft.decode import Continuation
+from foredraft.core.contracts import AcceptanceRule, Budget
+from foredraft.core.draws import Draws, Key
+from foredraft.core.law import TargetLaw
+from foredraft.core.params import SamplingParams
+from foredraft.core.processors import prefix_processors
+from foredraft.core.progress import progress_bar
+from foredraft.core.tree import DraftTree, Ids, TreeBatch
 from foredraft.drafters import DRAFTERS
-from foredraft.draws import Draws, Key
-from foredraft.engine import require_whole
-from foredraft.grow import GROWERS
+from foredraft.engine.decode import Continuation
+from foredraft.engine.engine import require_whole
 from foredraft.llm import LLM
 from foredraft.models.table import random_law
-from foredraft.params import SamplingParams
-from foredraft.processors import prefix_processors
-from foredraft.progress import progress_bar
-from foredraft.protocols import AcceptanceRule, Budget
-from foredraft.sampling import TargetLaw
-from foredraft.speculation import PLAIN
-from foredraft.tree import DraftTree, Ids, TreeBatch
-from foredraft.verify import RULES
+from foredraft.plan.config import PLAIN
+from foredraft.rules import RULES
+from foredraft.trees import GROWERS
 
 TOLERANCE = 1e-12
 """Largest error of an enumerated law that counts as rounding."""

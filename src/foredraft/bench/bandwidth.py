@@ -11,7 +11,7 @@ from time import perf_counter
 import torch
 
 from foredraft.bench.run import Outcome
-from foredraft.protocols import Target
+from foredraft.core.contracts import Target
 
 _BYTES = 1 << 29
 """Number of bytes in a read, more than any cache holds."""

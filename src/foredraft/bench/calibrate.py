@@ -23,27 +23,27 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from foredraft.auto import SAMPLE_TEXT, TRIED_TREES, TYPICAL_SIZE, curve_name, has_weights
 from foredraft.bench import tasks
-from foredraft.cache import prefill
-from foredraft.calibration import file_beside, file_in_cache
+from foredraft.cache.pool import prefill
+from foredraft.core.contracts import Target
+from foredraft.core.draws import Draws
+from foredraft.core.law import TargetLaw, warp
+from foredraft.core.metrics import summarize
+from foredraft.core.params import SamplingParams
+from foredraft.core.plots import new_figure
+from foredraft.core.progress import progress_bar
+from foredraft.core.tree import DraftTree, Drawn, TreeBatch
 from foredraft.drafters import DRAFTERS
 from foredraft.drafters.along import AskedAlong
 from foredraft.drafters.lookup_first import LookupFirst
-from foredraft.draws import Draws
-from foredraft.engine import require_whole
-from foredraft.grow.acceptance import AcceptanceTable, Trial, conditional
-from foredraft.grow.base import GREEDY_DRAFT_TEMPERATURE
+from foredraft.engine.engine import require_whole
 from foredraft.llm import BUNDLED, LLM
-from foredraft.metrics import summarize
-from foredraft.params import SamplingParams
-from foredraft.plots import new_figure
-from foredraft.progress import progress_bar
-from foredraft.protocols import Target
-from foredraft.sampling import TargetLaw, warp
-from foredraft.speculation import Way, drafter_for, trees_of
-from foredraft.tree import DraftTree, Drawn, TreeBatch
-from foredraft.verify import RULES
+from foredraft.plan.choose import SAMPLE_TEXT, TRIED_TREES, TYPICAL_SIZE, curve_name, has_weights
+from foredraft.plan.config import Way, drafter_for, trees_of
+from foredraft.plan.store import file_beside, file_in_cache
+from foredraft.rules import RULES
+from foredraft.trees.acceptance import AcceptanceTable, Trial, conditional
+from foredraft.trees.base import GREEDY_DRAFT_TEMPERATURE
 
 PROMPTS = BUNDLED / "calibration.jsonl"
 """Default prompts, from training sets. Settings that are tuned on them are thus not tuned on the reported test prompts."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from foredraft.core.typed import option
 from foredraft.drafters import DRAFTERS
-from foredraft.speculation import AUTO, PLAIN, drafter_for, parse
-from foredraft.typed import option
+from foredraft.plan.config import AUTO, PLAIN, drafter_for, parse
 
 VLLM_PEERS = ("vllm", "vllm-ngram")
 PEERS = ("transformers", "transformers-assisted", *VLLM_PEERS)
@@ -43,7 +43,7 @@ def checked_names(methods: str, model: str | None, draft_model: str | None, vllm
 def parse_method(text: str, draft_model: str | None) -> dict[str, Any]:
     """Parses ``drafter[=DIRECTORY][:tree[:budget[:rule[:option=value ...]]]]`` to a speculative config.
 
-    `foredraft.speculation.parse` checks the names later.
+    `foredraft.plan.config.parse` checks the names later.
 
     Args:
         draft_model: directory of a draft model or head. It applies if the drafter can use it and names no directory itself.

@@ -16,7 +16,7 @@ from time import sleep
 from typing import Any
 
 from foredraft.bench.run import Outcome
-from foredraft.params import SamplingParams
+from foredraft.core.params import SamplingParams
 
 _REST_S = 0.2
 """Pause in seconds after a peer's run. OpenMP threads keep spinning for a while and would slow down the next method."""

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from foredraft.bench.run import Contender, Outcome
 from foredraft.bench.tasks import is_looping
-from foredraft.metrics import summarize
-from foredraft.plots import new_figure
-from foredraft.speculation import PLAIN
+from foredraft.core.metrics import summarize
+from foredraft.core.plots import new_figure
+from foredraft.plan.config import PLAIN
 
 _RESAMPLES = 2000
 _SPLIT = ("draft_s", "verify_s", "rule_s", "cache_s")

@@ -14,10 +14,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from foredraft.engine import require_whole
+from foredraft.core.metrics import StepRecord
+from foredraft.core.params import MAX_SEED, SamplingParams
+from foredraft.engine.engine import require_whole
 from foredraft.llm import LLM
-from foredraft.metrics import StepRecord
-from foredraft.params import MAX_SEED, SamplingParams
 
 
 @dataclass(frozen=True)

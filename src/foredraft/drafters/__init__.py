@@ -2,39 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from foredraft.drafters.options import OPTIONS, check_options
 
 if TYPE_CHECKING:
-    from foredraft.protocols import Grower, Target
-
-
-class Setting(NamedTuple):
-    """The inputs from which a drafter is built.
-
-    Attributes:
-        method: name of the drafter in DRAFTERS.
-        target: the target.
-        model: the value of the config key ``model``: a directory, a Hub id or a loaded model. None if it was not given.
-        load: loads such a model as a `Target`, in the dtype and on the device of the run.
-        vocabulary: returns the map from token to id of such a model, or of the target for None. Returns None if there is no
-            tokenizer.
-        grower: the tree policy; None for a drafter that makes its own trees.
-        num_slots: maximum number of requests at once.
-        fingerprint: returns the fingerprint of the target's weights, see `foredraft.models.checkpoint.fingerprint`.
-    """
-
-    method: str
-    target: Target
-    model: Any
-    load: Callable[[Any], Target]
-    vocabulary: Callable[[Any], dict[str, int] | None]
-    grower: Grower | None
-    num_slots: int
-    fingerprint: Callable[[], str]
+    from foredraft.core.contracts import Setting
 
 
 class DrafterRow(NamedTuple):

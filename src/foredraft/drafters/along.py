@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.cache import prefill
-from foredraft.draws import Draws
-from foredraft.params import SamplingParams
-from foredraft.protocols import Budget, Drafter, Expander, Grower, Target
-from foredraft.sampling import at_least_float32
-from foredraft.tree import TreeBatch
+from foredraft.cache.pool import prefill
+from foredraft.core.contracts import Budget, Drafter, Expander, Grower, Target
+from foredraft.core.draws import Draws
+from foredraft.core.law import at_least_float32
+from foredraft.core.params import SamplingParams
+from foredraft.core.tree import TreeBatch
 
 
 class Roots:
@@ -36,7 +36,7 @@ class Roots:
         sampling: Sequence[SamplingParams],
         draws: Sequence[Draws],
     ) -> TreeBatch:
-        """See `foredraft.protocols.Grower`."""
+        """See `foredraft.core.contracts.Grower`."""
         batch = TreeBatch.chains([[root] for root in roots])
         self.logits = drafter.expand(states, batch, batch.offsets[:-1]) if all(map(min, budgets)) else None
         return batch

@@ -1,6 +1,6 @@
-"""Compiled heads: runs the layers of EAGLE, FSPAD, EAGLE-3 and parallel slots in bfloat16 on a CPU with `compiled/decoder.c`.
+"""Compiled heads: runs the layers of EAGLE, FSPAD, EAGLE-3 and parallel slots in bfloat16 on a CPU with `kernels/decoder.c`.
 
-One call computes a level of the tree, or all slots. `foredraft.drafters.heads` is the plain version. A test compares the two.
+One call computes a level of the tree, or all slots. `foredraft.heads.modules` is the plain version. A test compares the two.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from foredraft.cache import KVCache
-from foredraft.drafters.heads import CtcHead, Eagle3Head, FeatureHead, HydraHeads
-from foredraft.drafters.layers import ResBlock, Shape
+from foredraft.cache.pool import KVCache
+from foredraft.core.tree import Ids, TreeBatch
+from foredraft.heads.layers import ResBlock, Shape
+from foredraft.heads.modules import CtcHead, Eagle3Head, FeatureHead, HydraHeads
 from foredraft.models.native import ONE_THREAD_BYTES, NativeTarget, can_run, run_linear, run_residuals, run_step
 from foredraft.models.packed import (
     FEW,
@@ -33,7 +34,6 @@ from foredraft.models.packed import (
 )
 from foredraft.models.reader import Reader
 from foredraft.models.rope import frequencies
-from foredraft.tree import Ids, TreeBatch
 
 LayerHead = FeatureHead | Eagle3Head | CtcHead | HydraHeads
 """Heads with one decoder layer. The layer of Hydra reads the target's features, and Hydra's heads read its output. The other
@@ -50,7 +50,7 @@ def can_compile(head: Any, config: Any, target: Any) -> bool:
 
 
 class CompiledLinear(nn.Module):
-    """A linear layer in bfloat16 that runs in `compiled/decoder.c`.
+    """A linear layer in bfloat16 that runs in `kernels/decoder.c`.
 
     Attributes:
         described: the layer as the C code reads it.

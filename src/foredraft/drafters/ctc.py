@@ -10,17 +10,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.drafters import Setting
+from foredraft.core.contracts import Budget, Grower, Setting
+from foredraft.core.draws import Draws
+from foredraft.core.params import SamplingParams
+from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.compiled import FEW
-from foredraft.drafters.folder import load_head
 from foredraft.drafters.pairs import PairState
 from foredraft.drafters.prefixes import PrefixLaws, likeliest_prefixes
 from foredraft.drafters.slots import LayerSlots, SlotDrafter
-from foredraft.draws import Draws
-from foredraft.grow.base import draft_sampling
-from foredraft.params import SamplingParams
-from foredraft.protocols import Budget, Grower
-from foredraft.tree import Ids, TreeBatch
+from foredraft.heads.folder import load_head
+from foredraft.trees.base import draft_sampling
 
 DEFAULT_TOKENS = 8
 

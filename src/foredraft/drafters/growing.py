@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from foredraft.protocols import Budget
-from foredraft.tree import Ids, TreeBatch
+from foredraft.core.contracts import Budget
+from foredraft.core.tree import Ids, TreeBatch
 
 
 @dataclass(eq=False)

@@ -10,16 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.drafters import Setting
+from foredraft.core.contracts import Budget, Grower, Setting
+from foredraft.core.draws import Draws
+from foredraft.core.params import SamplingParams
+from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.compiled import FEW, CompiledHead, can_compile, compile_linears
-from foredraft.drafters.folder import load_head
 from foredraft.drafters.growing import capped, paths_of
-from foredraft.drafters.heads import HydraHeads
 from foredraft.drafters.pairs import PairCaches, PairState
-from foredraft.draws import Draws
-from foredraft.params import SamplingParams
-from foredraft.protocols import Budget, Grower
-from foredraft.tree import Ids, TreeBatch
+from foredraft.heads.folder import load_head
+from foredraft.heads.modules import HydraHeads
 
 
 class HydraDrafter:

@@ -9,13 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.cache import PREFILL_CHUNK, prefill
-from foredraft.drafters import Setting
+from foredraft.cache.pool import PREFILL_CHUNK, prefill
+from foredraft.core.contracts import Budget, Grower, Setting, Target
+from foredraft.core.draws import Draws
+from foredraft.core.params import SamplingParams
+from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.growing import Growing, capped, next_pass
-from foredraft.draws import Draws
-from foredraft.params import SamplingParams
-from foredraft.protocols import Budget, Grower, Target
-from foredraft.tree import Ids, TreeBatch
 
 MAX_PADDING = 1024
 """Training frameworks pad a vocabulary to a multiple of a power of two, which is at most 1024."""

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
+from foredraft.core.contracts import Budget, Drafter
+from foredraft.core.draws import Draws
+from foredraft.core.params import SamplingParams
+from foredraft.core.tree import TreeBatch
 from foredraft.drafters.ngram import NgramDrafter, NgramState
 from foredraft.drafters.options import check_options
-from foredraft.draws import Draws
-from foredraft.params import SamplingParams
-from foredraft.protocols import Budget, Drafter
-from foredraft.tree import TreeBatch
 
 DEFAULT_MATCH = 4
 """On training prompts, 2, 3 and 4 were the fastest values at temperature 0, and 4 costs no speed at temperature 1."""

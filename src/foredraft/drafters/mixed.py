@@ -9,10 +9,10 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.draws import Draws
-from foredraft.params import SamplingParams
-from foredraft.protocols import Budget, Drafter
-from foredraft.tree import DraftTree, TreeBatch
+from foredraft.core.contracts import Budget, Drafter
+from foredraft.core.draws import Draws
+from foredraft.core.params import SamplingParams
+from foredraft.core.tree import DraftTree, TreeBatch
 
 
 @dataclass(eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from foredraft.shape import MAX_DEPTH
+from foredraft.core.shape import MAX_DEPTH
 
 WEIGHT_BITS = (4, 16)
 """Bits of a compiled layer's weights: `FEW` and `FULL` of `foredraft.models.packed`."""

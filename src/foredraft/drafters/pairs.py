@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.cache import PREFILL_CHUNK, KVPool, Layout, lay_out
+from foredraft.cache.pool import PREFILL_CHUNK, KVPool, Layout, lay_out
+from foredraft.core.tree import TreeBatch
 from foredraft.drafters.growing import Growing
-from foredraft.drafters.layers import Attend, Shape
+from foredraft.heads.layers import Attend, Shape
 from foredraft.models.attention import attend, rotate
 from foredraft.models.graphs import Masks
 from foredraft.models.rope import rotary_tables
-from foredraft.tree import TreeBatch
 
 Run = Callable[[TreeBatch, Sequence[Any], Sequence[Float[Tensor, "_ d"]]], Any]
 """Runs chains of pairs with their features: (batch, caches, features)."""

@@ -2,7 +2,7 @@
 
 Source: prefix search: Graves et al. 2006, Connectionist Temporal Classification, section 3.2; collapsing: section 3.1.
 
-`compiled/prefixes.c` computes the tree many times faster. A test compares the two.
+`kernels/prefixes.c` computes the tree many times faster. A test compares the two.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from foredraft.compiled import library
+from foredraft.kernels import library
 
 Labels = tuple[int, ...]
 

@@ -10,18 +10,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.cache import KVPool, Layout, rows_of
-from foredraft.drafters import Setting
+from foredraft.cache.pool import KVPool, Layout, rows_of
+from foredraft.core.contracts import Budget, Grower, Scores, Setting
+from foredraft.core.draws import Draws
+from foredraft.core.params import SamplingParams
+from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.compiled import FEW, CompiledHead, can_compile
-from foredraft.drafters.folder import load_head
 from foredraft.drafters.growing import capped, next_pass
-from foredraft.drafters.heads import Eagle3Head, FeatureHead
 from foredraft.drafters.pairs import PairCaches, PairState
-from foredraft.draws import Draws
+from foredraft.heads.folder import load_head
+from foredraft.heads.modules import Eagle3Head, FeatureHead
 from foredraft.models.graphs import Capture, Graphs, Masks, cuda_capture
-from foredraft.params import SamplingParams
-from foredraft.protocols import Budget, Grower, Scores
-from foredraft.tree import Ids, TreeBatch
 
 _SPARE_ROWS = 48
 """Additional rows of a new table, so that few trees outgrow it."""

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.drafters import Setting
+from foredraft.core.contracts import Budget, Setting
+from foredraft.core.draws import Draws
+from foredraft.core.params import SamplingParams
+from foredraft.core.tree import TreeBatch
 from foredraft.drafters.options import check_options
-from foredraft.draws import Draws
-from foredraft.params import SamplingParams
-from foredraft.protocols import Budget
-from foredraft.tree import TreeBatch
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.tree import TreeBatch
+from foredraft.core.tree import TreeBatch
 
 _STATE_SPACE = "state-space (Mamba)"
 _HYBRID = "hybrid attention and state-space (Mamba)"

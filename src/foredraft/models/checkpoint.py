@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from foredraft.errors import ModelError as ModelError
+from foredraft.core.errors import ModelError as ModelError
 from foredraft.models.files import HEAD_KEY as HEAD_KEY
 from foredraft.models.files import one_line as one_line
 from foredraft.models.files import read_json as read_json

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from foredraft.errors import ModelError, shown
+from foredraft.core.errors import ModelError, shown
 
 GENERATION_CONFIG = "generation_config.json"
 IGNORE = ("none", "vllm")

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from foredraft.core.params import SamplingParams
 from foredraft.models.checkpoint import ModelError, one_line, read_json, resolve
 from foredraft.models.files import GENERATION_CONFIG as FILE
 from foredraft.models.files import IGNORE, check_generation_config, is_loaded_model
-from foredraft.params import SamplingParams
 
 TAKEN_OVER = {
     **{name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")},

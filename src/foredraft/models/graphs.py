@@ -23,9 +23,9 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from foredraft.cache import KVPool, Layout, additive, index_of
-from foredraft.protocols import Scores
-from foredraft.tree import Ids
+from foredraft.cache.pool import KVPool, Layout, additive, index_of
+from foredraft.core.contracts import Scores
+from foredraft.core.tree import Ids
 
 LENGTH_STEP = 256
 """Lengths are rounded up to a multiple of this number of positions."""

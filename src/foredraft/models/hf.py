@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from foredraft.cache import KVCache, KVPool, Layout, lay_out
+from foredraft.cache.pool import KVCache, KVPool, Layout, lay_out
+from foredraft.core.contracts import Scores
+from foredraft.core.tree import Ids, TreeBatch
 from foredraft.models.attention import any_length_kernels
 from foredraft.models.check import agree, refuse_unsupported
 from foredraft.models.rope import context_of, held, hold
-from foredraft.protocols import Scores
-from foredraft.tree import Ids, TreeBatch
 
 
 class _KVShape(NamedTuple):
@@ -174,7 +174,7 @@ class HFTarget:
         start: Sequence[int] | None = None,
         feature_layers: Sequence[int] = (),
     ) -> Scores:
-        """Runs the new nodes of every tree; see `foredraft.protocols.Target`.
+        """Runs the new nodes of every tree; see `foredraft.core.contracts.Target`.
 
         Args:
             feature_layers: states to return, concatenated. 0 is the input of the first layer, i is the state after i layers,

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from foredraft.cache import KVCache, KVPool, Layout, lay_out
+from foredraft.cache.pool import KVCache, KVPool, Layout, lay_out
+from foredraft.core.contracts import Scores
+from foredraft.core.tree import Ids, TreeBatch
 from foredraft.models.attention import attend, rotate
 from foredraft.models.graphs import Capture, Graphs, Masks, cuda_capture
 from foredraft.models.linear import Linear, Norm, can_pack
 from foredraft.models.reader import Reader
 from foredraft.models.rope import DYNAMIC, LONG, context_of, rotary_tables
-from foredraft.protocols import Scores
-from foredraft.tree import Ids, TreeBatch
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 """Values of ``model_type`` that this decoder runs."""
@@ -139,7 +139,7 @@ class LlamaTarget:
         start: Sequence[int] | None = None,
         feature_layers: Sequence[int] = (),
     ) -> Scores:
-        """Runs the new nodes of every tree; see `foredraft.protocols.Target`.
+        """Runs the new nodes of every tree; see `foredraft.core.contracts.Target`.
 
         Args:
             feature_layers: states to return, concatenated. 0 is the embedding, i is the state after i layers, and -1 is the

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foredraft.compiled import kernels
-from foredraft.errors import unknown_name
+from foredraft.core.contracts import Target
+from foredraft.core.errors import unknown_name
+from foredraft.kernels import kernels
 from foredraft.models.check import refuse_unsupported
 from foredraft.models.checkpoint import ModelError as ModelError
 from foredraft.models.checkpoint import StoredTensor, fingerprint, one_line, open_weights, read_config, resolve, some
@@ -25,7 +26,6 @@ from foredraft.models.plain import PlainConfig, expected, fits, plain_model
 from foredraft.models.sizes import refuse_bad_sizes
 from foredraft.models.tokenizer import load_tokenizer as load_tokenizer
 from foredraft.models.weights import check_unused, is_float, refuse_no_floats, refuse_other_shapes
-from foredraft.protocols import Target
 
 _DTYPES = {
     "bfloat16": torch.bfloat16,

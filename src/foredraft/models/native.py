@@ -1,4 +1,4 @@
-"""Runs the Llama family in bfloat16 on a CPU, in `compiled/decoder.c`.
+"""Runs the Llama family in bfloat16 on a CPU, in `kernels/decoder.c`.
 
 Weights are stored in the order in which they are read, and a forward is one call. The result of a node does not depend on the
 other nodes of the step, bit for bit, so a tree gives the same logits as plain decoding. The torch decoder
@@ -18,14 +18,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from foredraft.cache import KVCache, KVPool, among_new
-from foredraft.compiled import library
+from foredraft.cache.pool import KVCache, KVPool, among_new
+from foredraft.core.contracts import Scores
+from foredraft.core.tree import Ids, TreeBatch
+from foredraft.kernels import library
 from foredraft.models.llama import head_dim_of, window_of
 from foredraft.models.packed import TILE, CLayer, CLinear, CModel, CResidual, CStep, Memory, blocked, describe_layer
 from foredraft.models.reader import Reader
 from foredraft.models.rope import context_of, frequencies
-from foredraft.protocols import Scores
-from foredraft.tree import Ids, TreeBatch
 
 ONE_THREAD_BYTES = 8 << 20
 """Models up to this size run on one thread. A second thread saves at most a tenth of a step, and the step waits if the
@@ -110,7 +110,7 @@ class NativeTarget:
         start: Sequence[int] | None = None,
         feature_layers: Sequence[int] = (),
     ) -> Scores:
-        """Runs the new nodes of every tree; see `foredraft.protocols.Target`. Logits are float32.
+        """Runs the new nodes of every tree; see `foredraft.core.contracts.Target`. Logits are float32.
 
         Args:
             feature_layers: states to return, concatenated. 0 is the embedding, i is the state after i layers, and -1 is the
@@ -174,7 +174,7 @@ def run_step(
     carried: Sequence[Float[Tensor, "_ d"]] = (),
     num_slots: int = 0,
 ) -> Scores:
-    """Runs one forward of `decoder.c`; see `foredraft.protocols.Target`.
+    """Runs one forward of `decoder.c`; see `foredraft.core.contracts.Target`.
 
     Args:
         model: the model, described for `decoder.c`.

@@ -1,6 +1,6 @@
-"""The arguments of `compiled/decoder.c`: its structures, and weights in the order in which it reads them.
+"""The arguments of `kernels/decoder.c`: its structures, and weights in the order in which it reads them.
 
-The structures have the same fields, in the same order, as those in `compiled/passed.h`.
+The structures have the same fields, in the same order, as those in `kernels/passed.h`.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from foredraft.protocols import Scores
-from foredraft.tree import Ids, TreeBatch
+from foredraft.core.contracts import Scores
+from foredraft.core.tree import Ids, TreeBatch
 
 Law = Callable[[tuple[int, ...]], Float[np.ndarray, " v"]]
 """The law of the next token after a whole prefix."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from foredraft.errors import shown, why_no_json
+from foredraft.core.errors import shown, why_no_json
 
 Row = Float[np.ndarray, " v"]
 Rows = Float[np.ndarray, "s v"]

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
+from foredraft.core.progress import progress_bar
 from foredraft.drafters.along import AskedAlong
-from foredraft.engine import require_whole
-from foredraft.progress import progress_bar
+from foredraft.engine.engine import require_whole
 from foredraft.theory.chains import Pair, Rows, check_room
 from foredraft.theory.predict import Texts, laws_of
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from foredraft.plots import new_figure
+from foredraft.core.plots import new_figure
 from foredraft.theory.chains import Pair, Row
 from foredraft.theory.rejections import rejections_by_position
 from foredraft.theory.simulate import Mean, simulated_rejections

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import inf, isfinite
 from typing import Any
 
-from foredraft.errors import shown, whole_number
+from foredraft.core.errors import shown, whole_number
 from foredraft.theory.chains import Pair
 
 MAX_HORIZON = 100_000

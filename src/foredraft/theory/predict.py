@@ -21,18 +21,18 @@ import numpy as np
 from jaxtyping import Float
 
 from foredraft.bench import tasks
+from foredraft.core.errors import whole_number
+from foredraft.core.law import warp
+from foredraft.core.params import SamplingParams, check_seed
+from foredraft.core.progress import progress_bar
 from foredraft.drafters.along import AskedAlong
-from foredraft.engine import CompletionOutput, require_whole
-from foredraft.errors import whole_number
-from foredraft.grow.base import draft_sampling
+from foredraft.engine.engine import CompletionOutput, require_whole
 from foredraft.llm import LLM
-from foredraft.params import SamplingParams, check_seed
-from foredraft.progress import progress_bar
-from foredraft.sampling import warp
-from foredraft.speculation import MAX_NODES, drafter_for
+from foredraft.plan.config import MAX_NODES, drafter_for
 from foredraft.theory.chains import Rows, total_variation
 from foredraft.theory.rejections import Place, Rounds, retry
 from foredraft.theory.transport import with_replacement
+from foredraft.trees.base import draft_sampling
 
 _MOST_REPEATS = 10_000
 

@@ -173,7 +173,7 @@ def reached(p: Row, q: Row, k: int) -> dict[str, float]:
     fail, _ = retry(p[None], q[None], k)
     import torch
 
-    from foredraft.verify.kseq import discount
+    from foredraft.rules.kseq import discount
 
     rho = discount(torch.from_numpy(q), torch.from_numpy(p), k)
     likeliest = np.argsort(-p, kind="stable")[:k]

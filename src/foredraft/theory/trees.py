@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from itertools import product
 from math import prod
 
-from foredraft.grow.budget import best_paths
-from foredraft.protocols import Budget
+from foredraft.core.contracts import Budget
 from foredraft.theory.speedup import check_acceptance
+from foredraft.trees.budget import best_paths
 
 Path = tuple[int, ...]
 """A node, named by the sibling ranks on the path from the root to it."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from foredraft.drafters.layers import Attend
+from foredraft.heads.layers import Attend
 from foredraft.models.attention import rotate
 from foredraft.models.rope import rotary_tables
 

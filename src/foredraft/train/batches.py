@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from foredraft.drafters.heads import FINAL
+from foredraft.heads.modules import FINAL
 from foredraft.train.shards import Text, features_of, grouped
 
 POOL = 1024

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foredraft.errors import unknown_name
-from foredraft.progress import progress_bar
+from foredraft.core.errors import unknown_name
+from foredraft.core.progress import progress_bar
 from foredraft.train.attention import Tables
 from foredraft.train.batches import Batch, collate, endless
 from foredraft.train.frozen import Frozen

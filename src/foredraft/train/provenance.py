@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from foredraft.bench.command import machine
+from foredraft.bench.machine import machine
 from foredraft.train.loop import Course, Progress, Settings
 
 

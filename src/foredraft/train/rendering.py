@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from foredraft.chat import OF_THE_CALL, knows_role, source_of
+from foredraft.core.chat import OF_THE_CALL, knows_role, source_of
 from foredraft.train.records import CannotUse, Conversation, Message, text_of
 
 _MARKERS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")

@@ -25,11 +25,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from foredraft.core.params import SamplingParams
+from foredraft.core.progress import progress_bar
+from foredraft.core.tree import TreeBatch
 from foredraft.llm import LLM
-from foredraft.params import SamplingParams
-from foredraft.progress import progress_bar
 from foredraft.train.corpus import Corpus, Prompt, Usage
-from foredraft.tree import TreeBatch
 
 SHARD_TEXTS = 256
 """Number of texts in a shard."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from foredraft.drafters.heads import Foretelling
+from foredraft.heads.modules import Foretelling
 from foredraft.train.batches import Batch
 from foredraft.train.frozen import Frozen
 from foredraft.train.shards import Text

@@ -1,0 +1,216 @@
+"""Interprets the options of the command line and checks them before anything is loaded. Does not import torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from foredraft.core.arguments import config_with_our_names
+from foredraft.core.chat import Template
+from foredraft.core.errors import check_text, shown, unknown_name, why_no_json
+from foredraft.core.params import SamplingParams
+from foredraft.drafters import DRAFTERS
+from foredraft.models.files import is_file
+from foredraft.plan.config import AUTO, PLAIN, drafter_for, parse, usual_config
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The target and how to load it; the fields are arguments of `LLM`."""
+
+    model: str | None
+    dtype: str
+    device: str | None
+    revision: str | None
+    tokenizer: str | None = None
+    max_model_len: int | None = None
+    generation_config: str = "auto"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How the prompt is read and which parts of a run are printed.
+
+    Attributes:
+        chat: apply the chat template to the prompt.
+        tree: draw the last tree.
+        json: print JSON only.
+    """
+
+    chat: bool = False
+    tree: bool = False
+    json: bool = False
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Returns the options that the user gave, which are neither None nor an empty list."""
+    return {name: value for name, value in options.items() if value is not None and value != []}
+
+
+def speculative_config(
+    model: str | None,
+    method: str | None,
+    draft_model: str | None,
+    tree: str | None,
+    budget: str | None,
+    rule: str | None,
+    *,
+    extra: str | None = None,
+    force: bool = False,
+    retime: bool = False,
+) -> dict[str, Any] | None:
+    """Builds the speculative config from the options. Returns None if no option was given, so that `LLM` chooses.
+
+    Raises:
+        ValueError: `extra` is not a JSON object, or the budget is not a number.
+    """
+    if budget not in (None, AUTO) and not re.fullmatch(r"-?[0-9]{1,4000}", budget):
+        raise ValueError(f"--budget must be a whole number or {AUTO}, got {shown(budget)}")
+    nodes = int(budget) if budget not in (None, AUTO) else budget
+    named = given(method=method, model=draft_model, tree=tree, num_speculative_tokens=nodes, rule=rule)
+    config = {**_json_object(extra, "--speculative-config", '{"num_chains": 2}'), **named, **({"force": True} if force else {})}
+    again = {"retime": True} if retime else {}
+    if not config:
+        return again | {"method": AUTO if model is None else "suffix"} if again else None
+    config = config_with_our_names(config, command=True)
+    has_draft_model = model is None or "model" in config or "tree" in config
+    return {"method": drafter_for(config.get("model")) if has_draft_model else "suffix", **config, **again}
+
+
+def _json_object(text: str | None, option: str, example: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text) if text is not None else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{option} is not JSON ({why_no_json(error)}). Example: '{example}'") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{option} must be a JSON object, got {shown(text)}. Example: '{example}'")
+    return found
+
+
+def template(tools: Path | None, chat_template: str | None, chat_template_kwargs: str | None, *, chat: bool = True) -> Template:
+    """Collects the options for the chat template.
+
+    Raises:
+        ValueError: a value is not valid JSON, or such an option is given although the chat template is not applied.
+    """
+    further = _json_object(chat_template_kwargs, "--chat-template-kwargs", '{"enable_thinking": false}')
+    found = given(tools=_tools(tools), chat_template=chat_template, chat_template_kwargs=further or None)
+    if found and not chat:
+        raise ValueError(f"--{min(found).replace('_', '-')} only affects the chat template. Add --chat to apply the template")
+    return Template(**found)
+
+
+def _tools(file: Path | None) -> list[Any] | None:
+    if file is None:
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"--tools cannot be read ({why_no_json(error)}). Give a file with a JSON list of function schemas"
+        ) from None
+    if not isinstance(found, list):
+        raise ValueError("--tools must be a file with a JSON list of function schemas. Put a single schema into [ ]")
+    return found
+
+
+USUAL_TREE = "dyspec"
+"""The tree of an audit if the user names none."""
+
+
+def with_usual_tree(config: dict[str, Any]) -> dict[str, Any]:
+    """Adds the usual tree to a config that names neither tree nor rule, if its drafter uses a tree policy."""
+    if config.get("method") == PLAIN:  # it takes no budget; the audit reports that there is nothing to audit
+        config = {key: value for key, value in config.items() if key != "num_speculative_tokens"}
+    row = DRAFTERS.get(config.get("method", ""))
+    is_open = row is not None and not row.makes_own and not {"tree", "rule"} & set(config)
+    return {**config, "tree": USUAL_TREE} if is_open else config
+
+
+def check(model: str | None, config: dict[str, Any] | None, sampling: dict[str, Any]) -> None:
+    """Checks the options without loading a model.
+
+    Raises:
+        ValueError: a value is out of range, or names cannot be combined.
+    """
+    SamplingParams(**sampling)
+    parse(usual_config(config, bundled=model is None))
+
+
+def check_prompt(prompt: str) -> None:
+    """Checks the prompt of ``foredraft generate`` without loading a model.
+
+    Raises:
+        ValueError: it is empty or not valid text.
+    """
+    if not prompt:
+        raise ValueError("the prompt is empty: give at least one character")
+    check_text("the prompt", prompt)
+
+
+def check_files(option: str, files: Iterable[Path]) -> None:
+    """Checks that files exist.
+
+    Raises:
+        ValueError: a file does not exist.
+    """
+    for file in files:
+        if not is_file(file):
+            raise ValueError(f"{option}: {shown(str(file))} is not a file. Give the path of a file that exists")
+
+
+def check_plot(file: Path) -> Path:
+    """Returns the file of a plot unchanged.
+
+    Raises:
+        ValueError: it is neither a .png nor an .svg file.
+    """
+    if file.suffix.lower() not in (".png", ".svg"):
+        raise ValueError(f"the file of a figure must end in .png or .svg, got {shown(str(file))}")
+    return file
+
+
+DTYPES = (
+    *("auto", "bfloat16", "bf16", "float16", "fp16", "half"),
+    *("float32", "fp32", "float", "float64", "fp64", "double"),
+)
+"""Names of dtypes, as `foredraft.models.loading.parse_dtype` takes them."""
+
+
+def check_dtype(name: str) -> str:
+    """A name of a dtype, as it was given.
+
+    Raises:
+        ValueError: there is no such dtype.
+    """
+    if name.removeprefix("torch.") not in DTYPES:
+        raise unknown_name("dtype", name, DTYPES)
+    return name
+
+
+def check_device(name: str) -> str:
+    """Returns the name of a device unchanged.
+
+    Raises:
+        ValueError: models do not run on such a device. Whether the machine has it is checked when a model is loaded.
+    """
+    if not re.fullmatch(r"auto|(cpu|cuda)(:\d{1,3})?", name):
+        raise ValueError(
+            f"device {shown(name)} cannot be used (models run on cpu and cuda only): give auto, cpu, cuda or cuda:1"
+        )
+    return name
+
+
+def check_head_method(method: str) -> None:
+    """Checks that a method has a head that can be trained.
+
+    Raises:
+        ValueError: no head has this name.
+    """
+    heads = [name for name, row in DRAFTERS.items() if row.weights == "head" and row.asks is None]
+    if method not in heads:
+        raise unknown_name("method", method, heads)

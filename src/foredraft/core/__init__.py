@@ -1,0 +1,1 @@
+"""What every part speaks: parameters, trees, draws, laws, contracts, outputs."""

@@ -1,0 +1,381 @@
+"""Checks the messages of a conversation and renders them with a chat template. Does not import torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypedDict
+
+from foredraft.core.errors import check_text, shown, unknown_name
+from foredraft.core.prompts import is_list
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+"""Roles that are accepted for every template. Any other role must occur in the text of the template."""
+
+Message = Mapping[str, Any]
+"""``{"role": "user", "content": "..."}``. The content may also be a list of parts, ``[{"type": "text", "text": "..."}]``."""
+
+MEDIA = {name: kind for kind in ("image", "audio", "video") for name in (kind, f"{kind}s", f"{kind}_url", f"input_{kind}")}
+"""Keys of messages and of parts that hold images, audio or video, and their kinds. The models read text only."""
+
+_NEVER_ROLES = (
+    *("role", "content", "type", "text", "name", "id", "weight", "parameters", "arguments", "properties", "required"),
+    *("description", "tool_calls", "tool_call_id", "function_call", "reasoning", "reasoning_content", "thinking"),
+    *("string", "number", "integer", "boolean", "object", "array", "null"),
+)
+"""Words that templates quote because they are keys of messages and tools, or types of JSON."""
+
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_KEYS_OF_PARTS = ("type", "text", "annotations", "logprobs", "cache_control")
+"""Keys of a text part. Those after `text` say nothing to the model."""
+
+_MARK = "QZXJMARK"
+"""A word in capitals that no template contains. It survives trimming and escaping."""
+
+OF_THE_CALL = ("conversation", "messages", "tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length")
+_EXAMPLE = "[{'role': 'user', 'content': 'Hello'}]"
+
+
+class Template(TypedDict, total=False):
+    """Options that control how messages become a prompt. Names, meanings and defaults are those of vLLM.
+
+    Attributes:
+        chat_template: a Jinja template, or the path of a file with one. Default: the model's template.
+        chat_template_content_format: ``string`` joins text parts with line breaks, and ``openai`` passes lists of parts to the
+            template. Default: ``auto``, the format that the template supports.
+        add_generation_prompt: whether the prompt ends with the start of an answer. Default: True.
+        continue_final_message: whether the output continues the last message. It cannot be combined with
+            `add_generation_prompt`. Default: False.
+        tools: functions that the model may call, as JSON schemas or as Python functions with type hints and docstrings.
+        chat_template_kwargs: further variables for the template, such as ``{"enable_thinking": False}``.
+    """
+
+    chat_template: str | None
+    chat_template_content_format: Literal["auto", "string", "openai"]
+    add_generation_prompt: bool
+    continue_final_message: bool
+    tools: Sequence[Any] | None
+    chat_template_kwargs: Mapping[str, Any] | None
+
+
+def conversations(messages: Any) -> list[Any]:
+    """Returns the list of conversations in the argument `messages` of `LLM.chat`.
+
+    Raises:
+        TypeError: `messages` is neither a conversation nor a list of conversations.
+    """
+    if not is_list(messages):
+        raise _no_messages(messages)
+    return list(messages) if all(is_list(item) for item in messages) else [messages]
+
+
+def render(tokenizer: Any, messages: Any, template: Template) -> str:
+    """Renders one conversation as a prompt, with the special tokens of the template.
+
+    Args:
+        tokenizer: a Transformers tokenizer, or None.
+        messages: a list of messages. It is not changed.
+        template: options for the template.
+
+    Raises:
+        ValueError: the model has no chat template. Or the template refuses the messages, drops a message or does not support
+            tools. Or a message is incomplete, is not valid text or has a part that is not text.
+        TypeError: messages or options have a wrong type.
+    """
+    own = getattr(tokenizer, "chat_template", None)
+    options = _options(template, own)
+    if tokenizer is None or not (own or "chat_template" in options):
+        raise ValueError(
+            "this model has no chat template. Give a prompt in the model's own format, to `foredraft generate` without "
+            "--chat or to generate() in Python, or give a chat template"
+        )
+
+    def rendered(given: list[dict[str, Any]], **changed: Any) -> str:
+        try:
+            return tokenizer.apply_chat_template(given, tokenize=False, **{**options, **changed})
+        except Exception as error:  # a template is a program and can raise any error
+            raise ValueError(f"the chat template refuses the conversation: {' '.join(str(error).split())}") from None
+
+    checked = check(messages)
+    checked = list(_with_contents(checked, _takes(rendered, template.get("chat_template_content_format", "auto"))))
+    _check_roles(checked, _source(tokenizer, options))
+    text = rendered(checked)
+    check_text("the conversation that the chat template renders", text)
+    _check_kept(checked, rendered)
+    _check_calls(checked, text)
+    if options.get("tools") and rendered(checked, tools=None) == text:
+        raise ValueError("this model's chat template has no tools. Leave tools out, or give a chat_template that has them")
+    return text
+
+
+def is_plain(text: str, tokenizer: Any) -> bool:
+    """Whether the model has a chat template but the text contains no special tokens, which templates put around messages."""
+    if not getattr(tokenizer, "chat_template", None):
+        return False
+    return not any(token.strip() and token in text for token in tokenizer.get_added_vocab())
+
+
+def _options(template: Template, named: Any) -> dict[str, Any]:
+    """Returns arguments of `apply_chat_template`. `named` is the tokenizer's template, or a dictionary of named templates."""
+    further = template.get("chat_template_kwargs") or {}
+    if not isinstance(further, Mapping) or not all(isinstance(key, str) for key in further):
+        raise TypeError(f"chat_template_kwargs must be a dict of variables for the template, got {further!r}")
+    for key in OF_THE_CALL:
+        if key in further:
+            raise ValueError(f"chat_template_kwargs cannot set {key!r}, which is not a variable of a template. Leave it out")
+    options = {"add_generation_prompt": True, "continue_final_message": False, **template, **further}
+    for key in ("chat_template_kwargs", "chat_template_content_format"):
+        options.pop(key, None)
+    for key in ("add_generation_prompt", "continue_final_message"):
+        if not isinstance(options[key], bool):
+            raise TypeError(f"{key} must be True or False, got {shown(options[key])}")
+    if options["add_generation_prompt"] and options["continue_final_message"]:
+        raise ValueError(
+            "continue_final_message and add_generation_prompt exclude each other: an output continues a message or starts one. "
+            "Give continue_final_message=True with add_generation_prompt=False"
+        )
+    options["chat_template"] = _template_text(options.get("chat_template"), named)
+    options["tools"] = _checked_tools(options.get("tools"))
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _template_text(given: Any, named: Any) -> str | None:
+    """Returns the text of a template. As in vLLM, a string without braces and line breaks is the path of a file."""
+    if given is None or (isinstance(given, str) and re.search(r"[{}\n]", given)):
+        return given
+    if not isinstance(given, str | Path):
+        raise TypeError(f"chat_template must be a Jinja template or the path of a file with one, got {shown(given)}")
+    if isinstance(named, Mapping) and given in named:
+        return named[given]
+    path = shown(str(given))
+    if not _is_file(given):
+        raise ValueError(f"no chat template: {path} is neither a Jinja template nor a file. Give one of them")
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        why = f"byte {error.start + 1} of the file is not UTF-8"
+        raise ValueError(f"the chat template {path} cannot be read: {why}. Give a text file in UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"the chat template {path} cannot be read: {error.strerror}. Give a file that can be read") from None
+
+
+def _is_file(path: str | Path) -> bool:
+    try:
+        return Path(path).is_file()
+    except OSError:  # such as a path that is too long for the file system
+        return False
+
+
+def _checked_tools(tools: Any) -> list[Any] | None:
+    if tools is None:
+        return None
+    if not is_list(tools) or not all(isinstance(tool, Mapping) or callable(tool) for tool in tools):
+        raise TypeError(f"tools must be a list of JSON schemas or of Python functions, got {tools!r}")
+    return [dict(tool) if isinstance(tool, Mapping) else tool for tool in tools] or None
+
+
+def _no_messages(given: Any) -> TypeError:
+    more = " Put the message into a list" if isinstance(given, Mapping) else " For a plain text use generate()"
+    return TypeError(f"a conversation is a list of messages such as {_EXAMPLE}, got {given!r}.{more}")
+
+
+def check(messages: Any) -> list[dict[str, Any]]:
+    """Checks messages and converts contents: each is a text, or the list of the texts of its parts.
+
+    Raises:
+        ValueError: a message is incomplete, or has a part that is not text.
+        TypeError: `messages` is not a list of messages.
+    """
+    if not is_list(messages):
+        raise _no_messages(messages)
+    if not messages:
+        raise ValueError(f"the conversation is empty. Give at least one message, such as {_EXAMPLE}")
+    return [_checked(message, number) for number, message in enumerate(messages, start=1)]
+
+
+def _checked(message: Any, number: int) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise TypeError(f"message {number} must be a dict such as {_EXAMPLE[1:-1]}, got {message!r}")
+    if not isinstance(message.get("role"), str) or not message["role"]:
+        raise ValueError(f"message {number} has no role. Give one of {', '.join(ROLES)}, as in {_EXAMPLE[1:-1]}")
+    _check_media(message, number)
+    content, called = message.get("content"), _calls_of(message, number)
+    if content is None and not called:
+        raise ValueError(f"message {number} (role {message['role']!r}) has no content. Give a text, as in {_EXAMPLE[1:-1]}")
+    if is_list(content):
+        content = [_text_of(part, number) for part in content or ()]
+    elif content is not None and not isinstance(content, str):
+        raise TypeError(f"the content of message {number} must be a text or a list of text parts, got {content!r}")
+    for text in content if isinstance(content, list) else (content or "",):
+        check_text(f"the content of message {number}", text)
+    checked = {key: value for key, value in message.items() if value is not None and key not in ("tool_calls", "function_call")}
+    calls = {"tool_calls": [_called(call, number) for call in called]} if called else {}  # templates test for the key
+    return checked | {"content": content or ""} | calls
+
+
+def _check_media(message: Message, number: int) -> None:
+    for key in MEDIA:
+        value = message.get(key)
+        if value is not None and value is not False and (not isinstance(value, Sized) or len(value)):
+            raise ValueError(
+                f"message {number} has the key {key!r}, but models read text only here. Leave the key out, or describe its "
+                "value in the content"
+            )
+
+
+def _calls_of(message: Message, number: int) -> Any:
+    """Returns the tool calls of a message. The older key `function_call` holds a single call."""
+    called, old = message.get("tool_calls"), message.get("function_call")
+    if called and not is_list(called):
+        raise TypeError(f"tool_calls of message {number} must be a list of calls, got {shown(called)}")
+    if not old:
+        return called
+    if called:
+        raise ValueError(f"message {number} has both function_call and tool_calls. Leave function_call out")
+    if not isinstance(old, Mapping) or not isinstance(old.get("name"), str):
+        raise TypeError(f"function_call of message {number} must be a dict with a 'name' and 'arguments', got {shown(old)}")
+    return [{"type": "function", "function": old}]
+
+
+def _text_of(part: Any, number: int) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping):
+        raise TypeError(f"a part of message {number} must be a dict such as {{'type': 'text', 'text': 'Hello'}}, got {part!r}")
+    kind = part.get("type", "text" if "text" in part else None)
+    if kind not in _TEXT_PARTS:
+        raise ValueError(
+            f"message {number} has a part of type {kind!r}, but models read text only here. Leave the part out, or describe it "
+            "in a part of type 'text'"
+        )
+    if not isinstance(part.get("text"), str):
+        raise TypeError(f"a text part of message {number} must hold a text, got {shown(part)}")
+    further = [key for key, value in part.items() if key not in _KEYS_OF_PARTS and value]
+    if further:
+        raise ValueError(
+            f"a text part of message {number} has the key {further[0]!r}, but models read its text only. Leave the key out, or "
+            "describe its value in the text"
+        )
+    return part["text"]
+
+
+def _called(call: Any, number: int) -> Any:
+    """Converts the arguments of a tool call to an object, which templates expect. The OpenAI API gives a JSON string."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise TypeError(f"a tool call of message {number} must be a dict with a 'function' and its 'name', got {call!r}")
+    given = function.get("arguments")
+    try:
+        arguments = json.loads(given or "{}") if isinstance(given, str) else given
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"the arguments of a tool call in message {number} are not JSON ({error}), got {shown(given)}. Give a JSON object"
+        ) from None
+    except RecursionError:
+        raise ValueError(
+            f"the arguments of a tool call in message {number} are nested too deeply, got {shown(given)}. Give fewer levels"
+        ) from None
+    changed = {**function, "arguments": arguments}
+    return {**call, "function": changed} if "function" in call else changed
+
+
+class _Takes(NamedTuple):
+    """The forms of contents that a template accepts."""
+
+    texts: bool
+    parts: bool
+
+
+def _parts(texts: Sequence[str]) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def _takes(rendered: Callable[..., str], wanted: Any) -> _Takes:
+    """Finds the forms of contents that a template accepts. Renders a test message and searches the prompt for its word."""
+    if wanted not in ("auto", "string", "openai"):
+        raise unknown_name("chat_template_content_format", wanted, ["auto", "string", "openai"])
+    if wanted != "auto":
+        return _Takes(wanted == "string", wanted == "openai")
+
+    def tried(content: Any) -> str:
+        try:
+            out = rendered([{"role": "user", "content": content}], continue_final_message=False, tools=None)
+        except ValueError:
+            return ""
+        return out if _MARK in out else ""
+
+    as_text, as_parts = tried(_MARK), tried(_parts([_MARK]))
+    quoted = re.search(f"['\"]{_MARK}['\"]", as_parts) is not None  # the list itself, as Python or JSON writes it
+    return _Takes(bool(as_text), as_parts == as_text if as_text else bool(as_parts) and not quoted)
+
+
+def _with_contents(messages: Sequence[dict[str, Any]], takes: _Takes) -> Iterator[dict[str, Any]]:
+    """Converts contents to a form that the template accepts. Parts are joined unless the template accepts parts."""
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, list):
+            content = _parts(content) if takes.parts else "\n".join(content)
+        elif takes.parts and not takes.texts:
+            content = _parts([content])
+        yield {**message, "content": content}
+
+
+def source_of(template: Any) -> str:
+    """Returns the text of a tokenizer's template, or of all its named templates."""
+    return "\n".join(template.values()) if isinstance(template, Mapping) else str(template)
+
+
+def knows_role(source: str, role: str) -> bool:
+    """Whether a role is usual, or named in the text of a template."""
+    named = role not in _NEVER_ROLES and re.search(f"['\"]{re.escape(role)}['\"]", source)
+    return role in ROLES or bool(named)
+
+
+def _source(tokenizer: Any, options: Mapping[str, Any]) -> str:
+    """Returns the text of the templates, which names their additional roles."""
+    return source_of(options.get("chat_template") or tokenizer.chat_template)
+
+
+def _check_roles(messages: Sequence[Message], source: str) -> None:
+    for number, message in enumerate(messages, start=1):
+        role = message["role"]
+        if not knows_role(source, role):
+            raise unknown_name(f"role of message {number}:", role, ROLES)
+
+
+def _check_kept(messages: Sequence[dict[str, Any]], rendered: Callable[..., str]) -> None:
+    """Raises an error if the template drops the content of a message.
+
+    Each message gets a unique word, which must occur in the prompt. Messages of the assistant may be dropped, because templates
+    leave out earlier reasoning.
+    """
+    marks = [f"{_MARK}{number}END" for number in range(len(messages))]
+    pairs = zip(messages, marks, strict=True)
+    try:
+        shown = rendered([{**message, "content": _marked(message["content"], mark)} for message, mark in pairs])
+    except ValueError:
+        return  # the template needs contents of a form that the words destroy
+    for number, (message, mark) in enumerate(zip(messages, marks, strict=True), start=1):
+        if message["role"] != "assistant" and message["content"] and mark not in shown:
+            raise ValueError(
+                f"the chat template drops message {number} (role {message['role']!r}). Leave it out, or say it in a message "
+                "whose role the template knows"
+            )
+
+
+def _check_calls(messages: Sequence[Message], text: str) -> None:
+    for number, message in enumerate(messages, start=1):
+        names = [call.get("function", call)["name"] for call in message.get("tool_calls", ())]
+        if not all(name in text for name in names):
+            raise ValueError(
+                f"the chat template drops the tool calls of message {number} ({', '.join(names)}). Write them into its "
+                "content, or give a chat_template that has them"
+            )
+
+
+def _marked(content: Any, mark: str) -> Any:
+    if isinstance(content, list):
+        return [*content[:-1], {**content[-1], "text": content[-1]["text"] + mark}]
+    return content + mark if content else content

@@ -1,0 +1,229 @@
+"""The interfaces between target, drafter, tree policy, acceptance rule and cache, all in one file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from foredraft.core.draws import Draws
+from foredraft.core.law import TargetLaw
+from foredraft.core.params import SamplingParams
+from foredraft.core.shape import Budget as Budget
+from foredraft.core.tree import DraftTree, Ids, TreeBatch
+
+
+class Scores(NamedTuple):
+    """The result of one forward.
+
+    Attributes:
+        logits: row r scores the children of the r-th requested node.
+        features: row m is the target's state at the m-th node that was run; None if no layers were requested.
+    """
+
+    logits: Float[Tensor, "r v"]
+    features: Float[Tensor, "m d"] | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The decision of an acceptance rule.
+
+    Attributes:
+        path: the accepted nodes, downwards from the root, which is not included.
+        next_token: the token after the path, drawn from the target's law or its residual.
+        kind: ``recovered`` if the last node of the path has children, else ``bonus``.
+        tv_bounds: only for lossy rules. For each emitted token, an upper bound of the total variation distance between its
+            law after its prefix and the target's law. Empty if all bounds are 0.
+    """
+
+    path: list[int]
+    next_token: int
+    kind: str
+    tv_bounds: Sequence[float] = ()
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """A request's handle into a pool. It holds every committed token except the root."""
+
+    length: int
+
+    def truncate(self, length: int) -> None:
+        """Forgets everything after the first `length` tokens."""
+        ...
+
+
+@runtime_checkable
+class Pool(Protocol):
+    """Memory for the caches of a fixed number of requests."""
+
+    def allocate(self) -> Any:
+        """Returns a new empty cache.
+
+        Raises:
+            RuntimeError: every slot is in use.
+        """
+        ...
+
+    def copy(self, cache: Any) -> Any:
+        """Returns a new cache with the contents of another."""
+        ...
+
+    def free(self, cache: Any) -> None:
+        """Releases a cache, which must not be used afterwards."""
+        ...
+
+    def keep(self, caches: Sequence[Any], paths: Sequence[Sequence[int]]) -> None:
+        """Commits, for every request, node 0 of the last tree and then the nodes of its path. Drops all other nodes."""
+        ...
+
+
+@runtime_checkable
+class Target(Protocol):
+    """The model whose law is preserved. It does not sample or warp logits, and does not know the drafter or the rule.
+
+    Attributes:
+        has_own_threads: whether its forward runs on threads other than torch's.
+        num_weight_bytes: size of the weights that every forward reads. That is all weights except an embedding that is not
+            shared with the head.
+        vocab_size: number of tokens.
+        max_len: the context, in tokens.
+        config: the Transformers configuration.
+    """
+
+    has_own_threads: bool
+    num_weight_bytes: int
+    vocab_size: int
+    max_len: int
+    config: Any
+
+    def new_pool(self, num_slots: int, max_len: int) -> Any:
+        """Returns a pool for `num_slots` requests of at most `max_len` tokens each."""
+        ...
+
+    def forward(
+        self,
+        batch: TreeBatch,
+        caches: Sequence[Any],
+        rows: Ids | None = None,
+        *,
+        start: Sequence[int] | None = None,
+        feature_layers: Sequence[int] = (),
+    ) -> Scores:
+        """Runs every tree over its own cache and scores the packed nodes `rows` (None: all nodes that were run).
+
+        Nodes before ``start[b]`` of tree b were run by earlier calls since the last `keep`, and are not run again. A drafter
+        can thus grow a tree in several passes. The lengths of the caches do not change, because only `Pool.keep` commits.
+        """
+        ...
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Proposes trees. The object holds the weights, and a separate state holds the data of each request.
+
+    A drafter never accepts tokens, never calls the target's forward and never writes the target's cache.
+
+    Attributes:
+        feature_layers: the target's layers whose features the drafter needs; empty if it needs none.
+    """
+
+    feature_layers: Sequence[int]
+
+    def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> Any:
+        """Returns the state of a new request.
+
+        Args:
+            tokens: the prompt. Its last token is the root.
+            features: row j is the target's state at ``tokens[j]``. The root has no row. None for a prompt of one token, and
+                for a drafter without `feature_layers`.
+        """
+        ...
+
+    def propose(
+        self,
+        states: Sequence[Any],
+        budgets: Sequence[Budget],
+        sampling: Sequence[SamplingParams],
+        draws: Sequence[Draws],
+    ) -> TreeBatch:
+        """Returns one tree per request, within its budget. Node 0 is the last committed token."""
+        ...
+
+    def observe(self, state: Any, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]) -> None:
+        """Receives the committed tokens. ``features[j]`` is the target's state at the node before ``tokens[j]``.
+
+        tokens     path[0]  path[1]  ...  path[-1]   next
+        features   root     path[0]  ...  path[-2]   path[-1]
+        """
+        ...
+
+    def finish(self, state: Any) -> None:
+        """Releases the resources of the request."""
+        ...
+
+
+@runtime_checkable
+class Expander(Protocol):
+    """A drafter that can compute the law after any path, as autoregressive drafters do."""
+
+    vocab_size: int
+
+    def expand(self, states: Sequence[Any], partial: TreeBatch, node_ids: Ids) -> Float[Tensor, "n v"]:
+        """Returns draft logits after each of the packed nodes `node_ids`, whose parents were expanded before."""
+        ...
+
+
+@runtime_checkable
+class Grower(Protocol):
+    """A tree policy. It must decide to draw a token before it sees the token."""
+
+    def grow(
+        self,
+        drafter: Expander,
+        states: Sequence[Any],
+        roots: Sequence[int],
+        budgets: Sequence[Budget],
+        sampling: Sequence[SamplingParams],
+        draws: Sequence[Draws],
+    ) -> TreeBatch:
+        """Returns one tree per request, within its budget. ``roots[b]`` is the last committed token of request b."""
+        ...
+
+
+@runtime_checkable
+class AcceptanceRule(Protocol):
+    """A pure function that maps a tree and the target's law on it to a verdict. It sees no model, cache or temperature."""
+
+    def __call__(self, tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
+        """Returns the accepted path of `tree` and the token that follows it."""
+        ...
+
+
+class Setting(NamedTuple):
+    """The inputs from which a drafter is built.
+
+    Attributes:
+        method: name of the drafter in `foredraft.drafters.DRAFTERS`.
+        target: the target.
+        model: the value of the config key ``model``: a directory, a Hub id or a loaded model. None if it was not given.
+        load: loads such a model as a `Target`, in the dtype and on the device of the run.
+        vocabulary: returns the map from token to id of such a model, or of the target for None. Returns None if there is no
+            tokenizer.
+        grower: the tree policy; None for a drafter that makes its own trees.
+        num_slots: maximum number of requests at once.
+        fingerprint: returns the fingerprint of the target's weights, see `foredraft.models.checkpoint.fingerprint`.
+    """
+
+    method: str
+    target: Target
+    model: Any
+    load: Callable[[Any], Target]
+    vocabulary: Callable[[Any], dict[str, int] | None]
+    grower: Grower | None
+    num_slots: int
+    fingerprint: Callable[[], str]

@@ -1,0 +1,192 @@
+"""Counter-based random numbers: each number has an address and does not depend on the order of calls.
+
+Every random number is a stateless hash of (seed, number of committed tokens, key). A key is (purpose, path of sibling ranks,
+index). A draw is thus the same for every call order, every batch and every way to construct the tree. The hash is splitmix64's
+finaliser (Steele, Lea, Flood, OOPSLA 2014), used as a counter-based generator. 53 bits of it are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from ctypes import CDLL, c_double, c_int64, c_uint64, c_void_p
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from foredraft.kernels import compiled_for
+
+Key = tuple[str, tuple[int, ...], int]
+"""(purpose, path of sibling ranks from the root, index)."""
+
+_WORD = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX1 = 0xBF58476D1CE4E5B9
+_MIX2 = 0x94D049BB133111EB
+
+
+def mix(word: int) -> int:
+    """Applies splitmix64's finaliser, a bijection of 64-bit words whose output bits look independent."""
+    word = ((word ^ (word >> 30)) * _MIX1) & _WORD
+    word = ((word ^ (word >> 27)) * _MIX2) & _WORD
+    return word ^ (word >> 31)
+
+
+def hash_seed(seed: int, number: int) -> int:
+    """Derives the seed of part `number` from `seed`. A part is, for example, one of n outputs or one request of an engine."""
+    return mix((mix(seed & _WORD) + (number + 1) * _GOLDEN) & _WORD)
+
+
+@lru_cache(maxsize=1 << 16)
+def _hash_address(purpose: str, path: tuple[int, ...]) -> int:
+    word = int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little")
+    for rank in path:
+        word = mix((word + (rank + 1) * _GOLDEN) & _WORD)
+    return word
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _shift(words: Tensor, bits: int) -> Tensor:
+    """Shifts int64 words to the right logically. The built-in shift is arithmetic."""
+    return (words >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix_tensor(words: Int[Tensor, ...]) -> Int[Tensor, ...]:
+    """Applies `mix` to int64 tensors. Their products wrap around like those of 64-bit words."""
+    words = (words ^ _shift(words, 30)) * _signed(_MIX1)
+    words = (words ^ _shift(words, 27)) * _signed(_MIX2)
+    return words ^ _shift(words, 31)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of one output. The object is immutable, so drawing a number never changes later numbers.
+
+    Attributes:
+        seed: any integer; equal seeds give equal numbers.
+        num_committed: number of committed tokens, including prompt and root. `at` sets it once per step.
+    """
+
+    seed: int
+    num_committed: int = 0
+
+    def at(self, num_committed: int) -> Draws:
+        """Returns the random numbers of the step that starts with this many committed tokens."""
+        return Draws(self.seed, num_committed)
+
+    def _start(self, key: Key) -> int:
+        return mix(hash_seed(self.seed, self.num_committed) ^ _hash_address(key[0], key[1]))
+
+    def uniform(self, key: Key) -> float:
+        """Returns a number in [0, 1), which is a multiple of 2**-53."""
+        return (mix((self._start(key) + (key[2] + 1) * _GOLDEN) & _WORD) >> 11) * 2.0**-53
+
+    def bernoulli(self, prob: float, key: Key) -> bool:
+        """Returns True with probability `prob`. Probability 0 never gives True, and probability 1 always does."""
+        return self.uniform(key) < prob
+
+    def categorical(self, probs: Float[Tensor, " v"], key: Key) -> int:
+        """Draws a token from `probs`, which need not be normalised. A token of probability zero is never drawn.
+
+        Raises:
+            ValueError: the sum of `probs` is not positive.
+        """
+        code = compiled_for(probs)
+        find = _categorical if code is None else partial(_categorical_compiled, code)
+        token = find(probs, self.uniform(key))
+        if token < 0:
+            raise ValueError("cannot draw a token from a law without mass: every probability is zero or NaN")
+        return token
+
+    def order(self, probs: Float[Tensor, " v"], key: Key, k: int) -> list[int]:
+        """Draws `k` tokens from `probs` without replacement; fewer if fewer have positive probability."""
+        return self.order_rows([self], probs[None], [key], k)[0]
+
+    @staticmethod
+    def order_rows(
+        draws: Sequence[Draws],
+        probs: Float[Tensor, "n k"],
+        keys: Sequence[Key],
+        k: int,
+        token_ids: Int[Tensor, "n k"] | None = None,
+    ) -> list[list[int]]:
+        """Computes `order` for many rows at once. Row i is drawn with ``draws[i]`` at ``keys[i]``.
+
+        The method is an exponential race, which is equivalent to Gumbel-top-k. Token t arrives at time -log(u_t) / probs[t],
+        where u_t is addressed by t. The first k arrivals are the draws. Times are computed in float64.
+
+        Args:
+            token_ids: the token of each entry; None if entry j is token j.
+
+        Returns:
+            For each row, the indices of the drawn entries in the order of the draws.
+        """
+        starts = [row_draws._start(key) for row_draws, key in zip(draws, keys, strict=True)]
+        code = compiled_for(probs)
+        count = min(k, probs.shape[1])
+        found = (
+            _race(starts, probs, count, token_ids) if code is None else _race_compiled(code, starts, probs, count, token_ids)
+        )
+        return [
+            [entry for time, entry in zip(*row, strict=True) if time < float("inf")]
+            for row in zip(found.times.tolist(), found.entries.tolist(), strict=True)
+        ]
+
+
+def _categorical(probs: Float[Tensor, " v"], uniform: float) -> int:
+    """Returns the first token at which the cumulative sum exceeds the share `uniform` of the total; -1 if the total is zero.
+
+    Works on every device and in every dtype.
+    """
+    cumulative = probs.double().cumsum(0)
+    total = float(cumulative[-1])
+    if not total > 0:
+        return -1
+    token = int(torch.searchsorted(cumulative, uniform * total, right=True))
+    if token == len(probs) or not probs[token] > 0:  # u * total rounded up to total, or the blockwise sum is not monotone
+        token = int(torch.nonzero(probs[: token + 1])[-1])
+    return token
+
+
+def _categorical_compiled(code: CDLL, probs: Float[Tensor, " v"], uniform: float) -> int:
+    """Computes `_categorical` with `kernels/laws.c`."""
+    probs = probs.contiguous()
+    return code.foredraft_categorical(c_void_p(probs.data_ptr()), c_int64(len(probs)), c_double(uniform))
+
+
+class _Arrivals(NamedTuple):
+    """The first arrivals of each row in order, with their entries. Times are infinite after the last arrival."""
+
+    times: Float[Tensor, "n c"]
+    entries: Int[Tensor, "n c"]
+
+
+def _race(starts: Sequence[int], probs: Float[Tensor, "n k"], count: int, token_ids: Int[Tensor, "n k"] | None) -> _Arrivals:
+    """Runs the race with torch, on every device and in every dtype."""
+    ids = torch.arange(probs.shape[1], device=probs.device) if token_ids is None else token_ids
+    begin = torch.tensor([_signed(start) for start in starts], device=probs.device)
+    words = _mix_tensor(begin[:, None] + (ids + 1) * _signed(_GOLDEN))
+    uniform = (_shift(words, 11).double() + 0.5) * 2.0**-53
+    return _Arrivals(*uniform.log_().neg_().div_(probs).topk(count, largest=False))
+
+
+def _race_compiled(
+    code: CDLL, starts: Sequence[int], probs: Float[Tensor, "n k"], count: int, token_ids: Int[Tensor, "n k"] | None
+) -> _Arrivals:
+    """Computes `_race` with `kernels/draws.c`, which avoids most logarithms."""
+    probs, token_ids = probs.contiguous(), None if token_ids is None else token_ids.contiguous()
+    times = torch.empty(len(starts), count, dtype=torch.float64)
+    entries = torch.empty(len(starts), count, dtype=torch.int64)
+    for row, start in enumerate(starts):
+        given = probs[row].data_ptr(), None if token_ids is None else token_ids[row].data_ptr()
+        found = times[row].data_ptr(), entries[row].data_ptr()
+        sizes = c_int64(probs.shape[1]), c_int64(count)
+        code.foredraft_race(c_uint64(start), *map(c_void_p, given), *sizes, *map(c_void_p, found))
+    return _Arrivals(times, entries)

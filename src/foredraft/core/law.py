@@ -1,0 +1,292 @@
+"""The target's law: the probabilities that follow from its logits and the sampling parameters.
+
+The transformations run in the order of vLLM. First come the processors that may depend on the prefix: allowed tokens, bad
+words, minimum length, bias, penalties. Then follow temperature, min-p, top-k and top-p. Temperature 0 gives the one-hot law of
+the largest logit.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from ctypes import CDLL, c_double, c_int64, c_void_p
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from foredraft.core.params import SamplingParams
+from foredraft.core.tree import DraftTree
+from foredraft.kernels import compiled_for
+
+PrefixProcessor = Callable[[Sequence[int], Sequence[int], Tensor], Tensor]
+"""``(committed_ids, path_ids, logits_row) -> logits_row``. `committed_ids` are the ids of prompt and output, with the root.
+`path_ids` are the ids on the path from below the root to the node. The logits of the node must not be changed in place."""
+
+
+_LEAST_TEMPERATURE, _MOST_TEMPERATURE = 1e-30, 1e30
+"""At the least temperature, only tied tokens keep probability. At the largest, all tokens are equally likely. Beyond these
+limits, float32 could not represent the quotients."""
+
+_SAFE_TEMPERATURE = 1e-3
+"""From this temperature on, a logit divided by it fits into float32. Below, the largest logit is subtracted first."""
+
+
+def at_least_float32(logits: Float[Tensor, "*n v"]) -> Float[Tensor, "*n v"]:
+    """Converts logits to the precision of laws: float64 stays, everything else becomes float32."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def warp(logits: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor, "n v"]:
+    """Returns probabilities after temperature, min-p, top-k and top-p, in float32 or float64. One-hot at temperature 0.
+
+    All tokens that tie with the last token of top-k are kept. Top-p also keeps the token that crosses the threshold; among
+    equally likely tokens, the first.
+    """
+    if sampling.temperature == 0:
+        return one_hot(logits.argmax(-1), logits)
+    scaled = at_least_float32(logits)
+    code = compiled_for(scaled)
+    return _warp(scaled, sampling) if code is None else _warp_compiled(code, scaled, sampling)
+
+
+def _temperature(sampling: SamplingParams) -> float:
+    return float(min(max(sampling.temperature, _LEAST_TEMPERATURE), _MOST_TEMPERATURE))
+
+
+def _warp_compiled(code: CDLL, logits: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor, "n v"]:
+    """Computes `_warp` with `kernels/laws.c`, which does not sort."""
+    logits = logits.contiguous()
+    probs = torch.empty_like(logits)
+    size = logits.shape[-1]
+    code.foredraft_laws(
+        c_void_p(logits.data_ptr()),
+        *(c_int64(logits.numel() // size), c_int64(size), c_double(_temperature(sampling))),
+        *(c_double(math.log(sampling.min_p) if sampling.min_p > 0 else -math.inf), c_int64(max(sampling.top_k, 0))),
+        *(c_double(sampling.top_p), c_void_p(probs.data_ptr())),
+    )
+    return probs
+
+
+def _warp(scaled: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor, "n v"]:
+    """Computes the probabilities with torch, on every device and in every dtype."""
+    temperature = _temperature(sampling)
+    if temperature < _SAFE_TEMPERATURE or sampling.min_p > 0:
+        scaled = scaled - scaled.amax(-1, keepdim=True)
+    if temperature != 1:
+        scaled = scaled / temperature
+    if sampling.min_p > 0:
+        scaled = scaled.masked_fill(scaled < math.log(sampling.min_p), -math.inf)
+    if 0 < sampling.top_k < scaled.shape[-1]:
+        least = scaled.topk(sampling.top_k, dim=-1).values[..., -1:]
+        scaled = scaled.masked_fill(scaled < least, -math.inf)
+    if sampling.top_p < 1:
+        probs = scaled.softmax(-1)
+        scaled = scaled.masked_fill(~likeliest_of_mass(probs, sampling.top_p), -math.inf)
+    return scaled.softmax(-1)
+
+
+_NUM_TOP = 256
+"""This many most likely tokens usually reach the threshold of top-p. Finding them takes a tenth of the time of a full sort."""
+
+
+def likeliest_of_mass(probs: Float[Tensor, "n v"], mass: float) -> Bool[Tensor, "n v"]:
+    """Marks the most likely tokens of each row, up to the token with which their sum reaches `mass`.
+
+    Among equally likely tokens, the first are marked.
+    """
+    top = probs.topk(min(_NUM_TOP, probs.shape[-1])).values
+    suffices = top.sum(-1) >= mass * (1 + 1e-6)  # the margin covers rounding in any order of summation
+    descending = top if bool(suffices.all()) else _descending(probs)
+    count = (descending.cumsum(-1) - descending < mass).sum(-1, keepdim=True).clamp(min=1)  # a tiny mass may round to 0
+    least = descending.gather(-1, count - 1)
+    kept, equal = probs > least, probs == least
+    wanted = count - kept.sum(-1, keepdim=True)
+    return kept | (equal & (equal.cumsum(-1) <= wanted))
+
+
+def _descending(probs: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
+    """Sorts every row in descending order. On a CPU, numpy's vectorised sort is much faster than torch's."""
+    if probs.device.type != "cpu":
+        return probs.sort(dim=-1, descending=True).values
+    return torch.from_numpy(np.sort(probs.numpy(), axis=-1)[:, ::-1].copy())
+
+
+class Largest(NamedTuple):
+    """The largest numbers of each row, in descending order, and their indices."""
+
+    values: Float[Tensor, "n k"]
+    places: Int[Tensor, "n k"]
+
+
+_MAX_SCANNED = 64
+"""Up to this many largest numbers, scanning is faster than sorting."""
+
+
+def largest(x: Float[Tensor, "n v"], k: int) -> Largest:
+    """Returns the `k` largest numbers of each row, or all if a row has fewer.
+
+    Compiled code returns the first of equal numbers first. The order of equal numbers is undefined otherwise.
+    """
+    count = min(k, x.shape[1])
+    code = compiled_for(x)
+    if code is None or not 0 < count <= _MAX_SCANNED:
+        return Largest(*x.topk(count))
+    x = x.contiguous()
+    found = Largest(x.new_empty(len(x), count), torch.empty(len(x), count, dtype=torch.int64))
+    sizes = (c_int64(size) for size in (*x.shape, count))
+    code.foredraft_largest(c_void_p(x.data_ptr()), *sizes, *(c_void_p(tensor.data_ptr()) for tensor in found))
+    return found
+
+
+def likeliest(logits: Float[Tensor, "n v"]) -> list[int]:
+    """Returns the token with the largest logit in each row; the first of equal logits."""
+    if _is_numpys(logits):
+        return logits.numpy().argmax(-1).tolist()  # takes a tenth of the time of torch's argmax, which is not vectorised
+    return logits.argmax(-1).tolist()
+
+
+def _are_finite(logits: Float[Tensor, "n v"], token_ids: Sequence[int]) -> list[bool]:
+    """Returns for each row i whether the logit of ``token_ids[i]`` is finite."""
+    if _is_numpys(logits):
+        rows = logits.numpy()
+        return [math.isfinite(rows[place]) for place in enumerate(token_ids)]
+    ids = torch.tensor(token_ids, device=logits.device)
+    return logits.gather(-1, ids[:, None]).isfinite().flatten().tolist()
+
+
+def _is_numpys(logits: Tensor) -> bool:
+    """Whether numpy can read the tensor. For small work, numpy takes a fraction of torch's time."""
+    return logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64)
+
+
+def one_hot(token_ids: Tensor, like: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
+    """Returns the law whose row i has probability 1 at ``token_ids[i]``."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.zeros(like.shape, dtype=dtype, device=like.device).scatter_(-1, token_ids[..., None], 1.0)
+
+
+_FORBIDDING = ("allowed_token_ids", "bad_words", "min_tokens", "logit_bias")
+"""Sampling parameters that can forbid tokens."""
+
+_FORBIDS_NOTHING = (None, 0, [], {}, ())
+"""Values of these parameters that forbid nothing."""
+
+
+class Solid(NamedTuple):
+    """Rows of logits in which every row defines a law.
+
+    Attributes:
+        logits: the given logits, but 0 for every token of a row that `is_empty`.
+        is_empty: whether no token of the row could be drawn. Every logit is minus infinity, or a logit is NaN or infinity.
+    """
+
+    logits: Float[Tensor, "n v"]
+    is_empty: Bool[Tensor, " n"]
+
+
+def solid(logits: Float[Tensor, "n v"]) -> Solid:
+    """Replaces rows that define no law, so that later code needs no special case."""
+    is_empty = ~logits.amax(-1).isfinite()  # NaN is larger than every number
+    return Solid(logits.masked_fill(is_empty[:, None], 0.0) if bool(is_empty.any()) else logits, is_empty)
+
+
+class TargetLaw:
+    """The target's law at each node of one tree, after sampling parameters. Rows are computed on demand and stored.
+
+    A node has no law if every token is forbidden, or if its logits are NaN or infinite. `row` and `token` then return an
+    arbitrary law, and `failure` gives the reason. Rules need no special case. An exact rule is exact for any law, so an output
+    that ends at the first node with a `failure` has the right law up to that end.
+
+    All logits are copied to the CPU at once, unless only the most likely tokens are needed. A rule requests row after row. On a
+    GPU, launches and waits would cost more time than the work itself.
+
+    Args:
+        logits: row i scores the children of node i.
+        sampling: the sampling parameters.
+        tree: required only with `processors`.
+        committed_ids: ids of prompt and output so far, including the root.
+        processors: the parts of `sampling` that depend on the prefix, see `prefix_processors`.
+    """
+
+    def __init__(
+        self,
+        logits: Float[Tensor, "n v"],
+        sampling: SamplingParams,
+        tree: DraftTree | None = None,
+        committed_ids: Sequence[int] = (),
+        processors: Sequence[PrefixProcessor] = (),
+    ):
+        self._logits = logits
+        self._sampling = sampling
+        self._tree = tree
+        self._committed_ids = committed_ids
+        self._processors = processors
+        self._rows: dict[int, Tensor] = {}
+        self._empty: dict[int, bool] = {}
+        self._likeliest: list[int] | None = None
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether every row is one-hot, as at temperature 0. Then `token` returns the token without computing a row."""
+        return self._sampling.temperature == 0
+
+    def token(self, node: int) -> int:
+        """Returns the only token that can follow `node`. The law must be `is_certain`."""
+        assert self.is_certain
+        if self._processors:
+            logits = self._processed(node)
+            token = int(logits.argmax(-1))
+            self._empty[node] = not math.isfinite(logits[token])
+            return token
+        if self._likeliest is None:
+            self._likeliest = likeliest(self._logits)
+            self._empty.update(enumerate(map(operator.not_, _are_finite(self._logits, self._likeliest))))
+        return self._likeliest[node]
+
+    def row(self, node: int) -> Float[Tensor, " v"]:
+        """Returns the probabilities of the token after `node`."""
+        return self.rows([node])[0]
+
+    def rows(self, nodes: Sequence[int]) -> list[Float[Tensor, " v"]]:
+        """Returns `row` for several nodes. Rows that are not stored yet are computed together."""
+        missing = [node for node in dict.fromkeys(nodes) if node not in self._rows]
+        if missing:
+            logits, is_empty = solid(torch.stack([self._processed(node) for node in missing]))
+            self._empty.update(zip(missing, is_empty.tolist(), strict=True))
+            self._rows.update(zip(missing, warp(logits, self._sampling), strict=True))
+        return [self._rows[node] for node in nodes]
+
+    def failure(self, node: int) -> str | None:
+        """Returns the reason why no token can follow `node`; None if a token can follow."""
+        if node not in self._empty:
+            self.token(node) if self.is_certain else self.row(node)
+        if not self._empty[node]:
+            return None
+        if not self._here[node].amax().isfinite():
+            return "the model's logits contain NaN or infinity. Check its weights, or choose a wider dtype"
+        given = [name for name in _FORBIDDING if getattr(self._sampling, name) not in _FORBIDS_NOTHING]
+        return f"every token is forbidden by {' and '.join(given) or 'the request'}. Allow at least one token"
+
+    def raw_logprobs(self, node: int) -> Float[Tensor, " v"]:
+        """Returns the log-probabilities of the model after `node`, before any transformation."""
+        return at_least_float32(self._here[node]).log_softmax(-1)
+
+    @cached_property
+    def _here(self) -> Float[Tensor, "n v"]:
+        """The logits on the CPU."""
+        return self._logits.cpu()
+
+    def _processed(self, node: int) -> Tensor:
+        logits = self._here[node]
+        if self._processors:
+            assert self._tree is not None, "prefix processors need the tree"
+            logits = at_least_float32(logits)
+            path_ids = [int(self._tree.tokens[i]) for i in self._tree.path_to(node)]
+            for processor in self._processors:
+                logits = processor(self._committed_ids, path_ids, logits)
+        return logits

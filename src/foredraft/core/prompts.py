@@ -1,0 +1,86 @@
+"""Accepted forms of a prompt, and their conversion to token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+from foredraft.core.errors import check_text, shown
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""A text, a list of token ids, or ``{"prompt_token_ids": [...]}`` or ``{"prompt": "..."}``."""
+
+_KEYS = ("prompt", "prompt_token_ids")
+
+
+def encode(prompt: Prompt, tokenizer: Any) -> tuple[str | None, list[int]]:
+    """Returns the text of a prompt (None if it has none) and its token ids.
+
+    Raises:
+        ValueError: the prompt is empty or not valid text, or it is text and there is no tokenizer.
+        TypeError: the prompt has none of the accepted forms.
+    """
+    text, ids = None, prompt
+    if isinstance(prompt, Mapping):
+        text, ids = _of_mapping(prompt)
+    if isinstance(ids, str):
+        if not ids:
+            raise ValueError("the prompt is empty: give at least one character")
+        check_text("the prompt", ids)
+        if tokenizer is None:
+            raise ValueError(
+                "this model has no tokenizer: copy its files (tokenizer.json, tokenizer_config.json) into the model's "
+                "directory, or give token ids in Python, as in generate([1, 2, 3])"
+            )
+        token_ids = tokenizer(ids, verbose=False)["input_ids"]  # not verbose, since the engine checks the length itself
+        return ids, [int(token_id) for token_id in token_ids]
+    if not _is_ids(ids):
+        raise not_a_prompt(prompt)
+    return text, [int(token_id) for token_id in ids]
+
+
+def _of_mapping(prompt: Mapping[str, Any]) -> tuple[str | None, Any]:
+    """Returns text and ids of a prompt that is a dictionary. If it has both, the ids are used."""
+    for key, value in prompt.items() if set(_KEYS) & set(prompt) else ():
+        if key not in _KEYS and value is not None:
+            is_media = str(key).startswith(("multi_modal", "mm_"))
+            why = "only text is supported, no images, audio or video" if is_media else "unknown key"
+            raise TypeError(f"a prompt cannot have {shown(key)} ({why}). Allowed keys: {', '.join(_KEYS)}")
+    text, ids = (prompt.get(key) for key in _KEYS)
+    if ids is None:
+        return (text if isinstance(text, str) else None), text if text is not None else prompt
+    if not _is_ids(ids):
+        raise TypeError(
+            f"prompt_token_ids must be a list of token ids (whole numbers), got {shown(ids)}. "
+            + ("Convert an array or a tensor with .tolist()" if hasattr(ids, "tolist") else "Give text as 'prompt'")
+        )
+    if not isinstance(text, str | None):
+        raise TypeError(f"'prompt' must be a str if prompt_token_ids is given, got {shown(text)}. Leave one of them out")
+    return text, ids
+
+
+def _is_ids(value: Any) -> bool:
+    return is_list(value) and all(isinstance(item, Integral) and not isinstance(item, bool) for item in value)
+
+
+def is_list(value: Any) -> bool:
+    """Whether a value is a sequence other than text or bytes."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
+
+
+def is_one_prompt(value: Any) -> bool:
+    """Whether a value is a single prompt and not a list of prompts."""
+    return isinstance(value, str | Mapping) or (is_list(value) and bool(value) and isinstance(value[0], Integral))
+
+
+def not_a_prompt(given: Any) -> TypeError:
+    """Returns the error for a prompt of a wrong type."""
+    advice = (
+        "Convert an array or a tensor with .tolist()" if hasattr(given, "tolist") else "Give one of these, or a list of them"
+    )
+    if isinstance(given, Mapping):
+        advice = f"Allowed keys: {', '.join(_KEYS)}"
+    return TypeError(
+        f"a prompt is a str, a list of token ids (whole numbers) or {{'prompt_token_ids': [...]}}, got {shown(given)}. {advice}"
+    )

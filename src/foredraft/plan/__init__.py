@@ -1,0 +1,1 @@
+"""What a `speculative_config` means, and which way of drafting pays."""

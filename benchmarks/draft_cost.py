@@ -50,7 +50,8 @@ from foredraft.heads.folder import layer_config
 from foredraft.heads.layers import Shape
 from foredraft.kernels import library
 from foredraft.models.native import NativeTarget
-from foredraft.models.packed import FEW, FULL, CLinear
+from foredraft.kernels.layouts import FEW, FULL
+from foredraft.kernels.structures import CLinear
 from foredraft.trees import GROWERS
 
 SIZES: dict[int, dict[str, int]] = {

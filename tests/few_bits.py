@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from foredraft.models.native import NativeTarget
-from foredraft.models.packed import FewBits
+from foredraft.kernels.layouts import FewBits
 
 
 def in_few_bits(weight: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from foredraft.llm import BUNDLED_TARGET
 from foredraft.models.checkpoint import ModelError, read_json
 from foredraft.models.loading import load_target
 from foredraft.models.native import NativeTarget
-from foredraft.models.packed import FEW, FULL
+from foredraft.kernels.layouts import FEW, FULL
 from foredraft.train.attention import tables, unrolled, with_slots
 from foredraft.trees import GROWERS
 from narrow import narrow_head

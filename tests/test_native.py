@@ -18,7 +18,7 @@ from foredraft.core.tree import TreeBatch
 from foredraft.models.llama import LlamaTarget
 from foredraft.models.loading import load_target
 from foredraft.models.native import NativeTarget, can_run, run_linear
-from foredraft.models.packed import FEW, FULL, FewBits, Memory, blocked, blocked_few, describe_weight
+from foredraft.kernels.layouts import FEW, FULL, FewBits, Memory, blocked, blocked_few, describe_weight
 from test_models import LLAMA3
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="needs a CPU with AVX-512 BF16 and a C compiler")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from ctypes import CDLL, c_double, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -18,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from foredraft.kernels import compiled_for
+from foredraft.kernels import Code, compiled_for
 
 Key = tuple[str, tuple[int, ...], int]
 """(purpose, path of sibling ranks from the root, index)."""
@@ -155,10 +154,10 @@ def _categorical(probs: Float[Tensor, " v"], uniform: float) -> int:
     return token
 
 
-def _categorical_compiled(code: CDLL, probs: Float[Tensor, " v"], uniform: float) -> int:
-    """Computes `_categorical` with `kernels/laws.c`."""
+def _categorical_compiled(code: Code, probs: Float[Tensor, " v"], uniform: float) -> int:
+    """Computes `_categorical` with `kernels/c/laws.h`."""
     probs = probs.contiguous()
-    return code.foredraft_categorical(c_void_p(probs.data_ptr()), c_int64(len(probs)), c_double(uniform))
+    return code.categorical(probs.data_ptr(), len(probs), uniform)
 
 
 class _Arrivals(NamedTuple):
@@ -178,15 +177,14 @@ def _race(starts: Sequence[int], probs: Float[Tensor, "n k"], count: int, token_
 
 
 def _race_compiled(
-    code: CDLL, starts: Sequence[int], probs: Float[Tensor, "n k"], count: int, token_ids: Int[Tensor, "n k"] | None
+    code: Code, starts: Sequence[int], probs: Float[Tensor, "n k"], count: int, token_ids: Int[Tensor, "n k"] | None
 ) -> _Arrivals:
-    """Computes `_race` with `kernels/draws.c`, which avoids most logarithms."""
+    """Computes `_race` with `kernels/c/draws.h`, which avoids most logarithms."""
     probs, token_ids = probs.contiguous(), None if token_ids is None else token_ids.contiguous()
     times = torch.empty(len(starts), count, dtype=torch.float64)
     entries = torch.empty(len(starts), count, dtype=torch.int64)
     for row, start in enumerate(starts):
         given = probs[row].data_ptr(), None if token_ids is None else token_ids[row].data_ptr()
         found = times[row].data_ptr(), entries[row].data_ptr()
-        sizes = c_int64(probs.shape[1]), c_int64(count)
-        code.foredraft_race(c_uint64(start), *map(c_void_p, given), *sizes, *map(c_void_p, found))
+        code.race(start, *given, probs.shape[1], count, *found)
     return _Arrivals(times, entries)

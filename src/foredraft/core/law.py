@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from ctypes import CDLL, c_double, c_int64, c_void_p
 from functools import cached_property
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from foredraft.core.params import SamplingParams
 from foredraft.core.tree import DraftTree
-from foredraft.kernels import compiled_for
+from foredraft.kernels import Code, compiled_for
 
 PrefixProcessor = Callable[[Sequence[int], Sequence[int], Tensor], Tensor]
 """``(committed_ids, path_ids, logits_row) -> logits_row``. `committed_ids` are the ids of prompt and output, with the root.
@@ -58,17 +57,14 @@ def _temperature(sampling: SamplingParams) -> float:
     return float(min(max(sampling.temperature, _LEAST_TEMPERATURE), _MOST_TEMPERATURE))
 
 
-def _warp_compiled(code: CDLL, logits: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor, "n v"]:
-    """Computes `_warp` with `kernels/laws.c`, which does not sort."""
+def _warp_compiled(code: Code, logits: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor, "n v"]:
+    """Computes `_warp` with `kernels/c/laws.h`, which does not sort."""
     logits = logits.contiguous()
     probs = torch.empty_like(logits)
     size = logits.shape[-1]
-    code.foredraft_laws(
-        c_void_p(logits.data_ptr()),
-        *(c_int64(logits.numel() // size), c_int64(size), c_double(_temperature(sampling))),
-        *(c_double(math.log(sampling.min_p) if sampling.min_p > 0 else -math.inf), c_int64(max(sampling.top_k, 0))),
-        *(c_double(sampling.top_p), c_void_p(probs.data_ptr())),
-    )
+    least = math.log(sampling.min_p) if sampling.min_p > 0 else -math.inf
+    limits = least, max(sampling.top_k, 0), sampling.top_p
+    code.laws(logits.data_ptr(), logits.numel() // size, size, _temperature(sampling), *limits, probs.data_ptr())
     return probs
 
 
@@ -138,8 +134,7 @@ def largest(x: Float[Tensor, "n v"], k: int) -> Largest:
         return Largest(*x.topk(count))
     x = x.contiguous()
     found = Largest(x.new_empty(len(x), count), torch.empty(len(x), count, dtype=torch.int64))
-    sizes = (c_int64(size) for size in (*x.shape, count))
-    code.foredraft_largest(c_void_p(x.data_ptr()), *sizes, *(c_void_p(tensor.data_ptr()) for tensor in found))
+    code.largest(x.data_ptr(), *x.shape, count, found.values.data_ptr(), found.places.data_ptr())
     return found
 
 

@@ -1,4 +1,4 @@
-"""Compiled heads: runs the layers of EAGLE, FSPAD, EAGLE-3 and parallel slots in bfloat16 on a CPU with `kernels/decoder.c`.
+"""Compiled heads: runs the layers of EAGLE, FSPAD, EAGLE-3 and parallel slots on a CPU with `kernels/c/decoder.h`.
 
 One call computes a level of the tree, or all slots. `foredraft.heads.modules` is the plain version. A test compares the two.
 """
@@ -17,21 +17,10 @@ from foredraft.cache.pool import KVCache
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.heads.layers import ResBlock, Shape
 from foredraft.heads.modules import CtcHead, Eagle3Head, FeatureHead, HydraHeads
+from foredraft.kernels.layouts import FEW, FULL, TILE, TYPES, Memory, describe_weight
+from foredraft.kernels.structures import CEntry, CLayer, CLinear, CModel, CResidual
 from foredraft.models.native import ONE_THREAD_BYTES, NativeTarget, can_run, run_linear, run_residuals, run_step
-from foredraft.models.packed import (
-    FEW,
-    FULL,
-    TILE,
-    CEntry,
-    CLayer,
-    CLinear,
-    CModel,
-    CResidual,
-    Memory,
-    describe_layer,
-    describe_linear,
-    describe_weight,
-)
+from foredraft.models.packed import describe_layer, describe_linear
 from foredraft.models.reader import Reader
 from foredraft.models.rope import frequencies
 
@@ -46,11 +35,11 @@ def can_compile(head: Any, config: Any, target: Any) -> bool:
     has_other_norms = isinstance(head, Eagle3Head) and not head.has_only_released_norms
     has_no_layer = isinstance(head, HydraHeads) and head.prefix is None
     fits = is_native and not has_other_norms and not has_no_layer
-    return fits and can_run(config, torch.bfloat16, torch.device("cpu"))
+    return fits and can_run(config, target.dtype, torch.device("cpu"))
 
 
 class CompiledLinear(nn.Module):
-    """A linear layer in bfloat16 that runs in `kernels/decoder.c`.
+    """A linear layer that runs in compiled code.
 
     Attributes:
         described: the layer as the C code reads it.
@@ -68,7 +57,7 @@ class CompiledLinear(nn.Module):
 
 
 class CompiledBlocks(nn.Module):
-    """A sequence of residual blocks in bfloat16, run in one call. Their running sum is not rounded between blocks."""
+    """A sequence of residual blocks, run in one call. Their running sum is not rounded between blocks."""
 
     def __init__(self, plain: Sequence[ResBlock], memory: Memory, threads: int, bits: int):
         super().__init__()
@@ -82,7 +71,7 @@ class CompiledBlocks(nn.Module):
 
 
 def describe(plain: nn.Linear | nn.Identity, memory: Memory, bits: int) -> CLinear:
-    """Describes a linear layer in the form that `decoder.c` reads. A layer without a weight is the identity."""
+    """Describes a linear layer in the form that compiled code reads. A layer without a weight is the identity."""
     if not isinstance(plain, nn.Linear):
         return CLinear()
     return describe_weight(memory, plain.weight.detach(), None if plain.bias is None else plain.bias.detach(), bits)
@@ -130,13 +119,14 @@ class CompiledHead:
     def __init__(self, head: LayerHead, config: Any, target: NativeTarget, *, threads: int | None = None, bits: int = FEW):
         self._memory, self._target = Memory(), target  # keeps the shared weights alive
         self._bits = bits
-        read = Reader(config, head.state_dict(), torch.bfloat16, torch.device("cpu"), packed=False)
+        read = Reader(config, head.state_dict(), target.dtype, torch.device("cpu"), packed=False)
         shape, rotary = Shape.of(config), frequencies(config, config.max_position_embeddings)
         at = "midlayer" if isinstance(head, Eagle3Head) else "prefix" if isinstance(head, HydraHeads) else "layers.0"
         self._layers = (CLayer * 1)(describe_layer(self._memory, read, at, None, bits))
         self._fc = self._linear(read, "fc") if isinstance(head, Eagle3Head) else None
         own = self._own(head, read)
         self._model = CModel(
+            type=TYPES[target.dtype],
             hidden=shape.hidden,
             heads=shape.heads,
             kv_heads=shape.kv_heads,
@@ -175,7 +165,9 @@ class CompiledHead:
             "head": self._linear(read, "lm_head"),
             "token_ids": self._memory.put(token_ids).data_ptr(),
         }
-        return own | ({"embedding": self._put(read, "embed_tokens")} if read.has("embed_tokens") else {})
+        return own | (
+            {"embedding": self._memory.put(read.tensor("embed_tokens")).data_ptr()} if read.has("embed_tokens") else {}
+        )
 
     def _parallel(self, read: Reader, head: CtcHead) -> dict[str, Any]:
         """The fields of `CModel` that parallel slots set."""
@@ -196,7 +188,7 @@ class CompiledHead:
         return describe_linear(self._memory, read, *names, bits=self._bits)
 
     def _put(self, read: Reader, name: str) -> int:
-        return self._memory.put(read.tensor(name)).data_ptr()
+        return self._memory.put(read.tensor(name).float()).data_ptr()
 
     @property
     def linears(self) -> list[CLinear]:
@@ -208,7 +200,7 @@ class CompiledHead:
 
     def fuse(self, features: Float[Tensor, "n f"]) -> Float[Tensor, "n d"]:
         """Converts the target's features to the features of pairs."""
-        return features if self._fc is None else run_linear(self._fc, features, self.threads).bfloat16()
+        return features if self._fc is None else run_linear(self._fc, features, self.threads).to(features.dtype)
 
     def __call__(
         self,

@@ -2,12 +2,11 @@
 
 Source: prefix search: Graves et al. 2006, Connectionist Temporal Classification, section 3.2; collapsing: section 3.1.
 
-`kernels/prefixes.c` computes the tree many times faster. A test compares the two.
+`kernels/c/prefixes.c` computes the tree many times faster. A test compares the two.
 """
 
 from __future__ import annotations
 
-import ctypes
 import heapq
 from collections.abc import Sequence
 
@@ -43,8 +42,7 @@ def likeliest_prefixes(
         return trie(prefix_search(tokens, probs, blanks, nodes, depth), root)
     frames = [np.ascontiguousarray(tokens, np.int64), *(np.ascontiguousarray(row, np.float64) for row in (probs, blanks))]
     out = np.empty((2, nodes + 1), np.int64)
-    numbers = (ctypes.c_int64(number) for number in (*probs.shape, nodes, depth))
-    size = code.foredraft_prefixes(*map(_at, frames), *numbers, *map(_at, out))
+    size = code.prefixes(*map(_at, frames), *probs.shape, nodes, depth, *map(_at, out))
     if size < 0:
         raise MemoryError(f"no memory for {nodes} prefixes")
     out[:, 0] = root, -1
@@ -52,8 +50,8 @@ def likeliest_prefixes(
     return drafted, parents
 
 
-def _at(numbers: np.ndarray) -> ctypes.c_void_p:
-    return ctypes.c_void_p(numbers.ctypes.data)
+def _at(numbers: np.ndarray) -> int:
+    return numbers.ctypes.data
 
 
 def prefix_search(

@@ -231,7 +231,7 @@ def _llama(
     try:
         tensors = {name: _read(weights[name]) for name in wanted}
         if can_run(config, dtype, device):
-            return NativeTarget(config, tensors, max_len=max_len)
+            return NativeTarget(config, tensors, dtype, max_len=max_len)
         return LlamaTarget(config, tensors, dtype, device, max_len=max_len)
     except (ValueError, RuntimeError) as error:
         raise error if isinstance(error, ModelError) else ModelError(f"cannot load the model: {one_line(error)}") from None

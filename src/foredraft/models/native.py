@@ -1,4 +1,4 @@
-"""Runs the Llama family in bfloat16 on a CPU, in `kernels/decoder.c`.
+"""Runs the Llama family on a CPU with compiled kernels, `kernels/c/decoder.h`.
 
 Weights are stored in the order in which they are read, and a forward is one call. The result of a node does not depend on the
 other nodes of the step, bit for bit, so a tree gives the same logits as plain decoding. The torch decoder
@@ -22,8 +22,10 @@ from foredraft.cache.pool import KVCache, KVPool, among_new
 from foredraft.core.contracts import Scores
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.kernels import library
+from foredraft.kernels.layouts import TILE, TYPES, Memory, blocked
+from foredraft.kernels.structures import CLayer, CLinear, CModel, CResidual, CStep
 from foredraft.models.llama import head_dim_of, window_of
-from foredraft.models.packed import TILE, CLayer, CLinear, CModel, CResidual, CStep, Memory, blocked, describe_layer
+from foredraft.models.packed import describe_layer
 from foredraft.models.reader import Reader
 from foredraft.models.rope import context_of, frequencies
 
@@ -31,19 +33,20 @@ ONE_THREAD_BYTES = 8 << 20
 """Models up to this size run on one thread. A second thread saves at most a tenth of a step, and the step waits if the
 thread is late (measured with 3 MB of weights on two cores; a step took 0.1 ms)."""
 
+BLOCK = 16
+"""Tokens of a block of the pool."""
+
 _WORD = 8
 """Bytes of an integer argument of the decoder."""
-
-_at, _whole = ctypes.c_void_p, ctypes.c_int64
 
 
 def can_run(config: Any, dtype: torch.dtype, device: torch.device) -> bool:
     """Returns whether this decoder runs a model that `foredraft.models.llama` supports.
 
-    It needs the compiled code, bfloat16 on a CPU, and widths that are multiples of `TILE`.
+    It needs the compiled code, a dtype of `TYPES` on a CPU, and widths that are multiples of `TILE`.
     """
     widths = (config.hidden_size, config.intermediate_size, head_dim_of(config))
-    fits = dtype == torch.bfloat16 and device.type == "cpu" and all(width % TILE == 0 for width in widths)
+    fits = dtype in TYPES and device.type == "cpu" and all(width % TILE == 0 for width in widths)
     return fits and library() is not None
 
 
@@ -53,6 +56,7 @@ class NativeTarget:
     Args:
         config: the model's Transformers configuration.
         weights: the state dict, under the names of the Transformers checkpoint.
+        dtype: dtype of the weights, keys and values, one of `TYPES`.
         threads: number of threads. None is torch's number, or 1 for a model of at most `ONE_THREAD_BYTES`.
         max_len: length in tokens of the longest text, see `foredraft.models.rope.context_of`.
 
@@ -60,19 +64,20 @@ class NativeTarget:
         ValueError: a weight is missing.
     """
 
-    dtype, device, has_own_threads = torch.bfloat16, torch.device("cpu"), True
+    device, has_own_threads = torch.device("cpu"), True
 
     def __init__(
         self,
         config: Any,
         weights: Mapping[str, Tensor],
+        dtype: torch.dtype = torch.bfloat16,
         *,
         threads: int | None = None,
         max_len: int | None = None,
     ):
         code = library()
         assert code is not None, "ask can_run first"
-        self.config = config
+        self.config, self.dtype = config, dtype
         self.vocab_size: int = config.vocab_size
         self.max_len: int = context_of(config, max_len)
         self._memory = Memory()
@@ -133,6 +138,7 @@ class NativeTarget:
         layers = (CLayer * len(described))(*described)
         self._layers = layers  # keeps the memory alive that the model points to
         return CModel(
+            type=TYPES[self.dtype],
             hidden=config.hidden_size,
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads or config.num_attention_heads,
@@ -145,8 +151,8 @@ class NativeTarget:
             embedding=None if self._embedding is None else self._embedding.data_ptr(),
             tied=self._head.data_ptr(),
             layers=ctypes.addressof(layers),
-            norm=self._memory.put(read.tensor("model.norm")).data_ptr(),
-            head=CLinear(self._head.data_ptr(), 0, None, *head.shape),
+            norm=self._memory.put(read.tensor("model.norm").float()).data_ptr(),
+            head=CLinear(self._head.data_ptr(), TYPES[self.dtype], None, *head.shape),
             vocabulary=len(head),
         )
 
@@ -197,39 +203,52 @@ def run_step(
     pool, num_trees = caches[0].pool, len(batch)
     lengths, offsets = [cache.length for cache in caches], batch.offsets.tolist()
     first = [0] * num_trees if start is None else list(start)
-    pool.reserve(max(length + end - begin for length, begin, end in zip(lengths, offsets, offsets[1:], strict=False)))
+    ends = [length + end - begin for length, begin, end in zip(lengths, offsets, offsets[1:], strict=False)]
+    pool.reserve(max(ends))
     count = offsets[-1] - sum(first)
     wanted = np.arange(count) if rows is None else among_new(rows, batch.offsets, first)
     logits = torch.empty(len(wanted), model.vocabulary)
-    features = torch.empty(count, len(feature_layers) * model.hidden, dtype=torch.bfloat16) if feature_layers else None
-    per_tree = lengths, [cache.slot for cache in caches], first
+    features = torch.empty(count, len(feature_layers) * model.hidden, dtype=pool.kv.dtype) if feature_layers else None
+    blocks, starts = _block_table(caches, ends)
+    per_tree = lengths, first, blocks, starts
     tables = [part.data_ptr() for part in given], [len(part) for part in given], [part.data_ptr() for part in carried]
     nodes = batch.tokens.tolist(), batch.parents.tolist(), offsets
     _alive, begin = _side_by_side(*nodes, *per_tree, wanted.tolist(), feature_layers, *tables)
-    keys, (pairs_stride, layer_stride, slot_stride, head_stride, _, _) = pool.kv.data_ptr(), pool.kv.stride()
+    keys, (pairs_stride, layer_stride, _, head_stride, _, _) = pool.kv.data_ptr(), pool.kv.stride()
     step = CStep(
         num_trees,
-        *begin[:6],
+        *begin[:7],
         len(wanted),
-        begin[6],
+        begin[7],
         logits.data_ptr(),
         len(feature_layers),
-        begin[7],
+        begin[8],
         None if features is None else features.data_ptr(),
         keys,
         keys + pairs_stride * pool.kv.element_size(),
         layer_stride,
-        slot_stride,
         head_stride,
         threads,
-        begin[8] if given else None,
-        begin[9],
-        begin[10] if carried else None,
+        begin[9] if given else None,
+        begin[10],
+        begin[11] if carried else None,
         num_slots,
     )
-    if code.foredraft_forward(ctypes.byref(model), ctypes.byref(step)):
+    if code.forward(ctypes.byref(model), ctypes.byref(step)):
         raise MemoryError(f"not enough memory for a step of {count} tokens")
     return Scores(logits, features)
+
+
+def _block_table(caches: Sequence[KVCache], lengths: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Returns the places of the blocks of 16 tokens of each request in the pool, and the first block of each request."""
+    _, _, slot_stride, _, token_stride, _ = caches[0].pool.kv.stride()
+    blocks: list[int] = []
+    starts = []
+    for cache, length in zip(caches, lengths, strict=True):
+        starts.append(len(blocks))
+        begin = cache.slot * slot_stride
+        blocks.extend(range(begin, begin + length * token_stride, BLOCK * token_stride))
+    return blocks, starts
 
 
 def _side_by_side(*parts: Sequence[int]) -> tuple[array[int], list[int]]:
@@ -240,7 +259,7 @@ def _side_by_side(*parts: Sequence[int]) -> tuple[array[int], list[int]]:
 
 
 def run_linear(layer: CLinear, x: Float[Tensor, "n i"], threads: int) -> Float[Tensor, "n o"]:
-    """Runs a linear layer of `decoder.c`. Inputs are bfloat16, outputs float32.
+    """Runs a linear layer on inputs in the type of the model. Outputs are float32.
 
     Raises:
         MemoryError: the layer does not fit into memory.
@@ -248,24 +267,22 @@ def run_linear(layer: CLinear, x: Float[Tensor, "n i"], threads: int) -> Float[T
     code, x = library(), x.contiguous()
     assert code is not None
     out = torch.empty(len(x), layer.outputs)
-    given = ctypes.byref(layer), _whole(1), _at(x.data_ptr()), _whole(len(x)), _at(out.data_ptr()), _whole(threads)
-    if code.foredraft_linears(*given):
+    if code.linear(ctypes.byref(layer), TYPES[x.dtype], x.data_ptr(), len(x), out.data_ptr(), threads):
         raise MemoryError(f"not enough memory for a linear layer of {len(x)} rows")
     return out
 
 
 def run_residuals(blocks: ctypes.Array[CResidual], x: Float[Tensor, "n i"], threads: int) -> Float[Tensor, "n d"]:
-    """Runs residual blocks of `decoder.c` one after another. All blocks have outputs of one width.
+    """Runs residual blocks one after another. All blocks have outputs of one width.
 
-    Inputs and outputs are bfloat16; the sums between blocks are float32.
+    Inputs and outputs have the type of the model; the sums between blocks are float32.
 
     Raises:
         MemoryError: the blocks do not fit into memory.
     """
     code, x = library(), x.contiguous()
     assert code is not None
-    out = torch.empty(len(x), blocks[0].linear.outputs, dtype=torch.bfloat16)
-    given = blocks, _whole(len(blocks)), _at(x.data_ptr()), _whole(len(x)), _at(out.data_ptr()), _whole(threads)
-    if code.foredraft_residuals(*given):
+    out = torch.empty(len(x), blocks[0].linear.outputs, dtype=x.dtype)
+    if code.residuals(blocks, len(blocks), TYPES[x.dtype], x.data_ptr(), len(x), out.data_ptr(), threads):
         raise MemoryError(f"not enough memory for residual blocks of {len(x)} rows")
     return out

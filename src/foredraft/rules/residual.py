@@ -1,14 +1,12 @@
-"""Residuals of laws after a rejection. `kernels/laws.c` computes them where it runs, else torch."""
+"""Residuals of laws after a rejection. `kernels/c/laws.h` computes them where it runs, else torch."""
 
 from __future__ import annotations
-
-from ctypes import CDLL, c_int64, c_void_p
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.kernels import compiled_for
+from foredraft.kernels import Code, compiled_for
 
 
 def subtract(target: Float[Tensor, " v"], draft: Float[Tensor, " v"] | None, token: int) -> Float[Tensor, " v"]:
@@ -58,16 +56,13 @@ def _without(law: Float[Tensor, " v"], token: int) -> _Left:
     return _normalized(left)
 
 
-def _subtract_compiled(code: CDLL, target: Float[Tensor, " v"], draft: Float[Tensor, " v"]) -> _Left:
-    """Computes `_subtract` in `kernels/laws.c`."""
+def _subtract_compiled(code: Code, target: Float[Tensor, " v"], draft: Float[Tensor, " v"]) -> _Left:
+    """Computes `_subtract` in `kernels/c/laws.h`."""
     target, draft, left = target.contiguous(), draft.contiguous(), torch.empty(len(target))
-    size = c_int64(len(target))
-    mass = code.foredraft_subtract(c_void_p(target.data_ptr()), c_void_p(draft.data_ptr()), size, c_void_p(left.data_ptr()))
-    return left, mass
+    return left, code.subtract(target.data_ptr(), draft.data_ptr(), len(target), left.data_ptr())
 
 
-def _without_compiled(code: CDLL, law: Float[Tensor, " v"], token: int) -> _Left:
-    """Computes `_without` in `kernels/laws.c`."""
+def _without_compiled(code: Code, law: Float[Tensor, " v"], token: int) -> _Left:
+    """Computes `_without` in `kernels/c/laws.h`."""
     law, left = law.contiguous(), torch.empty(len(law))
-    mass = code.foredraft_without(c_void_p(law.data_ptr()), c_int64(token), c_int64(len(law)), c_void_p(left.data_ptr()))
-    return left, mass
+    return left, code.without(law.data_ptr(), token, len(law), left.data_ptr())

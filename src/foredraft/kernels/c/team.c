@@ -1,15 +1,25 @@
 /* A team of threads that runs the phases of a forward. */
 
+#define _GNU_SOURCE
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <unistd.h>
 
+#include "numbers.h"
+#include "team.h"
+
 enum { MOST_THREADS = 64, SPINS_BEFORE_YIELD = 4000, SPINS_BEFORE_SLEEP = 40000 };
 
-/* Runs one piece of a phase on thread `id`. The result does not depend on the thread. */
-typedef void Piece(const void *given, int64_t piece, int id);
+/* Tells the processor that a thread waits. */
+static void rest(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
 
 /* The caller runs the phases of a forward one by one. The other threads help with pieces of the current phase. So a phase waits
    only for pieces that a thread has started, never for a thread that the system has not scheduled. */
@@ -39,7 +49,7 @@ static void help(int id) {
 
 static void *stand_by(void *id) {
     for (;;) {
-        for (int spins = 0; !has_more(atomic_load(&team.offer)) && spins < SPINS_BEFORE_SLEEP; spins++) _mm_pause();
+        for (int spins = 0; !has_more(atomic_load(&team.offer)) && spins < SPINS_BEFORE_SLEEP; spins++) spins < SPINS_BEFORE_YIELD ? rest() : (void)sched_yield();
         if (!has_more(atomic_load(&team.offer))) {
             pthread_mutex_lock(&team.lock);
             atomic_fetch_add(&team.sleeping, 1);
@@ -52,8 +62,7 @@ static void *stand_by(void *id) {
     return NULL;
 }
 
-/* Runs the pieces 0 to count - 1 of a phase. The whole team helps if `threads` is above 1. */
-static void parallel(int64_t threads, Piece *piece, const void *given, int64_t count) {
+void parallel(int64_t threads, Piece *piece, const void *given, int64_t count) {
     if (threads == 1 || count == 1) {
         for (int64_t i = 0; i < count; i++) piece(given, i, 0);
         return;
@@ -67,11 +76,10 @@ static void parallel(int64_t threads, Piece *piece, const void *given, int64_t c
         pthread_mutex_unlock(&team.lock);
     }
     help(0);
-    for (long spins = 0; atomic_load(&team.done) < count; spins++) spins < SPINS_BEFORE_YIELD ? _mm_pause() : (void)sched_yield();
+    for (long spins = 0; atomic_load(&team.done) < count; spins++) spins < SPINS_BEFORE_YIELD ? rest() : (void)sched_yield();
 }
 
-/* Reserves the team for a forward and starts missing threads. Returns the number of threads, at most `wanted`. */
-static int64_t enlist(int64_t wanted) {
+int64_t enlist(int64_t wanted) {
     pthread_mutex_lock(&team.busy);
     if (team.owner != getpid()) {
         team.owner = getpid(), team.size = 1;
@@ -85,4 +93,6 @@ static int64_t enlist(int64_t wanted) {
     return wanted < team.size ? wanted : team.size;
 }
 
-static void dismiss(void) { pthread_mutex_unlock(&team.busy); }
+void dismiss(void) { pthread_mutex_unlock(&team.busy); }
+
+int team_size(void) { return team.size; }

@@ -1,13 +1,14 @@
-/* The arguments of decoder.c. models/packed.py has structures with the same fields in the same order. */
+/* The arguments of the decoder. structures.py has structures with the same fields in the same order. */
 
 #include <stdint.h>
 
 typedef uint16_t bf16;
 
 typedef struct {
-    const void *weight; /* bf16 [out / 32][in / 2][32][2], or if `few`, Block [out / 32][in / 32]; out is padded to 32 with zeros */
-    int64_t few;        /* 1 if the weights have four bits */
-    const bf16 *bias;   /* [out] or NULL */
+    /* BF16: [out / 32][in / 2][32][2]. F16, F32: [out / 32][in][32]. Q4: Block [out / 32][in / 32]. out is padded to 32 with zeros */
+    const void *weight;
+    int64_t type;      /* of the weights */
+    const float *bias; /* [out] or NULL */
     int64_t out, in;
 } Linear;
 
@@ -24,7 +25,7 @@ typedef struct {
 } Residual;
 
 typedef struct {
-    const bf16 *input_norm, *q_norm, *k_norm, *post_norm; /* NULL: no such norm; q_norm, k_norm: [head_dim] */
+    const float *input_norm, *q_norm, *k_norm, *post_norm; /* NULL: no such norm; q_norm, k_norm: [head_dim] */
     Linear qkv, output, gate, up, down; /* a draft head's down has 2 hidden outputs if it scores one state and carries another */
     int64_t window; /* tokens that a token sees, itself included */
 } Layer;
@@ -32,20 +33,21 @@ typedef struct {
 /* The part of a draft head that combines an embedding and a feature: fc, or feature_norm, or none (both NULL). */
 typedef struct {
     Linear fc;            /* EAGLE: input is [embedding ; feature] */
-    const bf16 *norm;     /* norm of FSPAD's perceptron, whose gate takes the embedding; NULL: no perceptron */
+    const float *norm;    /* norm of FSPAD's perceptron, whose gate takes the embedding; NULL: no perceptron */
     Linear gate, up, down;
-    const bf16 *feature_norm; /* EAGLE-3: qkv takes [input_norm(embedding) ; feature_norm(feature)]; the residual is the feature */
+    const float *feature_norm; /* EAGLE-3: qkv takes [input_norm(embedding) ; feature_norm(feature)]; the residual is the feature */
     Linear ahead;             /* parallel drafting: maps [embedding ; feature] to the inputs of all slots behind the pair */
 } Entry;
 
 typedef struct {
+    int64_t type; /* of states, keys and values: BF16, F16 or F32 */
     int64_t hidden, heads, kv_heads, head_dim, mlp, num_layers;
     float eps, rotary_scale;
     const float *frequencies; /* [head_dim / 2] */
-    const bf16 *embedding;    /* [vocabulary][hidden], or NULL if `tied` holds it */
-    const bf16 *tied;         /* the embedding, laid out as the weight of a linear layer */
+    const void *embedding;    /* [vocabulary][hidden], or NULL if `tied` holds it */
+    const void *tied;         /* the embedding, laid out as the weight of a linear layer */
     const Layer *layers;
-    const bf16 *norm;         /* NULL: no norm */
+    const float *norm;        /* NULL: no norm */
     Linear head;              /* weight NULL: no head, and the input states are the given features */
     int64_t vocabulary;
     const int64_t *token_ids; /* token of each output of the head; NULL: output i is token i */
@@ -56,18 +58,19 @@ typedef struct {
 typedef struct {
     int64_t num_trees;
     const int64_t *tokens, *parents, *offsets; /* as in a TreeBatch */
-    const int64_t *lengths, *slots, *first;    /* per tree: committed tokens, slot in the pool, nodes run before */
+    const int64_t *lengths, *first;            /* per tree: committed tokens, nodes run before */
+    const int64_t *blocks, *block_starts;      /* block table: places in the pool of each tree's blocks of 16 tokens; first block per tree */
     int64_t num_rows;
     const int64_t *rows; /* new nodes whose logits are computed, by index among the new nodes */
     float *logits;       /* [num_rows][vocabulary]; the blank is part of the vocabulary */
     int64_t num_features;
     const int64_t *feature_layers; /* 0: embedding, i: state after i layers, -1: state after the last norm */
-    bf16 *features;                /* [new nodes][num_features * hidden] */
-    bf16 *keys, *values;           /* the pool, [layers][slots][kv_heads][positions][head_dim] */
-    int64_t layer_stride, slot_stride, head_stride;
+    void *features;                /* [new nodes][num_features * hidden] */
+    void *keys, *values; /* the pool; a token stands at layer_stride * layer + its block + head_stride * head + head_dim * (position % 16) */
+    int64_t layer_stride, head_stride;
     int64_t threads;
-    const bf16 *const *given; /* draft head, per tree: features of its first nodes, [num_given][hidden] */
+    const void *const *given; /* draft head, per tree: features of its first nodes, [num_given][hidden] */
     const int64_t *num_given;
-    bf16 *const *carried;     /* draft head, per tree: output features of its nodes for their children, [nodes][hidden]; or NULL */
+    void *const *carried;     /* draft head, per tree: output features of its nodes for their children, [nodes][hidden]; or NULL */
     int64_t num_slots; /* number of slots to be filled at the end of every tree; such trees have no nodes that ran before */
 } Step;

@@ -1,4 +1,4 @@
-/* A decoder of the Llama family in bfloat16 over packed trees, for CPUs with AVX-512 BF16. Called by native.py.
+/* A decoder of the Llama family over packed trees. set.c includes this file after attention.h.
 
    Reading the weights limits the speed of a step of a few tokens. So the weights are stored in the order in which they are read,
    and each cache line serves all rows of the step.
@@ -7,40 +7,29 @@
    in its tree, or the number of threads. For this, sums over the inner dimension and over visible tokens have one fixed order. A
    token in a tree therefore has the same logits, bit for bit, as a token that is decoded alone.
 
-   The inputs of linear layers, queries, keys and values are rounded to bfloat16. Everything else is float32. If the weights of a
-   layer have four bits, its inputs are rounded to eight bits. Only drafters may use this, because drafts are verified. */
-
-#ifndef __AVX512BF16__
-#error "needs AVX-512 BF16"
-#endif
-
-#include <math.h>
-#include <stdlib.h>
-#include <string.h>
-
-/* The order matters: each file uses the files before it. */
-#include "numbers.h"
-#include "passed.h"
-#include "team.h"
-#include "linear.h"
-#include "job.h"
-#include "attention.h"
+   The inputs of linear layers, queries, keys and values are rounded to the type of the model. Everything else is float32. If the
+   weights of a layer have four bits, its inputs are rounded to eight bits. Only drafters may use this, because drafts are verified. */
 
 static void embed(const Model *m, int64_t token, float *out) {
+    const int type = (int)m->type;
     if (m->embedding) {
-        for (int64_t i = 0; i < m->hidden; i += 16) _mm512_storeu_ps(out + i, widen(m->embedding + token * m->hidden + i));
+        for (int64_t i = 0; i < m->hidden; i += LANES) v_store(out + i, load(type, m->embedding, token * m->hidden + i));
         return;
     }
-    const bf16 *w = m->tied + token / TILE * TILE * m->hidden + token % TILE * 2;
-    for (int64_t i = 0; i < m->hidden; i += 2, w += 2 * TILE) out[i] = float_of(w[0]), out[i + 1] = float_of(w[1]);
+    const int64_t tile = token / TILE * TILE * m->hidden, lane = token % TILE;
+    for (int64_t i = 0; i < m->hidden; i += 2) {
+        const int64_t at = tile + i * TILE + (type == BF16 ? 2 * lane : lane);
+        out[i] = load_one(type, m->tied, at), out[i + 1] = load_one(type, m->tied, at + (type == BF16 ? 1 : TILE));
+    }
 }
 
 /* Returns the input feature of a draft head for a row. */
-static const bf16 *feature_of(const Job *job, int64_t row) {
+static const void *feature_of(const Job *job, int64_t row) {
     const Step *s = job->step;
     const int64_t tree = job->tree[row], node = job->node[row], size = job->model->hidden;
-    if (node < s->num_given[tree]) return s->given[tree] + node * size;
-    return s->carried[tree] + s->parents[s->offsets[tree] + node] * size;
+    const int64_t width = size * size_of(job->type);
+    if (node < s->num_given[tree]) return (const char *)s->given[tree] + node * width;
+    return (const char *)s->carried[tree] + s->parents[s->offsets[tree] + node] * width;
 }
 
 /* Returns whether the model is a layer on the target's features, without a head. */
@@ -56,7 +45,7 @@ static void begin_row(const void *given, int64_t row, int id) {
     float *state = job->states + row * m->hidden;
     if (!is_bare(m)) embed(m, s->tokens[at], state);
     else
-        for (int64_t i = 0; i < m->hidden; i += 16) _mm512_storeu_ps(state + i, widen(feature_of(job, row) + i));
+        for (int64_t i = 0; i < m->hidden; i += LANES) v_store(state + i, load(job->type, feature_of(job, row), i));
     for (int64_t i = 0; i < half; i++) {
         float angle = position * m->frequencies[i];
         cosines[i] = cosf(angle) * m->rotary_scale, cosines[half + i] = sinf(angle) * m->rotary_scale;
@@ -68,27 +57,30 @@ static void normalize_row(const void *given, int64_t row, int id) {
     const Job *job = phase->job;
     const int64_t size = job->model->hidden;
     (void)id;
-    if (phase->weight) normalize(job->states + row * size, phase->weight, job->normed + row * size, size, job->model->eps);
-    else narrow_all(job->states + row * size, job->normed + row * size, size);
+    const float *state = job->states + row * size;
+    void *to = input_at(job->type, job->normed, row * size);
+    if (phase->weight) normalize(job->type, state, phase->weight, to, size, job->model->eps);
+    else store_inputs(job->type, state, to, size);
 }
 
-static void normalize_rows(const Job *job, const bf16 *weight) {
+static void normalize_rows(const Job *job, const float *weight) {
     Phase phase = {.job = job, .weight = weight};
     parallel(job->hands.threads, normalize_row, &phase, job->count);
 }
 
-/* Applies the norm, if there is one, and the rotary embedding to one head of one row. */
-static void rotate(const Model *m, float *x, const bf16 *norm, const float *cosines, bf16 *out) {
+/* Applies the norm, if there is one, and the rotary embedding to one head of one row, in place. */
+static void rotate(const Model *m, float *x, const float *norm, const float *cosines) {
     const int64_t half = m->head_dim / 2;
+    const int type = (int)m->type;
     if (norm) {
-        normalize(x, norm, out, m->head_dim, m->eps);
-        for (int64_t i = 0; i < m->head_dim; i += 16) _mm512_storeu_ps(x + i, widen(out + i));
+        float normed[m->head_dim];
+        normalize(type, x, norm, normed, m->head_dim, m->eps);
+        for (int64_t i = 0; i < m->head_dim; i += LANES) v_store(x + i, load_input(type, normed, i));
     }
-    for (int64_t i = 0; i < half; i += 16) {
-        __m512 a = _mm512_loadu_ps(x + i), b = _mm512_loadu_ps(x + half + i);
-        __m512 c = _mm512_loadu_ps(cosines + i), s = _mm512_loadu_ps(cosines + half + i);
-        narrow(out + i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
-        narrow(out + half + i, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
+    for (int64_t i = 0; i < half; i += LANES) {
+        const V a = v_load(x + i), b = v_load(x + half + i), c = v_load(cosines + i), s = v_load(cosines + half + i);
+        v_store(x + i, v_fms(a, c, v_mul(b, s)));
+        v_store(x + half + i, v_fma(b, c, v_mul(a, s)));
     }
 }
 
@@ -98,14 +90,17 @@ static void store_row(const void *given, int64_t row, int id) {
     const int64_t index = ((const Phase *)given)->index;
     const Model *m = job->model;
     const Step *s = job->step;
-    const int64_t heads = m->heads, kv = m->kv_heads, size = m->head_dim;
+    const int64_t heads = m->heads, kv = m->kv_heads, size = m->head_dim, tree = job->tree[row];
     float *x = job->qkv + row * (heads + 2 * kv) * size, *cosines = job->rotary + row * size;
-    int64_t tree = job->tree[row], place = (s->lengths[tree] + job->node[row]) * size;
+    const int64_t place = index * s->layer_stride + place_of(s, tree, s->lengths[tree] + job->node[row], size);
     (void)id;
     for (int64_t h = 0; h < kv; h++) {
-        rotate(m, x + (heads + h) * size, m->layers[index].k_norm, cosines, stored(s, s->keys, index, tree, h) + place);
-        bf16 *value = stored(s, s->values, index, tree, h) + place;
-        for (int64_t i = 0; i < size; i += 16) narrow(value + i, _mm512_loadu_ps(x + (heads + kv + h) * size + i));
+        float *key = x + (heads + h) * size, *value = key + kv * size;
+        rotate(m, key, m->layers[index].k_norm, cosines);
+        for (int64_t i = 0; i < size; i += LANES) {
+            store(job->type, s->keys, place + h * s->head_stride + i, v_load(key + i));
+            store(job->type, s->values, place + h * s->head_stride + i, v_load(value + i));
+        }
     }
 }
 
@@ -115,9 +110,11 @@ static void query_row(const void *given, int64_t row, int id) {
     const Model *m = job->model;
     const int64_t size = m->head_dim, width = (m->heads + 2 * m->kv_heads) * size;
     (void)id;
-    for (int64_t h = 0; h < m->heads; h++)
-        rotate(m, job->qkv + row * width + h * size, m->layers[phase->index].q_norm, job->rotary + row * size,
-               job->query + (row * m->heads + h) * size);
+    for (int64_t h = 0; h < m->heads; h++) {
+        float *query = job->qkv + row * width + h * size;
+        rotate(m, query, m->layers[phase->index].q_norm, job->rotary + row * size);
+        store_inputs(job->type, query, input_at(job->type, job->query, (row * m->heads + h) * size), size);
+    }
 }
 
 static void row_of_layer(const void *given, int64_t row, int id) {
@@ -125,14 +122,20 @@ static void row_of_layer(const void *given, int64_t row, int id) {
     store_row(given, row, id);
 }
 
+/* Writes a row of numbers in the type of the model. */
+static void store_all(int type, const float *x, void *out, int64_t size) {
+    for (int64_t i = 0; i < size; i += LANES) store(type, out, i, v_load(x + i));
+}
+
 static void feature_row(const void *given, int64_t row, int id) {
     const Phase *phase = given;
     const Job *job = phase->job;
-    const int64_t size = job->model->hidden;
-    bf16 *to = job->step->features + (row * job->step->num_features + phase->index) * size;
+    const int64_t size = job->model->hidden, at = (row * job->step->num_features + phase->index) * size;
+    void *to = (char *)job->step->features + at * size_of(job->type);
     (void)id;
-    if (job->step->feature_layers[phase->index] < 0) memcpy(to, job->normed + row * size, size * sizeof(bf16));
-    else narrow_all(job->states + row * size, to, size);
+    if (job->step->feature_layers[phase->index] >= 0) store_all(job->type, job->states + row * size, to, size);
+    else
+        for (int64_t i = 0; i < size; i += LANES) store(job->type, to, i, load_input(job->type, job->normed, row * size + i));
 }
 
 /* Saves the requested features of a layer that has just ended. */
@@ -143,8 +146,8 @@ static void save_features(const Job *job, int64_t layer) {
     }
 }
 
-static bf16 *carried_by(const Job *job, int64_t row) {
-    return job->step->carried[job->tree[row]] + job->node[row] * job->model->hidden;
+static void *carried_by(const Job *job, int64_t row) {
+    return (char *)job->step->carried[job->tree[row]] + job->node[row] * job->model->hidden * size_of(job->type);
 }
 
 static void pair_row(const void *given, int64_t row, int id) {
@@ -153,11 +156,14 @@ static void pair_row(const void *given, int64_t row, int id) {
     const Step *s = job->step;
     const int64_t tree = job->tree[row], at = row - tree * s->num_slots; /* index among the pairs */
     if (job->node[row] >= s->offsets[tree + 1] - s->offsets[tree] - s->num_slots) return;
-    bf16 *embedded = job->embedded + at * size, *pair = job->pair + 2 * at * size;
+    const void *feature = feature_of(job, row);
     (void)id;
-    narrow_all(job->states + row * size, embedded, size);
-    memcpy(pair, embedded, size * sizeof(bf16));
-    memcpy(pair + size, feature_of(job, row), size * sizeof(bf16));
+    for (int64_t i = 0; i < size; i += LANES) {
+        const V embedded = v_load(job->states + row * size + i);
+        store_input(job->type, job->embedded, at * size + i, embedded);
+        store_input(job->type, job->pair, 2 * at * size + i, embedded);
+        store_input(job->type, job->pair, (2 * at + 1) * size + i, load(job->type, feature, i));
+    }
 }
 
 /* Moves the states of the pairs, which are contiguous, to their nodes. Computes the states of the slots behind them. */
@@ -168,7 +174,7 @@ static void place_slots(const Job *job) {
         const int64_t first = s->offsets[tree], pairs = s->offsets[tree + 1] - first - slots;
         float *to = job->states + first * size;
         memmove(to, to - tree * slots * size, pairs * size * sizeof(float));
-        const bf16 *last = job->pair + 2 * (first - tree * slots + pairs - 1) * size;
+        const void *last = input_at(job->type, job->pair, 2 * (first - tree * slots + pairs - 1) * size);
         linear(&job->hands, &job->model->entry.ahead, last, 1, to + pairs * size, 0);
     }
 }
@@ -179,12 +185,11 @@ static void wide_row(const void *given, int64_t row, int id) {
     const Model *m = job->model;
     const int64_t size = m->hidden;
     float *state = job->states + row * size;
-    bf16 *pair = job->pair + 2 * row * size;
-    const bf16 *feature = feature_of(job, row);
+    const void *feature = feature_of(job, row);
     (void)id;
-    normalize(state, m->layers->input_norm, pair, size, m->eps);
-    for (int64_t i = 0; i < size; i += 16) _mm512_storeu_ps(state + i, widen(feature + i));
-    normalize(state, m->entry.feature_norm, pair + size, size, m->eps);
+    normalize(job->type, state, m->layers->input_norm, input_at(job->type, job->pair, 2 * row * size), size, m->eps);
+    for (int64_t i = 0; i < size; i += LANES) v_store(state + i, load(job->type, feature, i));
+    normalize(job->type, state, m->entry.feature_norm, input_at(job->type, job->pair, (2 * row + 1) * size), size, m->eps);
 }
 
 /* Combines embeddings and features into the input states of a draft head's layer. */
@@ -205,7 +210,7 @@ static void carry_row(const void *given, int64_t row, int id) {
     const Job *job = ((const Phase *)given)->job;
     const int64_t size = job->model->hidden;
     (void)id;
-    narrow_all(job->states + row * size, carried_by(job, row), size);
+    store_all(job->type, job->states + row * size, carried_by(job, row), size);
 }
 
 static void split_row(const void *given, int64_t row, int id) {
@@ -214,7 +219,7 @@ static void split_row(const void *given, int64_t row, int id) {
     const float *both = job->doubled + 2 * row * size;
     (void)id;
     memcpy(job->states + row * size, both, size * sizeof(float));
-    if (job->step->carried) narrow_all(both + size, carried_by(job, row), size);
+    if (job->step->carried) store_all(job->type, both + size, carried_by(job, row), size);
 }
 
 /* Adds both outputs of `down` to the residual. The first sum is scored and stays in the states; the second is carried. */
@@ -238,14 +243,18 @@ static void spread_row(const void *given, int64_t row, int id) {
     for (int64_t i = 0; i < m->head.out; i++) to[m->token_ids[i]] = from[i];
 }
 
+/* Copies a row of inputs. */
+static void move_input(const Job *job, void *to, int64_t row, const void *from, int64_t source, int64_t size) {
+    memmove(input_at(job->type, to, row * size), input_at(job->type, from, source * size), (size_t)(size * input_size(job->type)));
+}
+
 /* Computes the logits of the requested rows. Tokens outside the head's vocabulary get minus infinity. */
 static void score(const Job *job) {
     const Model *m = job->model;
     const Step *s = job->step;
     Phase phase = {.job = job};
     if (s->num_rows == 0 || is_bare(m)) return;
-    for (int64_t i = 0; i < s->num_rows; i++)
-        memcpy(job->last + i * m->hidden, job->normed + (job->only_wanted ? i : s->rows[i]) * m->hidden, m->hidden * sizeof(bf16));
+    for (int64_t i = 0; i < s->num_rows; i++) move_input(job, job->last, i, job->normed, job->only_wanted ? i : s->rows[i], m->hidden);
     if (m->token_ids) {
         linear(&job->hands, &m->head, job->last, s->num_rows, job->drafted, 0);
         parallel(job->hands.threads, spread_row, &phase, s->num_rows);
@@ -265,7 +274,7 @@ static int is_rest_done(const Job *job) {
 }
 
 /* Computes keys and values of all rows in x, drops rows without logits, and computes the queries of the others. */
-static void keep_wanted(Job *job, const Phase *phase, bf16 *x) {
+static void keep_wanted(Job *job, const Phase *phase, void *x) {
     const Model *m = job->model;
     const Linear *qkv = &m->layers[phase->index].qkv;
     const int64_t *rows = job->step->rows, size = m->head_dim, q = m->heads * size;
@@ -276,7 +285,7 @@ static void keep_wanted(Job *job, const Phase *phase, bf16 *x) {
         job->tree[i] = job->tree[rows[i]], job->node[i] = job->node[rows[i]];
         memmove(job->states + i * m->hidden, job->states + rows[i] * m->hidden, m->hidden * sizeof(float));
         memmove(job->rotary + i * size, job->rotary + rows[i] * size, size * sizeof(float));
-        memmove(x + i * qkv->in, x + rows[i] * qkv->in, qkv->in * sizeof(bf16));
+        move_input(job, x, i, x, rows[i], qkv->in);
     }
     job->count = job->step->num_rows, job->only_wanted = 1;
     if (job->count == 0) return;
@@ -295,7 +304,7 @@ static void run(Job *job) {
     for (int64_t i = 0; i < m->num_layers; i++) {
         const Layer *layer = m->layers + i;
         phase.index = i;
-        bf16 *x = layer->qkv.in > m->hidden ? job->pair : job->normed;
+        void *x = layer->qkv.in > m->hidden ? job->pair : job->normed;
         if (x == job->normed) normalize_rows(job, layer->input_norm);
         if (i == m->num_layers - 1 && is_rest_done(job)) keep_wanted(job, &phase, x);
         else {
@@ -338,7 +347,8 @@ static int64_t widest(const Model *m) {
 
 static size_t lay_out(Job *job, char *block, int64_t num_nodes) {
     const Model *m = job->model;
-    const int64_t n = job->count, q = m->heads * m->head_dim;
+    const int64_t n = job->count, q = m->heads * m->head_dim, rows = job->step->num_rows;
+    const size_t input = (size_t)input_size(job->type);
     size_t used = 0;
     job->tree = cut(block, &used, n, sizeof(int64_t));
     job->node = cut(block, &used, n, sizeof(int64_t));
@@ -346,32 +356,32 @@ static size_t lay_out(Job *job, char *block, int64_t num_nodes) {
     job->states = cut(block, &used, n * m->hidden, sizeof(float));
     job->qkv = cut(block, &used, n * (q + 2 * m->kv_heads * m->head_dim), sizeof(float));
     job->rotary = cut(block, &used, n * m->head_dim, sizeof(float));
-    job->normed = cut(block, &used, n * m->hidden, sizeof(bf16));
-    job->query = cut(block, &used, n * q, sizeof(bf16));
-    job->mixed = cut(block, &used, n * q, sizeof(bf16));
-    job->act = cut(block, &used, n * m->mlp, sizeof(bf16));
-    job->last = cut(block, &used, job->step->num_rows * m->hidden, sizeof(bf16));
-    job->weights = cut(block, &used, team.size * MOST_QUERIES * job->room, sizeof(float));
-    if (m->token_ids) job->drafted = cut(block, &used, job->step->num_rows * m->head.out, sizeof(float));
-    if (wide_inputs() || m->layers->qkv.few || m->head.few)
-        for (int i = 0; i < 2; i++) job->hands.room[i] = cut(block, &used, widest(m) * most(n, job->step->num_rows), sizeof(float));
+    job->normed = cut(block, &used, n * m->hidden, input);
+    job->query = cut(block, &used, n * q, input);
+    job->mixed = cut(block, &used, n * q, input);
+    job->act = cut(block, &used, n * m->mlp, input);
+    job->last = cut(block, &used, rows * m->hidden, input);
+    job->weights = cut(block, &used, team_size() * MOST_QUERIES * job->room, sizeof(float));
+    if (m->token_ids) job->drafted = cut(block, &used, rows * m->head.out, sizeof(float));
+    if (m->layers->qkv.type == Q4 || m->head.type == Q4)
+        for (int i = 0; i < 2; i++) job->hands.room[i] = cut(block, &used, room_of(most(n, rows), widest(m)), 1);
     if (job->step->given == NULL) return used;
-    job->embedded = cut(block, &used, n * m->hidden, sizeof(bf16));
-    job->pair = cut(block, &used, 2 * n * m->hidden, sizeof(bf16));
+    job->embedded = cut(block, &used, n * m->hidden, input);
+    job->pair = cut(block, &used, 2 * n * m->hidden, input);
     job->doubled = cut(block, &used, 2 * n * m->hidden, sizeof(float));
     return used;
 }
 
 /* Runs one forward. Returns 0, or 1 if there is not enough memory. */
-int foredraft_forward(const Model *model, const Step *step) {
+int EXPORT(forward)(const Model *model, const Step *step) {
     const int64_t num_nodes = step->offsets[step->num_trees];
-    Job job = {.model = model, .step = step};
+    Job job = {.model = model, .step = step, .type = (int)model->type};
     for (int64_t b = 0; b < step->num_trees; b++) {
         int64_t size = step->offsets[b + 1] - step->offsets[b], seen = step->lengths[b] + size;
         job.count += size - step->first[b];
         if (seen > job.room) job.room = (seen + 15) / 16 * 16;
     }
-    job.hands.threads = enlist(step->threads);
+    job.hands.threads = enlist(step->threads), job.hands.type = model->type;
     char *block = aligned_alloc(64, lay_out(&job, NULL, num_nodes) + 64);
     if (block == NULL) {
         dismiss();
@@ -388,5 +398,3 @@ int foredraft_forward(const Model *model, const Step *step) {
     free(block);
     return 0;
 }
-
-#include "layers.h"

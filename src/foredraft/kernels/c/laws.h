@@ -1,13 +1,7 @@
-/* Computes laws of float32 logits and draws from them, for CPUs with AVX-512. Called by sampling.py, draws.py and residual.py.
+/* Computes laws of float32 logits and draws from them. set.c includes this file after vectors.h.
 
    Top-k and top-p need the value of the last kept token, but no order of all tokens. A radix search finds the value in three passes
    over the bits of the floats, mapped to integers of the same order. Sums are in float64, in one fixed order. */
-
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-
-#include "numbers.h"
 
 INLINE uint32_t in_order(float x) {
     uint32_t bits;
@@ -51,15 +45,16 @@ static Edge edge_of(const float *x, const float *weights, int64_t size, double w
     return (Edge){value, equal < 1 ? 1 : equal < (double)size ? (int64_t)equal : size};
 }
 
+/* Adds a law in float64: 16 partial sums, then their sum. */
 static double mass_of(const float *law, int64_t size) {
-    __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
-    for (int64_t i = 0; i < size; i += 16) {
-        __mmask16 there = size - i >= 16 ? 0xFFFF : (__mmask16)((1 << (size - i)) - 1);
-        const __m512 x = _mm512_maskz_loadu_ps(there, law + i);
-        low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(x)));
-        high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)));
-    }
-    return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+    double parts[GROUP] = {0};
+    int64_t i = 0;
+    for (; i + GROUP <= size; i += GROUP)
+        for (int lane = 0; lane < GROUP; lane++) parts[lane] += law[i + lane];
+    for (int64_t lane = 0; i + lane < size; lane++) parts[lane] += law[i + lane];
+    for (int half = GROUP / 2; half; half /= 2)
+        for (int lane = 0; lane < half; lane++) parts[lane] += parts[lane + half];
+    return parts[0];
 }
 
 /* Normalises a law unless it has no mass. Returns the mass before. */
@@ -73,20 +68,17 @@ static double normalize_law(float *law, int64_t size) {
 
 /* Computes the probabilities of one row; see `warp` in sampling.py. */
 static void law_of(const float *logits, int64_t size, float temperature, float least, int64_t top_k, double top_p, float *probs) {
-    __m512 highest = _mm512_set1_ps(-INFINITY);
-    for (int64_t i = 0; i < size; i += 16) {
-        __mmask16 there = size - i >= 16 ? 0xFFFF : (__mmask16)((1 << (size - i)) - 1);
-        highest = _mm512_mask_max_ps(highest, there, highest, _mm512_maskz_loadu_ps(there, logits + i));
-    }
-    const __m512 most = _mm512_set1_ps(_mm512_reduce_max_ps(highest)), scale = _mm512_set1_ps(temperature);
-    const __m512 lowest = _mm512_set1_ps(least);
+    V highest = v_set(-INFINITY);
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) highest = v_max(highest, v_load(logits + i));
+    float largest = largest_of(highest);
+    for (; i < size; i++) largest = logits[i] > largest ? logits[i] : largest;
+    const V most = v_set(largest), scale = v_set(temperature), lowest = v_set(least);
     uint32_t edge = 0;
     if (top_k > 0 && top_k < size) edge = edge_of(logits, 0, size, (double)top_k).value;
-    for (int64_t i = 0; i < size; i += 16) {
-        __mmask16 there = size - i >= 16 ? 0xFFFF : (__mmask16)((1 << (size - i)) - 1);
-        __m512 x = _mm512_div_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(there, logits + i), most), scale);
-        __m512 e = _mm512_maskz_mov_ps(there & ~_mm512_cmp_ps_mask(x, lowest, _CMP_LT_OQ), exponential(x));
-        _mm512_mask_storeu_ps(probs + i, there, e);
+    for (i = 0; i < size; i += LANES) {
+        const V x = v_div(v_sub(v_load_some(logits + i, size - i), most), scale);
+        v_store_some(probs + i, v_keep(exponential(x), ~v_below(x, lowest)), size - i);
     }
     if (edge)
         for (int64_t i = 0; i < size; i++)
@@ -104,7 +96,7 @@ static void law_of(const float *logits, int64_t size, float temperature, float l
 
 /* Computes the probabilities of all rows. temperature is above 0; least is log(min_p) or minus infinity. top_k 0 and top_p 1 keep
    all tokens. */
-void foredraft_laws(
+void EXPORT(laws)(
     const float *logits, int64_t rows, int64_t size, double temperature, double least, int64_t top_k, double top_p, float *probs
 ) {
     for (int64_t row = 0; row < rows; row++)
@@ -112,14 +104,12 @@ void foredraft_laws(
 }
 
 /* Finds the `count` largest numbers of every row, in descending order, and their indices. Ties go to the smaller index. */
-void foredraft_largest(const float *x, int64_t rows, int64_t size, int64_t count, float *values, int64_t *places) {
+void EXPORT(largest)(const float *x, int64_t rows, int64_t size, int64_t count, float *values, int64_t *places) {
     for (int64_t row = 0; row < rows; row++, x += size, values += count, places += count) {
         int64_t have = 0;
-        for (int64_t i = 0; i < size; i += 16) {
-            const __mmask16 there = size - i >= 16 ? 0xFFFF : (__mmask16)((1 << (size - i)) - 1);
-            const __m512 least = _mm512_set1_ps(have < count ? -INFINITY : values[count - 1]);
-            const __m512 numbers = _mm512_maskz_loadu_ps(there, x + i);
-            __mmask16 larger = have < count ? there : _mm512_mask_cmp_ps_mask(there, numbers, least, _CMP_GT_OQ);
+        for (int64_t i = 0; i < size; i += LANES) {
+            unsigned larger = size - i >= LANES ? (1u << LANES) - 1 : (1u << (size - i)) - 1;
+            if (have == count) larger &= v_above(v_load_some(x + i, size - i), v_set(values[count - 1]));
             for (; larger; larger &= larger - 1) {
                 const int64_t place = i + __builtin_ctz(larger);
                 if (have == count && !(x[place] > values[count - 1])) continue; /* an earlier number raised the bound */
@@ -133,7 +123,7 @@ void foredraft_largest(const float *x, int64_t rows, int64_t size, int64_t count
 
 /* Returns the first token at which the cumulative mass exceeds `uniform` times the total, or -1 if there is no mass. The law need
    not be normalised. */
-int64_t foredraft_categorical(const float *probs, int64_t size, double uniform) {
+int64_t EXPORT(categorical)(const float *probs, int64_t size, double uniform) {
     enum { STRIDE = 128 };
     double before[size / STRIDE + 1], sum = 0;
     for (int64_t i = 0; i < size; i++) {
@@ -156,7 +146,7 @@ int64_t foredraft_categorical(const float *probs, int64_t size, double uniform) 
 }
 
 /* Writes norm([target - draft]+) to `left`. Returns its mass before normalisation. */
-double foredraft_subtract(const float *target, const float *draft, int64_t size, float *left) {
+double EXPORT(subtract)(const float *target, const float *draft, int64_t size, float *left) {
     for (int64_t i = 0; i < size; i++) {
         const float x = target[i] - draft[i];
         left[i] = x > 0 ? x : 0;
@@ -165,7 +155,7 @@ double foredraft_subtract(const float *target, const float *draft, int64_t size,
 }
 
 /* Writes the law without one token to `left`, normalised. Returns its mass before normalisation. */
-double foredraft_without(const float *law, int64_t token, int64_t size, float *left) {
+double EXPORT(without)(const float *law, int64_t token, int64_t size, float *left) {
     memcpy(left, law, (size_t)size * sizeof *law);
     left[token] = 0;
     return normalize_law(left, size);

@@ -1,7 +1,9 @@
-/* The prefix search of prefixes.py, with bit-identical results. Called by prefixes.py. */
+/* The prefix search of prefixes.py, with bit-identical results. It has no vectors: all instruction sets share it. */
 
 #include <stdint.h>
 #include <stdlib.h>
+
+#include "numbers.h"
 
 typedef int64_t whole;
 
@@ -83,7 +85,7 @@ static whole take(const Search *s, whole place, whole depth, Candidate *best, wh
 
 /* Runs the search on tokens, probs [frames][width] and blanks [frames]. drafted and parents hold up to `room` nodes and the root.
    Returns the number of nodes, root included, or -1 if memory runs out. */
-int64_t foredraft_prefixes(
+PUBLIC int64_t foredraft_prefixes(
     const int64_t *tokens, const double *probs, const double *blanks, int64_t frames, int64_t width, int64_t room, int64_t depth,
     int64_t *drafted, int64_t *parents
 ) {

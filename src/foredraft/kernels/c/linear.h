@@ -1,0 +1,343 @@
+/* Linear layers on rows of inputs. set.c includes this file after passed.h and team.h. */
+
+static void store_inputs(int type, const float *x, void *out, int64_t size) {
+    for (int64_t i = 0; i < size; i += LANES) store_input(type, out, i, v_load(x + i));
+}
+
+/* out = x / sqrt(mean(x^2) + eps) * weight */
+static void normalize(int type, const float *x, const float *weight, void *out, int64_t size, float eps) {
+    V sum[PER_GROUP];
+    for (int v = 0; v < PER_GROUP; v++) sum[v] = v_set(0);
+    for (int64_t i = 0; i < size; i += GROUP)
+        for (int v = 0; v < PER_GROUP; v++) {
+            const V some = v_load(x + i + v * LANES);
+            sum[v] = v_fma(some, some, sum[v]);
+        }
+    const V scale = v_set(1.0f / sqrtf(sum_of(sum) / (float)size + eps));
+    for (int64_t i = 0; i < size; i += LANES) store_input(type, out, i, v_mul(v_mul(v_load(x + i), scale), v_load(weight + i)));
+}
+
+enum { TILE = 32, VECTORS = TILE / LANES, LINE = 64, PARTS = 2, FEW_ROWS = 5 };
+
+/* Rows run in groups of about equal size. A group is small enough that its sums stay in registers. From MANY_ROWS on, groups are
+   half as large, so that inputs stay in the L1 cache: products limit the speed of a prompt, not the reading of weights. */
+INLINE int64_t most_rows(const Linear *layer, int64_t rows) {
+    return most(1, layer->type == Q4 || rows >= MANY_ROWS ? MOST_ROWS / 2 : MOST_ROWS);
+}
+
+INLINE int64_t groups_of(const Linear *layer, int64_t rows) {
+    return rows > 0 ? (rows + most_rows(layer, rows) - 1) / most_rows(layer, rows) : 1;
+}
+
+INLINE int64_t group_of(const Linear *layer, int64_t rows) { return (rows + groups_of(layer, rows) - 1) / groups_of(layer, rows); }
+
+/* Weights to prefetch while others are used. With many rows the hardware prefetches too late. A single group of rows prefetches
+   AHEAD bytes ahead; a whole number of pages would be slower by a tenth. Several groups each prefetch a share of the next tile. */
+typedef struct {
+    const char *at;
+    int64_t pace; /* bytes to prefetch per cache line of weights */
+} Ahead;
+
+INLINE Ahead ahead_of(const void *tile, int64_t bytes, int64_t group, int64_t groups) {
+    const char *at = (const char *)tile + (groups == 1 ? AHEAD : bytes + group * bytes / groups);
+    return (Ahead){at, LINE / groups};
+}
+
+/* Prefetches one line and advances by `lines` lines. */
+INLINE void ask(Ahead *ahead, int lines) {
+    __builtin_prefetch(ahead->at, 0, 2);
+    ahead->at += lines * ahead->pace;
+}
+
+/* Input rows in the form that a layer multiplies: see `store_input`, or integers of eight bits. */
+typedef struct {
+    const void *rows;
+    const float *steps;     /* for integers, [rows][in / 32]: the value of 1 */
+    const int32_t *offsets; /* for integers, [rows][in / 32]: -8 times their sum, because stored weights are larger by 8 */
+} Rows;
+
+/* Computes outputs first * LANES to (first + count) * LANES - 1 of a tile for n rows. n count sums stay in registers, and each weight
+   is loaded once. n, count, first and `type` are constants. Every output adds its products in the order of the inputs. */
+INLINE void products_of(
+    const int n, const int count, const int first, const int type, const void *x, const void *w, int64_t size, Ahead ahead,
+    float (*out)[TILE]
+) {
+    enum { BYTES = 2 * TILE };
+    const Operand *pairs = x;
+    const float *numbers = x;
+    V sum[MOST_ROWS][VECTORS];
+UNROLL
+    for (int m = 0; m < n; m++)
+UNROLL
+        for (int v = 0; v < count; v++) sum[m][v] = v_set(0);
+    for (int64_t i = 0; i < size; i += 2) {
+        if (first == 0) {
+            const int lines = type == F32 ? 4 : 2; /* of the weights of two inputs */
+UNROLL
+            for (int line = 0; line < lines; line += n > FEW_ROWS ? 1 : 2) /* the processor fetches lines in pairs */
+                ask(&ahead, n > FEW_ROWS ? 1 : 2);
+        }
+UNROLL
+        for (int v = 0; v < count; v++) {
+            if (type == BF16) {
+                const P two = p_load((const uint16_t *)w + i * TILE + (first + v) * LANES * 2);
+UNROLL
+                for (int m = 0; m < n; m++) sum[m][v] = p_dot(sum[m][v], two, pairs + m * size + i);
+            } else {
+                const V even = load(type, w, i * TILE + (first + v) * LANES);
+                const V odd = load(type, w, (i + 1) * TILE + (first + v) * LANES);
+UNROLL
+                for (int m = 0; m < n; m++) {
+                    sum[m][v] = v_fma(even, v_set(numbers[m * size + i]), sum[m][v]);
+                    sum[m][v] = v_fma(odd, v_set(numbers[m * size + i + 1]), sum[m][v]);
+                }
+            }
+        }
+    }
+UNROLL
+    for (int m = 0; m < n; m++)
+UNROLL
+        for (int v = 0; v < count; v++) v_store(out[m] + (first + v) * LANES, sum[m][v]);
+}
+
+/* Computes all outputs of a tile: at once, or half of them after the other half where registers are few. */
+INLINE void tile_of(const int n, const int type, const void *x, const void *w, int64_t size, Ahead ahead, float (*out)[TILE]) {
+    if (n <= WIDE_ROWS) products_of(n, VECTORS, 0, type, x, w, size, ahead, out);
+    else {
+        products_of(n, VECTORS / 2, 0, type, x, w, size, ahead, out);
+        products_of(n, VECTORS / 2, VECTORS / 2, type, x, w, size, ahead, out);
+    }
+}
+
+/* The same for four-bit weights. Sums within a block are integers, which are then scaled; blocks are added in order. */
+INLINE void q4_tile_of(
+    const int n, const Rows *x, int64_t row, const Block *block, int64_t size, Ahead ahead, float (*out)[TILE]
+) {
+    enum { HALF_TILE = VECTORS / 2 };
+    const int8_t *numbers = (const int8_t *)x->rows + row * size;
+    const int64_t blocks = size / TILE, at = row * blocks;
+    V sum[MOST_ROWS][VECTORS];
+UNROLL
+    for (int m = 0; m < n; m++)
+UNROLL
+        for (int v = 0; v < VECTORS; v++) sum[m][v] = v_set(0);
+    for (int64_t b = 0; b < blocks; b++, block++) {
+        Q whole[MOST_ROWS][VECTORS];
+        ask(&ahead, 1);
+UNROLL
+        for (int m = 0; m < n; m++)
+UNROLL
+            for (int v = 0; v < VECTORS; v++) whole[m][v] = q_zero();
+        for (int i = 0; i < TILE / 4; i++) {
+            ask(&ahead, 1);
+UNROLL
+            for (int v = 0; v < HALF_TILE; v++) {
+                const B both = b_load(block->numbers[i][v * LANES]), lower = b_low(both), upper = b_high(both);
+UNROLL
+                for (int m = 0; m < n; m++) {
+                    const int8_t *four = numbers + m * size + b * TILE + 4 * i;
+                    whole[m][v] = q_dot(whole[m][v], lower, four);
+                    whole[m][v + HALF_TILE] = q_dot(whole[m][v + HALF_TILE], upper, four);
+                }
+            }
+        }
+UNROLL
+        for (int v = 0; v < VECTORS; v++) {
+            const V scales = v_of_bf16(c_load(block->scales + v * LANES));
+UNROLL
+            for (int m = 0; m < n; m++) {
+                const V values = q_sum(whole[m][v], x->offsets[at + m * blocks + b]);
+                sum[m][v] = v_fma(values, v_mul(scales, v_set(x->steps[at + m * blocks + b])), sum[m][v]);
+            }
+        }
+    }
+UNROLL
+    for (int m = 0; m < n; m++)
+UNROLL
+        for (int v = 0; v < VECTORS; v++) v_store(out[m] + v * LANES, sum[m][v]);
+}
+
+/* Returns the bytes of the weights of 32 outputs. */
+INLINE int64_t tile_bytes(const Linear *layer) {
+    return layer->type == Q4 ? layer->in / TILE * (int64_t)sizeof(Block) : TILE * layer->in * size_of(layer->type);
+}
+
+/* Calls CALL with n, from 1 to MOST_ROWS, as a constant. */
+#if MOST_ROWS == 12
+#define ROW_CASES(CALL) CALL(1) CALL(2) CALL(3) CALL(4) CALL(5) CALL(6) CALL(7) CALL(8) CALL(9) CALL(10) CALL(11) CALL(12)
+#define HALF_ROW_CASES(CALL) CALL(1) CALL(2) CALL(3) CALL(4) CALL(5) CALL(6)
+#elif MOST_ROWS == 6
+#define ROW_CASES(CALL) CALL(1) CALL(2) CALL(3) CALL(4) CALL(5) CALL(6)
+#define HALF_ROW_CASES(CALL) CALL(1) CALL(2) CALL(3)
+#else
+#define ROW_CASES(CALL) CALL(1) CALL(2) CALL(3) CALL(4)
+#define HALF_ROW_CASES(CALL) CALL(1) CALL(2)
+#endif
+
+#define TYPED_TILES(NAME, TYPE) \
+    static void NAME(int n, const void *x, const void *w, int64_t size, Ahead ahead, float (*out)[TILE]) { \
+        switch (n) { ROW_CASES(TYPE) } \
+    }
+#define CASE(N, TYPE) case N: tile_of(N, TYPE, x, w, size, ahead, out); break;
+#define BF16_CASE(N) CASE(N, BF16)
+#define F16_CASE(N) CASE(N, F16)
+#define F32_CASE(N) CASE(N, F32)
+TYPED_TILES(bf16_tile, BF16_CASE)
+TYPED_TILES(f16_tile, F16_CASE)
+TYPED_TILES(f32_tile, F32_CASE)
+
+static void q4_tile(int n, const Rows *x, int64_t row, const Block *block, int64_t size, Ahead ahead, float (*out)[TILE]) {
+    switch (n) {
+#define Q4_CASE(N) case N: q4_tile_of(N, x, row, block, size, ahead, out); break;
+        HALF_ROW_CASES(Q4_CASE)
+    }
+}
+
+/* Computes the outputs of a tile for n rows from `row` on, one group of all `count` rows. */
+static void products(int n, const Rows *x, int64_t row, int64_t count, const Linear *layer, int64_t tile, float (*out)[TILE]) {
+    const int64_t size = layer->in, bytes = tile_bytes(layer);
+    const void *w = (const char *)layer->weight + tile * bytes;
+    const Ahead ahead = ahead_of(w, bytes, row / group_of(layer, count), groups_of(layer, count));
+    switch (layer->type) {
+    case BF16: bf16_tile(n, input_at(BF16, x->rows, row * size), w, size, ahead, out); break;
+    case F16: f16_tile(n, input_at(F16, x->rows, row * size), w, size, ahead, out); break;
+    case F32: f32_tile(n, input_at(F32, x->rows, row * size), w, size, ahead, out); break;
+    default: q4_tile(n, x, row, w, size, ahead, out);
+    }
+    if (layer->bias == NULL) return;
+    for (int m = 0; m < n; m++)
+        for (int64_t o = 0; o < TILE && tile * TILE + o < layer->out; o++) out[m][o] += layer->bias[tile * TILE + o];
+}
+
+/* Returns a layer with `count` outputs of another, from `first` on. `first` is a multiple of 32. */
+INLINE Linear outputs(const Linear *layer, int64_t first, int64_t count) {
+    Linear some = *layer;
+    some.weight = (const char *)layer->weight + first / TILE * tile_bytes(layer), some.out = count;
+    if (layer->bias) some.bias += first;
+    return some;
+}
+
+INLINE int64_t tiles_of(const Linear *layer) { return (layer->out + TILE - 1) / TILE; }
+
+/* The threads of a linear layer, the type of its inputs, and two buffers for inputs of eight bits, see `room_of`. */
+typedef struct {
+    int64_t threads, type;
+    void *room[2];
+} Hands;
+
+/* Returns the bytes that `inputs` needs for rows that are rounded to eight bits. */
+INLINE int64_t room_of(int64_t rows, int64_t size) { return rows * size + rows * (size / TILE) * 8; }
+
+typedef struct {
+    int64_t type, size;
+    const void *x;
+    int8_t *numbers;
+    float *steps;
+    int32_t *offsets;
+} Rounding;
+
+/* Rounds a row to integers from -127 to 127. 32 inputs share a step. */
+static void round_piece(const void *given, int64_t row, int id) {
+    const Rounding *job = given;
+    (void)id;
+    for (int64_t at = row * job->size; at < (row + 1) * job->size; at += TILE) {
+        float x[TILE], largest = 0;
+        for (int i = 0; i < TILE; i += LANES) v_store(x + i, load_input((int)job->type, job->x, at + i));
+        for (int i = 0; i < TILE; i++) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
+        const float steps = largest > 0 ? 127 / largest : 0;
+        int32_t sum = 0;
+        for (int i = 0; i < TILE; i++) {
+            const float value = rintf(x[i] * steps);
+            const int8_t whole = (int8_t)(value > 127 ? 127 : value > -128 ? value : -128); /* NaN becomes -128 */
+            job->numbers[at + i] = whole, sum += whole;
+        }
+        job->steps[at / TILE] = largest / 127, job->offsets[at / TILE] = -8 * sum;
+    }
+}
+
+/* Converts inputs to the form that `layer` multiplies. */
+static Rows inputs(const Hands *hands, const Linear *layer, const void *x, int64_t rows, int room) {
+    if (layer->type != Q4) return (Rows){.rows = x};
+    const int64_t blocks = rows * layer->in / TILE;
+    Rounding job = {.type = hands->type, .size = layer->in, .x = x, .steps = hands->room[room]};
+    job.offsets = (int32_t *)(job.steps + blocks), job.numbers = (int8_t *)(job.offsets + blocks);
+    parallel(hands->threads, round_piece, &job, rows);
+    return (Rows){job.numbers, job.steps, job.offsets};
+}
+
+typedef struct {
+    const Linear *layer, *other;
+    Rows x, gate_x;
+    int64_t rows, stride, span, type;
+    float *y;
+    void *act;
+    int add;
+} Product;
+
+static void linear_tile(const Product *job, int64_t tile) {
+    const Linear *layer = job->layer;
+    float out[MOST_ROWS][TILE];
+    for (int64_t row = 0, group = group_of(layer, job->rows); row < job->rows; row += group) {
+        int64_t n = least(group, job->rows - row), width = least(TILE, layer->out - tile * TILE);
+        products((int)n, &job->x, row, job->rows, layer, tile, out);
+        for (int64_t m = 0; m < n; m++) {
+            float *to = job->y + (row + m) * job->stride + tile * TILE;
+            for (int64_t o = 0; o < width; o++) to[o] = job->add ? to[o] + out[m][o] : out[m][o];
+        }
+    }
+}
+
+static void gated_tile(const Product *job, int64_t tile) {
+    const Linear *gate = job->layer, *up = job->other;
+    float g[MOST_ROWS][TILE], u[MOST_ROWS][TILE];
+    for (int64_t row = 0, group = group_of(gate, job->rows); row < job->rows; row += group) {
+        int64_t n = least(group, job->rows - row);
+        products((int)n, &job->gate_x, row, job->rows, gate, tile, g);
+        products((int)n, &job->x, row, job->rows, up, tile, u);
+        for (int64_t m = 0; m < n; m++)
+            for (int64_t o = 0; o < TILE; o += LANES) {
+                const V value = v_mul(silu(v_load(g[m] + o)), v_load(u[m] + o));
+                store_input((int)job->type, job->act, (row + m) * gate->out + tile * TILE + o, value);
+            }
+    }
+}
+
+/* Runs `span` consecutive tiles, so that the prefetched weights are those of the next tile. */
+static void tiles_piece(const void *given, int64_t piece, int id) {
+    const Product *job = given;
+    const int64_t end = least((piece + 1) * job->span, tiles_of(job->layer));
+    (void)id;
+    for (int64_t tile = piece * job->span; tile < end; tile++)
+        if (job->other) gated_tile(job, tile);
+        else linear_tile(job, tile);
+}
+
+/* Runs all tiles, in several pieces per thread, so that other threads can help a delayed one. */
+static void run_tiles(const Hands *hands, Product *job) {
+    const int64_t tiles = tiles_of(job->layer), pieces = hands->threads * PARTS;
+    job->span = (tiles + pieces - 1) / pieces, job->type = hands->type;
+    parallel(hands->threads, tiles_piece, job, (tiles + job->span - 1) / job->span);
+}
+
+static void run_linear(const Hands *hands, Product job, const void *x) {
+    job.x = inputs(hands, job.layer, x, job.rows, 0);
+    run_tiles(hands, &job);
+}
+
+/* y = x W^T + b. Rows of y are `stride` numbers apart. */
+static void linear_into(const Hands *hands, const Linear *layer, const void *x, int64_t rows, float *y, int64_t stride) {
+    run_linear(hands, (Product){.layer = layer, .rows = rows, .y = y, .stride = stride}, x);
+}
+
+/* y = x W^T + b, or y += x W^T + b if `add`. */
+static void linear(const Hands *hands, const Linear *layer, const void *x, int64_t rows, float *y, int add) {
+    run_linear(hands, (Product){.layer = layer, .rows = rows, .y = y, .stride = layer->out, .add = add}, x);
+}
+
+/* act = silu(gate(gate_x)) * up(x) */
+static void gated(const Hands *hands, const Linear *gate, const Linear *up, const void *gate_x, const void *x, int64_t rows, void *act) {
+    Product job = {.layer = gate, .other = up, .rows = rows, .act = act};
+    job.x = inputs(hands, up, x, rows, 0);
+    job.gate_x = gate_x == x ? job.x : inputs(hands, gate, gate_x, rows, 1);
+    run_tiles(hands, &job);
+}

@@ -1,18 +1,46 @@
-"""Builds the compiled kernels: one C file for each instruction set, all in one library. Everything else is in pyproject.toml.
+"""Builds the compiled kernels, see src/foredraft/kernels/build.py. Everything else stands in pyproject.toml.
 
-Without a C compiler, the package installs without the library, and torch computes. An instruction set that the compiler does not
-know is left out. The environment variable ``CC`` names the compiler.
+Without a C compiler, the package installs without them, and torch computes.
 """
 
-from __future__ import annotations
-
-import sys
-from concurrent.futures import ThreadPoolExecutor
+import runpy
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
-sys.path.insert(0, str(Path(__file__).parent))
-from src.foredraft.kernels.build import COMMON, FLAGS, LINKED, SOURCES, builds_for, folder  # noqa: E402
+NAME = "foredraft.kernels._kernels"
+building = runpy.run_path(str(Path(__file__).parent / "src" / "foredraft" / "kernels" / "build.py"))
+
+
+class BuildKernels(build_ext):
+    """Builds the library, which is no Python extension: it works with every version of Python."""
+
+    def get_ext_filename(self, ext_name: str) -> str:
+        return ext_name.replace(".", "/") + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        out = Path(self.get_ext_fullpath(ext.name))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            left_out = building["build"](out)
+        except building["BuildError"] as error:
+            raise CompileError(f"no compiled kernels, so torch will compute, which is slower: {error}") from None
+        if left_out:
+            self.warn(f"kernels left out, because the compiler does not know them: {', '.join(left_out)}")
+
+
+class TaggedWheel(bdist_wheel):
+    """A wheel for any Python 3: for this platform if it holds the kernels, else for every platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        build = self.get_finalized_command("build_ext")
+        return "py3", "none", super().get_tag()[2] if Path(build.get_ext_fullpath(NAME)).exists() else "any"
+
+
+setup(
+    ext_modules=[Extension(NAME, [], optional=True)],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": TaggedWheel},
+)

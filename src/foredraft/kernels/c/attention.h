@@ -46,7 +46,9 @@ INLINE int64_t entry(const View *view, const Cells *pool, int64_t i) {
 /* Keys of LANES tokens, laid out for products with queries. */
 typedef union {
     V *numbers; /* [size]: number d of every token */
-    P *pairs;   /* [size / 2]: numbers 2 d and 2 d + 1 */
+#if PAIRED
+    P *pairs; /* [size / 2]: numbers 2 d and 2 d + 1 */
+#endif
 } Laid;
 
 /* Lays out the keys of up to LANES tokens from `i` on. Lanes beyond `count` repeat the last token. */
@@ -59,7 +61,7 @@ INLINE void lay_keys(const int type, const View *view, const Cells *keys, int64_
         for (int64_t d = 0; d < keys->size; d += 2 * LANES) w_transpose(rows, d, WORDS(laid) + (PAIRED ? d / 2 : d));
     } else
         for (int64_t d = 0; d < keys->size; d += LANES) {
-UNROLL
+            UNROLL
             for (int j = 0; j < LANES; j++) laid.numbers[d + j] = load(type, keys->cells, at[j] + d);
             v_transpose(laid.numbers + d);
         }
@@ -71,17 +73,19 @@ INLINE void scores_of(
 ) {
     const V scale = v_set(1.0f / sqrtf((float)size));
     V sums[AT_ONCE];
-UNROLL
+    UNROLL
     for (int q = 0; q < n; q++) sums[q] = v_set(0);
-    if (is_paired(type))
+#if PAIRED
+    if (type == BF16)
         for (int64_t d = 0; d < size; d += 2)
-UNROLL
-            for (int q = 0; q < n; q++) sums[q] = p_dot(sums[q], laid.pairs[d / 2], (const Operand *)queries[q] + d);
+            UNROLL
+            for (int q = 0; q < n; q++) sums[q] = p_dot(sums[q], laid.pairs[d / 2], (const uint16_t *)queries[q] + d);
     else
+#endif
         for (int64_t d = 0; d < size; d++)
-UNROLL
+            UNROLL
             for (int q = 0; q < n; q++) sums[q] = v_fma(laid.numbers[d], v_set(((const float *)queries[q])[d]), sums[q]);
-UNROLL
+    UNROLL
     for (int q = 0; q < n; q++) v_store_some(scores + q * room, v_mul(sums[q], scale), count);
 }
 
@@ -125,33 +129,33 @@ INLINE void mixtures_of(
     const Cells *values, int64_t d
 ) {
     V sums[AT_ONCE][COLUMNS];
-UNROLL
+    UNROLL
     for (int q = 0; q < n; q++)
-UNROLL
+        UNROLL
         for (int v = 0; v < count; v++) sums[q][v] = v_set(0);
     for (int64_t i = 0, end; i < shared; i = end) {
         end = least(shared, i + BLOCK - (seers->view->from + i) % BLOCK); /* tokens of a block are contiguous */
         for (int64_t at = entry(seers->view, values, i) + d; i < end; i++, at += values->size) {
             V value[COLUMNS];
-UNROLL
+            UNROLL
             for (int v = 0; v < count; v++) value[v] = load(type, values->cells, at + v * LANES);
-UNROLL
+            UNROLL
             for (int q = 0; q < n; q++) {
                 const V weight = v_set(weights[q * room + i]);
-UNROLL
+                UNROLL
                 for (int v = 0; v < count; v++) sums[q][v] = v_fma(weight, value[v], sums[q][v]);
             }
         }
     }
-UNROLL
+    UNROLL
     for (int q = 0; q < n; q++) {
         for (int64_t i = shared; i < seers[q].view->count; i++) {
             const int64_t at = entry(seers[q].view, values, i) + d;
             const V weight = v_set(weights[q * room + i]);
-UNROLL
+            UNROLL
             for (int v = 0; v < count; v++) sums[q][v] = v_fma(weight, load(type, values->cells, at + v * LANES), sums[q][v]);
         }
-UNROLL
+        UNROLL
         for (int v = 0; v < count; v++) store_input(type, seers[q].out, d + v * LANES, sums[q][v]);
     }
 }

@@ -17,7 +17,7 @@ static void normalize(int type, const float *x, const float *weight, void *out, 
     for (int64_t i = 0; i < size; i += LANES) store_input(type, out, i, v_mul(v_mul(v_load(x + i), scale), v_load(weight + i)));
 }
 
-enum { TILE = 32, VECTORS = TILE / LANES, LINE = 64, PARTS = 2, FEW_ROWS = 5 };
+enum { TILE = 32, VECTORS = TILE / LANES, LINE = 64, PARTS = 2, CHUNK = 64 };
 
 /* Rows run in groups of about equal size. A group is small enough that its sums stay in registers. From MANY_ROWS on, groups are
    half as large, so that inputs stay in the L1 cache: products limit the speed of a prompt, not the reading of weights. */
@@ -35,12 +35,13 @@ INLINE int64_t group_of(const Linear *layer, int64_t rows) { return (rows + grou
    AHEAD bytes ahead; a whole number of pages would be slower by a tenth. Several groups each prefetch a share of the next tile. */
 typedef struct {
     const char *at;
-    int64_t pace; /* bytes to prefetch per cache line of weights */
+    int64_t pace;  /* bytes to prefetch per cache line of weights */
+    int64_t chunk; /* inputs of a part of the tile; few rows take small parts, so that weights arrive while others are multiplied */
 } Ahead;
 
 INLINE Ahead ahead_of(const void *tile, int64_t bytes, int64_t group, int64_t groups) {
     const char *at = (const char *)tile + (groups == 1 ? AHEAD : bytes + group * bytes / groups);
-    return (Ahead){at, LINE / groups};
+    return (Ahead){at, LINE / groups, groups <= 2 ? CHUNK : 1 << 30};
 }
 
 /* Prefetches one line and advances by `lines` lines. */
@@ -56,57 +57,71 @@ typedef struct {
     const int32_t *offsets; /* for integers, [rows][in / 32]: -8 times their sum, because stored weights are larger by 8 */
 } Rows;
 
-/* Computes outputs first * LANES to (first + count) * LANES - 1 of a tile for n rows. n count sums stay in registers, and each weight
-   is loaded once. n, count, first and `type` are constants. Every output adds its products in the order of the inputs. */
+/* Returns the weights of input i + k, of the outputs from `lane` on. i is even; k is 0 or 1. */
+INLINE V weight_of(int type, const void *w, int64_t i, int k, int lane) {
+    if (type != BF16) return load(type, w, (i + k) * TILE + lane);
+    const uint16_t *pairs = (const uint16_t *)w + i * TILE + 2 * lane;
+    return k ? v_odd(pairs) : v_even(pairs);
+}
+
+/* Adds the products of inputs `begin` to `end` - 1 to outputs first * LANES to (first + count) * LANES - 1 of a tile, for n rows.
+   n count sums stay in registers, and each weight is loaded once. n, count, first and `type` are constants. Every output adds its
+   products in the order of the inputs. */
 INLINE void products_of(
-    const int n, const int count, const int first, const int type, const void *x, const void *w, int64_t size, Ahead ahead,
-    float (*out)[TILE]
+    const int n, const int count, const int first, const int type, const void *x, const void *w, int64_t size, int64_t begin,
+    int64_t end, Ahead *ahead, float (*out)[TILE]
 ) {
-    enum { BYTES = 2 * TILE };
-    const Operand *pairs = x;
-    const float *numbers = x;
+    const int lines = (type == F32 ? 4 : 2) * count / VECTORS; /* of the weights of two inputs */
+    Ahead next = *ahead;
     V sum[MOST_ROWS][VECTORS];
-UNROLL
+    UNROLL
     for (int m = 0; m < n; m++)
-UNROLL
-        for (int v = 0; v < count; v++) sum[m][v] = v_set(0);
-    for (int64_t i = 0; i < size; i += 2) {
-        if (first == 0) {
-            const int lines = type == F32 ? 4 : 2; /* of the weights of two inputs */
-UNROLL
-            for (int line = 0; line < lines; line += n > FEW_ROWS ? 1 : 2) /* the processor fetches lines in pairs */
-                ask(&ahead, n > FEW_ROWS ? 1 : 2);
+        UNROLL
+        for (int v = 0; v < count; v++) sum[m][v] = begin ? v_load(out[m] + (first + v) * LANES) : v_set(0);
+    for (int64_t i = begin; i < end; i += 2) {
+        for (int line = 0; line < lines; line += n > PAIR_ROWS ? 1 : 2) ask(&next, n > PAIR_ROWS ? 1 : 2);
+#if PAIRED
+        if (type == BF16) {
+            P pairs[VECTORS];
+            UNROLL
+            for (int v = 0; v < count; v++) pairs[v] = p_load((const uint16_t *)w + i * TILE + (first + v) * LANES * 2);
+            UNROLL
+            for (int m = 0; m < n; m++)
+                UNROLL
+                for (int v = 0; v < count; v++) sum[m][v] = p_dot(sum[m][v], pairs[v], (const uint16_t *)x + m * size + i);
+            continue;
         }
-UNROLL
-        for (int v = 0; v < count; v++) {
-            if (type == BF16) {
-                const P two = p_load((const uint16_t *)w + i * TILE + (first + v) * LANES * 2);
-UNROLL
-                for (int m = 0; m < n; m++) sum[m][v] = p_dot(sum[m][v], two, pairs + m * size + i);
-            } else {
-                const V even = load(type, w, i * TILE + (first + v) * LANES);
-                const V odd = load(type, w, (i + 1) * TILE + (first + v) * LANES);
-UNROLL
-                for (int m = 0; m < n; m++) {
-                    sum[m][v] = v_fma(even, v_set(numbers[m * size + i]), sum[m][v]);
-                    sum[m][v] = v_fma(odd, v_set(numbers[m * size + i + 1]), sum[m][v]);
-                }
+#endif
+        UNROLL
+        for (int k = 0; k < 2; k++) {
+            V weights[VECTORS];
+            UNROLL
+            for (int v = 0; v < count; v++) weights[v] = weight_of(type, w, i, k, (first + v) * LANES);
+            UNROLL
+            for (int m = 0; m < n; m++) {
+                const V number = v_set(((const float *)x)[m * size + i + k]);
+                UNROLL
+                for (int v = 0; v < count; v++) sum[m][v] = v_fma(weights[v], number, sum[m][v]);
             }
         }
     }
-UNROLL
+    UNROLL
     for (int m = 0; m < n; m++)
-UNROLL
+        UNROLL
         for (int v = 0; v < count; v++) v_store(out[m] + (first + v) * LANES, sum[m][v]);
+    *ahead = next;
 }
 
-/* Computes all outputs of a tile: at once, or half of them after the other half where registers are few. */
+/* Computes all outputs of a tile: at once, or half of them after the other half where registers are few. The halves take turns
+   after `ahead.chunk` inputs. */
 INLINE void tile_of(const int n, const int type, const void *x, const void *w, int64_t size, Ahead ahead, float (*out)[TILE]) {
-    if (n <= WIDE_ROWS) products_of(n, VECTORS, 0, type, x, w, size, ahead, out);
-    else {
-        products_of(n, VECTORS / 2, 0, type, x, w, size, ahead, out);
-        products_of(n, VECTORS / 2, VECTORS / 2, type, x, w, size, ahead, out);
-    }
+    enum { HALF = VECTORS / 2 };
+    if (n <= WIDE_ROWS) products_of(n, VECTORS, 0, type, x, w, size, 0, size, &ahead, out);
+    else
+        for (int64_t i = 0; i < size; i += ahead.chunk) {
+            products_of(n, HALF, 0, type, x, w, size, i, least(i + ahead.chunk, size), &ahead, out);
+            products_of(n, HALF, HALF, type, x, w, size, i, least(i + ahead.chunk, size), &ahead, out);
+        }
 }
 
 /* The same for four-bit weights. Sums within a block are integers, which are then scaled; blocks are added in order. */
@@ -117,23 +132,23 @@ INLINE void q4_tile_of(
     const int8_t *numbers = (const int8_t *)x->rows + row * size;
     const int64_t blocks = size / TILE, at = row * blocks;
     V sum[MOST_ROWS][VECTORS];
-UNROLL
+    UNROLL
     for (int m = 0; m < n; m++)
-UNROLL
+        UNROLL
         for (int v = 0; v < VECTORS; v++) sum[m][v] = v_set(0);
     for (int64_t b = 0; b < blocks; b++, block++) {
         Q whole[MOST_ROWS][VECTORS];
         ask(&ahead, 1);
-UNROLL
+        UNROLL
         for (int m = 0; m < n; m++)
-UNROLL
+            UNROLL
             for (int v = 0; v < VECTORS; v++) whole[m][v] = q_zero();
         for (int i = 0; i < TILE / 4; i++) {
             ask(&ahead, 1);
-UNROLL
+            UNROLL
             for (int v = 0; v < HALF_TILE; v++) {
                 const B both = b_load(block->numbers[i][v * LANES]), lower = b_low(both), upper = b_high(both);
-UNROLL
+                UNROLL
                 for (int m = 0; m < n; m++) {
                     const int8_t *four = numbers + m * size + b * TILE + 4 * i;
                     whole[m][v] = q_dot(whole[m][v], lower, four);
@@ -141,19 +156,19 @@ UNROLL
                 }
             }
         }
-UNROLL
+        UNROLL
         for (int v = 0; v < VECTORS; v++) {
             const V scales = v_of_bf16(c_load(block->scales + v * LANES));
-UNROLL
+            UNROLL
             for (int m = 0; m < n; m++) {
                 const V values = q_sum(whole[m][v], x->offsets[at + m * blocks + b]);
                 sum[m][v] = v_fma(values, v_mul(scales, v_set(x->steps[at + m * blocks + b])), sum[m][v]);
             }
         }
     }
-UNROLL
+    UNROLL
     for (int m = 0; m < n; m++)
-UNROLL
+        UNROLL
         for (int v = 0; v < VECTORS; v++) v_store(out[m] + v * LANES, sum[m][v]);
 }
 
@@ -193,19 +208,94 @@ static void q4_tile(int n, const Rows *x, int64_t row, const Block *block, int64
     }
 }
 
-/* Computes the outputs of a tile for n rows from `row` on, one group of all `count` rows. */
-static void products(int n, const Rows *x, int64_t row, int64_t count, const Linear *layer, int64_t tile, float (*out)[TILE]) {
-    const int64_t size = layer->in, bytes = tile_bytes(layer);
-    const void *w = (const char *)layer->weight + tile * bytes;
-    const Ahead ahead = ahead_of(w, bytes, row / group_of(layer, count), groups_of(layer, count));
-    switch (layer->type) {
-    case BF16: bf16_tile(n, input_at(BF16, x->rows, row * size), w, size, ahead, out); break;
-    case F16: f16_tile(n, input_at(F16, x->rows, row * size), w, size, ahead, out); break;
-    case F32: f32_tile(n, input_at(F32, x->rows, row * size), w, size, ahead, out); break;
-    default: q4_tile(n, x, row, w, size, ahead, out);
+/* Many rows share weights that are converted to float32, UNPACKED inputs at a time, unless this set multiplies them as they are. */
+enum { MOST_BLOCK = 96, UNPACKED = 256 };
+
+INLINE int is_unpacked(const Linear *layer, int64_t rows) {
+    return layer->type != Q4 && !is_paired((int)layer->type) && groups_of(layer, rows) > 4;
+}
+
+INLINE void unpack(const int type, const void *w, int64_t begin, int64_t end, float *out) {
+    for (int64_t i = begin; i < end; i += 2) {
+        const char *next = (const char *)w + (i + UNPACKED) * TILE * size_of(type);
+        __builtin_prefetch(next, 0, 2);
+        __builtin_prefetch(next + LINE, 0, 2);
+        for (int k = 0; k < 2; k++, out += TILE)
+            for (int v = 0; v < VECTORS; v++) v_store(out + v * LANES, weight_of(type, w, i, k, v * LANES));
     }
+}
+
+/* Adds the products of a part of the inputs, whose weights are float32 [end - begin][TILE]. */
+INLINE void part_of(const int n, const float *x, const float *w, int64_t size, int64_t begin, int64_t count, float (*out)[TILE]) {
+    enum { COUNT = MOST_ROWS <= WIDE_ROWS ? VECTORS : VECTORS / 2 };
+    for (int first = 0; first < VECTORS; first += COUNT) {
+        V sum[MOST_ROWS][COUNT];
+        UNROLL
+        for (int m = 0; m < n; m++)
+            UNROLL
+            for (int v = 0; v < COUNT; v++) sum[m][v] = begin ? v_load(out[m] + (first + v) * LANES) : v_set(0);
+        for (int64_t i = 0; i < count; i++) {
+            V weights[COUNT];
+            UNROLL
+            for (int v = 0; v < COUNT; v++) weights[v] = v_load(w + i * TILE + (first + v) * LANES);
+            UNROLL
+            for (int m = 0; m < n; m++) {
+                const V number = v_set(x[m * size + begin + i]);
+                UNROLL
+                for (int v = 0; v < COUNT; v++) sum[m][v] = v_fma(weights[v], number, sum[m][v]);
+            }
+        }
+        UNROLL
+        for (int m = 0; m < n; m++)
+            UNROLL
+            for (int v = 0; v < COUNT; v++) v_store(out[m] + (first + v) * LANES, sum[m][v]);
+    }
+}
+
+static void unpacked_part(int n, const float *x, const float *w, int64_t size, int64_t begin, int64_t count, float (*out)[TILE]) {
+    switch (n) {
+#define PART_CASE(N) case N: part_of(N, x, w, size, begin, count, out); break;
+        ROW_CASES(PART_CASE)
+    }
+}
+
+static void unpacked_products(int64_t n, int64_t group, const float *x, const Linear *layer, const void *w, float (*out)[TILE]) {
+    float space[UNPACKED * TILE];
+    for (int64_t begin = 0; begin < layer->in; begin += UNPACKED) {
+        const int64_t end = least(begin + UNPACKED, layer->in);
+        const float *part = space;
+        switch (layer->type) {
+        case BF16: unpack(BF16, w, begin, end, space); break;
+        case F16: unpack(F16, w, begin, end, space); break;
+        default: part = (const float *)w + begin * TILE;
+        }
+        for (int64_t row = 0; row < n; row += group)
+            unpacked_part((int)least(group, n - row), x + row * layer->in, part, layer->in, begin, end - begin, out + row);
+    }
+}
+
+/* Returns the number of rows whose outputs of a tile are computed together: some groups. */
+INLINE int64_t block_of(const Linear *layer, int64_t rows) { return MOST_BLOCK / group_of(layer, rows) * group_of(layer, rows); }
+
+/* Computes the outputs of a tile for n rows from `row` on, a block of all `count` rows. */
+static void products(int64_t n, const Rows *x, int64_t row, int64_t count, const Linear *layer, int64_t tile, float (*out)[TILE]) {
+    const int64_t size = layer->in, bytes = tile_bytes(layer), group = group_of(layer, count), groups = groups_of(layer, count);
+    const void *w = (const char *)layer->weight + tile * bytes;
+    if (is_unpacked(layer, count)) unpacked_products(n, group, (const float *)x->rows + row * size, layer, w, out);
+    else
+        for (int64_t m = 0; m < n; m += group) {
+            const Ahead ahead = ahead_of(w, bytes, (row + m) / group, groups);
+            const void *from = layer->type == Q4 ? NULL : input_at((int)layer->type, x->rows, (row + m) * size);
+            const int some = (int)least(group, n - m);
+            switch (layer->type) {
+            case BF16: bf16_tile(some, from, w, size, ahead, out + m); break;
+            case F16: f16_tile(some, from, w, size, ahead, out + m); break;
+            case F32: f32_tile(some, from, w, size, ahead, out + m); break;
+            default: q4_tile(some, x, row + m, w, size, ahead, out + m);
+            }
+        }
     if (layer->bias == NULL) return;
-    for (int m = 0; m < n; m++)
+    for (int64_t m = 0; m < n; m++)
         for (int64_t o = 0; o < TILE && tile * TILE + o < layer->out; o++) out[m][o] += layer->bias[tile * TILE + o];
 }
 
@@ -276,10 +366,10 @@ typedef struct {
 
 static void linear_tile(const Product *job, int64_t tile) {
     const Linear *layer = job->layer;
-    float out[MOST_ROWS][TILE];
-    for (int64_t row = 0, group = group_of(layer, job->rows); row < job->rows; row += group) {
-        int64_t n = least(group, job->rows - row), width = least(TILE, layer->out - tile * TILE);
-        products((int)n, &job->x, row, job->rows, layer, tile, out);
+    float out[MOST_BLOCK][TILE];
+    for (int64_t row = 0, block = block_of(layer, job->rows); row < job->rows; row += block) {
+        const int64_t n = least(block, job->rows - row), width = least(TILE, layer->out - tile * TILE);
+        products(n, &job->x, row, job->rows, layer, tile, out);
         for (int64_t m = 0; m < n; m++) {
             float *to = job->y + (row + m) * job->stride + tile * TILE;
             for (int64_t o = 0; o < width; o++) to[o] = job->add ? to[o] + out[m][o] : out[m][o];
@@ -289,11 +379,11 @@ static void linear_tile(const Product *job, int64_t tile) {
 
 static void gated_tile(const Product *job, int64_t tile) {
     const Linear *gate = job->layer, *up = job->other;
-    float g[MOST_ROWS][TILE], u[MOST_ROWS][TILE];
-    for (int64_t row = 0, group = group_of(gate, job->rows); row < job->rows; row += group) {
-        int64_t n = least(group, job->rows - row);
-        products((int)n, &job->gate_x, row, job->rows, gate, tile, g);
-        products((int)n, &job->x, row, job->rows, up, tile, u);
+    float g[MOST_BLOCK][TILE], u[MOST_BLOCK][TILE];
+    for (int64_t row = 0, block = block_of(gate, job->rows); row < job->rows; row += block) {
+        const int64_t n = least(block, job->rows - row);
+        products(n, &job->gate_x, row, job->rows, gate, tile, g);
+        products(n, &job->x, row, job->rows, up, tile, u);
         for (int64_t m = 0; m < n; m++)
             for (int64_t o = 0; o < TILE; o += LANES) {
                 const V value = v_mul(silu(v_load(g[m] + o)), v_load(u[m] + o));

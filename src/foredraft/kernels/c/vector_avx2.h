@@ -5,7 +5,7 @@
 #define PAIRED 0
 #define UNROLL _Pragma("GCC unroll 32")
 #define MOST_ROWS 6
-enum { LANES = 8, MANY_ROWS = 1 << 30, WIDE_ROWS = 2, SUMS = 12, AHEAD = 2048 };
+enum { LANES = 8, MANY_ROWS = 1 << 30, WIDE_ROWS = 2, SUMS = 12, PAIR_ROWS = 0, AHEAD = 6144 };
 
 typedef __m256 V;
 typedef __m128i C;
@@ -63,16 +63,10 @@ INLINE C bf16_of_v(V x) {
     return _mm256_castsi256_si128(packed);
 }
 
-typedef float Operand;
-typedef struct { V even, odd; } P;
-
-INLINE P p_of(__m256i words) {
-    const __m256i upper = _mm256_set1_epi32(-65536);
-    return (P){_mm256_castsi256_ps(_mm256_slli_epi32(words, 16)), _mm256_castsi256_ps(_mm256_and_si256(words, upper))};
-}
-
-INLINE P p_load(const uint16_t *x) { return p_of(_mm256_loadu_si256((const __m256i *)x)); }
-INLINE V p_dot(V sum, P w, const Operand *x) { return v_fma(w.odd, v_set(x[1]), v_fma(w.even, v_set(x[0]), sum)); }
+INLINE V even_of(__m256i words) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }
+INLINE V odd_of(__m256i words) { return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(-65536))); }
+INLINE V v_even(const uint16_t *x) { return even_of(_mm256_loadu_si256((const __m256i *)x)); }
+INLINE V v_odd(const uint16_t *x) { return odd_of(_mm256_loadu_si256((const __m256i *)x)); }
 
 /* Sums of products stay in 16 bits: a block adds at most 8 pairs of 2 x 15 x 127, which is below 32768. */
 typedef __m256i B, Q;
@@ -115,7 +109,7 @@ INLINE void w_transpose(const uint16_t *const *rows, int64_t d, V *out) {
     v_transpose(words);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++) {
-        const P two = p_of(_mm256_castps_si256(words[i]));
-        out[2 * i] = two.even, out[2 * i + 1] = two.odd;
+        const __m256i pairs = _mm256_castps_si256(words[i]);
+        out[2 * i] = even_of(pairs), out[2 * i + 1] = odd_of(pairs);
     }
 }

@@ -9,7 +9,7 @@
 #define PAIRED 0
 #endif
 #define MOST_ROWS 12
-enum { LANES = 16, MANY_ROWS = 40, WIDE_ROWS = MOST_ROWS, SUMS = 24, AHEAD = 6144 };
+enum { LANES = 16, MANY_ROWS = 40, WIDE_ROWS = MOST_ROWS, SUMS = 24, PAIR_ROWS = 5, AHEAD = 6144 };
 
 typedef __m512 V;
 typedef __m256i C;
@@ -51,11 +51,11 @@ INLINE __m512i four_bytes(const void *x) {
 #ifdef USE_BF16
 INLINE C bf16_of_v(V x) { return (C)_mm512_cvtneps_pbh(x); }
 
-typedef uint16_t Operand;
+/* Two inputs of every lane, and their products with two inputs of a row. */
 typedef __m512bh P;
 
 INLINE P p_load(const uint16_t *x) { return (P)_mm512_loadu_si512(x); }
-INLINE V p_dot(V sum, P w, const Operand *x) { return _mm512_dpbf16_ps(sum, w, (P)four_bytes(x)); }
+INLINE V p_dot(V sum, P w, const uint16_t *x) { return _mm512_dpbf16_ps(sum, w, (P)four_bytes(x)); }
 #else
 INLINE C bf16_of_v(V x) {
     const __m512i bits = _mm512_castps_si512(x), upper = _mm512_srli_epi32(bits, 16);
@@ -65,16 +65,10 @@ INLINE C bf16_of_v(V x) {
     return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_or_si512(upper, _mm512_set1_epi32(0x40))));
 }
 
-typedef float Operand;
-typedef struct { V even, odd; } P;
-
-INLINE P p_of(__m512i words) {
-    const __m512i upper = _mm512_set1_epi32(-65536);
-    return (P){_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)), _mm512_castsi512_ps(_mm512_and_si512(words, upper))};
-}
-
-INLINE P p_load(const uint16_t *x) { return p_of(_mm512_loadu_si512(x)); }
-INLINE V p_dot(V sum, P w, const Operand *x) { return v_fma(w.odd, v_set(x[1]), v_fma(w.even, v_set(x[0]), sum)); }
+INLINE V even_of(__m512i words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
+INLINE V odd_of(__m512i words) { return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(-65536))); }
+INLINE V v_even(const uint16_t *x) { return even_of(_mm512_loadu_si512(x)); }
+INLINE V v_odd(const uint16_t *x) { return odd_of(_mm512_loadu_si512(x)); }
 #endif
 
 typedef __m512i B, Q;
@@ -143,8 +137,7 @@ INLINE void w_transpose(const uint16_t *const *rows, int64_t d, V *out) {
     i_transpose(words);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) {
-        const P two = p_of(words[i]);
-        out[2 * i] = two.even, out[2 * i + 1] = two.odd;
+        out[2 * i] = even_of(words[i]), out[2 * i + 1] = odd_of(words[i]);
     }
 }
 #endif

@@ -6,7 +6,7 @@
 #define PAIRED 0
 #define UNROLL
 #define MOST_ROWS 4
-enum { LANES = 1, MANY_ROWS = 1 << 30, WIDE_ROWS = MOST_ROWS, SUMS = 64, AHEAD = 2048 };
+enum { LANES = 1, MANY_ROWS = 1 << 30, WIDE_ROWS = MOST_ROWS, SUMS = 64, PAIR_ROWS = 0, AHEAD = 2048 };
 
 typedef float V;
 typedef uint16_t C;
@@ -48,12 +48,9 @@ INLINE C bf16_of_v(V x) { return bf16_of_float(x); }
 INLINE V v_of_half(C x) { return float_of_half(x); }
 INLINE C half_of_v(V x) { return half_of_float(x); }
 
-/* Two inputs of every lane: bf16 weights of a linear layer, or keys. */
-typedef float Operand;
-typedef struct { V even, odd; } P;
-
-INLINE P p_load(const uint16_t *x) { return (P){v_of_bf16(x[0]), v_of_bf16(x[1])}; }
-INLINE V p_dot(V sum, P w, const Operand *x) { return v_fma(w.odd, x[1], v_fma(w.even, x[0], sum)); }
+/* The first or the second input of every lane, of pairs of bf16. */
+INLINE V v_even(const uint16_t *x) { return float_of_bf16(x[0]); }
+INLINE V v_odd(const uint16_t *x) { return float_of_bf16(x[1]); }
 
 /* Four bytes of every lane, and their products with four signed bytes, which are added as whole numbers. */
 typedef struct { uint8_t at[4]; } B;
@@ -69,8 +66,7 @@ INLINE Q q_dot(Q sum, B w, const int8_t *x) {
 }
 INLINE V q_sum(Q sum, int32_t more) { return (float)(sum + more); }
 
-/* Lays out the numbers d to d + LANES - 1 of LANES rows: one vector per number. Rows beyond `count` are zeros. */
 INLINE void v_transpose(V *x) { (void)x; }
-INLINE void w_transpose(const uint16_t *const *rows, int64_t d, V *out) {
-    out[0] = v_of_bf16(rows[0][d]), out[1] = v_of_bf16(rows[0][d + 1]);
-}
+
+/* Lays out the bf16 numbers d to d + 2 LANES - 1 of LANES rows: one vector per number. */
+INLINE void w_transpose(const uint16_t *const *rows, int64_t d, V *out) { out[0] = v_even(rows[0] + d), out[1] = v_odd(rows[0] + d); }

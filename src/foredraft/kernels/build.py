@@ -21,12 +21,16 @@ from pathlib import Path
 SOURCES = Path(__file__).parent / "c"
 LIBRARY = Path(__file__).with_name("_kernels.so")
 
-COMMON = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra")
+COMMON = (
+    *("-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-pthread"),
+    *("-Wall", "-Wextra"),
+)
 """Flags of every file. Contraction and fast math are off, so equal rows give equal bits, however the compiler unrolls loops."""
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")
 _VNNI = (*_AVX512, "-mavx512vnni", "-DUSE_VNNI")
 _BF16 = (*_VNNI, "-mavx512bf16", "-DUSE_BF16")
+_AMX = (*_BF16, "-mamx-tile", "-mamx-bf16", "-DUSE_AMX")
 
 SETS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
     "x86_64": {
@@ -35,6 +39,7 @@ SETS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
         "avx512": ("vector_avx512.h", _AVX512),
         "avx512_vnni": ("vector_avx512.h", _VNNI),
         "avx512_bf16": ("vector_avx512.h", _BF16),
+        "amx": ("vector_avx512.h", _AMX),
     },
     "": {"scalar": ("vector_scalar.h", ())},
 }

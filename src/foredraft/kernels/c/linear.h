@@ -274,13 +274,26 @@ static void unpacked_products(int64_t n, int64_t group, const float *x, const Li
     }
 }
 
+#ifdef USE_AMX
+#include "tiles.h"
+#endif
+
 /* Returns the number of rows whose outputs of a tile are computed together: some groups. */
-INLINE int64_t block_of(const Linear *layer, int64_t rows) { return MOST_BLOCK / group_of(layer, rows) * group_of(layer, rows); }
+INLINE int64_t block_of(const Linear *layer, int64_t rows) {
+#ifdef USE_AMX
+    if (layer->type == BF16) return MOST_BLOCK;
+#endif
+    return MOST_BLOCK / group_of(layer, rows) * group_of(layer, rows);
+}
 
 /* Computes the outputs of a tile for n rows from `row` on, a block of all `count` rows. */
 static void products(int64_t n, const Rows *x, int64_t row, int64_t count, const Linear *layer, int64_t tile, float (*out)[TILE]) {
     const int64_t size = layer->in, bytes = tile_bytes(layer), group = group_of(layer, count), groups = groups_of(layer, count);
     const void *w = (const char *)layer->weight + tile * bytes;
+#ifdef USE_AMX
+    if (layer->type == BF16) tile_products(n, (const uint16_t *)x->rows + row * size, w, size, row, count, out);
+    else
+#endif
     if (is_unpacked(layer, count)) unpacked_products(n, group, (const float *)x->rows + row * size, layer, w, out);
     else
         for (int64_t m = 0; m < n; m += group) {

@@ -48,6 +48,12 @@ INLINE __m512i four_bytes(const void *x) {
     return _mm512_set1_epi32(four);
 }
 
+/* The first or the second input of every lane, of pairs of bf16. */
+INLINE V even_of(__m512i words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
+INLINE V odd_of(__m512i words) { return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(-65536))); }
+INLINE V v_even(const uint16_t *x) { return even_of(_mm512_loadu_si512(x)); }
+INLINE V v_odd(const uint16_t *x) { return odd_of(_mm512_loadu_si512(x)); }
+
 #ifdef USE_BF16
 INLINE C bf16_of_v(V x) { return (C)_mm512_cvtneps_pbh(x); }
 
@@ -65,10 +71,6 @@ INLINE C bf16_of_v(V x) {
     return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_or_si512(upper, _mm512_set1_epi32(0x40))));
 }
 
-INLINE V even_of(__m512i words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
-INLINE V odd_of(__m512i words) { return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(-65536))); }
-INLINE V v_even(const uint16_t *x) { return even_of(_mm512_loadu_si512(x)); }
-INLINE V v_odd(const uint16_t *x) { return odd_of(_mm512_loadu_si512(x)); }
 #endif
 
 typedef __m512i B, Q;

@@ -19,20 +19,30 @@ static void tile_group(int64_t n, const uint16_t *x, const uint16_t *w, int64_t 
     const int first = (int)least(n, TILE_ROWS), second = (int)n - first;
     const uint16_t *below = x + TILE_ROWS * size;
     configure(first, second);
-    _tile_zero(0), _tile_zero(1);
-    if (second) _tile_zero(2), _tile_zero(3);
+    _tile_zero(0);
+    _tile_zero(1);
+    if (second) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
     for (int64_t i = 0; i < size; i += TILE) {
         for (int line = 0; line < lines; line++) ask(&ahead, 1);
         _tile_loadd(4, x + i, size * 2);
         _tile_loadd(6, w + i * TILE, 2 * TILE_BYTES);
         _tile_loadd(7, w + i * TILE + TILE, 2 * TILE_BYTES);
-        _tile_dpbf16ps(0, 4, 6), _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
         if (!second) continue;
         _tile_loadd(5, below + i, size * 2);
-        _tile_dpbf16ps(2, 5, 6), _tile_dpbf16ps(3, 5, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, out[0], TILE * 4), _tile_stored(1, out[0] + TILE / 2, TILE * 4);
-    if (second) _tile_stored(2, out[TILE_ROWS], TILE * 4), _tile_stored(3, out[TILE_ROWS] + TILE / 2, TILE * 4);
+    _tile_stored(0, out[0], TILE * 4);
+    _tile_stored(1, out[0] + TILE / 2, TILE * 4);
+    if (second) {
+        _tile_stored(2, out[TILE_ROWS], TILE * 4);
+        _tile_stored(3, out[TILE_ROWS] + TILE / 2, TILE * 4);
+    }
     _tile_release();
 }
 

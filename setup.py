@@ -19,9 +19,11 @@ class BuildKernels(build_ext):
     """Builds the library, which is no Python extension: it works with every version of Python."""
 
     def get_ext_filename(self, ext_name: str) -> str:
+        """Returns the path of the library inside the package."""
         return ext_name.replace(".", "/") + ".so"
 
     def build_extension(self, ext: Extension) -> None:
+        """Builds the library. Says which instruction sets were left out."""
         out = Path(self.get_ext_fullpath(ext.name))
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -36,6 +38,7 @@ class TaggedWheel(bdist_wheel):
     """A wheel for any Python 3: for this platform if it holds the kernels, else for every platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
+        """Returns the tags of Python, its ABI and the platform."""
         build = self.get_finalized_command("build_ext")
         return "py3", "none", super().get_tag()[2] if Path(build.get_ext_fullpath(NAME)).exists() else "any"
 

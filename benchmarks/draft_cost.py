@@ -49,9 +49,9 @@ from foredraft.heads import modules as heads
 from foredraft.heads.folder import layer_config
 from foredraft.heads.layers import Shape
 from foredraft.kernels import library
-from foredraft.models.native import NativeTarget
 from foredraft.kernels.layouts import FEW, FULL
 from foredraft.kernels.structures import CLinear
+from foredraft.models.native import NativeTarget
 from foredraft.trees import GROWERS
 
 SIZES: dict[int, dict[str, int]] = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foredraft.models.native import NativeTarget
 from foredraft.kernels.layouts import FewBits
+from foredraft.models.native import NativeTarget
 
 
 def in_few_bits(weight: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ def test_the_interval_holds_the_median_19_times_of_20() -> None:
     assert interval(1) == (0, 0)
 
 
-@pytest.mark.skipif(library() is None, reason="needs AVX-512 BF16 and a C compiler")
+@pytest.mark.skipif(library() is None, reason="no compiled kernels run here")
 def test_a_level_is_timed_beside_the_products_of_the_whole_head() -> None:
     """Every matrix that a level reads is among the products; EAGLE-3's fc, which is applied once a step, is not."""
     with torch.inference_mode():

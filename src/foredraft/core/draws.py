@@ -10,58 +10,38 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import NamedTuple
+from functools import lru_cache
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from foredraft.kernels import Code, compiled_for
+from foredraft.kernels import run
+from foredraft.kernels.race import GOLDEN, MIX1, MIX2
 
 Key = tuple[str, tuple[int, ...], int]
 """(purpose, path of sibling ranks from the root, index)."""
 
 _WORD = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX1 = 0xBF58476D1CE4E5B9
-_MIX2 = 0x94D049BB133111EB
 
 
 def mix(word: int) -> int:
     """Applies splitmix64's finaliser, a bijection of 64-bit words whose output bits look independent."""
-    word = ((word ^ (word >> 30)) * _MIX1) & _WORD
-    word = ((word ^ (word >> 27)) * _MIX2) & _WORD
+    word = ((word ^ (word >> 30)) * MIX1) & _WORD
+    word = ((word ^ (word >> 27)) * MIX2) & _WORD
     return word ^ (word >> 31)
 
 
 def hash_seed(seed: int, number: int) -> int:
     """Derives the seed of part `number` from `seed`. A part is, for example, one of n outputs or one request of an engine."""
-    return mix((mix(seed & _WORD) + (number + 1) * _GOLDEN) & _WORD)
+    return mix((mix(seed & _WORD) + (number + 1) * GOLDEN) & _WORD)
 
 
 @lru_cache(maxsize=1 << 16)
 def _hash_address(purpose: str, path: tuple[int, ...]) -> int:
     word = int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little")
     for rank in path:
-        word = mix((word + (rank + 1) * _GOLDEN) & _WORD)
+        word = mix((word + (rank + 1) * GOLDEN) & _WORD)
     return word
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >> 63 else word
-
-
-def _shift(words: Tensor, bits: int) -> Tensor:
-    """Shifts int64 words to the right logically. The built-in shift is arithmetic."""
-    return (words >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix_tensor(words: Int[Tensor, ...]) -> Int[Tensor, ...]:
-    """Applies `mix` to int64 tensors. Their products wrap around like those of 64-bit words."""
-    words = (words ^ _shift(words, 30)) * _signed(_MIX1)
-    words = (words ^ _shift(words, 27)) * _signed(_MIX2)
-    return words ^ _shift(words, 31)
 
 
 @dataclass(frozen=True)
@@ -85,7 +65,7 @@ class Draws:
 
     def uniform(self, key: Key) -> float:
         """Returns a number in [0, 1), which is a multiple of 2**-53."""
-        return (mix((self._start(key) + (key[2] + 1) * _GOLDEN) & _WORD) >> 11) * 2.0**-53
+        return (mix((self._start(key) + (key[2] + 1) * GOLDEN) & _WORD) >> 11) * 2.0**-53
 
     def bernoulli(self, prob: float, key: Key) -> bool:
         """Returns True with probability `prob`. Probability 0 never gives True, and probability 1 always does."""
@@ -97,9 +77,7 @@ class Draws:
         Raises:
             ValueError: the sum of `probs` is not positive.
         """
-        code = compiled_for(probs)
-        find = _categorical if code is None else partial(_categorical_compiled, code)
-        token = find(probs, self.uniform(key))
+        token = run("categorical", probs, uniform=self.uniform(key))
         if token < 0:
             raise ValueError("cannot draw a token from a law without mass: every probability is zero or NaN")
         return token
@@ -128,63 +106,8 @@ class Draws:
             For each row, the indices of the drawn entries in the order of the draws.
         """
         starts = [row_draws._start(key) for row_draws, key in zip(draws, keys, strict=True)]
-        code = compiled_for(probs)
-        count = min(k, probs.shape[1])
-        found = (
-            _race(starts, probs, count, token_ids) if code is None else _race_compiled(code, starts, probs, count, token_ids)
-        )
+        found = run("race", probs, starts=starts, count=min(k, probs.shape[1]), token_ids=token_ids)
         return [
             [entry for time, entry in zip(*row, strict=True) if time < float("inf")]
             for row in zip(found.times.tolist(), found.entries.tolist(), strict=True)
         ]
-
-
-def _categorical(probs: Float[Tensor, " v"], uniform: float) -> int:
-    """Returns the first token at which the cumulative sum exceeds the share `uniform` of the total; -1 if the total is zero.
-
-    Works on every device and in every dtype.
-    """
-    cumulative = probs.double().cumsum(0)
-    total = float(cumulative[-1])
-    if not total > 0:
-        return -1
-    token = int(torch.searchsorted(cumulative, uniform * total, right=True))
-    if token == len(probs) or not probs[token] > 0:  # u * total rounded up to total, or the blockwise sum is not monotone
-        token = int(torch.nonzero(probs[: token + 1])[-1])
-    return token
-
-
-def _categorical_compiled(code: Code, probs: Float[Tensor, " v"], uniform: float) -> int:
-    """Computes `_categorical` with `kernels/c/laws.h`."""
-    probs = probs.contiguous()
-    return code.categorical(probs.data_ptr(), len(probs), uniform)
-
-
-class _Arrivals(NamedTuple):
-    """The first arrivals of each row in order, with their entries. Times are infinite after the last arrival."""
-
-    times: Float[Tensor, "n c"]
-    entries: Int[Tensor, "n c"]
-
-
-def _race(starts: Sequence[int], probs: Float[Tensor, "n k"], count: int, token_ids: Int[Tensor, "n k"] | None) -> _Arrivals:
-    """Runs the race with torch, on every device and in every dtype."""
-    ids = torch.arange(probs.shape[1], device=probs.device) if token_ids is None else token_ids
-    begin = torch.tensor([_signed(start) for start in starts], device=probs.device)
-    words = _mix_tensor(begin[:, None] + (ids + 1) * _signed(_GOLDEN))
-    uniform = (_shift(words, 11).double() + 0.5) * 2.0**-53
-    return _Arrivals(*uniform.log_().neg_().div_(probs).topk(count, largest=False))
-
-
-def _race_compiled(
-    code: Code, starts: Sequence[int], probs: Float[Tensor, "n k"], count: int, token_ids: Int[Tensor, "n k"] | None
-) -> _Arrivals:
-    """Computes `_race` with `kernels/c/draws.h`, which avoids most logarithms."""
-    probs, token_ids = probs.contiguous(), None if token_ids is None else token_ids.contiguous()
-    times = torch.empty(len(starts), count, dtype=torch.float64)
-    entries = torch.empty(len(starts), count, dtype=torch.int64)
-    for row, start in enumerate(starts):
-        given = probs[row].data_ptr(), None if token_ids is None else token_ids[row].data_ptr()
-        found = times[row].data_ptr(), entries[row].data_ptr()
-        code.race(start, *given, probs.shape[1], count, *found)
-    return _Arrivals(times, entries)

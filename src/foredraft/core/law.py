@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foredraft.core.params import SamplingParams
 from foredraft.core.tree import DraftTree
-from foredraft.kernels import Code, compiled_for
+from foredraft.kernels import run
+from foredraft.kernels.laws import Largest
 
 PrefixProcessor = Callable[[Sequence[int], Sequence[int], Tensor], Tensor]
 """``(committed_ids, path_ids, logits_row) -> logits_row``. `committed_ids` are the ids of prompt and output, with the root.
@@ -30,9 +30,6 @@ PrefixProcessor = Callable[[Sequence[int], Sequence[int], Tensor], Tensor]
 _LEAST_TEMPERATURE, _MOST_TEMPERATURE = 1e-30, 1e30
 """At the least temperature, only tied tokens keep probability. At the largest, all tokens are equally likely. Beyond these
 limits, float32 could not represent the quotients."""
-
-_SAFE_TEMPERATURE = 1e-3
-"""From this temperature on, a logit divided by it fits into float32. Below, the largest logit is subtracted first."""
 
 
 def at_least_float32(logits: Float[Tensor, "*n v"]) -> Float[Tensor, "*n v"]:
@@ -48,79 +45,12 @@ def warp(logits: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor
     """
     if sampling.temperature == 0:
         return one_hot(logits.argmax(-1), logits)
-    scaled = at_least_float32(logits)
-    code = compiled_for(scaled)
-    return _warp(scaled, sampling) if code is None else _warp_compiled(code, scaled, sampling)
+    limits = {"min_p": float(sampling.min_p), "top_k": sampling.top_k, "top_p": float(sampling.top_p)}
+    return run("warp", at_least_float32(logits), temperature=_temperature(sampling), **limits)
 
 
 def _temperature(sampling: SamplingParams) -> float:
     return float(min(max(sampling.temperature, _LEAST_TEMPERATURE), _MOST_TEMPERATURE))
-
-
-def _warp_compiled(code: Code, logits: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor, "n v"]:
-    """Computes `_warp` with `kernels/c/laws.h`, which does not sort."""
-    logits = logits.contiguous()
-    probs = torch.empty_like(logits)
-    size = logits.shape[-1]
-    least = math.log(sampling.min_p) if sampling.min_p > 0 else -math.inf
-    limits = least, max(sampling.top_k, 0), sampling.top_p
-    code.laws(logits.data_ptr(), logits.numel() // size, size, _temperature(sampling), *limits, probs.data_ptr())
-    return probs
-
-
-def _warp(scaled: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor, "n v"]:
-    """Computes the probabilities with torch, on every device and in every dtype."""
-    temperature = _temperature(sampling)
-    if temperature < _SAFE_TEMPERATURE or sampling.min_p > 0:
-        scaled = scaled - scaled.amax(-1, keepdim=True)
-    if temperature != 1:
-        scaled = scaled / temperature
-    if sampling.min_p > 0:
-        scaled = scaled.masked_fill(scaled < math.log(sampling.min_p), -math.inf)
-    if 0 < sampling.top_k < scaled.shape[-1]:
-        least = scaled.topk(sampling.top_k, dim=-1).values[..., -1:]
-        scaled = scaled.masked_fill(scaled < least, -math.inf)
-    if sampling.top_p < 1:
-        probs = scaled.softmax(-1)
-        scaled = scaled.masked_fill(~likeliest_of_mass(probs, sampling.top_p), -math.inf)
-    return scaled.softmax(-1)
-
-
-_NUM_TOP = 256
-"""This many most likely tokens usually reach the threshold of top-p. Finding them takes a tenth of the time of a full sort."""
-
-
-def likeliest_of_mass(probs: Float[Tensor, "n v"], mass: float) -> Bool[Tensor, "n v"]:
-    """Marks the most likely tokens of each row, up to the token with which their sum reaches `mass`.
-
-    Among equally likely tokens, the first are marked.
-    """
-    top = probs.topk(min(_NUM_TOP, probs.shape[-1])).values
-    suffices = top.sum(-1) >= mass * (1 + 1e-6)  # the margin covers rounding in any order of summation
-    descending = top if bool(suffices.all()) else _descending(probs)
-    count = (descending.cumsum(-1) - descending < mass).sum(-1, keepdim=True).clamp(min=1)  # a tiny mass may round to 0
-    least = descending.gather(-1, count - 1)
-    kept, equal = probs > least, probs == least
-    wanted = count - kept.sum(-1, keepdim=True)
-    return kept | (equal & (equal.cumsum(-1) <= wanted))
-
-
-def _descending(probs: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
-    """Sorts every row in descending order. On a CPU, numpy's vectorised sort is much faster than torch's."""
-    if probs.device.type != "cpu":
-        return probs.sort(dim=-1, descending=True).values
-    return torch.from_numpy(np.sort(probs.numpy(), axis=-1)[:, ::-1].copy())
-
-
-class Largest(NamedTuple):
-    """The largest numbers of each row, in descending order, and their indices."""
-
-    values: Float[Tensor, "n k"]
-    places: Int[Tensor, "n k"]
-
-
-_MAX_SCANNED = 64
-"""Up to this many largest numbers, scanning is faster than sorting."""
 
 
 def largest(x: Float[Tensor, "n v"], k: int) -> Largest:
@@ -128,14 +58,7 @@ def largest(x: Float[Tensor, "n v"], k: int) -> Largest:
 
     Compiled code returns the first of equal numbers first. The order of equal numbers is undefined otherwise.
     """
-    count = min(k, x.shape[1])
-    code = compiled_for(x)
-    if code is None or not 0 < count <= _MAX_SCANNED:
-        return Largest(*x.topk(count))
-    x = x.contiguous()
-    found = Largest(x.new_empty(len(x), count), torch.empty(len(x), count, dtype=torch.int64))
-    code.largest(x.data_ptr(), *x.shape, count, found.values.data_ptr(), found.places.data_ptr())
-    return found
+    return run("largest", x, count=min(k, x.shape[1]))
 
 
 def likeliest(logits: Float[Tensor, "n v"]) -> list[int]:

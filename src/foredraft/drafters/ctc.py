@@ -16,9 +16,10 @@ from foredraft.core.params import SamplingParams
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.compiled import FEW
 from foredraft.drafters.pairs import PairState
-from foredraft.drafters.prefixes import PrefixLaws, likeliest_prefixes
+from foredraft.drafters.prefixes import PrefixLaws
 from foredraft.drafters.slots import LayerSlots, SlotDrafter
 from foredraft.heads.folder import load_head
+from foredraft.kernels import run
 from foredraft.trees.base import draft_sampling
 
 DEFAULT_TOKENS = 8
@@ -87,10 +88,9 @@ class CtcDrafter(SlotDrafter):
             temperatures = filled.new_tensor([draft_sampling(sampling[b], None).temperature for b in live])
             frames = self._frames(filled, temperatures)
             for b, (tokens, probs, blanks) in zip(live, zip(*frames, strict=True), strict=True):
-                trees[b] = likeliest_prefixes(
-                    tokens,
-                    probs,
-                    blanks,
+                trees[b] = run(
+                    "prefixes",
+                    *(tokens, probs, blanks),
                     root=states[b].root,
                     nodes=budgets[b].nodes,
                     depth=min(budgets[b].depth, self.slots.room(states[b])),

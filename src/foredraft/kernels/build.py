@@ -69,7 +69,9 @@ def sets_of(command: Sequence[str]) -> dict[str, tuple[str, tuple[str, ...]]]:
     return SETS.get(_run([*command, "-dumpmachine"]).split("-")[0], SETS[""])
 
 
-def build(out: Path, command: Sequence[str] | None = None, *, names: Sequence[str] = (), flags: Sequence[str] = ()) -> list[str]:
+def build(
+    out: Path, command: Sequence[str] | None = None, *, names: Sequence[str] = (), flags: Sequence[str] = ()
+) -> list[str]:
     """Builds the library. Returns the sets that were left out, because the compiler does not know their flags.
 
     Args:
@@ -85,7 +87,7 @@ def build(out: Path, command: Sequence[str] | None = None, *, names: Sequence[st
     sets = {name: entry for name, entry in sets_of(command).items() if not names or name in names}
     left_out = [name for name, (_, own) in sets.items() if not _knows(command, own)]
     common = [*COMMON, *flags]
-    units = {source: ((), f"{source}.c") for source in ("machine", "prefixes", "team")}
+    units: dict[str, tuple[tuple[str, ...], str]] = {name: ((), f"{name}.c") for name in ("machine", "prefixes", "team")}
     for name, (header, own) in sets.items():
         if name not in left_out:
             units[name] = (*own, f"-DSET={name}", f'-DVECTORS_OF="{header}"'), "set.c"

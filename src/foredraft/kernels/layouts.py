@@ -25,8 +25,8 @@ _FEW_TYPE = 3
 """Number of the type of weights of four bits."""
 
 FEW, FULL = 4, 16
-"""Bits of a weight: four, or those of its dtype. Weights of four bits are read four times as fast as those of 16. Their inputs are
-rounded to eight bits, and the processor multiplies four pairs of eight bits at once."""
+"""Bits of a weight: four, or those of its dtype. Weights of four bits are read four times as fast as those of 16. Their inputs
+are rounded to eight bits, and the processor multiplies four pairs of eight bits at once."""
 
 _BLOCK = 32
 """Number of inputs whose four-bit weights share one scale. Each output has its own scales."""
@@ -92,7 +92,7 @@ def _pages(num_bytes: int) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def blocked(weight: Num[Tensor, "o i"]) -> Num[Tensor, t * _]:
+def blocked(weight: Num[Tensor, "o i"]) -> Num[Tensor, " t _ *more"]:
     """Lays out a weight in the order in which it is read: blocks of 32 outputs, ``[t, i, 32]``.
 
     In bfloat16, two inputs of each output stand in turn: ``[t, i / 2, 32, 2]``.

@@ -13,9 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from foredraft.kernels.structures import FUNCTIONS, SHARED_FUNCTIONS, check_sizes
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
@@ -122,11 +119,6 @@ def library() -> Code | None:
         here = f"this machine has {', '.join([*names, 'torch'])}" if names else "there are no compiled kernels, only torch"
         raise ValueError(f"FOREDRAFT_KERNELS is {given!r}, but {here}; give one of these, or unset the environment variable")
     return code_of(given)
-
-
-def compiled_for(*numbers: Tensor) -> Code | None:
-    """Returns the compiled functions if all tensors are float32 on a CPU, else None."""
-    return library() if all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in numbers) else None
 
 
 @cache

@@ -1,6 +1,6 @@
 """Our own decoder for the Llama family. It runs Llama, Mistral, Qwen2 and Qwen3 checkpoints over trees.
 
-Projections are fused, and packed where that is faster, see `foredraft.models.linear`. Rotary rows and the additive mask are
+Projections are fused, and packed where that is faster, see `foredraft.kernels.linear`. Rotary rows and the additive mask are
 made once a step. Keys and values are sliced to the length in use. The arithmetic follows the published models. Only attention
 differs: a node attends to its ancestors instead of all earlier tokens.
 """
@@ -19,9 +19,9 @@ from torch import Tensor
 from foredraft.cache.pool import KVCache, KVPool, Layout, lay_out
 from foredraft.core.contracts import Scores
 from foredraft.core.tree import Ids, TreeBatch
+from foredraft.kernels.linear import Linear, Norm, can_pack
 from foredraft.models.attention import attend, rotate
 from foredraft.models.graphs import Capture, Graphs, Masks, cuda_capture
-from foredraft.models.linear import Linear, Norm, can_pack
 from foredraft.models.reader import Reader
 from foredraft.models.rope import DYNAMIC, LONG, context_of, rotary_tables
 

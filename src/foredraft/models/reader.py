@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foredraft.models.linear import Linear, Norm, make_linear, make_norm
+from foredraft.kernels.linear import Linear, Norm, make_linear, make_norm
 from foredraft.models.weights import finite
 
 

@@ -1,0 +1,155 @@
+"""Laws: from logits to probabilities, their largest entries, residuals, and a draw of one token. In torch, and compiled."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from foredraft.kernels.sets import Code
+
+_SAFE_TEMPERATURE = 1e-3
+"""From this temperature on, a logit divided by it fits into float32. Below, the largest logit is subtracted first."""
+
+
+def warp(logits: Float[Tensor, "n v"], *, temperature: float, min_p: float, top_k: int, top_p: float) -> Float[Tensor, "n v"]:
+    """Returns probabilities after temperature, min-p, top-k and top-p, on every device and in every dtype.
+
+    Args:
+        temperature: above 0.
+        min_p, top_k, top_p: 0, 0 and 1 keep all tokens.
+    """
+    if temperature < _SAFE_TEMPERATURE or min_p > 0:
+        logits = logits - logits.amax(-1, keepdim=True)
+    if temperature != 1:
+        logits = logits / temperature
+    if min_p > 0:
+        logits = logits.masked_fill(logits < math.log(min_p), -math.inf)
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p < 1:
+        probs = logits.softmax(-1)
+        logits = logits.masked_fill(~likeliest_of_mass(probs, top_p), -math.inf)
+    return logits.softmax(-1)
+
+
+def warp_compiled(
+    code: Code, logits: Float[Tensor, "n v"], *, temperature: float, min_p: float, top_k: int, top_p: float
+) -> Float[Tensor, "n v"]:
+    """Computes `warp` without sorting. In float32 on a CPU."""
+    logits = logits.contiguous()
+    probs, size = torch.empty_like(logits), logits.shape[-1]
+    limits = math.log(min_p) if min_p > 0 else -math.inf, max(top_k, 0), top_p
+    code.laws(logits.data_ptr(), logits.numel() // size, size, temperature, *limits, probs.data_ptr())
+    return probs
+
+
+_NUM_TOP = 256
+"""This many most likely tokens usually reach the threshold of top-p. Finding them takes a tenth of the time of a full sort."""
+
+
+def likeliest_of_mass(probs: Float[Tensor, "n v"], mass: float) -> Bool[Tensor, "n v"]:
+    """Marks the most likely tokens of each row, up to the token with which their sum reaches `mass`.
+
+    Among equally likely tokens, the first are marked.
+    """
+    top = probs.topk(min(_NUM_TOP, probs.shape[-1])).values
+    suffices = top.sum(-1) >= mass * (1 + 1e-6)  # the margin covers rounding in any order of summation
+    descending = top if bool(suffices.all()) else _descending(probs)
+    count = (descending.cumsum(-1) - descending < mass).sum(-1, keepdim=True).clamp(min=1)  # a tiny mass may round to 0
+    least = descending.gather(-1, count - 1)
+    kept, equal = probs > least, probs == least
+    wanted = count - kept.sum(-1, keepdim=True)
+    return kept | (equal & (equal.cumsum(-1) <= wanted))
+
+
+def _descending(probs: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
+    """Sorts every row in descending order. On a CPU, numpy's vectorised sort is much faster than torch's."""
+    if probs.device.type != "cpu":
+        return probs.sort(dim=-1, descending=True).values
+    return torch.from_numpy(np.sort(probs.numpy(), axis=-1)[:, ::-1].copy())
+
+
+class Largest(NamedTuple):
+    """The largest numbers of each row, in descending order, and their indices."""
+
+    values: Float[Tensor, "n k"]
+    places: Int[Tensor, "n k"]
+
+
+_MAX_SCANNED = 64
+"""Up to this many largest numbers, scanning is faster than sorting."""
+
+
+def largest(x: Float[Tensor, "n v"], count: int) -> Largest:
+    """Returns the `count` largest numbers of each row. The order of equal numbers is undefined."""
+    return Largest(*x.topk(count))
+
+
+def largest_compiled(code: Code, x: Float[Tensor, "n v"], count: int) -> Largest:
+    """Computes `largest`. Of equal numbers, the first comes first."""
+    if not 0 < count <= _MAX_SCANNED:
+        return largest(x, count)
+    x = x.contiguous()
+    found = Largest(x.new_empty(len(x), count), torch.empty(len(x), count, dtype=torch.int64))
+    code.largest(x.data_ptr(), *x.shape, count, found.values.data_ptr(), found.places.data_ptr())
+    return found
+
+
+def categorical(probs: Float[Tensor, " v"], uniform: float) -> int:
+    """Returns the first token at which the cumulative sum exceeds the share `uniform` of the total; -1 if the total is zero.
+
+    Works on every device and in every dtype.
+    """
+    cumulative = probs.double().cumsum(0)
+    total = float(cumulative[-1])
+    if not total > 0:
+        return -1
+    token = int(torch.searchsorted(cumulative, uniform * total, right=True))
+    if token == len(probs) or not probs[token] > 0:  # u * total rounded up to total, or the blockwise sum is not monotone
+        token = int(torch.nonzero(probs[: token + 1])[-1])
+    return token
+
+
+def categorical_compiled(code: Code, probs: Float[Tensor, " v"], uniform: float) -> int:
+    """Computes `categorical`."""
+    probs = probs.contiguous()
+    return code.categorical(probs.data_ptr(), len(probs), uniform)
+
+
+Left = tuple[Float[Tensor, " v"], float]
+"""A residual, normalised if it has mass, and its mass before normalisation."""
+
+
+def _normalized(law: Float[Tensor, " v"]) -> Left:
+    mass = float(law.sum())
+    return law / mass if mass > 0 else law, mass
+
+
+def subtract(target: Float[Tensor, " v"], draft: Float[Tensor, " v"]) -> Left:
+    """Returns ``norm([target - draft]+)``."""
+    return _normalized((target - draft).clamp_(min=0.0))
+
+
+def subtract_compiled(code: Code, target: Float[Tensor, " v"], draft: Float[Tensor, " v"]) -> Left:
+    """Computes `subtract`."""
+    target, draft, left = target.contiguous(), draft.contiguous(), torch.empty(len(target))
+    return left, code.subtract(target.data_ptr(), draft.data_ptr(), len(target), left.data_ptr())
+
+
+def without(law: Float[Tensor, " v"], token: int) -> Left:
+    """Returns a law without one token."""
+    left = law.clone()
+    left[token] = 0.0
+    return _normalized(left)
+
+
+def without_compiled(code: Code, law: Float[Tensor, " v"], token: int) -> Left:
+    """Computes `without`."""
+    law, left = law.contiguous(), torch.empty(len(law))
+    return left, code.without(law.data_ptr(), token, len(law), left.data_ptr())

@@ -33,8 +33,9 @@ from foredraft.models.generation import checked, default_params
 from foredraft.models.loading import fingerprint_of, load_generation_config, load_target, load_tokenizer
 from foredraft.models.rope import why_not_longer
 from foredraft.models.tokenizer import refuse_misfit
-from foredraft.plan.choose import SAMPLE_TEXT, Choice, Chooser
+from foredraft.plan.choose import Choice, Chooser
 from foredraft.plan.config import PLAIN, Speculation, Way, parse, usual_config
+from foredraft.plan.measure import sample_prompt
 from foredraft.plan.store import read_calibration
 from foredraft.rules.multiround import for_sampled
 from foredraft.trees.base import ByTemperature
@@ -202,16 +203,10 @@ class LLM:
             build=lambda way: self._drafter(speculation, way, way),
             measured=self.measured(speculation),
             num_seqs=self._usual_num_seqs,
-            prompt=self._sample_prompt(),
+            prompt=sample_prompt(self.tokenizer, self.target.vocab_size, self.max_model_len),
             weights=[self._fingerprint(), self.draft_weights],
         )
         return chooser.choose()
-
-    def _sample_prompt(self) -> list[int]:
-        """Returns the prompt on which steps are timed."""
-        if self.tokenizer is None:
-            return [1 + i % (self.target.vocab_size - 1) for i in range(16)]
-        return list(self.tokenizer(SAMPLE_TEXT)["input_ids"])[: max(1, self.max_model_len // 2)]
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Returns the sampling parameters of the model's ``generation_config.json``.

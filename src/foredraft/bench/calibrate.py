@@ -38,8 +38,9 @@ from foredraft.drafters.along import AskedAlong
 from foredraft.drafters.lookup_first import LookupFirst
 from foredraft.engine.engine import require_whole
 from foredraft.llm import BUNDLED, LLM
-from foredraft.plan.choose import SAMPLE_TEXT, TRIED_TREES, TYPICAL_SIZE, curve_name, has_weights
+from foredraft.plan.choose import TRIED_TREES, TYPICAL_SIZE, curve_name, has_weights
 from foredraft.plan.config import Way, drafter_for, trees_of
+from foredraft.plan.measure import sample_prompt
 from foredraft.plan.store import file_beside, file_in_cache
 from foredraft.rules import RULES
 from foredraft.trees.acceptance import AcceptanceTable, Trial, conditional
@@ -327,11 +328,6 @@ def _seconds(target: Target, cache: Any, nodes: Sequence[tuple[int, int]], repea
     return median(times[2:])
 
 
-def sample_prompt(llm: LLM) -> list[int]:
-    """Returns the token ids of the prompt after which forward passes are timed."""
-    return list(llm.tokenizer(SAMPLE_TEXT)["input_ids"]) if llm.tokenizer is not None else list(range(1, 33))
-
-
 def command(choice: CalibrateChoice, *, plot: Path | None, as_json: bool) -> int:
     """Runs ``foredraft calibrate`` and returns the exit status."""
     file, found = calibrate(choice)
@@ -339,7 +335,8 @@ def command(choice: CalibrateChoice, *, plot: Path | None, as_json: bool) -> int
     llm = LLM(choice.model, config, dtype=choice.dtype, device=choice.device, max_num_seqs=1)
     drafting: Any = llm.with_speculation({**config, "num_speculative_tokens": 1}).engine.drafter
     models = {"target": llm.target, "drafter": getattr(drafting, "model", None)}
-    costs = {name: cost_curve(model, sample_prompt(llm)) for name, model in models.items() if model is not None}
+    prompt = sample_prompt(llm.tokenizer, llm.target.vocab_size, llm.max_model_len)
+    costs = {name: cost_curve(model, prompt) for name, model in models.items() if model is not None}
     chosen = {kind: llm.drafting(SamplingParams(temperature=t)) for kind, t in TEMPERATURES.items()}
     if as_json:
         print(json.dumps({**found, "seconds": costs, "chosen": chosen, "file": str(file)}))

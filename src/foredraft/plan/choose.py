@@ -12,30 +12,20 @@ so an output does not depend on other requests of its batch.
 from __future__ import annotations
 
 import logging
-import os
-import platform
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cache as memoize
-from math import inf, prod
-from statistics import fmean
+from math import prod
 from time import perf_counter
 from typing import Any, NamedTuple
 
-import torch
-
-import foredraft
-from foredraft.core.contracts import AcceptanceRule, Budget, Drafter, Target
-from foredraft.core.draws import Draws
+from foredraft.core.contracts import Budget, Drafter, Target
 from foredraft.core.folders import cache_folder
 from foredraft.core.params import SamplingParams
-from foredraft.core.text import TextStream
-from foredraft.core.tree import TreeBatch
 from foredraft.drafters import DRAFTERS
-from foredraft.engine.decode import Continuation, autoregressive, paced, speculative
-from foredraft.kernels import cpu_flags, library
-from foredraft.plan.config import AUTO, MAX_DEPTH, Speculation, Way
+from foredraft.plan.config import AUTO, KINDS, Speculation, Way
+from foredraft.plan.measure import LIMIT_S, Full, Timed, announce, facts_of, slowdown_of
 from foredraft.plan.store import recalled
 from foredraft.trees.budget import best_paths
 from foredraft.trees.static import TYPICAL_ACCEPTANCE
@@ -43,28 +33,8 @@ from foredraft.trees.static import TYPICAL_ACCEPTANCE
 SIZES = (2, 4, 6, 8, 12, 16, 32, 64)
 """Numbers of nodes to try. Each costs noticeably more time than the one before."""
 
-SAMPLE_TEXT = (
-    "Once upon a time there was a baker in a small town by the sea. Every morning he got up at four, lit the oven and made "
-    "forty loaves of bread. One day a stranger came into the shop and asked for something that the baker had never heard of."
-)
-"""Steps are timed on the continuation of this text."""
-
-KINDS = ("greedy", "sampled")
-"""Kinds of requests: temperature 0 (greedy) and above 0 (sampled). Each kind has its own choice."""
-
-_log = logging.getLogger("foredraft")
 CHOICES = "foredraft.choices"
 """Name of the logger of choices. The command line prints them itself."""
-
-_WARM_STEPS, _LEAST_STEPS, _MOST_STEPS, _ENOUGH_S = 2, 8, 48, 0.4
-"""Warm-up steps, then the least and the largest number of timed steps, and the seconds that suffice. Warm-up is needed because
-the first step runs the prompt through the drafter."""
-
-_LEAST_LONG_STEPS, _LONG_S = 3, 1.0
-"""The least number of timed steps if they take more than `_LONG_S` seconds. The times of long steps vary less."""
-
-LIMIT_S = 10.0
-"""After this many seconds, no further candidate is timed for the same kind of requests."""
 
 TRIED_TREES, TYPICAL_SIZE = 2, 8
 """Only `TRIED_TREES` trees are timed: those with the most tokens per step at `TYPICAL_SIZE` nodes."""
@@ -156,7 +126,7 @@ class Chooser:
         config leaves the budget open, nothing is timed and decoding is plain.
         """
         settled = replace(self.speculation, retime=False)
-        facts = [self._facts(), self.measured, settled, self.num_seqs]
+        facts = [facts_of(self.target, self.weights), self.measured, settled, self.num_seqs]
         if cache_folder() is None and self.speculation.budget is None:
             way = settled.ways(has_model=self.has_model)[0]
             return dict.fromkeys(KINDS, Choice(way, 0, 1.0, 1.0, 1.0))
@@ -173,21 +143,6 @@ class Chooser:
         today = date.today().isoformat()
         announce()
         return {kind: self._choose(kind)._replace(timed_on=today, calibrated=bool(self._curves(kind))) for kind in KINDS}
-
-    def _facts(self) -> dict[str, Any]:
-        """The facts that determine the times."""
-        config = getattr(self.target.config, "to_dict", dict)()
-        device = getattr(self.target, "device", "cpu")
-        return {
-            "target": [config.get(key) for key in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")],
-            "dtype": str(getattr(self.target, "dtype", None)),
-            "device": str(device),
-            "weights": self.weights,
-            "machine": [platform.node(), platform.machine(), os.cpu_count(), sorted(cpu_flags())],
-            "threads": torch.get_num_threads(),
-            "compiled": library() is not None,
-            "versions": [torch.__version__, foredraft.__version__],
-        }
 
     def _choose(self, kind: str) -> Choice:
         sampling = SamplingParams(temperature=0.0 if kind == "greedy" else 1.0)
@@ -260,104 +215,6 @@ def curve_name(way: Way) -> str:
 
 LOOKUP = Way("ngram", None)
 """The way whose time stands for every step that was drafted by lookup, and for every drafter without weights."""
-
-
-class Full:
-    """Drafts the longest allowed chain of an arbitrary token.
-
-    Its steps cost as much time as those of a drafter without weights that has found a match.
-    """
-
-    feature_layers: Sequence[int] = ()
-
-    def start(self, tokens: Sequence[int], features: Any) -> list[int]:
-        """Returns the state, which is the last token."""
-        return [tokens[-1]]
-
-    def propose(self, states: Sequence[list[int]], budgets: Sequence[Budget], sampling: Any, draws: Any) -> TreeBatch:
-        """Returns chains that repeat the last token."""
-        return TreeBatch.chains([state * (1 + min(budget)) for state, budget in zip(states, budgets, strict=True)])
-
-    def observe(self, state: list[int], tokens: Sequence[int], features: Any, path: Sequence[int]) -> None:
-        """Stores the last token."""
-        state[0] = tokens[-1]
-
-    def finish(self, state: list[int]) -> None:
-        """Does nothing, because no resources are held."""
-
-
-def announce() -> None:
-    """Logs that drafters are timed, which takes seconds. It is a warning, so that it appears where logging is not set up."""
-    _log.warning(
-        "timing drafters on this machine; this takes at most some %.0f s, and the result is kept", len(KINDS) * LIMIT_S
-    )
-
-
-def slowdown_of(timed: Timed, plain: Timed) -> float:
-    """Returns the time of a step divided by the time of a plain decoding step.
-
-    Both take turns, because the speed of the machine drifts. The slowest quarter of the steps of each is left out, because
-    other work may have interrupted them. At least `_LEAST_STEPS` steps of each are timed, or `_LEAST_LONG_STEPS` if they are
-    long. Fast models run more steps, up to `_MOST_STEPS`, until `_ENOUGH_S` seconds have passed.
-    """
-    pair = [candidate.steps() for candidate in (timed, plain)]
-    seconds: list[list[float]] = [[], []]
-    try:
-        for number in range(_WARM_STEPS + _MOST_STEPS):
-            for steps, times in zip(pair, seconds, strict=True):
-                began = perf_counter()
-                if next(steps, None) is None:
-                    return inf if not times else _ratio(seconds)
-                if number >= _WARM_STEPS:
-                    times.append(perf_counter() - began)
-            taken = sum(map(sum, seconds))
-            if number >= _WARM_STEPS + (_LEAST_LONG_STEPS if taken > _LONG_S else _LEAST_STEPS) - 1 and taken > _ENOUGH_S:
-                break
-        return _ratio(seconds)
-    finally:
-        for steps in pair:
-            steps.close()
-
-
-def _ratio(seconds: Sequence[Sequence[float]]) -> float:
-    kept = [sorted(times)[: max(1, len(times) * 3 // 4)] for times in seconds]
-    return fmean(kept[0]) / fmean(kept[1])
-
-
-@dataclass(frozen=True)
-class Timed:
-    """A workload to time: `num_seqs` requests with the same prompt. Without a drafter, decoding is plain."""
-
-    target: Target
-    drafter: Drafter | None
-    rule: AcceptanceRule | None
-    nodes: int
-    prompt: Sequence[int]
-    sampling: SamplingParams
-    num_seqs: int
-
-    def steps(self) -> Generator[Any, None, None]:
-        """Runs one step per iteration, until the generator is closed."""
-        most = len(self.prompt) + (_WARM_STEPS + _MOST_STEPS + 1) * (1 + self.nodes)
-        length = min(self.target.max_len, most)
-        pool = self.target.new_pool(self.num_seqs, length)
-        run = [
-            Continuation(list(self.prompt), len(self.prompt), length, self.sampling, Draws(b), TextStream(None))
-            for b in range(self.num_seqs)
-        ]
-        if self.drafter is None:
-            steps = autoregressive(self.target, pool, run)
-        else:
-            assert self.rule is not None
-            budget = Budget(self.nodes, min(self.nodes, MAX_DEPTH))
-            steps = speculative(self.target, pool, run, self.drafter, self.rule, budget)
-        try:
-            yield from paced(self.target, steps)
-        finally:
-            steps.close()
-            for continuation in run:
-                if self.drafter is not None and continuation.draft_state is not None:
-                    self.drafter.finish(continuation.draft_state)
 
 
 def choose(

@@ -26,6 +26,9 @@ PLAIN = "ar"
 AUTO = "auto"
 """This value leaves the choice of method, tree or budget to measurements."""
 
+KINDS = ("greedy", "sampled")
+"""Kinds of requests: temperature 0 (greedy) and above 0 (sampled). Each kind has its own choice."""
+
 _COMMON = ("method", "model", "tree", "num_speculative_tokens", "rule", "retime")
 
 

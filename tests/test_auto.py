@@ -16,9 +16,11 @@ from foredraft.drafters.ngram import NgramDrafter
 from foredraft.models.table import TableTarget, random_law
 from foredraft.plan import choose as auto
 from foredraft.plan import measure
+from foredraft.plan.build import Plan
 from foredraft.plan.choose import Candidate, Choice, choose, tokens_per_step
-from foredraft.plan.config import AUTO, Way, parse
+from foredraft.plan.config import parse
 from foredraft.plan.measure import Full
+from foredraft.plan.speculation import AUTO, Way
 from foredraft.plan.store import recalled
 from foredraft.rules import RULES
 from foredraft.trees import GROWERS
@@ -179,8 +181,8 @@ def test_a_head_can_be_chosen_and_plain_decoding_too(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("method", ["fspad", "ctc", "hydra-lookup"])
 def test_steps_of_heads_are_really_timed(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
-    grown_by = LLM._grown_by
-    monkeypatch.setattr(LLM, "_grown_by", lambda self, *rest: built.append(rest[-1]) or grown_by(self, *rest))
+    grown_by = Plan.grown_by
+    monkeypatch.setattr(Plan, "grown_by", lambda self, *rest: built.append(rest[-1]) or grown_by(self, *rest))
     model = str(DATA / "heads" / method.removesuffix("-lookup"))
     llm = LLM(PAIR[0], {"method": method, "model": model, **({"lookup_min_match": 2} if "-" in method else {})})
     assert method.removesuffix("-lookup") in built  # what drafts most of the time is what costs

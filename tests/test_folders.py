@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def test_other_machines_threads_weights_and_versions_are_timed_anew(monkeypatch:
     llm.with_speculation(None)
     monkeypatch.setattr(measure.foredraft, "__version__", "0.0.0")
     llm.with_speculation(None)
-    monkeypatch.setattr(llm, "_fingerprint", lambda: "other weights")
+    monkeypatch.setattr(llm, "_parts", replace(llm._parts, fingerprint="other weights"))
     llm.with_speculation(None)
     assert len(asked) == 6 and len(set(asked)) == 5 and asked[0] == asked[1]
 

@@ -13,7 +13,7 @@ import pytest
 from foredraft import LLM, SamplingParams
 from foredraft import kernels as compiled
 from foredraft.__main__ import main
-from foredraft.llm import BUNDLED_LM
+from foredraft.core.folders import BUNDLED_LM
 from foredraft.models.llama import LlamaTarget
 from foredraft.models.loading import load_target
 

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from foredraft.core.contracts import Budget
+from foredraft.core.shape import MAX_DEPTH, MAX_NODES
 from foredraft.core.tree import Drawn
 from foredraft.drafters import DRAFTERS
-from foredraft.plan.config import AUTO, MAX_DEPTH, MAX_NODES, Way, fitting_rules, parse
+from foredraft.plan.config import parse
+from foredraft.plan.speculation import AUTO, Way, fitting_rules
 from foredraft.rules import RULES
 from foredraft.trees import GROWERS
 

@@ -27,6 +27,7 @@ from foredraft.bench import tasks
 from foredraft.cache.pool import prefill
 from foredraft.core.contracts import Target
 from foredraft.core.draws import Draws
+from foredraft.core.folders import BUNDLED
 from foredraft.core.law import TargetLaw, warp
 from foredraft.core.metrics import summarize
 from foredraft.core.params import SamplingParams
@@ -37,10 +38,11 @@ from foredraft.drafters import DRAFTERS
 from foredraft.drafters.along import AskedAlong
 from foredraft.drafters.lookup_first import LookupFirst
 from foredraft.engine.engine import require_whole
-from foredraft.llm import BUNDLED, LLM
+from foredraft.llm import LLM
 from foredraft.plan.choose import TRIED_TREES, TYPICAL_SIZE, curve_name, has_weights
-from foredraft.plan.config import Way, drafter_for, trees_of
+from foredraft.plan.config import drafter_alone
 from foredraft.plan.measure import sample_prompt
+from foredraft.plan.speculation import Way, trees_of
 from foredraft.plan.store import file_beside, file_in_cache
 from foredraft.rules import RULES
 from foredraft.trees.acceptance import AcceptanceTable, Trial, conditional
@@ -79,9 +81,7 @@ class CalibrateChoice:
     @property
     def config(self) -> dict[str, Any]:
         """Speculative config to measure. For a drafter that first looks up, it names the drafter that it falls back to."""
-        method = self.method or drafter_for(self.draft_model)
-        asked = DRAFTERS[method].asks if method in DRAFTERS else None
-        return {"method": asked or method} | ({"model": self.draft_model} if self.draft_model else {})
+        return drafter_alone(self.draft_model, self.method)
 
 
 def calibrate(choice: CalibrateChoice) -> tuple[Path, dict[str, Any]]:

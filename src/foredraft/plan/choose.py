@@ -24,8 +24,8 @@ from foredraft.core.contracts import Budget, Drafter, Target
 from foredraft.core.folders import cache_folder
 from foredraft.core.params import SamplingParams
 from foredraft.drafters import DRAFTERS
-from foredraft.plan.config import AUTO, KINDS, Speculation, Way
 from foredraft.plan.measure import LIMIT_S, Full, Timed, announce, facts_of, slowdown_of
+from foredraft.plan.speculation import AUTO, KINDS, Speculation, Way
 from foredraft.plan.store import recalled
 from foredraft.trees.budget import best_paths
 from foredraft.trees.static import TYPICAL_ACCEPTANCE

@@ -21,7 +21,7 @@ from foredraft.core.shape import MAX_DEPTH
 from foredraft.core.tree import TreeBatch
 from foredraft.engine.engine import Engine
 from foredraft.kernels import cpu_flags, library
-from foredraft.plan.config import KINDS
+from foredraft.plan.speculation import KINDS
 
 SAMPLE_TEXT = (
     "Once upon a time there was a baker in a small town by the sea. Every morning he got up at four, lit the oven and made "

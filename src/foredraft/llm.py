@@ -104,9 +104,9 @@ class LLM:
 
     def _speculate(self, speculation: Speculation | None) -> None:
         self.speculation = speculation
-        self._plan = Plan(self._parts, speculation, self.max_num_seqs, self._usual_num_seqs) if speculation else None
-        self.choices = self._plan.choices if self._plan else {}
-        self.engine = make_engine(self._parts, self._plan, num_slots=self.max_num_seqs, seed=self.seed)
+        self.plan = Plan(self._parts, speculation, self.max_num_seqs, self._usual_num_seqs) if speculation else None
+        self.choices = self.plan.choices if self.plan else {}
+        self.engine = make_engine(self._parts, self.plan, num_slots=self.max_num_seqs, seed=self.seed)
 
     def drafting(self, sampling: SamplingParams | None = None) -> dict[str, Any]:
         """Tells how a request is drafted, and why if that was chosen automatically.
@@ -119,7 +119,7 @@ class LLM:
             ``expected_speedup`` over plain decoding, ``timed_on`` (a date) and ``reason`` (one line). Otherwise these three
             are None.
         """
-        return describe(self._plan, sampling or self.get_default_sampling_params())
+        return describe(self.plan, sampling or self.get_default_sampling_params())
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Returns the sampling parameters of the model's ``generation_config.json``.
@@ -221,14 +221,9 @@ class LLM:
 
     def drafter_grown_by(self, grower: Any) -> Any:
         """Builds the config's drafter again with another grower. For a ``-lookup`` method, builds its fallback drafter."""
-        assert self._plan is not None and self.speculation is not None
-        return self._plan.grown_by(grower, self.speculation.calibrated)
+        assert self.plan is not None and self.speculation is not None
+        return self.plan.grown_by(grower, self.speculation.calibrated)
 
     def measured(self, speculation: Speculation) -> dict[str, Any]:
         """Reads the calibration of a config's drafter, see `foredraft.plan.store.read_calibration`."""
         return Plan(self._parts, speculation, self.max_num_seqs, self._usual_num_seqs).measured()
-
-    @property
-    def draft_weights(self) -> str | None:
-        """Fingerprint of the drafter's weights; None if it has no weights."""
-        return self._plan.weights if self._plan else None

@@ -42,7 +42,7 @@ from foredraft.llm import LLM
 from foredraft.plan.choose import TRIED_TREES, TYPICAL_SIZE, curve_name, has_weights
 from foredraft.plan.config import drafter_alone
 from foredraft.plan.measure import sample_prompt
-from foredraft.plan.speculation import Way, trees_of
+from foredraft.plan.speculation import KINDS, Way, trees_of
 from foredraft.plan.store import file_beside, file_in_cache
 from foredraft.rules import RULES
 from foredraft.trees.acceptance import AcceptanceTable, Trial, conditional
@@ -61,7 +61,6 @@ _HOPELESS = 0.9
 Larger trees take most of the time, and `auto` would not choose such a method.
 """
 
-TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}
 COST_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -101,14 +100,15 @@ def calibrate(choice: CalibrateChoice) -> tuple[Path, dict[str, Any]]:
     if not prompts:
         raise tasks.too_long(choice.max_tokens, plain.max_model_len)
     found: dict[str, Any] = {"prompts": choice.prompts.name, "num_prompts": len(prompts), "max_tokens": choice.max_tokens}
-    found |= {"weights": drafting.draft_weights} if drafting.draft_weights else {}
-    file = file_beside(choice.draft_model) or file_in_cache(drafting.draft_weights, plain.target, config["method"])
+    weights = drafting.plan.weights if drafting.plan else None
+    found |= {"weights": weights} if weights else {}
+    file = file_beside(choice.draft_model) or file_in_cache(weights, plain.target, config["method"])
     if file is None:
         raise ValueError(
             "the calibration cannot be saved: no cache folder is writable. Set FOREDRAFT_CACHE to a writable folder"
         )
     if DRAFTERS[config["method"]].gives == "expand":
-        trials = {kind: all_trials(plain, drafting, prompts, t, choice.max_tokens) for kind, t in TEMPERATURES.items()}
+        trials = {kind: all_trials(plain, drafting, prompts, t, choice.max_tokens) for kind, t in KINDS.items()}
         found["acceptance_by_depth"] = {kind: by_depth(accepted_ranks(texts)) for kind, texts in trials.items()}
         found["acceptance"] = {kind: rows[0] for kind, rows in found["acceptance_by_depth"].items()}
         found["acceptance_by_prob"] = {kind: table_of(texts).written() for kind, texts in trials.items()}
@@ -147,7 +147,7 @@ def tokens_per_step(plain: LLM, config: dict[str, Any], prompts: Sequence[list[i
     ways = [*own, *free] if has_weights(own[0]) else own
     tried = min(TRIED_TREES, len(own)) * len(asking)
     found: dict[str, Any] = {"tokens_per_step": {}, "drafted_share": {}}
-    with progress_bar("tokens per step", len(TEMPERATURES) * (len(ways) + tried)) as advance:
+    with progress_bar("tokens per step", len(KINDS) * (len(ways) + tried)) as advance:
 
         def curves(measured: Sequence[Way], temperature: float) -> dict[str, list[Point]]:
             points: dict[str, list[Point]] = {}
@@ -157,7 +157,7 @@ def tokens_per_step(plain: LLM, config: dict[str, Any], prompts: Sequence[list[i
                 advance(1)
             return points
 
-        for kind, temperature in TEMPERATURES.items():
+        for kind, temperature in KINDS.items():
             pure = curves(ways, temperature)
             best = sorted(own, key=lambda way: -at_most(pure[curve_name(way)], TYPICAL_SIZE).acceptance_length)
             mixed = curves([Way(name, way.tree) for name in asking for way in best[:TRIED_TREES]], temperature)
@@ -337,7 +337,7 @@ def command(choice: CalibrateChoice, *, plot: Path | None, as_json: bool) -> int
     models = {"target": llm.target, "drafter": getattr(drafting, "model", None)}
     prompt = sample_prompt(llm.tokenizer, llm.target.vocab_size, llm.max_model_len)
     costs = {name: cost_curve(model, prompt) for name, model in models.items() if model is not None}
-    chosen = {kind: llm.drafting(SamplingParams(temperature=t)) for kind, t in TEMPERATURES.items()}
+    chosen = {kind: llm.drafting(SamplingParams(temperature=t)) for kind, t in KINDS.items()}
     if as_json:
         print(json.dumps({**found, "seconds": costs, "chosen": chosen, "file": str(file)}))
     else:

@@ -20,6 +20,8 @@ from math import prod
 from time import perf_counter
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from foredraft.core.contracts import Budget, Drafter, Target
 from foredraft.core.folders import cache_folder
 from foredraft.core.params import SamplingParams
@@ -85,9 +87,8 @@ class Choice(NamedTuple):
         name = ", ".join(part for part in self.way if part)
         if self.timed_on is None:
             return f"drafting: {f'{name} {self.nodes} nodes' if self.nodes else 'off'} (nothing was timed)"
-        when = f"timed here on {self.timed_on}" + (
-            "" if self.calibrated else "; not calibrated, so a typical drafter is assumed"
-        )
+        assumed = "" if self.calibrated else "; not calibrated, so a typical drafter is assumed"
+        when = f"timed here on {self.timed_on}{assumed}"
         if self.nodes:
             speedup = f"{self.speedup:.{1 if self.speedup > 1.1 else 2}f}x"
             return f"drafting: {name} {self.nodes} nodes (expected {speedup}; {when})"
@@ -145,16 +146,14 @@ class Chooser:
         return {kind: self._choose(kind)._replace(timed_on=today, calibrated=bool(self._curves(kind))) for kind in KINDS}
 
     def _choose(self, kind: str) -> Choice:
-        sampling = SamplingParams(temperature=0.0 if kind == "greedy" else 1.0)
+        sampling = SamplingParams(temperature=KINDS[kind])
         plain = Timed(self.target, None, None, 0, self.prompt, sampling, self.num_seqs)
         ways, deadline = self._worth_timing(kind), perf_counter() + LIMIT_S
-        drafters: dict[Way, Drafter] = {}
+        build = memoize(self.build)
 
         @memoize
         def slower(way: Way, nodes: int) -> float:
-            if has_weights(way) and way not in drafters:
-                drafters[way] = self.build(way)
-            drafter = drafters[way] if has_weights(way) else Full()
+            drafter = build(way) if has_weights(way) else Full()
             rule = self.speculation.rule_for(way.tree)
             return slowdown_of(Timed(self.target, drafter, rule, nodes, self.prompt, sampling, self.num_seqs), plain)
 
@@ -189,8 +188,11 @@ class Chooser:
             usual = [way for way in ways if way.tree == tree or (has_weights(way) and way.tree is None)]
             return usual[-1:] or ways[:1]
         known = [way for way in ways if curve_name(way) in curves]
-        weighty = sorted((way for way in known if has_weights(way)), key=lambda way: -(self._tokens(curves, way)))
-        return weighty[:TRIED_TREES] + [way for way in known if not has_weights(way)] or ways[:1]
+        tokens = {way: tokens_per_step(curves, Candidate(way, TYPICAL_SIZE)) or 0.0 for way in known if has_weights(way)}
+        return (
+            sorted(tokens, key=lambda way: -tokens[way])[:TRIED_TREES] + [way for way in known if not has_weights(way)]
+            or ways[:1]
+        )
 
     def _curves(self, kind: str) -> Mapping[str, Any]:
         return self.measured.get("tokens_per_step", {}).get(kind) or {}
@@ -198,9 +200,6 @@ class Chooser:
     def _drafted_share(self, kind: str, candidate: Candidate) -> float:
         shares = self.measured.get("drafted_share", {}).get(kind) or {}
         return tokens_per_step(shares, candidate) or 1.0 if shares else 1.0
-
-    def _tokens(self, curves: Mapping[str, Any], way: Way) -> float:
-        return tokens_per_step(curves, Candidate(way, TYPICAL_SIZE)) or 0.0
 
 
 def has_weights(way: Way) -> bool:
@@ -280,10 +279,5 @@ def tokens_per_step(measured: Mapping[str, Mapping[str, float]] | None, candidat
     curve = measured.get(curve_name(candidate.way))
     if not curve:
         return None
-    points = sorted((int(nodes), tokens) for nodes, tokens in curve.items())
-    below = max((point for point in points if point[0] <= candidate.nodes), default=points[0])
-    above = min((point for point in points if point[0] >= candidate.nodes), default=points[-1])
-    if above[0] == below[0]:
-        return below[1]
-    share = (candidate.nodes - below[0]) / (above[0] - below[0])
-    return below[1] + share * (above[1] - below[1])
+    sizes = sorted(map(int, curve))
+    return float(np.interp(candidate.nodes, sizes, [curve[str(nodes)] for nodes in sizes]))

@@ -93,9 +93,7 @@ def _no_method(name: str) -> ValueError:
             return ValueError(f"{name!r} is a {kind}, not a method. Use {kind!r}: {name!r} (--{kind} {name}) with a method")
     if name in METHODS_ELSEWHERE:
         return ValueError(f"method {name!r} {METHODS_ELSEWHERE[name]}. Use a method of `foredraft methods`")
-    if name.lower() in DRAFTERS:
-        return unknown_name("method", name, [*DRAFTERS, AUTO, PLAIN], meant=name.lower())
-    return unknown_name("method", name, [*DRAFTERS, AUTO, PLAIN])
+    return unknown_name("method", name, [*DRAFTERS, AUTO, PLAIN], meant=name.lower() if name.lower() in DRAFTERS else None)
 
 
 def _check_model(model: Any) -> None:
@@ -128,14 +126,14 @@ def usual_config(config: Any, *, bundled: bool) -> Any:
 def with_usual_method(config: Mapping[str, Any], *, bundled: bool) -> dict[str, Any]:
     """Adds a method to a config of the command line that names none.
 
-    It is the drafter of the draft model. Where neither a draft model nor a tree is named, it is the usual method of `LLM`, but
-    for the bundled target the bundled draft model if other options are given.
+    If the config is empty, it is the usual method of `LLM`. Else it is the drafter that uses the config's draft model. It is
+    ``suffix`` if the target is not the bundled one, and neither a draft model nor a tree is named.
 
     Args:
         bundled: whether the target is the bundled one.
     """
-    if not set(config) - {"retime"}:
-        return {"method": AUTO if bundled else "suffix", **config}
+    if not config:
+        return {"method": AUTO if bundled else "suffix"}
     has_draft_model = bundled or "model" in config or "tree" in config
     return {"method": drafter_for(config.get("model")) if has_draft_model else "suffix", **config}
 

@@ -19,8 +19,9 @@ PLAIN = "ar"
 AUTO = "auto"
 """This value leaves the choice of method, tree or budget to measurements."""
 
-KINDS = ("greedy", "sampled")
-"""Kinds of requests: temperature 0 (greedy) and above 0 (sampled). Each kind has its own choice."""
+KINDS = {"greedy": 0.0, "sampled": 1.0}
+"""Kinds of requests, each with the temperature at which it is measured. Requests above temperature 0 are sampled. Each kind has
+its own choice."""
 
 
 def kind_of(sampling: SamplingParams) -> str:
@@ -64,15 +65,9 @@ class Speculation:
 
     def ways(self, *, has_model: bool) -> list[Way]:
         """The ways to choose from. Without a draft model, only drafters without weights."""
-        names = (
-            [self.drafter]
-            if self.drafter != AUTO
-            else [
-                name
-                for name, row in DRAFTERS.items()
-                if row.weights is None or (has_model and self.weights_for in (name, row.asks))
-            ]
-        )
+        made_for = self.weights_for if has_model else ""
+        usable = [name for name, row in DRAFTERS.items() if row.weights is None or made_for in (name, row.asks)]
+        names = usable if self.drafter == AUTO else [self.drafter]
         ways = [Way(name, tree) for name in names for tree in self._trees(DRAFTERS[name])]
         if not ways:
             raise ValueError(
@@ -82,13 +77,8 @@ class Speculation:
         return ways
 
     def _trees(self, drafter: DrafterRow) -> list[str | None]:
-        able = trees_of(drafter)
-        wanted = able if self.tree == AUTO else [self.tree]
-        return [
-            name
-            for name in able
-            if name in wanted and self.rule_name in (None, *fitting_rules(GROWERS[name] if name else drafter))
-        ]
+        able = [name for name in trees_of(drafter) if self.tree in (AUTO, name)]
+        return [name for name in able if self.rule_name in (None, *fitting_rules(GROWERS[name] if name else drafter))]
 
     @property
     def calibrated(self) -> str:

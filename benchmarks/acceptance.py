@@ -18,8 +18,8 @@ import transformers
 
 from foredraft import DRAFTERS, LLM, SamplingParams
 from foredraft.core.progress import progress_bar
-from foredraft.llm import bundled_drafter
-from foredraft.plan.config import trees_of
+from foredraft.plan.config import bundled_drafter
+from foredraft.plan.speculation import trees_of
 
 SETS = (("gsm8k_test.jsonl", "question"), ("mt_bench.jsonl", "turns"), ("humaneval.jsonl", "prompt"))
 

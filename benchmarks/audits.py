@@ -22,8 +22,8 @@ from foredraft.audit.faults import FAULTS
 from foredraft.audit.run import Audit, Auditor
 from foredraft.core.progress import progress_bar
 from foredraft.heads.folder import method_of
-from foredraft.llm import bundled_drafter
-from foredraft.plan.config import fitting_rules, trees_of
+from foredraft.plan.config import bundled_drafter
+from foredraft.plan.speculation import fitting_rules, trees_of
 
 COLUMNS = (
     *("drafter", "tree", "rule", "fault", "temperature", "must_pass", "lossless", "enumerated_error"),

@@ -23,8 +23,8 @@ from measuring import LAWS, arguments, drafting, held_bytes, median, read_prompt
 from foredraft import LLM
 from foredraft.bench.run import peak_bytes
 from foredraft.cache.pool import KVPool
+from foredraft.core.folders import BUNDLED_TARGET
 from foredraft.core.progress import progress_bar
-from foredraft.llm import BUNDLED_TARGET
 
 METHODS = ("ar", "lm:dyspec:8", "auto")
 COLUMNS = (

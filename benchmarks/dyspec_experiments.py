@@ -30,8 +30,8 @@ from dyspec_walk import walk
 from foredraft import LLM, SamplingParams
 from foredraft.bench import tasks
 from foredraft.bench.calibrate import PROMPTS
+from foredraft.core.folders import BUNDLED_LM
 from foredraft.core.progress import progress_bar
-from foredraft.llm import BUNDLED_LM
 from foredraft.models.loading import load_target
 from foredraft.plan.store import read_calibration
 from foredraft.rules import RULES

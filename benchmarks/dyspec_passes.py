@@ -18,10 +18,10 @@ import numpy as np
 
 from foredraft.core.contracts import Budget
 from foredraft.core.draws import Draws
+from foredraft.core.folders import BUNDLED_LM, BUNDLED_TARGET
 from foredraft.core.params import SamplingParams
 from foredraft.core.progress import progress_bar
 from foredraft.drafters.lm import LMDrafter
-from foredraft.llm import BUNDLED_LM, BUNDLED_TARGET
 from foredraft.models.loading import load_target, load_tokenizer
 from foredraft.trees.dyspec import DySpec
 

@@ -24,9 +24,9 @@ from foredraft.core.contracts import AcceptanceRule, Budget, Target
 from foredraft.core.draws import Draws, hash_seed
 from foredraft.core.law import likeliest, warp
 from foredraft.core.params import SamplingParams
+from foredraft.core.shape import MAX_DEPTH
 from foredraft.core.tree import DraftTree, TreeBatch
 from foredraft.drafters.lm import LMDrafter
-from foredraft.plan.config import MAX_DEPTH
 from foredraft.trees import Options
 from foredraft.trees.base import Policy, Sapling, grow_batch
 

@@ -39,7 +39,7 @@ from foredraft.cli.bench import BenchChoice, contender
 from foredraft.core.metrics import summarize
 from foredraft.core.progress import progress_bar
 from foredraft.heads.folder import read_head
-from foredraft.plan.config import PLAIN
+from foredraft.plan.speculation import PLAIN
 
 FAMILIES = ("chat", "translation", "summarization", "qa", "math_reasoning", "rag")
 """Families of Spec-Bench. The eight categories of MT-bench count as `chat`."""

@@ -31,8 +31,8 @@ from inflate_head import inflate_head
 from safetensors.torch import save_file
 from torch import Tensor
 
+from foredraft.core.folders import BUNDLED_TARGET
 from foredraft.core.progress import progress_bar
-from foredraft.llm import BUNDLED_TARGET
 from foredraft.models.checkpoint import open_weights, read_config
 from foredraft.models.llama import unsupported
 

@@ -20,7 +20,8 @@ from foredraft import SamplingParams
 from foredraft.bench import tasks
 from foredraft.bench.machine import machine
 from foredraft.bench.run import forget_peak, peak_bytes
-from foredraft.llm import BUNDLED, BUNDLED_LM, LLM
+from foredraft.core.folders import BUNDLED, BUNDLED_LM
+from foredraft.llm import LLM
 
 PROMPTS = BUNDLED / "calibration.jsonl"
 """Training prompts. Settings that are tuned on them are not tuned on the reported test prompts."""

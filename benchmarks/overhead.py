@@ -23,9 +23,9 @@ import torch
 from measuring import LAWS, arguments, drafting, median, read_prompts, report, rotated, rounded, rounds, synchronize
 
 from foredraft import LLM, SamplingParams
+from foredraft.core.folders import BUNDLED_TARGET
 from foredraft.core.metrics import StepRecord
 from foredraft.core.progress import progress_bar
-from foredraft.llm import BUNDLED_TARGET
 
 LONGEST_CHAIN = 16
 

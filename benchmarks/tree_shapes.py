@@ -14,10 +14,10 @@ from measuring import read_prompts
 from foredraft import LLM
 from foredraft.core.contracts import Budget
 from foredraft.core.draws import Draws
+from foredraft.core.folders import BUNDLED_LM
 from foredraft.core.params import SamplingParams
 from foredraft.core.tree import DraftTree, TreeBatch, bfs_order, dfs_order, heavy_path_order
 from foredraft.drafters.lm import LMDrafter
-from foredraft.llm import BUNDLED_LM
 from foredraft.models.loading import load_target
 from foredraft.trees.base import Policy, Sapling
 from foredraft.trees.dyspec import DySpec

@@ -26,7 +26,7 @@ from distill.student import evaluate, new_student
 from distill.train import train
 from foredraft import LLM
 from foredraft.bench.calibrate import CalibrateChoice, calibrate
-from foredraft.llm import BUNDLED_TARGET
+from foredraft.core.folders import BUNDLED_TARGET
 
 
 class Size(NamedTuple):

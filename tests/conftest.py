@@ -24,13 +24,14 @@ def _measurements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     A test marked `timed` times a few steps on the machine, and neither reads nor leaves a choice for others.
     """
     from foredraft.plan import choose as auto
+    from foredraft.plan import measure
 
     monkeypatch.setattr(auto, "SIZES", (4,))
     monkeypatch.setattr(auto, "TRIED_TREES", 1)
     recalled = auto.recalled
     if request.node.get_closest_marker("timed"):
-        monkeypatch.setattr(auto, "_LEAST_STEPS", 2)
-        monkeypatch.setattr(auto, "_MOST_STEPS", 2)
+        monkeypatch.setattr(measure, "_LEAST_STEPS", 2)
+        monkeypatch.setattr(measure, "_MOST_STEPS", 2)
         source = request.node.nodeid
     else:
         monkeypatch.setattr(auto, "announce", lambda: None)

@@ -15,8 +15,12 @@ from foredraft import LLM, SamplingParams
 from foredraft.drafters.ngram import NgramDrafter
 from foredraft.models.table import TableTarget, random_law
 from foredraft.plan import choose as auto
-from foredraft.plan.choose import Candidate, Choice, Full, choose, tokens_per_step
-from foredraft.plan.config import AUTO, Way, parse
+from foredraft.plan import measure
+from foredraft.plan.build import Plan
+from foredraft.plan.choose import Candidate, Choice, choose, tokens_per_step
+from foredraft.plan.config import parse
+from foredraft.plan.measure import Full
+from foredraft.plan.speculation import AUTO, Way
 from foredraft.plan.store import recalled
 from foredraft.rules import RULES
 from foredraft.trees import GROWERS
@@ -177,8 +181,8 @@ def test_a_head_can_be_chosen_and_plain_decoding_too(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("method", ["fspad", "ctc", "hydra-lookup"])
 def test_steps_of_heads_are_really_timed(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
-    grown_by = LLM._grown_by
-    monkeypatch.setattr(LLM, "_grown_by", lambda self, *rest: built.append(rest[-1]) or grown_by(self, *rest))
+    grown_by = Plan.grown_by
+    monkeypatch.setattr(Plan, "grown_by", lambda self, *rest: built.append(rest[-1]) or grown_by(self, *rest))
     model = str(DATA / "heads" / method.removesuffix("-lookup"))
     llm = LLM(PAIR[0], {"method": method, "model": model, **({"lookup_min_match": 2} if "-" in method else {})})
     assert method.removesuffix("-lookup") in built  # what drafts most of the time is what costs
@@ -248,15 +252,15 @@ def test_a_head_that_was_not_calibrated_is_timed(head: str, way: Way) -> None:
 def test_slower_steps_are_slower_than_plain_ones() -> None:
     """A drafter that waits makes steps slower, by what it waits."""
     target = TableTarget(random_law(2, 0), 2, max_len=4000)
-    plain = auto.Timed(target, None, None, 0, [1], SamplingParams(temperature=0), 2)
+    plain = measure.Timed(target, None, None, 0, [1], SamplingParams(temperature=0), 2)
 
     class Slow(Full):
         def propose(self, *arguments: Any) -> Any:
             sleep(0.01)
             return super().propose(*arguments)
 
-    slow = auto.Timed(target, Slow(), RULES["deterministic"].rule, 2, [1], SamplingParams(temperature=0), 2)
-    assert auto.slowdown_of(slow, plain) > 2
+    slow = measure.Timed(target, Slow(), RULES["deterministic"].rule, 2, [1], SamplingParams(temperature=0), 2)
+    assert measure.slowdown_of(slow, plain) > 2
 
 
 @pytest.mark.parametrize(("in_time", "timed"), [(0, 1), (1, 1), (3, 3), (100, 6)])

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
+from foredraft.core.folders import BUNDLED_HEAD
 from foredraft.heads.folder import read_head
-from foredraft.llm import BUNDLED_HEAD
 from foredraft.models.loading import ModelError, load_target
 from foredraft.models.weights import finite
 from test_loading import SIZES, edit_config, edit_weights, fails, logits, make_model, wanted
@@ -288,10 +288,10 @@ def test_a_file_that_is_overwritten(dtype, kind, folder):
 
 def test_the_fingerprint_is_that_of_the_weights_that_were_read(llama):
     llm = LLM(llama, {"method": "ar"})
-    expected = LLM(llama, {"method": "ar"})._fingerprint()
+    expected = LLM(llama, {"method": "ar"})._parts.fingerprint
     edit_weights(llama, lambda weights: [one.mul_(3) for one in weights.values()])
-    assert llm._fingerprint() == expected
-    assert LLM(llama, {"method": "ar"})._fingerprint() != expected
+    assert llm._parts.fingerprint == expected
+    assert LLM(llama, {"method": "ar"})._parts.fingerprint != expected
 
 
 # --- Configurations against files

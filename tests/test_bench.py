@@ -21,13 +21,14 @@ from foredraft.bench.names import PEERS, parse_method
 from foredraft.bench.report import setting_of, speedup
 from foredraft.bench.run import Outcome
 from foredraft.bench.tasks import is_looping, read_prompts
+from foredraft.core.folders import BUNDLED_LM
 from foredraft.core.metrics import StepRecord
 from foredraft.heads.folder import read_head, save_head
-from foredraft.llm import BUNDLED_LM
 from foredraft.models.hf import HFTarget
 from foredraft.models.loading import load_target
 from foredraft.models.table import TableTarget, random_law
-from foredraft.plan.config import Way, parse
+from foredraft.plan.config import parse
+from foredraft.plan.speculation import Way
 from foredraft.trees import GROWERS
 
 DATA = Path(__file__).parent / "data"

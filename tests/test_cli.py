@@ -20,9 +20,9 @@ from tokenizers import Tokenizer, decoders, models
 from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
 from foredraft.cli import show
+from foredraft.core.folders import BUNDLED_TARGET
 from foredraft.drafters import DRAFTERS
 from foredraft.engine.engine import CompletionOutput
-from foredraft.llm import BUNDLED_TARGET
 from foredraft.rules import RULES
 from foredraft.trees import GROWERS
 
@@ -589,7 +589,7 @@ def test_a_head_names_its_method(run):
 @pytest.mark.parametrize("method", ["medusa", "medusa-lookup"])
 @pytest.mark.parametrize("given", [(), ("--tree", "chain", "--budget", 2)])
 def test_a_head_that_is_not_there(run, monkeypatch, method, given):
-    monkeypatch.setattr("foredraft.llm.bundled_drafter", lambda name: None)
+    monkeypatch.setattr("foredraft.plan.build.bundled_drafter", lambda name: None)
     code, out, err = run("generate", "Tom", "--method", method, *given)
     assert (code, out) == (1, "")
     assert err.startswith("error: method 'medusa' needs a trained head\nhint: give its directory")

@@ -19,9 +19,10 @@ from transformers import AutoTokenizer
 
 from foredraft.__main__ import main
 from foredraft.cli.train import TrainChoice, run
+from foredraft.core.folders import BUNDLED_TARGET
 from foredraft.heads import HEADS
 from foredraft.heads.layers import Shape
-from foredraft.llm import BUNDLED_TARGET, LLM
+from foredraft.llm import LLM
 from foredraft.train import shards
 from foredraft.train.attention import tables
 from foredraft.train.batches import Batch, collate

@@ -160,7 +160,7 @@ def test_steps_that_ended_early_by_hand(kind: str) -> None:
 def test_a_benchmark_counts_the_same_tokens() -> None:
     from foredraft.bench.report import rows_of
     from foredraft.bench.run import Ours
-    from foredraft.plan.config import PLAIN
+    from foredraft.plan.speculation import PLAIN
 
     full, prompt = whole("all accepted"), list(model("plain").tokenizer(STORY)["input_ids"])
     sampling = replace(GREEDY, stop_token_ids=[full.token_ids[11]])

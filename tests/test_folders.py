@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from foredraft import LLM, SamplingParams
 from foredraft.core import folders
 from foredraft.core.folders import cache_folder, cached_file, keep
 from foredraft.plan import choose as auto
+from foredraft.plan import measure
 from foredraft.plan.store import recalled
 
 NOWHERE = "/proc/no/such/folder"
@@ -106,13 +108,13 @@ def test_other_machines_threads_weights_and_versions_are_timed_anew(monkeypatch:
     assert llm.drafting(GREEDY)["reason"] == reason
     assert llm.drafting(GREEDY)["expected_speedup"] == 2.0
     llm.with_speculation(None)
-    monkeypatch.setattr(auto.platform, "node", lambda: "elsewhere")
+    monkeypatch.setattr(measure.platform, "node", lambda: "elsewhere")
     llm.with_speculation(None)
-    monkeypatch.setattr(auto.torch, "get_num_threads", lambda: 77)
+    monkeypatch.setattr(measure.torch, "get_num_threads", lambda: 77)
     llm.with_speculation(None)
-    monkeypatch.setattr(auto.foredraft, "__version__", "0.0.0")
+    monkeypatch.setattr(measure.foredraft, "__version__", "0.0.0")
     llm.with_speculation(None)
-    monkeypatch.setattr(llm, "_fingerprint", lambda: "other weights")
+    monkeypatch.setattr(llm, "_parts", replace(llm._parts, fingerprint="other weights"))
     llm.with_speculation(None)
     assert len(asked) == 6 and len(set(asked)) == 5 and asked[0] == asked[1]
 

@@ -20,6 +20,7 @@ from foredraft import LLM
 from foredraft.cli.importers import examine
 from foredraft.core.contracts import Budget, Setting
 from foredraft.core.draws import Draws
+from foredraft.core.folders import BUNDLED_TARGET
 from foredraft.core.params import SamplingParams
 from foredraft.core.tree import DraftTree, TreeBatch
 from foredraft.drafters import DRAFTERS, pairs
@@ -36,7 +37,6 @@ from foredraft.heads.modules import FeatureHead
 from foredraft.kernels import library
 from foredraft.kernels.layouts import FEW, FULL
 from foredraft.kernels.prefixes import prefix_search, trie
-from foredraft.llm import BUNDLED_TARGET
 from foredraft.models.checkpoint import ModelError, read_json
 from foredraft.models.loading import load_target
 from foredraft.models.native import NativeTarget

@@ -14,8 +14,8 @@ import pytest
 
 from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
+from foredraft.core.folders import BUNDLED_LM
 from foredraft.kernels import build, sets, structures
-from foredraft.llm import BUNDLED_LM
 from foredraft.models.llama import LlamaTarget
 from foredraft.models.loading import load_target
 

@@ -146,7 +146,7 @@ def test_what_is_allowed_is_computed(run: Run) -> None:
 @pytest.mark.parametrize("count", [10**6, 2**64, 4097, np.int64(10**6)])
 def test_outputs_at_once(count: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the model is read."""
-    monkeypatch.setattr("foredraft.llm.load_target", lambda *given, **more: pytest.fail("it was loaded"))
+    monkeypatch.setattr("foredraft.models.parts.load_target", lambda *given, **more: pytest.fail("it was loaded"))
     with pytest.raises(
         ValueError, match=r"max_num_seqs must be between 1 and 4096 \(more prompts wait for their turn\), got \d"
     ):

@@ -14,8 +14,7 @@ from foredraft import LLM, SamplingParams
 from foredraft.cache.pool import prefill
 from foredraft.drafters import DRAFTERS
 from foredraft.drafters.lookup_first import LookupFirst
-from foredraft.llm import bundled_drafter
-from foredraft.plan.config import parse
+from foredraft.plan.config import bundled_drafter, parse
 
 DATA = Path(__file__).parent / "data"
 TARGET, OTHER = str(DATA / "babyllama-105"), str(DATA / "babyllama-105-b")

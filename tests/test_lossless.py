@@ -22,7 +22,7 @@ from foredraft.core.draws import Draws
 from foredraft.core.law import TargetLaw
 from foredraft.core.tree import DraftTree, Drawn
 from foredraft.models.table import Law, random_law
-from foredraft.plan.config import fitting_rules
+from foredraft.plan.speculation import fitting_rules
 from foredraft.rules import RULES
 from foredraft.rules.residual import subtract, without
 from foredraft.trees import GROWERS

@@ -26,7 +26,8 @@ from foredraft.core import arguments
 from foredraft.core.arguments import OWN, config_with_our_names
 from foredraft.core.chat import Template
 from foredraft.core.names import CHAT, DRAFT, LOAD, METHODS, NAMES, RUN, SAMPLE, remote_code
-from foredraft.plan.config import Speculation, parse
+from foredraft.plan.config import parse
+from foredraft.plan.speculation import Speculation
 
 DATA = Path(__file__).parent / "data"
 TARGET, OTHER = DATA / "babyllama-105", DATA / "babyllama-105-b"

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from exact import MEASURED
 from foredraft import LLM, RequestOutput, SamplingParams
+from foredraft.core.folders import BUNDLED_LM, BUNDLED_TARGET
 from foredraft.drafters import DRAFTERS
-from foredraft.llm import BUNDLED_LM, BUNDLED_TARGET, bundled_drafter
-from foredraft.plan.config import trees_of
+from foredraft.plan.config import bundled_drafter
+from foredraft.plan.speculation import trees_of
 from narrow import narrow_head
 
 pytestmark = pytest.mark.unchecked

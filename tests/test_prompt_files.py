@@ -50,7 +50,7 @@ LOOKS = 'hint: Give a .jsonl file with one object a line, such as {"prompt": "..
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_readme_is_no_file_of_prompts(command: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is loaded to find out."""
-    monkeypatch.setattr("foredraft.llm.load_target", lambda *given, **more: pytest.fail("it was loaded"))
+    monkeypatch.setattr("foredraft.models.parts.load_target", lambda *given, **more: pytest.fail("it was loaded"))
     code, out, err = run(*COMMANDS[command], "--prompts", ROOT / "README.md", "--model", MODEL)
     assert (code, out) == (1, "")
     assert "README.md' is neither a .jsonl nor a .txt file\n" in err and LOOKS in err

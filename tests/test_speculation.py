@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from foredraft.core.contracts import Budget
+from foredraft.core.shape import MAX_DEPTH, MAX_NODES
 from foredraft.core.tree import Drawn
 from foredraft.drafters import DRAFTERS
-from foredraft.plan.config import AUTO, MAX_DEPTH, MAX_NODES, Way, fitting_rules, parse
+from foredraft.plan.config import USUAL_TREE, can_use, drafter_alone, parse, with_usual_method, with_usual_tree
+from foredraft.plan.speculation import AUTO, Way, fitting_rules
 from foredraft.rules import RULES
 from foredraft.trees import GROWERS
 
@@ -250,3 +253,49 @@ def test_what_was_measured_fills_only_what_was_left_open() -> None:
     other = parse({"tree": "chain"})
     assert other is not None
     assert other.grower("chain", measured) == GROWERS["chain"].grower()
+
+
+HEAD = str(Path(__file__).parent / "data" / "heads" / "hydra")
+
+
+@pytest.mark.parametrize(
+    ("config", "bundled", "method"),
+    [
+        ({}, True, AUTO),
+        ({}, False, "suffix"),
+        ({"num_speculative_tokens": 4}, True, "lm"),
+        ({"num_speculative_tokens": 4}, False, "suffix"),
+        ({"tree": "dyspec"}, False, "lm"),
+        ({"model": HEAD}, False, "hydra"),
+        ({"model": HEAD, "method": "hydra-lookup"}, True, "hydra-lookup"),
+    ],
+)
+def test_the_method_of_a_command_that_names_none(config: dict[str, Any], bundled: bool, method: str) -> None:
+    assert with_usual_method(config, bundled=bundled) == {**config, "method": method}
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        ({"method": "lm"}, {"method": "lm", "tree": USUAL_TREE}),
+        ({"method": "lm", "tree": "opt"}, {"method": "lm", "tree": "opt"}),
+        ({"method": "lm", "rule": "block"}, {"method": "lm", "rule": "block"}),
+        ({"method": "ctc"}, {"method": "ctc"}),
+        ({"method": "ar", "num_speculative_tokens": 8}, {"method": "ar"}),
+        ({}, {}),
+    ],
+)
+def test_the_tree_of_an_audit_that_names_none(config: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert with_usual_tree(config) == wanted
+
+
+def test_a_drafter_alone_has_its_draft_model_and_no_lookup() -> None:
+    assert drafter_alone(None) == {"method": "lm"}
+    assert drafter_alone(HEAD) == {"method": "hydra", "model": HEAD}
+    assert drafter_alone(HEAD, "hydra-lookup") == {"method": "hydra", "model": HEAD}
+    assert drafter_alone(None, "unknown") == {"method": "unknown"}  # `parse` refuses it
+
+
+def test_the_methods_that_can_use_a_head() -> None:
+    assert [name for name in (*DRAFTERS, AUTO, "ar") if can_use(name, HEAD)] == ["hydra", "hydra-lookup", AUTO]
+    assert [name for name in (*DRAFTERS, AUTO, "ar") if can_use(name, None)] == ["lm", "lm-lookup", AUTO]

@@ -27,7 +27,7 @@ from foredraft.engine.decode import Continuation
 from foredraft.engine.engine import require_whole
 from foredraft.llm import LLM
 from foredraft.models.table import random_law
-from foredraft.plan.config import PLAIN
+from foredraft.plan.speculation import PLAIN
 from foredraft.rules import RULES
 from foredraft.trees import GROWERS
 

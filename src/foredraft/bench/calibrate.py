@@ -27,6 +27,7 @@ from foredraft.bench import tasks
 from foredraft.cache.pool import prefill
 from foredraft.core.contracts import Target
 from foredraft.core.draws import Draws
+from foredraft.core.folders import BUNDLED
 from foredraft.core.law import TargetLaw, warp
 from foredraft.core.metrics import summarize
 from foredraft.core.params import SamplingParams
@@ -37,9 +38,11 @@ from foredraft.drafters import DRAFTERS
 from foredraft.drafters.along import AskedAlong
 from foredraft.drafters.lookup_first import LookupFirst
 from foredraft.engine.engine import require_whole
-from foredraft.llm import BUNDLED, LLM
-from foredraft.plan.choose import SAMPLE_TEXT, TRIED_TREES, TYPICAL_SIZE, curve_name, has_weights
-from foredraft.plan.config import Way, drafter_for, trees_of
+from foredraft.llm import LLM
+from foredraft.plan.choose import TRIED_TREES, TYPICAL_SIZE, curve_name, has_weights
+from foredraft.plan.config import drafter_alone
+from foredraft.plan.measure import sample_prompt
+from foredraft.plan.speculation import KINDS, Way, trees_of
 from foredraft.plan.store import file_beside, file_in_cache
 from foredraft.rules import RULES
 from foredraft.trees.acceptance import AcceptanceTable, Trial, conditional
@@ -58,7 +61,6 @@ _HOPELESS = 0.9
 Larger trees take most of the time, and `auto` would not choose such a method.
 """
 
-TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}
 COST_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -78,9 +80,7 @@ class CalibrateChoice:
     @property
     def config(self) -> dict[str, Any]:
         """Speculative config to measure. For a drafter that first looks up, it names the drafter that it falls back to."""
-        method = self.method or drafter_for(self.draft_model)
-        asked = DRAFTERS[method].asks if method in DRAFTERS else None
-        return {"method": asked or method} | ({"model": self.draft_model} if self.draft_model else {})
+        return drafter_alone(self.draft_model, self.method)
 
 
 def calibrate(choice: CalibrateChoice) -> tuple[Path, dict[str, Any]]:
@@ -100,14 +100,15 @@ def calibrate(choice: CalibrateChoice) -> tuple[Path, dict[str, Any]]:
     if not prompts:
         raise tasks.too_long(choice.max_tokens, plain.max_model_len)
     found: dict[str, Any] = {"prompts": choice.prompts.name, "num_prompts": len(prompts), "max_tokens": choice.max_tokens}
-    found |= {"weights": drafting.draft_weights} if drafting.draft_weights else {}
-    file = file_beside(choice.draft_model) or file_in_cache(drafting.draft_weights, plain.target, config["method"])
+    weights = drafting.plan.weights if drafting.plan else None
+    found |= {"weights": weights} if weights else {}
+    file = file_beside(choice.draft_model) or file_in_cache(weights, plain.target, config["method"])
     if file is None:
         raise ValueError(
             "the calibration cannot be saved: no cache folder is writable. Set FOREDRAFT_CACHE to a writable folder"
         )
     if DRAFTERS[config["method"]].gives == "expand":
-        trials = {kind: all_trials(plain, drafting, prompts, t, choice.max_tokens) for kind, t in TEMPERATURES.items()}
+        trials = {kind: all_trials(plain, drafting, prompts, t, choice.max_tokens) for kind, t in KINDS.items()}
         found["acceptance_by_depth"] = {kind: by_depth(accepted_ranks(texts)) for kind, texts in trials.items()}
         found["acceptance"] = {kind: rows[0] for kind, rows in found["acceptance_by_depth"].items()}
         found["acceptance_by_prob"] = {kind: table_of(texts).written() for kind, texts in trials.items()}
@@ -146,7 +147,7 @@ def tokens_per_step(plain: LLM, config: dict[str, Any], prompts: Sequence[list[i
     ways = [*own, *free] if has_weights(own[0]) else own
     tried = min(TRIED_TREES, len(own)) * len(asking)
     found: dict[str, Any] = {"tokens_per_step": {}, "drafted_share": {}}
-    with progress_bar("tokens per step", len(TEMPERATURES) * (len(ways) + tried)) as advance:
+    with progress_bar("tokens per step", len(KINDS) * (len(ways) + tried)) as advance:
 
         def curves(measured: Sequence[Way], temperature: float) -> dict[str, list[Point]]:
             points: dict[str, list[Point]] = {}
@@ -156,7 +157,7 @@ def tokens_per_step(plain: LLM, config: dict[str, Any], prompts: Sequence[list[i
                 advance(1)
             return points
 
-        for kind, temperature in TEMPERATURES.items():
+        for kind, temperature in KINDS.items():
             pure = curves(ways, temperature)
             best = sorted(own, key=lambda way: -at_most(pure[curve_name(way)], TYPICAL_SIZE).acceptance_length)
             mixed = curves([Way(name, way.tree) for name in asking for way in best[:TRIED_TREES]], temperature)
@@ -327,11 +328,6 @@ def _seconds(target: Target, cache: Any, nodes: Sequence[tuple[int, int]], repea
     return median(times[2:])
 
 
-def sample_prompt(llm: LLM) -> list[int]:
-    """Returns the token ids of the prompt after which forward passes are timed."""
-    return list(llm.tokenizer(SAMPLE_TEXT)["input_ids"]) if llm.tokenizer is not None else list(range(1, 33))
-
-
 def command(choice: CalibrateChoice, *, plot: Path | None, as_json: bool) -> int:
     """Runs ``foredraft calibrate`` and returns the exit status."""
     file, found = calibrate(choice)
@@ -339,8 +335,9 @@ def command(choice: CalibrateChoice, *, plot: Path | None, as_json: bool) -> int
     llm = LLM(choice.model, config, dtype=choice.dtype, device=choice.device, max_num_seqs=1)
     drafting: Any = llm.with_speculation({**config, "num_speculative_tokens": 1}).engine.drafter
     models = {"target": llm.target, "drafter": getattr(drafting, "model", None)}
-    costs = {name: cost_curve(model, sample_prompt(llm)) for name, model in models.items() if model is not None}
-    chosen = {kind: llm.drafting(SamplingParams(temperature=t)) for kind, t in TEMPERATURES.items()}
+    prompt = sample_prompt(llm.tokenizer, llm.target.vocab_size, llm.max_model_len)
+    costs = {name: cost_curve(model, prompt) for name, model in models.items() if model is not None}
+    chosen = {kind: llm.drafting(SamplingParams(temperature=t)) for kind, t in KINDS.items()}
     if as_json:
         print(json.dumps({**found, "seconds": costs, "chosen": chosen, "file": str(file)}))
     else:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from foredraft.core.typed import option
-from foredraft.drafters import DRAFTERS
-from foredraft.plan.config import AUTO, PLAIN, drafter_for, parse
+from foredraft.plan.config import can_use, parse
+from foredraft.plan.speculation import AUTO, PLAIN
 
 VLLM_PEERS = ("vllm", "vllm-ngram")
 PEERS = ("transformers", "transformers-assisted", *VLLM_PEERS)
@@ -61,12 +61,11 @@ def parse_method(text: str, draft_model: str | None) -> dict[str, Any]:
     if budget is not None and budget != AUTO and not budget.isdigit():
         raise ValueError(f"the budget of method {text!r} must be a whole number or {AUTO!r}, got {budget!r}")
     drafter, _, own_model = drafter.partition("=")
-    config: dict[str, Any] = {"method": drafter}
-    is_for = drafter in DRAFTERS and drafter_for(draft_model) in (drafter, DRAFTERS[drafter].asks)
-    model = own_model or (draft_model if drafter == AUTO or is_for else None)
-    config |= {"model": model} if model is not None else {}
-    config |= {"tree": tree} if tree else {}
-    config |= {"num_speculative_tokens": budget if budget == AUTO else int(budget)} if budget else {}
-    config |= {"rule": rule} if rule else {}
-    config |= options
-    return config
+    config: dict[str, Any] = {
+        "method": drafter,
+        "model": own_model or (draft_model if can_use(drafter, draft_model) else None),
+        "tree": tree,
+        "num_speculative_tokens": int(budget) if budget not in (None, AUTO) else budget,
+        "rule": rule,
+    }
+    return {key: value for key, value in config.items() if value is not None} | options

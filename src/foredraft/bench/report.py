@@ -15,7 +15,7 @@ from foredraft.bench.run import Contender, Outcome
 from foredraft.bench.tasks import is_looping
 from foredraft.core.metrics import summarize
 from foredraft.core.plots import new_figure
-from foredraft.plan.config import PLAIN
+from foredraft.plan.speculation import PLAIN
 
 _RESAMPLES = 2000
 _SPLIT = ("draft_s", "verify_s", "rule_s", "cache_s")

@@ -56,6 +56,23 @@ def whole_number(name: str, value: Any, least: int, most: int, why: str = "") ->
     return number
 
 
+def check_count(name: str, value: Any, most: int, why: str) -> int | None:
+    """Checks a number of things, at least 1, and returns it as an int. None stays None.
+
+    Args:
+        why: as for `whole_number`.
+
+    Raises:
+        ValueError: the value is not a whole number, or it is out of range.
+    """
+    value = plain_scalar(value)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be a whole number, at least 1, got {shown(value)}")
+    return whole_number(name, value, 1, most, why)
+
+
 def check_text(name: str, text: str) -> None:
     """Checks that a text can be encoded in UTF-8, which every tokenizer requires.
 

@@ -1,15 +1,19 @@
-"""Accepted forms of a prompt, and their conversion to token ids."""
+"""Accepted forms of a prompt, their conversion to token ids, and the sampling parameters that go with each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
 from foredraft.core.errors import check_text, shown
+from foredraft.core.params import SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """A text, a list of token ids, or ``{"prompt_token_ids": [...]}`` or ``{"prompt": "..."}``."""
+
+Params = SamplingParams | Sequence[SamplingParams] | None
+"""Sampling parameters of a call: one for all prompts, or one per prompt. None takes the defaults of the model."""
 
 _KEYS = ("prompt", "prompt_token_ids")
 
@@ -69,9 +73,41 @@ def is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
 
 
-def is_one_prompt(value: Any) -> bool:
-    """Whether a value is a single prompt and not a list of prompts."""
-    return isinstance(value, str | Mapping) or (is_list(value) and bool(value) and isinstance(value[0], Integral))
+def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Returns a list of prompts. One prompt becomes a list of one.
+
+    Raises:
+        TypeError: it is neither a prompt nor a list of prompts.
+    """
+    is_one = isinstance(prompts, str | Mapping) or (is_list(prompts) and len(prompts) > 0 and isinstance(prompts[0], Integral))
+    if not is_one and not is_list(prompts):
+        raise not_a_prompt(prompts)
+    return [prompts] if is_one else list(prompts)  # type: ignore[list-item, return-value]
+
+
+def with_params(
+    prompts: Sequence[Prompt], given: Params, default: Callable[[Prompt], SamplingParams]
+) -> list[tuple[Prompt, SamplingParams]]:
+    """Returns every prompt with its sampling parameters.
+
+    Args:
+        given: one `SamplingParams` for all prompts, or one per prompt. None takes `default` of each prompt.
+
+    Raises:
+        ValueError: the numbers of prompts and of parameters differ.
+        TypeError: something other than sampling parameters is given.
+    """
+    if given is None:
+        given = [default(prompt) for prompt in prompts]
+    if isinstance(given, SamplingParams):
+        given = [given] * len(prompts)
+    if not is_list(given) or not all(isinstance(params, SamplingParams) for params in given):
+        raise TypeError(f"sampling_params must be a SamplingParams or a list of them, got {shown(given)}")
+    if len(given) != len(prompts):
+        raise ValueError(
+            f"got {len(prompts)} prompts but {len(given)} sampling_params: give one for all prompts, or one per prompt"
+        )
+    return list(zip(prompts, given, strict=True))
 
 
 def not_a_prompt(given: Any) -> TypeError:

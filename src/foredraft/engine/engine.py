@@ -18,6 +18,11 @@ from foredraft.core.tree import DraftTree
 from foredraft.engine.decode import Continuation, Logprob, Steps, autoregressive, hand_over, paced, speculative
 from foredraft.models.rope import original_context
 
+DEFAULT_NUM_SEQS = 8
+
+MAX_NUM_SEQS = 4096
+"""Upper limit of `max_num_seqs`. Every cache reserves a slot for each of them from the start, even if it stays unused."""
+
 
 @dataclass(frozen=True)
 class CompletionOutput:

@@ -12,30 +12,22 @@ so an output does not depend on other requests of its batch.
 from __future__ import annotations
 
 import logging
-import os
-import platform
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cache as memoize
-from math import inf, prod
-from statistics import fmean
+from math import prod
 from time import perf_counter
 from typing import Any, NamedTuple
 
-import torch
+import numpy as np
 
-import foredraft
-from foredraft.core.contracts import AcceptanceRule, Budget, Drafter, Target
-from foredraft.core.draws import Draws
+from foredraft.core.contracts import Budget, Drafter, Target
 from foredraft.core.folders import cache_folder
 from foredraft.core.params import SamplingParams
-from foredraft.core.text import TextStream
-from foredraft.core.tree import TreeBatch
 from foredraft.drafters import DRAFTERS
-from foredraft.engine.decode import Continuation, autoregressive, paced, speculative
-from foredraft.kernels import cpu_flags, library
-from foredraft.plan.config import AUTO, MAX_DEPTH, Speculation, Way
+from foredraft.plan.measure import LIMIT_S, Full, Timed, announce, facts_of, slowdown_of
+from foredraft.plan.speculation import AUTO, KINDS, Speculation, Way
 from foredraft.plan.store import recalled
 from foredraft.trees.budget import best_paths
 from foredraft.trees.static import TYPICAL_ACCEPTANCE
@@ -43,28 +35,8 @@ from foredraft.trees.static import TYPICAL_ACCEPTANCE
 SIZES = (2, 4, 6, 8, 12, 16, 32, 64)
 """Numbers of nodes to try. Each costs noticeably more time than the one before."""
 
-SAMPLE_TEXT = (
-    "Once upon a time there was a baker in a small town by the sea. Every morning he got up at four, lit the oven and made "
-    "forty loaves of bread. One day a stranger came into the shop and asked for something that the baker had never heard of."
-)
-"""Steps are timed on the continuation of this text."""
-
-KINDS = ("greedy", "sampled")
-"""Kinds of requests: temperature 0 (greedy) and above 0 (sampled). Each kind has its own choice."""
-
-_log = logging.getLogger("foredraft")
 CHOICES = "foredraft.choices"
 """Name of the logger of choices. The command line prints them itself."""
-
-_WARM_STEPS, _LEAST_STEPS, _MOST_STEPS, _ENOUGH_S = 2, 8, 48, 0.4
-"""Warm-up steps, then the least and the largest number of timed steps, and the seconds that suffice. Warm-up is needed because
-the first step runs the prompt through the drafter."""
-
-_LEAST_LONG_STEPS, _LONG_S = 3, 1.0
-"""The least number of timed steps if they take more than `_LONG_S` seconds. The times of long steps vary less."""
-
-LIMIT_S = 10.0
-"""After this many seconds, no further candidate is timed for the same kind of requests."""
 
 TRIED_TREES, TYPICAL_SIZE = 2, 8
 """Only `TRIED_TREES` trees are timed: those with the most tokens per step at `TYPICAL_SIZE` nodes."""
@@ -115,9 +87,8 @@ class Choice(NamedTuple):
         name = ", ".join(part for part in self.way if part)
         if self.timed_on is None:
             return f"drafting: {f'{name} {self.nodes} nodes' if self.nodes else 'off'} (nothing was timed)"
-        when = f"timed here on {self.timed_on}" + (
-            "" if self.calibrated else "; not calibrated, so a typical drafter is assumed"
-        )
+        assumed = "" if self.calibrated else "; not calibrated, so a typical drafter is assumed"
+        when = f"timed here on {self.timed_on}{assumed}"
         if self.nodes:
             speedup = f"{self.speedup:.{1 if self.speedup > 1.1 else 2}f}x"
             return f"drafting: {name} {self.nodes} nodes (expected {speedup}; {when})"
@@ -156,7 +127,7 @@ class Chooser:
         config leaves the budget open, nothing is timed and decoding is plain.
         """
         settled = replace(self.speculation, retime=False)
-        facts = [self._facts(), self.measured, settled, self.num_seqs]
+        facts = [facts_of(self.target, self.weights), self.measured, settled, self.num_seqs]
         if cache_folder() is None and self.speculation.budget is None:
             way = settled.ways(has_model=self.has_model)[0]
             return dict.fromkeys(KINDS, Choice(way, 0, 1.0, 1.0, 1.0))
@@ -174,32 +145,15 @@ class Chooser:
         announce()
         return {kind: self._choose(kind)._replace(timed_on=today, calibrated=bool(self._curves(kind))) for kind in KINDS}
 
-    def _facts(self) -> dict[str, Any]:
-        """The facts that determine the times."""
-        config = getattr(self.target.config, "to_dict", dict)()
-        device = getattr(self.target, "device", "cpu")
-        return {
-            "target": [config.get(key) for key in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")],
-            "dtype": str(getattr(self.target, "dtype", None)),
-            "device": str(device),
-            "weights": self.weights,
-            "machine": [platform.node(), platform.machine(), os.cpu_count(), sorted(cpu_flags())],
-            "threads": torch.get_num_threads(),
-            "compiled": library() is not None,
-            "versions": [torch.__version__, foredraft.__version__],
-        }
-
     def _choose(self, kind: str) -> Choice:
-        sampling = SamplingParams(temperature=0.0 if kind == "greedy" else 1.0)
+        sampling = SamplingParams(temperature=KINDS[kind])
         plain = Timed(self.target, None, None, 0, self.prompt, sampling, self.num_seqs)
         ways, deadline = self._worth_timing(kind), perf_counter() + LIMIT_S
-        drafters: dict[Way, Drafter] = {}
+        build = memoize(self.build)
 
         @memoize
         def slower(way: Way, nodes: int) -> float:
-            if has_weights(way) and way not in drafters:
-                drafters[way] = self.build(way)
-            drafter = drafters[way] if has_weights(way) else Full()
+            drafter = build(way) if has_weights(way) else Full()
             rule = self.speculation.rule_for(way.tree)
             return slowdown_of(Timed(self.target, drafter, rule, nodes, self.prompt, sampling, self.num_seqs), plain)
 
@@ -234,8 +188,11 @@ class Chooser:
             usual = [way for way in ways if way.tree == tree or (has_weights(way) and way.tree is None)]
             return usual[-1:] or ways[:1]
         known = [way for way in ways if curve_name(way) in curves]
-        weighty = sorted((way for way in known if has_weights(way)), key=lambda way: -(self._tokens(curves, way)))
-        return weighty[:TRIED_TREES] + [way for way in known if not has_weights(way)] or ways[:1]
+        tokens = {way: tokens_per_step(curves, Candidate(way, TYPICAL_SIZE)) or 0.0 for way in known if has_weights(way)}
+        return (
+            sorted(tokens, key=lambda way: -tokens[way])[:TRIED_TREES] + [way for way in known if not has_weights(way)]
+            or ways[:1]
+        )
 
     def _curves(self, kind: str) -> Mapping[str, Any]:
         return self.measured.get("tokens_per_step", {}).get(kind) or {}
@@ -243,9 +200,6 @@ class Chooser:
     def _drafted_share(self, kind: str, candidate: Candidate) -> float:
         shares = self.measured.get("drafted_share", {}).get(kind) or {}
         return tokens_per_step(shares, candidate) or 1.0 if shares else 1.0
-
-    def _tokens(self, curves: Mapping[str, Any], way: Way) -> float:
-        return tokens_per_step(curves, Candidate(way, TYPICAL_SIZE)) or 0.0
 
 
 def has_weights(way: Way) -> bool:
@@ -260,104 +214,6 @@ def curve_name(way: Way) -> str:
 
 LOOKUP = Way("ngram", None)
 """The way whose time stands for every step that was drafted by lookup, and for every drafter without weights."""
-
-
-class Full:
-    """Drafts the longest allowed chain of an arbitrary token.
-
-    Its steps cost as much time as those of a drafter without weights that has found a match.
-    """
-
-    feature_layers: Sequence[int] = ()
-
-    def start(self, tokens: Sequence[int], features: Any) -> list[int]:
-        """Returns the state, which is the last token."""
-        return [tokens[-1]]
-
-    def propose(self, states: Sequence[list[int]], budgets: Sequence[Budget], sampling: Any, draws: Any) -> TreeBatch:
-        """Returns chains that repeat the last token."""
-        return TreeBatch.chains([state * (1 + min(budget)) for state, budget in zip(states, budgets, strict=True)])
-
-    def observe(self, state: list[int], tokens: Sequence[int], features: Any, path: Sequence[int]) -> None:
-        """Stores the last token."""
-        state[0] = tokens[-1]
-
-    def finish(self, state: list[int]) -> None:
-        """Does nothing, because no resources are held."""
-
-
-def announce() -> None:
-    """Logs that drafters are timed, which takes seconds. It is a warning, so that it appears where logging is not set up."""
-    _log.warning(
-        "timing drafters on this machine; this takes at most some %.0f s, and the result is kept", len(KINDS) * LIMIT_S
-    )
-
-
-def slowdown_of(timed: Timed, plain: Timed) -> float:
-    """Returns the time of a step divided by the time of a plain decoding step.
-
-    Both take turns, because the speed of the machine drifts. The slowest quarter of the steps of each is left out, because
-    other work may have interrupted them. At least `_LEAST_STEPS` steps of each are timed, or `_LEAST_LONG_STEPS` if they are
-    long. Fast models run more steps, up to `_MOST_STEPS`, until `_ENOUGH_S` seconds have passed.
-    """
-    pair = [candidate.steps() for candidate in (timed, plain)]
-    seconds: list[list[float]] = [[], []]
-    try:
-        for number in range(_WARM_STEPS + _MOST_STEPS):
-            for steps, times in zip(pair, seconds, strict=True):
-                began = perf_counter()
-                if next(steps, None) is None:
-                    return inf if not times else _ratio(seconds)
-                if number >= _WARM_STEPS:
-                    times.append(perf_counter() - began)
-            taken = sum(map(sum, seconds))
-            if number >= _WARM_STEPS + (_LEAST_LONG_STEPS if taken > _LONG_S else _LEAST_STEPS) - 1 and taken > _ENOUGH_S:
-                break
-        return _ratio(seconds)
-    finally:
-        for steps in pair:
-            steps.close()
-
-
-def _ratio(seconds: Sequence[Sequence[float]]) -> float:
-    kept = [sorted(times)[: max(1, len(times) * 3 // 4)] for times in seconds]
-    return fmean(kept[0]) / fmean(kept[1])
-
-
-@dataclass(frozen=True)
-class Timed:
-    """A workload to time: `num_seqs` requests with the same prompt. Without a drafter, decoding is plain."""
-
-    target: Target
-    drafter: Drafter | None
-    rule: AcceptanceRule | None
-    nodes: int
-    prompt: Sequence[int]
-    sampling: SamplingParams
-    num_seqs: int
-
-    def steps(self) -> Generator[Any, None, None]:
-        """Runs one step per iteration, until the generator is closed."""
-        most = len(self.prompt) + (_WARM_STEPS + _MOST_STEPS + 1) * (1 + self.nodes)
-        length = min(self.target.max_len, most)
-        pool = self.target.new_pool(self.num_seqs, length)
-        run = [
-            Continuation(list(self.prompt), len(self.prompt), length, self.sampling, Draws(b), TextStream(None))
-            for b in range(self.num_seqs)
-        ]
-        if self.drafter is None:
-            steps = autoregressive(self.target, pool, run)
-        else:
-            assert self.rule is not None
-            budget = Budget(self.nodes, min(self.nodes, MAX_DEPTH))
-            steps = speculative(self.target, pool, run, self.drafter, self.rule, budget)
-        try:
-            yield from paced(self.target, steps)
-        finally:
-            steps.close()
-            for continuation in run:
-                if self.drafter is not None and continuation.draft_state is not None:
-                    self.drafter.finish(continuation.draft_state)
 
 
 def choose(
@@ -423,10 +279,5 @@ def tokens_per_step(measured: Mapping[str, Mapping[str, float]] | None, candidat
     curve = measured.get(curve_name(candidate.way))
     if not curve:
         return None
-    points = sorted((int(nodes), tokens) for nodes, tokens in curve.items())
-    below = max((point for point in points if point[0] <= candidate.nodes), default=points[0])
-    above = min((point for point in points if point[0] >= candidate.nodes), default=points[-1])
-    if above[0] == below[0]:
-        return below[1]
-    share = (candidate.nodes - below[0]) / (above[0] - below[0])
-    return below[1] + share * (above[1] - below[1])
+    sizes = sorted(map(int, curve))
+    return float(np.interp(candidate.nodes, sizes, [curve[str(nodes)] for nodes in sizes]))

@@ -2,130 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from foredraft.core.arguments import config_with_our_names
 from foredraft.core.errors import shown, unknown_name
-from foredraft.core.folders import BUNDLED_HEAD
+from foredraft.core.folders import BUNDLED, BUNDLED_HEAD, BUNDLED_LM
 from foredraft.core.names import METHODS_ELSEWHERE
-from foredraft.core.shape import MAX_DEPTH, MAX_NODES, Budget, Drawn
+from foredraft.core.shape import MAX_DEPTH, MAX_NODES, Budget
 from foredraft.drafters import DRAFTERS, DrafterRow
 from foredraft.drafters.options import check_options
 from foredraft.heads.about import method_of
-from foredraft.rules import RULES, RuleRow
+from foredraft.plan.speculation import AUTO, PLAIN, Speculation, check_types, construct, fitting_rules, names_of, trees_of
+from foredraft.plan.speculation import fits as fits
+from foredraft.rules import RULES
 from foredraft.trees import GROWERS, GrowerRow
 from foredraft.trees.limits import check_sizes, plain_values
 from foredraft.trees.options import Options
 
-PLAIN = "ar"
-"""The method that drafts nothing."""
-AUTO = "auto"
-"""This value leaves the choice of method, tree or budget to measurements."""
+USUAL_TREE = "dyspec"
+"""The tree of an audit if the user names none."""
 
 _COMMON = ("method", "model", "tree", "num_speculative_tokens", "rule", "retime")
-
-
-class Way(NamedTuple):
-    """A drafter and its tree policy. `tree` is None if the drafter makes its own tree."""
-
-    drafter: str
-    tree: str | None
-
-
-@dataclass(frozen=True)
-class Speculation:
-    """A checked speculative config.
-
-    Attributes:
-        drafter: name in DRAFTERS; `AUTO` leaves the choice open.
-        weights_for: the drafter for which the model was made. With drafter `AUTO`, only this drafter, its ``-lookup`` variant
-            and drafters without weights can be chosen.
-        tree: name in GROWERS; `AUTO` leaves the choice open; None if the drafter makes its own tree.
-        rule_name: name in RULES; None selects the best exact rule for the chosen tree.
-        budget: the largest tree; None leaves the choice open.
-        model: the value of the config key ``model``.
-        drafter_options, grower_options, rule_options: the other keys of the config.
-        retime: whether the open choices are timed again although a stored choice exists.
-    """
-
-    drafter: str
-    weights_for: str
-    tree: str | None
-    rule_name: str | None
-    budget: Budget | None
-    model: Any
-    drafter_options: Mapping[str, Any]
-    grower_options: Mapping[str, Any]
-    rule_options: Mapping[str, Any]
-    retime: bool = False
-
-    def ways(self, *, has_model: bool) -> list[Way]:
-        """The ways to choose from. Without a draft model, only drafters without weights."""
-        names = (
-            [self.drafter]
-            if self.drafter != AUTO
-            else [
-                name
-                for name, row in DRAFTERS.items()
-                if row.weights is None or (has_model and self.weights_for in (name, row.asks))
-            ]
-        )
-        ways = [Way(name, tree) for name in names for tree in self._trees(DRAFTERS[name])]
-        if not ways:
-            raise ValueError(
-                f"tree {self.tree!r} needs the laws of a draft model or a head, and none is given. Give 'model' "
-                "(--draft-model), or leave 'tree' (--tree) out"
-            )
-        return ways
-
-    def _trees(self, drafter: DrafterRow) -> list[str | None]:
-        able = trees_of(drafter)
-        wanted = able if self.tree == AUTO else [self.tree]
-        return [
-            name
-            for name in able
-            if name in wanted and self.rule_name in (None, *fitting_rules(GROWERS[name] if name else drafter))
-        ]
-
-    @property
-    def calibrated(self) -> str:
-        """Name of the drafter whose calibration applies."""
-        name = self.weights_for if self.drafter == AUTO else self.drafter
-        return DRAFTERS[name].asks or name
-
-    @property
-    def needs_model(self) -> bool:
-        """Whether the config can use a draft model or a head."""
-        return self.drafter == AUTO or DRAFTERS[self.drafter].weights is not None
-
-    @property
-    def is_open(self) -> bool:
-        """Whether drafter, tree or budget must still be chosen."""
-        return AUTO in (self.drafter, self.tree) or self.budget is None
-
-    def rule_name_for(self, tree: str | None) -> str:
-        """Name of the rule that verifies `tree`."""
-        return self.rule_name or (GROWERS[tree].rule if tree else "deterministic")
-
-    def rule_for(self, tree: str | None) -> Callable[..., Any]:
-        """The rule that verifies `tree`, with its options."""
-        return RULES[self.rule_name_for(tree)].with_options(**self.rule_options)
-
-    def grower(self, tree: str | None, defaults: Mapping[str, Any]) -> Any:
-        """The policy of a tree; None for the drafter's own tree.
-
-        Args:
-            defaults: options measured for the drafter; they apply to options that the user did not set.
-        """
-        if tree is None:
-            return None
-        cls = GROWERS[tree].grower
-        known = {key: value for key, value in defaults.items() if key in _option_names(cls)}
-        return _construct(cls, {**known, **self.grower_options})
 
 
 def parse(config: Any) -> Speculation | None:
@@ -154,7 +53,7 @@ def parse(config: Any) -> Speculation | None:
     tree, grower = _named_tree(method, drafter, config.get("tree"))
     policy = grower.grower if grower else Options if tree == AUTO else None
     of_rule = RULES[config["rule"]].options if config.get("rule") in RULES else ()
-    allowed = [*_COMMON, *drafter.options, *(_option_names(policy) if policy else []), *of_rule]
+    allowed = [*_COMMON, *drafter.options, *(names_of(policy) if policy else []), *of_rule]
     what = f"method {method!r}" + (f" and tree {tree!r}" if grower else "")
     for key in config:
         if key not in allowed:
@@ -166,11 +65,11 @@ def parse(config: Any) -> Speculation | None:
         )
     check_sizes(config)
     drafter_options = {key: config[key] for key in drafter.options if key in config}
-    _check_types(drafter.option_types(), drafter_options)
+    check_types(drafter.option_types(), drafter_options)
     check_options(**drafter_options)
-    grower_options = {key: value for key, value in config.items() if policy and key in _option_names(policy)}
+    grower_options = {key: value for key, value in config.items() if policy and key in names_of(policy)}
     if policy:
-        _construct(policy, grower_options)  # reports invalid options now
+        construct(policy, grower_options)  # reports invalid options now
     found = Speculation(
         drafter=method,
         weights_for=weights_for,
@@ -194,9 +93,7 @@ def _no_method(name: str) -> ValueError:
             return ValueError(f"{name!r} is a {kind}, not a method. Use {kind!r}: {name!r} (--{kind} {name}) with a method")
     if name in METHODS_ELSEWHERE:
         return ValueError(f"method {name!r} {METHODS_ELSEWHERE[name]}. Use a method of `foredraft methods`")
-    if name.lower() in DRAFTERS:
-        return unknown_name("method", name, [*DRAFTERS, AUTO, PLAIN], meant=name.lower())
-    return unknown_name("method", name, [*DRAFTERS, AUTO, PLAIN])
+    return unknown_name("method", name, [*DRAFTERS, AUTO, PLAIN], meant=name.lower() if name.lower() in DRAFTERS else None)
 
 
 def _check_model(model: Any) -> None:
@@ -226,6 +123,47 @@ def usual_config(config: Any, *, bundled: bool) -> Any:
     return config
 
 
+def with_usual_method(config: Mapping[str, Any], *, bundled: bool) -> dict[str, Any]:
+    """Adds a method to a config of the command line that names none.
+
+    If the config is empty, it is the usual method of `LLM`. Else it is the drafter that uses the config's draft model. It is
+    ``suffix`` if the target is not the bundled one, and neither a draft model nor a tree is named.
+
+    Args:
+        bundled: whether the target is the bundled one.
+    """
+    if not config:
+        return {"method": AUTO if bundled else "suffix"}
+    has_draft_model = bundled or "model" in config or "tree" in config
+    return {"method": drafter_for(config.get("model")) if has_draft_model else "suffix", **config}
+
+
+def with_usual_tree(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds the usual tree of an audit to a config that names neither tree nor rule, if its drafter uses a tree policy."""
+    if config.get("method") == PLAIN:  # it takes no budget; the audit reports that there is nothing to audit
+        return {key: value for key, value in config.items() if key != "num_speculative_tokens"}
+    row = DRAFTERS.get(config.get("method", ""))
+    is_open = row is not None and not row.makes_own and not {"tree", "rule"} & set(config)
+    return {**config, "tree": USUAL_TREE} if is_open else dict(config)
+
+
+def drafter_alone(model: Any, method: str | None = None) -> dict[str, Any]:
+    """Returns the config of a drafter with its draft model, and without a lookup before it.
+
+    Args:
+        model: the draft model or head; None for the bundled one.
+        method: name of the drafter. None is the drafter that uses `model`. A ``-lookup`` method is its fallback drafter.
+    """
+    name = method or drafter_for(model)
+    fallback = DRAFTERS[name].asks if name in DRAFTERS else None
+    return {"method": fallback or name} | ({"model": model} if model else {})
+
+
+def can_use(method: str, model: Any) -> bool:
+    """Whether a method can use a draft model or a head."""
+    return method == AUTO or (method in DRAFTERS and drafter_for(model) in (method, DRAFTERS[method].asks))
+
+
 def drafter_for(model: Any) -> str:
     """Name of the drafter that uses a model: the method of the head if it is a directory of one, else ``lm``."""
     folder = Path(model) if isinstance(model, str | Path) else None
@@ -235,8 +173,15 @@ def drafter_for(model: Any) -> str:
     return method if method in DRAFTERS else "lm"
 
 
+def bundled_drafter(name: str) -> Path | None:
+    """Returns the directory of a bundled drafter for the bundled target; None if that drafter is not bundled."""
+    row = DRAFTERS[name]
+    folder = BUNDLED / (row.asks or name) if row.weights == "head" else BUNDLED_LM
+    return folder if folder.is_dir() else None
+
+
 def _rule_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    _check_types({"epsilon": float}, options)
+    check_types({"epsilon": float}, options)
     if options.get("epsilon", 0) < 0:
         raise ValueError(f"epsilon must be 0 (lossless) or more, got {options['epsilon']}")
     return options
@@ -245,7 +190,7 @@ def _rule_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
 def option_names() -> list[str]:
     """Returns all keys that a speculative config may hold for some method, tree or rule."""
     known = [*_COMMON, *(name for row in DRAFTERS.values() for name in row.options)]
-    known += [name for row in GROWERS.values() for name in _option_names(row.grower)]
+    known += [name for row in GROWERS.values() for name in names_of(row.grower)]
     return [*dict.fromkeys(known + [name for row in RULES.values() for name in row.options])]
 
 
@@ -294,24 +239,6 @@ def _named_rule(method: str, drafter: DrafterRow, tree: str | None, grower: Grow
     return rule
 
 
-def trees_of(drafter: DrafterRow) -> list[str | None]:
-    """Names of the trees that a drafter can grow; None stands for its own tree."""
-    grown = [name for name, row in GROWERS.items() if row.needs == drafter.gives]
-    return [*grown, None] if drafter.makes_own else [*grown]
-
-
-def fitting_rules(row: GrowerRow | DrafterRow) -> list[str]:
-    """Names of the rules that may verify the trees of a grower, or the own tree of a drafter."""
-    drawn = row.drawn if isinstance(row, GrowerRow) else Drawn.DETERMINISTIC
-    return [name for name, rule in RULES.items() if fits(rule, drawn, row.chains_only)]
-
-
-def fits(rule: RuleRow, drawn: Drawn, chains_only: bool) -> bool:
-    """Whether `rule` may verify trees drawn this way. A single child counts as drawn both with and without replacement."""
-    single = chains_only and drawn is not Drawn.DETERMINISTIC and Drawn.IID in rule.drawn
-    return (drawn in rule.drawn or single) and (chains_only or not rule.chains_only)
-
-
 def _budget(nodes: Any) -> Budget:
     if isinstance(nodes, bool) or not isinstance(nodes, int):
         raise TypeError(
@@ -323,42 +250,3 @@ def _budget(nodes: Any) -> Budget:
             f"To draft nothing use method {PLAIN!r}"
         )
     return Budget(nodes, min(nodes, MAX_DEPTH))
-
-
-def _option_names(cls: type[Options]) -> list[str]:
-    return [option.name for option in fields(cls)]
-
-
-def _construct(cls: type[Options], options: Mapping[str, Any]) -> Options:
-    _check_types(get_type_hints(cls), options)
-    return cls(**options)
-
-
-def _check_types(hints: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    for name, value in options.items():
-        if not _is_of(hints[name], value):
-            raise TypeError(f"{name} must be {_spell(hints[name])}, got {value!r}; `foredraft methods` lists every option")
-
-
-def _is_of(hint: Any, value: Any) -> bool:
-    """Whether a value from JSON matches an annotated type. A whole number also matches float; a bool matches only bool."""
-    kind, inner = get_origin(hint), get_args(hint)
-    if kind in (Union, UnionType):
-        return any(_is_of(member, value) for member in inner)
-    if hint is Any or isinstance(value, bool):
-        return hint in (Any, bool)
-    if kind is None:
-        return isinstance(value, (int, float) if hint is float else hint)
-    if isinstance(value, str) or not isinstance(value, kind):
-        return False
-    return all(_is_of(inner[-1], item) for item in (value.values() if isinstance(value, Mapping) else value))
-
-
-def _spell(hint: Any) -> str:
-    """Describes a type in words for a message."""
-    kind, inner = get_origin(hint), get_args(hint)
-    if kind in (Union, UnionType):
-        return " or ".join(dict.fromkeys(_spell(member) for member in inner if member is not int or float not in inner))
-    if kind is not None:
-        return f"a list (each {_spell(inner[0])})" if issubclass(kind, Sequence) else "an object"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a string", type(None): "null"}[hint]

@@ -25,10 +25,11 @@ from foredraft.core.errors import whole_number
 from foredraft.core.law import warp
 from foredraft.core.params import SamplingParams, check_seed
 from foredraft.core.progress import progress_bar
+from foredraft.core.shape import MAX_NODES
 from foredraft.drafters.along import AskedAlong
 from foredraft.engine.engine import CompletionOutput, require_whole
 from foredraft.llm import LLM
-from foredraft.plan.config import MAX_NODES, drafter_for
+from foredraft.plan.config import drafter_alone
 from foredraft.theory.chains import Rows, total_variation
 from foredraft.theory.rejections import Place, Rounds, retry
 from foredraft.theory.transport import with_replacement
@@ -177,7 +178,7 @@ class Texts:
     @property
     def drafting(self) -> dict[str, Any]:
         """Speculative config, without a tree."""
-        return {"method": drafter_for(self.draft_model)} | ({"model": self.draft_model} if self.draft_model else {})
+        return drafter_alone(self.draft_model)
 
     def load(self) -> LLM:
         """Loads the target, for plain decoding."""

@@ -61,7 +61,7 @@ class LawOptions(NamedTuple):
 
 
 class TextOptions(NamedTuple):
-    """The texts of the target to which a command applies; the fields are those of `foredraft.theory.predict.Texts`."""
+    """The texts of the target to which a command applies; the fields are those of `foredraft.theory.texts.Texts`."""
 
     prompts: Prompts
     model: Model = None
@@ -191,7 +191,7 @@ def predict(
 ) -> None:
     """Predict rejections from the probabilities of both models, and compare with the engine's count on the same texts."""
     from foredraft.theory import answers
-    from foredraft.theory.predict import Texts
+    from foredraft.theory.texts import Texts
 
     counts, (given, seed) = numbers(drafts, "--drafts", int), _seeded(text)
     found = answers.predicted(Texts(**given._asdict()), lookahead=lookahead, drafts=counts)
@@ -208,7 +208,7 @@ def estimate(
     """Estimate Markov chains of a pair of models from texts of the target. Other commands read them with --laws."""
     from foredraft.cli import show
     from foredraft.theory.estimate import as_json, estimated_pair
-    from foredraft.theory.predict import Texts
+    from foredraft.theory.texts import Texts
 
     given, seed = _seeded(text)
     pair, tokens = estimated_pair(Texts(**given._asdict()), states)

@@ -12,7 +12,7 @@ import numpy as np
 from foredraft.core.errors import whole_number
 from foredraft.theory import figures, limits
 from foredraft.theory.chains import Pair, Row, total_variation
-from foredraft.theory.predict import Texts, predict
+from foredraft.theory.predict import predict
 from foredraft.theory.rejections import (
     batch_rejections,
     lookahead_rejections,
@@ -22,6 +22,7 @@ from foredraft.theory.rejections import (
 )
 from foredraft.theory.simulate import simulated_rejections
 from foredraft.theory.speedup import Cost, best_length, break_even_acceptance, chain_speedup, chain_tokens
+from foredraft.theory.texts import Texts
 from foredraft.theory.tradeoff import check_epsilon, curve
 from foredraft.theory.transport import multiround_without_replacement, reached, with_replacement, without_replacement
 

@@ -35,7 +35,7 @@ from foredraft.bench import tasks
 from foredraft.bench.names import parse_method
 from foredraft.bench.report import rows_of, speedup
 from foredraft.bench.run import Outcome, measure
-from foredraft.cli.bench import BenchChoice, contender
+from foredraft.cli.bench import BenchOptions, contender
 from foredraft.core.metrics import summarize
 from foredraft.core.progress import progress_bar
 from foredraft.heads.folder import read_head
@@ -208,7 +208,7 @@ def main() -> None:
     every = read_tasks(plain, args.data, args.count)
     warm_up = tasks.encode(plain, tasks.WARM_UP, raw=False)
     configs = {name: parse_method(name, None) for name in args.methods if name != PEER}
-    choice = BenchChoice("", args.data, model=args.model)
+    choice = BenchOptions("", args.data, model=args.model)
     names, rounds = dict.fromkeys([PLAIN, *args.methods]), []
     with ExitStack() as stack, progress_bar("measuring", len(every)) as advance:
         contenders = [contender(name, plain, choice, warm_up, sampling, stack) for name in names]

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from measuring import arguments, report, rounded
 
-from foredraft.theory.predict import Texts, predict
+from foredraft.theory.predict import predict
+from foredraft.theory.texts import Texts
 
 DATA = Path(__file__).parents[1] / "tests" / "data"
 STORIES = (

@@ -17,12 +17,12 @@ from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
 from foredraft.audit.faults import FAULTS
 from foredraft.audit.hypotheses import FALSE_ALARM, Evidence, holm
+from foredraft.audit.report import as_dict, markdown
 from foredraft.audit.run import Audit, Auditor, Drafted
-from foredraft.cli.audit import as_dict, markdown
-from foredraft.cli.choices import with_usual_tree
 from foredraft.core.draws import Draws
 from foredraft.core.tree import DraftTree, Drawn
 from foredraft.drafters import DRAFTERS
+from foredraft.plan.config import with_usual_tree
 
 pytestmark = pytest.mark.unchecked
 

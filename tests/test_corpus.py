@@ -18,7 +18,6 @@ import torch
 from transformers import AutoTokenizer
 
 from foredraft.__main__ import main
-from foredraft.cli.train import TrainChoice, run
 from foredraft.core.folders import BUNDLED_TARGET
 from foredraft.heads import HEADS
 from foredraft.heads.layers import Shape
@@ -31,6 +30,7 @@ from foredraft.train.frozen import Frozen
 from foredraft.train.recipes import RECIPES, Lesson
 from foredraft.train.records import conversations_of
 from foredraft.train.rendering import Renderer
+from foredraft.train.run import TrainChoice, run
 from foredraft.train.shards import Text, TrainingError
 
 pytestmark = pytest.mark.unchecked

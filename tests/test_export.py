@@ -19,9 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
-from foredraft.cli.importers import convert, doctor_command, examine
-from foredraft.cli.train import TrainChoice
-from foredraft.cli.train import run as train_run
+from foredraft.cli.doctor import doctor
 from foredraft.core.contracts import Budget, Setting
 from foredraft.core.draws import Draws
 from foredraft.core.params import SamplingParams as Sampling
@@ -29,11 +27,14 @@ from foredraft.core.tree import TreeBatch
 from foredraft.drafters import DRAFTERS
 from foredraft.heads import HEADS
 from foredraft.heads.folder import layer_config, read_head
+from foredraft.importers.convert import convert, examine
 from foredraft.importers.layouts import LAYOUTS, plan
 from foredraft.importers.reading import Found, TargetFacts
 from foredraft.importers.source import open_source
 from foredraft.models.checkpoint import ModelError, open_weights
 from foredraft.models.loading import fingerprint_of, load_target
+from foredraft.train.run import TrainChoice
+from foredraft.train.run import run as train_run
 from released import TINY, VICUNA, Released, eagle, eagle3, filled, fspad, hydra, medusa, medusa_vllm, speculators, write
 
 DATA = Path(__file__).parent / "data"
@@ -333,7 +334,7 @@ def test_the_doctor_finds_nothing_wrong(case: str, tmp_path: Path, capsys: pytes
     assert [key for one in made.findings for key in ["eagle_config"] if key in one.what] == trap
     assert len(made.findings) == len(trap), made.findings
     assert examine(tmp_path / "source", None)[1].layout == layout
-    assert doctor_command(out, str(STORIES)) == 0
+    assert doctor(out, model=str(STORIES)) == 0
     assert "fits" in capsys.readouterr().out
     assert json.loads((out / "provenance.json").read_text())["converted_from"] == layout
 
@@ -506,7 +507,7 @@ def test_the_doctor_names_a_planted_fault(fault: str, tmp_path: Path, capsys: py
     config, w = json.loads(json.dumps(CASES[case][1].config)), weights_of(case)
     plant(config, w)
     source = write(tmp_path / "source", config, w)
-    assert doctor_command(source, str(STORIES)) == 1
+    assert doctor(source, model=str(STORIES)) == 1
     printed = capsys.readouterr().out
     assert re.search(words, printed), printed
     assert "to do: " in printed
@@ -555,9 +556,9 @@ def test_training_does_not_offer_what_only_converted_heads_have(tmp_path: Path) 
 
 def test_the_doctor_reads_our_own_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for method in HEADS:
-        assert doctor_command(DATA / "heads" / method, str(STORIES)) == 0
+        assert doctor(DATA / "heads" / method, model=str(STORIES)) == 0
         assert "a head of this library" in capsys.readouterr().out
-    assert doctor_command(DATA / "heads" / "eagle", str(OTHER_STORIES)) == 1
+    assert doctor(DATA / "heads" / "eagle", model=str(OTHER_STORIES)) == 1
     assert "this target has other weights" in capsys.readouterr().out
     with pytest.raises(ModelError, match="already"):
         convert(DATA / "heads" / "eagle", str(STORIES), tmp_path / "out")
@@ -576,7 +577,7 @@ def test_faults_in_our_own_heads(method: str, change: Any, words: str, tmp_path:
     shutil.copytree(DATA / "heads" / method, tmp_path / "head")
     file = tmp_path / "head" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    assert doctor_command(tmp_path / "head", str(STORIES)) == 1
+    assert doctor(tmp_path / "head", model=str(STORIES)) == 1
     assert words in capsys.readouterr().out
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
-from foredraft.cli.generate import MAX_TOKENS
+from foredraft.cli.answers import MAX_TOKENS
 from foredraft.models.generation import BIASES, LENGTHS, REFUSED, TAKEN_OVER, WITHOUT_EFFECT, default_params
 from foredraft.models.loading import ModelError, load_generation_config
 from test_loading import SIZES, make_model

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from few_bits import FewBitsTarget, in_few_bits, round_inputs
 from foredraft import LLM
-from foredraft.cli.importers import examine
 from foredraft.core.contracts import Budget, Setting
 from foredraft.core.draws import Draws
 from foredraft.core.folders import BUNDLED_TARGET
@@ -34,6 +33,7 @@ from foredraft.heads import HEADS
 from foredraft.heads.folder import layer_config, read_head
 from foredraft.heads.layers import Shape
 from foredraft.heads.modules import FeatureHead
+from foredraft.importers.convert import examine
 from foredraft.kernels import library
 from foredraft.kernels.layouts import FEW, FULL
 from foredraft.kernels.prefixes import prefix_search, trie

@@ -48,3 +48,18 @@ def test_imports_point_down(file):
 
 def test__walk_sees_an_import_upwards():
     assert imported(ast.parse("def f():\n    from foredraft.llm import LLM\n    from foredraft import cli")) == ["llm", "cli"]
+
+
+RESULTS = ("train", "bench", "audit", "theory", "importers")
+
+
+@pytest.mark.parametrize(
+    "file", [file for room in RESULTS for file in sorted((ROOT / room).glob("*.py"))], ids=lambda file: file.name
+)
+def test_these_rooms_neither_read_a_command_line_nor_draw(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not {name.split(".")[0] for name in names} & {"rich", "typer", "argparse", "click"}, file.name
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            assert any(word.arg == "file" for word in node.keywords), f"{file.name} prints; `foredraft.cli` does that"

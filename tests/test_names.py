@@ -21,7 +21,7 @@ import typer
 from transformers import AutoTokenizer
 
 from foredraft import LLM, SamplingParams
-from foredraft.__main__ import app, main
+from foredraft.__main__ import build, main
 from foredraft.core import arguments
 from foredraft.core.arguments import OWN, config_with_our_names
 from foredraft.core.chat import Template
@@ -432,7 +432,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def options_of(command: str) -> set[str]:
-    found: Any = typer.main.get_command(app)
+    found: Any = typer.main.get_command(build([command]))
     return {option for one in found.commands[command].params for option in one.opts}
 
 

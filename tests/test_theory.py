@@ -21,7 +21,6 @@ from foredraft.rules import RULES
 from foredraft.theory import figures, predict, transport
 from foredraft.theory.chains import Pair, iid_pair, random_pair, read_pair, total_variation
 from foredraft.theory.estimate import estimated_pair, merged
-from foredraft.theory.predict import Texts
 from foredraft.theory.rejections import (
     batch_rejections,
     check_acceptance,
@@ -40,6 +39,7 @@ from foredraft.theory.speedup import (
     chain_tokens,
     interpolated,
 )
+from foredraft.theory.texts import Texts
 from foredraft.theory.tradeoff import best_residual, front, least_loss, loss, optimal, reject_prob, uno
 from foredraft.theory.trees import best_by_search, best_tree, expected_tokens
 from foredraft.trees import GROWERS

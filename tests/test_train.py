@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from foredraft import LLM, SamplingParams
-from foredraft.cli import train as command
-from foredraft.cli.train import TrainChoice, run
+from foredraft.__main__ import main
 from foredraft.core import typed
 from foredraft.heads import HEADS
 from foredraft.heads.folder import read_head
@@ -36,6 +35,7 @@ from foredraft.train.corpus import read_conversations, read_corpus
 from foredraft.train.loop import Settings, rate
 from foredraft.train.recipes import RECIPES, Lesson
 from foredraft.train.records import Conversation
+from foredraft.train.run import TrainChoice, run
 from foredraft.train.shards import TrainingError
 from foredraft.train.start import directions, fitted
 
@@ -369,8 +369,19 @@ def test_a_batch_that_does_not_fit_says_what_to_do(made: Path, monkeypatch: pyte
 
     from dataclasses import replace
 
-    monkeypatch.setitem(command.RECIPES, "eagle", replace(RECIPES["eagle"], learn=too_much))
+    monkeypatch.setitem(RECIPES, "eagle", replace(RECIPES["eagle"], learn=too_much))
     refused(choice(made, "eagle", "memory"), "--batch-tokens 256 --accumulate 2, which learns the same")
+
+
+def test_the_losses_are_plotted(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = f"train --method eagle --model {STORIES} --data {made}/stories.jsonl --out {made}/plotted --shards {made}/shards"
+    given += " --tokens 1500 --max-len 96 --feature-layers 2,3 --steps 4 --batch-tokens 512 --evaluate-every 2 --lr 3e-3 --plot"
+    for file, code in (("curves", 1), ("curves.svg", 0)):
+        with pytest.raises(SystemExit) as ended:
+            main([*given.split(), str(made / file)])
+        assert ended.value.code == code
+    assert "<svg" in (made / "curves.svg").read_text()
+    assert f"must end in .png or .svg, got '{made}/curves'" in capsys.readouterr().err
 
 
 def test_wrong_names_are_said(made: Path, tmp_path: Path) -> None:
@@ -384,10 +395,6 @@ def test_wrong_names_are_said(made: Path, tmp_path: Path) -> None:
         run(choice(made, "medusa", "x", options={"soft_labels": -1}))
     with pytest.raises(ValueError, match=r"unknown schedule 'cosin'\. Did you mean 'cosine'"):
         run(choice(made, "eagle", "x", schedule="cosin"))
-    with pytest.raises(ValueError, match=r"--plot must be a \.png or \.svg file, got 'curves'"):
-        command.command(choice(made, "eagle", "x"), plot=Path("curves"))
-    assert command.command(choice(made, "eagle", "plotted"), plot=made / "curves.svg") == 0
-    assert "<svg" in (made / "curves.svg").read_text()
     with pytest.raises(ValueError, match="--set takes NAME=VALUE, got 'labels'"):
         typed.options(["labels"])
     (tmp_path / "bad.jsonl").write_text("not json\n")

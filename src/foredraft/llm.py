@@ -13,8 +13,6 @@ from foredraft.cache.pool import check_pool
 from foredraft.core.arguments import takes_other_names
 from foredraft.core.chat import Message, Template, conversations, render
 from foredraft.core.errors import check_count
-from foredraft.core.folders import BUNDLED_LM as BUNDLED_LM
-from foredraft.core.folders import BUNDLED_TARGET as BUNDLED_TARGET
 from foredraft.core.names import CHAT, LOAD, RUN
 from foredraft.core.params import MAX_COUNT, SamplingParams, check_seed, used_seed
 from foredraft.core.progress import progress_bar

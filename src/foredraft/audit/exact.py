@@ -17,13 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foredraft.core.contracts import Budget, Verdict
+from foredraft.core.contracts import AcceptanceRule, Budget, Verdict
 from foredraft.core.draws import Draws, Key
 from foredraft.core.law import TargetLaw
 from foredraft.core.params import SamplingParams
 from foredraft.core.tree import DraftTree, TreeBatch
+from foredraft.models.table import random_law
 
 T = TypeVar("T")
+
+_DEPTH = 3
+_PREFIX = (0,)
 
 
 class Replay:
@@ -222,3 +226,20 @@ def expected_tokens(
         for share, verdict, _ in enumerate_branches(lambda draws, tree=tree, law=law: rule(tree, law, draws), keys):
             total += prob * share * (len(verdict.path) + 1)
     return total
+
+
+def enumerated_error(grower: Any, rule: AcceptanceRule, size: int, nodes: int, temperature: float) -> float:
+    """Returns the largest error of an enumerated law over two draft laws and two target laws of the whole prefix.
+
+    The error is the difference between the target's joint law and that of the rule's output, continued by the target. `size`
+    is the size of the vocabulary and `nodes` the number of nodes of the trees of `grower`.
+    """
+    worst, length = 0.0, min(nodes, _DEPTH) + 1
+    drafts = [random_law(size, 1), random_law(size, 2, zeros=0.3, concentration=0.6)]
+    targets = [random_law(size, 3), random_law(size, 4, zeros=0.3)]
+    for draft in drafts:
+        trees = tree_law(grower, draft, size, Budget(nodes, min(nodes, _DEPTH)), temperature, _PREFIX)
+        for target in targets:
+            law = joint_law(trees, rule, target, size, length, temperature, _PREFIX)
+            worst = max(worst, float(np.abs(law - target_joint(target, size, length, temperature, _PREFIX)).max()))
+    return worst

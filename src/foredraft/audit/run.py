@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from foredraft.audit.exact import joint_law, target_joint, tree_law
+from foredraft.audit.exact import enumerated_error
 from foredraft.audit.greedy import Divergence, divergence
 from foredraft.audit.hypotheses import Evidence
 from foredraft.bench.calibrate import all_logits
-from foredraft.core.contracts import AcceptanceRule, Budget
+from foredraft.core.contracts import AcceptanceRule
 from foredraft.core.draws import Draws, Key
 from foredraft.core.law import TargetLaw
 from foredraft.core.params import SamplingParams
@@ -26,7 +26,6 @@ from foredraft.drafters import DRAFTERS
 from foredraft.engine.decode import Continuation
 from foredraft.engine.engine import require_whole
 from foredraft.llm import LLM
-from foredraft.models.table import random_law
 from foredraft.plan.speculation import PLAIN
 from foredraft.rules import RULES
 from foredraft.trees import GROWERS
@@ -37,8 +36,6 @@ TOLERANCE = 1e-12
 SIZES: Mapping[int, int] = {2: 4, 3: 3}
 """Size of the vocabulary -> number of nodes of the largest enumerated trees."""
 
-_DEPTH = 3
-_PREFIX = (0,)
 PLANTED = 0.15
 """Amount that the negative control adds to every acceptance probability."""
 
@@ -283,20 +280,3 @@ def _stand_in(drafter: str) -> Any:
     if DRAFTERS[drafter].chains_only:
         options["paths"] = [[0] * depth for depth in range(1, max(SIZES.values()) + 1)]
     return GROWERS["static"].grower(**options)
-
-
-def enumerated_error(grower: Any, rule: AcceptanceRule, size: int, nodes: int, temperature: float) -> float:
-    """Returns the largest error of an enumerated law over two draft laws and two target laws of the whole prefix.
-
-    The error is the difference between the target's joint law and that of the rule's output, continued by the target. `size`
-    is the size of the vocabulary and `nodes` the number of nodes of the trees of `grower`.
-    """
-    worst, length = 0.0, min(nodes, _DEPTH) + 1
-    drafts = [random_law(size, 1), random_law(size, 2, zeros=0.3, concentration=0.6)]
-    targets = [random_law(size, 3), random_law(size, 4, zeros=0.3)]
-    for draft in drafts:
-        trees = tree_law(grower, draft, size, Budget(nodes, min(nodes, _DEPTH)), temperature, _PREFIX)
-        for target in targets:
-            law = joint_law(trees, rule, target, size, length, temperature, _PREFIX)
-            worst = max(worst, float(np.abs(law - target_joint(target, size, length, temperature, _PREFIX)).max()))
-    return worst

@@ -1,8 +1,7 @@
-"""``foredraft calibrate``: measures the acceptance of a drafter on prompts of training sets, and the cost of a step.
+"""Measures the acceptance of a drafter on prompts of training sets.
 
 The acceptance by sibling rank and by depth, and the tokens per step of each tree and size, do not depend on the machine. They
-are written to ``calibration.json`` in the drafter's directory, or in the user's cache if the drafter has no directory. Costs
-are measured on each machine and kept in the user's cache.
+are written to ``calibration.json`` in the drafter's directory, or in the user's cache if the drafter has no directory.
 """
 
 from __future__ import annotations
@@ -11,16 +10,11 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from foredraft.bench import tasks
@@ -31,9 +25,8 @@ from foredraft.core.folders import BUNDLED
 from foredraft.core.law import TargetLaw, warp
 from foredraft.core.metrics import summarize
 from foredraft.core.params import SamplingParams
-from foredraft.core.plots import new_figure
 from foredraft.core.progress import progress_bar
-from foredraft.core.tree import DraftTree, Drawn, TreeBatch
+from foredraft.core.tree import DraftTree, Drawn
 from foredraft.drafters import DRAFTERS
 from foredraft.drafters.along import AskedAlong
 from foredraft.drafters.lookup_first import LookupFirst
@@ -41,7 +34,6 @@ from foredraft.engine.engine import require_whole
 from foredraft.llm import LLM
 from foredraft.plan.choose import TRIED_TREES, TYPICAL_SIZE, curve_name, has_weights
 from foredraft.plan.config import drafter_alone
-from foredraft.plan.measure import sample_prompt
 from foredraft.plan.speculation import KINDS, Way, trees_of
 from foredraft.plan.store import file_beside, file_in_cache
 from foredraft.rules import RULES
@@ -60,8 +52,6 @@ _HOPELESS = 0.9
 
 Larger trees take most of the time, and `auto` would not choose such a method.
 """
-
-COST_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -300,83 +290,3 @@ def offer_children(
     tested = path[0] if path else len(tokens)
     probs = conditional(law[0][tokens].double().numpy())[:tested].tolist()
     return [Trial(rank, prob, bool(path) and rank == tested - 1) for rank, prob in enumerate(probs)]
-
-
-def cost_curve(target: Target, prompt: Sequence[int], sizes: Sequence[int] = COST_SIZES) -> dict[str, float]:
-    """Measures the seconds of a forward pass after a prompt, by the number of nodes of its tree."""
-    pool = target.new_pool(1, target.max_len)
-    cache = pool.allocate()
-    prefill(target, pool, [cache], [list(prompt)])
-    return {str(size): _seconds(target, cache, list(_star(prompt[-1], size))) for size in sizes}
-
-
-def _star(token: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yields the nodes (token, parent) of a binary tree of `size` nodes."""
-    for node in range(size):
-        yield token, -1 if node == 0 else (node - 1) // 2
-
-
-def _seconds(target: Target, cache: Any, nodes: Sequence[tuple[int, int]], repeats: int = 9) -> float:
-    tokens, parents = zip(*nodes, strict=True)
-    batch, times = TreeBatch.chains([tokens], [parents]), []
-    for _ in range(repeats):
-        began = perf_counter()
-        target.forward(batch, [cache])
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(perf_counter() - began)
-    return median(times[2:])
-
-
-def command(choice: CalibrateChoice, *, plot: Path | None, as_json: bool) -> int:
-    """Runs ``foredraft calibrate`` and returns the exit status."""
-    file, found = calibrate(choice)
-    config = choice.config
-    llm = LLM(choice.model, config, dtype=choice.dtype, device=choice.device, max_num_seqs=1)
-    drafting: Any = llm.with_speculation({**config, "num_speculative_tokens": 1}).engine.drafter
-    models = {"target": llm.target, "drafter": getattr(drafting, "model", None)}
-    prompt = sample_prompt(llm.tokenizer, llm.target.vocab_size, llm.max_model_len)
-    costs = {name: cost_curve(model, prompt) for name, model in models.items() if model is not None}
-    chosen = {kind: llm.drafting(SamplingParams(temperature=t)) for kind, t in KINDS.items()}
-    if as_json:
-        print(json.dumps({**found, "seconds": costs, "chosen": chosen, "file": str(file)}))
-    else:
-        _show(found, costs, chosen)
-        Console(highlight=False, soft_wrap=True).print(f"acceptance and tokens per step are in {file}")
-    if plot is not None:
-        _plot(found, costs, plot)
-    return 0
-
-
-def _show(found: dict[str, Any], costs: dict[str, Any], chosen: dict[str, Any]) -> None:
-    out = Console(highlight=False, soft_wrap=True)
-    for kind, curves in found["tokens_per_step"].items():
-        table = Table("tree", *(f"{size} nodes" for size in SIZES), title=f"tokens per step, {kind}", box=SIMPLE)
-        for tree, curve in curves.items():
-            table.add_row(tree, *(f"{curve[str(size)]:.2f}" if str(size) in curve else "" for size in SIZES))
-        out.print(table)
-    table = Table(
-        "model", *(f"{size}" for size in COST_SIZES), title="milliseconds of a forward pass, by number of tokens", box=SIMPLE
-    )
-    for name, curve in costs.items():
-        table.add_row(name, *(f"{1000 * seconds:.2f}" for seconds in curve.values()))
-    out.print(table)
-    for kind, way in chosen.items():
-        what = (
-            f"{way['tree'] or way['method']}, {way['budget']} nodes, rule {way['rule']}" if way["budget"] else "plain decoding"
-        )
-        out.print(f"chosen for {kind} requests, one at a time: {what}")
-
-
-def _plot(found: dict[str, Any], costs: dict[str, Any], path: Path) -> None:
-    figure = new_figure(11.0, 4.0)
-    left, right = figure.subplots(1, 2)
-    for kind, rows in found.get("acceptance", {}).items():
-        left.plot(range(1, len(rows) + 1), rows, label=kind)
-    left.set(xlabel="sibling rank", ylabel="probability that it is accepted", yscale="log")
-    for name, curve in costs.items():
-        right.plot([int(size) for size in curve], [1000 * seconds for seconds in curve.values()], marker="o", label=name)
-    right.set(xlabel="tokens in a forward pass", ylabel="milliseconds", xscale="log", yscale="log")
-    left.legend()
-    right.legend()
-    figure.savefig(path)

@@ -1,4 +1,4 @@
-"""Reports of a benchmark: rows of results with confidence intervals, a table, and plots."""
+"""Reports of a benchmark: rows of results with confidence intervals, and plots."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from rich.box import SIMPLE
-from rich.table import Table
 
 from foredraft.bench.run import Contender, Outcome
 from foredraft.bench.tasks import is_looping
@@ -18,7 +16,8 @@ from foredraft.core.plots import new_figure
 from foredraft.plan.speculation import PLAIN
 
 _RESAMPLES = 2000
-_SPLIT = ("draft_s", "verify_s", "rule_s", "cache_s")
+SPLIT = ("draft_s", "verify_s", "rule_s", "cache_s")
+"""Parts of a step whose seconds are measured apart; ``other_s`` holds the rest."""
 
 
 def rows_of(contenders: Sequence[Contender], rounds: Sequence[dict[str, Outcome]], temperature: float) -> list[dict[str, Any]]:
@@ -62,7 +61,7 @@ def _counts(outcomes: Sequence[Outcome]) -> dict[str, Any]:
             "acceptance_rate": metrics.acceptance_rate,
             "joint_acceptance_rate": [round(rate, 4) for rate in metrics.joint_acceptance_rate],
         }
-        split = {name: sum(getattr(outcome, name) for outcome in outcomes) for name in _SPLIT}
+        split = {name: sum(getattr(outcome, name) for outcome in outcomes) for name in SPLIT}
         found |= {**split, "other_s": seconds - sum(split.values())}
         found["peak_memory_mb"] = max(outcome.peak_bytes or 0 for outcome in outcomes) / 2**20
     return found
@@ -84,34 +83,6 @@ def speedup(plain: Sequence[Outcome], outcomes: Sequence[Outcome]) -> tuple[floa
 
 def _ratio(sums: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:
     return (sums[:, 0] / sums[:, 1]) / (sums[:, 2] / sums[:, 3])
-
-
-def table_of(rows: Sequence[dict[str, Any]]) -> Table:
-    """Makes a table of the rows, for the terminal."""
-    table = Table(box=SIMPLE)
-    for name in (
-        "method",
-        "setting",
-        "ms/token",
-        "speed-up",
-        "95 %",
-        "accepted+1",
-        "draft",
-        "verify",
-        "rule",
-        "cache",
-        "other",
-    ):
-        table.add_column(name, justify="left" if name in ("method", "setting") else "right", no_wrap=True)
-    for row in rows:
-        seconds = sum(row[name] for name in (*_SPLIT, "other_s")) if "other_s" in row else 0.0
-        shares = [f"{row[name] / seconds:.0%}" if seconds else "" for name in (*_SPLIT, "other_s")]
-        length = f"{row['acceptance_length']:.2f}" if "acceptance_length" in row else ""
-        interval = f"{row['speedup_low']:.2f} to {row['speedup_high']:.2f}"
-        table.add_row(
-            row["name"], setting_of(row), f"{row['ms_per_token']:.2f}", f"{row['speedup']:.2f}", interval, length, *shares
-        )
-    return table
 
 
 def setting_of(row: dict[str, Any]) -> str:
@@ -150,7 +121,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
 
 def _plot_split(axes: Any, rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
     done = np.zeros(len(rows))
-    for part in (*_SPLIT, "other_s"):
+    for part in (*SPLIT, "other_s"):
         widths = np.array([1000 * row.get(part, 0.0) / row["num_tokens"] for row in rows])
         axes.barh(names, widths, left=done, label=part.removesuffix("_s"))
         done += widths

@@ -1,174 +1,138 @@
-"""The command ``foredraft audit``: runs the audit, prints it, writes it as JSON and Markdown, and sets the exit code."""
+"""``foredraft audit``: tests whether a configuration is lossless."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
-from rich.console import Console
+import typer
 
-from foredraft.audit.hypotheses import FALSE_ALARM, POWER, Evidence
-from foredraft.audit.run import PLANTED, TOLERANCE, Audit, Auditor
-from foredraft.bench import tasks
-from foredraft.bench.calibrate import PROMPTS
-from foredraft.core.errors import whole_number
-from foredraft.core.params import SamplingParams
-from foredraft.llm import LLM, MAX_NUM_SEQS
-from foredraft.plan.store import versions
-
-
-@dataclass(frozen=True)
-class AuditChoice:
-    """Options of the command line; see ``foredraft audit --help``."""
-
-    config: dict[str, Any] | None
-    model: str | None
-    prompts: Path | None
-    limit: int
-    samples: int
-    temperature: float
-    top_p: float
-    max_tokens: int
-    dtype: str
-    device: str | None
-    seed: int
-    raw: bool
+from foredraft.cli.options import (
+    DRAFT,
+    AsJson,
+    Budget,
+    Config,
+    Device,
+    DraftModel,
+    Dtype,
+    Force,
+    Method,
+    Model,
+    Raw,
+    Rule,
+    Seed,
+    ShareOfMass,
+    Tree,
+    option,
+)
 
 
-def prepare(choice: AuditChoice) -> Auditor:
-    """Loads the models and the prompts of an audit.
+class AuditOptions(NamedTuple):
+    """What is audited, and how long."""
 
-    Raises:
-        ValueError: a model, the prompts or a parameter cannot be used.
+    model: Model = None
+    dtype: Dtype = "auto"
+    device: Device = None
+    method: Method = None
+    draft_model: DraftModel = None
+    tree: Tree = None
+    budget: Budget = "8"
+    rule: Rule = None
+    epsilon: Annotated[float | None, option(DRAFT, "Epsilon of the rules tolerance and uno.")] = None
+    speculative_config: Config = None
+    force: Force = False
+    temperature: Annotated[float, typer.Option(help="Temperature of the sampled tests; 0 skips them.")] = 1.0
+    top_p: ShareOfMass = 1.0
+    prompts: Annotated[
+        Path | None, typer.Option(help="A .jsonl or .txt file; default: the bundled prompts.", show_default=False)
+    ] = None
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of prompts.")] = 40
+    samples: Annotated[int, typer.Option(min=1, help="Sampled outputs per prompt.")] = 4
+    max_tokens: Annotated[int, typer.Option(min=2, help="Maximum tokens per output.")] = 96
+    seed: Seed = 0
+    raw: Raw = False
+
+    def config(self) -> dict[str, Any]:
+        """Returns the speculative config, checked together with the sampling parameters.
+
+        Raises:
+            ValueError: a value is out of range, or names cannot be combined.
+        """
+        from foredraft.cli import choices
+        from foredraft.plan.config import with_usual_tree
+
+        named = (self.method, self.draft_model, self.tree, self.budget, self.rule)
+        config = choices.speculative_config(self.model, *named, extra=self.speculative_config, force=self.force) or {}
+        config = with_usual_tree({**config, **choices.given(epsilon=self.epsilon)})
+        choices.check(self.model, config, {**self.sampling, "seed": self.seed})
+        return config
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Arguments of `SamplingParams`."""
+        return {"temperature": self.temperature, "top_p": self.top_p, "max_tokens": self.max_tokens}
+
+
+def audit(
+    *,
+    options: AuditOptions,
+    output: Annotated[Path | None, typer.Option(help="Directory for audit.json and audit.md.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Test whether a configuration is lossless. The exit code is 0 if it is, else 1.
+
+    The audit enumerates the rule on small vocabularies. It compares greedy output with plain decoding, and sampled output with
+    the target's distribution. Finally it plants a bias, which the tests must find.
     """
-    read = tasks.read_prompts(choice.prompts or PROMPTS, choice.limit)
-    whole_number("--samples", choice.samples, 1, MAX_NUM_SEQS, "they are decoded at once")
-    llm = LLM(
-        choice.model, choice.config, dtype=choice.dtype, device=choice.device, max_num_seqs=choice.samples, seed=choice.seed
-    )
-    raw = choice.raw or llm.tokenizer is None or not getattr(llm.tokenizer, "chat_template", None)
-    prompts = [ids for ids in tasks.encode(llm, read, raw=raw) if len(ids) + choice.max_tokens <= llm.max_model_len]
-    if not prompts:
-        raise ValueError(
-            "no prompt fits into the model's context together with --max-tokens: give shorter prompts or a smaller --max-tokens"
-        )
-    sampling = SamplingParams(temperature=choice.temperature, top_p=choice.top_p, max_tokens=choice.max_tokens)
-    return Auditor(llm, prompts, sampling, choice.samples)
+    config = options.config()
+    from foredraft.audit.report import as_dict, markdown
+    from foredraft.cli import show
 
-
-def command(choice: AuditChoice, *, output: Path | None, as_json: bool) -> int:
-    """Runs ``foredraft audit``. Returns 0 if the output is lossless within the stated power, else 1.
-
-    Raises:
-        ValueError: the options cannot be used, or the report cannot be written.
-    """
-    audit = prepare(choice).run()
-    report = as_dict(audit)
+    found = _prepared(options, config).run()
+    report = as_dict(found)
     if output is not None:
         try:
             output.mkdir(parents=True, exist_ok=True)
             (output / "audit.json").write_text(json.dumps(report, indent=1) + "\n")
-            (output / "audit.md").write_text(markdown(audit), encoding="utf-8")
+            (output / "audit.md").write_text(markdown(found), encoding="utf-8")
         except OSError as error:
             raise ValueError(f"cannot write to {str(output)!r} ({error.strerror}): choose another --output directory") from None
     if as_json:
         print(json.dumps(report))
     else:
-        Console(highlight=False, soft_wrap=True).print(markdown(audit), markup=False)
-    return 0 if audit.is_lossless else 1
+        show.say(markdown(found))
+    return 0 if found.is_lossless else 1
 
 
-def as_dict(audit: Audit) -> dict[str, Any]:
-    """Returns the audit as a JSON object."""
-    faults = [part for part in audit.divergences if not part.is_tie]
-    return {
-        "lossless": audit.is_lossless,
-        "reasons": audit.reasons,
-        "setting": {**audit.setting, **versions()},
-        "guarantee": audit.guarantee,
-        "enumerated_error": audit.enumerated_error,
-        "greedy": {
-            "outputs": audit.num_greedy,
-            "tokens": audit.num_greedy_tokens,
-            "float_ties": len(audit.divergences) - len(faults),
-            "faults": len(faults),
-            "divergences": [{**vars(part), "is_tie": part.is_tie} for part in audit.divergences],
-        },
-        "sampled": _evidence(audit.sampled),
-        "control": _evidence(audit.control),
-        "tv_bound_mean": audit.tv_bound_mean,
-        "tv_bound_max": audit.tv_bound_max,
-        "false_alarm": FALSE_ALARM,
-        "power": POWER,
-        "seconds": {name: round(value, 2) for name, value in audit.seconds.items()},
-    }
+def _prepared(options: AuditOptions, config: dict[str, Any]) -> Any:
+    """Loads the models and the prompts, and returns an `Auditor`.
 
+    Raises:
+        ValueError: a model, the prompts or a parameter cannot be used.
+    """
+    from foredraft.audit.run import Auditor
+    from foredraft.bench import tasks
+    from foredraft.bench.calibrate import PROMPTS
+    from foredraft.core.errors import whole_number
+    from foredraft.core.params import SamplingParams
+    from foredraft.engine.engine import MAX_NUM_SEQS
+    from foredraft.llm import LLM
 
-def _evidence(evidence: Evidence | None) -> dict[str, Any] | None:
-    if evidence is None:
-        return None
-    return {
-        "tokens": evidence.num_tokens,
-        "impossible": evidence.impossible,
-        "deviates": evidence.deviates,
-        "tests": [{**test._asdict(), "deviates": test.deviates} for test in evidence.tests()],
-        "measured_drift": evidence.drift_measured,
-        "detectable_bias": evidence.detectable,
-    }
-
-
-def markdown(audit: Audit) -> str:
-    """Returns the report in Markdown. The verdict comes first."""
-    lossy = audit.guarantee.startswith("lossy")
-    verdict = "lossless within the stated power" if audit.is_lossless else "LOSSY" if lossy else "NOT lossless"
-    setting = ", ".join(f"{key} {value}" for key, value in audit.setting.items() if value is not None)
-    lines = [f"# Audit: {verdict}", ""]
-    lines += [f"- {reason}" for reason in audit.reasons] + ([""] if audit.reasons else [])
-    lines += [f"{setting}; the rule's claim: {audit.guarantee}.", ""]
-    ties = sum(part.is_tie for part in audit.divergences)
-    lines += [
-        "## Theory and algorithm",
-        "",
-        f"Every branch of drafting and verification on small vocabularies: largest error {audit.enumerated_error:.3g} "
-        f"(lossless below {TOLERANCE:g}).",
-        "",
-        "## Greedy",
-        "",
-        f"{audit.num_greedy} outputs, {audit.num_greedy_tokens} tokens, beside plain decoding: "
-        f"{audit.num_greedy - len(audit.divergences)} identical, {ties} part at a float tie, "
-        f"{len(audit.divergences) - ties} elsewhere.",
-        "",
-    ]
-    lines += [
-        f"- token {part.position}: {part.plain_token} (plain) or {part.drafted_token}, margin {part.margin:.4g}, "
-        f"rounding {part.rounding:.4g}: {'float tie' if part.is_tie else 'fault'}"
-        for part in audit.divergences
-    ]
-    for name, evidence in (("Sampled", audit.sampled), (f"Negative control: acceptance raised by {PLANTED:g}", audit.control)):
-        lines += _section(name, evidence) if evidence is not None else []
-    if lossy:
-        lines += [
-            "",
-            f"The rule's own bound of a token's distance: {audit.tv_bound_mean:.4g}, at most {audit.tv_bound_max:.4g}.",
-        ]
-    lines += ["", "Seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in audit.seconds.items()) + ".", ""]
-    return "\n".join(lines)
-
-
-def _section(name: str, evidence: Evidence) -> list[str]:
-    lines = ["", f"## {name}", "", f"{evidence.num_tokens} tokens against the target's law at their own prefixes.", ""]
-    lines += ["| test | statistic | p-value | threshold (Holm) | |", "|---|---|---|---|---|"]
-    for test in evidence.tests():
-        result = "deviates" if test.deviates else "as expected"
-        threshold = f"{test.threshold:.3g}" if test.threshold else "not reached"
-        lines.append(f"| {test.name} | {test.statistic:.3f} | {test.p_value:.3g} | {threshold} | {result} |")
-    if evidence.impossible:
-        lines += ["", f"{evidence.impossible} tokens have probability 0 under the target."]
-    lines += [
-        "",
-        f"False-alarm rate of all tests together {FALSE_ALARM:g}. A bias of {evidence.detectable:.4f} (total variation, "
-        f"towards the drafter) would have been found with probability {POWER:g}; measured: {evidence.drift_measured:.4f}.",
-    ]
-    return lines
+    read = tasks.read_prompts(options.prompts or PROMPTS, options.limit)
+    whole_number("--samples", options.samples, 1, MAX_NUM_SEQS, "they are decoded at once")
+    llm = LLM(
+        options.model,
+        config,
+        dtype=options.dtype,
+        device=options.device,
+        max_num_seqs=options.samples,
+        seed=options.seed,
+    )
+    raw = options.raw or llm.tokenizer is None or not getattr(llm.tokenizer, "chat_template", None)
+    prompts = [ids for ids in tasks.encode(llm, read, raw=raw) if len(ids) + options.max_tokens <= llm.max_model_len]
+    if not prompts:
+        raise ValueError(
+            "no prompt fits into the model's context together with --max-tokens: give shorter prompts or a smaller --max-tokens"
+        )
+    return Auditor(llm, prompts, SamplingParams(**options.sampling), options.samples)

@@ -5,45 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from foredraft.cli.options import TemplateOptions
 from foredraft.core.arguments import config_with_our_names
 from foredraft.core.chat import Template
-from foredraft.core.errors import check_text, shown, unknown_name, why_no_json
-from foredraft.core.params import SamplingParams
+from foredraft.core.errors import check_text, shown, unknown_name, whole_number, why_no_json
+from foredraft.core.params import MAX_COUNT, SamplingParams
 from foredraft.drafters import DRAFTERS
-from foredraft.models.files import is_file
-from foredraft.plan.config import AUTO, PLAIN, drafter_for, parse, usual_config
-
-
-@dataclass(frozen=True)
-class ModelChoice:
-    """The target and how to load it; the fields are arguments of `LLM`."""
-
-    model: str | None
-    dtype: str
-    device: str | None
-    revision: str | None
-    tokenizer: str | None = None
-    max_model_len: int | None = None
-    generation_config: str = "auto"
-
-
-@dataclass(frozen=True)
-class Shown:
-    """How the prompt is read and which parts of a run are printed.
-
-    Attributes:
-        chat: apply the chat template to the prompt.
-        tree: draw the last tree.
-        json: print JSON only.
-    """
-
-    chat: bool = False
-    tree: bool = False
-    json: bool = False
+from foredraft.models import files
+from foredraft.plan.config import parse, usual_config, with_usual_method
+from foredraft.plan.speculation import AUTO
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -74,11 +47,9 @@ def speculative_config(
     named = given(method=method, model=draft_model, tree=tree, num_speculative_tokens=nodes, rule=rule)
     config = {**_json_object(extra, "--speculative-config", '{"num_chains": 2}'), **named, **({"force": True} if force else {})}
     again = {"retime": True} if retime else {}
-    if not config:
-        return again | {"method": AUTO if model is None else "suffix"} if again else None
-    config = config_with_our_names(config, command=True)
-    has_draft_model = model is None or "model" in config or "tree" in config
-    return {"method": drafter_for(config.get("model")) if has_draft_model else "suffix", **config, **again}
+    if config:
+        config = config_with_our_names(config, command=True)
+    return {**with_usual_method(config, bundled=model is None), **again} if config or again else None
 
 
 def _json_object(text: str | None, option: str, example: str) -> dict[str, Any]:
@@ -91,14 +62,17 @@ def _json_object(text: str | None, option: str, example: str) -> dict[str, Any]:
     return found
 
 
-def template(tools: Path | None, chat_template: str | None, chat_template_kwargs: str | None, *, chat: bool = True) -> Template:
-    """Collects the options for the chat template.
+def template(options: TemplateOptions, *, chat: bool = True) -> Template:
+    """Reads the options for the chat template.
+
+    Args:
+        chat: whether the chat template is applied.
 
     Raises:
         ValueError: a value is not valid JSON, or such an option is given although the chat template is not applied.
     """
-    further = _json_object(chat_template_kwargs, "--chat-template-kwargs", '{"enable_thinking": false}')
-    found = given(tools=_tools(tools), chat_template=chat_template, chat_template_kwargs=further or None)
+    further = _json_object(options.chat_template_kwargs, "--chat-template-kwargs", '{"enable_thinking": false}')
+    found = given(tools=_tools(options.tools), chat_template=options.chat_template, chat_template_kwargs=further or None)
     if found and not chat:
         raise ValueError(f"--{min(found).replace('_', '-')} only affects the chat template. Add --chat to apply the template")
     return Template(**found)
@@ -116,19 +90,6 @@ def _tools(file: Path | None) -> list[Any] | None:
     if not isinstance(found, list):
         raise ValueError("--tools must be a file with a JSON list of function schemas. Put a single schema into [ ]")
     return found
-
-
-USUAL_TREE = "dyspec"
-"""The tree of an audit if the user names none."""
-
-
-def with_usual_tree(config: dict[str, Any]) -> dict[str, Any]:
-    """Adds the usual tree to a config that names neither tree nor rule, if its drafter uses a tree policy."""
-    if config.get("method") == PLAIN:  # it takes no budget; the audit reports that there is nothing to audit
-        config = {key: value for key, value in config.items() if key != "num_speculative_tokens"}
-    row = DRAFTERS.get(config.get("method", ""))
-    is_open = row is not None and not row.makes_own and not {"tree", "rule"} & set(config)
-    return {**config, "tree": USUAL_TREE} if is_open else config
 
 
 def check(model: str | None, config: dict[str, Any] | None, sampling: dict[str, Any]) -> None:
@@ -152,14 +113,14 @@ def check_prompt(prompt: str) -> None:
     check_text("the prompt", prompt)
 
 
-def check_files(option: str, files: Iterable[Path]) -> None:
+def check_files(option: str, paths: Iterable[Path]) -> None:
     """Checks that files exist.
 
     Raises:
         ValueError: a file does not exist.
     """
-    for file in files:
-        if not is_file(file):
+    for file in paths:
+        if not files.is_file(file):
             raise ValueError(f"{option}: {shown(str(file))} is not a file. Give the path of a file that exists")
 
 
@@ -203,6 +164,25 @@ def check_device(name: str) -> str:
             f"device {shown(name)} cannot be used (models run on cpu and cuda only): give auto, cpu, cuda or cuda:1"
         )
     return name
+
+
+def check_model_len(length: int) -> int:
+    """Returns the value of ``--max-model-len`` unchanged.
+
+    Raises:
+        ValueError: it is below 1, or too large.
+    """
+    return whole_number("max_model_len", length, 1, MAX_COUNT, "no model's context is longer")
+
+
+def check_generation_config(choice: str) -> str:
+    """Returns the value of ``--generation-config`` unchanged.
+
+    Raises:
+        ValueError: it is neither ``auto`` nor ``none`` nor a directory.
+    """
+    files.check_generation_config(choice)
+    return choice
 
 
 def check_head_method(method: str) -> None:

@@ -1,4 +1,4 @@
-"""All drafters, trees and rules as plain data, which ``foredraft methods`` prints. Does not import torch."""
+"""``foredraft methods``: lists the tables of drafters, trees and rules."""
 
 from __future__ import annotations
 
@@ -6,81 +6,24 @@ import json
 import shutil
 import sys
 import textwrap
-from dataclasses import fields
 from typing import Any
 
-from foredraft.core.errors import speaks_unicode
-from foredraft.core.shape import Drawn
-from foredraft.drafters import DRAFTERS
-from foredraft.plan.config import fits, fitting_rules, trees_of
-from foredraft.rules import RULES
-from foredraft.trees import GROWERS
-
-_ANY_PROPOSAL = "lossless with every exact rule: proposals change the speed, never the distribution of the output"
+from foredraft.cli.options import AsJson
 
 
-def tables() -> dict[str, list[dict[str, Any]]]:
-    """Returns the tables ``drafters``, ``trees`` and ``rules`` as JSON-compatible data.
+def methods(*, as_json: AsJson = False) -> None:
+    """List all drafters, trees and rules, each with its guarantee and source."""
+    from foredraft.core.errors import speaks_unicode
+    from foredraft.plan.tables import tables
 
-    Each row has a name, a guarantee and a source. ``drawn`` of a tree applies to temperatures above 0. At temperature 0, its
-    children are the most likely tokens, and nothing is sampled unless ``draft_sampling`` requests it. Every exact rule
-    accepts such trees too.
-    """
-    return {
-        "drafters": [_drafter(name) for name in DRAFTERS],
-        "trees": [_tree(name) for name in GROWERS],
-        "rules": [_rule(name) for name in RULES],
-    }
-
-
-def _drafter(name: str) -> dict[str, Any]:
-    row = DRAFTERS[name]
-    fitting = [tree for tree in trees_of(row) if tree]
-    found: dict[str, Any] = {"name": name, "guarantee": _ANY_PROPOSAL, "gives": row.gives, "trees": fitting}
-    found |= {"own_tree": row.makes_own}
-    if row.makes_own:
-        found |= {"rules": fitting_rules(row), "default_rule": "deterministic"}
-    return found | {"options": list(row.options), "source": row.source}
-
-
-def _tree(name: str) -> dict[str, Any]:
-    row = GROWERS[name]
-    return {
-        "name": name,
-        "guarantee": _ANY_PROPOSAL,
-        "drawn": row.drawn.name.lower(),
-        "chains_only": row.chains_only,
-        "needs": row.needs,
-        "rules": fitting_rules(row),
-        "default_rule": row.rule,
-        "options": {option.name: option.default for option in fields(row.grower)},
-        "source": row.source,
-    }
-
-
-def _rule(name: str) -> dict[str, Any]:
-    row = RULES[name]
-    return {
-        "name": name,
-        "guarantee": row.guarantee,
-        "drawn": [drawn.name.lower() for drawn in Drawn if drawn in row.drawn],
-        "chains_only": row.chains_only,
-        "trees": [tree for tree, grower in GROWERS.items() if fits(row, grower.drawn, grower.chains_only)],
-        "options": list(row.options),
-        "source": row.source,
-    }
-
-
-def command(*, as_json: bool) -> None:
-    """Runs ``foredraft methods``."""
     if as_json:
         print(json.dumps(tables(), ensure_ascii=not speaks_unicode(sys.stdout)))
     else:
-        print_tables(tables())
+        _print(tables())
 
 
-def print_tables(tables: dict[str, list[dict[str, Any]]]) -> None:
-    """Prints the result of `tables`: for each row its name, its source, and the facts to choose by."""
+def _print(tables: dict[str, list[dict[str, Any]]]) -> None:
+    """Prints for each row its name, its source, and the facts to choose by."""
     shown = {
         "drafters": ("trees", "options"),
         "trees": ("drawn", "rules", "options"),

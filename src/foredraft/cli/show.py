@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
+from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
@@ -215,3 +217,16 @@ def waiting(what: str) -> Iterator[Callable[[], None]]:
 
 def _err() -> Console:
     return Console(stderr=True, highlight=False)
+
+
+def say(line: str, *, stderr: bool = False) -> None:
+    """Prints a line as it is, without wrapping it."""
+    Console(stderr=stderr, highlight=False, soft_wrap=True).print(line, markup=False)
+
+
+def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Prints a table with its title."""
+    table = Table(*columns, title=title, box=SIMPLE)
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False, soft_wrap=True).print(table)

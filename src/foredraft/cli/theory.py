@@ -1,84 +1,57 @@
-"""``foredraft theory``: runs its commands, prints their results as JSON or as tables, and writes their figures."""
+"""``foredraft theory``: its commands compute what `foredraft.theory.answers` holds, and print it as JSON or as tables."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
 from math import inf
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-import numpy as np
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
+import typer
 
-from foredraft.core.errors import shown, whole_number
-from foredraft.core.params import RANDOM_SEED, check_seed, used_seed
-from foredraft.theory import figures, limits
-from foredraft.theory.chains import Pair, checked_law, iid_pair, random_pair, read_pair, total_variation
-from foredraft.theory.rejections import (
-    batch_rejections,
-    lookahead_rejections,
-    rejections_by_position,
-    speculative_rejections,
-    speedup,
-)
-from foredraft.theory.simulate import simulated_rejections
-from foredraft.theory.speedup import best_length, break_even_acceptance, chain_speedup, chain_tokens
-from foredraft.theory.tradeoff import check_epsilon, curve
-from foredraft.theory.transport import multiround_without_replacement, reached, with_replacement, without_replacement
+from foredraft.cli.options import AsJson, Dtype, Limit, Model, Plot, Prompts, Raw, Seed, option
 
-_SMALL = 12
-"""Largest number of tokens for which all orders of draws without replacement are enumerated."""
+theory = typer.Typer(name="theory", help="Compute the costs and gains of speculative decoding exactly.", no_args_is_help=True)
+
+P = Annotated[str | None, option(None, "Draft probabilities: 0.5,0.3,0.2.", "--p")]
+Q = Annotated[str | None, option(None, "Target probabilities: 0.4,0.4,0.2.", "--q")]
+Horizon = Annotated[int, typer.Option(help="Number of tokens to generate.")]
 
 
-class Laws(NamedTuple):
-    """Source of the laws. Exactly one source must be given: `p` and `q`, `file`, or `states`.
+class LawOptions(NamedTuple):
+    """Source of the laws. Exactly one source must be given: `p` and `q`, `laws`, or `states`."""
 
-    Attributes:
-        p, q: two laws, as numbers separated by commas.
-        file: a JSON file of laws.
-        states: number of states of random chains.
-        seed: seed of random chains and of simulated runs.
-    """
+    p: P = None
+    q: Q = None
+    laws: Annotated[Path | None, option(None, 'JSON file: {"draft": ..., "target": ...}.')] = None
+    states: Annotated[int | None, option(None, "Use random non-stationary chains with this many states.")] = None
+    seed: Annotated[int, typer.Option(help="Seed of random chains and simulated runs.")] = 0
 
-    p: str | None = None
-    q: str | None = None
-    file: Path | None = None
-    states: int | None = None
-    seed: int = 0
-
-    def pair(self, horizon: int) -> Pair:
-        """Reads or draws the chains.
+    def pair(self, horizon: int) -> Any:
+        """Reads or draws the chains, a `Pair`.
 
         Raises:
             ValueError: not exactly one source is given, or it holds no valid laws.
         """
-        given = [(self.p or self.q) is not None, self.file is not None, self.states is not None]
+        from foredraft.theory.chains import iid_pair, random_pair, read_pair
+
+        given = [(self.p or self.q) is not None, self.laws is not None, self.states is not None]
         if sum(given) != 1 or (self.p is None) != (self.q is None):
             raise ValueError("give the laws once: --p and --q (such as 0.5,0.5), --laws FILE, or --states N for random laws")
-        if self.file is not None:
-            return read_pair(self.file)
+        if self.laws is not None:
+            return read_pair(self.laws)
         if self.states is not None:
             return random_pair(self.states, max(horizon, 1), self.seed)
         return iid_pair(*self.rows())
 
-    def seeded(self) -> Laws:
-        """Replaces the seed -1 by a random seed from the operating system.
-
-        Raises:
-            ValueError: the seed is neither a valid seed nor -1.
-        """
-        return self._replace(seed=used_seed(check_seed(self.seed, "--seed")))
-
-    def rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """Parses the two laws that are given as numbers.
+    def rows(self) -> tuple[Any, Any]:
+        """Parses the two laws that are given as numbers, to arrays.
 
         Raises:
             ValueError: they are missing, or are not laws over the same vocabulary.
         """
+        from foredraft.theory.chains import checked_law
+
         if self.p is None or self.q is None:
             raise ValueError("this command needs one pair of laws: give them as in --p 0.5,0.3,0.2 --q 0.2,0.3,0.5")
         p, q = (checked_law(numbers(text, f"--{name}"), name) for name, text in (("p", self.p), ("q", self.q)))
@@ -87,28 +60,179 @@ class Laws(NamedTuple):
         return p, q
 
 
-def numbers(text: str, what: str) -> list[float]:
+class TextOptions(NamedTuple):
+    """The texts of the target to which a command applies; the fields are those of `foredraft.theory.texts.Texts`."""
+
+    prompts: Prompts
+    model: Model = None
+    draft_model: Annotated[
+        str | None,
+        typer.Option("--drafter", "--draft-model", help="Directory or Hub id of the draft model, or of a head."),
+    ] = None
+    limit: Limit = None
+    temperature: Annotated[float, typer.Option(help="Must be above 0.")] = 1.0
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens per text.")] = 64
+    repeats: Annotated[int, typer.Option(help="Texts per prompt.")] = 1
+    dtype: Dtype = "auto"
+    raw: Raw = False
+    seed: Seed = 0
+
+
+def _seeded(options: Any) -> tuple[Any, dict[str, int]]:
+    """Replaces the seed -1 of a group by a random seed, which is returned apart as well, to be printed.
+
+    Raises:
+        ValueError: the seed is neither a valid seed nor -1.
+    """
+    from foredraft.core.params import RANDOM_SEED, check_seed, used_seed
+
+    seeded = options._replace(seed=used_seed(check_seed(options.seed, "--seed")))
+    return seeded, {"seed": seeded.seed} if options.seed == RANDOM_SEED else {}
+
+
+@theory.command("rejections")
+def rejections(
+    *,
+    laws: LawOptions,
+    horizon: Horizon = 50,
+    drafts: Annotated[str, typer.Option(help="Number M of independent drafts, or inf.")] = "1",
+    lookahead: Annotated[int | None, typer.Option(help="Tokens drafted per round; default: up to the horizon.")] = None,
+    bonus: Annotated[bool, typer.Option(help="With --lookahead: whether accepted rounds emit a bonus token.")] = True,
+    simulate: Annotated[int, typer.Option(help="Number of simulated runs.")] = 0,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compute expected rejections by Theorems 1 to 3 of Yin et al., their limit, and the effect of a finite lookahead."""
+    from foredraft.theory import answers, limits
+
+    limits.check_horizon(horizon)
+    count, (given, seed) = whole_or_inf(drafts), _seeded(laws)
+    limits.check_drafts(count)
+    if lookahead is not None:
+        limits.check_lookahead(lookahead)
+    more: dict[str, Any] = {"lookahead": lookahead, "bonus": bonus, "runs": simulate, "seed": given.seed, "plot": plot}
+    _report({**answers.rejections(given.pair(horizon), horizon, count, **more), **seed}, as_json)
+
+
+@theory.command("batch")
+def batch(
+    *,
+    laws: LawOptions,
+    horizon: Horizon = 50,
+    drafts: Annotated[int, typer.Option(help="Largest number M of drafts.")] = 8,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compute what 1 to M drafts save, and the limit. With --p and --q, compare each rule with the best possible rule."""
+    from foredraft.theory import answers, figures, limits
+
+    if drafts < 1:
+        raise ValueError(f"the number of drafts M must be a whole number of at least 1, got {drafts}")
+    limits.check_horizon(horizon)
+    limits.check_drafts(drafts)
+    given, seed = _seeded(laws)
+    found = {**answers.batch(given.pair(horizon), horizon, drafts), **seed}
+    if given.p is not None:
+        p, q = given.rows()
+        found["acceptance"] = answers.acceptance(p, q, drafts)
+    if plot is not None:
+        figures.save(figures.improvement(), plot)
+    _report(found, as_json)
+
+
+@theory.command("tradeoff")
+def tradeoff(
+    *,
+    p: P = None,
+    q: Q = None,
+    epsilon: Annotated[str, typer.Option(help="Values of the over-acceptance epsilon.")] = "0,0.05,0.1,0.2,0.4",
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compute the trade-off of quality and rejections by Theorems 4 and 5 of Yin et al."""
+    from foredraft.theory import answers, figures
+
+    (draft, target), sizes = LawOptions(p, q).rows(), numbers(epsilon, "--epsilon")
+    found = answers.tradeoff(draft, target, sizes)
+    if plot is not None:
+        figures.save(figures.tradeoff(draft, target, sizes), plot)
+    _report(found, as_json)
+
+
+@theory.command("speedup")
+def speedup(
+    *,
+    acceptance: Annotated[str, typer.Option(help="Conditional acceptance probability: one value, or one per depth.")],
+    draft_cost: Annotated[float, typer.Option(help="Cost of a draft pass, in plain decoding steps.")] = 0.05,
+    verify_cost: Annotated[
+        str, typer.Option(help="Cost of a target step, in plain decoding steps: 1.1, or by tokens 1:1,8:1.2,64:4.")
+    ] = "1",
+    longest: Annotated[int, typer.Option(help="Maximum length of a chain.")] = 16,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compute tokens per step and speed-up of chains of every length, and the least acceptance with a speed-up."""
+    from foredraft.theory import answers, figures
+
+    rates, verify = numbers(acceptance, "--acceptance"), verify_costs(verify_cost)
+    found = answers.speedups(rates, draft_cost, verify, longest)
+    if plot is not None:
+        figures.save(figures.speedup(draft_cost, verify, longest), plot)
+    _report(found, as_json)
+
+
+@theory.command("predict")
+def predict(
+    *,
+    text: TextOptions,
+    lookahead: Annotated[int, typer.Option(help="Tokens drafted per round.")] = 4,
+    drafts: Annotated[str, typer.Option(help="Numbers of drafts M.")] = "1,2,4,8",
+    as_json: AsJson = False,
+) -> None:
+    """Predict rejections from the probabilities of both models, and compare with the engine's count on the same texts."""
+    from foredraft.theory import answers
+    from foredraft.theory.texts import Texts
+
+    counts, (given, seed) = numbers(drafts, "--drafts", int), _seeded(text)
+    found = answers.predicted(Texts(**given._asdict()), lookahead=lookahead, drafts=counts)
+    _report({**found, **seed}, as_json)
+
+
+@theory.command("estimate")
+def estimate(
+    *,
+    text: TextOptions,
+    output: Annotated[Path, typer.Option(help="JSON file to write; other commands read it with --laws.")],
+    states: Annotated[int, typer.Option(help="Number of frequent tokens; one more state holds all others.")] = 256,
+) -> None:
+    """Estimate Markov chains of a pair of models from texts of the target. Other commands read them with --laws."""
+    from foredraft.cli import show
+    from foredraft.theory.estimate import as_json, estimated_pair
+    from foredraft.theory.texts import Texts
+
+    given, seed = _seeded(text)
+    pair, tokens = estimated_pair(Texts(**given._asdict()), states)
+    try:
+        output.write_text(json.dumps(as_json(pair, tokens)) + "\n")
+    except OSError as error:
+        raise ValueError(f"cannot write {str(output)!r} ({error.strerror})") from None
+    told = f" (seed {given.seed})" if seed else ""
+    show.say(f"chains over {pair.vocab_size} states are in {output}; read them with --laws {output}{told}")
+
+
+def numbers(text: str, what: str, kind: type[float] | type[int] = float) -> list[Any]:
     """Parses numbers separated by commas. `what` names them in the error message.
 
     Raises:
-        ValueError: a part is not a number.
+        ValueError: a part is not a number of this kind.
     """
+    from foredraft.core.errors import shown
+
     try:
-        return [float(part) for part in text.split(",")]
+        return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{what} must be numbers separated by commas, got {shown(text)}") from None
-
-
-def whole_numbers(text: str, what: str) -> list[int]:
-    """Parses whole numbers separated by commas. `what` names them in the error message.
-
-    Raises:
-        ValueError: a part is not a whole number.
-    """
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{what} must be whole numbers separated by commas, got {shown(text)}") from None
+        whole = "whole " if kind is int else ""
+        raise ValueError(f"{what} must be {whole}numbers separated by commas, got {shown(text)}") from None
 
 
 def whole_or_inf(text: str) -> float | int:
@@ -117,199 +241,12 @@ def whole_or_inf(text: str) -> float | int:
     Raises:
         ValueError: the text is neither a whole number nor ``inf``.
     """
+    from foredraft.core.errors import shown
+
     try:
         return inf if text == "inf" else int(text)
     except ValueError:
         raise ValueError(f"--drafts must be a whole number or inf, got {shown(text)}") from None
-
-
-def rejections(
-    laws: Laws,
-    *,
-    horizon: int,
-    drafts: str,
-    lookahead: int | None,
-    bonus: bool,
-    runs: int,
-    plot: Path | None,
-    as_json: bool,
-) -> int:
-    """Prints the expected rejections, beside the values for one draft and for infinitely many drafts.
-
-    With `lookahead` it adds the effect of a finite lookahead, with `runs` the mean of simulated runs, with `plot` a figure.
-    """
-    limits.check_horizon(horizon)
-    count, laws, is_random = whole_or_inf(drafts), laws.seeded(), laws.seed == RANDOM_SEED
-    limits.check_drafts(count)
-    if lookahead is not None:
-        limits.check_lookahead(lookahead)
-    pair = laws.pair(horizon)
-    limits.check_work(pair, horizon, (1 if count == inf else int(count)) * min(lookahead or 1, horizon))
-    if runs and count != inf:
-        limits.check_runs(pair, horizon, int(count), runs)
-    if plot is not None:
-        limits.check_runs(pair, horizon, figures.MOST_DRAFTS, runs or figures.RUNS)
-    pair.require_support()
-    expected = batch_rejections(pair, horizon, count)
-    found: dict[str, Any] = {
-        "horizon": horizon,
-        "drafts": "inf" if count == inf else int(count),
-        "expected_rejections": _round(expected),
-        "by_position": [_round(value) for value in rejections_by_position(pair, horizon, count)],
-        "one_draft": _round(speculative_rejections(pair, horizon)),
-        "limit": _round(batch_rejections(pair, horizon, inf)),
-        "speedup": _round(speedup(horizon, expected)),
-    } | ({"seed": laws.seed} if is_random else {})
-    if lookahead is not None:
-        if count == inf:
-            raise ValueError("a finite lookahead needs a finite number of drafts")
-        rounds = lookahead_rejections(pair, horizon, lookahead, drafts=int(count), bonus=bonus)
-        found["lookahead"] = {"length": lookahead, "bonus": bonus, **{key: _round(v) for key, v in rounds._asdict().items()}}
-    if runs:
-        if count == inf:
-            raise ValueError("simulated runs need a finite number of drafts")
-        means = simulated_rejections(pair, horizon, int(count), runs, laws.seed)
-        found["simulated"] = {"runs": runs, "mean": means[-1].value, "standard_error": means[-1].error}
-    if plot is not None:
-        curves = figures.curves(pair, horizon, runs or figures.RUNS, laws.seed)
-        figures.save(figures.rejections(curves, batch_rejections(pair, horizon, inf), runs or figures.RUNS), plot)
-        found["largest_deviation"] = max(abs(value) for curve in curves.values() for value in curve.deviations())
-    _report(found, as_json)
-    return 0
-
-
-def batch(laws: Laws, *, horizon: int, most: int, plot: Path | None, as_json: bool) -> int:
-    """Prints the expected rejections for 1 to `most` drafts, and the improvement over one draft."""
-    if most < 1:
-        raise ValueError(f"the number of drafts M must be a whole number of at least 1, got {most}")
-    limits.check_horizon(horizon)
-    limits.check_drafts(most)
-    laws, is_random = laws.seeded(), laws.seed == RANDOM_SEED
-    pair = laws.pair(horizon)
-    limits.check_work(pair, horizon, most * (most + 1) // 2)
-    pair.require_support()
-    single = speculative_rejections(pair, horizon)
-    rows = [(m, batch_rejections(pair, horizon, m)) for m in (*range(1, most + 1), inf)]
-    found = {
-        "horizon": horizon,
-        "by_drafts": [
-            {"drafts": "inf" if m == inf else m, "expected_rejections": _round(value), "improvement": _round(single - value)}
-            for m, value in rows
-        ],
-    } | ({"seed": laws.seed} if is_random else {})
-    if laws.p is not None:
-        found["acceptance"] = _acceptance(*laws.rows(), most)
-    if plot is not None:
-        figures.save(figures.improvement(), plot)
-    _report(found, as_json)
-    return 0
-
-
-def _acceptance(p: np.ndarray, q: np.ndarray, most: int) -> list[dict[str, Any]]:
-    """Computes the acceptance of several rules at one node, and the optimum over all rules."""
-    rows = []
-    for k in range(1, min(most, int((p > 0).sum())) + 1):
-        bounds = without_replacement(p, q, k)
-        row = {"k": k, **{name: _round(value) for name, value in reached(p, q, k).items()}}
-        if len(p) <= _SMALL:
-            row["multiround"] = _round(multiround_without_replacement(p, q, k))
-        row |= {"optimum_iid": _round(with_replacement(p, q, k)), "optimum_without_replacement": [_round(x) for x in bounds]}
-        rows.append(row)
-    return rows
-
-
-def tradeoff(laws: Laws, *, epsilons: str, plot: Path | None, as_json: bool) -> int:
-    """Prints rejections and loss of over-acceptance, with the best residual and with a redraw from q."""
-    p, q = laws.rows()
-    sizes = numbers(epsilons, "--epsilon")
-    for size in sizes:
-        check_epsilon(size)
-    points = curve(p, q, sizes)
-    found = {
-        "total_variation": _round(float(total_variation(p[None], q[None])[0])),
-        "points": [
-            {
-                "epsilon": size,
-                "reject": _round(opt.reject),
-                "loss": _round(opt.loss),
-                "loss_uno": _round(uno.loss),
-            }
-            for size, opt, uno in zip(sizes, points["opt"], points["uno"], strict=True)
-        ],
-    }
-    if plot is not None:
-        figures.save(figures.tradeoff(p, q, sizes), plot)
-    _report(found, as_json)
-    return 0
-
-
-def speedups(
-    *, acceptance: str, draft_cost: float | int, verify_cost: str, longest: int, plot: Path | None, as_json: bool
-) -> int:
-    """Prints tokens per step and speed-up of chains of every length up to `longest`."""
-    rates, verify = numbers(acceptance, "--acceptance"), verify_costs(verify_cost)
-    if draft_cost < 0 or longest < 1:
-        raise ValueError("--draft-cost must be 0 or more and --longest at least 1")
-    limits.check_cost("--draft-cost", draft_cost)
-    whole_number("--longest", longest, 1, limits.MAX_LENGTH, "the engine drafts 64 deep at most")
-    best = best_length(rates, draft_cost, verify, longest)
-    found = {
-        "best_length": best.length,
-        "best_speedup": _round(best.speedup),
-        "by_length": [
-            {
-                "length": k,
-                "tokens_per_step": _round(chain_tokens(rates, k)),
-                "speedup": _round(chain_speedup(rates, k, draft_cost, verify)),
-                "break_even_acceptance": _round(break_even_acceptance(k, draft_cost, verify)),
-            }
-            for k in range(1, longest + 1)
-        ],
-    }
-    if plot is not None:
-        figures.save(figures.speedup(draft_cost, verify, longest), plot)
-    _report(found, as_json)
-    return 0
-
-
-def estimated(texts: Any, *, states: int, output: Path) -> int:
-    """Estimates the chains of a real pair of models, and writes them to a file."""
-    from foredraft.theory.estimate import as_json, estimated_pair
-
-    texts, is_random = _seeded(texts)
-    pair, tokens = estimated_pair(texts, states)
-    try:
-        output.write_text(json.dumps(as_json(pair, tokens)) + "\n")
-    except OSError as error:
-        raise ValueError(f"cannot write {str(output)!r} ({error.strerror})") from None
-    Console(highlight=False, soft_wrap=True).print(
-        f"chains over {pair.vocab_size} states are in {output}; read them with --laws {output}"
-        + (f" (seed {texts.seed})" if is_random else "")
-    )
-    return 0
-
-
-def predicted(texts: Any, *, lookahead: int, drafts: Sequence[int], as_json: bool) -> int:
-    """Predicts the rejections of a real pair of models, and compares them with a run."""
-    from foredraft.theory.predict import predict
-
-    texts, is_random = _seeded(texts)
-    found = predict(texts, lookahead=lookahead, drafts=drafts)
-    rows = [
-        {
-            **row._asdict(),
-            "ratio": row.counted / row.predicted if row.predicted else 1.0,
-            "z": (row.counted - row.predicted) / row.standard_error if row.standard_error else 0.0,
-        }
-        for row in found.compared
-    ]
-    _report({**found._asdict(), "compared": rows} | ({"seed": texts.seed} if is_random else {}), as_json)
-    return 0
-
-
-def _seeded(texts: Any) -> tuple[Any, bool]:
-    """Replaces the seed -1 by a random seed from the operating system, and returns whether it did."""
-    return replace(texts, seed=used_seed(texts.seed)), texts.seed == RANDOM_SEED
 
 
 def verify_costs(text: str) -> Any:
@@ -318,6 +255,8 @@ def verify_costs(text: str) -> Any:
     Raises:
         ValueError: the text is neither, or a cost is invalid.
     """
+    from foredraft.core.errors import whole_number
+    from foredraft.theory import limits
     from foredraft.theory.speedup import interpolated
 
     try:
@@ -332,28 +271,19 @@ def verify_costs(text: str) -> Any:
     return interpolated(points)
 
 
-def _round(value: float | None) -> float | None:
-    """Rounds to twelve digits, the accuracy of the recursions."""
-    return None if value is None else round(float(value), 12)
-
-
 def _report(found: dict[str, Any], as_json: bool) -> None:
+    from foredraft.cli import show
+
     if as_json:
         print(json.dumps(found))
         return
-    out = Console(highlight=False, soft_wrap=True)
     for key, value in found.items():
+        title = key.replace("_", " ")
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            out.print(_table(key, value))
+            rows = [map(_formatted, row.values()) for row in value]
+            show.print_table(title, (name.replace("_", " ") for name in value[0]), rows)
         else:
-            out.print(f"{key.replace('_', ' ')}: {_formatted(value)}")
-
-
-def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(*(key.replace("_", " ") for key in rows[0]), title=title.replace("_", " "), box=SIMPLE)
-    for row in rows:
-        table.add_row(*(_formatted(value) for value in row.values()))
-    return table
+            show.say(f"{title}: {_formatted(value)}")
 
 
 def _formatted(value: Any) -> str:

@@ -1,329 +1,148 @@
-"""``foredraft train``: makes shards (answers and the target's features) from conversations, and trains a head on them."""
+"""``foredraft train``: trains a draft head for a model."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-import torch
-from rich.console import Console
+import typer
 
-from foredraft.core.errors import unknown_name, whole_number
-from foredraft.core.params import MAX_SEED
-from foredraft.core.plots import new_figure
-from foredraft.heads import HEADS
-from foredraft.heads.folder import layer_config, read_head, save_head
-from foredraft.heads.layers import Shape
-from foredraft.heads.modules import FINAL
-from foredraft.llm import BUNDLED_TARGET, LLM
-from foredraft.models.checkpoint import fingerprint, resolve
-from foredraft.models.loading import fingerprint_of
-from foredraft.train.attention import tables
-from foredraft.train.batches import collate, endless
-from foredraft.train.corpus import ANSWERS, Corpus, read_corpus
-from foredraft.train.frozen import Frozen
-from foredraft.train.loop import Course, Progress, Settings, faster_in_bf16, train
-from foredraft.train.provenance import curves_of, provenance
-from foredraft.train.recipes import RECIPES, check
-from foredraft.train.shards import Plan, Text, capture, usage_lines
-from foredraft.train.start import FITTED_TOKENS, begin, token_counts
-from foredraft.train.workers import Workers, find_workers
+from foredraft.cli.options import Device, Model, Plot, option
 
-WRITERS = 128
-"""Number of answers that the target generates at the same time."""
-
-TEMPERATURES = (0.0, 0.6, 1.0)
-"""Default temperatures of the target's own answers. The prompts use them in turn."""
+_LEARN, _TEXT = "Learning", "Text"
 
 
-@dataclass(frozen=True)
-class TrainChoice:
-    """The options of ``foredraft train``.
+def _setting(panel: str, text: str, least: float | None = None, most: float | None = None) -> Any:
+    return typer.Option(min=least, max=most, help=text, rich_help_panel=panel)
 
-    Attributes:
-        method: a name in `RECIPES`.
-        model: the target; None: the bundled one.
-        data: JSON Lines files of conversations.
-        out: directory in which the head is written.
-        options: options of the head and of its recipe, by name.
-        init: directory of an existing head to start from, with the same method and sizes; None: fitted initial weights.
-        answers: ``own``: the head learns from answers that the target generates. ``given``: it learns from the answers in the
-            files.
-        shards: folder of the shards; None: the folder ``shards`` in `out`.
-        num_tokens: number of answer tokens to learn from, without the held-out ones.
-        temperatures: temperatures of the target's own answers, used in turn; None: `TEMPERATURES`.
-        max_len: largest number of tokens of a prompt and its answer together.
-        feature_layers: layers to capture beside those that the head needs, so that several heads can share the shards.
-        keep_features: whether new shards hold features. Shards without features are small, but the target then runs over
-            every batch again.
-        settings: fields of `Settings` that differ from their defaults.
-        device: device of the target and the head; None: chosen automatically.
-        seed: seed of the run, 0 or more.
+
+class TextOptions(NamedTuple):
+    """The training text."""
+
+    answers: Annotated[
+        str,
+        typer.Option(
+            help="own: the target answers the last turn itself, and earlier answers in the files are context. "
+            "given: the head learns from every answer in the files, which the target's chat template marks.",
+            rich_help_panel=_TEXT,
+        ),
+    ] = "own"
+    shards: Annotated[
+        Path | None,
+        typer.Option(help="Directory of captured text, which runs can share; default: inside --out.", rich_help_panel=_TEXT),
+    ] = None
+    tokens: Annotated[int, _setting(_TEXT, "Answer tokens to capture.", 1)] = 500_000
+    temperatures: Annotated[
+        str | None, option(_TEXT, "Temperatures of the target's own answers, used in turn; default: 0,0.6,1.")
+    ] = None
+    max_len: Annotated[int, _setting(_TEXT, "Maximum tokens of prompt plus answer; longer chats are skipped.", 64)] = 512
+    feature_layers: Annotated[
+        str | None, typer.Option(help="Additional layers whose features are captured: 2,4,5.", rich_help_panel=_TEXT)
+    ] = None
+    keep_features: Annotated[
+        bool,
+        typer.Option(
+            help="Store the target's features in the shards, or recompute them in every batch.", rich_help_panel=_TEXT
+        ),
+    ] = True
+
+
+class LearnOptions(NamedTuple):
+    """How the head learns; the fields are those of `foredraft.train.loop.Settings`."""
+
+    steps: Annotated[int, _setting(_LEARN, "Steps of the optimizer.", 1)] = 1000
+    batch_tokens: Annotated[int, _setting(_LEARN, "Positions per batch.", 1)] = 8192
+    accumulate: Annotated[int, _setting(_LEARN, "Batches per step.", 1)] = 1
+    lr: Annotated[float | None, option(_LEARN, "Peak learning rate.")] = None
+    warmup: Annotated[float, _setting(_LEARN, "Share of the steps that warm up.", 0, 1)] = 0.02
+    schedule: Annotated[str, _setting(_LEARN, "Decay of the learning rate to 0: cosine or linear.")] = "cosine"
+    optimizer: Annotated[str, _setting(_LEARN, "muon (adamw for all but inner matrices) or adamw.")] = "muon"
+    answer_share: Annotated[float, _setting(_LEARN, "Skip texts with a smaller share of answer tokens.", 0, 1)] = 0.125
+    clip: Annotated[float, _setting(_LEARN, "Maximum norm of the gradient.", 0)] = 1.0
+    evaluate_every: Annotated[int, _setting(_LEARN, "Steps between evaluations, and between checkpoints.", 1)] = 100
+    patience: Annotated[int, _setting(_LEARN, "Stop after this many evaluations without a better loss; 0: never.", 0)] = 0
+    bf16: Annotated[
+        bool | None,
+        typer.Option("--bf16/--fp32", help="Dtype of matrix products; default: the faster here.", rich_help_panel=_LEARN),
+    ] = None
+
+
+def train(
+    *,
+    method: Annotated[str, typer.Option(help="Head: eagle, fspad, eagle3, medusa, hydra, parallel or ctc.")],
+    out: Annotated[Path, typer.Option(help="Directory of the head. An interrupted run resumes from it.")],
+    data: Annotated[list[Path], typer.Option(help="JSON Lines file of questions or chats; can be given several times.")],
+    model: Model = None,
+    set_option: Annotated[list[str] | None, option(None, "An option of the method.", "--set", metavar="NAME=VALUE")] = None,
+    init: Annotated[Path | None, option(None, "Start from an existing head of the same method and sizes.")] = None,
+    text: TextOptions,
+    learn: LearnOptions,
+    plot: Plot = None,
+    seed: Annotated[int, typer.Option(help="Seed of text, initial weights, order and noise.")] = 0,
+    device: Device = None,
+) -> None:
+    """Train a draft head for a model.
+
+    The model's chat template renders each conversation, including system turns and tools.
+    By default the model answers each conversation, and the head learns from these answers.
+    Conversations that the template cannot render are counted and listed at the end.
     """
+    from foredraft.cli import choices
+    from foredraft.core import typed
 
-    method: str
-    model: str | None
-    data: Sequence[Path]
-    out: Path
-    options: Mapping[str, Any] = field(default_factory=dict)
-    init: Path | None = None
-    answers: str = "own"
-    shards: Path | None = None
-    num_tokens: int = 500_000
-    temperatures: Sequence[float] | None = None
-    max_len: int = 512
-    feature_layers: Sequence[int] = ()
-    keep_features: bool = True
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    device: str | None = None
-    seed: int = 0
+    choices.check_head_method(method)
+    layers = typed.numbers("--feature-layers", text.feature_layers or "", int)
+    ways = None if text.temperatures is None else typed.numbers("--temperatures", text.temperatures, float)
+    for temperature in ways or ():
+        choices.check(None, None, {"temperature": temperature})
+    choices.check_files("--data", data)
+    options = typed.options(set_option or [])
+    from foredraft.train.run import TrainChoice
 
-
-def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
-    """Trains a head and writes its directory.
-
-    A run that was interrupted continues from its last checkpoint in `choice.out`.
-
-    Args:
-        workers: the processes that share the work; None: this process alone.
-
-    Raises:
-        ValueError: an option is invalid, or options contradict each other.
-        TrainingError: the run cannot continue. The message says which files are intact and how to continue.
-    """
-    # a random seed, -1, is not allowed: a run could not be resumed with it
-    whole_number("--seed", choice.seed, 0, MAX_SEED // 2, "every text adds its number to it")
-    _check(choice)
-    source, workers = choice.model or BUNDLED_TARGET, workers or Workers()
-    device = choice.device or workers.device
-    llm = LLM(source, {"method": "ar"}, device=device, max_num_seqs=WRITERS, seed=choice.seed)
-    settings = _settings(choice, workers, llm.target.device)
-    _check_tokenizer(llm.tokenizer, choice)
-    given = _split_options(choice.method, choice.options, llm.target)
-    config = layer_config(llm.target.config, llm.target.vocab_size, given.sizes)
-    shape = Shape.of(config)
-    if shape.features != shape.hidden and given.recipe["regression"]:
-        raise ValueError("regression needs a head as wide as the target, and hidden makes it narrower. Leave out one of them")
-    torch.manual_seed(choice.seed)
-    head = HEADS[choice.method].make(shape, **given.head).to(llm.target.device)
-    layers = list(dict.fromkeys([*head.feature_layers, *FINAL]))
-    init = _read_init(choice, head)
-    texts = workers.one_first(lambda: captured(choice, llm, source, layers))  # one writes the shards, all read them
-    learned = _learned(texts, settings.answer_share)
-    frozen = Frozen(llm.target, shape.features)
-    if init is not None:
-        head.load_state_dict(init)
-    else:
-        _begin(head, frozen, learned, settings, llm.target)
-    course = Course(
-        head=head,
-        recipe=RECIPES[choice.method],
-        options=given.recipe,
-        frozen=frozen,
-        rotary=tables(config, llm.target.device),
-        texts=learned,
-        held_out=[text for text in texts if text.held_out],
-        target=llm.target,
-        facts={
-            "method": choice.method,
-            "target": fingerprint_of(source),
-            "head_options": {**given.sizes, **given.head},
-            "data": _names(choice),
-            "answers": choice.answers,
-            **({} if init is None else {"init": fingerprint(init)}),
-        },
-        workers=workers,
+    given = TrainChoice(
+        method,
+        model,
+        data,
+        out,
+        options=options,
+        init=init,
+        answers=text.answers,
+        shards=text.shards,
+        num_tokens=text.tokens,
+        temperatures=ways,
+        max_len=text.max_len,
+        feature_layers=layers,
+        keep_features=text.keep_features,
+        settings=choices.given(**learn._asdict()),
+        device=device,
+        seed=seed,
     )
-    choice.out.mkdir(parents=True, exist_ok=True)
-    done = train(course, settings, choice.out)
-    if workers.writes:
-        belongs = {"name": Path(str(source)).name, "fingerprint": course.facts["target"]}
-        about = {"method": choice.method, "options": given.head, "target": belongs}
-        save_head(choice.out, head, config, about, provenance(course, settings, done, head))
-    return done
+    _run(given, plot)
 
 
-def _check_tokenizer(tokenizer: Any, choice: TrainChoice) -> None:
-    """Checks that the target's tokenizer can read the data.
+def _run(given: Any, plot: Path | None) -> None:
+    """Runs the training (`given` is a `TrainChoice`), says what it reached, and plots its losses."""
+    from foredraft.cli import show
+    from foredraft.core.plots import new_figure
+    from foredraft.train.provenance import curves_of
+    from foredraft.train.run import run
+    from foredraft.train.shards import usage_lines
+    from foredraft.train.workers import find_workers
 
-    Raises:
-        ValueError: there is no tokenizer, or it has no chat template and the answers of the files need one.
-    """
-    if tokenizer is None:
-        raise ValueError(
-            "the target has no tokenizer, which training needs to read the data: give a directory with a tokenizer"
-        )
-    if choice.answers == "given" and not getattr(tokenizer, "chat_template", None):
-        raise ValueError("the target has no chat template, which --answers given needs. Leave out --answers given")
-
-
-def _check(choice: TrainChoice) -> None:
-    """Checks the options that need no model.
-
-    Raises:
-        ValueError: an option is unknown, or two options contradict each other.
-    """
-    if choice.method not in RECIPES:
-        raise unknown_name("method", choice.method, list(RECIPES))
-    if choice.answers not in ANSWERS:
-        raise unknown_name("--answers", choice.answers, ANSWERS)
-    if choice.answers == "given" and choice.temperatures is not None:
-        raise ValueError(
-            "--temperatures apply to the target's own answers, and --answers given uses none. Leave one of them out"
-        )
-
-
-def _begin(head: Any, frozen: Frozen, learned: Sequence[Text], settings: Settings, target: Any) -> None:
-    """Sets the initial weights of a head, fitted on the first batches of the training."""
-    groups = islice(endless(learned, settings.batch_tokens, settings.seed), -(-FITTED_TOKENS // settings.batch_tokens))
-    begin(head, frozen, token_counts(learned, target), [collate(texts, head.feature_layers, target) for texts in groups])
-
-
-def _read_init(choice: TrainChoice, head: torch.nn.Module) -> dict[str, torch.Tensor] | None:
-    """Reads the weights that ``--init`` names; None without ``--init``.
-
-    Raises:
-        ValueError: that head has other sizes.
-        ModelError: that head cannot be read.
-    """
-    if choice.init is None:
-        return None
-    weights = read_head(resolve(choice.init, None), (choice.method,)).head.state_dict()
-    wanted = {name: tensor.shape for name, tensor in head.state_dict().items()}
-    if {name: tensor.shape for name, tensor in weights.items()} != wanted:
-        raise ValueError(
-            f"the head in {str(choice.init)!r} has other sizes than the head to train: give the options of that head (--set); "
-            "its provenance.json lists them"
-        )
-    return weights
-
-
-def _settings(choice: TrainChoice, workers: Workers, device: torch.device) -> Settings:
-    """Combines the default settings with the given ones."""
-    usual = {"steps": 1000, "lr": RECIPES[choice.method].lr, "seed": choice.seed}
-    if "bf16" not in choice.settings:
-        usual["bf16"] = workers.count > 1 or faster_in_bf16(choice.out, device)
-    return Settings(**{**usual, **choice.settings})
-
-
-def _learned(texts: Sequence[Text], answer_share: float) -> list[Text]:
-    """Selects the texts to learn from, and prints how many were left out because their answer is too short."""
-    learned = [text for text in texts if not text.held_out and text.answer_share >= answer_share]
-    if not learned:
-        raise ValueError(
-            f"in each of the {len(texts)} texts, the answer is less than {answer_share:.1%} of the text: give --answer-share 0"
-        )
-    if short := sum(not text.held_out for text in texts) - len(learned):
-        line = (
-            f"{short:,} of {len(texts):,} texts are left out: less than {answer_share:.1%} of each is answer (--answer-share)"
-        )
-        Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
-    return learned
-
-
-def _say(line: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
-
-
-def captured(choice: TrainChoice, llm: LLM, source: Any, layers: Sequence[int]) -> list[Text]:
-    """Returns the training texts with the features of `layers`. Shards that are missing are made first."""
-    every = list(dict.fromkeys([*choice.feature_layers, *layers])) if choice.keep_features else []
-    temperatures = (choice.temperatures or TEMPERATURES) if choice.answers == "own" else ()
-    plan = Plan(temperatures, min(choice.max_len, llm.max_model_len), choice.num_tokens, every, choice.seed)
-    about = {"target": fingerprint_of(source), "data": _names(choice), "answers": choice.answers}
-    folder = _shards(choice)
-    width = llm.target.config.hidden_size * len(every) * 2 + 4  # bytes of a token: bfloat16, and its id
-    Console(stderr=True).print(f"shards in {folder}: about {1.6 * choice.num_tokens * width / 1e9:.2g} GB in total")
-
-    def read(seed: int) -> Corpus:
-        corpus = read_corpus(choice.data, llm.tokenizer, seed, answers=choice.answers, max_len=plan.max_len)
-        for line in corpus.usage.lines():  # printed at the end as well, which may be hours later
-            _say(line)
-        return corpus
-
-    texts = capture(llm, read, plan, folder, about, layers)
-    if every and texts and not texts[0].features:
-        Console(stderr=True).print(
-            "these shards hold no features: the target runs over every batch; another --shards folder would hold them"
-        )
-    return texts
-
-
-def _shards(choice: TrainChoice) -> Path:
-    return choice.shards or choice.out / "shards"
-
-
-def _names(choice: TrainChoice) -> list[str]:
-    return [file.name for file in choice.data]
-
-
-class Options(NamedTuple):
-    """The options of a run.
-
-    Attributes:
-        sizes: sizes of the head's layer that differ from the target's.
-        head: options of the head.
-        recipe: options of the recipe.
-    """
-
-    sizes: dict[str, Any]
-    head: dict[str, Any]
-    recipe: dict[str, Any]
-
-
-def _split_options(method: str, given: Mapping[str, Any], target: Any) -> Options:
-    """Sorts the given options into sizes, head options and recipe options.
-
-    Raises:
-        ValueError: an option is unknown, or its value is invalid.
-    """
-    sizes = HEADS[method].sizes
-    known = list(inspect.signature(HEADS[method].cls.__init__).parameters.values())[2:]
-    of_head = {parameter.name: parameter.default for parameter in known if parameter.name not in HEADS[method].converted}
-    recipe = RECIPES[method].options
-    for name in given:
-        if name not in (*sizes, *of_head, *recipe):
-            raise unknown_name(f"option of method {method!r}:", name, [*sizes, *of_head, *recipe])
-    usual = {name: value for name, value in of_head.items() if value not in (None, inspect.Parameter.empty)}
-    head = {**usual, **HEADS[method].options, **{name: given[name] for name in of_head if name in given}}
-    if "feature_layers" in of_head and "feature_layers" not in head:
-        count = target.config.num_hidden_layers
-        head["feature_layers"] = [2, count // 2, count - 3]  # the layers of the released EAGLE-3
-    learned = {**recipe, **{name: given[name] for name in recipe if name in given}}
-    check(learned)
-    return Options({name: given[name] for name in sizes if name in given}, head, learned)
-
-
-def command(choice: TrainChoice, *, plot: Path | None = None) -> int:
-    """Runs ``foredraft train`` and returns the exit status.
-
-    Args:
-        plot: file for the plot of the losses, ``.png`` or ``.svg``; None: no plot.
-    """
-    out = Console(stderr=True, highlight=False, soft_wrap=True)
-    if plot is not None and plot.suffix not in (".png", ".svg"):
-        raise ValueError(f"--plot must be a .png or .svg file, got {str(plot)!r}")
     figure = new_figure(9.0, 3.4) if plot is not None else None  # fails before the training if matplotlib is missing
     workers = find_workers()
     try:
-        done = run(choice, workers)
+        done = run(given, workers)
     except KeyboardInterrupt:
-        _say(f"interrupted; the same command resumes from what {choice.out} and the shards hold")
+        show.say(f"interrupted; the same command resumes from what {given.out} and the shards hold", stderr=True)
         raise
     if not workers.writes:
-        return 0
+        return
     last = done.history[-1]
     figures = ", ".join(f"{name} {value:.3f}" for name, value in last.items() if name not in ("step", "token_passes"))
-    out.print(
-        f"{choice.out}: {done.step} steps, {done.token_passes} token passes, {done.seconds / 60:.1f} min; held out: {figures}"
-    )
-    for line in usage_lines(_shards(choice)):
-        out.print(line, markup=False)
+    took = f"{done.step} steps, {done.token_passes} token passes, {done.seconds / 60:.1f} min"
+    for line in (f"{given.out}: {took}; held out: {figures}", *usage_lines(given.shards_folder)):
+        show.say(line, stderr=True)
     if figure is not None:
-        curves_of(done, choice.method, figure)
+        curves_of(done, given.method, figure)
         figure.savefig(plot)
-    return 0

@@ -44,3 +44,8 @@ def progress_bar(label: str, total: int, *, shown: bool = True) -> Iterator[Call
     finally:
         if bar.live.is_started:
             bar.stop()
+
+
+def note(line: str) -> None:
+    """Prints a line about long work on standard error."""
+    Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)

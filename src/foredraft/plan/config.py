@@ -15,7 +15,6 @@ from foredraft.drafters import DRAFTERS, DrafterRow
 from foredraft.drafters.options import check_options
 from foredraft.heads.about import method_of
 from foredraft.plan.speculation import AUTO, PLAIN, Speculation, check_types, construct, fitting_rules, names_of, trees_of
-from foredraft.plan.speculation import fits as fits
 from foredraft.rules import RULES
 from foredraft.trees import GROWERS, GrowerRow
 from foredraft.trees.limits import check_sizes, plain_values

@@ -15,7 +15,8 @@ from foredraft.core.progress import progress_bar
 from foredraft.drafters.along import AskedAlong
 from foredraft.engine.engine import require_whole
 from foredraft.theory.chains import Pair, Rows, check_room
-from foredraft.theory.predict import Texts, laws_of
+from foredraft.theory.predict import laws_of
+from foredraft.theory.texts import Texts
 
 
 def estimated_pair(texts: Texts, states: int) -> tuple[Pair, list[int]]:

@@ -27,10 +27,8 @@ def save(figure: Any, path: Path) -> None:
     """Writes a figure. The ending of the file's name decides the format.
 
     Raises:
-        ValueError: the ending is neither .png nor .svg, or the file cannot be written.
+        ValueError: the file cannot be written.
     """
-    if path.suffix not in (".png", ".svg"):
-        raise ValueError(f"the file of a figure must end in .png or .svg, got {str(path)!r}")
     try:
         figure.savefig(path, dpi=144)
     except OSError as error:

@@ -12,30 +12,24 @@ count on the same text therefore has mean 0 and a small variance.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import sqrt
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from foredraft.bench import tasks
 from foredraft.core.errors import whole_number
 from foredraft.core.law import warp
-from foredraft.core.params import SamplingParams, check_seed
+from foredraft.core.params import SamplingParams
 from foredraft.core.progress import progress_bar
 from foredraft.core.shape import MAX_NODES
 from foredraft.drafters.along import AskedAlong
 from foredraft.engine.engine import CompletionOutput, require_whole
-from foredraft.llm import LLM
-from foredraft.plan.config import drafter_alone
 from foredraft.theory.chains import Rows, total_variation
 from foredraft.theory.rejections import Place, Rounds, retry
+from foredraft.theory.texts import Texts
 from foredraft.theory.transport import with_replacement
 from foredraft.trees.base import draft_sampling
-
-_MOST_REPEATS = 10_000
 
 _OPTIMA = 200
 """Approximate number of positions of a text at which the optimum over all rules is computed."""
@@ -128,75 +122,6 @@ class Prediction(NamedTuple):
     distance: float
     by_position: list[float]
     compared: list[Compared]
-
-
-@dataclass(frozen=True)
-class Texts:
-    """The texts to generate, and the pair of models.
-
-    Attributes:
-        prompts: file of prompts.
-        model: the target; None: the bundled one.
-        draft_model: directory of a draft model or head; None: the bundled one.
-        limit: largest number of prompts.
-        temperature: temperature, above 0.
-        max_tokens: number of tokens of each text.
-        repeats: number of texts for each prompt.
-        dtype: dtype of the models.
-        raw: whether prompts bypass the chat template.
-        seed: seed of the texts.
-
-    Raises:
-        ValueError: a value is invalid.
-    """
-
-    prompts: Path
-    model: str | None = None
-    draft_model: str | None = None
-    limit: int | None = None
-    temperature: float | int = 1.0
-    max_tokens: int = 64
-    repeats: int = 1
-    dtype: str = "auto"
-    raw: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError("laws need a temperature above 0. At 0, every rejection is certain or impossible")
-        if self.repeats < 1:
-            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
-        whole_number("repeats", self.repeats, 1, _MOST_REPEATS, "all texts are held in memory until the last is finished")
-        check_seed(self.seed, "--seed")
-        _ = self.sampling  # raises its errors now
-
-    @property
-    def sampling(self) -> SamplingParams:
-        """Sampling parameters, with which every text has `max_tokens` tokens."""
-        return SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens, ignore_eos=True)
-
-    @property
-    def drafting(self) -> dict[str, Any]:
-        """Speculative config, without a tree."""
-        return drafter_alone(self.draft_model)
-
-    def load(self) -> LLM:
-        """Loads the target, for plain decoding."""
-        tasks.read_prompts(self.prompts, self.limit)  # raises its errors before the model is loaded
-        return LLM(self.model, {"method": "ar"}, dtype=self.dtype, max_num_seqs=8, seed=self.seed)
-
-    def encoded(self, llm: LLM) -> list[list[int]]:
-        """Encodes the prompts that fit in the context, `repeats` times.
-
-        Raises:
-            ValueError: no prompt fits.
-        """
-        read = tasks.read_prompts(self.prompts, self.limit)
-        encoded = tasks.encode(llm, read, raw=self.raw or llm.tokenizer.chat_template is None)
-        fitting = [ids for ids in encoded if len(ids) + self.max_tokens <= llm.max_model_len]
-        if not fitting:
-            raise tasks.too_long(self.max_tokens, llm.max_model_len)
-        return fitting * self.repeats
 
 
 def predict(texts: Texts, *, lookahead: int, drafts: Sequence[int]) -> Prediction:

@@ -1,15 +1,13 @@
-"""``foredraft convert`` and ``foredraft doctor``."""
+"""Converts a released checkpoint to a head of this library, and finds what is wrong with a head."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from foredraft.heads.folder import about_head, save_head
 from foredraft.importers.layouts import LAYOUTS, OURS, Plan, plan
@@ -95,34 +93,7 @@ def _provenance(source: Source, made: Plan) -> dict[str, Any]:
     }
 
 
-def convert_command(source: Path, model: str, out: Path, *, layout: str | None = None, force: bool = False) -> int:
-    """Runs ``foredraft convert`` and returns the exit status."""
-    made = convert(source, model, out, layout=layout, force=force)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    for finding in made.findings:
-        console.print(f"note: {finding.what}", markup=False)
-    console.print(f"{out}: {LAYOUTS[made.layout].says}, now {_sizes(made)}", markup=False)
-    console.print(f'use it as {{"method": "{made.reading.method}", "model": "{out}"}}', markup=False)
-    return 0
-
-
-def doctor_command(folder: Path, model: str | None = None, *, layout: str | None = None, as_json: bool = False) -> int:
-    """Runs ``foredraft doctor`` and returns the exit status: 0 if nothing is wrong, else 1."""
-    opened, made = examine(folder, model, layout)
-    findings = made.findings + _as_it_stands(opened, made, model)
-    if as_json:
-        print(json.dumps(_as_dict(made, findings)))
-        return 1 if findings else 0
-    out = Console(highlight=False, soft_wrap=True)
-    out.print(f"{folder}: {LAYOUTS[made.layout].says}; {_sizes(made)}", markup=False)
-    for number, finding in enumerate(findings, 1):
-        out.print(f"{number}. {finding.what}\n   to do: {finding.do}", markup=False)
-    compared = f" {model}" if model else "; give --model to compare it with its target too"
-    out.print(f"does not fit: {len(findings)} to do" if findings else f"fits{compared}", markup=False)
-    return 1 if findings else 0
-
-
-def _as_it_stands(source: Source, made: Plan, model: str | None) -> list[Finding]:
+def as_it_stands(source: Source, made: Plan, model: str | None) -> list[Finding]:
     """Finds reasons why `LLM` cannot load the directory without a conversion: pickled weights, or another target's head."""
     if made.layout != OURS:
         pickled = [Finding("the weights are pickled, and `LLM` reads no pickles", "convert it", fatal=False)]
@@ -137,7 +108,7 @@ def _as_it_stands(source: Source, made: Plan, model: str | None) -> list[Finding
     return [Finding(f"it was trained for {name!r}, and this target has other weights", "give that target")]
 
 
-def _sizes(made: Plan) -> str:
+def described(made: Plan) -> str:
     """Describes method, options and sizes in one line."""
     config, options = made.reading.config, made.reading.options
     listed = ", ".join(f"{name} {_plain(value)}" for name, value in options.items())
@@ -152,7 +123,8 @@ def _plain(value: Any) -> str:
     return "-".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
 
 
-def _as_dict(made: Plan, findings: Sequence[Finding]) -> dict[str, Any]:
+def as_dict(made: Plan, findings: Sequence[Finding]) -> dict[str, Any]:
+    """Returns a head and its problems as a JSON object."""
     return {
         "fits": not findings,
         "layout": made.layout,

@@ -251,9 +251,9 @@ def test_slower_steps_are_slower_than_plain_ones() -> None:
     plain = auto.Timed(target, None, None, 0, [1], SamplingParams(temperature=0), 2)
 
     class Slow(Full):
-        def propose(self, *arguments: Any) -> Any:
+        def propose(self, work: Any) -> Any:
             sleep(0.01)
-            return super().propose(*arguments)
+            return super().propose(work)
 
     slow = auto.Timed(target, Slow(), RULES["deterministic"].rule, 2, [1], SamplingParams(temperature=0), 2)
     assert auto.slowdown_of(slow, plain) > 2

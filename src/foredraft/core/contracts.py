@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float
@@ -122,6 +122,44 @@ class Target(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Work:
+    """The requests of one step for which a drafter proposes trees. Every list has one entry per request.
+
+    Attributes:
+        states: the states that `Drafter.start` returned.
+        roots: the last committed token of each request.
+        budgets: the largest tree of each request.
+        sampling: the sampling parameters of each request.
+        draws: the random numbers of each request in this step.
+    """
+
+    states: Sequence[Any]
+    roots: Sequence[int]
+    budgets: Sequence[Budget]
+    sampling: Sequence[SamplingParams]
+    draws: Sequence[Draws]
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def part(self, requests: Sequence[int], states: Sequence[Any]) -> Work:
+        """Returns the work of some requests for another drafter, which has its own `states` of them."""
+        return Work(
+            states=states,
+            roots=[self.roots[b] for b in requests],
+            budgets=[self.budgets[b] for b in requests],
+            sampling=[self.sampling[b] for b in requests],
+            draws=[self.draws[b] for b in requests],
+        )
+
+    def capped(self, room: Sequence[int]) -> Work:
+        """Returns the same work with the depth of tree b limited to ``room[b]``. There is no tree if it is 0."""
+        limits = zip(self.budgets, room, strict=True)
+        budgets = [Budget(nodes, min(depth, left)) if left else Budget(0, 0) for (nodes, depth), left in limits]
+        return replace(self, budgets=budgets)
+
+
 @runtime_checkable
 class Drafter(Protocol):
     """Proposes trees. The object holds the weights, and a separate state holds the data of each request.
@@ -144,14 +182,8 @@ class Drafter(Protocol):
         """
         ...
 
-    def propose(
-        self,
-        states: Sequence[Any],
-        budgets: Sequence[Budget],
-        sampling: Sequence[SamplingParams],
-        draws: Sequence[Draws],
-    ) -> TreeBatch:
-        """Returns one tree per request, within its budget. Node 0 is the last committed token."""
+    def propose(self, work: Work) -> TreeBatch:
+        """Returns one tree per request, within its budget. Node 0 is the root."""
         ...
 
     def observe(self, state: Any, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]) -> None:
@@ -182,16 +214,8 @@ class Expander(Protocol):
 class Grower(Protocol):
     """A tree policy. It must decide to draw a token before it sees the token."""
 
-    def grow(
-        self,
-        drafter: Expander,
-        states: Sequence[Any],
-        roots: Sequence[int],
-        budgets: Sequence[Budget],
-        sampling: Sequence[SamplingParams],
-        draws: Sequence[Draws],
-    ) -> TreeBatch:
-        """Returns one tree per request, within its budget. ``roots[b]`` is the last committed token of request b."""
+    def grow(self, drafter: Expander, work: Work) -> TreeBatch:
+        """Returns one tree per request, within its budget. Node 0 is the root."""
         ...
 
 

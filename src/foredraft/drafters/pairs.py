@@ -31,14 +31,12 @@ class PairState(Growing):
     """The state of one request. `pending` holds the tokens of pairs that are not in the cache yet.
 
     Attributes:
-        root: the last committed token.
         parts: features of the pending pairs, in the parts in which they arrived; see `features`.
         carried: predictions of this step. For a recurrent head, a table of the predicted features at each place of the run,
             which may have unused rows. For other heads, their slots or their laws.
         ran: number of pairs of this step's run to keep; None until the step is over.
     """
 
-    root: int = 0
     parts: list[Float[Tensor, "_ d"]] = field(default_factory=list)
     carried: Any = None
     ran: int | None = None
@@ -57,7 +55,6 @@ class PairState(Growing):
         """Adds the pairs of newly committed tokens."""
         if self.tokens and self.ran is None:
             self.ran, self.pending, self.parts = len(self.pending), [], []
-        self.root = tokens[-1]
         if features is not None and len(features):
             self.pending += tokens[-len(features) :]
             self.parts.append(features)

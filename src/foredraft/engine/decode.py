@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.cache.pool import prefill, rows_of
-from foredraft.core.contracts import AcceptanceRule, Budget, Drafter, Pool, Target, Verdict
+from foredraft.core.contracts import AcceptanceRule, Budget, Drafter, Pool, Target, Verdict, Work
 from foredraft.core.draws import Draws
 from foredraft.core.law import PrefixProcessor, TargetLaw, at_least_float32
 from foredraft.core.metrics import StepRecord
@@ -169,20 +169,20 @@ def draft_and_verify(
 ) -> None:
     """Runs one step of speculative decoding. A function of its own, so that the logits are freed at its end."""
     clock, caches = Clock(), [continuation.cache for continuation in running]
-    draws = [continuation.draws.at(len(continuation.token_ids)) for continuation in running]
-    budgets = [continuation.limit(budget) for continuation in running]
-    batch = drafter.propose(
-        [continuation.draft_state for continuation in running],
-        budgets,
-        [continuation.sampling for continuation in running],
-        draws,
+    work = Work(
+        states=[continuation.draft_state for continuation in running],
+        roots=[continuation.token_ids[-1] for continuation in running],
+        budgets=[continuation.limit(budget) for continuation in running],
+        sampling=[continuation.sampling for continuation in running],
+        draws=[continuation.draws.at(len(continuation.token_ids)) for continuation in running],
     )
+    batch = drafter.propose(work)
     draft_s = clock.lap()
     scores = target.forward(batch, caches, feature_layers=drafter.feature_layers)
     verify_s = clock.lap()
     trees = [batch[b] for b in range(len(running))]
     laws = [law_of(continuation, scores.logits[part(batch, b)], trees[b]) for b, continuation in enumerate(running)]
-    verdicts = [rule(*arguments) for arguments in zip(trees, laws, draws, strict=True)]
+    verdicts = [rule(*arguments) for arguments in zip(trees, laws, work.draws, strict=True)]
     rule_s = clock.lap()
     pool.keep(caches, [verdict.path for verdict in verdicts])
     cache_s = clock.lap()

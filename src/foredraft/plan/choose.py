@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 import foredraft
-from foredraft.core.contracts import AcceptanceRule, Budget, Drafter, Target
+from foredraft.core.contracts import AcceptanceRule, Budget, Drafter, Target, Work
 from foredraft.core.draws import Draws
 from foredraft.core.folders import cache_folder
 from foredraft.core.params import SamplingParams
@@ -274,9 +274,9 @@ class Full:
         """Returns the state, which is the last token."""
         return [tokens[-1]]
 
-    def propose(self, states: Sequence[list[int]], budgets: Sequence[Budget], sampling: Any, draws: Any) -> TreeBatch:
+    def propose(self, work: Work) -> TreeBatch:
         """Returns chains that repeat the last token."""
-        return TreeBatch.chains([state * (1 + min(budget)) for state, budget in zip(states, budgets, strict=True)])
+        return TreeBatch.chains([state * (1 + min(budget)) for state, budget in zip(work.states, work.budgets, strict=True)])
 
     def observe(self, state: list[int], tokens: Sequence[int], features: Any, path: Sequence[int]) -> None:
         """Stores the last token."""

@@ -72,11 +72,11 @@ class Options:
         module, name = self.code.split(":")
         return getattr(import_module(module), name)(self, tree)
 
-    def grow(self, drafter: Any, states: Sequence[Any], roots: Sequence[int], budgets: Any, sampling: Any, draws: Any) -> Any:
+    def grow(self, drafter: Any, work: Any) -> Any:
         """Grows one tree per request by this policy; see `foredraft.core.contracts.Grower`."""
         from foredraft.trees.base import grow_batch
 
-        return grow_batch([self] * len(states), drafter, states, roots, budgets, sampling, draws)
+        return grow_batch([self] * len(work), drafter, work)
 
 
 @dataclass(frozen=True, kw_only=True)

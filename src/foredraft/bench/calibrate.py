@@ -35,7 +35,6 @@ from foredraft.core.progress import progress_bar
 from foredraft.core.tree import DraftTree, Drawn, TreeBatch
 from foredraft.drafters import DRAFTERS
 from foredraft.drafters.along import AskedAlong
-from foredraft.drafters.lookup_first import LookupFirst
 from foredraft.engine.engine import require_whole
 from foredraft.llm import BUNDLED, LLM
 from foredraft.plan.choose import SAMPLE_TEXT, TRIED_TREES, TYPICAL_SIZE, curve_name, has_weights
@@ -203,9 +202,9 @@ def curve(
         model = {"model": config["model"]} if has_weights(way) and "model" in config else {}
         llm = plain.with_speculation({"method": way.drafter, **model, **tree, "num_speculative_tokens": nodes})
         length = acceptance_length(llm, prompts, temperature, max_tokens)
-        drafter = llm.engine.drafter
+        drafter: Any = llm.engine.drafter
         share = 1.0
-        if isinstance(drafter, LookupFirst):
+        if DRAFTERS[way.drafter].asks is not None:
             share = round(drafter.num_drafted / (drafter.num_drafted + drafter.num_looked_up), 4)
         yield Point(nodes, length, share)
         if length < _GAIN * before or (nodes >= TYPICAL_SIZE and length < _HOPELESS * best):
@@ -338,8 +337,10 @@ def command(choice: CalibrateChoice, *, plot: Path | None, as_json: bool) -> int
     config = choice.config
     llm = LLM(choice.model, config, dtype=choice.dtype, device=choice.device, max_num_seqs=1)
     drafting: Any = llm.with_speculation({**config, "num_speculative_tokens": 1}).engine.drafter
-    models = {"target": llm.target, "drafter": getattr(drafting, "model", None)}
-    costs = {name: cost_curve(model, sample_prompt(llm)) for name, model in models.items() if model is not None}
+    models = {"target": llm.target}
+    if DRAFTERS[config["method"]].weights == "model":
+        models["drafter"] = drafting.model
+    costs = {name: cost_curve(model, sample_prompt(llm)) for name, model in models.items()}
     chosen = {kind: llm.drafting(SamplingParams(temperature=t)) for kind, t in TEMPERATURES.items()}
     if as_json:
         print(json.dumps({**found, "seconds": costs, "chosen": chosen, "file": str(file)}))

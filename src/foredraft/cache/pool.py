@@ -63,6 +63,12 @@ class KVPool:
         self._free = list(range(num_slots))[::-1]
         self._growth = _GROWTH_ON_CARD if device.type == "cuda" else _GROWTH
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of the keys and values of one token."""
+        planes, layers, _, heads, _, size = self.kv.shape
+        return planes * layers * heads * size * self.kv.element_size()
+
     def allocate(self) -> KVCache:
         """Returns a new empty cache.
 
@@ -134,14 +140,10 @@ def check_pool(target: Target, num_slots: int) -> None:
     Raises:
         ValueError: the pool does not fit.
     """
-    kv, device = getattr(target.new_pool(1, 1), "kv", None), getattr(target, "device", torch.device("cpu"))
-    if kv is None:
-        return
-    on_gpu = device.type == "cuda"
+    on_gpu = target.device.type == "cuda"
     positions = _GROWTH_ON_CARD if on_gpu else _GROWTH
-    planes, layers, _, heads, _, size = kv.shape
-    needed = planes * layers * heads * size * kv.element_size() * positions * num_slots
-    memory = torch.cuda.mem_get_info(device)[1] if on_gpu else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed = target.new_pool(1, 1).bytes_per_token * positions * num_slots
+    memory = torch.cuda.mem_get_info(target.device)[1] if on_gpu else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:
         raise ValueError(
             f"max_num_seqs {num_slots} needs {needed / 2**30:.1f} GiB for the keys and values of {positions} tokens each, but "

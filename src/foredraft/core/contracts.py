@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from foredraft.core.draws import Draws
@@ -50,18 +51,30 @@ class Verdict:
 class Cache(Protocol):
     """A request's handle into a pool. It holds every committed token except the root."""
 
-    length: int
+    @property
+    def length(self) -> int:
+        """Number of committed tokens in the cache."""
+        ...
 
     def truncate(self, length: int) -> None:
-        """Forgets everything after the first `length` tokens."""
+        """Forgets everything after the first `length` tokens.
+
+        Raises:
+            ValueError: the cache holds fewer tokens.
+        """
         ...
 
 
 @runtime_checkable
 class Pool(Protocol):
-    """Memory for the caches of a fixed number of requests."""
+    """Memory for the caches of a fixed number of requests. A pool takes only the caches that it allocated."""
 
-    def allocate(self) -> Any:
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of the keys and values of one token; 0 if the pool stores none."""
+        ...
+
+    def allocate(self) -> Cache:
         """Returns a new empty cache.
 
         Raises:
@@ -69,8 +82,12 @@ class Pool(Protocol):
         """
         ...
 
-    def copy(self, cache: Any) -> Any:
-        """Returns a new cache with the contents of another."""
+    def copy(self, cache: Any) -> Cache:
+        """Returns a new cache with the contents of another, which does not change.
+
+        Raises:
+            RuntimeError: every slot is in use.
+        """
         ...
 
     def free(self, cache: Any) -> None:
@@ -86,13 +103,15 @@ class Pool(Protocol):
 class Target(Protocol):
     """The model whose law is preserved. It does not sample or warp logits, and does not know the drafter or the rule.
 
+    Nobody outside writes to its weights. Draft heads read the members from `dtype` to `shared`.
+
     Attributes:
         has_own_threads: whether its forward runs on threads other than torch's.
         num_weight_bytes: size of the weights that every forward reads. That is all weights except an embedding that is not
             shared with the head.
         vocab_size: number of tokens.
         max_len: the context, in tokens.
-        config: the Transformers configuration.
+        config: the Transformers configuration of the text model; None if there is none.
     """
 
     has_own_threads: bool
@@ -101,7 +120,38 @@ class Target(Protocol):
     max_len: int
     config: Any
 
-    def new_pool(self, num_slots: int, max_len: int) -> Any:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the embeddings and features."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights, features and logits."""
+        ...
+
+    def embed(self, token_ids: Int[Tensor, " n"], /) -> Float[Tensor, "n d"]:
+        """Returns the input embeddings of tokens.
+
+        Raises:
+            ValueError: the target has none.
+        """
+        ...
+
+    def head(self, features: Float[Tensor, "n d"], /) -> Float[Tensor, "n v"]:
+        """Returns the logits of features after the last norm.
+
+        Raises:
+            ValueError: the target's output head cannot run by itself.
+        """
+        ...
+
+    @property
+    def shared(self) -> Mapping[str, Any] | None:
+        """The embedding and output head as compiled heads read them in place; None unless compiled code runs the target."""
+        ...
+
+    def new_pool(self, num_slots: int, max_len: int) -> Pool:
         """Returns a pool for `num_slots` requests of at most `max_len` tokens each."""
         ...
 

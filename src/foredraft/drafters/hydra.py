@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.core.contracts import Grower, Setting, Work
+from foredraft.core.contracts import Grower, Setting, Target, Work
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.compiled import FEW, CompiledHead, can_compile, compile_linears
 from foredraft.drafters.growing import paths_of
@@ -38,7 +38,7 @@ class HydraDrafter:
         self,
         head: HydraHeads,
         config: Any,
-        target: Any,
+        target: Target,
         grower: Grower,
         num_slots: int,
         *,

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.cache.pool import KVPool, Layout, rows_of
-from foredraft.core.contracts import Grower, Scores, Setting, Work
+from foredraft.core.contracts import Grower, Scores, Setting, Target, Work
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.compiled import FEW, CompiledHead, can_compile
 from foredraft.drafters.growing import next_pass
@@ -46,7 +46,7 @@ class RecurrentDrafter:
         self,
         head: FeatureHead | Eagle3Head,
         config: Any,
-        target: Any,
+        target: Target,
         grower: Grower,
         num_slots: int,
         *,

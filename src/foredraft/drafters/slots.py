@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.cache.pool import KVPool, Layout, index_of, rows_of
-from foredraft.core.contracts import Grower, Scores, Setting, Work
+from foredraft.core.contracts import Grower, Scores, Setting, Target, Work
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.compiled import FEW, CompiledHead, can_compile, compile_linears
 from foredraft.drafters.growing import paths_of
@@ -45,7 +45,7 @@ class LayerSlots:
         self,
         head: CtcHead,
         config: Any,
-        target: Any,
+        target: Target,
         num_slots: int,
         *,
         compiled: bool | None = None,

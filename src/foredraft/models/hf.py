@@ -78,7 +78,7 @@ class HFTarget:
         ValueError: the model has layers that cannot run over trees, or a layer without keys and values of its own.
     """
 
-    has_own_threads = False
+    has_own_threads, shared = False, None
 
     def __init__(self, model: PreTrainedModel, max_len: int | None = None):
         refuse_unsupported(model.config)

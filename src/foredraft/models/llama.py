@@ -73,7 +73,7 @@ class LlamaTarget:
         ValueError: the decoder does not support the configuration, or a weight is missing.
     """
 
-    has_own_threads = False
+    has_own_threads, shared = False, None
 
     def __init__(
         self,

@@ -31,9 +31,9 @@ from foredraft.drafters.prefixes import prefix_search, trie
 from foredraft.drafters.recurrent import RecurrentDrafter
 from foredraft.drafters.slots import LayerSlots
 from foredraft.heads import HEADS
+from foredraft.heads.eagle import FeatureHead
 from foredraft.heads.folder import layer_config, read_head
 from foredraft.heads.layers import Shape
-from foredraft.heads.modules import FeatureHead
 from foredraft.kernels import library
 from foredraft.llm import BUNDLED_TARGET
 from foredraft.models.checkpoint import ModelError, read_json

@@ -1,6 +1,6 @@
 """Compiled heads: runs the layers of EAGLE, FSPAD, EAGLE-3 and parallel slots in bfloat16 on a CPU with `kernels/decoder.c`.
 
-One call computes a level of the tree, or all slots. `foredraft.heads.modules` is the plain version. A test compares the two.
+One call computes a level of the tree, or all slots. `foredraft.heads` holds the plain version. A test compares the two.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from foredraft.cache.pool import KVCache
 from foredraft.core.contracts import Target
 from foredraft.core.tree import Ids, TreeBatch
+from foredraft.heads.ctc import CtcHead
+from foredraft.heads.eagle import Eagle3Head, FeatureHead
+from foredraft.heads.hydra import HydraHeads
 from foredraft.heads.layers import ResBlock, Shape
-from foredraft.heads.modules import CtcHead, Eagle3Head, FeatureHead, HydraHeads
 from foredraft.models.native import ONE_THREAD_BYTES, can_run, run_linear, run_residuals, run_step
 from foredraft.models.packed import (
     FEW,

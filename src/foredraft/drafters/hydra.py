@@ -16,7 +16,7 @@ from foredraft.drafters.compiled import FEW, CompiledHead, can_compile, compile_
 from foredraft.drafters.growing import paths_of
 from foredraft.drafters.pairs import PairCaches, PairState
 from foredraft.heads.folder import load_head
-from foredraft.heads.modules import HydraHeads
+from foredraft.heads.hydra import HydraHeads
 
 
 class HydraDrafter:

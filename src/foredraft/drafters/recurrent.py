@@ -16,8 +16,8 @@ from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.compiled import FEW, CompiledHead, can_compile
 from foredraft.drafters.growing import next_pass
 from foredraft.drafters.pairs import PairCaches, PairState
+from foredraft.heads.eagle import Eagle3Head, FeatureHead
 from foredraft.heads.folder import load_head
-from foredraft.heads.modules import Eagle3Head, FeatureHead
 from foredraft.models.graphs import Capture, Graphs, Masks, cuda_capture
 
 _SPARE_ROWS = 48

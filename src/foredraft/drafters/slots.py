@@ -20,8 +20,9 @@ from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.compiled import FEW, CompiledHead, can_compile, compile_linears
 from foredraft.drafters.growing import paths_of
 from foredraft.drafters.pairs import PairCaches, PairState
+from foredraft.heads.ctc import CtcHead
 from foredraft.heads.folder import load_head
-from foredraft.heads.modules import CtcHead, MedusaHeads
+from foredraft.heads.medusa import MedusaHeads
 from foredraft.models.graphs import Capture, Graphs, Masks, cuda_capture
 
 

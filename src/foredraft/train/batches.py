@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from foredraft.core.contracts import Target
-from foredraft.heads.modules import FINAL
+from foredraft.heads.layers import FINAL
 from foredraft.train.shards import Text, features_of, grouped
 
 POOL = 1024

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from foredraft.core.contracts import Target
-from foredraft.heads.modules import Foretelling
+from foredraft.heads.layers import Foretelling
 from foredraft.train.batches import Batch
 from foredraft.train.frozen import Frozen
 from foredraft.train.shards import Text

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from foredraft.cache.pool import PREFILL_CHUNK, KVCache, KVPool, Layout, lay_out, prefill
+from foredraft.cache.layout import Layout, lay_out
+from foredraft.cache.pool import PREFILL_CHUNK, KVCache, KVPool, prefill
 from foredraft.core.tree import TreeBatch
 from foredraft.models.table import TableTarget, random_law
 

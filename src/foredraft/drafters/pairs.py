@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.cache.pool import PREFILL_CHUNK, KVPool, Layout, lay_out
+from foredraft.cache.layout import Layout, lay_out
+from foredraft.cache.pool import PREFILL_CHUNK, KVPool
 from foredraft.core.tree import TreeBatch
 from foredraft.drafters.growing import Growing
 from foredraft.heads.layers import Attend, Shape

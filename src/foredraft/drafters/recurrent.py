@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.cache.pool import KVPool, Layout, rows_of
+from foredraft.cache.layout import Layout, rows_of
+from foredraft.cache.pool import KVPool
 from foredraft.core.contracts import Grower, Scores, Setting, Target, Work
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.compiled import FEW, CompiledHead, can_compile

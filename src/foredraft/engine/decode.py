@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.cache.pool import prefill, rows_of
+from foredraft.cache.layout import rows_of
+from foredraft.cache.pool import prefill
 from foredraft.core.contracts import AcceptanceRule, Budget, Drafter, Pool, Target, Verdict, Work
 from foredraft.core.draws import Draws
 from foredraft.core.law import PrefixProcessor, TargetLaw, at_least_float32

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from foredraft.cache.pool import KVCache, KVPool, Layout, lay_out
+from foredraft.cache.layout import Layout, lay_out
+from foredraft.cache.pool import KVCache, KVPool
 from foredraft.core.contracts import Scores
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.models.attention import attend, rotate

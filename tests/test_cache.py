@@ -52,6 +52,13 @@ def contents(cache: KVCache) -> Tensor:
     return cache.pool.kv[:, :, cache.slot, :, : cache.length].transpose(2, 3).clone()
 
 
+def test_bytes_of_a_token() -> None:
+    pool = new_pool(5)
+    assert pool.bytes_per_token == 2 * LAYERS * HEADS * DIM * 8
+    pool.reserve(3)
+    assert pool.kv.nbytes == pool.bytes_per_token * 5 * pool.kv.shape[4]
+
+
 def filled(pool: KVPool, length: int, seed: int = 0) -> KVCache:
     cache = pool.allocate()
     if length:

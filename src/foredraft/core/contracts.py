@@ -83,11 +83,7 @@ class Pool(Protocol):
         ...
 
     def copy(self, cache: Any) -> Cache:
-        """Returns a new cache with the contents of another, which does not change.
-
-        Raises:
-            RuntimeError: every slot is in use.
-        """
+        """Returns a new cache with the contents of another, which does not change. Raises as `allocate` does."""
         ...
 
     def free(self, cache: Any) -> None:

@@ -33,7 +33,8 @@ from foredraft.core.params import SamplingParams
 from foredraft.core.text import TextStream
 from foredraft.core.tree import TreeBatch
 from foredraft.drafters import DRAFTERS
-from foredraft.engine.decode import Continuation, autoregressive, paced, speculative
+from foredraft.engine.continuation import Continuation
+from foredraft.engine.decode import autoregressive, paced, speculative
 from foredraft.kernels import cpu_flags, library
 from foredraft.plan.config import AUTO, MAX_DEPTH, Speculation, Way
 from foredraft.plan.store import recalled

@@ -37,15 +37,14 @@ import torch
 from measuring import arguments, median, report, rounded, rounds
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from foredraft import SamplingParams
-from foredraft.core.contracts import Budget
+from foredraft import SamplingParams, heads
+from foredraft.core.contracts import Budget, Work
 from foredraft.core.draws import Draws
 from foredraft.core.progress import progress_bar
 from foredraft.drafters import slots
 from foredraft.drafters.compiled import CompiledLinear, compile_linears
 from foredraft.drafters.ctc import CtcDrafter
 from foredraft.drafters.recurrent import RecurrentDrafter
-from foredraft.heads import modules as heads
 from foredraft.heads.folder import layer_config
 from foredraft.heads.layers import Shape
 from foredraft.kernels import library
@@ -65,6 +64,9 @@ ALLOWED = {(1536, 1): 1.3, (1536, 10): 1.15, (384, 10): 1.7}
 
 CONTEXT, BLOCK = 256, 10
 """Number of pairs in the cache, and number of turns of a setting before the next setting."""
+
+TOKENS = list(range(7, 9 + CONTEXT))
+"""The text of a request: the tokens of the pairs, and the token before the first pair."""
 
 TREES = {1: ("chain", Budget(3, 3)), 10: ("topk", Budget(10, 3))}
 """Trees and budgets, by the number of rows of their second and later levels."""
@@ -128,7 +130,7 @@ class Setting:
         """Measures one tree, then the products."""
         self.state.clear()
         with on_the_clock(*self.expander) as levels, on_the_clock(*self.counted) as forwards:
-            self.drafter.propose([self.state], [self.budget], [SamplingParams(temperature=0)], [Draws(0)])
+            self.drafter.propose(work(self.state, TOKENS[-1], self.budget))
         began = perf_counter()
         self.bare()
         bare = perf_counter() - began
@@ -204,12 +206,17 @@ def target_of(width: int) -> NativeTarget:
 
 def started(drafter: Any, num_features: int) -> Any:
     """Starts a request with `CONTEXT` pairs in the drafter's cache and one more pair pending."""
-    tokens, features = list(range(7, 9 + CONTEXT)), torch.randn(CONTEXT + 1, num_features).bfloat16()
-    state = drafter.start(tokens[: CONTEXT + 1], features[:CONTEXT])
-    drafter.propose([state], [Budget(2, 2)], [SamplingParams(temperature=0)], [Draws(0)])
-    drafter.observe(state, tokens[CONTEXT + 1 :], features[CONTEXT:], [])
-    drafter.propose([state], [Budget(2, 2)], [SamplingParams(temperature=0)], [Draws(0)])
+    features = torch.randn(CONTEXT + 1, num_features).bfloat16()
+    state = drafter.start(TOKENS[:-1], features[:CONTEXT])
+    drafter.propose(work(state, TOKENS[-2], Budget(2, 2)))
+    drafter.observe(state, TOKENS[-1:], features[CONTEXT:], [])
+    drafter.propose(work(state, TOKENS[-1], Budget(2, 2)))
     return state
+
+
+def work(state: Any, root: int, budget: Budget) -> Work:
+    """Returns the work of one greedy request."""
+    return Work([state], [root], [budget], [SamplingParams(temperature=0)], [Draws(0)])
 
 
 def recurrent(method: str, target: NativeTarget, rows: int, bits: int) -> Setting:

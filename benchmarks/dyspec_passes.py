@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from foredraft.core.contracts import Budget
+from foredraft.core.contracts import Budget, Work
 from foredraft.core.draws import Draws
 from foredraft.core.folders import BUNDLED_LM, BUNDLED_TARGET
 from foredraft.core.params import SamplingParams
@@ -48,7 +48,7 @@ def count(model: Any, prompts: list[list[int]], nodes: int, width: int) -> dict[
     depths = []
     for number, prompt in enumerate(prompts):
         state = drafter.start(prompt, None)
-        batch = drafter.propose([state], [Budget(nodes, 64)], sampling, [Draws(number)])
+        batch = drafter.propose(Work([state], [prompt[-1]], [Budget(nodes, 64)], sampling, [Draws(number)]))
         depths.append(int(batch[0].depths.max()))
         drafter.finish(state)
     return {

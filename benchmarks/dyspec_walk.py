@@ -20,7 +20,7 @@ import torch
 
 from foredraft import LLM
 from foredraft.cache.pool import prefill
-from foredraft.core.contracts import AcceptanceRule, Budget, Target
+from foredraft.core.contracts import AcceptanceRule, Budget, Target, Work
 from foredraft.core.draws import Draws, hash_seed
 from foredraft.core.law import likeliest, warp
 from foredraft.core.params import SamplingParams
@@ -109,10 +109,10 @@ class Watched:
         self.saplings.append(tree)
         return self.grower.policy(tree)
 
-    def grow(self, drafter: Any, states: Any, roots: Any, budgets: Any, sampling: Any, draws: Any) -> TreeBatch:
+    def grow(self, drafter: Any, work: Work) -> TreeBatch:
         """Grows trees as in `foredraft.core.contracts.Grower`, and forgets the saplings before."""
         self.saplings = []
-        return grow_batch([self] * len(states), drafter, states, roots, budgets, sampling, draws)  # type: ignore[list-item]
+        return grow_batch([self] * len(work), drafter, work)  # type: ignore[list-item]
 
 
 @dataclass
@@ -223,14 +223,18 @@ class Wave:
                 self.drafter.finish(request[4])
 
     def _step(self, running: Sequence[Any], pool: Any, sampling: SamplingParams) -> None:
-        draws = [draw.at(len(tokens)) for tokens, _, _, draw, _ in running]
-        budgets = [Budget(self.nodes, min(MAX_DEPTH, self.nodes))] * len(running)
-        states = [request[4] for request in running]
-        batch = self.drafter.propose(states, budgets, [sampling] * len(running), draws)
+        work = Work(
+            states=[request[4] for request in running],
+            roots=[request[0][-1] for request in running],
+            budgets=[Budget(self.nodes, min(MAX_DEPTH, self.nodes))] * len(running),
+            sampling=[sampling] * len(running),
+            draws=[draw.at(len(tokens)) for tokens, _, _, draw, _ in running],
+        )
+        batch = self.drafter.propose(work)
         for b, (tokens, most, cache, _, state) in enumerate(running):
             tree = batch[b]
             tree_law = PathLaw(self.llm.target, cache, tree, sampling)
-            verdict = self.rule(tree, tree_law, draws[b])  # type: ignore[arg-type]
+            verdict = self.rule(tree, tree_law, work.draws[b])  # type: ignore[arg-type]
             grown = self.drafter.grower.saplings[b]  # type: ignore[attr-defined]
             self.tally.add(tree, grown, verdict.path)
             new = [*tree.tokens[verdict.path].tolist(), verdict.next_token]

@@ -12,7 +12,7 @@ import numpy as np
 from measuring import read_prompts
 
 from foredraft import LLM
-from foredraft.core.contracts import Budget
+from foredraft.core.contracts import Budget, Work
 from foredraft.core.draws import Draws
 from foredraft.core.folders import BUNDLED_LM
 from foredraft.core.params import SamplingParams
@@ -77,7 +77,8 @@ def grown_trees(nodes: int, count: int) -> list[DraftTree]:
     drafter = LMDrafter(model, grower, model.vocab_size, 1)
     for number, prompt in enumerate(read_prompts(plain, count)):
         state = drafter.start(prompt, None)
-        drafter.propose([state], [Budget(nodes - 1, 64)], [SamplingParams(temperature=0.6)], [Draws(number)])
+        sampling = SamplingParams(temperature=0.6)
+        drafter.propose(Work([state], [prompt[-1]], [Budget(nodes - 1, 64)], [sampling], [Draws(number)]))
         drafter.finish(state)
     return grower.trees
 

@@ -255,9 +255,9 @@ def test_slower_steps_are_slower_than_plain_ones() -> None:
     plain = measure.Timed(target, None, None, 0, [1], SamplingParams(temperature=0), 2)
 
     class Slow(Full):
-        def propose(self, *arguments: Any) -> Any:
+        def propose(self, work: Any) -> Any:
             sleep(0.01)
-            return super().propose(*arguments)
+            return super().propose(work)
 
     slow = measure.Timed(target, Slow(), RULES["deterministic"].rule, 2, [1], SamplingParams(temperature=0), 2)
     assert measure.slowdown_of(slow, plain) > 2

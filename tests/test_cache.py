@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from foredraft.cache.pool import PREFILL_CHUNK, KVCache, KVPool, Layout, lay_out, prefill
+from foredraft.cache.layout import Layout, lay_out
+from foredraft.cache.pool import PREFILL_CHUNK, KVCache, KVPool, prefill
 from foredraft.core.tree import TreeBatch
 from foredraft.models.table import TableTarget, random_law
 
@@ -49,6 +50,13 @@ def run(
 def contents(cache: KVCache) -> Tensor:
     """What a cache holds, [2, L, T, H, D]."""
     return cache.pool.kv[:, :, cache.slot, :, : cache.length].transpose(2, 3).clone()
+
+
+def test_bytes_of_a_token() -> None:
+    pool = new_pool(5)
+    assert pool.bytes_per_token == 2 * LAYERS * HEADS * DIM * 8
+    pool.reserve(3)
+    assert pool.kv.nbytes == pool.bytes_per_token * 5 * pool.kv.shape[4]
 
 
 def filled(pool: KVPool, length: int, seed: int = 0) -> KVCache:

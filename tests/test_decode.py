@@ -18,7 +18,8 @@ from foredraft.drafters.lm import LMDrafter
 from foredraft.drafters.lookup_first import LookupFirst
 from foredraft.drafters.ngram import NgramDrafter
 from foredraft.drafters.suffix import SuffixDrafter
-from foredraft.engine.decode import Continuation, autoregressive, speculative
+from foredraft.engine.continuation import Continuation
+from foredraft.engine.decode import autoregressive, speculative
 from foredraft.models.table import Law, TableTarget, random_law
 from foredraft.rules import RULES
 from foredraft.trees import GROWERS

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from exact import MEASURED
-from foredraft.core.contracts import Budget
+from foredraft.core.contracts import Budget, Work
 from foredraft.core.draws import Draws
 from foredraft.core.params import SamplingParams
 from foredraft.core.tree import DraftTree, Drawn
@@ -36,8 +36,8 @@ def texts(count: int, seed: int = 0) -> list[Text]:
     return [[rng.randrange(1 + i % 5) for _ in range(1 + i // 4)] for i in range(count)]
 
 
-def propose(drafter: Any, state: Any, budget: Budget, sampling: SamplingParams = GREEDY, seed: int = 0) -> DraftTree:
-    [tree] = drafter.propose([state], [budget], [sampling], [Draws(seed)])
+def propose(drafter: Any, state: Any, root: int, budget: Budget, sampling: SamplingParams = GREEDY) -> DraftTree:
+    [tree] = drafter.propose(Work([state], [root], [budget], [sampling], [Draws(0)]))
     return tree
 
 
@@ -63,7 +63,7 @@ def test_ngram_is_the_naive_lookup(most: int, least: int) -> None:
     for text in texts(120):
         for budget in (Budget(0, 0), Budget(5, 0), Budget(1, 1), Budget(3, 9), Budget(9, 3), Budget(64, 64)):
             expected = looked_up(text, most, least, min(budget))
-            tree = propose(drafter, drafter.start(text, None), budget)
+            tree = propose(drafter, drafter.start(text, None), text[-1], budget)
             assert shape(tree) == ([text[-1], *expected], list(range(-1, len(expected))))
             assert set(tree.drawn.tolist()) == {Drawn.DETERMINISTIC}
             found += bool(expected)
@@ -109,7 +109,7 @@ def test_suffix_is_the_naive_count(max_depth: int, factor: float, min_prob: floa
     for text in texts(70):
         state = drafter.start(text, None)
         for budget in (Budget(0, 0), Budget(4, 0), Budget(1, 1), Budget(6, 4)):
-            tree = propose(drafter, state, budget)
+            tree = propose(drafter, state, text[-1], budget)
             assert shape(tree) == suffix_tree(text, budget, max_depth, factor, min_prob)
             branched += any(len(children) > 1 for children in tree.children)
     assert branched > 5
@@ -119,7 +119,7 @@ def test_suffix_with_room_drafts_every_continuation_once() -> None:
     drafter = SuffixDrafter(64, 64.0, 0.0)
     for text in texts(60, seed=1):
         context, depth = repeated_suffix(text), 3
-        tree = propose(drafter, drafter.start(text, None), Budget(1024, depth))
+        tree = propose(drafter, drafter.start(text, None), text[-1], Budget(1024, depth))
         found = [tuple(tree.tokens[tree.path_to(node)].tolist()) for node in range(1, tree.num_nodes)]
         ends = [i + len(context) for i in range(len(text)) if context and text[i : i + len(context)] == context]
         expected = {tuple(text[end : end + size]) for end in ends for size in range(1, depth + 1) if end + size <= len(text)}
@@ -134,11 +134,11 @@ def test_observing_piece_by_piece_is_reading_the_whole(make: Any) -> None:
         cuts = sorted({1, len(text), *rng.choices(range(1, len(text) + 1), k=4)})
         state = drafter.start(text[: cuts[0]], None)
         for first, last in pairwise(cuts):
-            propose(drafter, state, Budget(8, 8))  # proposing changes nothing
+            propose(drafter, state, text[first - 1], Budget(8, 8))  # proposing changes nothing
             drafter.observe(state, text[first:last], None, ())
         whole = drafter.start(text, None)
         assert state == whole
-        assert shape(propose(drafter, state, Budget(8, 8))) == shape(propose(drafter, whole, Budget(8, 8)))
+        assert shape(propose(drafter, state, text[-1], Budget(8, 8))) == shape(propose(drafter, whole, text[-1], Budget(8, 8)))
 
 
 @pytest.mark.parametrize(
@@ -199,10 +199,11 @@ def test_lm_after_some_steps_is_as_if_started_anew(tree: str, sampling: Sampling
     for step in range(7):
         budgets = [rng.choice([Budget(0, 0), Budget(6, 0), Budget(1, 1), Budget(5, 2), Budget(9, 9)]) for _ in tokens]
         draws = [Draws(7).at(len(one)) for one in tokens]
-        batch = drafter.propose(states, budgets, [sampling] * 2, draws)
+        work = Work(states, [text[-1] for text in tokens], budgets, [sampling] * 2, draws)
+        batch = drafter.propose(work)
         for b in range(2):
             fresh = drafter.start(tokens[b], None)
-            [expected] = drafter.propose([fresh], [budgets[b]], [sampling], [draws[b]])
+            [expected] = drafter.propose(work.part([b], [fresh]))
             drafter.finish(fresh)
             assert_same_tree(batch[b], expected)
             path, committed = next_commit(rng, batch[b])
@@ -217,10 +218,10 @@ def test_lm_after_some_steps_is_as_if_started_anew(tree: str, sampling: Sampling
 def test_lm_runs_long_texts_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     text = [random.Random(0).randrange(3, 105) for _ in range(60)]
     drafter = lm_drafter()
-    whole = propose(drafter, drafter.start(text, None), Budget(8, 8), SAMPLED)
+    whole = propose(drafter, drafter.start(text, None), text[-1], Budget(8, 8), SAMPLED)
     for name in ("foredraft.cache.pool.PREFILL_CHUNK", "foredraft.drafters.lm.PREFILL_CHUNK"):
         monkeypatch.setattr(name, 7)
-    assert_same_tree(propose(drafter, drafter.start(text, None), Budget(8, 8), SAMPLED), whole)
+    assert_same_tree(propose(drafter, drafter.start(text, None), text[-1], Budget(8, 8), SAMPLED), whole)
 
 
 @pytest.mark.parametrize(("length", "deepest"), [(250, 6), (255, 1), (256, 0), (300, 0)])
@@ -228,22 +229,22 @@ def test_lm_stops_at_the_end_of_its_own_context(length: int, deepest: int) -> No
     """The draft model's context is 256: a node at depth d stands at position length - 1 + d."""
     drafter = lm_drafter("chain")
     state = drafter.start([7] * length, None)
-    tree = propose(drafter, state, Budget(9, 9), SAMPLED)
+    tree = propose(drafter, state, 7, Budget(9, 9), SAMPLED)
     assert tree.depths.max() == deepest
     drafter.observe(state, [*tree.tokens[1:].tolist(), 9, 9], None, list(range(1, tree.num_nodes)))
-    assert propose(drafter, state, Budget(9, 9), SAMPLED).num_nodes == max(1, 1 + 256 - (length + deepest + 2))
+    assert propose(drafter, state, 9, Budget(9, 9), SAMPLED).num_nodes == max(1, 1 + 256 - (length + deepest + 2))
 
 
 def test_lm_reads_tokens_that_only_the_target_has() -> None:
     """A target whose vocabulary is padded: ids beyond the draft model's may stand in the text, and are never drafted."""
     drafter = lm_drafter("topk", vocab_size=112, topk=3)
     state = drafter.start([5, 110, 6, 111], None)
-    for _ in range(3):
-        tree = propose(drafter, state, Budget(8, 3), SAMPLED)
+    for root in (111, 108, 108):
+        tree = propose(drafter, state, root, Budget(8, 3), SAMPLED)
         assert tree.num_nodes == 9
         assert tree.tokens[1:].max() < 105
         drafter.observe(state, [int(tree.tokens[1]), 108], None, [1])
-    assert propose(drafter, state, Budget(1, 1)).tokens[0] == 108
+    assert propose(drafter, state, 108, Budget(1, 1)).tokens[0] == 108
 
 
 # --- Vocabularies

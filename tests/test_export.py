@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
 from foredraft.cli.doctor import doctor
-from foredraft.core.contracts import Budget, Setting
+from foredraft.core.contracts import Budget, Setting, Work
 from foredraft.core.draws import Draws
 from foredraft.core.params import SamplingParams as Sampling
 from foredraft.core.tree import TreeBatch
@@ -257,11 +257,11 @@ class Asking:
     def __init__(self) -> None:
         self.rows: list[Tensor] = []
 
-    def grow(self, drafter: Any, given: Any, roots: Any, budgets: Any, sampling: Any, draws: Any) -> TreeBatch:
-        tokens = [roots[0], *PATH]
+    def grow(self, drafter: Any, work: Work) -> TreeBatch:
+        tokens = [work.roots[0], *PATH]
         batch = TreeBatch.chains([tokens], [[-1, *range(len(PATH))]])
-        for node in range(min(len(tokens), budgets[0].depth)):
-            self.rows += drafter.expand(given, batch, np.array([node]))
+        for node in range(min(len(tokens), work.budgets[0].depth)):
+            self.rows += drafter.expand(work.states, batch, np.array([node]))
         return batch
 
 
@@ -283,7 +283,7 @@ def converted_logits(folder: Path, method: str) -> list[Tensor]:
     known = TreeBatch.chains([TOKENS[:-1]])
     features = target().forward(known, [cache], np.empty(0, np.int64), feature_layers=drafter.feature_layers).features
     state = drafter.start(TOKENS, features)
-    drafter.propose([state], [Budget(8, 8)], [Sampling()], [Draws(0)])
+    drafter.propose(Work([state], TOKENS[-1:], [Budget(8, 8)], [Sampling()], [Draws(0)]))
     return grower.rows
 
 

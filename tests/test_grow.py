@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from exact import MEASURED, TableExpander, any_table, expected_tokens, tree_law
-from foredraft.core.contracts import Budget
+from foredraft.core.contracts import Budget, Work
 from foredraft.core.draws import Draws
 from foredraft.core.params import SamplingParams
 from foredraft.core.tree import DraftTree, TreeBatch, ancestor_mask, bfs_order, dfs_order, heavy_path_order
@@ -31,7 +31,8 @@ PREFIX = (0,)
 
 def grow(grower: Any, law: Law, vocab_size: int, budget: Budget, seed: int = 0, temperature: float = 1.0) -> DraftTree:
     drafter = TableExpander(law, vocab_size, PREFIX)
-    return grower.grow(drafter, [None], [PREFIX[-1]], [budget], [SamplingParams(temperature=temperature)], [Draws(seed)])[0]
+    sampling = SamplingParams(temperature=temperature)
+    return grower.grow(drafter, Work([None], [PREFIX[-1]], [budget], [sampling], [Draws(seed)]))[0]
 
 
 def nodes_of(tree: DraftTree) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -110,7 +111,7 @@ def test_dyspec_passes_do_not_grow_with_the_tree() -> None:
     law = random_law(64, 5, concentration=0.05)
     for nodes in (16, 64, 256):
         drafter = TableExpander(law, 64, PREFIX)
-        DySpec(width=16).grow(drafter, [None], [0], [Budget(nodes, 64)], [SamplingParams()], [Draws(1)])
+        DySpec(width=16).grow(drafter, Work([None], [0], [Budget(nodes, 64)], [SamplingParams()], [Draws(1)]))
         assert drafter.num_passes <= 6 + nodes / 8
         assert drafter.num_evaluated <= nodes + 1
 
@@ -309,7 +310,7 @@ def test_laws_over_a_large_vocabulary_are_cut(name: str, temperature: float) -> 
             return logits.expand(len(node_ids), -1)
 
     sampling = SamplingParams(temperature=temperature)
-    [tree] = GROWERS[name].grower().grow(Drafter(), [None], [5], [Budget(8, 8)], [sampling], [Draws(3)])
+    [tree] = GROWERS[name].grower().grow(Drafter(), Work([None], [5], [Budget(8, 8)], [sampling], [Draws(3)]))
     likeliest = logits.topk(LARGE_CUT).indices
     assert set(tree.tokens[1:].tolist()) <= set(likeliest.tolist())
     drawn = [node for node, siblings in enumerate(tree.children) if siblings and tree.drawn[node]]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from few_bits import FewBitsTarget, in_few_bits, round_inputs
 from foredraft import LLM
-from foredraft.core.contracts import Budget, Setting
+from foredraft.core.contracts import Budget, Setting, Work
 from foredraft.core.draws import Draws
 from foredraft.core.folders import BUNDLED_TARGET
 from foredraft.core.params import SamplingParams
@@ -30,9 +30,9 @@ from foredraft.drafters.hydra import HydraDrafter
 from foredraft.drafters.recurrent import RecurrentDrafter
 from foredraft.drafters.slots import LayerSlots
 from foredraft.heads import HEADS
+from foredraft.heads.eagle import FeatureHead
 from foredraft.heads.folder import layer_config, read_head
 from foredraft.heads.layers import Shape
-from foredraft.heads.modules import FeatureHead
 from foredraft.importers.convert import examine
 from foredraft.kernels import library
 from foredraft.kernels.layouts import FEW, FULL
@@ -146,6 +146,11 @@ def features_of(tokens: list[int], layers: Any) -> Tensor:
     return scores.features.clone()
 
 
+def work_of(states: list[Any], roots: list[int], budget: Budget, temperature: float | int = 1) -> Work:
+    many = len(states)
+    return Work(states, roots, [budget] * many, [SamplingParams(temperature=temperature)] * many, [Draws(0)] * many)
+
+
 class Remembering:
     """A grower that asks for the laws of a fixed tree level by level and remembers them."""
 
@@ -153,12 +158,12 @@ class Remembering:
         self.tree = TreeBatch.chains([tokens], [parents])[0]
         self.rows: dict[int, Tensor] = {}
 
-    def grow(self, drafter: Any, states: Any, roots: Any, budgets: Any, sampling: Any, draws: Any) -> TreeBatch:
-        batch = TreeBatch.chains([[roots[0], *self.tree.tokens[1:].tolist()]], [self.tree.parents.tolist()])
+    def grow(self, drafter: Any, work: Work) -> TreeBatch:
+        batch = TreeBatch.chains([[work.roots[0], *self.tree.tokens[1:].tolist()]], [self.tree.parents.tolist()])
         self.tree = batch[0]
-        for depth in range(min(int(self.tree.depths.max()), budgets[0].depth - 1) + 1):
+        for depth in range(min(int(self.tree.depths.max()), work.budgets[0].depth - 1) + 1):
             nodes = np.flatnonzero(self.tree.depths == depth)
-            self.rows |= dict(zip(nodes.tolist(), drafter.expand(states, batch, nodes), strict=True))
+            self.rows |= dict(zip(nodes.tolist(), drafter.expand(work.states, batch, nodes), strict=True))
         return batch
 
 
@@ -225,7 +230,7 @@ def test_drafts_behind_its_cache_what_it_says_without_one(method: str, shape: st
     known = 5
     state = drafter.start(TOKENS[:known], features_of(TOKENS[: known - 1], drafter.feature_layers))
     for more in (1, 4, 0):
-        drafter.propose([state], [Budget(8, 8)], [SamplingParams()], [Draws(0)])
+        drafter.propose(work_of([state], [TOKENS[known - 1]], Budget(8, 8)))
         tree: DraftTree = grower.tree
         assert len(grower.rows) > 1
         for node, row in grower.rows.items():
@@ -274,10 +279,10 @@ def test_a_prompt_of_one_token_drafts_nothing_until_the_target_has_run() -> None
     for method in HEADS:
         drafter = drafter_of(method, GROWERS["chain"].grower())
         state = drafter.start(TOKENS[:1], None)
-        [batch] = [drafter.propose([state], [Budget(4, 4)], [SamplingParams()], [Draws(0)])]
+        [batch] = [drafter.propose(work_of([state], TOKENS[:1], Budget(4, 4)))]
         assert len(batch.tokens) == 1
         drafter.observe(state, TOKENS[1:2], features_of(TOKENS[:1], drafter.feature_layers), [])
-        assert len(drafter.propose([state], [Budget(4, 4)], [SamplingParams(temperature=0)], [Draws(0)]).tokens) > 1
+        assert len(drafter.propose(work_of([state], TOKENS[1:2], Budget(4, 4), 0)).tokens) > 1
         drafter.finish(state)
 
 
@@ -289,7 +294,7 @@ def test_a_long_prompt_is_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(pairs, "PREFILL_CHUNK", chunk)
             drafter = drafter_of(method, GROWERS["topk"].grower())
             state = drafter.start(tokens, features_of(tokens[:-1], drafter.feature_layers))
-            trees.append(drafter.propose([state], [Budget(8, 4)], [SamplingParams(temperature=0)], [Draws(0)]).tokens.tolist())
+            trees.append(drafter.propose(work_of([state], tokens[-1:], Budget(8, 4), 0)).tokens.tolist())
         assert trees[0] == trees[1]
 
 
@@ -299,8 +304,9 @@ def test_slots_are_filled_up_to_the_end_of_the_context() -> None:
     text = (TOKENS * 20)[:end]
     for method in ("parallel", "ctc"):
         drafter = drafter_of(method, GROWERS["chain"].grower() if method == "parallel" else None, num_slots=3)
-        states = [drafter.start(text[:n], features_of(text[: n - 1], drafter.feature_layers)) for n in (end - 1, end, 9)]
-        batch = drafter.propose(states, [Budget(8, 8)] * 3, [SamplingParams(temperature=0)] * 3, [Draws(0)] * 3)
+        lengths = end - 1, end, 9
+        states = [drafter.start(text[:n], features_of(text[: n - 1], drafter.feature_layers)) for n in lengths]
+        batch = drafter.propose(work_of(states, [text[n - 1] for n in lengths], Budget(8, 8), 0))
         depths = [int(batch[b].depths.max()) for b in range(3)]
         assert depths[0] == 2
         assert depths[1] == 1
@@ -314,7 +320,7 @@ def test_a_ctc_trie_is_that_of_the_slots_at_the_temperature_of_draft_laws() -> N
     features = features_of(TOKENS[:8], drafter.feature_layers)
     states = [drafter.start(TOKENS[:9], features) for _ in range(2)]
     sampling = [SamplingParams(temperature=one) for one in (0.0, 1.0)]
-    batch = drafter.propose(states, [Budget(12, 6)] * 2, sampling, [Draws(0)] * 2)
+    batch = drafter.propose(replace(work_of(states, [TOKENS[8]] * 2, Budget(12, 6)), sampling=sampling))
     trees = [(batch[b].tokens.tolist(), batch[b].parents.tolist()) for b in range(2)]
     slots = torch.stack([without_cache("ctc", TOKENS[:9], [0] * k) for k in range(drafter.slots.num_tokens)]).double()
     for tree, heat in zip(trees, (0.6, 1.0), strict=True):
@@ -384,7 +390,7 @@ def test_the_compiled_layer_is_the_plain_one(method: str, options: dict[str, Any
         drafter = RecurrentDrafter(head, config, native, grower, 1, compiled=compiled, weight_bits=bits)
         state, found = drafter.start(tokens[:30], features[:29]), []
         for more in (3, 0):
-            drafter.propose([state], [Budget(8, 8)], [SamplingParams()], [Draws(0)])
+            drafter.propose(work_of([state], [tokens[29 if more else 32]], Budget(8, 8)))
             found += [grower.rows[node].float() for node in sorted(grower.rows)]
             grower.rows = {}
             if more:
@@ -481,9 +487,9 @@ def test_the_compiled_prefix_layer_is_the_plain_one(
     def logits(begins: list[int], compiled: bool) -> Tensor:
         drafter = HydraDrafter(head, config, native, (grower := Roots()), len(begins), compiled=compiled, weight_bits=bits)
         states = [drafter.start(tokens[: begin + 1], features[:begin]) for begin in begins]
-        found, many = [], len(begins)
+        found = []
         for more in (2, 0):
-            drafter.propose(states, [Budget(1, 1)] * many, [SamplingParams()] * many, [Draws(0)] * many)
+            drafter.propose(work_of(states, [tokens[begin if more else begin + 2] for begin in begins], Budget(1, 1)))
             found.append(grower.logits.float())
             for state, begin in zip(states, begins, strict=True):
                 if more:

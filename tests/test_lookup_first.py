@@ -64,9 +64,9 @@ def test_the_draft_model_knows_the_whole_text_after_steps_it_was_not_asked_in(mo
     other, seen = drafter._other, []
     propose = other.propose
 
-    def watched(states, *rest):  # type: ignore[no-untyped-def]
-        batch = propose(states, *rest)
-        [state] = states
+    def watched(work):  # type: ignore[no-untyped-def]
+        batch = propose(work)
+        [state] = work.states
         if state.place:  # where there is room for no more than the next token, nothing is run
             seen.append((state.num_committed, state.cache.length + len(state.pending), state.tokens[state.place[0]]))
         return batch
@@ -89,21 +89,21 @@ def test_a_head_drafts_after_lookups_as_if_it_began_there(method: str, monkeypat
     assert isinstance(drafter, LookupFirst)
     propose, steps = drafter.propose, []
 
-    def watched(states, *rest):  # type: ignore[no-untyped-def]
+    def watched(work):  # type: ignore[no-untyped-def]
         before = drafter.num_looked_up
-        batch = propose(states, *rest)
-        steps.append((drafter.num_looked_up > before, list(states[0].lookup.tokens), rest, batch[0]))
+        batch = propose(work)
+        steps.append((drafter.num_looked_up > before, list(work.states[0].lookup.tokens), work, batch[0]))
         return batch
 
     monkeypatch.setattr(drafter, "propose", watched)
     llm.generate(PROMPTS[2], SamplingParams(temperature=0, max_tokens=80, ignore_eos=True))
     late = [step for before, step in pairwise(steps) if before[0] and not step[0]]
     assert len(late) > 3
-    for _, text, rest, tree in late:
+    for _, text, work, tree in late:
         pool = llm.target.new_pool(1, len(text))
         [chunks] = prefill(llm.target, pool, [pool.allocate()], [text[:-1]], feature_layers=drafter.feature_layers)
         fresh = drafter._other.start(text, torch.cat([one.features for one in chunks if one.features is not None]))
-        found = drafter._other.propose([fresh], *rest)[0]
+        found = drafter._other.propose(work.part([0], [fresh]))[0]
         drafter._other.finish(fresh)
         assert (found.tokens.tolist(), found.parents.tolist()) == (tree.tokens.tolist(), tree.parents.tolist())
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from exact import MEASURED, Grown, joint_law, target_joint, tree_law
-from foredraft.core.contracts import Budget, Verdict
+from foredraft.core.contracts import Budget, Verdict, Work
 from foredraft.core.draws import Draws
 from foredraft.core.law import TargetLaw
 from foredraft.core.tree import DraftTree, Drawn
@@ -252,9 +252,9 @@ class Altered:
     grower: Any
     alter: Any
 
-    def grow(self, *arguments: Any) -> Any:
+    def grow(self, drafter: Any, work: Work) -> Any:
         sapling = []
-        batch = self.grower.grow(*arguments)
+        batch = self.grower.grow(drafter, work)
         tree = batch[0]
         keep = self.alter(tree)
         place = {node: i for i, node in enumerate(keep)} | {-1: -1}

@@ -26,7 +26,8 @@ from foredraft.core.draws import Draws
 from foredraft.core.law import TargetLaw, solid
 from foredraft.core.text import TextStream
 from foredraft.core.tree import TreeBatch
-from foredraft.engine.decode import Continuation, autoregressive, speculative
+from foredraft.engine.continuation import Continuation
+from foredraft.engine.decode import autoregressive, speculative
 from foredraft.models.table import TableTarget
 from foredraft.rules import RULES
 from test_decode import CASES, PROMPT, TARGET, assert_equal_laws, lm_drafter

@@ -10,7 +10,7 @@ import torch
 
 from exact import TableExpander, enumerate_branches, expected_tokens, tree_law
 from foredraft import kernels as compiled
-from foredraft.core.contracts import Budget
+from foredraft.core.contracts import Budget, Work
 from foredraft.core.draws import Draws
 from foredraft.core.law import TargetLaw
 from foredraft.core.params import SamplingParams
@@ -151,7 +151,7 @@ def test_certain_laws_give_the_verdict_of_the_rule_itself(tree: str, options: di
     for seed in range(150):
         drafter = TableExpander(random_law(3, seed % 9), 3, (0,))
         grower = GROWERS[tree].grower(**options)
-        [grown] = [grower.grow(drafter, [None], [0], [Budget(6, 3)], [SamplingParams()], [Draws(seed)])[0]]
+        [grown] = [grower.grow(drafter, Work([None], [0], [Budget(6, 3)], [SamplingParams()], [Draws(seed)]))[0]]
         rows = np.eye(3)[rng.integers(3, size=grown.num_nodes)]
         fast, plain = (RULES[rule].rule(grown, law_of_rows(rows, temperature=t), Draws(seed)) for t in (0.0, 1.0))
         assert fast == plain

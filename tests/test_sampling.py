@@ -28,7 +28,8 @@ from foredraft.core.processors import prefix_processors
 from foredraft.core.text import TextStream
 from foredraft.core.tree import TreeBatch
 from foredraft.drafters.lm import LMDrafter
-from foredraft.engine.decode import Continuation, autoregressive, speculative
+from foredraft.engine.continuation import Continuation
+from foredraft.engine.decode import autoregressive, speculative
 from foredraft.models.table import TableTarget, random_law
 from foredraft.rules import RULES
 from foredraft.trees import GROWERS

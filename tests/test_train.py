@@ -23,9 +23,9 @@ from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
 from foredraft.core import typed
 from foredraft.heads import HEADS
+from foredraft.heads.eagle import Eagle3Head, FeatureHead
 from foredraft.heads.folder import read_head
-from foredraft.heads.layers import Shape
-from foredraft.heads.modules import Eagle3Head, FeatureHead, Foretelling
+from foredraft.heads.layers import Foretelling, Shape
 from foredraft.models.checkpoint import ModelError, fingerprint
 from foredraft.models.loading import fingerprint_of
 from foredraft.train import loop, shards

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from foredraft.core.tree import DraftTree as DraftTree
     from foredraft.core.tree import TreeBatch as TreeBatch
     from foredraft.drafters import DRAFTERS as DRAFTERS
-    from foredraft.engine.decode import Logprob as Logprob
+    from foredraft.engine.continuation import Logprob as Logprob
     from foredraft.engine.engine import CompletionOutput as CompletionOutput
     from foredraft.engine.engine import RequestOutput as RequestOutput
     from foredraft.llm import LLM as LLM
@@ -30,7 +30,7 @@ _HOMES = {
     "SamplingParams": "core.params",
     "RequestOutput": "engine.engine",
     "CompletionOutput": "engine.engine",
-    "Logprob": "engine.decode",
+    "Logprob": "engine.continuation",
     "Metrics": "core.metrics",
     "DraftTree": "core.tree",
     "TreeBatch": "core.tree",

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foredraft.core.contracts import AcceptanceRule, Budget, Verdict
+from foredraft.core.contracts import AcceptanceRule, Budget, Verdict, Work
 from foredraft.core.draws import Draws, Key
 from foredraft.core.law import TargetLaw
 from foredraft.core.params import SamplingParams
@@ -163,7 +163,7 @@ def tree_law(
     def run(draws: Any) -> DraftTree:
         drafter = TableExpander(draft, vocab_size, prefix)
         sampling = SamplingParams(temperature=temperature)
-        return grower.grow(drafter, [None], [prefix[-1]], [budget], [sampling], [draws])[0]
+        return grower.grow(drafter, Work([None], [prefix[-1]], [budget], [sampling], [draws]))[0]
 
     for prob, tree, replay in enumerate_branches(run):
         laws = b"".join(b"-" if (row := tree.law(node)) is None else row.numpy().tobytes() for node in range(tree.num_nodes))

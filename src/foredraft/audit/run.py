@@ -23,7 +23,7 @@ from foredraft.core.processors import prefix_processors
 from foredraft.core.progress import progress_bar
 from foredraft.core.tree import DraftTree, Ids, TreeBatch
 from foredraft.drafters import DRAFTERS
-from foredraft.engine.decode import Continuation
+from foredraft.engine.continuation import Continuation
 from foredraft.engine.engine import require_whole
 from foredraft.llm import LLM
 from foredraft.plan.speculation import PLAIN

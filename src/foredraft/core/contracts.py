@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from foredraft.core.draws import Draws
@@ -50,18 +51,30 @@ class Verdict:
 class Cache(Protocol):
     """A request's handle into a pool. It holds every committed token except the root."""
 
-    length: int
+    @property
+    def length(self) -> int:
+        """Number of committed tokens in the cache."""
+        ...
 
     def truncate(self, length: int) -> None:
-        """Forgets everything after the first `length` tokens."""
+        """Forgets everything after the first `length` tokens.
+
+        Raises:
+            ValueError: the cache holds fewer tokens.
+        """
         ...
 
 
 @runtime_checkable
 class Pool(Protocol):
-    """Memory for the caches of a fixed number of requests."""
+    """Memory for the caches of a fixed number of requests. A pool takes only the caches that it allocated."""
 
-    def allocate(self) -> Any:
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of the keys and values of one token; 0 if the pool stores none."""
+        ...
+
+    def allocate(self) -> Cache:
         """Returns a new empty cache.
 
         Raises:
@@ -69,8 +82,8 @@ class Pool(Protocol):
         """
         ...
 
-    def copy(self, cache: Any) -> Any:
-        """Returns a new cache with the contents of another."""
+    def copy(self, cache: Any) -> Cache:
+        """Returns a new cache with the contents of another, which does not change. Raises as `allocate` does."""
         ...
 
     def free(self, cache: Any) -> None:
@@ -86,13 +99,15 @@ class Pool(Protocol):
 class Target(Protocol):
     """The model whose law is preserved. It does not sample or warp logits, and does not know the drafter or the rule.
 
+    Nobody outside writes to its weights. Draft heads read the members from `dtype` to `shared`.
+
     Attributes:
         has_own_threads: whether its forward runs on threads other than torch's.
         num_weight_bytes: size of the weights that every forward reads. That is all weights except an embedding that is not
             shared with the head.
         vocab_size: number of tokens.
         max_len: the context, in tokens.
-        config: the Transformers configuration.
+        config: the Transformers configuration of the text model; None if there is none.
     """
 
     has_own_threads: bool
@@ -101,7 +116,38 @@ class Target(Protocol):
     max_len: int
     config: Any
 
-    def new_pool(self, num_slots: int, max_len: int) -> Any:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the embeddings and features."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights, features and logits."""
+        ...
+
+    def embed(self, token_ids: Int[Tensor, " n"], /) -> Float[Tensor, "n d"]:
+        """Returns the input embeddings of tokens.
+
+        Raises:
+            ValueError: the target has none.
+        """
+        ...
+
+    def head(self, features: Float[Tensor, "n d"], /) -> Float[Tensor, "n v"]:
+        """Returns the logits of features after the last norm.
+
+        Raises:
+            ValueError: the target's output head cannot run by itself.
+        """
+        ...
+
+    @property
+    def shared(self) -> Mapping[str, Any] | None:
+        """The embedding and output head as compiled heads read them in place; None unless compiled code runs the target."""
+        ...
+
+    def new_pool(self, num_slots: int, max_len: int) -> Pool:
         """Returns a pool for `num_slots` requests of at most `max_len` tokens each."""
         ...
 
@@ -120,6 +166,44 @@ class Target(Protocol):
         can thus grow a tree in several passes. The lengths of the caches do not change, because only `Pool.keep` commits.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """The requests of one step for which a drafter proposes trees. Every list has one entry per request.
+
+    Attributes:
+        states: the states that `Drafter.start` returned.
+        roots: the last committed token of each request.
+        budgets: the largest tree of each request.
+        sampling: the sampling parameters of each request.
+        draws: the random numbers of each request in this step.
+    """
+
+    states: Sequence[Any]
+    roots: Sequence[int]
+    budgets: Sequence[Budget]
+    sampling: Sequence[SamplingParams]
+    draws: Sequence[Draws]
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def part(self, requests: Sequence[int], states: Sequence[Any]) -> Work:
+        """Returns the work of some requests for another drafter, which has its own `states` of them."""
+        return Work(
+            states=states,
+            roots=[self.roots[b] for b in requests],
+            budgets=[self.budgets[b] for b in requests],
+            sampling=[self.sampling[b] for b in requests],
+            draws=[self.draws[b] for b in requests],
+        )
+
+    def capped(self, room: Sequence[int]) -> Work:
+        """Returns the same work with the depth of tree b limited to ``room[b]``. There is no tree if it is 0."""
+        limits = zip(self.budgets, room, strict=True)
+        budgets = [Budget(nodes, min(depth, left)) if left else Budget(0, 0) for (nodes, depth), left in limits]
+        return replace(self, budgets=budgets)
 
 
 @runtime_checkable
@@ -144,14 +228,8 @@ class Drafter(Protocol):
         """
         ...
 
-    def propose(
-        self,
-        states: Sequence[Any],
-        budgets: Sequence[Budget],
-        sampling: Sequence[SamplingParams],
-        draws: Sequence[Draws],
-    ) -> TreeBatch:
-        """Returns one tree per request, within its budget. Node 0 is the last committed token."""
+    def propose(self, work: Work) -> TreeBatch:
+        """Returns one tree per request, within its budget. Node 0 is the root."""
         ...
 
     def observe(self, state: Any, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]) -> None:
@@ -182,16 +260,8 @@ class Expander(Protocol):
 class Grower(Protocol):
     """A tree policy. It must decide to draw a token before it sees the token."""
 
-    def grow(
-        self,
-        drafter: Expander,
-        states: Sequence[Any],
-        roots: Sequence[int],
-        budgets: Sequence[Budget],
-        sampling: Sequence[SamplingParams],
-        draws: Sequence[Draws],
-    ) -> TreeBatch:
-        """Returns one tree per request, within its budget. ``roots[b]`` is the last committed token of request b."""
+    def grow(self, drafter: Expander, work: Work) -> TreeBatch:
+        """Returns one tree per request, within its budget. Node 0 is the root."""
         ...
 
 

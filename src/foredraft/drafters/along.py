@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.cache.pool import prefill
-from foredraft.core.contracts import Budget, Drafter, Expander, Grower, Target
+from foredraft.core.contracts import Budget, Drafter, Expander, Grower, Target, Work
 from foredraft.core.draws import Draws
 from foredraft.core.law import at_least_float32
 from foredraft.core.params import SamplingParams
@@ -27,18 +26,10 @@ class Roots:
     def __init__(self) -> None:
         self.logits: Float[Tensor, "b v"] | None = None
 
-    def grow(
-        self,
-        drafter: Expander,
-        states: Sequence[Any],
-        roots: Sequence[int],
-        budgets: Sequence[Budget],
-        sampling: Sequence[SamplingParams],
-        draws: Sequence[Draws],
-    ) -> TreeBatch:
+    def grow(self, drafter: Expander, work: Work) -> TreeBatch:
         """See `foredraft.core.contracts.Grower`."""
-        batch = TreeBatch.chains([[root] for root in roots])
-        self.logits = drafter.expand(states, batch, batch.offsets[:-1]) if all(map(min, budgets)) else None
+        batch = TreeBatch.chains([[root] for root in work.roots])
+        self.logits = drafter.expand(work.states, batch, batch.offsets[:-1]) if all(map(min, work.budgets)) else None
         return batch
 
 
@@ -72,7 +63,7 @@ class AskedAlong:
         features, drafted = torch.cat(parts) if parts else None, torch.zeros_like(wanted)
         state = self._drafter.start(token_ids[: first + 1], None if features is None or not first else features[:first])
         for row, token in enumerate([*token_ids[first + 1 :], None]):
-            self._drafter.propose([state], [Budget(1, 1)], [SamplingParams()], [Draws(0)])
+            self._drafter.propose(Work([state], [token_ids[first + row]], [Budget(1, 1)], [SamplingParams()], [Draws(0)]))
             if self._roots.logits is not None:
                 drafted[row] = self._roots.logits[0]
             if token is not None:

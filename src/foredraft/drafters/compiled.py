@@ -1,6 +1,6 @@
 """Compiled heads: runs the layers of EAGLE, FSPAD, EAGLE-3 and parallel slots on a CPU with `kernels/c/decoder.h`.
 
-One call computes a level of the tree, or all slots. `foredraft.heads.modules` is the plain version. A test compares the two.
+One call computes a level of the tree, or all slots. `foredraft.heads` holds the plain version. A test compares the two.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from foredraft.cache.pool import KVCache
+from foredraft.core.contracts import Target
 from foredraft.core.tree import Ids, TreeBatch
+from foredraft.heads.ctc import CtcHead
+from foredraft.heads.eagle import Eagle3Head, FeatureHead
+from foredraft.heads.hydra import HydraHeads
 from foredraft.heads.layers import ResBlock, Shape
-from foredraft.heads.modules import CtcHead, Eagle3Head, FeatureHead, HydraHeads
 from foredraft.kernels.layouts import FEW, FULL, TILE, TYPES, Memory, describe_weight
 from foredraft.kernels.structures import CEntry, CLayer, CLinear, CModel, CResidual
-from foredraft.models.native import ONE_THREAD_BYTES, NativeTarget, can_run, run_linear, run_residuals, run_step
+from foredraft.models.native import ONE_THREAD_BYTES, can_run, run_linear, run_residuals, run_step
 from foredraft.models.packed import describe_layer, describe_linear
 from foredraft.models.reader import Reader
 from foredraft.models.rope import frequencies
@@ -29,12 +32,12 @@ LayerHead = FeatureHead | Eagle3Head | CtcHead | HydraHeads
 heads share the target's embedding or output head."""
 
 
-def can_compile(head: Any, config: Any, target: Any) -> bool:
+def can_compile(head: Any, config: Any, target: Target) -> bool:
     """Whether compiled code can run this head. It needs a head with one layer and a target that is compiled too."""
-    is_native = isinstance(target, NativeTarget) and isinstance(head, LayerHead)
+    can_share = target.shared is not None and isinstance(head, LayerHead)
     has_other_norms = isinstance(head, Eagle3Head) and not head.has_only_released_norms
     has_no_layer = isinstance(head, HydraHeads) and head.prefix is None
-    fits = is_native and not has_other_norms and not has_no_layer
+    fits = can_share and not has_other_norms and not has_no_layer
     return fits and can_run(config, target.dtype, torch.device("cpu"))
 
 
@@ -77,12 +80,12 @@ def describe(plain: nn.Linear | nn.Identity, memory: Memory, bits: int) -> CLine
     return describe_weight(memory, plain.weight.detach(), None if plain.bias is None else plain.bias.detach(), bits)
 
 
-def compile_linears(head: nn.Module, target: Any, bits: int) -> None:
+def compile_linears(head: nn.Module, target: Target, bits: int) -> None:
     """Replaces linear layers and residual blocks of a head by compiled ones, if their widths allow it.
 
     Does nothing if the target is not compiled.
     """
-    if not isinstance(target, NativeTarget):
+    if target.shared is None:
         return
     memory, threads = Memory(), torch.get_num_threads()
     if sum(weight.numel() for weight in head.parameters()) * bits <= 8 * ONE_THREAD_BYTES:
@@ -116,7 +119,7 @@ class CompiledHead:
         threads: number of threads in use.
     """
 
-    def __init__(self, head: LayerHead, config: Any, target: NativeTarget, *, threads: int | None = None, bits: int = FEW):
+    def __init__(self, head: LayerHead, config: Any, target: Any, *, threads: int | None = None, bits: int = FEW):
         self._memory, self._target = Memory(), target  # keeps the shared weights alive
         self._bits = bits
         read = Reader(config, head.state_dict(), target.dtype, torch.device("cpu"), packed=False)

@@ -10,9 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.core.contracts import Budget, Grower, Setting
-from foredraft.core.draws import Draws
-from foredraft.core.params import SamplingParams
+from foredraft.core.contracts import Grower, Setting, Work
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.compiled import FEW
 from foredraft.drafters.pairs import PairState
@@ -70,31 +68,21 @@ class CtcDrafter(SlotDrafter):
         return cls(slots, setting.grower, setting.target.vocab_size, **options)
 
     @torch.inference_mode()
-    def propose(
-        self,
-        states: Sequence[PairState],
-        budgets: Sequence[Budget],
-        sampling: Sequence[SamplingParams],
-        draws: Sequence[Draws],
-    ) -> TreeBatch:
+    def propose(self, work: Work) -> TreeBatch:
         """Returns one tree per request. It is the root alone before the target has run a token, or if the context is full."""
         if self.grower is not None:
-            return super().propose(states, budgets, sampling, draws)
-        self.slots.settle(states)
-        trees: list[tuple[list[int], list[int]]] = [([state.root], [-1]) for state in states]
-        live = [b for b, state in enumerate(states) if self.slots.room(state) and min(budgets[b])]
+            return super().propose(work)
+        self.slots.settle(work.states)
+        work = work.capped([self.slots.room(state) for state in work.states])
+        trees: list[tuple[list[int], list[int]]] = [([root], [-1]) for root in work.roots]
+        live = [b for b, budget in enumerate(work.budgets) if min(budget)]
         if live:
-            filled = self.slots.fill([states[b] for b in live]).float()
-            temperatures = filled.new_tensor([draft_sampling(sampling[b], None).temperature for b in live])
+            filled = self.slots.fill([work.states[b] for b in live]).float()
+            temperatures = filled.new_tensor([draft_sampling(work.sampling[b], None).temperature for b in live])
             frames = self._frames(filled, temperatures)
             for b, (tokens, probs, blanks) in zip(live, zip(*frames, strict=True), strict=True):
-                trees[b] = run(
-                    "prefixes",
-                    *(tokens, probs, blanks),
-                    root=states[b].root,
-                    nodes=budgets[b].nodes,
-                    depth=min(budgets[b].depth, self.slots.room(states[b])),
-                )
+                nodes, depth = work.budgets[b]
+                trees[b] = run("prefixes", tokens, probs, blanks, root=work.roots[b], nodes=nodes, depth=depth)
         return TreeBatch.chains([tokens for tokens, _ in trees], [parents for _, parents in trees])
 
     @torch.inference_mode()

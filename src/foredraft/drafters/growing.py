@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from foredraft.core.contracts import Budget
 from foredraft.core.tree import Ids, TreeBatch
 
 
@@ -105,10 +104,3 @@ def paths_of(partial: TreeBatch, node_ids: Ids) -> Paths:
         climbed.append(roots + np.maximum(partial.parents[climbed[-1]], 0))
     nodes = np.stack(climbed, axis=1)
     return Paths(owners, (nodes != roots[:, None]).sum(axis=1), nodes)
-
-
-def capped(budgets: Sequence[Budget], room: Sequence[int]) -> list[Budget]:
-    """Limits the depth of each budget to `room` levels; no tree at all if `room` is 0."""
-    return [
-        Budget(nodes, min(depth, left)) if left else Budget(0, 0) for (nodes, depth), left in zip(budgets, room, strict=True)
-    ]

@@ -10,15 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.core.contracts import Budget, Grower, Setting
-from foredraft.core.draws import Draws
-from foredraft.core.params import SamplingParams
+from foredraft.core.contracts import Grower, Setting, Target, Work
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.compiled import FEW, CompiledHead, can_compile, compile_linears
-from foredraft.drafters.growing import capped, paths_of
+from foredraft.drafters.growing import paths_of
 from foredraft.drafters.pairs import PairCaches, PairState
 from foredraft.heads.folder import load_head
-from foredraft.heads.modules import HydraHeads
+from foredraft.heads.hydra import HydraHeads
 
 
 class HydraDrafter:
@@ -40,7 +38,7 @@ class HydraDrafter:
         self,
         head: HydraHeads,
         config: Any,
-        target: Any,
+        target: Target,
         grower: Grower,
         num_slots: int,
         *,
@@ -78,19 +76,13 @@ class HydraDrafter:
         self._caches.finish(state)
 
     @torch.inference_mode()
-    def propose(
-        self,
-        states: Sequence[PairState],
-        budgets: Sequence[Budget],
-        sampling: Sequence[SamplingParams],
-        draws: Sequence[Draws],
-    ) -> TreeBatch:
+    def propose(self, work: Work) -> TreeBatch:
         """Returns one tree per request. It is the root alone before the target has run a token."""
-        self._caches.settle(states, self._read)
-        for state in states:
+        self._caches.settle(work.states, self._read)
+        for state in work.states:
             state.carried = None
-        room = [min(self._caches.room(state), self.head.num_slots) for state in states]
-        return self.grower.grow(self, states, [state.root for state in states], capped(budgets, room), sampling, draws)
+        room = [min(self._caches.room(state), self.head.num_slots) for state in work.states]
+        return self.grower.grow(self, work.capped(room))
 
     @torch.inference_mode()
     def expand(self, states: Sequence[PairState], partial: TreeBatch, node_ids: Ids) -> Float[Tensor, "n v"]:

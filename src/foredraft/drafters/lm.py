@@ -10,11 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.cache.pool import PREFILL_CHUNK, prefill
-from foredraft.core.contracts import Budget, Grower, Setting, Target
-from foredraft.core.draws import Draws
-from foredraft.core.params import SamplingParams
+from foredraft.core.contracts import Grower, Setting, Target, Work
 from foredraft.core.tree import Ids, TreeBatch
-from foredraft.drafters.growing import Growing, capped, next_pass
+from foredraft.drafters.growing import Growing, next_pass
 
 MAX_PADDING = 1024
 """Training frameworks pad a vocabulary to a multiple of a power of two, which is at most 1024."""
@@ -72,18 +70,11 @@ class LMDrafter:
         """Releases the slot of the request."""
         self._pool.free(state.cache)
 
-    def propose(
-        self,
-        states: Sequence[LMState],
-        budgets: Sequence[Budget],
-        sampling: Sequence[SamplingParams],
-        draws: Sequence[Draws],
-    ) -> TreeBatch:
+    def propose(self, work: Work) -> TreeBatch:
         """Returns one tree per request. It is the root alone if the context of the draft model is full."""
-        self._commit(states)
-        roots = [state.pending[-1] for state in states]
-        room = [max(0, self.model.max_len - state.num_committed) for state in states]
-        return self.grower.grow(self, states, roots, capped(budgets, room), sampling, draws)
+        self._commit(work.states)
+        room = [max(0, self.model.max_len - state.num_committed) for state in work.states]
+        return self.grower.grow(self, work.capped(room))
 
     def expand(self, states: Sequence[LMState], partial: TreeBatch, node_ids: Ids) -> Float[Tensor, "n v"]:
         """Returns draft logits after the packed nodes `node_ids` of the growing trees, from one pass of the draft model."""

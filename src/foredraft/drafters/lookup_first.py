@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.core.contracts import Budget, Drafter
-from foredraft.core.draws import Draws
-from foredraft.core.params import SamplingParams
+from foredraft.core.contracts import Drafter, Work
 from foredraft.core.tree import TreeBatch
 from foredraft.drafters.ngram import NgramDrafter, NgramState
 from foredraft.drafters.options import check_options
@@ -69,27 +68,20 @@ class LookupFirst:
         """Releases the resources of the fallback drafter."""
         self._other.finish(state.other)
 
-    def propose(
-        self,
-        states: Sequence[LookupState],
-        budgets: Sequence[Budget],
-        sampling: Sequence[SamplingParams],
-        draws: Sequence[Draws],
-    ) -> TreeBatch:
+    def propose(self, work: Work) -> TreeBatch:
         """Returns one tree per request."""
-        found = self._lookup.propose([state.lookup for state in states], budgets, sampling, draws)
-        trees = {b: found[b] for b in range(len(states)) if found[b].num_nodes > 1}
-        late = [b for b in range(len(states)) if b not in trees]
+        found = self._lookup.propose(replace(work, states=[state.lookup for state in work.states]))
+        trees = {b: found[b] for b in range(len(work)) if found[b].num_nodes > 1}
+        late = [b for b in range(len(work)) if b not in trees]
         self.num_looked_up += len(trees)
         self.num_drafted += len(late)
         if not late:
             return found
-        own = [states[b].other for b in late]
-        grown = self._other.propose(own, [budgets[b] for b in late], [sampling[b] for b in late], [draws[b] for b in late])
+        grown = self._other.propose(work.part(late, [work.states[b].other for b in late]))
         if not trees:
             return grown
         trees |= {b: grown[i] for i, b in enumerate(late)}
-        return TreeBatch.joined([trees[b] for b in range(len(states))])
+        return TreeBatch.joined([trees[b] for b in range(len(work))])
 
     def observe(
         self, state: LookupState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]

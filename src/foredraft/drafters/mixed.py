@@ -9,9 +9,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.core.contracts import Budget, Drafter
-from foredraft.core.draws import Draws
-from foredraft.core.params import SamplingParams
+from foredraft.core.contracts import Drafter, Work
 from foredraft.core.tree import DraftTree, TreeBatch
 
 
@@ -51,25 +49,17 @@ class MixedDrafter:
         for drafter, part in self._following(state):
             drafter.finish(part)
 
-    def propose(
-        self,
-        states: Sequence[MixedState],
-        budgets: Sequence[Budget],
-        sampling: Sequence[SamplingParams],
-        draws: Sequence[Draws],
-    ) -> TreeBatch:
+    def propose(self, work: Work) -> TreeBatch:
         """Returns one tree per request, each from the drafter of its temperature."""
         trees: dict[int, DraftTree] = {}
         for which, drafter in enumerate(self._drafters):
-            mine = [b for b, params in enumerate(sampling) if (params.temperature > 0) == bool(which)]
+            mine = [b for b, params in enumerate(work.sampling) if (params.temperature > 0) == bool(which)]
             if mine:
-                own = [self._part(states[b], which) for b in mine]
-                given = ([of[b] for b in mine] for of in (budgets, sampling, draws))
-                batch = drafter.propose(own, *given)  # type: ignore[arg-type]
-                if len(mine) == len(states):
+                batch = drafter.propose(work.part(mine, [self._part(work.states[b], which) for b in mine]))
+                if len(mine) == len(work):
                     return batch
                 trees |= {b: batch[i] for i, b in enumerate(mine)}
-        return TreeBatch.joined([trees[b] for b in range(len(states))])
+        return TreeBatch.joined([trees[b] for b in range(len(work))])
 
     def observe(
         self, state: MixedState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]

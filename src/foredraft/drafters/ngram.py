@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.core.contracts import Budget, Setting
-from foredraft.core.draws import Draws
-from foredraft.core.params import SamplingParams
+from foredraft.core.contracts import Setting, Work
 from foredraft.core.tree import TreeBatch
 from foredraft.drafters.options import check_options
 
@@ -52,15 +50,9 @@ class NgramDrafter:
     def finish(self, state: NgramState) -> None:
         """Does nothing, because no resources are held."""
 
-    def propose(
-        self,
-        states: Sequence[NgramState],
-        budgets: Sequence[Budget],
-        sampling: Sequence[SamplingParams],
-        draws: Sequence[Draws],
-    ) -> TreeBatch:
+    def propose(self, work: Work) -> TreeBatch:
         """Returns one chain per request; the root alone if no n-gram matches."""
-        return TreeBatch.chains([self._look_up(s, min(budget)) for s, budget in zip(states, budgets, strict=True)])
+        return TreeBatch.chains([self._look_up(s, min(budget)) for s, budget in zip(work.states, work.budgets, strict=True)])
 
     def observe(
         self, state: NgramState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.cache.pool import PREFILL_CHUNK, KVPool, Layout, lay_out
+from foredraft.cache.layout import Layout, lay_out
+from foredraft.cache.pool import PREFILL_CHUNK, KVPool
 from foredraft.core.tree import TreeBatch
 from foredraft.drafters.growing import Growing
 from foredraft.heads.layers import Attend, Shape
@@ -31,14 +32,12 @@ class PairState(Growing):
     """The state of one request. `pending` holds the tokens of pairs that are not in the cache yet.
 
     Attributes:
-        root: the last committed token.
         parts: features of the pending pairs, in the parts in which they arrived; see `features`.
         carried: predictions of this step. For a recurrent head, a table of the predicted features at each place of the run,
             which may have unused rows. For other heads, their slots or their laws.
         ran: number of pairs of this step's run to keep; None until the step is over.
     """
 
-    root: int = 0
     parts: list[Float[Tensor, "_ d"]] = field(default_factory=list)
     carried: Any = None
     ran: int | None = None
@@ -57,7 +56,6 @@ class PairState(Growing):
         """Adds the pairs of newly committed tokens."""
         if self.tokens and self.ran is None:
             self.ran, self.pending, self.parts = len(self.pending), [], []
-        self.root = tokens[-1]
         if features is not None and len(features):
             self.pending += tokens[-len(features) :]
             self.parts.append(features)

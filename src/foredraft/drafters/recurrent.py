@@ -10,16 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.cache.pool import KVPool, Layout, rows_of
-from foredraft.core.contracts import Budget, Grower, Scores, Setting
-from foredraft.core.draws import Draws
-from foredraft.core.params import SamplingParams
+from foredraft.cache.layout import Layout, rows_of
+from foredraft.cache.pool import KVPool
+from foredraft.core.contracts import Grower, Scores, Setting, Target, Work
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.compiled import FEW, CompiledHead, can_compile
-from foredraft.drafters.growing import capped, next_pass
+from foredraft.drafters.growing import next_pass
 from foredraft.drafters.pairs import PairCaches, PairState
+from foredraft.heads.eagle import Eagle3Head, FeatureHead
 from foredraft.heads.folder import load_head
-from foredraft.heads.modules import Eagle3Head, FeatureHead
 from foredraft.models.graphs import Capture, Graphs, Masks, cuda_capture
 
 _SPARE_ROWS = 48
@@ -48,7 +47,7 @@ class RecurrentDrafter:
         self,
         head: FeatureHead | Eagle3Head,
         config: Any,
-        target: Any,
+        target: Target,
         grower: Grower,
         num_slots: int,
         *,
@@ -91,17 +90,10 @@ class RecurrentDrafter:
         self._caches.finish(state)
 
     @torch.inference_mode()
-    def propose(
-        self,
-        states: Sequence[PairState],
-        budgets: Sequence[Budget],
-        sampling: Sequence[SamplingParams],
-        draws: Sequence[Draws],
-    ) -> TreeBatch:
+    def propose(self, work: Work) -> TreeBatch:
         """Returns one tree per request. It is the root alone before the target has run a token, or if the context is full."""
-        self._caches.settle(states, self._store)
-        room = [self._caches.room(state) for state in states]
-        return self.grower.grow(self, states, [state.root for state in states], capped(budgets, room), sampling, draws)
+        self._caches.settle(work.states, self._store)
+        return self.grower.grow(self, work.capped([self._caches.room(state) for state in work.states]))
 
     def expand(self, states: Sequence[PairState], partial: TreeBatch, node_ids: Ids) -> Float[Tensor, "n v"]:
         """Returns draft logits after the packed nodes `node_ids` of the growing trees, from one pass of the head."""

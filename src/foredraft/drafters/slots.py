@@ -14,16 +14,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.cache.pool import KVPool, Layout, index_of, rows_of
-from foredraft.core.contracts import Budget, Grower, Scores, Setting
-from foredraft.core.draws import Draws
-from foredraft.core.params import SamplingParams
+from foredraft.cache.layout import Layout, index_of, rows_of
+from foredraft.cache.pool import KVPool
+from foredraft.core.contracts import Grower, Scores, Setting, Target, Work
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.compiled import FEW, CompiledHead, can_compile, compile_linears
-from foredraft.drafters.growing import capped, paths_of
+from foredraft.drafters.growing import paths_of
 from foredraft.drafters.pairs import PairCaches, PairState
+from foredraft.heads.ctc import CtcHead
 from foredraft.heads.folder import load_head
-from foredraft.heads.modules import CtcHead, MedusaHeads
+from foredraft.heads.medusa import MedusaHeads
 from foredraft.models.graphs import Capture, Graphs, Masks, cuda_capture
 
 
@@ -47,7 +47,7 @@ class LayerSlots:
         self,
         head: CtcHead,
         config: Any,
-        target: Any,
+        target: Target,
         num_slots: int,
         *,
         compiled: bool | None = None,
@@ -158,7 +158,6 @@ class FeatureSlots:
 
     def observe(self, state: PairState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> None:
         """Stores the last pair."""
-        state.root = tokens[-1]
         state.parts = [features[-1:]] if features is not None and len(features) else state.parts
 
     def room(self, state: PairState) -> int:
@@ -210,23 +209,16 @@ class SlotDrafter:
         self.slots.finish(state)
 
     @torch.inference_mode()
-    def propose(
-        self,
-        states: Sequence[PairState],
-        budgets: Sequence[Budget],
-        sampling: Sequence[SamplingParams],
-        draws: Sequence[Draws],
-    ) -> TreeBatch:
+    def propose(self, work: Work) -> TreeBatch:
         """Returns one tree per request, at most as deep as the number of slots.
 
         It is the root alone before the target has run a token.
         """
-        self.slots.settle(states)
-        for state in states:
+        self.slots.settle(work.states)
+        for state in work.states:
             state.carried = None
         assert self.grower is not None
-        room = [self.slots.room(state) for state in states]
-        return self.grower.grow(self, states, [state.root for state in states], capped(budgets, room), sampling, draws)
+        return self.grower.grow(self, work.capped([self.slots.room(state) for state in work.states]))
 
     @torch.inference_mode()
     def expand(self, states: Sequence[PairState], partial: TreeBatch, node_ids: Ids) -> Float[Tensor, "n v"]:

@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.core.contracts import Budget, Setting
-from foredraft.core.draws import Draws
-from foredraft.core.params import SamplingParams
+from foredraft.core.contracts import Budget, Setting, Work
 from foredraft.core.tree import TreeBatch
 from foredraft.drafters.options import check_options
 
@@ -77,14 +75,6 @@ class SuffixAutomaton:
         return max(self.links[self.last], 0)
 
 
-@dataclass
-class SuffixState:
-    """The text of one request, as an automaton, and its last token."""
-
-    automaton: SuffixAutomaton
-    root: int
-
-
 class SuffixDrafter:
     """Drafts a tree of the most frequent continuations of the longest repeated suffix of prompt and output.
 
@@ -119,38 +109,30 @@ class SuffixDrafter:
         """Builds the drafter of a speculative config."""
         return cls(**options)  # type: ignore[arg-type]
 
-    def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> SuffixState:
-        """Returns the state of a new request."""
-        state = SuffixState(SuffixAutomaton(), tokens[-1])
+    def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> SuffixAutomaton:
+        """Returns the state of a new request, which is the automaton of its text."""
+        state = SuffixAutomaton()
         self.observe(state, tokens, None, ())
         return state
 
-    def finish(self, state: SuffixState) -> None:
+    def finish(self, state: SuffixAutomaton) -> None:
         """Does nothing, because no resources are held."""
 
-    def propose(
-        self,
-        states: Sequence[SuffixState],
-        budgets: Sequence[Budget],
-        sampling: Sequence[SamplingParams],
-        draws: Sequence[Draws],
-    ) -> TreeBatch:
+    def propose(self, work: Work) -> TreeBatch:
         """Returns one tree per request; the root alone if no suffix is repeated."""
-        trees = [self._grow(state, budget) for state, budget in zip(states, budgets, strict=True)]
+        trees = [self._grow(*given) for given in zip(work.states, work.roots, work.budgets, strict=True)]
         return TreeBatch.chains([tokens for tokens, _ in trees], [parents for _, parents in trees])
 
     def observe(
-        self, state: SuffixState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]
+        self, state: SuffixAutomaton, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]
     ) -> None:
         """Adds the new tokens to the automaton."""
         for token in tokens:
-            state.automaton.extend(token)
-        state.root = tokens[-1]
+            state.extend(token)
 
-    def _grow(self, state: SuffixState, budget: Budget) -> tuple[list[int], list[int]]:
+    def _grow(self, automaton: SuffixAutomaton, root: int, budget: Budget) -> tuple[list[int], list[int]]:
         """Adds the most frequent paths first. The parent and the more frequent siblings of a node thus come before it."""
-        automaton, tokens, parents = state.automaton, [state.root], [-1]
-        match = automaton.match
+        tokens, parents, match = [root], [-1], automaton.match
         deepest = min(budget.depth, self._max_depth, int(self._factor * automaton.lengths[match]))
         frontier: list[tuple[float, int, int, int, int]] = []  # (-prob, depth, token, parent, state)
 

@@ -15,7 +15,8 @@ from foredraft.core.params import SamplingParams, used_seed
 from foredraft.core.processors import prefix_processors
 from foredraft.core.text import TextStream, bad_word_ids
 from foredraft.core.tree import DraftTree
-from foredraft.engine.decode import Continuation, Logprob, Steps, autoregressive, hand_over, paced, speculative
+from foredraft.engine.continuation import Continuation, Logprob
+from foredraft.engine.decode import Steps, autoregressive, hand_over, paced, speculative
 from foredraft.models.rope import original_context
 
 DEFAULT_NUM_SEQS = 8

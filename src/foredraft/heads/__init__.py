@@ -11,13 +11,13 @@ class HeadRow(NamedTuple):
     """One kind of head.
 
     Attributes:
-        name: name of its class in `foredraft.heads.modules`.
+        code: its module in this package and its class, as ``module:class``.
         options: options of the class that define the method.
         sizes: sizes of the layer that may differ from the target's.
         converted: options that occur in released checkpoints but are not offered for training.
     """
 
-    name: str
+    code: str
     options: Mapping[str, Any]
     sizes: Sequence[str] = ()
     converted: Sequence[str] = ()
@@ -25,7 +25,8 @@ class HeadRow(NamedTuple):
     @property
     def cls(self) -> Any:
         """The class of the head."""
-        return getattr(import_module("foredraft.heads.modules"), self.name)
+        module, name = self.code.split(":")
+        return getattr(import_module(f"foredraft.heads.{module}"), name)
 
     def make(self, shape: Any, **options: Any) -> Any:
         """Builds a head with initial weights.
@@ -42,16 +43,16 @@ class HeadRow(NamedTuple):
 _INNER = ("intermediate", "heads", "kv_heads", "head_dim")
 
 HEADS: dict[str, HeadRow] = {
-    "eagle": HeadRow("FeatureHead", {}, _INNER, ("qkv_bias",)),
-    "fspad": HeadRow("FeatureHead", {"feature_sampling": True, "partial_alignment": True}, _INNER, ("qkv_bias",)),
+    "eagle": HeadRow("eagle:FeatureHead", {}, _INNER, ("qkv_bias",)),
+    "fspad": HeadRow("eagle:FeatureHead", {"feature_sampling": True, "partial_alignment": True}, _INNER, ("qkv_bias",)),
     "eagle3": HeadRow(
-        "Eagle3Head",
+        "eagle:Eagle3Head",
         {},
         ("hidden", *_INNER),
         ("own_embedding", "norm_before_fc", "fc_norm", "norm_before_residual", "norm_output", "qkv_bias", "qk_norm"),
     ),
-    "medusa": HeadRow("MedusaHeads", {}, converted=("draft_vocab_size",)),
-    "hydra": HeadRow("HydraHeads", {}, _INNER, ("prefix_norms", "head_bias")),
-    "parallel": HeadRow("CtcHead", {"blank": False}, _INNER),
-    "ctc": HeadRow("CtcHead", {}, _INNER),
+    "medusa": HeadRow("medusa:MedusaHeads", {}, converted=("draft_vocab_size",)),
+    "hydra": HeadRow("hydra:HydraHeads", {}, _INNER, ("prefix_norms", "head_bias")),
+    "parallel": HeadRow("ctc:CtcHead", {"blank": False}, _INNER),
+    "ctc": HeadRow("ctc:CtcHead", {}, _INNER),
 }

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from foredraft.core.contracts import Setting
+from foredraft.core.contracts import Setting, Target
 from foredraft.heads import HEADS
 from foredraft.heads.about import about_head as about_head
 from foredraft.heads.about import method_of as method_of
@@ -223,8 +223,7 @@ def load_head(setting: Setting, *, also: Sequence[str] = (), force: bool = False
             f"method {setting.method!r} needs a trained head: give its directory as 'model' (--draft-model), "
             "or train one (`foredraft train`)"
         )
-    target: Any = setting.target
-    loaded = read_head(resolve(setting.model, None), (setting.method, *also))
+    target, loaded = setting.target, read_head(resolve(setting.model, None), (setting.method, *also))
     _refuse_misfit(loaded, target)
     belongs = loaded.about["target"].get("fingerprint")
     if not force and belongs is not None and belongs != setting.fingerprint():
@@ -239,7 +238,7 @@ def load_head(setting: Setting, *, also: Sequence[str] = (), force: bool = False
     return loaded._replace(head=head)
 
 
-def _refuse_misfit(loaded: LoadedHead, target: Any) -> None:
+def _refuse_misfit(loaded: LoadedHead, target: Target) -> None:
     """Raises `ModelError` if a head does not fit the target's widths or number of layers."""
     hidden, vocab = target.embed(torch.zeros(1, dtype=torch.long, device=target.device)).shape[-1], target.vocab_size
     shape, layers = Shape.of(loaded.config), target.config.get_text_config(decoder=True).num_hidden_layers

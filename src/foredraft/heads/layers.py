@@ -1,21 +1,37 @@
-"""Layers of draft heads. Parameter names are those of the released checkpoints.
+"""Layers that several draft heads share. Parameter names are those of the released checkpoints.
 
 The attention is an argument. The same layers can thus train on whole texts and draft trees behind a cache.
+
+The input of a head is a sequence of *pairs*: the embedding e of a committed token and the target's feature f at the token
+before it. The last pair of a text is (root, feature before the root). A head thus sees the root although the target has not
+run it.
+
+    token       t1     t2     t3    ...   root
+    feature     f0     f1     f2    ...   f before the root
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query [*n, h, e], key [*n, k, e], value [*n, k, e]), not rotated -> [*n, h * e]."""
+
+TargetEmbedding = Callable[[Tensor], Tensor]
+"""The target's own embedding: token ids [*n] -> [*n, d]. It is frozen and shared."""
+
+TargetHead = Callable[[Tensor], Tensor]
+"""The target's own head: final features [n, d] -> logits [n, v]. It is frozen and shared."""
+
+FINAL = (-1,)
+"""The target's state after its last norm, which is the input of the target's output head."""
 
 
 @dataclass(frozen=True)
@@ -166,3 +182,37 @@ class ResBlock(nn.Module):
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n d"]:
         """Applies the block."""
         return self.res_connection(x) + F.silu(self.linear(x))
+
+
+class Fusion(nn.Linear):
+    """The entry of EAGLE: one linear layer over embedding and feature."""
+
+    def __init__(self, shape: Shape):
+        super().__init__(2 * shape.hidden, shape.hidden)
+
+    def forward(self, embedding: Float[Tensor, "*n d"], feature: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:  # type: ignore[override]
+        """Returns one vector per position."""
+        return super().forward(torch.cat([embedding, feature], dim=-1))
+
+
+class Foretelling(NamedTuple):
+    """A linear layer that predicts a later feature of the target by itself. It can therefore be fitted before training.
+
+    Attributes:
+        linear: an `nn.Linear` whose inputs are the features and embeddings of a pair, concatenated.
+        ahead: the predicted feature is this many positions after the pair's own feature.
+        num_embeddings: number of embeddings in the input: those of the pair's token and of the tokens after it.
+        features_first: whether the features come before the embeddings in the input.
+    """
+
+    linear: Any
+    ahead: int = 1
+    num_embeddings: int = 1
+    features_first: bool = False
+
+
+def spread(logits: Float[Tensor, "*n w"], token_ids: Int[Tensor, " w"], vocab_size: int) -> Float[Tensor, "*n v"]:
+    """Extends logits of some tokens to the whole vocabulary. The other tokens get minus infinity and are never drafted."""
+    full = logits.new_full((*logits.shape[:-1], vocab_size), -torch.inf)
+    full[..., token_ids] = logits
+    return full

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from foredraft.cache.pool import KVPool, Layout
+from foredraft.cache.layout import Layout
+from foredraft.cache.pool import KVPool
 
 _ANY_LENGTH = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 

@@ -23,7 +23,8 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from foredraft.cache.pool import KVPool, Layout, additive, index_of
+from foredraft.cache.layout import Layout, additive, index_of
+from foredraft.cache.pool import KVPool
 from foredraft.core.contracts import Scores
 from foredraft.core.tree import Ids
 
@@ -154,7 +155,7 @@ class Graphs:
         numbers = inputs[: _ROW * count].view(torch.int64).view(-1, count)
         unused = {"numbers": np.zeros((6, count), np.int64), "new": np.arange(count), "visible": np.zeros((slots, 0, 0), bool)}
         sizes = {"count": count, "width": shape.width, "length": shape.length}
-        fixed = replace(layout, lying=numbers, first_place=None, **sizes, **unused)
+        fixed = replace(layout, device_numbers=numbers, first_place=None, **sizes, **unused)
         graph = Graph(inputs, fixed, None if given is None else given.new_zeros(count, given.shape[1]))
         self._graphs[shape] = graph
         return graph

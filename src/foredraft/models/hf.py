@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from foredraft.cache.pool import KVCache, KVPool, Layout, lay_out
+from foredraft.cache.layout import Layout, lay_out
+from foredraft.cache.pool import KVCache, KVPool
 from foredraft.core.contracts import Scores
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.models.attention import any_length_kernels
@@ -78,7 +79,7 @@ class HFTarget:
         ValueError: the model has layers that cannot run over trees, or a layer without keys and values of its own.
     """
 
-    has_own_threads = False
+    has_own_threads, shared = False, None
 
     def __init__(self, model: PreTrainedModel, max_len: int | None = None):
         refuse_unsupported(model.config)

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from foredraft.cache.pool import KVCache, KVPool, Layout, lay_out
+from foredraft.cache.layout import Layout, lay_out
+from foredraft.cache.pool import KVCache, KVPool
 from foredraft.core.contracts import Scores
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.kernels.linear import Linear, Norm, can_pack
@@ -73,7 +74,7 @@ class LlamaTarget:
         ValueError: the decoder does not support the configuration, or a weight is missing.
     """
 
-    has_own_threads = False
+    has_own_threads, shared = False, None
 
     def __init__(
         self,

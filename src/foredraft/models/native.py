@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from foredraft.cache.pool import KVCache, KVPool, among_new
+from foredraft.cache.layout import among_new
+from foredraft.cache.pool import KVCache, KVPool
 from foredraft.core.contracts import Scores
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.kernels import library

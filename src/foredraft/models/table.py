@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from foredraft.core.contracts import Scores
 from foredraft.core.tree import Ids, TreeBatch
@@ -63,6 +64,8 @@ class TableCache:
 class TablePool:
     """The pool of a `TableTarget`'s caches."""
 
+    bytes_per_token = 0
+
     def allocate(self) -> TableCache:
         """Makes an empty cache."""
         return TableCache()
@@ -94,8 +97,8 @@ class TableTarget:
         config: the model's configuration, if it has any.
     """
 
-    has_own_threads = False
-    num_weight_bytes = 0
+    has_own_threads, num_weight_bytes, shared = False, 0, None
+    dtype, device = torch.float64, torch.device("cpu")
 
     law: Law
     vocab_size: int
@@ -106,6 +109,14 @@ class TableTarget:
     def new_pool(self, num_slots: int, max_len: int) -> TablePool:
         """Makes a pool of token lists. The table needs no keys and values."""
         return TablePool()
+
+    def embed(self, token_ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+        """Raises `ValueError`, since a table has no embedding."""
+        raise ValueError("a target with a given law has no embedding: choose a drafter without a head")
+
+    def head(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+        """Raises `ValueError`, since a table has no features."""
+        raise ValueError("a target with a given law has no output head: choose a drafter without a head")
 
     def forward(
         self,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import foredraft
-from foredraft.core.contracts import AcceptanceRule, Budget, Drafter, Target
+from foredraft.core.contracts import AcceptanceRule, Budget, Drafter, Target, Work
 from foredraft.core.params import SamplingParams
 from foredraft.core.shape import MAX_DEPTH
 from foredraft.core.tree import TreeBatch
@@ -81,9 +81,9 @@ class Full:
         """Returns the state, which is the last token."""
         return [tokens[-1]]
 
-    def propose(self, states: Sequence[list[int]], budgets: Sequence[Budget], sampling: Any, draws: Any) -> TreeBatch:
+    def propose(self, work: Work) -> TreeBatch:
         """Returns chains that repeat the last token."""
-        return TreeBatch.chains([state * (1 + min(budget)) for state, budget in zip(states, budgets, strict=True)])
+        return TreeBatch.chains([state * (1 + min(budget)) for state, budget in zip(work.states, work.budgets, strict=True)])
 
     def observe(self, state: list[int], tokens: Sequence[int], features: Any, path: Sequence[int]) -> None:
         """Stores the last token."""

@@ -66,10 +66,12 @@ def uno(tree: DraftTree, target_law: TargetLaw, draws: Draws, epsilon: float | i
     Raises:
         ValueError: the tree branches, or epsilon is negative.
     """
-    return _over_accept(tree, target_law, draws, epsilon, "uno")
+    return _over_accept(tree, target_law, draws, epsilon, "uno", from_residual=False)
 
 
-def _over_accept(tree: DraftTree, target_law: TargetLaw, draws: Draws, epsilon: float | int, rule: str) -> Verdict:
+def _over_accept(
+    tree: DraftTree, target_law: TargetLaw, draws: Draws, epsilon: float | int, rule: str, *, from_residual: bool = True
+) -> Verdict:
     require_chain(tree, rule)
     if not epsilon >= 0:
         raise ValueError(f"epsilon must be 0 or more, got {epsilon}")
@@ -82,7 +84,7 @@ def _over_accept(tree: DraftTree, target_law: TargetLaw, draws: Draws, epsilon: 
             draft[token] = 1.0
         accepted = draft.minimum(law + epsilon)  # b p, with b = min(1, (q + epsilon) / p)
         missing = (law - accepted).clamp_(min=0.0)
-        redraw = law if rule == "uno" or not missing.sum() > 0 else missing / missing.sum()
+        redraw = missing / missing.sum() if from_residual and missing.sum() > 0 else law
         rejects = max(0.0, 1 - float(accepted.sum()))
         bounds.append(float((law - accepted - rejects * redraw).abs().sum()) / 2)
         if not draws.bernoulli(float(accepted[token]) / float(draft[token]), ("accept", tree.ranks[node], 0)):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from foredraft.heads.modules import FINAL
+from foredraft.core.contracts import Target
+from foredraft.heads.layers import FINAL
 from foredraft.train.shards import Text, features_of, grouped
 
 POOL = 1024
@@ -37,7 +38,7 @@ class Batch(NamedTuple):
     num_tokens: int
 
 
-def collate(texts: Sequence[Text], layers: Sequence[int], target: Any) -> Batch:
+def collate(texts: Sequence[Text], layers: Sequence[int], target: Target) -> Batch:
     """Makes a batch of texts, on the target's device.
 
     Args:
@@ -53,7 +54,7 @@ def collate(texts: Sequence[Text], layers: Sequence[int], target: Any) -> Batch:
     return Batch(ids.to(target.device), features, final, answer.to(target.device), int(answer.sum()))
 
 
-def _with_features(texts: Sequence[Text], layers: Sequence[int], target: Any) -> list[Text]:
+def _with_features(texts: Sequence[Text], layers: Sequence[int], target: Target) -> list[Text]:
     features = features_of(target, [text.ids.tolist() for text in texts], layers)
     parts = [rows.chunk(len(layers), dim=1) for rows in features]
     return [text._replace(features=dict(zip(layers, chunks, strict=True))) for text, chunks in zip(texts, parts, strict=True)]

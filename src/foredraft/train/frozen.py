@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from foredraft.core.contracts import Target
 from foredraft.models.checkpoint import ModelError
 
 
@@ -22,7 +21,7 @@ class Frozen:
         ModelError: the output layer is not linear.
     """
 
-    def __init__(self, target: Any, hidden: int):
+    def __init__(self, target: Target, hidden: int):
         eye = torch.eye(hidden, dtype=target.dtype, device=target.device)
         self.weight: Float[Tensor, "v d"] = target.head(eye).detach().float().T.contiguous().clone()
         probe = torch.randn(4, hidden, generator=torch.Generator().manual_seed(0)).to(eye)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foredraft.core.contracts import Target
 from foredraft.core.errors import unknown_name
 from foredraft.core.progress import progress_bar
 from foredraft.train.attention import Tables
@@ -128,7 +129,7 @@ class Course:
     rotary: Tables
     texts: Sequence[Text]
     held_out: Sequence[Text]
-    target: Any
+    target: Target
     facts: Mapping[str, Any]
     workers: Workers = field(default_factory=Workers)
 

@@ -1,6 +1,6 @@
 """Training recipes of the methods: RECIPES holds the loss and the default settings of every head.
 
-The rows of a batch are aligned as in decoding, see `foredraft.heads.modules`: pair j is (token j + 1, feature j).
+The rows of a batch are aligned as in decoding, see `foredraft.heads.layers`: pair j is (token j + 1, feature j).
 
     pair                  0      1      2
     token                 t1     t2     t3

@@ -17,8 +17,7 @@ from foredraft.core.params import MAX_SEED
 from foredraft.core.progress import note
 from foredraft.heads import HEADS
 from foredraft.heads.folder import layer_config, read_head, save_head
-from foredraft.heads.layers import Shape
-from foredraft.heads.modules import FINAL
+from foredraft.heads.layers import FINAL, Shape
 from foredraft.llm import LLM
 from foredraft.models.checkpoint import fingerprint, resolve
 from foredraft.models.loading import fingerprint_of

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from foredraft.core.contracts import Target
 from foredraft.core.params import SamplingParams
 from foredraft.core.progress import progress_bar
 from foredraft.core.tree import TreeBatch
@@ -256,7 +257,7 @@ def _answer(llm: LLM, prompts: Sequence[Prompt], plan: Plan, first: int, advance
     return texts
 
 
-def features_of(target: Any, texts: Sequence[list[int]], feature_layers: Sequence[int]) -> list[Float[Tensor, "n f"]]:
+def features_of(target: Target, texts: Sequence[list[int]], feature_layers: Sequence[int]) -> list[Float[Tensor, "n f"]]:
     """Computes the target's features at the tokens of each text, in bfloat16, the layers concatenated."""
     found: dict[int, Tensor] = {}
     tokens = CAPTURE_TOKENS if target.device.type == "cpu" else CAPTURE_TOKENS_ON_A_CARD
@@ -266,6 +267,7 @@ def features_of(target: Any, texts: Sequence[list[int]], feature_layers: Sequenc
         scores = target.forward(
             batch, [pool.allocate() for _ in group], np.empty(0, np.int64), feature_layers=tuple(feature_layers)
         )
+        assert scores.features is not None
         found |= dict(zip(group, scores.features.bfloat16().split([len(texts[i]) for i in group]), strict=True))
     return [found[i] for i in range(len(texts))]
 

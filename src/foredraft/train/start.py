@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from foredraft.heads.modules import Foretelling
+from foredraft.core.contracts import Target
+from foredraft.heads.layers import Foretelling
 from foredraft.train.batches import Batch
 from foredraft.train.frozen import Frozen
 from foredraft.train.shards import Text
@@ -29,7 +30,7 @@ _SILENT = ("o_proj", "down_proj")
 """Names of the last matrices of residual branches. They start at zero."""
 
 
-def token_counts(texts: Sequence[Text], target: Any) -> Int[Tensor, " v"]:
+def token_counts(texts: Sequence[Text], target: Target) -> Int[Tensor, " v"]:
     """Counts how often each token occurs in the answers."""
     counts = torch.zeros(target.vocab_size, dtype=torch.long)
     for text in texts:

@@ -5,18 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from foredraft.core.shape import Drawn
-from foredraft.trees.options import (
-    Branching,
-    Chain,
-    DySpec,
-    DySpecCalibrated,
-    DySpecThreshold,
-    Opt,
-    Options,
-    Sequoia,
-    Static,
-    TopK,
-)
+from foredraft.trees.options import Options
+from foredraft.trees.options_dynamic import DySpec, DySpecCalibrated, DySpecThreshold, Opt, TopK
+from foredraft.trees.options_fixed import Branching, Chain, Sequoia, Static
 
 
 class GrowerRow(NamedTuple):

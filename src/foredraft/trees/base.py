@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from foredraft.core.contracts import Budget, Expander
+from foredraft.core.contracts import Budget, Expander, Work
 from foredraft.core.draws import Draws
 from foredraft.core.law import largest, solid, warp
 from foredraft.core.params import SamplingParams
@@ -172,21 +172,13 @@ def draft_sampling(sampling: SamplingParams, draft_temperature: float | int | No
     return replace(sampling, temperature=temperature)
 
 
-def grow_batch(
-    growers: Sequence[Options],
-    drafter: Expander,
-    states: Sequence[Any],
-    roots: Sequence[int],
-    budgets: Sequence[Budget],
-    sampling: Sequence[SamplingParams],
-    draws: Sequence[Draws],
-) -> TreeBatch:
+def grow_batch(growers: Sequence[Options], drafter: Expander, work: Work) -> TreeBatch:
     """Grows one tree per request, each by its own policy. Each round is one call of the drafter for the whole batch."""
     trees = [
         Sapling(root, budget, draw, grower.samples(params))
-        for grower, root, budget, draw, params in zip(growers, roots, budgets, draws, sampling, strict=True)
+        for grower, root, budget, draw, params in zip(growers, work.roots, work.budgets, work.draws, work.sampling, strict=True)
     ]
-    laws = [draft_sampling(params, grower.draft_temperature) for grower, params in zip(growers, sampling, strict=True)]
+    laws = [draft_sampling(params, grower.draft_temperature) for grower, params in zip(growers, work.sampling, strict=True)]
     policies = [grower.policy(tree) for grower, tree in zip(growers, trees, strict=True)]
     wanted = [_advance(policy, None) for policy in policies]
     passes: list[Laws] = []
@@ -194,7 +186,7 @@ def grow_batch(
     while any(wanted):
         partial = TreeBatch.chains([tree.tokens for tree in trees], [tree.parents for tree in trees])
         node_ids = np.concatenate([np.asarray(w, np.int64) + partial.offsets[b] for b, w in enumerate(wanted)])
-        logits = drafter.expand(states, partial, node_ids)
+        logits = drafter.expand(work.states, partial, node_ids)
         found = _warp_batch(logits, laws, wanted, max(grower.cut(logits.shape[1]) for grower in growers))
         if sampled:  # verification needs only laws that tokens were drawn from
             passes.append(found)
@@ -274,15 +266,7 @@ class ByTemperature:
     greedy: Options
     sampled: Options
 
-    def grow(
-        self,
-        drafter: Expander,
-        states: Sequence[Any],
-        roots: Sequence[int],
-        budgets: Sequence[Budget],
-        sampling: Sequence[SamplingParams],
-        draws: Sequence[Draws],
-    ) -> TreeBatch:
+    def grow(self, drafter: Expander, work: Work) -> TreeBatch:
         """Grows one tree per request; see `foredraft.core.contracts.Grower`."""
-        growers = [self.sampled if params.temperature > 0 else self.greedy for params in sampling]
-        return grow_batch(growers, drafter, states, roots, budgets, sampling, draws)
+        growers = [self.sampled if params.temperature > 0 else self.greedy for params in work.sampling]
+        return grow_batch(growers, drafter, work)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from foredraft.core.shape import Budget, Drawn
 from foredraft.trees.base import Laws, Policy, Sapling
-from foredraft.trees.options import Branching as Branching
-from foredraft.trees.options import Chain as Chain
+from foredraft.trees.options_fixed import Branching as Branching
+from foredraft.trees.options_fixed import Chain as Chain
 
 
 def chain(options: Chain, tree: Sapling) -> Policy:

@@ -23,9 +23,9 @@ from jaxtyping import Float
 
 from foredraft.trees.acceptance import Worth, as_drafted
 from foredraft.trees.base import Policy, Sapling, Siblings
-from foredraft.trees.options import DySpec as DySpec
-from foredraft.trees.options import DySpecCalibrated as DySpecCalibrated
-from foredraft.trees.options import DySpecThreshold as DySpecThreshold
+from foredraft.trees.options_dynamic import DySpec as DySpec
+from foredraft.trees.options_dynamic import DySpecCalibrated as DySpecCalibrated
+from foredraft.trees.options_dynamic import DySpecThreshold as DySpecThreshold
 
 MOST_AT_ONCE = 8
 """Largest default number of nodes that one pass expands."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from foredraft.trees.base import Policy, Sapling
 from foredraft.trees.budget import Costs, Path, best_paths
-from foredraft.trees.options import Sequoia as Sequoia
-from foredraft.trees.options import Static as Static
+from foredraft.trees.options_fixed import Sequoia as Sequoia
+from foredraft.trees.options_fixed import Static as Static
 
 TYPICAL_ACCEPTANCE = tuple(0.55 * 0.45**rank for rank in range(10))
 """Acceptance by sibling rank that the default shape is optimal for. A small drafter reaches 0.55 for the first child, and each

@@ -7,8 +7,8 @@ from heapq import nsmallest
 
 from foredraft.core.shape import Drawn
 from foredraft.trees.base import Policy, Sapling, Siblings
-from foredraft.trees.options import Opt as Opt
-from foredraft.trees.options import TopK as TopK
+from foredraft.trees.options_dynamic import Opt as Opt
+from foredraft.trees.options_dynamic import TopK as TopK
 
 
 def topk(options: TopK, tree: Sapling) -> Policy:

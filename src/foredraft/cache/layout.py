@@ -1,0 +1,203 @@
+"""The plan of one forward: where its nodes are in the batch and in the caches, and what each of them may attend to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from foredraft.core.tree import Ids, TreeBatch, ancestor_mask, depths_of
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The layout of one forward: where its nodes are in the batch and in the pool. M nodes are new, in packed order.
+
+    Attributes:
+        numbers: six values for each new node, in rows: token id, position, `request`, `column`, `slot` and `place`. The
+            position of a node is the length of its cache plus its depth. The node is in row `request` and column `column`
+            of the padded [B, N] batch. Its key and value are written to `place` of `slot`.
+        device: the device of the forward.
+        new: packed index of each new node.
+        count: M, the number of new nodes.
+        slots: slot of each request.
+        first_place: the place of the first new node; None if it is not known before the step runs.
+        width: N, the largest number of new nodes of a request.
+        length: number of positions read per slot, given by the longest request.
+        visible: which positions of its slot each padded query may attend to.
+        lengths: number of committed positions of each request.
+        depths: depth of each node, per request.
+        device_numbers: `numbers` on the device, if they are there already.
+    """
+
+    numbers: Int[np.ndarray, "6 m"]
+    device: torch.device
+    new: Int[np.ndarray, " _"]
+    count: int
+    slots: list[int]
+    first_place: int | None
+    width: int
+    length: int
+    visible: Bool[np.ndarray, "b n t"]
+    lengths: list[int]
+    depths: list[Int[np.ndarray, " _"]]
+    device_numbers: Int[Tensor, "6 m"] | None = None
+
+    @cached_property
+    def _on_device(self) -> Int[Tensor, "6 m"]:
+        """`numbers` on the device, copied in one transfer."""
+        return torch.from_numpy(self.numbers).to(self.device) if self.device_numbers is None else self.device_numbers
+
+    @property
+    def token_ids(self) -> Int[Tensor, " m"]:
+        """Token id of each new node."""
+        return self._on_device[0]
+
+    @property
+    def positions(self) -> Int[Tensor, " m"]:
+        """Position of each new node: cache length plus depth."""
+        return self._on_device[1]
+
+    @property
+    def request(self) -> Int[Tensor, " m"]:
+        """Row of each new node in the padded batch."""
+        return self._on_device[2]
+
+    @property
+    def column(self) -> Int[Tensor, " m"]:
+        """Column of each new node in the padded batch."""
+        return self._on_device[3]
+
+    @property
+    def slot(self) -> Int[Tensor, " m"]:
+        """Slot of each new node in the pool."""
+        return self._on_device[4]
+
+    @property
+    def place(self) -> Int[Tensor, " m"]:
+        """Index of each new node within its slot."""
+        return self._on_device[5]
+
+    @property
+    def ends(self) -> list[int]:
+        """The first place behind the tree of each request."""
+        return [length + len(depths) for length, depths in zip(self.lengths, self.depths, strict=True)]
+
+    @property
+    def key_positions(self) -> Int[np.ndarray, "b t"]:
+        """The token position at each place of a slot."""
+        positions = np.tile(np.arange(self.length), (len(self.lengths), 1))
+        for row, length, depths in zip(positions, self.lengths, self.depths, strict=True):
+            row[length : length + len(depths)] = length + depths
+        return positions
+
+    def seen(self, window: int | None = None) -> Bool[np.ndarray, "b n t"]:
+        """Returns `visible` without keys that are `window` or more positions back. Positions count depth, not node index."""
+        if window is None:
+            return self.visible
+        queries = np.zeros(self.visible.shape[:2], np.int64)
+        queries[self.numbers[2], self.numbers[3]] = self.numbers[1]
+        seen = self.visible & (self.key_positions[:, None, :] > queries[:, :, None] - window)
+        seen[:, :, 0] |= ~seen.any(-1)  # a padding row that attends to nothing would give NaN
+        return seen
+
+    def mask(self, dtype: torch.dtype, device: torch.device, window: int | None = None) -> Float[Tensor, "b 1 n t"] | None:
+        """Returns the additive attention mask of `seen`; None if every query sees every key."""
+        seen = self.seen(window)
+        return None if seen.all() else additive(torch.from_numpy(seen).to(device), dtype)
+
+    def rows_of(self, rows: Ids) -> Int[Tensor, " r"]:
+        """Returns the indices of the packed nodes `rows` among the new nodes."""
+        return torch.from_numpy(np.searchsorted(self.new, rows)).to(self.device)
+
+    def pad(self, states: Float[Tensor, "m h e"]) -> Float[Tensor, "b n h e"]:
+        """Converts states of new nodes to the padded batch."""
+        if len(self.slots) * self.width == self.count:
+            return states.view(len(self.slots), self.width, *states.shape[1:])
+        padded = states.new_zeros(len(self.slots), self.width, *states.shape[1:])
+        padded[self.request, self.column] = states
+        return padded
+
+    def unpad(self, states: Float[Tensor, "b n d"]) -> Float[Tensor, "m d"]:
+        """Converts the padded batch back to states of new nodes."""
+        if len(self.slots) * self.width == self.count:
+            return states.flatten(0, 1)
+        return states[self.request, self.column]
+
+
+def additive(seen: Bool[Tensor, "b n t"], dtype: torch.dtype) -> Float[Tensor, "b 1 n t"]:
+    """Returns the additive attention mask that hides all positions that are not `seen`."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None]
+
+
+def lay_out(batch: TreeBatch, caches: Sequence[Any], start: Sequence[int] | None, device: torch.device) -> Layout:
+    """Plans one forward of `batch` behind caches of one pool. The first ``start[b]`` nodes of tree b were run before."""
+    sizes = np.diff(batch.offsets)
+    first = np.zeros(len(batch), np.int64) if start is None else np.asarray(start, np.int64)
+    lengths = np.asarray([cache.length for cache in caches], np.int64)
+    width, length = int((sizes - first).max()), int((lengths + sizes).max())
+    visible = np.zeros((len(batch), width, length), dtype=bool)
+    nodes, depths = [], []
+    for b, size in enumerate(sizes.tolist()):
+        parents = batch.parents[batch.offsets[b] : batch.offsets[b + 1]]
+        begin, end = int(lengths[b]), int(lengths[b]) + size
+        visible[b, :, :begin] = True
+        visible[b, size - first[b] :, 0] = True  # a padding row that attends to nothing would give NaN
+        visible[b, : size - first[b], begin:end] = ancestor_mask(parents)[first[b] :]
+        nodes.append(np.arange(first[b], size))
+        depths.append(depths_of(parents))
+    request = np.repeat(np.arange(len(batch)), sizes - first)
+    local = np.concatenate(nodes)
+    new = local + batch.offsets[request]
+    slots = np.asarray([cache.slot for cache in caches], np.int64)
+
+    positions = np.concatenate([tree_depths[f:] for tree_depths, f in zip(depths, first, strict=True)]) + lengths[request]
+    numbers = batch.tokens[new], positions, request, local - first[request], slots[request], lengths[request] + local
+    return Layout(
+        numbers=np.stack(numbers),
+        device=device,
+        new=new,
+        count=len(new),
+        slots=slots.tolist(),
+        first_place=int(lengths[0] + first[0]),
+        width=width,
+        length=length,
+        visible=visible,
+        lengths=lengths.tolist(),
+        depths=depths,
+    )
+
+
+def among_new(
+    rows: Int[np.ndarray, " r"], offsets: Int[np.ndarray, " b1"], first: Sequence[int] | Int[np.ndarray, " b"]
+) -> Int[np.ndarray, " r"]:
+    """Returns the indices of the packed nodes `rows` among the new nodes.
+
+    Args:
+        offsets: offsets of the trees in packed order.
+        first: number of nodes at the start of each tree that are not new.
+    """
+    if len(first) == 1:
+        return rows - first[0]
+    trees = np.searchsorted(offsets, rows, side="right") - 1
+    return np.asarray(rows, np.int64) - np.cumsum(first)[trees]
+
+
+def index_of(rows: Sequence[int] | Int[np.ndarray, " r"], device: torch.device) -> slice | Int[Tensor, " r"]:
+    """Returns an index that selects `rows` of a tensor on `device`. For consecutive rows, it is a slice without a transfer."""
+    listed = list(rows) if isinstance(rows, Sequence) else rows.tolist()
+    first, count = listed[0] if listed else 0, len(listed)
+    if listed == list(range(first, first + count)):
+        return slice(first, first + count)
+    return torch.tensor(listed, device=device)
+
+
+def rows_of(table: Float[Tensor, "n d"], rows: Sequence[int] | Int[np.ndarray, " r"]) -> Float[Tensor, "r d"]:
+    """Returns `rows` of a table. For consecutive rows, the result is a view."""
+    return table[index_of(rows, table.device)]

@@ -1,4 +1,4 @@
-"""``foredraft doctor``: describes a draft head and lists its problems."""
+"""``foredraft doctor``: describes this machine, or a draft head and its problems."""
 
 from __future__ import annotations
 
@@ -12,13 +12,22 @@ from foredraft.cli.options import AsJson, Layout
 
 
 def doctor(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a draft head, released or from this library.")],
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="DIR", help="Directory of a draft head, released or from this library.", show_default=False),
+    ] = None,
     *,
     model: Annotated[str | None, typer.Option(help="Directory or Hub id of the head's target.", show_default=False)] = None,
     layout: Layout = None,
     as_json: AsJson = False,
 ) -> int:
-    """Describe a draft head and list its problems. The exit code is 0 if there are none, else 1."""
+    """Describe this machine, or a draft head and its problems.
+
+    Without DIR: the instruction set, the threads, the bandwidth of the memory, and what would make this machine faster.
+    With DIR, the exit code is 0 if there are no problems, else 1.
+    """
+    if folder is None:
+        return _machine(as_json=as_json)
     from foredraft.cli import show
     from foredraft.importers.convert import as_dict, as_it_stands, described, examine
     from foredraft.importers.layouts import LAYOUTS
@@ -34,3 +43,27 @@ def doctor(
     compared = f" {model}" if model else "; give --model to compare it with its target too"
     show.say(f"does not fit: {len(findings)} to do" if findings else f"fits{compared}")
     return 1 if findings else 0
+
+
+def _machine(*, as_json: bool) -> int:
+    """Describes this machine. Reading the memory takes about a second."""
+    import torch
+
+    from foredraft.bench.bandwidth import read_bandwidth
+    from foredraft.bench.machine import advice, instruction_set, machine
+    from foredraft.cli import show
+    from foredraft.kernels.sets import sets_here
+
+    facts = machine(torch.device("cpu"))
+    facts |= {"instruction_set": instruction_set(), "sets": sets_here(), "advice": advice()}
+    facts["read_gb_per_s"] = round(read_bandwidth(torch.device("cpu")) / 1e9, 1)
+    if as_json:
+        print(json.dumps(facts))
+        return 0
+    show.say(f"processor: {facts['device']}, {facts['cores']} cores, {facts['threads']} threads")
+    show.say(f"instruction set: {facts['instruction_set']} (here: {', '.join([*facts['sets'], 'torch'])})")
+    show.say(f"memory: {facts['read_gb_per_s']} GB/s read")
+    show.say(f"versions: Python {facts['python']}, torch {facts['torch']}, transformers {facts['transformers']}")
+    for number, sentence in enumerate(facts["advice"], 1):
+        show.say(f"{number}. {sentence}")
+    return 0

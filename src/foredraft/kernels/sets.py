@@ -79,13 +79,19 @@ def _loaded() -> ctypes.CDLL | None:
         return None
 
 
+def sets_of_library() -> list[str]:
+    """Returns the instruction sets that the library was built with. A set that its compiler did not know is missing."""
+    code = _loaded()
+    return [] if code is None else [name for name in SETS if hasattr(code, f"foredraft_forward_{name}")]
+
+
 def sets_here() -> list[str]:
     """Returns the instruction sets that this machine has and the library was built with, the fastest first."""
     code = _loaded()
     if code is None:
         return []
     features = code.foredraft_features()
-    names = [name for name, bit in SETS.items() if features & bit == bit and hasattr(code, f"foredraft_forward_{name}")]
+    names = [name for name in sets_of_library() if features & SETS[name] == SETS[name]]
     if features & _INTEL and "amx" not in names and "avx512_vnni" in names:
         names.sort(key=lambda name: name == "avx512_bf16")
     return names

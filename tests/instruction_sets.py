@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -23,7 +24,11 @@ NAMES = tuple(dict.fromkeys([*build.SETS["x86_64"], *sets.sets_here()]))
 PAIRED = ("avx512_bf16", "amx")
 """The sets that multiply bfloat16 numbers in pairs. The order of their additions is their own."""
 
-_FLAGS = ("-Og", "-w")
+SANITIZER = os.environ.get("FOREDRAFT_TEST_SANITIZER", "")
+"""Sanitizers of the compiler, as `test_sanitizers.py` sets them. With any, all sets run on stand-ins built with them."""
+
+_SANITIZED = (f"-fsanitize={SANITIZER}", "-fno-sanitize-recover=all", "-g", "-fno-omit-frame-pointer") if SANITIZER else ()
+_FLAGS = ("-Og", "-w", *_SANITIZED)
 """Flags of the stand-ins. They are built in seconds and run in seconds, so neither is worth more optimisation."""
 
 _BUILT = Path(__file__).parents[1] / "build" / "stand_ins"
@@ -31,7 +36,7 @@ _BUILT = Path(__file__).parents[1] / "build" / "stand_ins"
 
 def is_native(name: str) -> bool:
     """Returns whether the machine has an instruction set and the package was built with it."""
-    return name in sets.sets_here()
+    return not SANITIZER and name in sets.sets_here()
 
 
 @cache
@@ -66,9 +71,9 @@ def _library() -> ctypes.CDLL:
     _BUILT.mkdir(parents=True, exist_ok=True)
     with (_BUILT / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        library = _BUILT / f"{_digest()}.so"
+        library = _BUILT / f"{SANITIZER or 'plain'}-{_digest()}.so"
         if not library.exists():
-            for old in _BUILT.glob("*.so"):
+            for old in _BUILT.glob(f"{SANITIZER or 'plain'}-*.so"):
                 old.unlink()
             build.build(library, flags=_FLAGS, stand_ins=STAND_INS)
     code = ctypes.CDLL(str(library))

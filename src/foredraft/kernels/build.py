@@ -91,7 +91,7 @@ def build(out: Path, command: Words = (), *, names: Words = (), flags: Words = (
     command = command or compiler()
     sets = {name: entry for name, entry in sets_of(command, stand_ins).items() if not names or name in names}
     left_out = [name for name, (_, own) in sets.items() if not _knows(command, own)]
-    units = {source: ((), f"{source}.c") for source in ("machine", "prefixes", "team")}
+    units: dict[str, tuple[tuple[str, ...], str]] = {source: ((), f"{source}.c") for source in ("machine", "prefixes", "team")}
     for name, (header, own) in sets.items():
         if name not in left_out:
             units[name] = (*own, f"-DSET={name}", f'-DVECTORS_OF="{header}"'), "set.c"

@@ -2,8 +2,10 @@
 given."""
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -15,6 +17,19 @@ jaxtyping.jaxtyped = light_types.jaxtyped  # before anything of the package is i
 torch.set_num_threads(1)
 _CACHE = tempfile.TemporaryDirectory(prefix="foredraft-tests-", ignore_cleanup_errors=True)  # removed when the process ends
 os.environ["FOREDRAFT_CACHE"] = _CACHE.name  # nothing measured by a test outlives it
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Says which instruction sets were tested, and how: on the machine itself or against stand-ins."""
+    reports = [one for kind in ("passed", "failed") for one in terminalreporter.stats.get(kind, [])]
+    ids = [one.nodeid for one in reports if "test_instruction_sets.py" in one.nodeid]
+    if ids:
+        from instruction_sets import NAMES, is_native
+
+        ran = [name for name in NAMES if any(re.search(rf"[\[-]{name}[-\]]", one) for one in ids)]
+        how = {"native": [name for name in ran if is_native(name)], "stand-ins": [name for name in ran if not is_native(name)]}
+        parts = [f"{', '.join(names)}: {way}" for way, names in how.items() if names]
+        terminalreporter.write_line(f"instruction sets: {'; '.join(parts)}")
 
 
 @pytest.fixture(autouse=True)

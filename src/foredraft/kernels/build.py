@@ -21,6 +21,8 @@ from pathlib import Path
 SOURCES = Path(__file__).parent / "c"
 LIBRARY = Path(__file__).with_name("_kernels.so")
 
+Words = Sequence[str]
+
 COMMON = (
     *("-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-pthread"),
     *("-Wall", "-Wextra"),
@@ -64,48 +66,47 @@ def compiler() -> list[str]:
     raise BuildError(f"there is no C compiler {given!r}" if given.strip() else "there is no C compiler: cc, gcc or clang")
 
 
-def sets_of(command: Sequence[str]) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Returns the instruction sets of the architecture that the compiler builds for."""
-    return SETS.get(_run([*command, "-dumpmachine"]).split("-")[0], SETS[""])
+def sets_of(command: Words, stand_ins: Path | None = None) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Returns the instruction sets of the architecture that the compiler builds for; with `stand_ins`, those of x86-64."""
+    if stand_ins is None:
+        return SETS.get(_run([*command, "-dumpmachine"]).split("-")[0], SETS[""])
+    common = (f"-I{stand_ins}", "-fno-strict-aliasing")
+    return {key: (header, (*common, *(one for one in own if one[:2] == "-D"))) for key, (header, own) in SETS["x86_64"].items()}
 
 
-def build(
-    out: Path, command: Sequence[str] | None = None, *, names: Sequence[str] = (), flags: Sequence[str] = ()
-) -> list[str]:
+def build(out: Path, command: Words = (), *, names: Words = (), flags: Words = (), stand_ins: Path | None = None) -> list[str]:
     """Builds the library. Returns the sets that were left out, because the compiler does not know their flags.
 
     Args:
         out: file of the library.
-        command: the compiler; None is `compiler`.
+        command: the compiler; empty for `compiler`.
         names: the sets to build; empty for all.
         flags: further flags for every file.
+        stand_ins: folder of a header ``immintrin.h`` that replaces the compiler's. The sets of x86-64 are then built for any
+            architecture, without the flags of their instructions.
 
     Raises:
         BuildError: there is no compiler, or it reported an error.
     """
-    command = compiler() if command is None else command
-    sets = {name: entry for name, entry in sets_of(command).items() if not names or name in names}
+    command = command or compiler()
+    sets = {name: entry for name, entry in sets_of(command, stand_ins).items() if not names or name in names}
     left_out = [name for name, (_, own) in sets.items() if not _knows(command, own)]
-    common = [*COMMON, *flags]
     units: dict[str, tuple[tuple[str, ...], str]] = {name: ((), f"{name}.c") for name in ("machine", "prefixes", "team")}
     for name, (header, own) in sets.items():
         if name not in left_out:
             units[name] = (*own, f"-DSET={name}", f'-DVECTORS_OF="{header}"'), "set.c"
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = {name: str(Path(folder) / f"{name}.o") for name in units}
-        jobs = [
-            pool.submit(_run, [*command, *common, *own, "-c", str(SOURCES / source), "-o", objects[name]])
-            for name, (own, source) in units.items()
-        ]
-        for job in jobs:
-            job.result()
+        every = [*command, *COMMON, *flags]
+        commands = ([*every, *own, "-c", str(SOURCES / file), "-o", objects[name]] for name, (own, file) in units.items())
+        list(pool.map(_run, commands))  # the list raises the first error
         part = out.with_suffix(f".{os.getpid()}")
         _run([*command, "-shared", "-pthread", *flags, *objects.values(), "-o", str(part), "-lm"])
     part.replace(out)  # a running process keeps the old file
     return left_out
 
 
-def _knows(command: Sequence[str], flags: Sequence[str]) -> bool:
+def _knows(command: Words, flags: Words) -> bool:
     try:
         _run([*command, "-Werror", *flags, "-fsyntax-only", "-x", "c", os.devnull])
     except BuildError:
@@ -113,7 +114,7 @@ def _knows(command: Sequence[str], flags: Sequence[str]) -> bool:
     return True
 
 
-def _run(command: Sequence[str]) -> str:
+def _run(command: Words) -> str:
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
     except subprocess.CalledProcessError as error:

@@ -34,7 +34,8 @@ INLINE V v_round(V x) { return _mm512_roundscale_ps(x, 0); }
 INLINE unsigned v_above(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 INLINE unsigned v_below(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 INLINE V v_keep(V x, unsigned lanes) { return _mm512_maskz_mov_ps((__mmask16)lanes, x); }
-INLINE V v_scale(V x, V n) { return _mm512_scalef_ps(x, n); }
+/* scalef makes NaN times 2^infinity infinite. So n is cut at 254, as in the other sets. */
+INLINE V v_scale(V x, V n) { return _mm512_scalef_ps(x, _mm512_min_ps(n, v_set(254))); }
 
 INLINE C c_load(const uint16_t *x) { return _mm256_loadu_si256((const __m256i *)x); }
 INLINE void c_store(uint16_t *to, C x) { _mm256_storeu_si256((__m256i *)to, x); }

@@ -28,7 +28,7 @@ INLINE V v_max(V a, V b) { return a > b ? a : b; }
 INLINE V v_round(V x) { return rintf(x); }
 INLINE unsigned v_above(V a, V b) { return a > b; }
 INLINE unsigned v_below(V a, V b) { return a < b; }
-INLINE V v_keep(V x, unsigned lanes) { return lanes ? x : 0; }
+INLINE V v_keep(V x, unsigned lanes) { return lanes & 1 ? x : 0; }
 
 /* 2^n for -127 < n < 128, a whole number. */
 INLINE float power_of_two(int n) {

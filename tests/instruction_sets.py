@@ -1,0 +1,88 @@
+"""The instruction sets under test: each runs natively where the machine has it, else against the stand-ins of `stand_ins`."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from foredraft.kernels import build, sets
+from foredraft.kernels.sets import Code
+from foredraft.kernels.structures import check_sizes
+
+STAND_INS = Path(__file__).parent / "stand_ins"
+NAMES = tuple(dict.fromkeys([*build.SETS["x86_64"], *sets.sets_here()]))
+"""All instruction sets of x86-64, the scalar set first, and those of this machine."""
+
+PAIRED = ("avx512_bf16", "amx")
+"""The sets that multiply bfloat16 numbers in pairs. The order of their additions is their own."""
+
+SANITIZER = os.environ.get("FOREDRAFT_TEST_SANITIZER", "")
+"""Sanitizers of the compiler, as `test_sanitizers.py` sets them. With any, all sets run on stand-ins built with them."""
+
+_SANITIZED = (f"-fsanitize={SANITIZER}", "-fno-sanitize-recover=all", "-g", "-fno-omit-frame-pointer") if SANITIZER else ()
+_FLAGS = ("-Og", "-w", *_SANITIZED)
+"""Flags of the stand-ins. They are built in seconds and run in seconds, so neither is worth more optimisation."""
+
+_BUILT = Path(__file__).parents[1] / "build" / "stand_ins"
+
+
+def is_native(name: str) -> bool:
+    """Returns whether the machine has an instruction set and the package was built with it."""
+    return not SANITIZER and name in sets.sets_here()
+
+
+@cache
+def code_of(name: str) -> Code:
+    """Returns an instruction set of `NAMES`, native if possible."""
+    return sets.code_of(name) if is_native(name) else stand_ins_of(name)
+
+
+@cache
+def stand_ins_of(name: str) -> Code:
+    """Returns an instruction set of x86-64 that runs on the stand-ins."""
+    return Code(_library(), name)
+
+
+@contextmanager
+def using(code: Code) -> Iterator[None]:
+    """Lets models, layers and laws run on `code` inside the block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FOREDRAFT_KERNELS", code.name)
+        patch.setattr(sets, "sets_here", lambda: [code.name])
+        patch.setattr(sets, "code_of", lambda _: code)
+        sets.library.cache_clear()
+        try:
+            yield
+        finally:
+            sets.library.cache_clear()
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """Loads the library of stand-ins. The first process that needs it builds it; it is built anew when a source changes."""
+    _BUILT.mkdir(parents=True, exist_ok=True)
+    with (_BUILT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        library = _BUILT / f"{SANITIZER or 'plain'}-{_digest()}.so"
+        if not library.exists():
+            for old in _BUILT.glob(f"{SANITIZER or 'plain'}-*.so"):
+                old.unlink()
+            build.build(library, flags=_FLAGS, stand_ins=STAND_INS)
+    code = ctypes.CDLL(str(library))
+    check_sizes(code)
+    return code
+
+
+def _digest() -> str:
+    """Returns a digest of everything that the library of stand-ins is made of."""
+    files = [Path(build.__file__), Path(__file__), *sorted(build.SOURCES.iterdir()), *sorted(STAND_INS.iterdir())]
+    compiler = build._run([*build.compiler(), "--version"])
+    return hashlib.sha256(compiler.encode() + b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

@@ -27,6 +27,9 @@ PAIRED = ("avx512_bf16", "amx")
 SANITIZER = os.environ.get("FOREDRAFT_TEST_SANITIZER", "")
 """Sanitizers of the compiler, as `test_sanitizers.py` sets them. With any, all sets run on stand-ins built with them."""
 
+if SANITIZER:
+    os.environ.pop("LD_PRELOAD", None)  # the compiler runs without the sanitizer
+
 _SANITIZED = (f"-fsanitize={SANITIZER}", "-fno-sanitize-recover=all", "-g", "-fno-omit-frame-pointer") if SANITIZER else ()
 _FLAGS = ("-Og", "-w", *_SANITIZED)
 """Flags of the stand-ins. They are built in seconds and run in seconds, so neither is worth more optimisation."""

@@ -251,10 +251,7 @@ def ctc_of(emitted: Float[Tensor, "n t _"], labels: Int[Tensor, "n s"], lengths:
 
 
 def ctc_prefixes(
-    emitted: Float[Tensor, "n t _"],
-    labels: Int[Tensor, "n s"],
-    lasts: Int[Tensor, "n s m"],
-    said: Float[Tensor, "n t s m"],
+    emitted: Float[Tensor, "n t _"], labels: Int[Tensor, "n s"], lasts: Int[Tensor, "n s m"], said: Float[Tensor, "n t s m"]
 ) -> Float[Tensor, "n s m"]:
     """Computes -log of the probability of prefixes of the collapsed frames.
 

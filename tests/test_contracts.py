@@ -11,8 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from foredraft.core.contracts import Budget, Cache, Pool, Target, Work
 from foredraft.core.draws import Draws
-from foredraft.core.params import SamplingParams
 from foredraft.core.folders import BUNDLED_TARGET
+from foredraft.core.params import SamplingParams
 from foredraft.models.hf import HFTarget
 from foredraft.models.loading import load_target
 from foredraft.models.native import NativeTarget

@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import LlamaConfig
 
 from foredraft import LLM, SamplingParams
@@ -25,11 +27,12 @@ from foredraft.core import typed
 from foredraft.heads import HEADS
 from foredraft.heads.eagle import Eagle3Head, FeatureHead
 from foredraft.heads.folder import read_head
-from foredraft.heads.layers import Foretelling, Shape
+from foredraft.heads.layers import Attend, Foretelling, Shape
+from foredraft.models.attention import rotate
 from foredraft.models.checkpoint import ModelError, fingerprint
 from foredraft.models.loading import fingerprint_of
 from foredraft.train import checkpoint, course, loop, shards
-from foredraft.train.attention import masked, slot_rows, tables, unrolled, with_slots
+from foredraft.train.attention import Tables, tables, unrolled, with_slots
 from foredraft.train.batches import Batch
 from foredraft.train.corpus import read_conversations, read_corpus
 from foredraft.train.course import Settings
@@ -517,6 +520,40 @@ def test_slots_of_a_text_are_those_behind_each_anchor_alone() -> None:
     for i, anchor in enumerate(anchors[0].tolist()):
         alone = run_with(entries[:, : anchor + 1], torch.tensor([[anchor]]))
         torch.testing.assert_close(together[:, 2 * i : 2 * i + 2], alone, atol=1e-5, rtol=1e-5)
+
+
+def masked(rotary: Tables, positions: Int[Tensor, "b q"], visible: Bool[Tensor, "b q q"]) -> Attend:
+    """Returns attention with an explicit mask; `visible[b, i, j]` says whether row i attends to row j."""
+    cos, sin = (table[positions][:, :, None] for table in rotary)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rotation = cos.to(query.dtype), sin.to(query.dtype)
+        query, key = rotate(query, rotation), rotate(key, rotation)
+        heads = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        out = F.scaled_dot_product_attention(*heads, attn_mask=visible[:, None], enable_gqa=True)
+        return out.transpose(1, 2).flatten(2)
+
+    return attend
+
+
+def slot_rows(length: int, anchors: Int[Tensor, "b a"], num_slots: int) -> tuple[Int[Tensor, "b q"], Bool[Tensor, "b q q"]]:
+    """Computes the positions and the attention mask of a text's pairs, followed by the slots of some of the pairs (anchors).
+
+    A pair attends to the pairs up to itself. Slot k of an anchor attends to the pairs up to the anchor and to the slots of the
+    same anchor up to k.
+
+    Returns:
+        The position of every row, and the mask: row i attends to row j where ``mask[b, i, j]`` is true.
+    """
+    batch, count = anchors.shape
+    slots = torch.arange(num_slots, device=anchors.device)
+    owner = torch.arange(count, device=anchors.device).repeat_interleave(num_slots)
+    until = torch.cat([torch.arange(length, device=anchors.device).expand(batch, -1), anchors[:, owner]], dim=1)
+    visible = torch.zeros(batch, until.shape[1], until.shape[1], dtype=torch.bool, device=anchors.device)
+    visible[:, :, :length] = torch.arange(length, device=anchors.device) <= until[:, :, None]
+    within = (owner[:, None] == owner) & (slots.repeat(count)[:, None] >= slots.repeat(count))
+    visible[:, length:, length:] = within
+    return torch.cat([until[:, :length], until[:, length:] + 1 + slots.repeat(count)], dim=1), visible
 
 
 def test_attention_of_slots_is_that_of_the_whole_mask() -> None:

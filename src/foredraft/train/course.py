@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
+import timeit
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -150,13 +150,9 @@ def faster_in_bf16(device: torch.device) -> bool:
     """
     if device.type != "cpu":
         return True
-    seconds = []
-    for dtype in (torch.bfloat16, torch.float32):
+
+    def seconds(dtype: torch.dtype) -> float:
         rows, weight = torch.randn(2048, 512).to(dtype), torch.randn(1024, 512).to(dtype)
-        took = []
-        for _ in range(5):
-            began = time.perf_counter()
-            torch.nn.functional.linear(rows, weight)
-            took.append(time.perf_counter() - began)
-        seconds.append(min(took))
-    return seconds[0] < 1.25 * seconds[1]
+        return min(timeit.repeat(lambda: torch.nn.functional.linear(rows, weight), number=1, repeat=5))
+
+    return seconds(torch.bfloat16) < 1.25 * seconds(torch.float32)

@@ -20,8 +20,8 @@ import torch
 from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
 from foredraft.core.errors import shown, whole_number
-from foredraft.core.names import remote_code
 from foredraft.core.params import MAX_BIAS, MAX_COUNT, MAX_N, MAX_SEED, check_seed, used_seed
+from foredraft.core.treatment import remote_code
 from foredraft.kernels.laws import likeliest_of_mass
 from foredraft.plan.config import parse
 

@@ -361,7 +361,14 @@ def test_calibrate_leaves_larger_trees_where_another_way_is_better(
     monkeypatch.setattr(calibrate, "SIZES", (4, 8, 16))
     lengths = iter([2.0, 3.0, 5.0])
     monkeypatch.setattr(calibrate, "acceptance_length", lambda *_: next(lengths))
-    points = calibrate.curve(LLM(PAIR[0], {"method": "ar"}), {"method": "ngram"}, Way("ngram", None), [], 0.0, 8, best)
+    points = calibrate.curve(
+        LLM(PAIR[0], {"method": "ar"}),
+        {"method": "ngram"},
+        Way("ngram", None),
+        [],
+        SamplingParams(temperature=0.0, max_tokens=8),
+        best,
+    )
     assert [(one.nodes, one.acceptance_length) for one in points] == list(zip(sizes, [2.0, 3.0, 5.0], strict=False))
 
 
@@ -374,7 +381,7 @@ def test_acceptance_is_measured_on_what_would_be_drafted(method: str) -> None:
     greedy = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     plain = llm.with_speculation({"method": "ar"})
     prompts = [llm.tokenizer(one)["input_ids"] for one in ("Once upon a time there was", "Green! My 4")]
-    texts, steps = calibrate.all_trials(plain, llm, prompts, 0.0, 40), []
+    texts, steps = calibrate.all_trials(plain, llm, prompts, SamplingParams(temperature=0.0, max_tokens=40)), []
     for text, output in zip(texts, llm.generate(prompts, greedy), strict=True):
         at = 0
         for record in output.outputs[0].records:

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
 from foredraft.bench.tasks import encode, read_prompts
-from foredraft.core.chat import ROLES, Template, conversations, is_plain, render
+from foredraft.core.chat import Template, is_plain, render
+from foredraft.core.messages import ROLES, conversations
 
 DATA = Path(__file__).parent / "data"
 TARGET = DATA / "babyllama-105"

@@ -27,11 +27,13 @@ from foredraft.train.attention import tables
 from foredraft.train.batches import Batch, collate
 from foredraft.train.corpus import Corpus, read_corpus
 from foredraft.train.frozen import Frozen
-from foredraft.train.recipes import RECIPES, Lesson
+from foredraft.train.lesson import Lesson
+from foredraft.train.recipes import RECIPES
 from foredraft.train.records import conversations_of
 from foredraft.train.rendering import Renderer
 from foredraft.train.run import TrainChoice, run
-from foredraft.train.shards import Text, TrainingError
+from foredraft.train.shards import TrainingError
+from foredraft.train.texts import Text
 
 pytestmark = pytest.mark.unchecked
 
@@ -495,7 +497,7 @@ def chats(folder: Path) -> Path:
 
 
 def choice(folder: Path, target: Path, out: str = "head", **more: Any) -> TrainChoice:
-    settings = {"steps": 2, "batch_tokens": 512, "evaluate_every": 1, "lr": 1e-3, "bf16": False}
+    settings = {"steps": 2, "batch_tokens": 512, "evaluate_every": 1, "lr": 1e-3, "bf16": False, "optimizer": "muon"}
     return TrainChoice(
         **{"method": "eagle", "model": str(target), "data": [chats(folder)], "out": folder / out, "num_tokens": 400}
         | {"max_len": 128, "settings": settings}

@@ -105,7 +105,7 @@ def worst_error(name: str, options: dict[str, Any], rule: Any, vocab_size: int, 
             trees = grown(name, frozen(options), vocab_size, draft, nodes, sampled)
             worst = max(worst, abs(sum(prob for prob, _, _ in trees.values()) - 1))
             for target, law in enumerate(target_laws(vocab_size)):
-                joint = joint_law(trees, rule, law, vocab_size, length, temperature, PREFIX)
+                joint = joint_law(trees, rule, law, vocab_size, length, temperature=temperature, prefix=PREFIX)
                 worst = max(worst, np.abs(joint - answer(vocab_size, target, length, temperature)).max())
     return worst
 
@@ -275,7 +275,7 @@ def altered_error(grower: Any, alter: Any, rule: Any, nodes: int) -> float:
     for draft in draft_laws(4):
         trees = tree_law(Altered(grower, alter), draft, 4, budget, 1.0, PREFIX)
         for target, law in enumerate(target_laws(4)):
-            joint = joint_law(trees, rule, law, 4, length, 1.0, PREFIX)
+            joint = joint_law(trees, rule, law, 4, length, temperature=1.0, prefix=PREFIX)
             worst = max(worst, float(np.abs(joint - answer(4, target, length, 1.0)).max()))
     return worst
 
@@ -379,4 +379,4 @@ def test_threshold_reversed_is_caught() -> None:
 def test_tree_drawn_another_way_raises(tree: str, options: dict[str, Any], rule: str) -> None:
     trees = grown(tree, frozen(options), 3, 0, 3, True)
     with pytest.raises(ValueError, match=r"exact for children|verifies chains"):
-        joint_law(trees, RULES[rule].rule, target_laws(3)[0], 3, 4, 1.0, PREFIX)
+        joint_law(trees, RULES[rule].rule, target_laws(3)[0], 3, 4, temperature=1.0, prefix=PREFIX)

@@ -25,7 +25,8 @@ from foredraft.__main__ import build, main
 from foredraft.core import arguments
 from foredraft.core.arguments import OWN, config_with_our_names
 from foredraft.core.chat import Template
-from foredraft.core.names import CHAT, DRAFT, LOAD, METHODS, NAMES, RUN, SAMPLE, remote_code
+from foredraft.core.names import METHODS, NAMES
+from foredraft.core.treatment import CHAT, DRAFT, LOAD, RUN, SAMPLE, remote_code
 from foredraft.plan.config import parse
 from foredraft.plan.speculation import Speculation
 

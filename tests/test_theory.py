@@ -249,7 +249,7 @@ def test_the_rule_has_exactly_the_loss_of_the_theory(name: str, epsilon: float) 
         draft, target = random_law(3, 10 + seed), random_law(3, 20 + seed)
         trees = tree_law(GROWERS["chain"].grower(), draft, 3, Budget(1, 1), 1.0, (0,))
         rule = RULES[name].with_options(epsilon=epsilon)
-        law = joint_law(trees, rule, target, 3, 2, 1.0, (0,)).sum(1)  # of the first token
+        law = joint_law(trees, rule, target, 3, 2, temperature=1.0, prefix=(0,)).sum(1)  # of the first token
         p, q = draft((0,)), target((0,))
         wanted = (optimal if name == "tolerance" else uno)(p, q, epsilon)
         assert np.abs(law - q).sum() / 2 == pytest.approx(wanted.loss, abs=EXACT)
@@ -266,7 +266,7 @@ def test_tolerance_0_is_lossless_and_uno_is_not(nodes: int) -> None:
     answer = target_joint(target, 3, nodes + 1, 1.0, (0,))
     errors = {}
     for name in ("tolerance", "uno"):
-        law = joint_law(trees, RULES[name].with_options(epsilon=0.0), target, 3, nodes + 1, 1.0, (0,))
+        law = joint_law(trees, RULES[name].with_options(epsilon=0.0), target, 3, nodes + 1, temperature=1.0, prefix=(0,))
         errors[name] = np.abs(law - answer).max()
     assert errors["tolerance"] < EXACT
     assert errors["uno"] > 1e-3

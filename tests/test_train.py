@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import LlamaConfig
 
 from foredraft import LLM, SamplingParams
@@ -25,15 +27,18 @@ from foredraft.core import typed
 from foredraft.heads import HEADS
 from foredraft.heads.eagle import Eagle3Head, FeatureHead
 from foredraft.heads.folder import read_head
-from foredraft.heads.layers import Foretelling, Shape
+from foredraft.heads.layers import Attend, Foretelling, Shape
+from foredraft.models.attention import rotate
 from foredraft.models.checkpoint import ModelError, fingerprint
 from foredraft.models.loading import fingerprint_of
-from foredraft.train import loop, shards
-from foredraft.train.attention import masked, slot_rows, tables, unrolled, with_slots
+from foredraft.train import checkpoint, course, loop, shards
+from foredraft.train.attention import Tables, tables, unrolled, with_slots
 from foredraft.train.batches import Batch
 from foredraft.train.corpus import read_conversations, read_corpus
-from foredraft.train.loop import Settings, rate
-from foredraft.train.recipes import RECIPES, Lesson
+from foredraft.train.course import Settings
+from foredraft.train.lesson import Lesson
+from foredraft.train.loop import rate
+from foredraft.train.recipes import RECIPES
 from foredraft.train.records import Conversation
 from foredraft.train.run import TrainChoice, run
 from foredraft.train.shards import TrainingError
@@ -61,7 +66,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def choice(folder: Path, method: str, out: str, *, options: dict[str, Any] | None = None, **settings: Any) -> TrainChoice:
-    usual = {"steps": 4, "batch_tokens": 512, "evaluate_every": 2, "lr": 3e-3}
+    usual = {"steps": 4, "batch_tokens": 512, "evaluate_every": 2, "lr": 3e-3, "optimizer": "muon"}
     return TrainChoice(
         method,
         str(STORIES),
@@ -306,14 +311,14 @@ def test_a_run_begins_with_another_head(made: Path) -> None:
 def test_a_damaged_checkpoint_is_said(made: Path) -> None:
     given = choice(made, "eagle", "damaged")
     run(given)
-    (given.out / loop.CHECKPOINT).write_bytes(b"PK" + bytes(100))
+    (given.out / checkpoint.CHECKPOINT).write_bytes(b"PK" + bytes(100))
     refused(given, r"checkpoint.pt is damaged\. Delete it to start again")
 
 
 def test_a_damaged_shard_is_found_before_it_is_learned_from(made: Path, tmp_path: Path) -> None:
     given = choice(made, "eagle", "shard")
     run(given)
-    before = (given.out / loop.CHECKPOINT).read_bytes()
+    before = (given.out / checkpoint.CHECKPOINT).read_bytes()
     file = made / "shards" / "00000.safetensors"
     content = file.read_bytes()
     for damaged in (content[: len(content) // 2], content[:-1] + bytes([content[-1] ^ 1]), b""):
@@ -323,7 +328,7 @@ def test_a_damaged_shard_is_found_before_it_is_learned_from(made: Path, tmp_path
     file.unlink()
     refused(given, "is missing or damaged")
     file.write_bytes(content)
-    assert (given.out / loop.CHECKPOINT).read_bytes() == before
+    assert (given.out / checkpoint.CHECKPOINT).read_bytes() == before
     run(given)
 
 
@@ -338,14 +343,14 @@ def test_shards_of_another_target_or_plan_are_refused(made: Path) -> None:
 def test_a_loss_that_is_no_number_stops_the_run(made: Path) -> None:
     given = choice(made, "eagle", "nan", steps=40, lr=1e30, clip=1e30, warmup=0.0, evaluate_every=1)
     refused(given, r"the loss became NaN or infinite at step \d+; the last checkpoint is intact\. Lower --lr")
-    kept = torch.load(given.out / loop.CHECKPOINT, weights_only=True)
+    kept = torch.load(given.out / checkpoint.CHECKPOINT, weights_only=True)
     assert all(torch.isfinite(one).all() for one in kept["head"].values())
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = choice(made, "eagle", "full", steps=4)
     run(choice(made, "eagle", "full", steps=4))
-    before = (given.out / loop.CHECKPOINT).read_bytes()
+    before = (given.out / checkpoint.CHECKPOINT).read_bytes()
     real = torch.save
 
     def full(content: Any, file: Any) -> None:
@@ -354,12 +359,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(made: Path, monkeypatch: pytest.
             part.truncate(100)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loop.torch, "save", full)
+    monkeypatch.setattr(checkpoint.torch, "save", full)
     other = choice(made, "eagle", "full2", steps=4)
     refused(other, r"No space left on device.*; its old content is intact\. Free disk space and run the same command again")
-    assert not (other.out / loop.CHECKPOINT).exists()
-    assert (given.out / loop.CHECKPOINT).read_bytes() == before
-    monkeypatch.setattr(loop.torch, "save", real)
+    assert not (other.out / checkpoint.CHECKPOINT).exists()
+    assert (given.out / checkpoint.CHECKPOINT).read_bytes() == before
+    monkeypatch.setattr(checkpoint.torch, "save", real)
     run(other)
 
 
@@ -517,6 +522,40 @@ def test_slots_of_a_text_are_those_behind_each_anchor_alone() -> None:
         torch.testing.assert_close(together[:, 2 * i : 2 * i + 2], alone, atol=1e-5, rtol=1e-5)
 
 
+def masked(rotary: Tables, positions: Int[Tensor, "b q"], visible: Bool[Tensor, "b q q"]) -> Attend:
+    """Returns attention with an explicit mask; `visible[b, i, j]` says whether row i attends to row j."""
+    cos, sin = (table[positions][:, :, None] for table in rotary)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rotation = cos.to(query.dtype), sin.to(query.dtype)
+        query, key = rotate(query, rotation), rotate(key, rotation)
+        heads = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        out = F.scaled_dot_product_attention(*heads, attn_mask=visible[:, None], enable_gqa=True)
+        return out.transpose(1, 2).flatten(2)
+
+    return attend
+
+
+def slot_rows(length: int, anchors: Int[Tensor, "b a"], num_slots: int) -> tuple[Int[Tensor, "b q"], Bool[Tensor, "b q q"]]:
+    """Computes the positions and the attention mask of a text's pairs, followed by the slots of some of the pairs (anchors).
+
+    A pair attends to the pairs up to itself. Slot k of an anchor attends to the pairs up to the anchor and to the slots of the
+    same anchor up to k.
+
+    Returns:
+        The position of every row, and the mask: row i attends to row j where ``mask[b, i, j]`` is true.
+    """
+    batch, count = anchors.shape
+    slots = torch.arange(num_slots, device=anchors.device)
+    owner = torch.arange(count, device=anchors.device).repeat_interleave(num_slots)
+    until = torch.cat([torch.arange(length, device=anchors.device).expand(batch, -1), anchors[:, owner]], dim=1)
+    visible = torch.zeros(batch, until.shape[1], until.shape[1], dtype=torch.bool, device=anchors.device)
+    visible[:, :, :length] = torch.arange(length, device=anchors.device) <= until[:, :, None]
+    within = (owner[:, None] == owner) & (slots.repeat(count)[:, None] >= slots.repeat(count))
+    visible[:, length:, length:] = within
+    return torch.cat([until[:, :length], until[:, length:] + 1 + slots.repeat(count)], dim=1), visible
+
+
 def test_attention_of_slots_is_that_of_the_whole_mask() -> None:
     tabs, generator = tables(CONFIG, torch.device("cpu")), torch.Generator().manual_seed(0)
     length, anchors = 12, torch.tensor([[0, 4, 11], [2, 3, 9]])
@@ -532,11 +571,25 @@ def test_products_are_in_the_dtype_that_is_faster_and_stay_in_it(tmp_path: Path,
         time.sleep(0.002 if rows.dtype == slow else 0.001)
 
     monkeypatch.setattr(nn.functional, "linear", linear)
-    assert loop.faster_in_bf16(tmp_path, torch.device("cpu")) is False
+    assert course.faster_in_bf16(torch.device("cpu")) is False
     slow = torch.float32
-    assert loop.faster_in_bf16(tmp_path, torch.device("cpu")) is True
-    torch.save({"facts": {"bf16": False}}, tmp_path / loop.CHECKPOINT)
-    assert loop.faster_in_bf16(tmp_path, torch.device("cpu")) is False
+    assert course.faster_in_bf16(torch.device("cpu")) is True
+    torch.save({"facts": {"bf16": False}}, tmp_path / checkpoint.CHECKPOINT)
+    assert course.by_processor(checkpoint.facts_in(tmp_path), torch.device("cpu"))["bf16"] is False
+
+
+@pytest.mark.parametrize(("fast", "optimizer"), [(True, "muon"), (False, "adamw")])
+def test_the_optimizer_follows_the_processor(made: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, optimizer: str) -> None:
+    given = choice(made, "eagle", f"by-{optimizer}", steps=1)
+    unset = {name: value for name, value in given.settings.items() if name != "optimizer"}
+    for processor in (fast, not fast):  # a run that goes on keeps its settings, on another processor too
+        monkeypatch.setattr(course, "faster_in_bf16", lambda _, answer=processor: answer)
+        run(dataclasses.replace(given, settings=unset))
+        facts = checkpoint.facts_in(given.out)
+        assert (facts["bf16"], facts["optimizer"]) == (fast, optimizer)
+    other = choice(made, "eagle", f"by-user-{fast}", steps=1, optimizer="adamw" if fast else "muon", bf16=fast)
+    run(other)
+    assert checkpoint.facts_in(other.out)["optimizer"] == other.settings["optimizer"]
 
 
 class Echo(nn.Module):

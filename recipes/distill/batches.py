@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from foredraft.train.shards import grouped
+from foredraft.train.texts import grouped
 
 BATCH_TOKENS = 8192
 """Number of positions in a batch, padding included."""

@@ -18,7 +18,7 @@ from foredraft import LLM, SamplingParams
 from foredraft.core.progress import progress_bar
 from foredraft.core.tree import TreeBatch
 from foredraft.models.llama import LlamaTarget
-from foredraft.train.shards import grouped
+from foredraft.train.texts import grouped
 
 from .corpus import Example
 

@@ -11,12 +11,13 @@ import torch
 
 from foredraft.cache.pool import check_pool
 from foredraft.core.arguments import takes_other_names
-from foredraft.core.chat import Message, Template, conversations, render
+from foredraft.core.chat import Template, render
 from foredraft.core.errors import check_count
-from foredraft.core.names import CHAT, LOAD, RUN
+from foredraft.core.messages import Message, conversations
 from foredraft.core.params import MAX_COUNT, SamplingParams, check_seed, used_seed
 from foredraft.core.progress import progress_bar
 from foredraft.core.prompts import Params, Prompt, encode, prompt_list, with_params
+from foredraft.core.treatment import CHAT, LOAD, RUN
 from foredraft.engine.engine import DEFAULT_NUM_SEQS, MAX_NUM_SEQS, Request, RequestOutput
 from foredraft.models.generation import default_params
 from foredraft.models.parts import load_parts

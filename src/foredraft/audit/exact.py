@@ -131,7 +131,7 @@ class TableExpander:
         num_evaluated: number of nodes that these calls evaluated.
     """
 
-    def __init__(self, law: Callable[[tuple[int, ...]], np.ndarray], vocab_size: int, prefix: tuple[int, ...]):
+    def __init__(self, law: Callable[[tuple[int, ...]], np.ndarray], vocab_size: int, prefix: Prefix):
         self.law, self.vocab_size, self.prefix = law, vocab_size, prefix
         self.num_passes = self.num_evaluated = 0
 
@@ -144,19 +144,20 @@ class TableExpander:
         return torch.from_numpy(np.stack(rows)).log()
 
 
-def target_law_of(law: Callable[[tuple[int, ...]], np.ndarray], tree: DraftTree, prefix: tuple[int, ...], temperature: float):
+def target_law_of(law: Callable[[tuple[int, ...]], np.ndarray], tree: DraftTree, prefix: Prefix, temperature: float):
     """Returns the target's law on a tree, from a law of the whole prefix."""
     rows = [law((*prefix, *(int(tree.tokens[i]) for i in tree.path_to(node)))) for node in range(tree.num_nodes)]
     return TargetLaw(torch.from_numpy(np.stack(rows)).log(), SamplingParams(temperature=temperature))
 
 
+Prefix = tuple[int, ...]
+"""Tokens before the drafted ones."""
+
 Grown = dict[bytes, tuple[float, DraftTree, frozenset[Key]]]
 """Content of a tree -> (its probability, the tree, the keys of the random numbers that drew it)."""
 
 
-def tree_law(
-    grower: Any, draft: Callable, vocab_size: int, budget: Budget, temperature: float, prefix: tuple[int, ...]
-) -> Grown:
+def tree_law(grower: Any, draft: Callable, vocab_size: int, budget: Budget, temperature: float, prefix: Prefix) -> Grown:
     """Returns the law over the distinct trees of a policy, with the keys of the random numbers that it used."""
     trees: Grown = {}
 
@@ -174,13 +175,7 @@ def tree_law(
 
 
 def joint_law(
-    trees: Grown,
-    rule: Callable[..., Verdict],
-    target: Callable,
-    vocab_size: int,
-    length: int,
-    temperature: float,
-    prefix: tuple[int, ...],
+    trees: Grown, rule: AcceptanceRule, target: Callable, vocab_size: int, length: int, *, temperature: float, prefix: Prefix
 ) -> np.ndarray:
     """Returns the joint law of `length` tokens: those that the rule emits on every tree, continued by the target."""
     emitted: dict[tuple[int, ...], float] = defaultdict(float)
@@ -201,7 +196,7 @@ def joint_law(
     return joint
 
 
-def chain_prob(target: Callable, tokens: tuple[int, ...], start: int, temperature: float, prefix: tuple[int, ...]) -> float:
+def chain_prob(target: Callable, tokens: tuple[int, ...], start: int, temperature: float, prefix: Prefix) -> float:
     """Returns the target's probability of ``tokens[start:]`` after ``tokens[:start]``."""
     prob = 1.0
     for i in range(start, len(tokens)):
@@ -210,15 +205,13 @@ def chain_prob(target: Callable, tokens: tuple[int, ...], start: int, temperatur
     return prob
 
 
-def target_joint(target: Callable, vocab_size: int, length: int, temperature: float, prefix: tuple[int, ...]) -> np.ndarray:
+def target_joint(target: Callable, vocab_size: int, length: int, temperature: float, prefix: Prefix) -> np.ndarray:
     """Returns the target's joint law of `length` tokens, the reference for `joint_law`."""
     probs = [chain_prob(target, tokens, 0, temperature, prefix) for tokens in product(range(vocab_size), repeat=length)]
     return np.array(probs).reshape((vocab_size,) * length)
 
 
-def expected_tokens(
-    trees: Grown, rule: Callable[..., Verdict], target: Callable, temperature: float, prefix: tuple[int, ...]
-) -> float:
+def expected_tokens(trees: Grown, rule: Callable[..., Verdict], target: Callable, temperature: float, prefix: Prefix) -> float:
     """Returns the expected number of tokens of one step, including the recovered or bonus token."""
     total = 0.0
     for prob, tree, keys in trees.values():
@@ -240,6 +233,6 @@ def enumerated_error(grower: Any, rule: AcceptanceRule, size: int, nodes: int, t
     for draft in drafts:
         trees = tree_law(grower, draft, size, Budget(nodes, min(nodes, _DEPTH)), temperature, _PREFIX)
         for target in targets:
-            law = joint_law(trees, rule, target, size, length, temperature, _PREFIX)
+            law = joint_law(trees, rule, target, size, length, temperature=temperature, prefix=_PREFIX)
             worst = max(worst, float(np.abs(law - target_joint(target, size, length, temperature, _PREFIX)).max()))
     return worst

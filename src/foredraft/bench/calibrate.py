@@ -97,7 +97,8 @@ def calibrate(choice: CalibrateChoice) -> tuple[Path, dict[str, Any]]:
             "the calibration cannot be saved: no cache folder is writable. Set FOREDRAFT_CACHE to a writable folder"
         )
     if DRAFTERS[config["method"]].gives == "expand":
-        trials = {kind: all_trials(plain, drafting, prompts, t, choice.max_tokens) for kind, t in KINDS.items()}
+        kinds = {kind: SamplingParams(temperature=t, max_tokens=choice.max_tokens) for kind, t in KINDS.items()}
+        trials = {kind: all_trials(plain, drafting, prompts, sampling) for kind, sampling in kinds.items()}
         found["acceptance_by_depth"] = {kind: by_depth(accepted_ranks(texts)) for kind, texts in trials.items()}
         found["acceptance"] = {kind: rows[0] for kind, rows in found["acceptance_by_depth"].items()}
         found["acceptance_by_prob"] = {kind: table_of(texts).written() for kind, texts in trials.items()}
@@ -138,18 +139,19 @@ def tokens_per_step(plain: LLM, config: dict[str, Any], prompts: Sequence[list[i
     found: dict[str, Any] = {"tokens_per_step": {}, "drafted_share": {}}
     with progress_bar("tokens per step", len(KINDS) * (len(ways) + tried)) as advance:
 
-        def curves(measured: Sequence[Way], temperature: float) -> dict[str, list[Point]]:
+        def curves(measured: Sequence[Way], sampling: SamplingParams) -> dict[str, list[Point]]:
             points: dict[str, list[Point]] = {}
             for way in measured:
                 best = max((at_most(known, TYPICAL_SIZE).acceptance_length for known in points.values()), default=0.0)
-                points[curve_name(way)] = list(curve(plain, config, way, prompts, temperature, max_tokens, best))
+                points[curve_name(way)] = list(curve(plain, config, way, prompts, sampling, best))
                 advance(1)
             return points
 
         for kind, temperature in KINDS.items():
-            pure = curves(ways, temperature)
+            sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
+            pure = curves(ways, sampling)
             best = sorted(own, key=lambda way: -at_most(pure[curve_name(way)], TYPICAL_SIZE).acceptance_length)
-            mixed = curves([Way(name, way.tree) for name in asking for way in best[:TRIED_TREES]], temperature)
+            mixed = curves([Way(name, way.tree) for name in asking for way in best[:TRIED_TREES]], sampling)
             found["tokens_per_step"][kind] = {
                 name: {str(point.nodes): point.acceptance_length for point in points} for name, points in (pure | mixed).items()
             }
@@ -180,7 +182,7 @@ def at_most(points: Sequence[Point], nodes: int) -> Point:
 
 
 def curve(
-    plain: LLM, config: dict[str, Any], way: Way, prompts: Sequence[list[int]], temperature: float, max_tokens: int, best: float
+    plain: LLM, config: dict[str, Any], way: Way, prompts: Sequence[list[int]], sampling: SamplingParams, best: float
 ) -> Iterator[Point]:
     """Measures growing sizes of a tree. It stops when a larger tree gains nothing, or is far behind the best method.
 
@@ -192,7 +194,7 @@ def curve(
         tree = {"tree": way.tree} if way.tree else {}
         model = {"model": config["model"]} if has_weights(way) and "model" in config else {}
         llm = plain.with_speculation({"method": way.drafter, **model, **tree, "num_speculative_tokens": nodes})
-        length = acceptance_length(llm, prompts, temperature, max_tokens)
+        length = acceptance_length(llm, prompts, sampling)
         drafter: Any = llm.engine.drafter
         share = 1.0
         if DRAFTERS[way.drafter].asks is not None:
@@ -203,25 +205,22 @@ def curve(
         before = length
 
 
-def acceptance_length(llm: LLM, prompts: Sequence[list[int]], temperature: float, max_tokens: int) -> float:
+def acceptance_length(llm: LLM, prompts: Sequence[list[int]], sampling: SamplingParams) -> float:
     """Measures the tokens per step over all prompts."""
-    results = llm.generate(list(prompts), SamplingParams(temperature=temperature, max_tokens=max_tokens))
+    results = llm.generate(list(prompts), sampling)
     require_whole(results)
     records = [record for result in results for output in result.outputs for record in output.records]
     return round(summarize(records).acceptance_length, 4)
 
 
-def all_trials(
-    plain: LLM, drafting: LLM, prompts: Sequence[list[int]], temperature: float, max_tokens: int
-) -> list[list[list[Trial]]]:
+def all_trials(plain: LLM, drafting: LLM, prompts: Sequence[list[int]], sampling: SamplingParams) -> list[list[list[Trial]]]:
     """Offers children to the rule at every position of the target's own continuations, and returns the rule's decisions.
 
     Returns:
         For each prompt and position, the trials of `offer_children`.
     """
-    sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
     drafter, found = AskedAlong(plain.target, drafting.drafter_grown_by), []
-    with progress_bar(f"acceptance, temperature {temperature:g}", len(prompts)) as advance:
+    with progress_bar(f"acceptance, temperature {sampling.temperature:g}", len(prompts)) as advance:
         for number, result in enumerate(plain.generate(list(prompts), sampling)):
             ids = result.prompt_token_ids + result.outputs[0].token_ids
             places = range(len(result.prompt_token_ids) - 1, len(ids) - 1)

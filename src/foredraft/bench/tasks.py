@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from foredraft.core.chat import check
 from foredraft.core.errors import check_text, shown
+from foredraft.core.messages import check
 from foredraft.llm import LLM
 
 _KEYS = ("messages", "turns", "question", "prompt", "text")

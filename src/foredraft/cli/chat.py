@@ -24,7 +24,7 @@ def chat(
 
     config, given = drafting.config(model.model), choices.given(**sampling._asdict())
     choices.check(model.model, config, given)
-    templating = choices.template(template)
+    templating = choices.template(*template)
     from foredraft.cli import answers, show
     from foredraft.core.errors import check_text
     from foredraft.core.params import RANDOM_SEED

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from foredraft.cli.options import TemplateOptions
 from foredraft.core.arguments import config_with_our_names
 from foredraft.core.chat import Template
 from foredraft.core.errors import check_text, shown, unknown_name, whole_number, why_no_json
@@ -62,8 +61,8 @@ def _json_object(text: str | None, option: str, example: str) -> dict[str, Any]:
     return found
 
 
-def template(options: TemplateOptions, *, chat: bool = True) -> Template:
-    """Reads the options for the chat template.
+def template(tools: Path | None, chat_template: str | None, variables: str | None, *, chat: bool = True) -> Template:
+    """Reads the options for the chat template, the fields of `foredraft.cli.options.TemplateOptions`.
 
     Args:
         chat: whether the chat template is applied.
@@ -71,8 +70,8 @@ def template(options: TemplateOptions, *, chat: bool = True) -> Template:
     Raises:
         ValueError: a value is not valid JSON, or such an option is given although the chat template is not applied.
     """
-    further = _json_object(options.chat_template_kwargs, "--chat-template-kwargs", '{"enable_thinking": false}')
-    found = given(tools=_tools(options.tools), chat_template=options.chat_template, chat_template_kwargs=further or None)
+    further = _json_object(variables, "--chat-template-kwargs", '{"enable_thinking": false}')
+    found = given(tools=_tools(tools), chat_template=chat_template, chat_template_kwargs=further or None)
     if found and not chat:
         raise ValueError(f"--{min(found).replace('_', '-')} only affects the chat template. Add --chat to apply the template")
     return Template(**found)
@@ -135,10 +134,7 @@ def check_plot(file: Path) -> Path:
     return file
 
 
-DTYPES = (
-    *("auto", "bfloat16", "bf16", "float16", "fp16", "half"),
-    *("float32", "fp32", "float", "float64", "fp64", "double"),
-)
+DTYPES = (*("auto", "bfloat16", "bf16", "float16", "fp16", "half"), *("float32", "fp32", "float", "float64", "fp64", "double"))
 """Names of dtypes, as `foredraft.models.loading.parse_dtype` takes them."""
 
 

@@ -37,7 +37,7 @@ def generate(
     config, given = drafting.config(model.model), choices.given(**sampling._asdict())
     choices.check(model.model, config, given)
     choices.check_prompt(prompt)
-    templating = choices.template(template, chat=chat)
+    templating = choices.template(*template, chat=chat)
     from foredraft.cli import answers, show
     from foredraft.core.chat import is_plain
     from foredraft.core.errors import check_text, speaks_unicode

@@ -40,11 +40,7 @@ def _checked(check: str) -> Callable[[Any], Any]:
 Model = Annotated[str | None, option(MODEL, "Directory or Hub id of the model; default: the bundled model.")]
 Dtype = Annotated[
     str,
-    option(
-        MODEL,
-        "auto (dtype of the checkpoint), bfloat16, float16, float32 or float64.",
-        callback=_checked("check_dtype"),
-    ),
+    option(MODEL, "auto (dtype of the checkpoint), bfloat16, float16, float32 or float64.", callback=_checked("check_dtype")),
 ]
 Device = Annotated[
     str | None,
@@ -75,8 +71,7 @@ Limit = Annotated[int | None, typer.Option(min=1, help="Maximum number of prompt
 Raw = Annotated[bool, typer.Option("--raw", help="Do not apply the chat template to prompts.")]
 ShareOfMass = Annotated[float, typer.Option(help="Keep the most likely tokens whose probabilities sum to this value.")]
 Plot = Annotated[
-    Path | None,
-    option(None, "Write the plot to this .png or .svg file (needs matplotlib).", callback=_checked("check_plot")),
+    Path | None, option(None, "Write the plot to this .png or .svg file (needs matplotlib).", callback=_checked("check_plot"))
 ]
 Layout = Annotated[str | None, option(None, "Layout; default: detected from the weights.", "--format")]
 
@@ -94,9 +89,7 @@ class ModelOptions(NamedTuple):
     max_model_len: Annotated[
         int | None,
         option(
-            MODEL,
-            "Maximum tokens of prompt plus output; default: the model's context.",
-            callback=_checked("check_model_len"),
+            MODEL, "Maximum tokens of prompt plus output; default: the model's context.", callback=_checked("check_model_len")
         ),
     ] = None
 

@@ -48,7 +48,7 @@ class TextOptions(NamedTuple):
 
 
 class LearnOptions(NamedTuple):
-    """How the head learns; the fields are those of `foredraft.train.loop.Settings`."""
+    """How the head learns; the fields are those of `foredraft.train.course.Settings`."""
 
     steps: Annotated[int, _setting(_LEARN, "Steps of the optimizer.", 1)] = 1000
     batch_tokens: Annotated[int, _setting(_LEARN, "Positions per batch.", 1)] = 8192
@@ -56,7 +56,9 @@ class LearnOptions(NamedTuple):
     lr: Annotated[float | None, option(_LEARN, "Peak learning rate.")] = None
     warmup: Annotated[float, _setting(_LEARN, "Share of the steps that warm up.", 0, 1)] = 0.02
     schedule: Annotated[str, _setting(_LEARN, "Decay of the learning rate to 0: cosine or linear.")] = "cosine"
-    optimizer: Annotated[str, _setting(_LEARN, "muon (adamw for all but inner matrices) or adamw.")] = "muon"
+    optimizer: Annotated[
+        str | None, option(_LEARN, "muon (adamw for all but inner matrices) or adamw; default: muon where bfloat16 is fast.")
+    ] = None
     answer_share: Annotated[float, _setting(_LEARN, "Skip texts with a smaller share of answer tokens.", 0, 1)] = 0.125
     clip: Annotated[float, _setting(_LEARN, "Maximum norm of the gradient.", 0)] = 1.0
     evaluate_every: Annotated[int, _setting(_LEARN, "Steps between evaluations, and between checkpoints.", 1)] = 100

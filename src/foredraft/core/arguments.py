@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache, wraps
 from typing import Any, TypeVar
 
-from foredraft.core.names import CHAT, DRAFT, LOAD, METHODS, NAMES, RUN, SAMPLE, Name, code_of
+from foredraft.core.names import METHODS, NAMES
+from foredraft.core.treatment import CHAT, DRAFT, LOAD, RUN, SAMPLE, Name, code_of
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Class = TypeVar("_Class", bound=type)
@@ -19,30 +20,17 @@ _log = logging.getLogger("foredraft")
 
 OWN: dict[str, tuple[str, ...]] = {
     LOAD: (
-        "model",
-        "speculative_config",
-        "tokenizer",
-        "dtype",
-        "device",
-        "max_model_len",
-        "max_num_seqs",
-        "seed",
-        "revision",
-        "generation_config",
+        *("model", "speculative_config", "tokenizer", "dtype", "device", "max_model_len", "max_num_seqs", "seed"),
+        *("revision", "generation_config"),
     ),
     RUN: ("prompts", "sampling_params", "progress"),
     CHAT: (
-        "messages",
-        "chat_template",
-        "chat_template_content_format",
-        "add_generation_prompt",
-        "continue_final_message",
-        "tools",
-        "chat_template_kwargs",
+        *("messages", "chat_template", "chat_template_content_format", "add_generation_prompt", "continue_final_message"),
+        *("tools", "chat_template_kwargs"),
     ),
     DRAFT: ("method", "model", "tree", "num_speculative_tokens", "rule"),
 }
-"""Our own names, by the place that takes them. The names of SamplingParams are its fields."""
+"""Our own names, by the place that takes them. SamplingParams adds its fields when it is imported."""
 
 _WRITTEN = {
     LOAD: "LLM(model, {}=...)",
@@ -82,9 +70,10 @@ def takes_other_names(place: str, more: Iterable[str] = ()) -> Callable[[_Functi
 
 
 def class_takes_other_names(place: str) -> Callable[[_Class], _Class]:
-    """Does the same for a class with a generated ``__init__``."""
+    """Does the same for a class with a generated ``__init__``, and adds its names to `OWN`."""
 
     def decorate(cls: _Class) -> _Class:
+        OWN[place] = tuple(inspect.signature(cls).parameters)
         cls.__init__ = takes_other_names(place)(cls.__init__)  # type: ignore[misc]
         return cls
 
@@ -108,13 +97,7 @@ def config_with_our_names(config: Mapping[Any, Any], *, command: bool = False) -
 
 
 def translated(
-    place: str,
-    others: Mapping[str, Any],
-    given: Mapping[Any, Any],
-    *,
-    own: Iterable[str],
-    said: str,
-    command: bool = False,
+    place: str, others: Mapping[str, Any], given: Mapping[Any, Any], *, own: Iterable[str], said: str, command: bool = False
 ) -> dict[str, Any]:
     """Checks arguments that a function does not have. Returns the accepted arguments under our own names.
 
@@ -160,18 +143,11 @@ def _refused(name: str, value: Any, row: Name, given: Mapping[Any, Any], *, comm
 
 
 def _misplaced(
-    name: str,
-    value: Any,
-    row: Name | None,
-    given: Mapping[Any, Any],
-    *,
-    own: Iterable[str],
-    said: str,
-    command: bool,
+    name: str, value: Any, row: Name | None, given: Mapping[Any, Any], *, own: Iterable[str], said: str, command: bool
 ) -> TypeError:
     """Returns the error for a name that this place does not have. The name may belong to another place or to none."""
     ours = row.means if row and row.means else name
-    for place, names in {**OWN, SAMPLE: _sampling_names()}.items():
+    for place, names in OWN.items():
         if ours in names:
             use = f"--{ours.replace('_', '-')}" if command else _WRITTEN[place].format(ours)
             means = "" if ours == name else f"is {ours} here, and "
@@ -181,12 +157,6 @@ def _misplaced(
     near = difflib.get_close_matches(name, [*own], n=1, cutoff=0.5)
     meant = f"Did you mean {near[0]!r}? " if near else ""
     return TypeError(f"{said} takes no argument {name!r}. {meant}It takes {', '.join(sorted(own))}")
-
-
-def _sampling_names() -> list[str]:
-    from foredraft.core.params import SamplingParams  # imported here, because params imports this module
-
-    return SamplingParams.names()
 
 
 def option_advice(option: str, command: str, keys: Iterable[str] = ()) -> tuple[str, str] | None:
@@ -214,6 +184,6 @@ def _own_option(name: str, option: str, command: str, keys: Iterable[str]) -> tu
     if name in keys:
         return f"`{command}` has no option {option}", f"Use --speculative-config '{{\"{name}\": VALUE}}'"
     for place in (SAMPLE, LOAD, CHAT, RUN):
-        if name in (_sampling_names() if place == SAMPLE else OWN[place]):
+        if name in OWN[place]:
             return f"`{command}` has no option {option}", f"Leave it out. In Python, use {_WRITTEN[place].format(name)}"
     return None

@@ -11,7 +11,7 @@ from typing import Any
 
 from foredraft.core.arguments import class_takes_other_names
 from foredraft.core.errors import check_text, plain_scalar, shown
-from foredraft.core.names import SAMPLE
+from foredraft.core.treatment import SAMPLE
 
 RANDOM_SEED = -1
 """This value requests a seed from the operating system."""
@@ -190,11 +190,7 @@ _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
         f"a whole number: 1 or above, or 0 (or -1) to keep all tokens, at most {MAX_COUNT}",
     ),
     ("min_p", lambda x: 0 <= x <= 1, "between 0 and 1"),
-    (
-        "repetition_penalty",
-        lambda x: 1 / MAX_BIAS <= x <= MAX_BIAS,
-        f"above 0, between {1 / MAX_BIAS:g} and {MAX_BIAS:g}",
-    ),
+    ("repetition_penalty", lambda x: 1 / MAX_BIAS <= x <= MAX_BIAS, f"above 0, between {1 / MAX_BIAS:g} and {MAX_BIAS:g}"),
     ("presence_penalty", lambda x: -2 <= x <= 2, "between -2 and 2"),
     ("frequency_penalty", lambda x: -2 <= x <= 2, "between -2 and 2"),
     (

@@ -7,8 +7,9 @@ differs: a node attends to its ancestors instead of all earlier tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -166,7 +167,8 @@ class LlamaTarget:
         hidden = self._padded(self.embed(layout.token_ids))
         states = {0: hidden}
         for i, layer in enumerate(self._layers):
-            hidden = self._run_layer(layer, i, hidden, rotation, masks[layer.window], layout, pool)
+            look = partial(attend, i, mask=masks[layer.window], layout=layout, pool=pool)
+            hidden = self._run_layer(layer, hidden, rotation, layout.count, look)
             if i + 1 in feature_layers:
                 states[i + 1] = hidden
         if -1 in feature_layers:
@@ -193,34 +195,21 @@ class LlamaTarget:
     def _run_layer(
         self,
         layer: Layer,
-        index: int,
         hidden: Float[Tensor, "m d"],
         rotation: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        layout: Layout,
-        pool: KVPool,
+        count: int,
+        look: Callable[..., Tensor],
     ) -> Float[Tensor, "m d"]:
-        qkv = layer.qkv(layer.input_norm(hidden))[: layout.count].view(layout.count, -1, self._head_dim)
-        hidden = layer.out(self._padded(self._attend(layer, index, qkv, rotation, mask, layout, pool)), hidden)
-        gate, up = layer.gate_up(layer.post_norm(hidden)).chunk(2, dim=-1)
-        return layer.down(F.silu(gate).mul_(up), hidden)
-
-    def _attend(
-        self,
-        layer: Layer,
-        index: int,
-        qkv: Float[Tensor, "m h e"],
-        rotation: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        layout: Layout,
-        pool: KVPool,
-    ) -> Float[Tensor, "m he"]:
+        """Runs one layer. `look` computes the attention of `count` nodes from their queries, keys and values."""
+        qkv = layer.qkv(layer.input_norm(hidden))[:count].view(count, -1, self._head_dim)
         queries, keys = self._heads, self._kv_heads
         qk = qkv[:, : queries + keys]
         if layer.q_norm is not None and layer.k_norm is not None:
             torch.cat([layer.q_norm(qk[:, :queries]), layer.k_norm(qk[:, queries:])], dim=1, out=qk)
         rotate(qk, rotation, out=qk)
-        return attend(index, qkv.split([queries, keys, keys], dim=1), mask, layout, pool)
+        hidden = layer.out(self._padded(look(qkv.split([queries, keys, keys], dim=1))), hidden)
+        gate, up = layer.gate_up(layer.post_norm(hidden)).chunk(2, dim=-1)
+        return layer.down(F.silu(gate).mul_(up), hidden)
 
 
 def unsupported(config: Any) -> str | None:

@@ -216,25 +216,11 @@ def run_step(
     nodes = batch.tokens.tolist(), batch.parents.tolist(), offsets
     _alive, begin = _side_by_side(*nodes, *per_tree, wanted.tolist(), feature_layers, *tables)
     keys, (pairs_stride, layer_stride, _, head_stride, _, _) = pool.kv.data_ptr(), pool.kv.stride()
-    step = CStep(
-        num_trees,
-        *begin[:7],
-        len(wanted),
-        begin[7],
-        logits.data_ptr(),
-        len(feature_layers),
-        begin[8],
-        None if features is None else features.data_ptr(),
-        keys,
-        keys + pairs_stride * pool.kv.element_size(),
-        layer_stride,
-        head_stride,
-        threads,
-        begin[9] if given else None,
-        begin[10],
-        begin[11] if carried else None,
-        num_slots,
-    )
+    scored = len(wanted), begin[7], logits.data_ptr()
+    returned = len(feature_layers), begin[8], None if features is None else features.data_ptr()
+    cache = keys, keys + pairs_stride * pool.kv.element_size(), layer_stride, head_stride
+    of_head = begin[9] if given else None, begin[10], begin[11] if carried else None, num_slots
+    step = CStep(num_trees, *begin[:7], *scored, *returned, *cache, threads, *of_head)
     if code.forward(ctypes.byref(model), ctypes.byref(step)):
         raise MemoryError(f"not enough memory for a step of {count} tokens")
     return Scores(logits, features)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from foredraft.heads.layers import Attend
@@ -55,45 +55,11 @@ def unrolled(rotary: Tables) -> Attend:
     return attend
 
 
-def masked(rotary: Tables, positions: Int[Tensor, "b q"], visible: Bool[Tensor, "b q q"]) -> Attend:
-    """Returns attention with an explicit mask; `visible[b, i, j]` says whether row i attends to row j."""
-    cos, sin = (table[positions][:, :, None] for table in rotary)
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        rotation = cos.to(query.dtype), sin.to(query.dtype)
-        query, key = rotate(query, rotation), rotate(key, rotation)
-        heads = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        out = F.scaled_dot_product_attention(*heads, attn_mask=visible[:, None], enable_gqa=True)
-        return out.transpose(1, 2).flatten(2)
-
-    return attend
-
-
-def slot_rows(length: int, anchors: Int[Tensor, "b a"], num_slots: int) -> tuple[Int[Tensor, "b q"], Bool[Tensor, "b q q"]]:
-    """Computes the positions and the attention mask of a text's pairs, followed by the slots of some of the pairs (anchors).
+def with_slots(rotary: Tables, length: int, anchors: Int[Tensor, "b a"], num_slots: int) -> Attend:
+    """Returns the attention of a text's pairs, followed by the slots of some of the pairs (anchors).
 
     A pair attends to the pairs up to itself. Slot k of an anchor attends to the pairs up to the anchor and to the slots of the
-    same anchor up to k.
-
-    Returns:
-        The position of every row, and the mask: row i attends to row j where ``mask[b, i, j]`` is true.
-    """
-    batch, count = anchors.shape
-    slots = torch.arange(num_slots, device=anchors.device)
-    owner = torch.arange(count, device=anchors.device).repeat_interleave(num_slots)
-    until = torch.cat([torch.arange(length, device=anchors.device).expand(batch, -1), anchors[:, owner]], dim=1)
-    visible = torch.zeros(batch, until.shape[1], until.shape[1], dtype=torch.bool, device=anchors.device)
-    visible[:, :, :length] = torch.arange(length, device=anchors.device) <= until[:, :, None]
-    within = (owner[:, None] == owner) & (slots.repeat(count)[:, None] >= slots.repeat(count))
-    visible[:, length:, length:] = within
-    return torch.cat([until[:, :length], until[:, length:] + 1 + slots.repeat(count)], dim=1), visible
-
-
-def with_slots(rotary: Tables, length: int, anchors: Int[Tensor, "b a"], num_slots: int) -> Attend:
-    """Returns the same attention as `masked` with the mask of `slot_rows`, but computes less.
-
-    Pairs attend to pairs. Slots attend to the pairs and to the slots of their own anchor. Scores between the slots of
-    different anchors are never computed.
+    same anchor up to k. Scores between the slots of different anchors are never computed.
     """
     places = torch.arange(length, device=anchors.device).expand(len(anchors), -1)
     behind = (anchors[:, :, None] + 1 + torch.arange(num_slots, device=anchors.device)).flatten(1)

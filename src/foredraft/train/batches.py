@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from foredraft.core.contracts import Target
 from foredraft.heads.layers import FINAL
-from foredraft.train.shards import Text, features_of, grouped
+from foredraft.train.texts import Text, features_of, grouped
 
 POOL = 1024
 """Number of texts that are sorted by length together before they are cut into batches."""

@@ -39,8 +39,3 @@ class Frozen:
     def head(self, features: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
         """Computes the target's logits from its final features."""
         return F.linear(features, self.weight)
-
-    @torch.no_grad()
-    def probs(self, features: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
-        """Computes the target's next-token probabilities from its final features."""
-        return self.head(features).float().softmax(-1)

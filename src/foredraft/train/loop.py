@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,126 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foredraft.core.contracts import Target
-from foredraft.core.errors import unknown_name
 from foredraft.core.progress import progress_bar
-from foredraft.train.attention import Tables
 from foredraft.train.batches import Batch, collate, endless
-from foredraft.train.frozen import Frozen
-from foredraft.train.recipes import Lesson, Recipe
-from foredraft.train.shards import Text, TrainingError, grouped, write_whole
-from foredraft.train.workers import Workers
-
-CHECKPOINT = "checkpoint.pt"
-SCHEDULES = ("cosine", "linear")
-OPTIMIZERS = ("muon", "adamw")
-
-Optimizers = Sequence[torch.optim.Optimizer]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of the optimization.
-
-    Attributes:
-        steps: number of optimizer steps.
-        batch_tokens: number of positions in a batch, padding included.
-        accumulate: number of batches that each process adds up in a step.
-        lr: peak learning rate.
-        warmup: share of the steps (0 to 1) in which the learning rate rises to its peak.
-        schedule: ``cosine`` or ``linear``: how the learning rate falls from its peak to 0.
-        optimizer: ``muon``: Muon for the matrices between input and output layers, AdamW for all other parameters.
-            ``adamw``: AdamW for all parameters.
-        weight_decay: weight decay of the matrices. Vectors have none.
-        clip: largest norm of the gradient. A longer gradient is scaled down to it.
-        seed: seed of the batches' order and of all other randomness.
-        evaluate_every: number of steps between evaluations. Each evaluation also writes a checkpoint.
-        patience: number of evaluations without a lower loss after which training ends; 0: it never ends early.
-        bf16: whether matrix products are computed in bfloat16.
-        answer_share: smallest share (0 to 1) of answer tokens in a text. Other texts are left out, since they cost more time
-            than they teach.
-
-    Raises:
-        ValueError: the schedule or the optimizer is unknown.
-    """
-
-    steps: int
-    batch_tokens: int = 8192
-    accumulate: int = 1
-    lr: float = 5e-3
-    warmup: float = 0.02
-    schedule: str = "cosine"
-    optimizer: str = "muon"
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    seed: int = 0
-    evaluate_every: int = 100
-    patience: int = 0
-    bf16: bool = True
-    answer_share: float = 0.125
-
-    def __post_init__(self) -> None:
-        for kind, name, known in (("schedule", self.schedule, SCHEDULES), ("optimizer", self.optimizer, OPTIMIZERS)):
-            if name not in known:
-                raise unknown_name(kind, name, list(known))
-        for name in ("lr", "clip", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} must be 0 or above and finite, got {getattr(self, name)}")
-
-
-@dataclass
-class Progress:
-    """Progress of a run.
-
-    Attributes:
-        step: number of finished steps.
-        token_passes: number of answer tokens that the head has learned from, with repetitions.
-        seconds: time spent in training, evaluations included.
-        best: lowest loss on the held-out texts so far.
-        since: number of evaluations since `best`.
-        history: one row of metrics per evaluation.
-    """
-
-    step: int = 0
-    token_passes: int = 0
-    seconds: float = 0.0
-    best: float = math.inf
-    since: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Course:
-    """All parts of a run except its settings.
-
-    Attributes:
-        head: the head to train, changed in place.
-        recipe: how its method is trained.
-        options: options of the recipe.
-        frozen: the target's embedding and output layer.
-        rotary: rotary tables of the head's layer.
-        texts: the texts to learn from.
-        held_out: the texts to evaluate on.
-        target: the target model.
-        facts: facts about the run. A checkpoint with other facts is refused.
-        workers: the processes that share the batches of a step.
-    """
-
-    head: Any
-    recipe: Recipe
-    options: Mapping[str, Any]
-    frozen: Frozen
-    rotary: Tables
-    texts: Sequence[Text]
-    held_out: Sequence[Text]
-    target: Target
-    facts: Mapping[str, Any]
-    workers: Workers = field(default_factory=Workers)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the target and the head."""
-        return self.target.device
+from foredraft.train.checkpoint import CHECKPOINT, resume, save
+from foredraft.train.course import Course, Progress, Settings
+from foredraft.train.lesson import Lesson
+from foredraft.train.shards import TrainingError
+from foredraft.train.texts import grouped
 
 
 def train(course: Course, settings: Settings, folder: Path) -> Progress:
@@ -289,72 +175,3 @@ def note(done: Progress, training: dict[str, float], held_out: dict[str, float],
 def over(settings: Settings, done: Progress) -> bool:
     """Returns whether the run ends early because its patience is used up."""
     return 0 < settings.patience <= done.since
-
-
-def save(course: Course, settings: Settings, optimizers: Optimizers, done: Progress, file: Path) -> None:
-    """Writes the checkpoint. The old one stays intact until the new one is complete.
-
-    Raises:
-        TrainingError: the file cannot be written.
-    """
-    content = {
-        "head": course.head.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "progress": asdict(done),
-        "facts": facts_of(course, settings),
-    }
-    write_whole(file, lambda part: torch.save(content, part))
-
-
-def faster_in_bf16(folder: Path, device: torch.device) -> bool:
-    """Decides whether matrix products use bfloat16 if the user did not choose.
-
-    A checkpoint in `folder` decides. Without one, the answer is true on a GPU. On a CPU both types are timed, and float32 is
-    chosen if it is clearly faster, as it is on CPUs without bfloat16 tiles.
-    """
-    try:
-        return torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)["facts"]["bf16"]
-    except Exception:  # no checkpoint, or an unreadable one, which `resume` reports
-        if device.type != "cpu":
-            return True
-    seconds = []
-    for dtype in (torch.bfloat16, torch.float32):
-        rows, weight = torch.randn(2048, 512).to(dtype), torch.randn(1024, 512).to(dtype)
-        took = []
-        for _ in range(5):
-            began = time.perf_counter()
-            torch.nn.functional.linear(rows, weight)
-            took.append(time.perf_counter() - began)
-        seconds.append(min(took))
-    return seconds[0] < 1.25 * seconds[1]
-
-
-def facts_of(course: Course, settings: Settings) -> dict[str, Any]:
-    """Collects the facts that must be equal in a run and in the checkpoint from which it continues."""
-    return {**asdict(settings), **course.facts, "options": dict(course.options), "processes": course.workers.count}
-
-
-def resume(course: Course, settings: Settings, optimizers: Optimizers, done: Progress, file: Path) -> None:
-    """Loads a checkpoint, if there is one, into the head, the optimizers and `done`.
-
-    Raises:
-        TrainingError: the checkpoint is damaged, or belongs to another run.
-    """
-    if not file.exists():
-        return
-    try:
-        content = torch.load(file, map_location=course.device, weights_only=True)
-    except Exception:
-        raise TrainingError(f"{file} is damaged. Delete it to start again from the first step") from None
-    content["facts"].setdefault("answers", "own")
-    different = [key for key, value in facts_of(course, settings).items() if content["facts"].get(key) != value]
-    if different:
-        raise TrainingError(
-            f"{file} belongs to a run with another {' and '.join(different)}: "
-            "give the same settings to continue, or another --out"
-        )
-    course.head.load_state_dict(content["head"])
-    for optimizer, state in zip(optimizers, content["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
-    for name, value in content["progress"].items():
-        setattr(done, name, value)

@@ -31,25 +31,6 @@ def masked_mean(values: Float[Tensor, "*n"], mask: Float[Tensor, "*n"]) -> Float
     return (values * mask).sum() / (mask.sum() + _SMALL)
 
 
-def cross_entropy(logits: Float[Tensor, "*n v"], labels: Int[Tensor, "*n"], mask: Float[Tensor, "*n"]) -> Float[Tensor, ""]:
-    """Computes the mean of -log p(label).
-
-    Source: Medusa (arXiv 2401.10774), equation 1.
-    """
-    nll = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
-    return masked_mean(nll.view(mask.shape), mask)
-
-
-def soft_cross_entropy(
-    logits: Float[Tensor, "*n v"], target_probs: Float[Tensor, "*n v"], mask: Float[Tensor, "*n"]
-) -> Float[Tensor, ""]:
-    """Computes the mean of -sum_x q(x) log p(x), the classification loss of EAGLE and FSPAD.
-
-    Source: EAGLE (arXiv 2401.15077), section 3.2; FSPAD (arXiv 2408.15562), released code.
-    """
-    return masked_mean(-(target_probs * logits.log_softmax(-1)).sum(-1), mask)
-
-
 def distilled(
     states: Float[Tensor, "n d"],
     weight: Float[Tensor, "w d"],
@@ -57,9 +38,9 @@ def distilled(
     target_weight: Float[Tensor, "w f"],
     mask: Float[Tensor, " n"],
 ) -> Float[Tensor, ""]:
-    """Computes `soft_cross_entropy` of two linear output layers, in chunks of rows to save memory.
+    """Computes the mean of -sum_x q(x) log p(x), the classification loss of EAGLE and FSPAD, from two linear output layers.
 
-    The logits of all rows are never held at the same time. The forward pass computes the gradient of each chunk.
+    The logits of all rows are never held at the same time. The forward pass computes the gradient of each chunk of rows.
 
     Args:
         states: the draft head's states before its output layer.
@@ -67,6 +48,8 @@ def distilled(
         wanted: the target's states before its output layer.
         target_weight: weight of the target's output layer, for the tokens that can be drafted.
         mask: weight of each row.
+
+    Source: EAGLE (arXiv 2401.15077), section 3.2; FSPAD (arXiv 2408.15562), released code.
     """
     return _Distilled.apply(states, weight, wanted, target_weight, mask) / (mask.sum() + _SMALL)
 
@@ -191,22 +174,6 @@ def likeliest(
     return ids, logits.float().softmax(-1)
 
 
-def kl(logits: Float[Tensor, "*n v"], target_probs: Float[Tensor, "*n v"], mask: Float[Tensor, "*n"]) -> Float[Tensor, ""]:
-    """Computes the mean of KL(q || p): `soft_cross_entropy` minus the entropy of q, which has no gradient."""
-    entropy = torch.special.entr(target_probs).sum(-1)
-    return masked_mean(-(target_probs * logits.log_softmax(-1)).sum(-1) - entropy, mask)
-
-
-def total_variation(
-    logits: Float[Tensor, "*n v"], target_probs: Float[Tensor, "*n v"], mask: Float[Tensor, "*n"]
-) -> Float[Tensor, ""]:
-    """Computes the mean of TV(p, q), the probability that a drafted token is rejected.
-
-    Source: Yin et al. (arXiv 2411.00841), Theorem 1.
-    """
-    return masked_mean((logits.softmax(-1) - target_probs).abs().sum(-1) / 2, mask)
-
-
 def smooth_l1(features: Float[Tensor, "*n d"], wanted: Float[Tensor, "*n d"], mask: Float[Tensor, "*n"]) -> Float[Tensor, ""]:
     """Computes the mean over positions of the mean over entries of SmoothL1 (beta 1), the regression loss of EAGLE and FSPAD.
 
@@ -251,10 +218,7 @@ def ctc_of(emitted: Float[Tensor, "n t _"], labels: Int[Tensor, "n s"], lengths:
 
 
 def ctc_prefixes(
-    emitted: Float[Tensor, "n t _"],
-    labels: Int[Tensor, "n s"],
-    lasts: Int[Tensor, "n s m"],
-    said: Float[Tensor, "n t s m"],
+    emitted: Float[Tensor, "n t _"], labels: Int[Tensor, "n s"], lasts: Int[Tensor, "n s m"], said: Float[Tensor, "n t s m"]
 ) -> Float[Tensor, "n s m"]:
     """Computes -log of the probability of prefixes of the collapsed frames.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from foredraft.bench.machine import machine
-from foredraft.train.loop import Course, Progress, Settings
+from foredraft.train.course import Course, Progress, Settings
 
 
 def provenance(course: Course, settings: Settings, done: Progress, head: torch.nn.Module) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from foredraft.core.chat import MEDIA, ROLES
 from foredraft.core.errors import shown
+from foredraft.core.messages import MEDIA, ROLES
 
 EXAMPLE = 'A record looks like {"messages": [{"role": "user", "content": "..."}]} or {"prompt": "..."}'
 

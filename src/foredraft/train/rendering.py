@@ -7,21 +7,16 @@ used.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from foredraft.core.chat import OF_THE_CALL, knows_role, source_of
-from foredraft.train.records import CannotUse, Conversation, Message, text_of
+from foredraft.train.forms import PROBE, Forms
+from foredraft.train.records import CannotUse, Conversation, text_of
 
 _MARKERS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
-_PROBE = "foredraft-probe"
-"""A text that occurs in no conversation."""
-
-_TOOLS = [{"type": "function", "function": {"name": "f", "description": "f", "parameters": {"type": "object"}}}]
-"""A list of tools. Some tokenizers have a separate template for conversations with tools."""
 
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that hold the thoughts before an answer."""
@@ -54,7 +49,7 @@ class Renderer:
     def __init__(self, tokenizer: Any) -> None:
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         self._tokenizer = tokenizer
-        self._known: dict[str, str] = {}
+        self._forms = Forms(self._tried)
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """Renders the prompt for the next assistant turn, as token ids.
@@ -65,7 +60,7 @@ class Renderer:
         if not self.has_template:
             asked = [text_of(message) for message in conversation.messages if message["role"] == "user"]
             return self._encode(asked[-1], special=True)
-        conversation = self._prepared(conversation)
+        conversation = self._forms.prepared(conversation)
         text = self._checked(conversation, generation=True)
         return self._encode(text)
 
@@ -79,7 +74,7 @@ class Renderer:
             CannotUse: the template refuses the conversation or ignores a part of it, or the mask cannot be found.
         """
         weights = _weights(conversation)
-        conversation = self._prepared(conversation)
+        conversation = self._forms.prepared(conversation)
         text = self._checked(conversation, generation=False)
         _check_text(text)
         if _MARKERS.search(str(self._tokenizer.get_chat_template(None, tools=conversation.tools))) and self._is_fast:
@@ -96,10 +91,10 @@ class Renderer:
 
     def _dropped(self, conversation: Conversation) -> str | None:
         """Names the thoughts and the variables that the template does not use. Some templates use the latest thoughts only."""
-        prepared, source = self._prepared(conversation), source_of(self._tokenizer.chat_template)
+        prepared, source = self._forms.prepared(conversation), source_of(self._tokenizer.chat_template)
         generation, held = prepared.messages[-1]["role"] != "assistant", []
         changes = [
-            (_with(prepared, i, **{key: _PROBE}), key)
+            (_with(prepared, i, **{key: PROBE}), key)
             for i, message in enumerate(prepared.messages)
             for key in _THOUGHTS
             if message.get(key)
@@ -222,81 +217,6 @@ class Renderer:
             mask[len(before) : len(after)] = [True] * (len(after) - len(before))
         return ids, mask
 
-    def _prepared(self, conversation: Conversation) -> Conversation:
-        """Converts contents and arguments of tool calls to the form that the template reads."""
-        return conversation._replace(messages=[self._formed(message) for message in conversation.messages])
-
-    def _formed(self, message: Message) -> Message:
-        message = {key: value for key, value in message.items() if key != "weight"}
-        if "content" in message:
-            form = self._form_of_content(message["role"])
-            if form == "text":
-                message["content"] = text_of(message)
-            elif form == "parts" and isinstance(message["content"], str):
-                message["content"] = [{"type": "text", "text": message["content"]}]
-        if "tool_calls" in message:
-            if "content" not in message and self._needs_content():
-                message["content"] = ""
-            message["tool_calls"] = [self._formed_call(call) for call in message["tool_calls"]]
-        return message
-
-    def _needs_content(self) -> bool:
-        """Whether the template needs a content beside a tool call: it raises without one, but accepts an empty one."""
-        if "no content" not in self._known:
-            called = self._formed({"role": "assistant", "content": "", "tool_calls": [_call({_PROBE: "x"})]})
-            messages = [{"role": "user", "content": "x"}, called]
-            bare = {key: value for key, value in called.items() if key != "content"}
-            found = self._tried(Conversation(messages, _TOOLS)) is not None
-            found = found and self._tried(Conversation([messages[0], bare], _TOOLS)) is None
-            self._known["no content"] = str(found)
-        return self._known["no content"] == "True"
-
-    def _form_of_content(self, role: str) -> str:
-        """Returns the form of content that the template reads in turns of a role: ``text``, ``parts`` or ``any``."""
-        if role not in self._known:
-            before = [] if role in ("user", "system", "developer") else [{"role": "user", "content": "x"}]
-            after = [{"role": "user", "content": "x"}] if role in ("system", "developer") else []
-            parts = [{"type": "text", "text": f"{_PROBE}-{i}"} for i in range(2)]
-            spelled = self._tried(Conversation([*before, {"role": role, "content": parts}, *after]))
-            plain = self._tried(Conversation([*before, {"role": role, "content": _PROBE}, *after]))
-            reads_parts = spelled is not None and all(part["text"] in spelled for part in parts)
-            reads_parts = reads_parts and not re.search(r"""['"]type['"]""", spelled or "")
-            reads_text = plain is not None and _PROBE in plain
-            self._known[role] = ("any" if reads_text else "parts") if reads_parts else "text"
-        return self._known[role]
-
-    def _formed_call(self, call: Any) -> Any:
-        """Converts the arguments of a tool call to the form that the template reads: an object, or JSON in a text."""
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or "arguments" not in function:
-            return call
-        arguments, form = function["arguments"], self._form_of_arguments()
-        if form == "object" and isinstance(arguments, str):
-            arguments = _object(arguments)
-        elif form == "text" and not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        formed = {**function, "arguments": arguments}
-        return {**call, "function": formed} if "function" in call else formed
-
-    def _form_of_arguments(self) -> str:
-        """Returns the form of a tool call's arguments that the template reads: ``object``, ``text`` or ``any``.
-
-        A template that writes JSON itself would quote a text a second time. A template that expects a text would write an
-        object in Python's notation.
-        """
-        if "arguments" not in self._known:
-            reads = []
-            for arguments in ({_PROBE: "x"}, json.dumps({_PROBE: "x"})):
-                called = {"role": "assistant", "content": "", "tool_calls": [_call(arguments)]}
-                text = self._tried(Conversation([{"role": "user", "content": "x"}, called], _TOOLS))
-                reads.append(text is not None and _PROBE in text and f'\\"{_PROBE}' not in text and f"'{_PROBE}'" not in text)
-            self._known["arguments"] = {(True, False): "object", (False, True): "text"}.get((reads[0], reads[1]), "any")
-        return self._known["arguments"]
-
-
-def _call(arguments: Any) -> dict[str, Any]:
-    return {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": arguments}}
-
 
 def _check_text(text: str) -> None:
     try:
@@ -313,15 +233,6 @@ def _overlapping(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, 
             place += 1
         mask.append(place < len(spans) and last > spans[place][0])
     return mask
-
-
-def _object(text: str) -> Any:
-    """Parses a text as a JSON object; returns the text itself if it is none."""
-    try:
-        parsed = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return parsed if isinstance(parsed, dict) else text
 
 
 def _weights(conversation: Conversation) -> list[int]:
@@ -376,10 +287,10 @@ def _with(conversation: Conversation, place: int, **changed: Any) -> Conversatio
 
 
 def _changed(content: Any) -> Any:
-    return _PROBE if isinstance(content, str) else [{"type": "text", "text": _PROBE}]
+    return PROBE if isinstance(content, str) else [{"type": "text", "text": PROBE}]
 
 
 def _renamed(call: Any) -> Any:
     if isinstance(call, dict) and isinstance(call.get("function"), dict):
-        return {**call, "function": {**call["function"], "name": _PROBE}}
-    return {**call, "name": _PROBE} if isinstance(call, dict) else call
+        return {**call, "function": {**call["function"], "name": PROBE}}
+    return {**call, "name": PROBE} if isinstance(call, dict) else call

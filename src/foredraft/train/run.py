@@ -23,13 +23,16 @@ from foredraft.models.checkpoint import fingerprint, resolve
 from foredraft.models.loading import fingerprint_of
 from foredraft.train.attention import tables
 from foredraft.train.batches import collate, endless
+from foredraft.train.checkpoint import facts_in
 from foredraft.train.corpus import ANSWERS, Corpus, read_corpus
+from foredraft.train.course import Course, Progress, Settings, by_processor
 from foredraft.train.frozen import Frozen
-from foredraft.train.loop import Course, Progress, Settings, faster_in_bf16, train
+from foredraft.train.loop import train
 from foredraft.train.provenance import provenance
 from foredraft.train.recipes import RECIPES, check
-from foredraft.train.shards import Plan, Text, capture
+from foredraft.train.shards import Plan, capture
 from foredraft.train.start import FITTED_TOKENS, begin, token_counts
+from foredraft.train.texts import Text
 from foredraft.train.workers import Workers
 
 WRITERS = 128
@@ -207,10 +210,10 @@ def _read_init(choice: TrainChoice, head: torch.nn.Module) -> dict[str, torch.Te
 
 
 def _settings(choice: TrainChoice, workers: Workers, device: torch.device) -> Settings:
-    """Combines the default settings with the given ones."""
+    """Combines the default settings with the given ones. Several processes take equal defaults, whatever their processors."""
     usual = {"steps": 1000, "lr": RECIPES[choice.method].lr, "seed": choice.seed}
-    if "bf16" not in choice.settings:
-        usual["bf16"] = workers.count > 1 or faster_in_bf16(choice.out, device)
+    if workers.count == 1 and not {"bf16", "optimizer"} <= choice.settings.keys():
+        usual |= by_processor(facts_in(choice.out), device)
     return Settings(**{**usual, **choice.settings})
 
 

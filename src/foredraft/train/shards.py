@@ -14,32 +14,24 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from foredraft.core.contracts import Target
 from foredraft.core.params import SamplingParams
 from foredraft.core.progress import progress_bar
-from foredraft.core.tree import TreeBatch
 from foredraft.llm import LLM
 from foredraft.train.corpus import Corpus, Prompt, Usage
+from foredraft.train.texts import Text, features_of
 
 SHARD_TEXTS = 256
 """Number of texts in a shard."""
 
-CAPTURE_TOKENS = 2048
-"""Number of positions in one pass of the target on a CPU. Larger passes do not fit in the cache of a small CPU."""
-
-CAPTURE_TOKENS_ON_A_CARD = 16_384
-"""Number of positions in one pass of the target on a GPU, which larger passes keep busy."""
 
 _MAY_DIFFER = ("num_tokens", "feature_layers", "seed")
 """Facts that a later run may change: it may add shards, use fewer layers, or use another seed on the same texts."""
@@ -68,34 +60,6 @@ class Plan(NamedTuple):
     num_tokens: int
     feature_layers: Sequence[int]
     seed: int
-
-
-class Text(NamedTuple):
-    """A training text.
-
-    Attributes:
-        ids: token ids.
-        features: the target's features, by layer. They stay on disk until they are read. Empty if the shards hold only texts.
-        prompt_len: number of tokens before the first answer.
-        held_out: whether the text is kept for evaluation.
-        mask: whether the head learns from each token; None: from all tokens after the prompt.
-    """
-
-    ids: Int[Tensor, " n"]
-    features: Mapping[int, Float[Tensor, "n d"]]
-    prompt_len: int
-    held_out: bool
-    mask: Bool[Tensor, " n"] | None = None
-
-    @property
-    def answer(self) -> Bool[Tensor, " n"]:
-        """Whether the head learns from each token."""
-        return torch.arange(len(self.ids)) >= self.prompt_len if self.mask is None else self.mask
-
-    @property
-    def answer_share(self) -> float:
-        """Share of answer tokens among all tokens of the text, 0 to 1."""
-        return 1 - self.prompt_len / len(self.ids) if self.mask is None else float(self.mask.float().mean())
 
 
 def capture(
@@ -152,7 +116,8 @@ def _write(llm: LLM, prompts: Sequence[Prompt], plan: Plan, folder: Path, manife
         for first in range(len(manifest["shards"]) * SHARD_TEXTS, len(prompts), SHARD_TEXTS):
             if tokens >= plan.num_tokens:
                 break
-            new = _write_shard(llm, prompts[first : first + SHARD_TEXTS], plan, folder, len(manifest["shards"]), first, advance)
+            file = folder / f"{len(manifest['shards']):05d}.safetensors"
+            new = _write_shard(llm, prompts[first : first + SHARD_TEXTS], plan, file, first, advance)
             manifest["shards"].append(new)
             write_whole(folder / "manifest.json", lambda file: file.write_text(json.dumps(manifest, indent=1)))
             tokens += new["answer_tokens"]
@@ -201,13 +166,7 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
 
 
 def _write_shard(
-    llm: LLM,
-    prompts: Sequence[Prompt],
-    plan: Plan,
-    folder: Path,
-    number: int,
-    first: int,
-    advance: Callable[[int], None],
+    llm: LLM, prompts: Sequence[Prompt], plan: Plan, file: Path, first: int, advance: Callable[[int], None]
 ) -> dict[str, Any]:
     """Writes the shard of some prompts, the first of which has the index `first`. `advance` counts answer tokens."""
     given = prompts[0].mask is not None
@@ -224,7 +183,6 @@ def _write_shard(
         **({"mask": torch.cat(masks)} if given else {}),
         **{_name(layer): rows.contiguous() for layer, rows in zip(plan.feature_layers, layers, strict=True)},
     }
-    file = folder / f"{number:05d}.safetensors"
     write_whole(file, lambda part: save_file(tensors, part))
     answers = [
         sum(prompt.mask) if prompt.mask else len(text) - len(prompt.ids)
@@ -255,21 +213,6 @@ def _answer(llm: LLM, prompts: Sequence[Prompt], plan: Plan, first: int, advance
         new = zip(wave, results, strict=True)
         advance(sum(len(result.outputs[0].token_ids) for prompt, result in new if not prompt.held_out))
     return texts
-
-
-def features_of(target: Target, texts: Sequence[list[int]], feature_layers: Sequence[int]) -> list[Float[Tensor, "n f"]]:
-    """Computes the target's features at the tokens of each text, in bfloat16, the layers concatenated."""
-    found: dict[int, Tensor] = {}
-    tokens = CAPTURE_TOKENS if target.device.type == "cpu" else CAPTURE_TOKENS_ON_A_CARD
-    for group in grouped(range(len(texts)), [len(text) for text in texts], tokens):
-        pool = target.new_pool(len(group), max(len(texts[i]) for i in group))
-        batch = TreeBatch.chains([texts[i] for i in group])
-        scores = target.forward(
-            batch, [pool.allocate() for _ in group], np.empty(0, np.int64), feature_layers=tuple(feature_layers)
-        )
-        assert scores.features is not None
-        found |= dict(zip(group, scores.features.bfloat16().split([len(texts[i]) for i in group]), strict=True))
-    return [found[i] for i in range(len(texts))]
 
 
 def open_shard(file: Path, sha256: Mapping[str, str], layers: Sequence[int]) -> list[Text]:
@@ -304,18 +247,3 @@ def open_shard(file: Path, sha256: Mapping[str, str], layers: Sequence[int]) -> 
 
 def _sha256(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.view(torch.uint8).numpy().data).hexdigest()
-
-
-def grouped(items: Sequence[Any], lengths: Sequence[int], tokens: int) -> Iterator[list[Any]]:
-    """Yields groups of items of similar length, the shortest items first.
-
-    Each group has at most `tokens` positions, padding included. Only a group of a single item may have more.
-    """
-    group: list[Any] = []
-    for length, item in sorted(zip(lengths, items, strict=True), key=lambda pair: pair[0]):
-        if group and (len(group) + 1) * length > tokens:
-            yield group
-            group = []
-        group.append(item)
-    if group:
-        yield group

@@ -18,7 +18,7 @@ from foredraft.core.contracts import Target
 from foredraft.heads.layers import Foretelling
 from foredraft.train.batches import Batch
 from foredraft.train.frozen import Frozen
-from foredraft.train.shards import Text
+from foredraft.train.texts import Text
 
 FITTED_TOKENS = 65_536
 """Number of positions on which the input layers are fitted."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from foredraft.core.draws import Draws
 from foredraft.core.law import largest, solid, warp
 from foredraft.core.params import SamplingParams
 from foredraft.core.tree import Drawn, TreeBatch
-from foredraft.trees.options import Options
 
 
 class Siblings(NamedTuple):
@@ -65,6 +64,28 @@ class Laws:
 
 Policy = Generator[list[int], Laws, None]
 """Grows one tree: yields nodes, and is sent their draft laws."""
+
+
+@runtime_checkable
+class PolicyOptions(Protocol):
+    """What growing asks of the options of a policy, see `foredraft.trees.options.Options`."""
+
+    @property
+    def draft_temperature(self) -> float | int | None:
+        """Temperature of the draft law."""
+
+    def cut(self, vocab_size: int) -> int:
+        """Returns the number of tokens that a draft law keeps."""
+        ...
+
+    def samples(self, sampling: SamplingParams) -> bool:
+        """Returns whether a request draws children."""
+        ...
+
+    def policy(self, tree: Any) -> Policy:
+        """Returns the policy that grows a `Sapling`."""
+        ...
+
 
 GREEDY_DRAFT_TEMPERATURE = 0.6
 """Draft temperature for greedy requests, as in the experiments of DySpec and Sequoia."""
@@ -172,7 +193,7 @@ def draft_sampling(sampling: SamplingParams, draft_temperature: float | int | No
     return replace(sampling, temperature=temperature)
 
 
-def grow_batch(growers: Sequence[Options], drafter: Expander, work: Work) -> TreeBatch:
+def grow_batch(growers: Sequence[PolicyOptions], drafter: Expander, work: Work) -> TreeBatch:
     """Grows one tree per request, each by its own policy. Each round is one call of the drafter for the whole batch."""
     trees = [
         Sapling(root, budget, draw, grower.samples(params))
@@ -242,16 +263,10 @@ def pack(trees: Sequence[Sapling], laws: Laws | None, vocab_size: int) -> TreeBa
         drawn += [tree.drawn[node] if node in inner else 0 for node in chosen]
         rows += [tree.rows[node] if tree.drawn[node] and node in inner else -1 for node in chosen]
         offsets.append(len(tokens))
-    return TreeBatch(
-        tokens=np.asarray(tokens, np.int64),
-        parents=np.asarray(parents, np.int64),
-        drawn=np.asarray(drawn, np.int64),
-        draft_row=np.asarray(rows, np.int64),
-        offsets=np.asarray(offsets, np.int64),
-        draft_probs=torch.empty(0, 0) if laws is None else laws.probs,
-        draft_ids=None if laws is None else laws.token_ids,
-        vocab_size=vocab_size,
-    )
+    columns = {"tokens": tokens, "parents": parents, "drawn": drawn, "draft_row": rows, "offsets": offsets}
+    whole = laws or Laws(torch.empty(0, 0))
+    arrays = {name: np.asarray(column, np.int64) for name, column in columns.items()}
+    return TreeBatch(**arrays, draft_probs=whole.probs, draft_ids=whole.token_ids, vocab_size=vocab_size)
 
 
 @dataclass(frozen=True)
@@ -263,8 +278,8 @@ class ByTemperature:
         sampled: policy at temperatures above 0.
     """
 
-    greedy: Options
-    sampled: Options
+    greedy: PolicyOptions
+    sampled: PolicyOptions
 
     def grow(self, drafter: Expander, work: Work) -> TreeBatch:
         """Grows one tree per request; see `foredraft.core.contracts.Grower`."""

@@ -17,6 +17,7 @@ from foredraft.cli.options import (
     ShowTree,
     TemplateOptions,
 )
+from foredraft.core.errors import UserError
 
 
 def generate(
@@ -65,8 +66,10 @@ def generate(
 
 def _read_stdin() -> str:
     if sys.stdin is None:
-        raise ValueError("standard input is closed. Give the prompt as PROMPT")
+        raise UserError("standard input is closed", "Give the prompt as PROMPT")
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise ValueError(f"standard input is not text in {error.encoding} ({error.reason}). Give it in that encoding") from None
+        raise UserError(
+            f"standard input is not text in {error.encoding} ({error.reason})", "Give it in that encoding"
+        ) from None

@@ -26,7 +26,7 @@ from foredraft.cli.options import (
     Tree,
     option,
 )
-from foredraft.core.errors import UserError
+from foredraft.core.errors import UserError, whole_number
 
 
 class AuditOptions(NamedTuple):
@@ -117,7 +117,6 @@ def _prepared(options: AuditOptions, config: dict[str, Any]) -> Any:
     from foredraft.audit.run import Auditor
     from foredraft.bench import tasks
     from foredraft.bench.calibrate import PROMPTS
-    from foredraft.core.errors import whole_number
     from foredraft.core.params import SamplingParams
     from foredraft.engine.engine import MAX_NUM_SEQS
     from foredraft.llm import LLM

@@ -17,7 +17,7 @@ from foredraft.cli.options import (
     ShowTree,
     TemplateOptions,
 )
-from foredraft.core.errors import UserError
+from foredraft.core.errors import UserError, check_text, speaks_unicode
 
 
 def generate(
@@ -41,7 +41,6 @@ def generate(
     templating = choices.template(template, chat=chat)
     from foredraft.cli import answers, show
     from foredraft.core.chat import is_plain
-    from foredraft.core.errors import check_text, speaks_unicode
 
     text = _read_stdin() if prompt == "-" else prompt
     check_text("the prompt", text)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from foredraft.cli.options import AsJson, Dtype, Limit, Model, Plot, Prompts, Raw, Seed, option
-from foredraft.core.errors import UserError
+from foredraft.core.errors import UserError, shown, whole_number
 
 theory = typer.Typer(name="theory", help="Compute the costs and gains of speculative decoding exactly.", no_args_is_help=True)
 
@@ -227,7 +227,6 @@ def numbers(text: str, what: str, kind: type[float] | type[int] = float) -> list
     Raises:
         ValueError: a part is not a number of this kind.
     """
-    from foredraft.core.errors import shown
 
     try:
         return [kind(part) for part in text.split(",")]
@@ -242,7 +241,6 @@ def whole_or_inf(text: str) -> float | int:
     Raises:
         ValueError: the text is neither a whole number nor ``inf``.
     """
-    from foredraft.core.errors import shown
 
     try:
         return inf if text == "inf" else int(text)
@@ -256,7 +254,6 @@ def verify_costs(text: str) -> Any:
     Raises:
         ValueError: the text is neither, or a cost is invalid.
     """
-    from foredraft.core.errors import whole_number
     from foredraft.theory import limits
     from foredraft.theory.speedup import interpolated
 

@@ -368,7 +368,7 @@ def test_a_model_without_a_tokenizer(run: Run, without_tokenizer: str) -> None:
     code, _, err = run(*given)
     assert code == 1 and "error: this model has no tokenizer\n" in err
     assert "hint: copy its files (tokenizer.json, tokenizer_config.json) into the model's directory" in err
-    with pytest.raises(ValueError, match="bad_words need a tokenizer, and this model has none: copy its tokenizer files"):
+    with pytest.raises(ValueError, match=r"bad_words need a tokenizer, and this model has none\. Copy its tokenizer files"):
         LLM(without_tokenizer, {"method": "ar"}).generate([5], SamplingParams(bad_words=["a"]))
 
 
@@ -377,7 +377,7 @@ def test_a_prompt_that_is_too_long(run: Run) -> None:
     code, _, err = run("generate", "-", "--model", MODEL, "--method", "ar", stdin="a " * 3000)
     assert code == 1 and "hint: shorten the prompt\n" in err
     short = LLM(MODEL, {"method": "ar"}, max_model_len=8)
-    with pytest.raises(ValueError, match=r"shorten the prompt, or raise max_model_len \(at most \d+\)"):
+    with pytest.raises(ValueError, match=r"Shorten the prompt, or raise max_model_len \(at most \d+\)"):
         short.generate([5] * 20)
 
 

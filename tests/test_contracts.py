@@ -51,9 +51,9 @@ def test_embeddings_and_logits_have_the_declared_kind(name: str) -> None:
 
 def test_a_table_has_nothing_for_heads() -> None:
     target = TableTarget(random_law(3, 0), 3)
-    with pytest.raises(ValueError, match="has no embedding: choose a drafter without a head"):
+    with pytest.raises(ValueError, match=r"has no embedding\. Choose a drafter without a head"):
         target.embed(torch.tensor([1]))
-    with pytest.raises(ValueError, match="has no output head: choose a drafter without a head"):
+    with pytest.raises(ValueError, match=r"has no output head\. Choose a drafter without a head"):
         target.head(torch.zeros(1, 2))
 
 

@@ -104,7 +104,9 @@ def test_max_length_counts_the_prompt(folder, run):
 
 def test_a_prompt_as_long_as_max_length(folder, run):
     say(folder, max_length=4)
-    with pytest.raises(ValueError, match=r"the prompt has 4 tokens, and .*max_length 4 for prompt and output: give max_tokens"):
+    with pytest.raises(
+        ValueError, match=r"the prompt has 4 tokens, and .*max_length 4 for prompt and output\. Give max_tokens"
+    ):
         output(folder)
     code, _, err = run(folder)
     assert code == 1

@@ -535,7 +535,7 @@ def test_weights_of_so_many_bits_are_refused() -> None:
 def test_a_head_is_asked_for_by_its_own_method(method: str) -> None:
     own = DRAFTERS[method].asks or method
     setting = Setting(method, target(), None, lambda _: None, lambda _: None, GROWERS["chain"].grower(), 1, lambda: "")
-    with pytest.raises(ValueError, match=f"^method '{own}' needs a trained head: give its directory as 'model'"):
+    with pytest.raises(ValueError, match=rf"^method '{own}' needs a trained head\. Give its directory as 'model'"):
         DRAFTERS[method].build(setting)
     other = "eagle" if own == "fspad" else "fspad"
     with pytest.raises(ValueError, match=f"has method '{other}', expected '{own}'"):
@@ -545,7 +545,7 @@ def test_a_head_is_asked_for_by_its_own_method(method: str) -> None:
 @pytest.mark.parametrize(
     ("name", "key", "value", "match"),
     [
-        ("eagle3", "d2t", 26, r"drafts tokens outside its vocabulary; `foredraft doctor`"),
+        ("eagle3", "d2t", 26, r"drafts tokens outside its vocabulary\. `foredraft doctor`"),
         ("eagle3", "d2t", -1, r"drafts tokens outside its vocabulary"),
         ("eagle3", "feature_layers", [2, 3, 9], r"features after layers \[2, 3, 9\], but this target has 5 layers:"),
     ],
@@ -571,9 +571,9 @@ def test_a_head_that_reaches_beyond_its_target_is_refused(tmp_path: Path, name: 
         ({"method": "egale"}, "unknown method in config.json 'egale'. Did you mean 'eagle'?"),
         ({"method": ["eagle"]}, "unknown method in config.json"),
         (3, "unknown method in config.json 'None'"),
-        ({"method": "eagle", "options": 3}, "gives 3 as options of the head, but it must be an object: copy it again"),
-        ({"method": "eagle", "target": 3}, "gives 3 as target of the head, but it must be an object: copy it again"),
-        ({"method": "eagle", "options": {"wide": True}}, "'eagle' cannot have options {'wide': True} .*: copy config.json"),
+        ({"method": "eagle", "options": 3}, r"gives 3 as options of the head, but it must be an object\. Copy it again"),
+        ({"method": "eagle", "target": 3}, r"gives 3 as target of the head, but it must be an object\. Copy it again"),
+        ({"method": "eagle", "options": {"wide": True}}, r"'eagle' cannot have options {'wide': True} .*\. Copy config.json"),
         ({"method": "eagle3", "options": {"feature_layers": ["a"]}}, r"\['a'\] as feature_layers, but it must be a list"),
     ],
 )

@@ -59,7 +59,9 @@ def test_a_set_is_forced_or_refused(name: str, monkeypatch: pytest.MonkeyPatch) 
     if name in here:
         assert sets.library().name == name
         return
-    with pytest.raises(ValueError, match=f"is {name!r}, but this machine has {', '.join([*here, 'torch'])}; give one of these"):
+    with pytest.raises(
+        ValueError, match=rf"is {name!r}, but this machine has {', '.join([*here, 'torch'])}\. Give one of these"
+    ):
         sets.library()
 
 

@@ -318,7 +318,7 @@ def test_default_sampling_is_the_generation_configs(tmp_path: Path) -> None:
     path = tmp_path / "changed" / "generation_config.json"
     path.write_text('{"temperature": -1}')
     with pytest.raises(
-        ValueError, match=r"generation_config.json cannot be used: temperature must be .*got -1; correct the file"
+        ValueError, match=r"generation_config.json cannot be used: temperature must be .*got -1\. Correct the file"
     ):
         load(PLAIN, tmp_path / "changed")
 

@@ -203,9 +203,9 @@ def test_not_a_model(source):
 
 
 def test_empty_directory_and_file(tmp_path):
-    fails(tmp_path, "is empty: it must hold config.json")
+    fails(tmp_path, r"is empty\. It must hold config.json")
     (tmp_path / "file").write_text("x")
-    fails(tmp_path / "file", "is a file: give the directory")
+    fails(tmp_path / "file", r"is a file\. Give the directory")
 
 
 def test_revision_of_a_directory(llama):
@@ -253,7 +253,7 @@ def test_broken_safetensors(kind, tmp_path):
     save_file({}, path)
     fails(tmp_path, "hold no tensor")
     path.unlink()
-    fails(tmp_path, "holds no weights: it needs model.safetensors or")
+    fails(tmp_path, r"holds no weights\. It needs model.safetensors or")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

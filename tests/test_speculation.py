@@ -114,7 +114,7 @@ def test_every_tree_with_every_rule(tree: str, rule: str) -> None:
         assert found.rule_name == rule
     else:
         said = refusal({"tree": tree, "rule": rule})
-        assert said.startswith(f"rule {rule!r} is not exact for tree {tree!r}; rules that can be used with it: ")
+        assert said.startswith(f"rule {rule!r} is not exact for tree {tree!r}. Rules that can be used with it: ")
         assert [one.removesuffix(" (lossy)") for one in said.split(": ")[1].split(", ")] == fitting_rules(GROWERS[tree])
         assert "typical (lossy)" in said
 
@@ -152,7 +152,7 @@ def test_every_own_tree_with_every_rule(method: str, rule: str) -> None:
         ({3: 4}, "unknown key of speculative_config for method 'lm': 3. Allowed: method, model, "),
         (
             {"method": "ngram", "tree": "chain"},
-            "method 'ngram' cannot grow tree 'chain'; it makes its own tree: leave 'tree' out",
+            "method 'ngram' cannot grow tree 'chain'. It makes its own tree: leave 'tree' out",
         ),
     ],
 )

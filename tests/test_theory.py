@@ -526,5 +526,5 @@ def test_rejections_of_a_head_are_predicted_for_one_token(tmp_path: Path, method
     for one in found.compared:
         assert abs(one.counted - one.predicted) < 4 * one.standard_error
         assert one.counted > 50
-    with pytest.raises(ValueError, match="use --lookahead 1"):
+    with pytest.raises(ValueError, match="Use --lookahead 1"):
         predict.predict(texts, lookahead=4, drafts=(1,))

@@ -147,7 +147,7 @@ def test_a_narrow_head_learns_and_drafts(made: Path) -> None:
         (
             "eagle3",
             {"kv_heads": 3},
-            "heads a multiple of kv_heads; they would be hidden 64, intermediate 96, heads 4, kv_heads 3",
+            "heads a multiple of kv_heads. They would be hidden 64, intermediate 96, heads 4, kv_heads 3",
         ),
         ("eagle", {}, "unknown option of method 'eagle'"),
     ):

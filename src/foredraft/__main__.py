@@ -15,6 +15,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from foredraft.core.errors import UserError, UserTypeError, told
+
 COMMANDS = ("generate", "chat", "bench", "calibrate", "train", "convert", "doctor", "audit", "methods", "theory")
 """The commands, in the order of ``--help``. The command or group of commands ``x`` is the object ``x`` of `foredraft.cli.x`."""
 
@@ -168,18 +170,20 @@ _ADVICE = re.compile(
 
 def _report(error: Exception, arguments: list[str]) -> int:
     """Prints one line that describes the error and one line of advice. Returns the exit code."""
-    problem, hint = f"{type(error).__name__}: {error}", "set FOREDRAFT_TRACEBACK=1 to see the traceback"
+    message, hint = f"{type(error).__name__}: {error}", None
     if isinstance(error, ValueError | TypeError | OSError):
-        problem, *more = _ADVICE.split(" ".join(str(error).split()), maxsplit=1)
-        if more:
-            hint = more[0]
-        elif isinstance(error, OSError):
-            hint = "check that the file can be read or written, and that its disk has space"
-        elif isinstance(error, ValueError):
-            command = " ".join(arguments[: 2 if arguments[0] == "theory" else 1])
-            hint = f"`foredraft {command} --help` describes the values of each option"
-    _say("error", problem or type(error).__name__)
-    _say("hint", hint)
+        message, hint = told(error)
+        message = " ".join(message.split()) or type(error).__name__
+    if not isinstance(error, UserError | UserTypeError) and hint is None:  # an error of a part that gives one text
+        message, *more = _ADVICE.split(message, maxsplit=1)
+        hint = more[0] if more else None
+    if hint is None and isinstance(error, OSError):
+        hint = "check that the file can be read or written, and that its disk has space"
+    elif hint is None and isinstance(error, ValueError):
+        command = " ".join(arguments[: 2 if arguments[0] == "theory" else 1])
+        hint = f"`foredraft {command} --help` describes the values of each option"
+    _say("error", message)
+    _say("hint", " ".join((hint or "set FOREDRAFT_TRACEBACK=1 to see the traceback").split()))
     return 1
 
 

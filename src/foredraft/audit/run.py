@@ -17,6 +17,7 @@ from foredraft.audit.hypotheses import Evidence
 from foredraft.bench.calibrate import all_logits
 from foredraft.core.contracts import AcceptanceRule
 from foredraft.core.draws import Draws, Key
+from foredraft.core.errors import UserError
 from foredraft.core.law import TargetLaw
 from foredraft.core.params import SamplingParams
 from foredraft.core.processors import prefix_processors
@@ -163,8 +164,8 @@ class Auditor:
         """Runs all parts, in order of their cost. Raises `ValueError` if the configuration does not draft."""
         drafting = self.llm.drafting(self.sampling)
         if drafting["method"] == PLAIN or not drafting["budget"]:
-            raise ValueError(
-                "there is nothing to audit: this configuration decodes without drafts. Choose a method, a tree and a budget"
+            raise UserError(
+                "there is nothing to audit: this configuration decodes without drafts", "Choose a method, a tree and a budget"
             )
         assert self.llm.speculation is not None
         guarantee = RULES[drafting["rule"]].claim(self.llm.speculation.rule_options)

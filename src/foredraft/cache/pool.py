@@ -14,6 +14,7 @@ from torch import Tensor
 
 from foredraft.cache.layout import Layout
 from foredraft.core.contracts import Pool, Scores, Target
+from foredraft.core.errors import UserError
 from foredraft.core.tree import TreeBatch
 
 _GROWTH, _GROWTH_ON_CARD = 256, 1024
@@ -145,9 +146,10 @@ def check_pool(target: Target, num_slots: int) -> None:
     needed = target.new_pool(1, 1).bytes_per_token * positions * num_slots
     memory = torch.cuda.mem_get_info(target.device)[1] if on_gpu else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:
-        raise ValueError(
+        raise UserError(
             f"max_num_seqs {num_slots} needs {needed / 2**30:.1f} GiB for the keys and values of {positions} tokens each, but "
-            f"the memory has {memory / 2**30:.1f} GiB. Lower max_num_seqs: more prompts wait for their turn"
+            f"the memory has {memory / 2**30:.1f} GiB",
+            "Lower max_num_seqs: more prompts wait for their turn",
         )
 
 

@@ -26,6 +26,7 @@ from foredraft.cli.options import (
     Tree,
     option,
 )
+from foredraft.core.errors import UserError, whole_number
 
 
 class AuditOptions(NamedTuple):
@@ -97,7 +98,9 @@ def audit(
             (output / "audit.json").write_text(json.dumps(report, indent=1) + "\n")
             (output / "audit.md").write_text(markdown(found), encoding="utf-8")
         except OSError as error:
-            raise ValueError(f"cannot write to {str(output)!r} ({error.strerror}): choose another --output directory") from None
+            raise UserError(
+                f"cannot write to {str(output)!r} ({error.strerror})", "choose another --output directory"
+            ) from None
     if as_json:
         print(json.dumps(report))
     else:
@@ -114,7 +117,6 @@ def _prepared(options: AuditOptions, config: dict[str, Any]) -> Any:
     from foredraft.audit.run import Auditor
     from foredraft.bench import tasks
     from foredraft.bench.calibrate import PROMPTS
-    from foredraft.core.errors import whole_number
     from foredraft.core.params import SamplingParams
     from foredraft.engine.engine import MAX_NUM_SEQS
     from foredraft.llm import LLM
@@ -132,7 +134,8 @@ def _prepared(options: AuditOptions, config: dict[str, Any]) -> Any:
     raw = options.raw or llm.tokenizer is None or not getattr(llm.tokenizer, "chat_template", None)
     prompts = [ids for ids in tasks.encode(llm, read, raw=raw) if len(ids) + options.max_tokens <= llm.max_model_len]
     if not prompts:
-        raise ValueError(
-            "no prompt fits into the model's context together with --max-tokens: give shorter prompts or a smaller --max-tokens"
+        raise UserError(
+            "no prompt fits into the model's context together with --max-tokens",
+            "give shorter prompts or a smaller --max-tokens",
         )
     return Auditor(llm, prompts, SamplingParams(**options.sampling), options.samples)

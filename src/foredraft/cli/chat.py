@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from foredraft.cli.options import DraftOptions, GenerationConfig, ModelOptions, SamplingOptions, ShowTree, TemplateOptions
+from foredraft.core.errors import check_text
 
 
 def chat(
@@ -26,7 +27,6 @@ def chat(
     choices.check(model.model, config, given)
     templating = choices.template(*template)
     from foredraft.cli import answers, show
-    from foredraft.core.errors import check_text
     from foredraft.core.params import RANDOM_SEED
 
     check_text("--system", system or "")
@@ -59,7 +59,6 @@ def _turn(
 ) -> list[dict[str, str]]:
     """Answers the last message and returns the new conversation. If that fails, returns the conversation without it."""
     from foredraft.cli import answers, show
-    from foredraft.core.errors import check_text
 
     try:
         check_text("the question", asked[-1]["content"])

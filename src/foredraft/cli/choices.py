@@ -10,7 +10,7 @@ from typing import Any
 
 from foredraft.core.arguments import config_with_our_names
 from foredraft.core.chat import Template
-from foredraft.core.errors import check_text, shown, unknown_name, whole_number, why_no_json
+from foredraft.core.errors import UserError, check_text, shown, unknown_name, whole_number, why_no_json
 from foredraft.core.params import MAX_COUNT, SamplingParams
 from foredraft.drafters import DRAFTERS
 from foredraft.models import files
@@ -41,7 +41,7 @@ def speculative_config(
         ValueError: `extra` is not a JSON object, or the budget is not a number.
     """
     if budget not in (None, AUTO) and not re.fullmatch(r"-?[0-9]{1,4000}", budget):
-        raise ValueError(f"--budget must be a whole number or {AUTO}, got {shown(budget)}")
+        raise UserError(f"--budget must be a whole number or {AUTO}, got {shown(budget)}")
     nodes = int(budget) if budget not in (None, AUTO) else budget
     named = given(method=method, model=draft_model, tree=tree, num_speculative_tokens=nodes, rule=rule)
     config = {**_json_object(extra, "--speculative-config", '{"num_chains": 2}'), **named, **({"force": True} if force else {})}
@@ -55,9 +55,9 @@ def _json_object(text: str | None, option: str, example: str) -> dict[str, Any]:
     try:
         found = json.loads(text) if text is not None else {}
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{option} is not JSON ({why_no_json(error)}). Example: '{example}'") from None
+        raise UserError(f"{option} is not JSON ({why_no_json(error)})", f"Example: '{example}'") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{option} must be a JSON object, got {shown(text)}. Example: '{example}'")
+        raise UserError(f"{option} must be a JSON object, got {shown(text)}", f"Example: '{example}'")
     return found
 
 
@@ -73,7 +73,7 @@ def template(tools: Path | None, chat_template: str | None, variables: str | Non
     further = _json_object(variables, "--chat-template-kwargs", '{"enable_thinking": false}')
     found = given(tools=_tools(tools), chat_template=chat_template, chat_template_kwargs=further or None)
     if found and not chat:
-        raise ValueError(f"--{min(found).replace('_', '-')} only affects the chat template. Add --chat to apply the template")
+        raise UserError(f"--{min(found).replace('_', '-')} only affects the chat template", "Add --chat to apply the template")
     return Template(**found)
 
 
@@ -83,11 +83,11 @@ def _tools(file: Path | None) -> list[Any] | None:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"--tools cannot be read ({why_no_json(error)}). Give a file with a JSON list of function schemas"
+        raise UserError(
+            f"--tools cannot be read ({why_no_json(error)})", "Give a file with a JSON list of function schemas"
         ) from None
     if not isinstance(found, list):
-        raise ValueError("--tools must be a file with a JSON list of function schemas. Put a single schema into [ ]")
+        raise UserError("--tools must be a file with a JSON list of function schemas", "Put a single schema into [ ]")
     return found
 
 
@@ -108,7 +108,7 @@ def check_prompt(prompt: str) -> None:
         ValueError: it is empty or not valid text.
     """
     if not prompt:
-        raise ValueError("the prompt is empty: give at least one character")
+        raise UserError("the prompt is empty", "give at least one character")
     check_text("the prompt", prompt)
 
 
@@ -120,7 +120,7 @@ def check_files(option: str, paths: Iterable[Path]) -> None:
     """
     for file in paths:
         if not files.is_file(file):
-            raise ValueError(f"{option}: {shown(str(file))} is not a file. Give the path of a file that exists")
+            raise UserError(f"{option}: {shown(str(file))} is not a file", "Give the path of a file that exists")
 
 
 def check_plot(file: Path) -> Path:
@@ -130,7 +130,7 @@ def check_plot(file: Path) -> Path:
         ValueError: it is neither a .png nor an .svg file.
     """
     if file.suffix.lower() not in (".png", ".svg"):
-        raise ValueError(f"the file of a figure must end in .png or .svg, got {shown(str(file))}")
+        raise UserError(f"the file of a figure must end in .png or .svg, got {shown(str(file))}")
     return file
 
 
@@ -156,8 +156,8 @@ def check_device(name: str) -> str:
         ValueError: models do not run on such a device. Whether the machine has it is checked when a model is loaded.
     """
     if not re.fullmatch(r"auto|(cpu|cuda)(:\d{1,3})?", name):
-        raise ValueError(
-            f"device {shown(name)} cannot be used (models run on cpu and cuda only): give auto, cpu, cuda or cuda:1"
+        raise UserError(
+            f"device {shown(name)} cannot be used (models run on cpu and cuda only)", "give auto, cpu, cuda or cuda:1"
         )
     return name
 

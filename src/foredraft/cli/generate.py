@@ -17,6 +17,7 @@ from foredraft.cli.options import (
     ShowTree,
     TemplateOptions,
 )
+from foredraft.core.errors import UserError, check_text, speaks_unicode
 
 
 def generate(
@@ -40,7 +41,6 @@ def generate(
     templating = choices.template(*template, chat=chat)
     from foredraft.cli import answers, show
     from foredraft.core.chat import is_plain
-    from foredraft.core.errors import check_text, speaks_unicode
 
     text = _read_stdin() if prompt == "-" else prompt
     check_text("the prompt", text)
@@ -65,8 +65,10 @@ def generate(
 
 def _read_stdin() -> str:
     if sys.stdin is None:
-        raise ValueError("standard input is closed. Give the prompt as PROMPT")
+        raise UserError("standard input is closed", "Give the prompt as PROMPT")
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise ValueError(f"standard input is not text in {error.encoding} ({error.reason}). Give it in that encoding") from None
+        raise UserError(
+            f"standard input is not text in {error.encoding} ({error.reason})", "Give it in that encoding"
+        ) from None

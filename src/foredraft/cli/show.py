@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from foredraft.core.errors import speaks_unicode
+from foredraft.core.errors import UserError, speaks_unicode
 from foredraft.core.params import SamplingParams
 from foredraft.core.text import TextStream
 from foredraft.core.tree import DraftTree
@@ -188,7 +188,7 @@ def lines() -> Iterator[str]:
         except EOFError:
             return
         except UnicodeDecodeError as error:
-            raise ValueError(f"standard input is not text in {error.encoding} ({error.reason}). Set a UTF-8 locale") from None
+            raise UserError(f"standard input is not text in {error.encoding} ({error.reason})", "Set a UTF-8 locale") from None
 
 
 @contextmanager

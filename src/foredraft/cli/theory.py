@@ -10,6 +10,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from foredraft.cli.options import AsJson, Dtype, Limit, Model, Plot, Prompts, Raw, Seed, option
+from foredraft.core.errors import UserError, shown, whole_number
 
 theory = typer.Typer(name="theory", help="Compute the costs and gains of speculative decoding exactly.", no_args_is_help=True)
 
@@ -37,7 +38,7 @@ class LawOptions(NamedTuple):
 
         given = [(self.p or self.q) is not None, self.laws is not None, self.states is not None]
         if sum(given) != 1 or (self.p is None) != (self.q is None):
-            raise ValueError("give the laws once: --p and --q (such as 0.5,0.5), --laws FILE, or --states N for random laws")
+            raise UserError("give the laws once: --p and --q (such as 0.5,0.5), --laws FILE, or --states N for random laws")
         if self.laws is not None:
             return read_pair(self.laws)
         if self.states is not None:
@@ -53,10 +54,10 @@ class LawOptions(NamedTuple):
         from foredraft.theory.chains import checked_law
 
         if self.p is None or self.q is None:
-            raise ValueError("this command needs one pair of laws: give them as in --p 0.5,0.3,0.2 --q 0.2,0.3,0.5")
+            raise UserError("this command needs one pair of laws", "give them as in --p 0.5,0.3,0.2 --q 0.2,0.3,0.5")
         p, q = (checked_law(numbers(text, f"--{name}"), name) for name, text in (("p", self.p), ("q", self.q)))
         if len(p) != len(q):
-            raise ValueError(f"p has {len(p)} tokens and q {len(q)}: they must be laws over the same vocabulary")
+            raise UserError(f"p has {len(p)} tokens and q {len(q)}: they must be laws over the same vocabulary")
         return p, q
 
 
@@ -127,7 +128,7 @@ def batch(
     from foredraft.theory import answers, figures, limits
 
     if drafts < 1:
-        raise ValueError(f"the number of drafts M must be a whole number of at least 1, got {drafts}")
+        raise UserError(f"the number of drafts M must be a whole number of at least 1, got {drafts}")
     limits.check_horizon(horizon)
     limits.check_drafts(drafts)
     given, seed = _seeded(laws)
@@ -215,7 +216,7 @@ def estimate(
     try:
         output.write_text(json.dumps(as_json(pair, tokens)) + "\n")
     except OSError as error:
-        raise ValueError(f"cannot write {str(output)!r} ({error.strerror})") from None
+        raise UserError(f"cannot write {str(output)!r} ({error.strerror})") from None
     told = f" (seed {given.seed})" if seed else ""
     show.say(f"chains over {pair.vocab_size} states are in {output}; read them with --laws {output}{told}")
 
@@ -226,13 +227,12 @@ def numbers(text: str, what: str, kind: type[float] | type[int] = float) -> list
     Raises:
         ValueError: a part is not a number of this kind.
     """
-    from foredraft.core.errors import shown
 
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
         whole = "whole " if kind is int else ""
-        raise ValueError(f"{what} must be {whole}numbers separated by commas, got {shown(text)}") from None
+        raise UserError(f"{what} must be {whole}numbers separated by commas, got {shown(text)}") from None
 
 
 def whole_or_inf(text: str) -> float | int:
@@ -241,12 +241,11 @@ def whole_or_inf(text: str) -> float | int:
     Raises:
         ValueError: the text is neither a whole number nor ``inf``.
     """
-    from foredraft.core.errors import shown
 
     try:
         return inf if text == "inf" else int(text)
     except ValueError:
-        raise ValueError(f"--drafts must be a whole number or inf, got {shown(text)}") from None
+        raise UserError(f"--drafts must be a whole number or inf, got {shown(text)}") from None
 
 
 def verify_costs(text: str) -> Any:
@@ -255,7 +254,6 @@ def verify_costs(text: str) -> Any:
     Raises:
         ValueError: the text is neither, or a cost is invalid.
     """
-    from foredraft.core.errors import whole_number
     from foredraft.theory import limits
     from foredraft.theory.speedup import interpolated
 
@@ -264,7 +262,7 @@ def verify_costs(text: str) -> Any:
             {int(a): float(b) for a, b in (part.split(":") for part in text.split(","))} if ":" in text else {1: float(text)}
         )
     except ValueError:
-        raise ValueError(f"--verify-cost must be a number or NODES:COST,NODES:COST, got {text!r}") from None
+        raise UserError(f"--verify-cost must be a number or NODES:COST,NODES:COST, got {text!r}") from None
     for nodes, cost in points.items():
         whole_number("the nodes of --verify-cost", nodes, 1, limits.MAX_HORIZON)
         limits.check_cost("--verify-cost", cost)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache, wraps
 from typing import Any, TypeVar
 
+from foredraft.core.errors import UserTypeError
 from foredraft.core.names import METHODS, NAMES
 from foredraft.core.treatment import CHAT, DRAFT, LOAD, RUN, SAMPLE, Name, code_of
 
@@ -120,7 +121,9 @@ def translated(
         if not row.accepts(value, given):
             raise _refused(name, value, row, given, command=command)
         if row.means in given or row.means in ours:
-            raise TypeError(f"{name} and {row.means} are the same argument of {said}, and both are given. Give one of them")
+            raise UserTypeError(
+                f"{name} and {row.means} are the same argument of {said}, and both are given", "Give one of them"
+            )
         if row.means:
             ours[row.means] = value
         elif row.ignored and value is not None:
@@ -136,27 +139,27 @@ def _say_ignored(said: str, names: tuple[str, ...]) -> None:
     _log.warning("%s ignores %s: in other libraries it only affects speed or memory", said, ", ".join(names))
 
 
-def _refused(name: str, value: Any, row: Name, given: Mapping[Any, Any], *, command: bool) -> TypeError:
+def _refused(name: str, value: Any, row: Name, given: Mapping[Any, Any], *, command: bool) -> UserTypeError:
     does = row.does.format(code=code_of(given.get("model")))
     use = (row.command if command else "") or row.use
-    return TypeError(f"{name}={reprlib.repr(value)} is not supported: in {row.library} it {does}. {use}")
+    return UserTypeError(f"{name}={reprlib.repr(value)} is not supported: in {row.library} it {does}", use)
 
 
 def _misplaced(
     name: str, value: Any, row: Name | None, given: Mapping[Any, Any], *, own: Iterable[str], said: str, command: bool
-) -> TypeError:
+) -> UserTypeError:
     """Returns the error for a name that this place does not have. The name may belong to another place or to none."""
     ours = row.means if row and row.means else name
     for place, names in OWN.items():
         if ours in names:
             use = f"--{ours.replace('_', '-')}" if command else _WRITTEN[place].format(ours)
             means = "" if ours == name else f"is {ours} here, and "
-            return TypeError(f"{said} does not take {name}: it {means}belongs to {place}. Use {use}")
+            return UserTypeError(f"{said} does not take {name}", f"it {means}belongs to {place}. Use {use}")
     if row is not None:
         return _refused(name, value, row, given, command=command)
     near = difflib.get_close_matches(name, [*own], n=1, cutoff=0.5)
     meant = f"Did you mean {near[0]!r}? " if near else ""
-    return TypeError(f"{said} takes no argument {name!r}. {meant}It takes {', '.join(sorted(own))}")
+    return UserTypeError(f"{said} takes no argument {name!r}", f"{meant}It takes {', '.join(sorted(own))}")
 
 
 def option_advice(option: str, command: str, keys: Iterable[str] = ()) -> tuple[str, str] | None:

@@ -1,4 +1,4 @@
-"""Messages for mistakes of the user: they state what was given, what is allowed and what to do next."""
+"""Errors for mistakes of the user: what was given, what is allowed and what to do next. The command line shows both parts."""
 
 from __future__ import annotations
 
@@ -8,16 +8,46 @@ from numbers import Integral
 from typing import Any
 
 
-class ModelError(ValueError):
-    """A model cannot be loaded; the message says what was given, what is allowed and what to do next."""
+class _Told(Exception):
+    """An error in two parts. Its text is the message, and after it the hint as a sentence of its own.
+
+    Attributes:
+        message: what was given and what is allowed, without a full stop.
+        hint: what to do next, or None.
+    """
+
+    def __init__(self, message: str, hint: str | None = None):
+        super().__init__(message, hint)
+        self.message, self.hint = message, hint
+
+    def __str__(self) -> str:
+        return f"{self.message}. {self.hint[:1].upper()}{self.hint[1:]}" if self.hint else self.message
 
 
-def unknown_name(kind: str, given: object, allowed: Iterable[str], *, meant: str | None = None) -> ValueError:
-    """Returns an error for a name that is not in `allowed`. The message suggests `meant`, or the most similar allowed name."""
+class UserError(_Told, ValueError):
+    """A value that the user gave cannot be used; `message` and `hint` say why and what to do."""
+
+
+class UserTypeError(_Told, TypeError):
+    """A value that the user gave has a wrong type; `message` and `hint` say why and what to do."""
+
+
+class ModelError(UserError):
+    """A model cannot be loaded."""
+
+
+def told(error: Exception) -> tuple[str, str | None]:
+    """Returns message and hint of an error. Errors of Python and of libraries have no hint."""
+    hint = getattr(error, "hint", None)
+    return (getattr(error, "message", ""), hint) if hint else (str(error), None)
+
+
+def unknown_name(kind: str, given: object, allowed: Iterable[str], *, meant: str | None = None) -> UserError:
+    """Returns an error for a name that is not in `allowed`. The hint suggests `meant`, or the most similar allowed name."""
     names = list(allowed)
     near = [meant] if meant else difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
-    advice = f" Did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"unknown {kind} {given!r}.{advice} Allowed: {', '.join(names)}")
+    advice = f"Did you mean {near[0]!r}? " if near else ""
+    return UserError(f"unknown {kind} {given!r}", f"{advice}Allowed: {', '.join(names)}")
 
 
 def shown(value: object) -> str:
@@ -48,11 +78,11 @@ def whole_number(name: str, value: Any, least: int, most: int, why: str = "") ->
     """
     value = plain_scalar(value)
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be a whole number between {least} and {most}, got {shown(value)}")
+        raise UserTypeError(f"{name} must be a whole number between {least} and {most}, got {shown(value)}")
     number = int(value)
     if not least <= number <= most:
         reason = f" ({why})" if why and number > most else ""
-        raise ValueError(f"{name} must be between {least} and {most}{reason}, got {shown(number)}")
+        raise UserError(f"{name} must be between {least} and {most}{reason}, got {shown(number)}")
     return number
 
 
@@ -69,7 +99,7 @@ def check_count(name: str, value: Any, most: int, why: str) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} must be a whole number, at least 1, got {shown(value)}")
+        raise UserError(f"{name} must be a whole number, at least 1, got {shown(value)}")
     return whole_number(name, value, 1, most, why)
 
 
@@ -82,9 +112,9 @@ def check_text(name: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} is not valid text: character {error.start + 1} is the lone surrogate U+{ord(text[error.start]):04X}. "
-            "Give the text in UTF-8; on the command line, set a UTF-8 locale (LC_ALL=C.UTF-8)"
+        raise UserError(
+            f"{name} is not valid text: character {error.start + 1} is the lone surrogate U+{ord(text[error.start]):04X}",
+            "Give the text in UTF-8; on the command line, set a UTF-8 locale (LC_ALL=C.UTF-8)",
         ) from None
 
 

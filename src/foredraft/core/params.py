@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from foredraft.core.arguments import class_takes_other_names
-from foredraft.core.errors import check_text, plain_scalar, shown
+from foredraft.core.errors import UserError, UserTypeError, check_text, plain_scalar, shown
 from foredraft.core.treatment import SAMPLE
 
 RANDOM_SEED = -1
@@ -41,10 +41,10 @@ def check_seed(seed: Any, name: str = "seed") -> int:
     """
     seed = plain_scalar(seed)
     if isinstance(seed, bool) or not isinstance(seed, Integral):
-        raise TypeError(f"{name} must be {_SEED}, got {shown(seed)}")
+        raise UserTypeError(f"{name} must be {_SEED}, got {shown(seed)}")
     number = int(seed)
     if not RANDOM_SEED <= number <= MAX_SEED:
-        raise ValueError(f"{name} must be {_SEED}, got {shown(number)}")
+        raise UserError(f"{name} must be {_SEED}, got {shown(number)}")
     return number
 
 
@@ -125,17 +125,17 @@ class SamplingParams:
             if value is None and name in _OPTIONAL:
                 continue
             if isinstance(value, bool) or not isinstance(value, kind):
-                raise TypeError(f"{name} must be {description}, got {shown(value)}")
+                raise UserTypeError(f"{name} must be {description}, got {shown(value)}")
             self._set(name, _python_number(value))
             if not allowed(getattr(self, name)):
                 most = f", at most {_MOST_TEMPERATURE:g}" if name == "temperature" and not value < 0 else ""
-                raise ValueError(f"{name} must be {description}{most}, got {shown(value)}")
+                raise UserError(f"{name} must be {description}{most}, got {shown(value)}")
         if self.seed is not None:
             self._set("seed", check_seed(self.seed))
         for name, fits, description in _KINDS:
             value = getattr(self, name)
             if (value is not None or name in _FLAGS) and not fits(value):
-                raise TypeError(f"{name} must be {description}, got {shown(getattr(self, name))}")
+                raise UserTypeError(f"{name} must be {description}, got {shown(getattr(self, name))}")
         self._check_lists()
 
     def _set(self, name: str, value: Any) -> None:
@@ -143,16 +143,16 @@ class SamplingParams:
 
     def _check_lists(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
+            raise UserError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
         if any(not word for word in self.stop_strings):
-            raise ValueError("stop must not contain an empty string")
+            raise UserError("stop must not contain an empty string")
         for name, words in (("stop", self.stop_strings), ("bad_words", self.bad_words or ())):
             for word in words:
                 check_text(name, word)
         if any(not word.strip() for word in self.bad_words or ()):
-            raise ValueError("bad_words must not contain an empty string")
+            raise UserError("bad_words must not contain an empty string")
         if self.allowed_token_ids is not None and not len(self.allowed_token_ids):
-            raise ValueError("allowed_token_ids must name at least one token")
+            raise UserError("allowed_token_ids must name at least one token")
         for name in ("stop_token_ids", "allowed_token_ids"):
             if getattr(self, name) is not None:
                 self._set(name, _python_ids(getattr(self, name)))
@@ -161,7 +161,7 @@ class SamplingParams:
             for token_id, bias in biases.items():
                 if not (bias == -math.inf or -MAX_BIAS <= bias <= MAX_BIAS):
                     allowed = f"numbers below infinity, between {-MAX_BIAS:g} and {MAX_BIAS:g} (or -inf to forbid a token)"
-                    raise ValueError(f"logit_bias must be {allowed}, got {shown(bias)} for token id {shown(token_id)}")
+                    raise UserError(f"logit_bias must be {allowed}, got {shown(bias)} for token id {shown(token_id)}")
             if not {*map(type, self.logit_bias), *map(type, self.logit_bias.values())} <= {int, float}:
                 self._set("logit_bias", biases)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from foredraft.core.errors import UserError
+
 
 def new_figure(width: float, height: float) -> Any:
     """Returns an empty matplotlib figure. `width` and `height` are in inches.
@@ -14,5 +16,5 @@ def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("plots need matplotlib: pip install 'foredraft[plots]'") from None
+        raise UserError("plots need matplotlib: pip install 'foredraft[plots]'") from None
     return Figure(figsize=(width, height), layout="constrained")

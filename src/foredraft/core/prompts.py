@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
-from foredraft.core.errors import check_text, shown
+from foredraft.core.errors import UserError, UserTypeError, check_text, shown
 from foredraft.core.params import SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -30,12 +30,13 @@ def encode(prompt: Prompt, tokenizer: Any) -> tuple[str | None, list[int]]:
         text, ids = _of_mapping(prompt)
     if isinstance(ids, str):
         if not ids:
-            raise ValueError("the prompt is empty: give at least one character")
+            raise UserError("the prompt is empty", "give at least one character")
         check_text("the prompt", ids)
         if tokenizer is None:
-            raise ValueError(
-                "this model has no tokenizer: copy its files (tokenizer.json, tokenizer_config.json) into the model's "
-                "directory, or give token ids in Python, as in generate([1, 2, 3])"
+            raise UserError(
+                "this model has no tokenizer",
+                "copy its files (tokenizer.json, tokenizer_config.json) into the model's directory, or give token ids in "
+                "Python, as in generate([1, 2, 3])",
             )
         token_ids = tokenizer(ids, verbose=False)["input_ids"]  # not verbose, since the engine checks the length itself
         return ids, [int(token_id) for token_id in token_ids]
@@ -50,17 +51,17 @@ def _of_mapping(prompt: Mapping[str, Any]) -> tuple[str | None, Any]:
         if key not in _KEYS and value is not None:
             is_media = str(key).startswith(("multi_modal", "mm_"))
             why = "only text is supported, no images, audio or video" if is_media else "unknown key"
-            raise TypeError(f"a prompt cannot have {shown(key)} ({why}). Allowed keys: {', '.join(_KEYS)}")
+            raise UserTypeError(f"a prompt cannot have {shown(key)} ({why})", f"Allowed keys: {', '.join(_KEYS)}")
     text, ids = (prompt.get(key) for key in _KEYS)
     if ids is None:
         return (text if isinstance(text, str) else None), text if text is not None else prompt
     if not _is_ids(ids):
-        raise TypeError(
-            f"prompt_token_ids must be a list of token ids (whole numbers), got {shown(ids)}. "
-            + ("Convert an array or a tensor with .tolist()" if hasattr(ids, "tolist") else "Give text as 'prompt'")
+        raise UserTypeError(
+            f"prompt_token_ids must be a list of token ids (whole numbers), got {shown(ids)}",
+            "Convert an array or a tensor with .tolist()" if hasattr(ids, "tolist") else "Give text as 'prompt'",
         )
     if not isinstance(text, str | None):
-        raise TypeError(f"'prompt' must be a str if prompt_token_ids is given, got {shown(text)}. Leave one of them out")
+        raise UserTypeError(f"'prompt' must be a str if prompt_token_ids is given, got {shown(text)}", "Leave one of them out")
     return text, ids
 
 
@@ -102,21 +103,21 @@ def with_params(
     if isinstance(given, SamplingParams):
         given = [given] * len(prompts)
     if not is_list(given) or not all(isinstance(params, SamplingParams) for params in given):
-        raise TypeError(f"sampling_params must be a SamplingParams or a list of them, got {shown(given)}")
+        raise UserTypeError(f"sampling_params must be a SamplingParams or a list of them, got {shown(given)}")
     if len(given) != len(prompts):
-        raise ValueError(
-            f"got {len(prompts)} prompts but {len(given)} sampling_params: give one for all prompts, or one per prompt"
+        raise UserError(
+            f"got {len(prompts)} prompts but {len(given)} sampling_params", "give one for all prompts, or one per prompt"
         )
     return list(zip(prompts, given, strict=True))
 
 
-def not_a_prompt(given: Any) -> TypeError:
+def not_a_prompt(given: Any) -> UserTypeError:
     """Returns the error for a prompt of a wrong type."""
     advice = (
         "Convert an array or a tensor with .tolist()" if hasattr(given, "tolist") else "Give one of these, or a list of them"
     )
     if isinstance(given, Mapping):
         advice = f"Allowed keys: {', '.join(_KEYS)}"
-    return TypeError(
-        f"a prompt is a str, a list of token ids (whole numbers) or {{'prompt_token_ids': [...]}}, got {shown(given)}. {advice}"
+    return UserTypeError(
+        f"a prompt is a str, a list of token ids (whole numbers) or {{'prompt_token_ids': [...]}}, got {shown(given)}", advice
     )

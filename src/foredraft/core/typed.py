@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from foredraft.core.errors import UserError
+
 
 def option(text: str, taker: str) -> tuple[str, Any]:
     """Splits ``NAME=VALUE``. The value is parsed as JSON if possible, else it is kept as a string.
@@ -18,7 +20,7 @@ def option(text: str, taker: str) -> tuple[str, Any]:
     """
     name, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"{taker} takes NAME=VALUE, got {text!r}")
+        raise UserError(f"{taker} takes NAME=VALUE, got {text!r}")
     try:
         return name, json.loads(value)
     except ValueError:
@@ -39,4 +41,4 @@ def numbers(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
     try:
         return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ValueError(f"{name} takes numbers separated by commas, got {text!r}") from None
+        raise UserError(f"{name} takes numbers separated by commas, got {text!r}") from None

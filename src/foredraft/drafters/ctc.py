@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.core.contracts import Grower, Setting, Work
+from foredraft.core.errors import UserError
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.compiled import FEW
 from foredraft.drafters.pairs import PairState
@@ -50,8 +51,8 @@ class CtcDrafter(SlotDrafter):
 
     def __init__(self, slots: LayerSlots, grower: Grower | None, vocab_size: int, *, ctc_tokens: int | None = None):
         if ctc_tokens is not None and grower is not None:
-            raise ValueError(
-                f"ctc_tokens={ctc_tokens} only affects ctc's own tree, but another tree is named. Remove one of them"
+            raise UserError(
+                f"ctc_tokens={ctc_tokens} only affects ctc's own tree, but another tree is named", "Remove one of them"
             )
         super().__init__(slots, grower, vocab_size)
         self._num_tokens = ctc_tokens or DEFAULT_TOKENS

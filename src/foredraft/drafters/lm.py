@@ -11,6 +11,7 @@ from torch import Tensor
 
 from foredraft.cache.pool import PREFILL_CHUNK, prefill
 from foredraft.core.contracts import Grower, Setting, Target, Work
+from foredraft.core.errors import UserError
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.growing import Growing, next_pass
 
@@ -55,7 +56,7 @@ class LMDrafter:
             ValueError: no draft model is given, or its vocabulary differs from the target's.
         """
         if setting.model is None:
-            raise ValueError("method 'lm' needs a draft model: give its directory as 'model' (--draft-model)")
+            raise UserError("method 'lm' needs a draft model", "give its directory as 'model' (--draft-model)")
         assert setting.grower is not None
         model = setting.load(setting.model)
         check_vocabulary(setting.target.vocab_size, model.vocab_size)
@@ -143,9 +144,9 @@ def check_vocabulary(target_size: int, draft_size: int) -> None:
     padded = [-(-small // multiple) * multiple for multiple in (8, 16, 32, 64, 128, 256, 512, 1024) if multiple <= small]
     if large in (small, *padded) or (small > 16 * MAX_PADDING and large - small <= MAX_PADDING):
         return
-    raise ValueError(
-        f"vocabulary mismatch: the draft model has {draft_size} tokens, the target {target_size}: padding cannot explain it. "
-        "Use a draft model trained with the target's tokenizer, or a method without weights (ngram, suffix)"
+    raise UserError(
+        f"vocabulary mismatch: the draft model has {draft_size} tokens, the target {target_size}: padding cannot explain it",
+        "Use a draft model trained with the target's tokenizer, or a method without weights (ngram, suffix)",
     )
 
 
@@ -162,7 +163,8 @@ def check_tokens(target: dict[str, int] | None, draft: dict[str, int] | None) ->
     differ = sorted(i for i in by_id.keys() & other.keys() if by_id[i] != other[i])
     if differ:
         first = differ[0]
-        raise ValueError(
+        raise UserError(
             f"vocabulary mismatch: {len(differ)} token ids stand for other tokens in the draft model, the first is {first}: "
-            f"{other[first]!r} there, {by_id[first]!r} in the target. Use a draft model trained with the target's tokenizer"
+            f"{other[first]!r} there, {by_id[first]!r} in the target",
+            "Use a draft model trained with the target's tokenizer",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from foredraft.core.errors import UserError
 from foredraft.core.shape import MAX_DEPTH
 
 WEIGHT_BITS = (4, 16)
@@ -48,7 +49,7 @@ def check_options(**given: Any) -> None:
     """
     for name, value in given.items():
         if not OPTIONS[name].allowed(value):
-            raise ValueError(f"{name} must be {OPTIONS[name].said}, got {value}")
+            raise UserError(f"{name} must be {OPTIONS[name].said}, got {value}")
     least, most = (given.get(name, OPTIONS[name].default) for name in ("prompt_lookup_min", "prompt_lookup_max"))
     if {"prompt_lookup_min", "prompt_lookup_max"} & set(given) and least > most:
-        raise ValueError(f"prompt_lookup_min must be at most prompt_lookup_max, got {least} and {most}")
+        raise UserError(f"prompt_lookup_min must be at most prompt_lookup_max, got {least} and {most}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from foredraft.core.contracts import AcceptanceRule, Budget, Drafter, Target
 from foredraft.core.draws import Draws, hash_seed
-from foredraft.core.errors import shown
+from foredraft.core.errors import UserError, shown
 from foredraft.core.metrics import Metrics, StepRecord, summarize
 from foredraft.core.params import SamplingParams, used_seed
 from foredraft.core.processors import prefix_processors
@@ -137,7 +137,7 @@ def require_whole(results: Sequence[RequestOutput]) -> None:
     """
     for completion in (completion for result in results for completion in result.outputs):
         if completion.error is not None:
-            raise ValueError(completion.error)
+            raise UserError(*completion.error.split(". ", 1))
 
 
 class Engine:
@@ -244,14 +244,14 @@ class Engine:
     def _check(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
         vocab_size = self.target.vocab_size
         if not prompt_ids:
-            raise ValueError("the prompt is empty: give a text that makes at least one token")
+            raise UserError("the prompt is empty", "give a text that makes at least one token")
         if len(prompt_ids) >= self.max_model_len:
             scaled = original_context(self.target.config) is not None  # a greater max_model_len chooses other factors
             longest = self.target.config.max_position_embeddings if scaled else self.target.max_len
             more = f", or raise max_model_len (at most {longest})" if self.max_model_len < longest else ""
-            raise ValueError(
-                f"the prompt has {len(prompt_ids)} tokens, but the context of {self.max_model_len} must also fit an output: "
-                f"shorten the prompt{more}"
+            raise UserError(
+                f"the prompt has {len(prompt_ids)} tokens, but the context of {self.max_model_len} must also fit an output",
+                f"shorten the prompt{more}",
             )
         named = {
             "the prompt": prompt_ids,
@@ -262,12 +262,12 @@ class Engine:
         for where, ids in named.items():
             wrong = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
             if wrong:
-                raise ValueError(f"token id {shown(wrong[0])} in {where} is outside the vocabulary (0 to {vocab_size - 1})")
+                raise UserError(f"token id {shown(wrong[0])} in {where} is outside the vocabulary (0 to {vocab_size - 1})")
         if self.tokenizer is None and (sampling.stop_strings or sampling.bad_words):
-            raise ValueError(
-                "stop strings and bad_words need a tokenizer, and this model has none: copy its tokenizer files into the "
-                "model's directory, or use stop_token_ids, which needs no tokenizer"
+            raise UserError(
+                "stop strings and bad_words need a tokenizer, and this model has none",
+                "copy its tokenizer files into the model's directory, or use stop_token_ids, which needs no tokenizer",
             )
         most = max(sampling.logprobs or 0, sampling.prompt_logprobs or 0)
         if most > vocab_size:
-            raise ValueError(f"logprobs and prompt_logprobs must be at most the vocabulary size {vocab_size}, got {most}")
+            raise UserError(f"logprobs and prompt_logprobs must be at most the vocabulary size {vocab_size}, got {most}")

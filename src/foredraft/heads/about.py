@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from foredraft.core.errors import ModelError, unknown_name
+from foredraft.core.errors import ModelError, told, unknown_name
 from foredraft.heads import HEADS
 from foredraft.models.files import HEAD_KEY, read_json
 
@@ -34,13 +34,15 @@ def about_head(content: Mapping[str, Any]) -> dict[str, Any] | None:
     given = content[HEAD_KEY] if isinstance(content[HEAD_KEY], dict) else {}
     about = {"options": {}, "target": {}, **{key: value for key, value in given.items() if value is not None}}
     if about.get("method") not in list(HEADS):  # it may be unhashable
-        raise ModelError(str(unknown_name("method in config.json", str(about.get("method")), list(HEADS))))
+        raise ModelError(*told(unknown_name("method in config.json", str(about.get("method")), list(HEADS))))
     for key in ("options", "target"):
         if not isinstance(about[key], dict):
-            raise ModelError(f"config.json gives {about[key]!r} as {key} of the head, but it must be an object: copy it again")
+            raise ModelError(
+                f"config.json gives {about[key]!r} as {key} of the head, but it must be an object", "copy it again"
+            )
     layers = about["options"].get("feature_layers", [])
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
         raise ModelError(
-            f"config.json gives {layers!r} as feature_layers, but it must be a list of whole numbers: copy it again"
+            f"config.json gives {layers!r} as feature_layers, but it must be a list of whole numbers", "copy it again"
         )
     return about

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from foredraft.core.errors import UserError
 from foredraft.heads.layers import FINAL, Attend, Foretelling, Fusion, Layer, Shape, TargetHead
 
 
@@ -29,7 +30,7 @@ class CtcHead(nn.Module):
     def __init__(self, shape: Shape, *, num_slots: int = 6, blank: bool = True):
         super().__init__()
         if num_slots < 2:
-            raise ValueError(f"num_slots must be at least 2, got {num_slots}")
+            raise UserError(f"num_slots must be at least 2, got {num_slots}")
         self.fc = Fusion(shape)
         self.ahead = nn.ModuleList(Fusion(shape) for _ in range(num_slots - 1))
         self.layers = nn.ModuleList([Layer(shape)])

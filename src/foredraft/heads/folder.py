@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from foredraft.core.contracts import Setting, Target
+from foredraft.core.errors import UserError
 from foredraft.heads import HEADS
 from foredraft.heads.about import about_head as about_head
 from foredraft.heads.about import method_of as method_of
@@ -84,7 +85,7 @@ def _sizes_of(text: Any, sizes: Mapping[str, int]) -> dict[str, int]:
     }
     if min(chosen.values()) < 1 or chosen["head_dim"] % 2 or chosen["heads"] % chosen["kv_heads"]:
         given = ", ".join(f"{name} {value}" for name, value in chosen.items())
-        raise ValueError(f"sizes must be at least 1, head_dim even and heads a multiple of kv_heads; they would be {given}")
+        raise UserError("sizes must be at least 1, head_dim even and heads a multiple of kv_heads", f"they would be {given}")
     return chosen
 
 
@@ -141,7 +142,7 @@ def empty_head(method: str, options: Mapping[str, Any], config: Any) -> Any:
         with torch.device("meta"):
             return HEADS[method].make(Shape.of(config), **options)
     except (TypeError, RuntimeError) as error:
-        raise ModelError(f"method {method!r} cannot have options {dict(options)} ({error}): copy config.json again") from None
+        raise ModelError(f"method {method!r} cannot have options {dict(options)} ({error})", "copy config.json again") from None
 
 
 def read_head(folder: Path, kinds: Sequence[str] | None = None) -> LoadedHead:
@@ -157,14 +158,14 @@ def read_head(folder: Path, kinds: Sequence[str] | None = None) -> LoadedHead:
     about = about_head(content)
     if about is None:
         raise ModelError(
-            f"{str(folder)!r} holds no draft head of this library: train one with `foredraft train`, or convert a released "
-            "checkpoint with `foredraft convert`"
+            f"{str(folder)!r} holds no draft head of this library",
+            "train one with `foredraft train`, or convert a released checkpoint with `foredraft convert`",
         )
     if kinds is not None and about["method"] not in kinds:
         expected = " or ".join(map(repr, kinds))
         raise ModelError(
-            f"the head in {str(folder)!r} has method {about['method']!r}, expected {expected}: "
-            "give the method of the head, or none"
+            f"the head in {str(folder)!r} has method {about['method']!r}, expected {expected}",
+            "give the method of the head, or none",
         )
     config = _config_of(folder, content)
     head = empty_head(about["method"], about["options"], config)
@@ -179,14 +180,14 @@ def read_head(folder: Path, kinds: Sequence[str] | None = None) -> LoadedHead:
         ),
     ):
         if names:
-            raise ModelError(f"the head in {str(folder)!r} {problem} {some(names)}; `foredraft doctor` reports details")
+            raise ModelError(f"the head in {str(folder)!r} {problem} {some(names)}", "`foredraft doctor` reports details")
     refuse_no_floats(weights, [name for name, weight in wanted.items() if weight.is_floating_point()])
     read = {name: finite(name, stored.read()).clone() for name, stored in weights.items()}  # copies survive changes of the file
     head.load_state_dict(read, assign=True)
     drafted = getattr(head, "token_ids", None)
     if drafted is not None and not bool(((drafted >= 0) & (drafted < config.vocab_size)).all()):
         raise ModelError(
-            f"the head in {str(folder)!r} drafts tokens outside its vocabulary; `foredraft doctor` reports details"
+            f"the head in {str(folder)!r} drafts tokens outside its vocabulary", "`foredraft doctor` reports details"
         )
     return LoadedHead(head.float().eval().requires_grad_(False), config, about)
 
@@ -198,7 +199,9 @@ def _config_of(folder: Path, content: Mapping[str, Any]) -> Any:
         config = plain_config(given) or _llama_config(given)
         refuse_bad_sizes(config)
     except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError) as error:
-        raise ModelError(f"config.json of the head in {str(folder)!r} is not valid: {one_line(error)}; copy it again") from None
+        raise ModelError(
+            f"config.json of the head in {str(folder)!r} is not valid: {one_line(error)}", "copy it again"
+        ) from None
     return config
 
 
@@ -220,8 +223,8 @@ def load_head(setting: Setting, *, also: Sequence[str] = (), force: bool = False
     """
     if setting.model is None:
         raise ModelError(
-            f"method {setting.method!r} needs a trained head: give its directory as 'model' (--draft-model), "
-            "or train one (`foredraft train`)"
+            f"method {setting.method!r} needs a trained head",
+            "give its directory as 'model' (--draft-model), or train one (`foredraft train`)",
         )
     target, loaded = setting.target, read_head(resolve(setting.model, None), (setting.method, *also))
     _refuse_misfit(loaded, target)
@@ -229,8 +232,8 @@ def load_head(setting: Setting, *, also: Sequence[str] = (), force: bool = False
     if not force and belongs is not None and belongs != setting.fingerprint():
         name = loaded.about["target"].get("name", "another model")
         raise ModelError(
-            f"the head in {str(setting.model)!r} was trained for {name!r}, and this target has other weights: give that "
-            "target, or accept the head with --force (config key 'force')"
+            f"the head in {str(setting.model)!r} was trained for {name!r}, and this target has other weights",
+            "give that target, or accept the head with --force (config key 'force')",
         )
     head = loaded.head.to(target.device, target.dtype)
     for part, tensor in head.state_dict().items():
@@ -245,10 +248,11 @@ def _refuse_misfit(loaded: LoadedHead, target: Target) -> None:
     if (shape.features, shape.vocab) != (hidden, vocab):
         raise ModelError(
             f"the head needs a target of width {shape.features} with {shape.vocab} tokens, but this target has width {hidden} "
-            f"and {vocab} tokens: give the target for which the head was trained"
+            f"and {vocab} tokens",
+            "give the target for which the head was trained",
         )
     if not all(-1 <= layer <= layers for layer in loaded.head.feature_layers):
         raise ModelError(
-            f"the head reads features after layers {list(loaded.head.feature_layers)}, but this target has {layers} layers: "
-            "give the target for which the head was trained"
+            f"the head reads features after layers {list(loaded.head.feature_layers)}, but this target has {layers} layers",
+            "give the target for which the head was trained",
         )

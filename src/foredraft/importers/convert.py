@@ -35,16 +35,18 @@ def convert(source: Path, model: str, out: Path, *, layout: str | None = None, f
         ModelError: the checkpoint cannot be read, or it does not fit the target.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
-        raise ModelError(f"{str(out)!r} already exists: give another --out, or write into it with --force")
+        raise ModelError(f"{str(out)!r} already exists", "give another --out, or write into it with --force")
     if out.resolve() == (source.parent if source.is_file() else source).resolve():
-        raise ModelError(f"{str(out)!r} holds the checkpoint to convert: give another --out")
+        raise ModelError(f"{str(out)!r} holds the checkpoint to convert", "give another --out")
     opened, made = examine(source, model, layout)
     if made.layout == OURS:
-        raise ModelError(f"{str(source)!r} already is a head of this library. It needs no conversion")
+        raise ModelError(f"{str(source)!r} already is a head of this library", "It needs no conversion")
     fatal = [finding for finding in made.findings if finding.fatal]
     if fatal:
         more = f" ({len(fatal) - 1} more: `foredraft doctor` lists them)" if len(fatal) > 1 else ""
-        raise ModelError(f"cannot convert {str(source)!r}, {LAYOUTS[made.layout].says}: {fatal[0].what}; {fatal[0].do}{more}")
+        raise ModelError(
+            f"cannot convert {str(source)!r}, {LAYOUTS[made.layout].says}: {fatal[0].what}", f"{fatal[0].do}{more}"
+        )
     made.head.load_state_dict(assembled(opened, made), assign=True)
     facts, reading = target_facts(model), made.reading
     about = {

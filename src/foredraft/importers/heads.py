@@ -30,7 +30,7 @@ def read_ours(found: Found) -> Reading:
     """
     about = about_head(found.config)
     if about is None:
-        raise ModelError(f"config.json has no {HEAD_KEY!r}, so this is not a head of this library. Give another --format")
+        raise ModelError(f"config.json has no {HEAD_KEY!r}, so this is not a head of this library", "Give another --format")
     config = LlamaConfig(**{key: value for key, value in found.config.items() if key != HEAD_KEY})
     reading = Reading(about["method"], about["options"], config, theirs=lambda name: name)
     layers = reading.options.get("feature_layers", ())

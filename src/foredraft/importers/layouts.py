@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from foredraft.core.errors import unknown_name
+from foredraft.core.errors import told, unknown_name
 from foredraft.heads.folder import empty_head
 from foredraft.importers import eagle, heads
 from foredraft.importers.reading import Finding, Found, Reading, beside, refuse_malformed
@@ -75,16 +75,16 @@ def recognise(found: Found) -> str:
     """
     kind = found.config.get("speculators_model_type") or ("dflash" if "dflash_config" in found.config else "eagle3")
     if kind != "eagle3":
-        raise ModelError(f"a head of type {kind!r} is not supported: give one of {', '.join(list(LAYOUTS)[1:])}")
+        raise ModelError(f"a head of type {kind!r} is not supported", f"give one of {', '.join(list(LAYOUTS)[1:])}")
     for name, layout in LAYOUTS.items():
         if layout.is_it(found):
             return name
     if any(name.startswith(("model.layers.", "transformer.h.")) for name in found.shapes):
-        raise ModelError("this is a language model, not a draft head: give it as draft model of method 'lm'")
+        raise ModelError("this is a language model, not a draft head", "give it as draft model of method 'lm'")
     names = ", ".join(sorted(found.shapes)[:3])
     raise ModelError(
-        f"this is not a draft head with a known layout ({', '.join(list(LAYOUTS)[1:])}); it has {len(found.shapes)} tensors, "
-        f"such as {names}"
+        f"this is not a draft head with a known layout ({', '.join(list(LAYOUTS)[1:])})",
+        f"it has {len(found.shapes)} tensors, such as {names}",
     )
 
 
@@ -98,7 +98,7 @@ def plan(found: Found, layout: str | None = None) -> Plan:
         ModelError: the layout is unknown, or config.json lacks necessary facts.
     """
     if layout is not None and layout not in LAYOUTS:
-        raise ModelError(str(unknown_name("format", layout, LAYOUTS)))
+        raise ModelError(*told(unknown_name("format", layout, LAYOUTS)))
     refuse_malformed(found)
     layout = layout or recognise(found)
     reading = LAYOUTS[layout].read(found)

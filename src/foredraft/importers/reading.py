@@ -144,11 +144,12 @@ def refuse_malformed(found: Found) -> None:
             kind = next((kind for kind, keys in _KINDS.items() if key in keys), None)
             if value is not None and kind is not None and not _IS_OF_KIND[kind](value):
                 raise ModelError(
-                    f"config.json says {key} {value!r}, but it must be {kind}: copy config.json again from the weights' source"
+                    f"config.json says {key} {value!r}, but it must be {kind}",
+                    "copy config.json again from the weights' source",
                 )
     empty = [name for name, shape in found.shapes.items() if name.endswith(".weight") and (not shape or 0 in shape)]
     if empty:
-        raise ModelError(f"{empty[0]} is empty: copy the weights again")
+        raise ModelError(f"{empty[0]} is empty", "copy the weights again")
 
 
 def read_layer(given: Mapping[str, Any], **more: Any) -> LlamaConfig:
@@ -162,7 +163,7 @@ def read_layer(given: Mapping[str, Any], **more: Any) -> LlamaConfig:
     """
     missing = [key for key in _REQUIRED if given.get(key) is None]
     if missing:
-        raise ModelError(f"config.json lacks {', '.join(missing)}: copy config.json again from the weights' source")
+        raise ModelError(f"config.json lacks {', '.join(missing)}", "copy config.json again from the weights' source")
     return new_layer(**{key: given[key] for key in _WIDTHS if given.get(key) is not None}, **more)
 
 
@@ -176,7 +177,7 @@ def new_layer(**keys: Any) -> LlamaConfig:
         return LlamaConfig(**keys, num_hidden_layers=1, bos_token_id=None, eos_token_id=None)
     except Exception as error:
         raise ModelError(
-            f"config.json is invalid ({one_line(error)}): copy config.json again from the weights' source"
+            f"config.json is invalid ({one_line(error)})", "copy config.json again from the weights' source"
         ) from None
 
 

@@ -92,14 +92,14 @@ def open_source(folder: Path) -> Source:
         ModelError: there is no such directory, it holds no weights, or a file cannot be read without running code.
     """
     if not folder.is_dir():
-        raise ModelError(f"no directory {str(folder)!r}: check the path, or download the checkpoint first with `hf download`")
+        raise ModelError(f"no directory {str(folder)!r}", "check the path, or download the checkpoint first with `hf download`")
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     files = shards_of(folder, INDEX) or _one_of(folder, (".safetensors",), "model.safetensors")
     if files:
         return Source(folder, config, open_files(files), files, pickled=False)
     files = shards_of(folder, "pytorch_model.bin.index.json") or _one_of(folder, _PICKLES, "pytorch_model.bin")
     if not files:
-        raise ModelError(f"{str(folder)!r} holds no weights: give the directory of a draft head (.safetensors, .bin or .pt)")
+        raise ModelError(f"{str(folder)!r} holds no weights", "give the directory of a draft head (.safetensors, .bin or .pt)")
     tensors: dict[str, StoredTensor | PickledTensor] = {}
     for file in files:
         tensors |= {name: PickledTensor(tensor) for name, tensor in _unpickle(file).items()}
@@ -117,7 +117,7 @@ def _one_of(folder: Path, endings: Sequence[str], usual: str) -> list[Path]:
     files = sorted(file for file in folder.iterdir() if file.suffix in endings and not file.name.startswith(_NO_WEIGHTS))
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
-        raise ModelError(f"{str(folder)!r} holds several files of weights ({names}). Leave only one of them in the directory")
+        raise ModelError(f"{str(folder)!r} holds several files of weights ({names})", "Leave only one of them in the directory")
     return files
 
 
@@ -127,13 +127,13 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError:
         raise ModelError(
-            f"{file.name} holds more than tensors, and reading it would run code, which is never done; "
-            "get the checkpoint as safetensors from a source that you trust"
+            f"{file.name} holds more than tensors, and reading it would run code, which is never done",
+            "get the checkpoint as safetensors from a source that you trust",
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{file.name} is corrupt or cut off ({one_line(error)}): copy it again") from None
+        raise ModelError(f"{file.name} is corrupt or cut off ({one_line(error)})", "copy it again") from None
     if not isinstance(content, dict) or not all(
         isinstance(value, Tensor) and value.layout is torch.strided for value in content.values()
     ):
-        raise ModelError(f"{file.name} is not a dict of dense tensors: give the file that `torch.save(state_dict)` wrote")
+        raise ModelError(f"{file.name} is not a dict of dense tensors", "give the file that `torch.save(state_dict)` wrote")
     return {str(name): tensor for name, tensor in content.items()}

@@ -117,7 +117,7 @@ def assembled(source: Source, plan: Plan) -> dict[str, Tensor]:
         if theirs is None:
             tensors[name] = torch.zeros(wanted[name].shape, dtype=wanted[name].dtype)
         elif theirs not in source.tensors:
-            raise ModelError(f"the checkpoint lacks {theirs!r}: copy it again")
+            raise ModelError(f"the checkpoint lacks {theirs!r}", "copy it again")
         else:
             tensors[name] = source.tensors[theirs].read().clone(memory_format=torch.contiguous_format)
     return {name: tensor if tensor.is_floating_point() else tensor.long() for name, tensor in tensors.items()}

@@ -30,6 +30,24 @@ KERNELS = ("auto", "torch", *SETS)
 _log = logging.getLogger("foredraft")
 
 
+class SetError(ValueError):
+    """``FOREDRAFT_KERNELS`` names no instruction set that can run.
+
+    Attributes:
+        message: what was given and what is allowed.
+        hint: what to do next.
+    """
+
+    hint = "give one of these, or unset the environment variable"
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.message}. {self.hint.capitalize()}"
+
+
 class Code:
     """The compiled functions of one instruction set, see `foredraft.kernels.structures.FUNCTIONS`.
 
@@ -57,10 +75,7 @@ def kernels() -> str:
     """
     given = os.environ.get("FOREDRAFT_KERNELS") or "auto"
     if given not in KERNELS:
-        raise ValueError(
-            f"FOREDRAFT_KERNELS must be {', '.join(KERNELS[:-1])} or {KERNELS[-1]}, got {given!r}; "
-            "give one of these, or unset the environment variable"
-        )
+        raise SetError(f"FOREDRAFT_KERNELS must be {', '.join(KERNELS[:-1])} or {KERNELS[-1]}, got {given!r}")
     return given
 
 
@@ -123,7 +138,7 @@ def library() -> Code | None:
         return code_of(names[0]) if names and names[0] != "scalar" else None
     if given not in names:
         here = f"this machine has {', '.join([*names, 'torch'])}" if names else "there are no compiled kernels, only torch"
-        raise ValueError(f"FOREDRAFT_KERNELS is {given!r}, but {here}; give one of these, or unset the environment variable")
+        raise SetError(f"FOREDRAFT_KERNELS is {given!r}, but {here}")
     return code_of(given)
 
 

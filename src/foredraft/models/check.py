@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from foredraft.core.errors import UserError
 from foredraft.core.tree import TreeBatch
 
 _STATE_SPACE = "state-space (Mamba)"
@@ -56,9 +57,9 @@ def refuse_unsupported(config: Any) -> None:
     text = config.get_text_config(decoder=True)
     reason = _refused_layer(config, text)
     if reason:
-        raise ValueError(
-            f"cannot run model type {config.model_type!r} over token trees because of its {reason} layers: "
-            "choose a model with softmax attention and rotary or learned positions"
+        raise UserError(
+            f"cannot run model type {config.model_type!r} over token trees because of its {reason} layers",
+            "choose a model with softmax attention and rotary or learned positions",
         )
 
 
@@ -102,14 +103,14 @@ def self_check(target: Any) -> None:
     try:
         errors = _path_errors(target, prompt, tokens.tolist())
     except Exception as error:
-        raise ValueError(f"cannot run {name} over token trees ({type(error).__name__}: {error})") from error
+        raise UserError(f"cannot run {name} over token trees ({type(error).__name__}: {error})") from error
     # In half precision rounding may change the experts of some nodes in a mixture model, so only the median is compared.
     error = float(np.median(errors) if torch.finfo(target.dtype).bits < 32 else errors.max())
     if not error <= _tolerance(target.dtype):
-        raise ValueError(
-            f"cannot run {name} over token trees: its logits in a tree differ from those on its single paths "
-            f"by {error:.2g} of their size in {target.dtype}; "
-            "choose a model with softmax attention and rotary or learned positions"
+        raise UserError(
+            f"cannot run {name} over token trees: its logits in a tree differ from those on its single paths by {error:.2g} "
+            f"of their size in {target.dtype}",
+            "choose a model with softmax attention and rotary or learned positions",
         )
 
 

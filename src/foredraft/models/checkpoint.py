@@ -72,14 +72,14 @@ def resolve(source: Any, revision: str | None) -> Path:
     path, is_directory = _look(source)
     if is_directory:
         if not any(path.iterdir()):
-            raise ModelError(f"the directory {str(source)!r} is empty: it must hold config.json and {_SINGLE}")
+            raise ModelError(f"the directory {str(source)!r} is empty", f"it must hold config.json and {_SINGLE}")
         if revision is not None:
-            raise ModelError(f"revision {revision!r} is for Hub ids only, but {str(source)!r} is a directory: leave it out")
+            raise ModelError(f"revision {revision!r} is for Hub ids only, but {str(source)!r} is a directory", "leave it out")
         return path
     if path.exists():
-        raise ModelError(f"{str(source)!r} is a file: give the directory that holds config.json and {_SINGLE}")
+        raise ModelError(f"{str(source)!r} is a file", f"give the directory that holds config.json and {_SINGLE}")
     if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
-        raise ModelError(f"no directory {str(source)!r}: check the path, or give a Hub id such as 'owner/name'")
+        raise ModelError(f"no directory {str(source)!r}", "check the path, or give a Hub id such as 'owner/name'")
     return _download(source, revision)
 
 
@@ -91,14 +91,16 @@ def _look(source: str | Path) -> tuple[Path, bool]:
     """
     if len(str(source)) > _MOST_CHARACTERS:
         raise ModelError(
-            f"the path {str(source)[:40]!r}... has {len(str(source))} characters, and a path has at most {_MOST_CHARACTERS}: "
-            "give the directory of a model"
+            f"the path {str(source)[:40]!r}... has {len(str(source))} characters, and a path has at most {_MOST_CHARACTERS}",
+            "give the directory of a model",
         )
     try:
         path = Path(source).expanduser()
         return path, path.is_dir()
     except (OSError, RuntimeError, ValueError) as error:
-        raise ModelError(f"cannot look into {str(source)[:200]!r} ({one_line(error)}): give the directory of a model") from None
+        raise ModelError(
+            f"cannot look into {str(source)[:200]!r} ({one_line(error)})", "give the directory of a model"
+        ) from None
 
 
 def refuse_adapter(path: Path) -> None:
@@ -116,9 +118,9 @@ def refuse_adapter(path: Path) -> None:
     named = f"an adapter ({found})" + (f" of the model {base!r}" if base else "")
     what = f"also holds {named}" if has_model else f"holds {named} and no model"
     raise ModelError(
-        f"{str(path)!r} {what}, but adapters are not supported: merge it with "
-        "PeftModel.from_pretrained(model, directory).merge_and_unload().save_pretrained(new_directory) and give the new "
-        "directory, or remove the adapter's files to run the model without the adapter"
+        f"{str(path)!r} {what}, but adapters are not supported",
+        "merge it with PeftModel.from_pretrained(model, directory).merge_and_unload().save_pretrained(new_directory) and "
+        "give the new directory, or remove the adapter's files to run the model without the adapter",
     )
 
 
@@ -133,13 +135,13 @@ def _download(repo_id: str, revision: str | None) -> Path:
     except GatedRepoError:
         raise ModelError(f"access to {at} is restricted: accept its terms on the Hub and run `hf auth login`") from None
     except (RepositoryNotFoundError, RevisionNotFoundError):
-        raise ModelError(f"no directory and no Hub model {at}: check the spelling, or run `hf auth login`") from None
+        raise ModelError(f"no directory and no Hub model {at}", "check the spelling, or run `hf auth login`") from None
     except HFValidationError as error:
-        raise ModelError(f"{at} is neither a directory nor a valid Hub id ({one_line(error)}): check the spelling") from None
+        raise ModelError(f"{at} is neither a directory nor a valid Hub id ({one_line(error)})", "check the spelling") from None
     except Exception as error:
         raise ModelError(
-            f"{at} is neither a directory nor in the local Hub cache, and the Hub cannot be reached ({type(error).__name__}): "
-            "give a directory, or download it first with `hf download`"
+            f"{at} is neither a directory nor in the local Hub cache, and the Hub cannot be reached ({type(error).__name__})",
+            "give a directory, or download it first with `hf download`",
         ) from None
 
 
@@ -156,17 +158,18 @@ def read_config(path: Path) -> Any:
     given = read_json(path / "config.json")
     if HEAD_KEY in given:
         raise ModelError(
-            f"{str(path)!r} holds a draft head, not a model: give the head as --draft-model (config key 'model') with its own "
-            "method or without --method, and give the model that it was trained for as --model"
+            f"{str(path)!r} holds a draft head, not a model",
+            "give the head as --draft-model (config key 'model') with its own method or without --method, and give the model "
+            "that it was trained for as --model",
         )
     model_type = given.get("model_type")
     if not isinstance(model_type, str):
-        raise ModelError(f"config.json in {str(path)!r} names no model_type: give a Transformers checkpoint")
+        raise ModelError(f"config.json in {str(path)!r} names no model_type", "give a Transformers checkpoint")
     if model_type not in CONFIG_MAPPING:
         if given.get("auto_map"):
             raise ModelError(
-                f"model type {model_type!r} needs code from its checkpoint, which is never run: "
-                "choose a model that Transformers supports by itself"
+                f"model type {model_type!r} needs code from its checkpoint, which is never run",
+                "choose a model that Transformers supports by itself",
             )
         near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=1)
         meant = f" (did you mean {near[0]!r}?)" if near else ""
@@ -178,7 +181,7 @@ def read_config(path: Path) -> Any:
         if not isinstance(config.get_text_config(decoder=True), PretrainedConfig):
             raise ValueError(f"a model of type {model_type!r} has no text_config")
     except Exception as error:
-        raise ModelError(f"config.json in {str(path)!r} is not valid: {one_line(error)}; copy it again") from None
+        raise ModelError(f"config.json in {str(path)!r} is not valid: {one_line(error)}", "copy it again") from None
     config._attn_implementation = None  # chosen here, not by the checkpoint
     return config
 
@@ -205,9 +208,9 @@ def open_files(files: Sequence[Path]) -> dict[str, StoredTensor]:
             tensors.update({name: StoredTensor(handle, name) for name in handle.keys()})  # noqa: SIM118 (not a mapping)
         except (SafetensorError, OSError) as error:
             where = f"{file.name} in {str(file.parent)!r}"
-            raise ModelError(f"{where} is corrupt or cut off ({one_line(error)}): copy it again") from None
+            raise ModelError(f"{where} is corrupt or cut off ({one_line(error)})", "copy it again") from None
     if not tensors:
-        raise ModelError(f"the weights in {str(files[0].parent)!r} hold no tensor: copy them again")
+        raise ModelError(f"the weights in {str(files[0].parent)!r} hold no tensor", "copy them again")
     return tensors
 
 
@@ -221,11 +224,11 @@ def shards_of(path: Path, index: str) -> list[Path]:
         return []
     names = read_json(path / index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise ModelError(f"{index} in {str(path)!r} has no weight_map: copy it again")
+        raise ModelError(f"{index} in {str(path)!r} has no weight_map", "copy it again")
     files = [path / name for name in sorted(set(names.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise ModelError(f"{str(path)!r} lacks {', '.join(missing)}, which {index} names: copy the missing files")
+        raise ModelError(f"{str(path)!r} lacks {', '.join(missing)}, which {index} names", "copy the missing files")
     return files
 
 
@@ -238,10 +241,11 @@ def _weight_files(path: Path) -> list[Path]:
     pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
     if pickles:
         raise ModelError(
-            f"{str(path)!r} holds only pickled weights ({pickles[0]}), which can run code: convert them to safetensors with "
-            "AutoModelForCausalLM.from_pretrained(directory).save_pretrained(new_directory), if you trust them"
+            f"{str(path)!r} holds only pickled weights ({pickles[0]}), which can run code",
+            "convert them to safetensors with "
+            "AutoModelForCausalLM.from_pretrained(directory).save_pretrained(new_directory), if you trust them",
         )
-    raise ModelError(f"{str(path)!r} holds no weights: it needs {_SINGLE} or {INDEX} with its shards")
+    raise ModelError(f"{str(path)!r} holds no weights", f"it needs {_SINGLE} or {INDEX} with its shards")
 
 
 _SAMPLE = 256

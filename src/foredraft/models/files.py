@@ -24,13 +24,13 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: the file is missing, or does not hold a JSON object.
     """
     if not path.is_file():
-        raise ModelError(f"{str(path.parent)!r} holds no {path.name}: give the directory of a Transformers checkpoint")
+        raise ModelError(f"{str(path.parent)!r} holds no {path.name}", "give the directory of a Transformers checkpoint")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise ModelError(f"{str(path)!r} is not JSON ({one_line(error)}): copy it again") from None
+        raise ModelError(f"{str(path)!r} is not JSON ({one_line(error)})", "copy it again") from None
     if not isinstance(content, dict):
-        raise ModelError(f"{str(path)!r} must be a JSON object, got a {type(content).__name__}: copy it again")
+        raise ModelError(f"{str(path)!r} must be a JSON object, got a {type(content).__name__}", "copy it again")
     return content
 
 
@@ -62,7 +62,7 @@ def some(names: list[str]) -> str:
     return ", ".join(repr(name) for name in names[:2]) + more
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException | str) -> str:
     """Returns the first line of an error message (and the second after a colon), cut to 400 characters."""
     lines = [text.strip() for text in str(error).strip().splitlines()] or [type(error).__name__]
     line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from foredraft.core.errors import told
 from foredraft.models.check import self_check
 from foredraft.models.checkpoint import ModelError, StoredTensor, one_line, quiet, some
 from foredraft.models.hf import HFTarget
@@ -23,7 +24,9 @@ def refuse_no_language_model(config: PretrainedConfig) -> None:
         ModelError: it is not a causal language model. The message names its type.
     """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(f"model type {config.model_type!r} is not a causal language model: choose a model that generates text")
+        raise ModelError(
+            f"model type {config.model_type!r} is not a causal language model", "choose a model that generates text"
+        )
 
 
 def empty_model(config: PretrainedConfig, weights: Mapping[str, Tensor | StoredTensor]) -> PreTrainedModel:
@@ -40,7 +43,7 @@ def empty_model(config: PretrainedConfig, weights: Mapping[str, Tensor | StoredT
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:
         raise ModelError(
-            f"Transformers cannot build a model from config.json ({one_line(error)}): correct it or copy it again"
+            f"Transformers cannot build a model from config.json ({one_line(error)})", "correct it or copy it again"
         ) from None
     expected = dict(model.named_parameters())
     refuse_no_floats(weights, expected)
@@ -72,7 +75,7 @@ def load_with_transformers(path: Path, config: PretrainedConfig, dtype: torch.dt
     for kind, what in (("missing_keys", "lacks"), ("mismatched_keys", "has another shape than config.json asks for in")):
         names = sorted(entry if isinstance(entry, str) else entry[0] for entry in info[kind])
         if names:
-            raise ModelError(f"the checkpoint {what} {some(names)}: copy it again, or check config.json")
+            raise ModelError(f"the checkpoint {what} {some(names)}", "copy it again, or check config.json")
     check_unused(info["unexpected_keys"], [name for name, _ in model.named_modules()])
     model.to(device)
     for tensor in (*model.parameters(), *model.buffers()):
@@ -92,5 +95,6 @@ def checked(model: PreTrainedModel, max_len: int | None) -> HFTarget:
         target = HFTarget(model, max_len)
         self_check(target)
     except ValueError as error:
-        raise ModelError(one_line(error)) from None
+        message, hint = told(error)
+        raise ModelError(one_line(message), hint) from None
     return target

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from foredraft.core.errors import UserError
 from foredraft.core.params import SamplingParams
 from foredraft.models.checkpoint import ModelError, one_line, read_json, resolve
 from foredraft.models.files import GENERATION_CONFIG as FILE
@@ -165,8 +166,8 @@ def _refuse_unsupported(given: Mapping[str, Any]) -> None:
 
 def _cannot_be_used(why: str) -> ModelError:
     return ModelError(
-        f"the model's {FILE} cannot be used: {why}; correct the file, or ignore the file with generation_config='none' "
-        "(--generation-config none)"
+        f"the model's {FILE} cannot be used: {why}",
+        "correct the file, or ignore the file with generation_config='none' (--generation-config none)",
     )
 
 
@@ -196,9 +197,9 @@ def _remaining_length(max_length: int | None, num_prompt: int | None) -> int | N
     if max_length is None or num_prompt is None:
         return None
     if num_prompt >= max_length:
-        raise ValueError(
-            f"the prompt has {num_prompt} tokens, and the model's {FILE} sets max_length {max_length} for prompt and output: "
-            "give max_tokens (--max-tokens), or generation_config='none' (--generation-config none)"
+        raise UserError(
+            f"the prompt has {num_prompt} tokens, and the model's {FILE} sets max_length {max_length} for prompt and output",
+            "give max_tokens (--max-tokens), or generation_config='none' (--generation-config none)",
         )
     return max_length - num_prompt
 
@@ -234,5 +235,5 @@ def _ids(given: Any, name: str) -> list[int]:
     ids = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
     wrong = [token_id for token_id in ids if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0]
     if wrong:
-        raise ModelError(f"{name} must be a token id or a list of token ids, got {given!r}: correct config.json or {FILE}")
+        raise ModelError(f"{name} must be a token id or a list of token ids, got {given!r}", f"correct config.json or {FILE}")
     return ids

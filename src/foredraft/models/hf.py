@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 from foredraft.cache.layout import Layout, lay_out
 from foredraft.cache.pool import KVCache, KVPool
 from foredraft.core.contracts import Scores
+from foredraft.core.errors import UserError
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.models.attention import any_length_kernels
 from foredraft.models.check import agree, refuse_unsupported
@@ -106,7 +107,7 @@ class HFTarget:
             raise
         except Exception as error:
             kind = f"model type {self.config.model_type!r} in {self.dtype}"
-            raise ValueError(f"cannot run {kind} ({type(error).__name__}: {error})") from error
+            raise UserError(f"cannot run {kind} ({type(error).__name__}: {error})") from error
 
     @torch.inference_mode()
     def _probe(self) -> None:
@@ -117,15 +118,16 @@ class HFTarget:
             logits = self.model(input_ids=token_ids, use_cache=True, **{self._cache_name: cache}).logits[0]
         kept: list[Any] = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
         if len(kept) != len(self._layers) or any(key is None or not key.numel() for key, _ in kept):
-            raise ValueError(
+            raise UserError(
                 f"cannot run model type {self.config.model_type!r} over token trees: some of its {len(self._layers)} layers "
-                "keep no keys and values of their own; choose a model whose layers are all softmax attention"
+                "keep no keys and values of their own",
+                "choose a model whose layers are all softmax attention",
             )
         self._shapes = [_KVShape((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3])) for k, v in kept]
         self.vocab_size: int = logits.shape[-1]
         rows = len(self.model.get_input_embeddings().weight)
         if rows < self.vocab_size:
-            raise ValueError(f"the model's embedding has {rows} rows, but its head gives logits of {self.vocab_size} tokens")
+            raise UserError(f"the model's embedding has {rows} rows, but its head gives logits of {self.vocab_size} tokens")
         self._has_head = agree(self._head(states[-1][0]), logits)
 
     def new_pool(self, num_slots: int, max_len: int) -> KVPool:
@@ -152,9 +154,9 @@ class HFTarget:
             ValueError: the model computes its logits from its last norm in an unknown way.
         """
         if not self._has_head:
-            raise ValueError(
-                f"the head of model type {self.config.model_type!r} cannot run by itself: "
-                "choose a drafter that does not share the target's head"
+            raise UserError(
+                f"the head of model type {self.config.model_type!r} cannot run by itself",
+                "choose a drafter that does not share the target's head",
             )
         return self._head(features)
 
@@ -276,4 +278,4 @@ def _decoder_layers(model: nn.Module, count: int) -> Sequence[nn.Module]:
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return list(module)
-    raise ValueError(f"cannot find the {count} decoder layers of {type(model).__name__}")
+    raise UserError(f"cannot find the {count} decoder layers of {type(model).__name__}")

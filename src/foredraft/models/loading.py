@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from foredraft.core.contracts import Target
-from foredraft.core.errors import unknown_name
+from foredraft.core.errors import told, unknown_name
 from foredraft.kernels import kernels
 from foredraft.models.check import refuse_unsupported
 from foredraft.models.checkpoint import ModelError as ModelError
@@ -76,7 +76,7 @@ def load_target(
     wanted, place = parse_dtype(dtype), _parse_device(device)
     if is_loaded_model(source):
         if revision is not None:
-            raise ModelError(f"revision {revision!r} is for Hub ids only, but the model is loaded already: leave it out")
+            raise ModelError(f"revision {revision!r} is for Hub ids only, but the model is loaded already", "leave it out")
         return _wrap_loaded(source, wanted, place, max_len)
     path = resolve(source, revision)
     place = place or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -126,7 +126,7 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
         return None
     found = dtype if isinstance(dtype, torch.dtype) else _DTYPES.get(str(dtype).removeprefix("torch."))
     if found not in _DTYPES.values():
-        raise ModelError(str(unknown_name("dtype", str(dtype), ["auto", *_DTYPES])))
+        raise ModelError(*told(unknown_name("dtype", str(dtype), ["auto", *_DTYPES])))
     return found
 
 
@@ -142,7 +142,7 @@ def _parse_device(device: str | torch.device | None) -> torch.device | None:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ModelError(
-            f"device {str(device)!r} cannot be used ({one_line(error)}): give auto, cpu, or a cuda device of this machine"
+            f"device {str(device)!r} cannot be used ({one_line(error)})", "give auto, cpu, or a cuda device of this machine"
         ) from None
     return place
 
@@ -152,9 +152,9 @@ def _wrap_loaded(model: Any, dtype: torch.dtype | None, device: torch.device | N
     _refuse(config)
     _refuse_sizes(config)
     if model.get_output_embeddings() is None:
-        raise ModelError(f"{type(model).__name__} has no language-model head: load it with AutoModelForCausalLM")
+        raise ModelError(f"{type(model).__name__} has no language-model head", "load it with AutoModelForCausalLM")
     if len({parameter.device for parameter in model.parameters()}) > 1:
-        raise ModelError("the model is spread over several devices: load it on one device, without device_map")
+        raise ModelError("the model is spread over several devices", "load it on one device, without device_map")
     kind: torch.dtype = dtype or model.dtype
     place: torch.device = device or _parse_device(model.device) or model.device
     if unsupported(config) is None:
@@ -163,8 +163,9 @@ def _wrap_loaded(model: Any, dtype: torch.dtype | None, device: torch.device | N
     refuse_no_floats(dict(model.named_parameters()), dict(model.named_parameters()))
     if kind != model.dtype or place != model.device:
         raise ModelError(
-            f"a loaded {type(model).__name__} is not moved or cast: it is in {model.dtype} on {model.device}, but the options "
-            f"ask for {kind} on {place}; load the model in that dtype on that device, or give its directory instead"
+            f"a loaded {type(model).__name__} is not moved or cast",
+            f"it is in {model.dtype} on {model.device}, but the options ask for {kind} on {place}; load the model in that "
+            "dtype on that device, or give its directory instead",
         )
     from foredraft.models.from_transformers import checked
 
@@ -179,18 +180,18 @@ def _refuse_changed(model: Any) -> None:
             raise ModelError(f"{where} has forward hooks, which are not run here: remove them, or save the model without them")
         if type(module).__module__.split(".")[0] not in ("torch", "transformers"):
             raise ModelError(
-                f"{where} is a {type(module).__name__} of {type(module).__module__}, whose code is not run here: merge an "
-                "adapter into the model (merge_and_unload of peft), or save the model with plain layers"
+                f"{where} is a {type(module).__name__} of {type(module).__module__}, whose code is not run here",
+                "merge an adapter into the model (merge_and_unload of peft), or save the model with plain layers",
             )
 
 
 def _refuse(config: Any) -> None:
     if any(getattr(part, "quantization_config", None) for part in (config, config.get_text_config(decoder=True))):
-        raise ModelError("the checkpoint is quantised, which is not supported: give the original in bfloat16 or float32")
+        raise ModelError("the checkpoint is quantised, which is not supported", "give the original in bfloat16 or float32")
     try:
         refuse_unsupported(config)
     except ValueError as error:
-        raise ModelError(str(error)) from None
+        raise ModelError(*told(error)) from None
 
 
 def _refuse_sizes(config: Any) -> None:
@@ -198,7 +199,7 @@ def _refuse_sizes(config: Any) -> None:
         refuse_bad_sizes(config)
     except ValueError as error:
         raise ModelError(
-            f"the configuration of the model is not valid: {error}; correct config.json, or copy it again"
+            f"the configuration of the model is not valid: {error}", "correct config.json, or copy it again"
         ) from None
 
 
@@ -223,7 +224,7 @@ def _llama(
     weights = _tied(weights) if config.tie_word_embeddings else weights
     missing = sorted(set(wanted) - set(weights) - ({_HEAD} if config.tie_word_embeddings else set()))
     if missing:
-        raise ModelError(f"the checkpoint lacks {some(missing)}: copy it again, or check config.json")
+        raise ModelError(f"the checkpoint lacks {some(missing)}", "copy it again, or check config.json")
     wanted = {name: like for name, like in wanted.items() if name in weights}
     unused = [name for name, weight in weights.items() if name not in wanted and is_float(weight)]
     check_unused(unused, [f"model.layers.{i}" for i in range(config.num_hidden_layers)])
@@ -234,7 +235,10 @@ def _llama(
             return NativeTarget(config, tensors, dtype, max_len=max_len)
         return LlamaTarget(config, tensors, dtype, device, max_len=max_len)
     except (ValueError, RuntimeError) as error:
-        raise error if isinstance(error, ModelError) else ModelError(f"cannot load the model: {one_line(error)}") from None
+        if isinstance(error, ModelError):
+            raise
+        message, hint = told(error)
+        raise ModelError(f"cannot load the model: {one_line(message)}", hint) from None
 
 
 def _state_dict(config: Any, weights: Mapping[str, Tensor | StoredTensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from foredraft.core.errors import ModelError
+from foredraft.core.errors import ModelError, UserError, UserTypeError
 from foredraft.core.folders import BUNDLED_TARGET
 from foredraft.models.generation import checked
 from foredraft.models.loading import fingerprint_of, load_generation_config, load_target, load_tokenizer
@@ -95,10 +95,10 @@ def _given_tokenizer(tokenizer: Any) -> Any:
     if isinstance(tokenizer, str | Path):
         found = load_tokenizer(tokenizer) if str(tokenizer) else None
         if found is None:
-            raise ValueError(f"{str(tokenizer)!r} holds no tokenizer. Give a directory with a tokenizer.json or a Hub id")
+            raise UserError(f"{str(tokenizer)!r} holds no tokenizer", "Give a directory with a tokenizer.json or a Hub id")
         return found
     if not callable(tokenizer):
-        raise TypeError(f"tokenizer must be a Transformers tokenizer, or its directory or Hub id, got {tokenizer!r}")
+        raise UserTypeError(f"tokenizer must be a Transformers tokenizer, or its directory or Hub id, got {tokenizer!r}")
     return tokenizer
 
 
@@ -107,5 +107,5 @@ def _context(target: Any, max_model_len: int | None) -> int:
         return target.max_len
     if max_model_len > target.max_len:
         why = why_not_longer(target.config)
-        raise ValueError(f"max_model_len {max_model_len} exceeds the model's context of {target.max_len}{why}")
+        raise UserError(f"max_model_len {max_model_len} exceeds the model's context of {target.max_len}{why}")
     return max_model_len

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foredraft.core.errors import UserError
 from foredraft.kernels.linear import Linear, Norm, make_linear, make_norm
 from foredraft.models.weights import finite
 
@@ -42,9 +43,9 @@ class Reader:
         """
         for name in names:
             if f"{name}.{kind}" not in self._weights:
-                raise ValueError(
-                    f"the checkpoint lacks the tensor '{name}.{kind}': check that the checkpoint is complete and of type "
-                    f"{self._config.model_type}"
+                raise UserError(
+                    f"the checkpoint lacks the tensor '{name}.{kind}'",
+                    f"check that the checkpoint is complete and of type {self._config.model_type}",
                 )
         alone = len(names) == 1  # concatenation copies anyway
         keys = [f"{name}.{kind}" for name in names]

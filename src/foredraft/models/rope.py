@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from foredraft.core.errors import UserError
+
 LONG, DYNAMIC = "longrope", "dynamic"
 """Values of ``rope_type`` whose frequencies depend on the length."""
 
@@ -44,7 +46,7 @@ def context_of(config: Any, wanted: int | None = None) -> int:
     """
     full = getattr(config, "max_position_embeddings", None)
     if not full:
-        raise ValueError(f"the configuration of model type {config.model_type!r} gives no max_position_embeddings")
+        raise UserError(f"the configuration of model type {config.model_type!r} gives no max_position_embeddings")
     first = original_context(config)
     if first is not None and (wanted is None or wanted <= first):
         return min(first, full)
@@ -100,9 +102,9 @@ def rotary_tables(
         ValueError: the tables would be too large.
     """
     if length > MOST_POSITIONS:
-        raise ValueError(
-            f"max_position_embeddings is {length}, but tables of rotary positions hold at most {MOST_POSITIONS}: "
-            "give a smaller max_model_len (--max-model-len)"
+        raise UserError(
+            f"max_position_embeddings is {length}, but tables of rotary positions hold at most {MOST_POSITIONS}",
+            "give a smaller max_model_len (--max-model-len)",
         )
     chosen, scaling = frequencies(config, min(length, config.max_position_embeddings))
     angles = torch.arange(length).float()[:, None] * chosen
@@ -174,9 +176,9 @@ def _hold(module: Any, length: int) -> Held | None:
         return state
     first = original_context(module.config)
     if first is not None and length > first:
-        raise ValueError(
-            f"model type {module.config.model_type!r} chooses its LongRoPE factors in an unknown way: "
-            f"give a max_model_len of at most {first} (--max-model-len)"
+        raise UserError(
+            f"model type {module.config.model_type!r} chooses its LongRoPE factors in an unknown way",
+            f"give a max_model_len of at most {first} (--max-model-len)",
         )
     return None  # up to its original context its frequencies are the same as ours
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from foredraft.core.contracts import Scores
+from foredraft.core.errors import UserError
 from foredraft.core.tree import Ids, TreeBatch
 
 Law = Callable[[tuple[int, ...]], Float[np.ndarray, " v"]]
@@ -112,11 +113,11 @@ class TableTarget:
 
     def embed(self, token_ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
         """Raises `ValueError`, since a table has no embedding."""
-        raise ValueError("a target with a given law has no embedding: choose a drafter without a head")
+        raise UserError("a target with a given law has no embedding", "choose a drafter without a head")
 
     def head(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
         """Raises `ValueError`, since a table has no features."""
-        raise ValueError("a target with a given law has no output head: choose a drafter without a head")
+        raise UserError("a target with a given law has no output head", "choose a drafter without a head")
 
     def forward(
         self,

@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from foredraft.core.errors import UserTypeError
 from foredraft.models.checkpoint import ModelError, one_line, resolve
 from foredraft.models.files import is_loaded_model, read_json
 
@@ -37,16 +38,16 @@ def _read(path: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise ModelError(
-            f"cannot read the tokenizer in {str(path)!r}: {one_line(error)}; copy the tokenizer files again"
+            f"cannot read the tokenizer in {str(path)!r}: {one_line(error)}", "copy the tokenizer files again"
         ) from None
     template = getattr(tokenizer, "chat_template", None)
     if not isinstance(template, str | dict | None):
         raise ModelError(
-            f"the chat_template in {str(path)!r} must be a string, got {template!r}: copy tokenizer_config.json again"
+            f"the chat_template in {str(path)!r} must be a string, got {template!r}", "copy tokenizer_config.json again"
         )
     length = getattr(tokenizer, "model_max_length", None)
     if not isinstance(length, int | float | None):
-        raise ModelError(f"model_max_length in {str(path)!r} must be a number, got {length!r}: correct tokenizer_config.json")
+        raise ModelError(f"model_max_length in {str(path)!r} must be a number, got {length!r}", "correct tokenizer_config.json")
     return tokenizer
 
 
@@ -65,13 +66,13 @@ def refuse_misfit(tokenizer: Any, vocab_size: int, model: str = "model") -> None
     if tokenizer is None:
         return
     if not all(hasattr(tokenizer, name) for name in ("__call__", "decode", "get_vocab")):
-        raise TypeError(f"tokenizer must be a Transformers tokenizer or a directory that holds one, got {tokenizer!r}")
+        raise UserTypeError(f"tokenizer must be a Transformers tokenizer or a directory that holds one, got {tokenizer!r}")
     beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= vocab_size)
     if beyond:
         named = ", ".join(f"{token!r} ({i})" for i, token in beyond[:3]) + (", ..." if len(beyond) > 3 else "")
         raise ModelError(
-            f"the tokenizer has ids up to {beyond[-1][0]}, but the {model}'s embedding has {vocab_size} rows, "
-            f"none for {named}: give the tokenizer of this model, or enlarge the model with resize_token_embeddings and save it"
+            f"the tokenizer has ids up to {beyond[-1][0]}, but the {model}'s embedding has {vocab_size} rows, none for {named}",
+            "give the tokenizer of this model, or enlarge the model with resize_token_embeddings and save it",
         )
 
 

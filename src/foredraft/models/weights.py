@@ -51,7 +51,7 @@ def refuse_other_layers(config: Any, names: Iterable[str], ignored: Iterable[str
     if count < wanted:
         last = f"{stack}.{count - 1}."
         missing = sorted(f"{stack}.{count}.{name.removeprefix(last)}" for name in stacks[stack][count - 1])
-        raise ModelError(f"the checkpoint lacks {some(missing)} ({numbers}): copy it again, or check config.json")
+        raise ModelError(f"the checkpoint lacks {some(missing)} ({numbers})", "copy it again, or check config.json")
     raise ModelError(f"{numbers} ({stack}.0 to {stack}.{count - 1}): weights and configuration are not of the same model")
 
 
@@ -75,8 +75,8 @@ def check_unused(names: Iterable[str], layers: Collection[str]) -> None:
     found = [name for name in names if (layer := _LAYER.match(name)) and f"{layer[1]}.{layer[2]}" in layers]
     if changed := sorted(name for name in found if _CHANGED.search(name)):
         raise ModelError(
-            f"the checkpoint holds {some(changed)}: an adapter or a quantisation was not merged into the weights; "
-            "give the original checkpoint, or merge it"
+            f"the checkpoint holds {some(changed)}: an adapter or a quantisation was not merged into the weights",
+            "give the original checkpoint, or merge it",
         )
     if unused := sorted(name for name in found if not _COMPUTED.search(name)):
         _log.warning("the checkpoint holds %s, which a model with this config.json does not use", some(unused))
@@ -108,8 +108,8 @@ def refuse_other_shapes(expected: Mapping[str, Tensor], weights: Mapping[str, Te
         shape = tuple(weights[name].shape) if name in weights else tuple(like.shape)
         if shape != tuple(like.shape):
             raise ModelError(
-                f"the tensor {name!r} has shape {shape} where config.json asks for {tuple(like.shape)}: "
-                "weights and configuration are not of the same model"
+                f"the tensor {name!r} has shape {shape} where config.json asks for {tuple(like.shape)}: weights and "
+                "configuration are not of the same model"
             )
 
 
@@ -135,7 +135,8 @@ def refuse_no_floats(weights: Mapping[str, Tensor | StoredTensor], wanted: Colle
     for dtype, names in wrong.items():
         raise ModelError(
             f"the checkpoint holds {some(sorted(names))} stored as {dtype}, and config.json has no quantization_config that "
-            "gives their scale: give the original checkpoint in bfloat16, float16 or float32"
+            "gives their scale",
+            "give the original checkpoint in bfloat16, float16 or float32",
         )
 
 
@@ -149,7 +150,8 @@ def finite(name: str, tensor: Tensor) -> Tensor:
         least, largest = torch.aminmax(tensor.detach())  # both are NaN if any entry is NaN
         if not bool(torch.isfinite(least) & torch.isfinite(largest)):
             raise ModelError(
-                f"the tensor {name!r} holds NaN or infinity in {tensor.dtype}: copy the checkpoint again, load it in a dtype "
-                "with a wider range, or use an earlier checkpoint of the training"
+                f"the tensor {name!r} holds NaN or infinity in {tensor.dtype}",
+                "copy the checkpoint again, load it in a dtype with a wider range, or use an earlier checkpoint of the "
+                "training",
             )
     return tensor

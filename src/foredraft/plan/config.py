@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from foredraft.core.arguments import config_with_our_names
-from foredraft.core.errors import shown, unknown_name
+from foredraft.core.errors import UserError, UserTypeError, shown, unknown_name
 from foredraft.core.folders import BUNDLED, BUNDLED_HEAD, BUNDLED_LM
 from foredraft.core.names import METHODS_ELSEWHERE
 from foredraft.core.shape import MAX_DEPTH, MAX_NODES, Budget
@@ -35,11 +35,13 @@ def parse(config: Any) -> Speculation | None:
         TypeError: the config is not a mapping, or a value has the wrong type.
     """
     if not isinstance(config, Mapping):
-        raise TypeError(f"speculative_config must be a dict such as {{'method': 'lm', 'model': 'DIR'}}, got {shown(config)}")
+        raise UserTypeError(
+            f"speculative_config must be a dict such as {{'method': 'lm', 'model': 'DIR'}}, got {shown(config)}"
+        )
     config = config_with_our_names(plain_values(config))
     for key in ("method", "tree", "rule"):
         if not isinstance(config.get(key), str | None):
-            raise TypeError(f"{key} must be a name, got {config[key]!r}; `foredraft methods` lists them")
+            raise UserTypeError(f"{key} must be a name, got {config[key]!r}", "`foredraft methods` lists them")
     _check_model(config.get("model"))
     weights_for = drafter_for(config.get("model"))
     method = config.get("method") or weights_for
@@ -58,9 +60,9 @@ def parse(config: Any) -> Speculation | None:
         if key not in allowed:
             raise unknown_name(f"key of speculative_config for {what}:", key, allowed)
     if drafter.weights is None and config.get("model") is not None:
-        raise ValueError(
-            f"'model' (--draft-model) does not belong to method {method!r}, which has no weights. Leave it out, or use a "
-            f"method that has them: {', '.join(name for name, row in DRAFTERS.items() if row.weights)}"
+        raise UserError(
+            f"'model' (--draft-model) does not belong to method {method!r}, which has no weights",
+            f"Leave it out, or use a method that has them: {', '.join(name for name, row in DRAFTERS.items() if row.weights)}",
         )
     check_sizes(config)
     drafter_options = {key: config[key] for key in drafter.options if key in config}
@@ -82,31 +84,31 @@ def parse(config: Any) -> Speculation | None:
         retime=_flag("retime", config.get("retime", False)),
     )
     if found.retime and not found.is_open:
-        raise ValueError("retime repeats the timing for open choices, and this config leaves nothing open. Remove retime")
+        raise UserError("retime repeats the timing for open choices, and this config leaves nothing open", "Remove retime")
     return found
 
 
-def _no_method(name: str) -> ValueError:
+def _no_method(name: str) -> UserError:
     for kind, table in (("tree", GROWERS), ("rule", RULES)):
         if name in table:
-            return ValueError(f"{name!r} is a {kind}, not a method. Use {kind!r}: {name!r} (--{kind} {name}) with a method")
+            return UserError(f"{name!r} is a {kind}, not a method", f"Use {kind!r}: {name!r} (--{kind} {name}) with a method")
     if name in METHODS_ELSEWHERE:
-        return ValueError(f"method {name!r} {METHODS_ELSEWHERE[name]}. Use a method of `foredraft methods`")
+        return UserError(f"method {name!r} {METHODS_ELSEWHERE[name]}", "Use a method of `foredraft methods`")
     return unknown_name("method", name, [*DRAFTERS, AUTO, PLAIN], meant=name.lower() if name.lower() in DRAFTERS else None)
 
 
 def _check_model(model: Any) -> None:
     """Checks that what JSON can hold names a draft model; a loaded one is checked when it is used."""
     if isinstance(model, bool | int | float | bytes | Mapping | Sequence) and not (isinstance(model, str) and model):
-        raise TypeError(
-            f"'model' (--draft-model) must be the directory or the Hub id of a draft model, got {shown(model)}. "
-            "Leave it out, or give one"
+        raise UserTypeError(
+            f"'model' (--draft-model) must be the directory or the Hub id of a draft model, got {shown(model)}",
+            "Leave it out, or give one",
         )
 
 
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be true or false, got {shown(value)}. Leave it out for false")
+        raise UserTypeError(f"{name} must be true or false, got {shown(value)}", "Leave it out for false")
     return value
 
 
@@ -182,7 +184,7 @@ def bundled_drafter(name: str) -> Path | None:
 def _rule_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
     check_types({"epsilon": float}, options)
     if options.get("epsilon", 0) < 0:
-        raise ValueError(f"epsilon must be 0 (lossless) or more, got {options['epsilon']}")
+        raise UserError(f"epsilon must be 0 (lossless) or more, got {options['epsilon']}")
     return options
 
 
@@ -203,8 +205,9 @@ def _check_unused(config: Mapping[str, Any]) -> None:
         if value not in (None, AUTO) and value not in tables.get(key, [value]):
             raise unknown_name(key, value, tables[key])
         if key != "method" and value not in (None, AUTO, False):
-            raise ValueError(
-                f"{key!r} does not belong to method {PLAIN!r}, which drafts nothing. Leave it out, or use a method that drafts"
+            raise UserError(
+                f"{key!r} does not belong to method {PLAIN!r}, which drafts nothing",
+                "Leave it out, or use a method that drafts",
             )
 
 
@@ -218,7 +221,7 @@ def _named_tree(method: str, drafter: DrafterRow, tree: str | None) -> tuple[str
         raise unknown_name("tree", tree, [*(fitting or GROWERS), AUTO])
     if tree not in fitting:
         can = f"it can grow {', '.join(fitting)}" if fitting else "it makes its own tree: leave 'tree' out"
-        raise ValueError(f"method {method!r} cannot grow tree {tree!r}; {can}")
+        raise UserError(f"method {method!r} cannot grow tree {tree!r}", can)
     return tree, GROWERS[tree]
 
 
@@ -234,18 +237,18 @@ def _named_rule(method: str, drafter: DrafterRow, tree: str | None, grower: Grow
     if rule not in fitting:
         what = f"tree {tree!r}" if tree else f"the tree of method {method!r}"
         named = [f"{name} (lossy)" if RULES[name].guarantee.startswith("lossy") else name for name in fitting]
-        raise ValueError(f"rule {rule!r} is not exact for {what}; rules that can be used with it: {', '.join(named)}")
+        raise UserError(f"rule {rule!r} is not exact for {what}", f"rules that can be used with it: {', '.join(named)}")
     return rule
 
 
 def _budget(nodes: Any) -> Budget:
     if isinstance(nodes, bool) or not isinstance(nodes, int):
-        raise TypeError(
-            f"num_speculative_tokens must be a whole number or {AUTO!r}, got {shown(nodes)}. Leave it out to have it chosen"
+        raise UserTypeError(
+            f"num_speculative_tokens must be a whole number or {AUTO!r}, got {shown(nodes)}", "Leave it out to have it chosen"
         )
     if not 1 <= nodes <= MAX_NODES:
-        raise ValueError(
-            f"num_speculative_tokens (--budget) must be between 1 and {MAX_NODES}, got {shown(nodes)}. "
-            f"To draft nothing use method {PLAIN!r}"
+        raise UserError(
+            f"num_speculative_tokens (--budget) must be between 1 and {MAX_NODES}, got {shown(nodes)}",
+            f"To draft nothing use method {PLAIN!r}",
         )
     return Budget(nodes, min(nodes, MAX_DEPTH))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from types import UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from foredraft.core.errors import UserError, UserTypeError
 from foredraft.core.params import SamplingParams
 from foredraft.core.shape import Budget, Drawn
 from foredraft.drafters import DRAFTERS, DrafterRow
@@ -70,9 +71,9 @@ class Speculation:
         names = usable if self.drafter == AUTO else [self.drafter]
         ways = [Way(name, tree) for name in names for tree in self._trees(DRAFTERS[name])]
         if not ways:
-            raise ValueError(
-                f"tree {self.tree!r} needs the laws of a draft model or a head, and none is given. Give 'model' "
-                "(--draft-model), or leave 'tree' (--tree) out"
+            raise UserError(
+                f"tree {self.tree!r} needs the laws of a draft model or a head, and none is given",
+                "Give 'model' (--draft-model), or leave 'tree' (--tree) out",
             )
         return ways
 
@@ -159,7 +160,9 @@ def check_types(hints: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """
     for name, value in options.items():
         if not _is_of(hints[name], value):
-            raise TypeError(f"{name} must be {_spell(hints[name])}, got {value!r}; `foredraft methods` lists every option")
+            raise UserTypeError(
+                f"{name} must be {_spell(hints[name])}, got {value!r}", "`foredraft methods` lists every option"
+            )
 
 
 def _is_of(hint: Any, value: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from foredraft.core.contracts import Target
+from foredraft.core.errors import UserError
 from foredraft.core.folders import cached_file, keep
 
 _NAME = "calibration.json"
@@ -50,7 +51,7 @@ def read_calibration(model: Any, target: Target, drafter: str, weights: str | No
             try:
                 found = json.loads(path.read_text())
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path} is not valid JSON ({error}): measure it again or delete it") from None
+                raise UserError(f"{path} is not valid JSON ({error})", "measure it again or delete it") from None
             if found.get("weights", weights) == weights:
                 return found
     return {}

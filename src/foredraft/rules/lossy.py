@@ -8,6 +8,7 @@ import torch
 
 from foredraft.core.contracts import Verdict
 from foredraft.core.draws import Draws
+from foredraft.core.errors import UserError
 from foredraft.core.law import TargetLaw
 from foredraft.core.tree import DraftTree
 from foredraft.rules.multiround import require_chain
@@ -74,7 +75,7 @@ def _over_accept(
 ) -> Verdict:
     require_chain(tree, rule)
     if not epsilon >= 0:
-        raise ValueError(f"epsilon must be 0 or more, got {epsilon}")
+        raise UserError(f"epsilon must be 0 or more, got {epsilon}")
     path, bounds = list(range(1, tree.num_nodes)), []
     for node in path:
         parent, token = node - 1, int(tree.tokens[node])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from foredraft.core.contracts import AcceptanceRule, Verdict
 from foredraft.core.draws import Draws
+from foredraft.core.errors import UserError
 from foredraft.core.law import TargetLaw
 from foredraft.core.tree import DraftTree, Drawn
 from foredraft.rules.certain import follow
@@ -86,9 +87,9 @@ def require_drawn(tree: DraftTree, allowed: Collection[Drawn], rule: str) -> Non
         single = len(siblings) == 1 and drawn is not Drawn.DETERMINISTIC and Drawn.IID in allowed
         if siblings and drawn not in allowed and not single:
             names = ", ".join(sorted(way.name.lower() for way in allowed))
-            raise ValueError(
-                f"rule {rule!r} is exact for children drawn {names} only, but those of node {node} are {drawn.name.lower()}. "
-                "Use rule 'multiround', which is exact for every tree"
+            raise UserError(
+                f"rule {rule!r} is exact for children drawn {names} only, but those of node {node} are {drawn.name.lower()}",
+                "Use rule 'multiround', which is exact for every tree",
             )
 
 
@@ -100,9 +101,9 @@ def require_chain(tree: DraftTree, rule: str) -> None:
     """
     for node, siblings in enumerate(tree.children):
         if len(siblings) > 1:
-            raise ValueError(
-                f"rule {rule!r} verifies chains, but node {node} of the tree has {len(siblings)} children. "
-                "Use tree 'chain', or rule 'multiround'"
+            raise UserError(
+                f"rule {rule!r} verifies chains, but node {node} of the tree has {len(siblings)} children",
+                "Use tree 'chain', or rule 'multiround'",
             )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from foredraft.core.errors import whole_number
+from foredraft.core.errors import UserError, whole_number
 from foredraft.theory import figures, limits
 from foredraft.theory.chains import Pair, Row, total_variation
 from foredraft.theory.predict import predict
@@ -72,7 +72,7 @@ def rejections(
     }
     if drafts == inf and (lookahead is not None or runs):
         what = "a finite lookahead needs" if lookahead is not None else "simulated runs need"
-        raise ValueError(f"{what} a finite number of drafts")
+        raise UserError(f"{what} a finite number of drafts")
     if lookahead is not None:
         rounds = lookahead_rejections(pair, horizon, lookahead, drafts=int(drafts), bonus=bonus)
         found["lookahead"] = {"length": lookahead, "bonus": bonus, **{key: _round(v) for key, v in rounds._asdict().items()}}
@@ -140,7 +140,7 @@ def speedups(rates: Sequence[float], draft_cost: float | int, verify: Cost, long
         ValueError: a number is out of range.
     """
     if draft_cost < 0 or longest < 1:
-        raise ValueError("--draft-cost must be 0 or more and --longest at least 1")
+        raise UserError("--draft-cost must be 0 or more and --longest at least 1")
     limits.check_cost("--draft-cost", draft_cost)
     whole_number("--longest", longest, 1, limits.MAX_LENGTH, "the engine drafts 64 deep at most")
     best = best_length(rates, draft_cost, verify, longest)

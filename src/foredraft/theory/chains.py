@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from foredraft.core.errors import shown, why_no_json
+from foredraft.core.errors import UserError, shown, why_no_json
 
 Row = Float[np.ndarray, " v"]
 Rows = Float[np.ndarray, "s v"]
@@ -50,7 +50,7 @@ class Pair:
             ValueError: the horizon is below 1.
         """
         if horizon < 1:
-            raise ValueError(f"horizon must be at least 1 token, got {horizon}")
+            raise UserError(f"horizon must be at least 1 token, got {horizon}")
         for n in range(horizon):
             yield self.draft[min(n, len(self.draft) - 1)], self.target[min(n, len(self.target) - 1)]
 
@@ -64,9 +64,10 @@ class Pair:
             bare = np.argwhere((p == 0) & (q > 0))
             if len(bare):
                 where = f" after token {bare[0][0]}" if len(p) > 1 else ""
-                raise ValueError(
+                raise UserError(
                     f"p has no support where q has mass: token {bare[0][1]} at position {n}{where} has q = "
-                    f"{q[tuple(bare[0])]:.4g} and p = 0. Give it some draft probability"
+                    f"{q[tuple(bare[0])]:.4g} and p = 0",
+                    "Give it some draft probability",
                 )
 
 
@@ -82,11 +83,11 @@ def checked_law(law: Any, name: str) -> Row:
     """
     row = np.asarray(law, np.float64)
     if row.ndim != 1 or not len(row):
-        raise ValueError(f"{name} must be a list of probabilities, got {law!r}")
+        raise UserError(f"{name} must be a list of probabilities, got {law!r}")
     if not np.isfinite(row).all() or (row < 0).any():
-        raise ValueError(f"{name} has an entry that is not a probability: {row[~(np.isfinite(row) & (row >= 0))][0]:g}")
+        raise UserError(f"{name} has an entry that is not a probability: {row[~(np.isfinite(row) & (row >= 0))][0]:g}")
     if abs(row.sum() - 1) > _SUM_TOLERANCE:
-        raise ValueError(f"{name} sums to {row.sum():.6g}, but probabilities must sum to 1")
+        raise UserError(f"{name} sums to {row.sum():.6g}, but probabilities must sum to 1")
     return row / row.sum()
 
 
@@ -98,7 +99,7 @@ def iid_pair(p: Any, q: Any) -> Pair:
     """
     p, q = checked_law(p, "p"), checked_law(q, "q")
     if len(p) != len(q):
-        raise ValueError(f"p has {len(p)} tokens and q {len(q)}: they must be laws over the same vocabulary")
+        raise UserError(f"p has {len(p)} tokens and q {len(q)}: they must be laws over the same vocabulary")
     check_room(len(p), 1)
     return Pair([p[None], np.tile(p, (len(p), 1))], [q[None], np.tile(q, (len(q), 1))])
 
@@ -111,9 +112,10 @@ def check_room(vocab_size: int, matrices: int) -> None:
     """
     numbers = 2 * matrices * vocab_size**2
     if numbers > _MOST_NUMBERS:
-        raise ValueError(
+        raise UserError(
             f"vocabulary too large to enumerate: two chains of {matrices} matrices over {vocab_size} tokens have {numbers:,} "
-            f"numbers, and the limit is {_MOST_NUMBERS:,}. Take fewer tokens or a shorter horizon"
+            f"numbers, and the limit is {_MOST_NUMBERS:,}",
+            "Take fewer tokens or a shorter horizon",
         )
 
 
@@ -131,9 +133,9 @@ def random_pair(vocab_size: int, horizon: int, seed: int, *, closeness: float | 
         ValueError: vocabulary or horizon are below 1, closeness is outside 0 to 1, or the pair is too large.
     """
     if vocab_size < 1 or horizon < 1:
-        raise ValueError(f"vocabulary and horizon must be at least 1, got {vocab_size} and {horizon}")
+        raise UserError(f"vocabulary and horizon must be at least 1, got {vocab_size} and {horizon}")
     if not 0 <= closeness <= 1:
-        raise ValueError(f"closeness must be between 0 and 1, got {closeness}")
+        raise UserError(f"closeness must be between 0 and 1, got {closeness}")
     check_room(vocab_size, 1 if stationary else horizon)
     rng, flat = np.random.default_rng(seed), np.ones(vocab_size)
     sizes = [1, vocab_size] if stationary else [1] + [vocab_size] * (horizon - 1)
@@ -154,13 +156,13 @@ def read_pair(path: Path) -> Pair:
         content = json.loads(path.read_text(encoding="utf-8"))
         draft, target = content["draft"], content["target"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f'cannot read laws from {str(path)!r} ({why_no_json(error)}): give a file with a JSON object of "draft" and '
-            '"target"'
+        raise UserError(
+            f"cannot read laws from {str(path)!r} ({why_no_json(error)})",
+            'give a file with a JSON object of "draft" and "target"',
         ) from None
     for name, chain in (("draft", draft), ("target", target)):
         if not isinstance(chain, list) or not chain:
-            raise ValueError(f"{name!r} of {str(path)!r} must be a law (a list) or a list of matrices, got {shown(chain)}")
+            raise UserError(f"{name!r} of {str(path)!r} must be a law (a list) or a list of matrices, got {shown(chain)}")
     if np.ndim(np.asarray(draft[0], dtype=object)) == 0:
         return iid_pair(draft, target)
     chains = [
@@ -169,12 +171,12 @@ def read_pair(path: Path) -> Pair:
     ]
     sizes = {matrix.shape[1] for chain in chains for matrix in chain}
     if len(sizes) > 1:
-        raise ValueError(f"{str(path)!r} has laws over vocabularies of different sizes: {sorted(sizes)}")
+        raise UserError(f"{str(path)!r} has laws over vocabularies of different sizes: {sorted(sizes)}")
     [size] = sizes
     for chain in chains:
         for n, matrix in enumerate(chain):
             if len(matrix) != (size if n else 1):
-                raise ValueError(
+                raise UserError(
                     f"matrix {n} of {str(path)!r} has {len(matrix)} rows, but the first matrix needs 1 and later ones {size}"
                 )
     return Pair(*chains)

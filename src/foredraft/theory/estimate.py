@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
+from foredraft.core.errors import UserError
 from foredraft.core.progress import progress_bar
 from foredraft.drafters.along import AskedAlong
 from foredraft.engine.engine import require_whole
@@ -36,7 +37,7 @@ def estimated_pair(texts: Texts, states: int) -> tuple[Pair, list[int]]:
         ValueError: there are too few or too many states, or models or prompts cannot be read.
     """
     if states < 2:
-        raise ValueError(f"an estimate needs at least 2 states, got {states}")
+        raise UserError(f"an estimate needs at least 2 states, got {states}")
     plain = texts.load()
     check_room(min(states, plain.target.vocab_size + 1), 1)
     drafting = plain.with_speculation({**texts.drafting, "tree": "chain", "num_speculative_tokens": 1})

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from foredraft.core.errors import UserError
 from foredraft.core.plots import new_figure
 from foredraft.theory.chains import Pair, Row
 from foredraft.theory.rejections import rejections_by_position
@@ -32,7 +33,7 @@ def save(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path, dpi=144)
     except OSError as error:
-        raise ValueError(f"cannot write {str(path)!r} ({error.strerror})") from None
+        raise UserError(f"cannot write {str(path)!r} ({error.strerror})") from None
 
 
 class Curve(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import inf, isfinite
 from typing import Any
 
-from foredraft.core.errors import shown, whole_number
+from foredraft.core.errors import UserError, shown, whole_number
 from foredraft.theory.chains import Pair
 
 MAX_HORIZON = 100_000
@@ -64,9 +64,10 @@ def check_work(pair: Pair, horizon: int, passes: int) -> None:
     """
     work = horizon * passes * max(pair.vocab_size**2, _LEAST_PASS)
     if work > _MOST_WORK:
-        raise ValueError(
+        raise UserError(
             f"{horizon} tokens, {pair.vocab_size} states and {passes} passes per token take {work:.1e} multiplications, and "
-            f"the limit is {_MOST_WORK:.0e}, a few minutes. Take a shorter horizon, fewer drafts or fewer states"
+            f"the limit is {_MOST_WORK:.0e}, a few minutes",
+            "Take a shorter horizon, fewer drafts or fewer states",
         )
 
 
@@ -80,9 +81,10 @@ def check_runs(pair: Pair, horizon: int, drafts: int, runs: int) -> None:
     whole_number("--simulate", runs, 2, most, f"each run holds {pair.vocab_size} numbers, and all run at the same time")
     work = horizon * drafts * runs * pair.vocab_size
     if work > _MOST_WORK:
-        raise ValueError(
+        raise UserError(
             f"{runs} simulated runs of {horizon} tokens with {drafts} drafts over {pair.vocab_size} states take {work:.1e} "
-            f"operations, and the limit is {_MOST_WORK:.0e}, a few minutes. Take fewer runs or a shorter horizon"
+            f"operations, and the limit is {_MOST_WORK:.0e}, a few minutes",
+            "Take fewer runs or a shorter horizon",
         )
 
 
@@ -93,4 +95,4 @@ def check_cost(name: str, value: Any) -> None:
         ValueError: the cost is negative or not finite.
     """
     if not (isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be a finite number, 0 or more, got {shown(value)}")
+        raise UserError(f"{name} must be a finite number, 0 or more, got {shown(value)}")

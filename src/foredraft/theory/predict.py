@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from foredraft.core.errors import whole_number
+from foredraft.core.errors import UserError, whole_number
 from foredraft.core.law import warp
 from foredraft.core.params import SamplingParams
 from foredraft.core.progress import progress_bar
@@ -137,7 +137,7 @@ def predict(texts: Texts, *, lookahead: int, drafts: Sequence[int]) -> Predictio
             its first token from the target's features and later tokens from its own, which differ.
     """
     if not drafts or min(drafts) < 1 or lookahead < 1:
-        raise ValueError("drafts and lookahead must be at least 1")
+        raise UserError("drafts and lookahead must be at least 1")
     whole_number("drafts times lookahead", max(drafts) * lookahead, 1, MAX_NODES, "it is the number of nodes of the tree")
     plain = texts.load()
     prompts, sampling = texts.encoded(plain), texts.sampling
@@ -147,9 +147,10 @@ def predict(texts: Texts, *, lookahead: int, drafts: Sequence[int]) -> Predictio
             llm = plain.with_speculation({**texts.drafting, **_tree(count, lookahead)})
             drafter, found = AskedAlong(llm.target, llm.drafter_grown_by), []
             if lookahead > 1 and drafter.needs_features:
-                raise ValueError(
-                    f"a head with lookahead {lookahead} cannot be predicted, since its later drafts depend on the start of the "
-                    "round: use --lookahead 1, or a draft model"
+                raise UserError(
+                    f"a head with lookahead {lookahead} cannot be predicted, since its later drafts depend on the start of "
+                    "the round",
+                    "use --lookahead 1, or a draft model",
                 )
             results = llm.generate(prompts, sampling)
             require_whole(results)

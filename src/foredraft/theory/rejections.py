@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from foredraft.core.errors import UserError
 from foredraft.theory.chains import Pair, Rows, residual, total_variation
 
 
@@ -68,7 +69,7 @@ def check_drafts(drafts: float | int) -> None:
         ValueError: the number is below 1, or not a whole number.
     """
     if drafts != inf and (drafts < 1 or drafts != int(drafts)):
-        raise ValueError(f"the number of drafts M must be a whole number of at least 1, or inf, got {drafts:g}")
+        raise UserError(f"the number of drafts M must be a whole number of at least 1, or inf, got {drafts:g}")
 
 
 def retry(p: Rows, q: Rows, drafts: float | int) -> tuple[Float[np.ndarray, " s"], Rows]:
@@ -124,7 +125,7 @@ def lookahead_rejections(
     """
     check_drafts(drafts)
     if lookahead < 1:
-        raise ValueError(f"the lookahead K must be at least 1 token, got {lookahead}")
+        raise UserError(f"the lookahead K must be at least 1 token, got {lookahead}")
     place = Place(lookahead, bonus, tests_last)
     weights = {0: np.ones(1)}  # tokens of this round accepted so far -> measure of the last token
     rejections = calls = 0.0
@@ -212,7 +213,7 @@ def check_acceptance(pair: Pair, horizon: int, acceptance: Acceptance) -> Checke
     for p, q in pair.steps(horizon):
         b = acceptance(p, q)
         if not ((b >= 0) & (b <= 1)).all():
-            raise ValueError("an acceptance function must lie between 0 and 1")
+            raise UserError("an acceptance function must lie between 0 and 1")
         rejections += float(output @ (1 - (b * p).sum(-1)))
         unbiased = unbiased and bool((b * p <= q * (1 + 1e-12)).all())
         output = output @ q

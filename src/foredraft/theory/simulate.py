@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from foredraft.core.errors import UserError
 from foredraft.theory.chains import Pair, Rows, residual
 from foredraft.theory.rejections import check_drafts
 
@@ -35,7 +36,7 @@ def simulated_rejections(pair: Pair, horizon: int, drafts: int, runs: int, seed:
     """
     check_drafts(drafts)
     if runs < 2:
-        raise ValueError(f"a standard error needs at least 2 runs, got {runs}")
+        raise UserError(f"a standard error needs at least 2 runs, got {runs}")
     rng = np.random.default_rng(seed)
     last, fresh, count = np.zeros(runs, np.int64), np.ones(runs, bool), np.zeros(runs)
     found = []

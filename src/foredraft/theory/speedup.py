@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from foredraft.core.errors import UserError
+
 Cost = Callable[[int], float]
 
 
@@ -37,7 +39,7 @@ def check_acceptance(acceptance: Sequence[float]) -> list[float]:
     """
     rates = list(acceptance)
     if not rates or not all(0 <= rate <= 1 for rate in rates):
-        raise ValueError(f"acceptance must be between 0 and 1, got {rates}")
+        raise UserError(f"acceptance must be between 0 and 1, got {rates}")
     return rates
 
 
@@ -117,6 +119,6 @@ def interpolated(points: Mapping[int, float]) -> Cost:
         ValueError: there is no measurement, or a cost is not positive.
     """
     if not points or min(points.values()) <= 0:
-        raise ValueError(f"a cost curve needs at least one number of tokens with a positive cost, got {dict(points)}")
+        raise UserError(f"a cost curve needs at least one number of tokens with a positive cost, got {dict(points)}")
     sizes = sorted(points)
     return lambda count: float(np.interp(count, sizes, [points[size] for size in sizes]))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from foredraft.bench import tasks
-from foredraft.core.errors import whole_number
+from foredraft.core.errors import UserError, whole_number
 from foredraft.core.params import SamplingParams, check_seed
 from foredraft.llm import LLM
 from foredraft.plan.config import drafter_alone
@@ -48,9 +48,9 @@ class Texts:
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
-            raise ValueError("laws need a temperature above 0. At 0, every rejection is certain or impossible")
+            raise UserError("laws need a temperature above 0", "At 0, every rejection is certain or impossible")
         if self.repeats < 1:
-            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
+            raise UserError(f"repeats must be at least 1, got {self.repeats}")
         whole_number("repeats", self.repeats, 1, _MOST_REPEATS, "all texts are held in memory until the last is finished")
         check_seed(self.seed, "--seed")
         _ = self.sampling  # raises its errors now

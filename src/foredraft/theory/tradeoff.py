@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from foredraft.core.errors import UserError
 from foredraft.theory.chains import Row
 
 
@@ -76,7 +77,7 @@ def check_epsilon(epsilon: float | int) -> None:
         ValueError: epsilon is negative or NaN.
     """
     if not epsilon >= 0:
-        raise ValueError(f"epsilon must be 0 (lossless) or more, got {epsilon:g}")
+        raise UserError(f"epsilon must be 0 (lossless) or more, got {epsilon:g}")
 
 
 def optimal(p: Row, q: Row, epsilon: float | int) -> Point:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.optimize import linprog
 
+from foredraft.core.errors import UserError
 from foredraft.theory.chains import Row, residual, total_variation
 from foredraft.theory.rejections import retry
 
@@ -45,7 +46,7 @@ def check_count(k: int) -> None:
         ValueError: the number is below 1.
     """
     if k < 1:
-        raise ValueError(f"the number of drafts must be at least 1, got {k}")
+        raise UserError(f"the number of drafts must be at least 1, got {k}")
 
 
 def with_replacement(p: Row, q: Row, k: int) -> float:
@@ -194,9 +195,10 @@ def multiround_without_replacement(p: Row, q: Row, k: int) -> float:
     """
     check_count(k)
     if (orders := perm(len(p), k - 1)) > _MOST_ORDERS:
-        raise ValueError(
+        raise UserError(
             f"vocabulary too large to enumerate: {k} drafts among {len(p)} tokens come in {orders:,} orders, and the limit is "
-            f"{_MOST_ORDERS:,}. Take fewer tokens or drafts"
+            f"{_MOST_ORDERS:,}",
+            "Take fewer tokens or drafts",
         )
     accepted = float(np.minimum(p, q).sum())
     if k == 1:

@@ -7,6 +7,7 @@ from itertools import product
 from math import prod
 
 from foredraft.core.contracts import Budget
+from foredraft.core.errors import UserError
 from foredraft.theory.speedup import check_acceptance
 from foredraft.trees.budget import best_paths
 
@@ -32,7 +33,7 @@ def expected_tokens(paths: Sequence[Path], acceptance: Sequence[float]) -> float
     for path in paths:
         elder = (*path[:-1], path[-1] - 1) if path[-1] else ()
         if path[:-1] not in known or elder not in known:
-            raise ValueError(f"node {path} is without its parent or its elder sibling")
+            raise UserError(f"node {path} is without its parent or its elder sibling")
     return 1.0 + sum(prod(rates[rank] if rank < len(rates) else 0.0 for rank in path) for path in set(paths))
 
 

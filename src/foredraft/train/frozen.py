@@ -28,7 +28,7 @@ class Frozen:
         wanted, got = target.head(probe).float(), self.head(probe.float())
         if (wanted - got).abs().max() > 0.02 * wanted.abs().max():
             raise ModelError(
-                "the target's output layer is not linear. Train a head with its own output layer (medusa, hydra, eagle3)"
+                "the target's output layer is not linear", "Train a head with its own output layer (medusa, hydra, eagle3)"
             )
         self._target = target
 

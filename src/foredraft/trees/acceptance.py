@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from foredraft.core.errors import UserError
+
 PROB_EDGES = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Lower ends of the bins of draft probability."""
 
@@ -63,9 +65,10 @@ class AcceptanceTable:
     def __post_init__(self) -> None:
         fits = self.share.shape == (len(RANK_EDGES), len(PROB_EDGES)) and self.mean.shape == (len(RANK_EDGES),)
         if not fits or not all(((table >= 0) & (table <= 1)).all() for table in (self.share, self.mean)):
-            raise ValueError(
-                f"acceptance_by_prob must hold, for each kind of request, 'share' ({len(RANK_EDGES)} rows of {len(PROB_EDGES)} "
-                f"probabilities) and 'mean' ({len(RANK_EDGES)}); measure it with `foredraft calibrate`"
+            raise UserError(
+                f"acceptance_by_prob must hold, for each kind of request, 'share' ({len(RANK_EDGES)} rows of "
+                f"{len(PROB_EDGES)} probabilities) and 'mean' ({len(RANK_EDGES)})",
+                "measure it with `foredraft calibrate`",
             )
 
     @classmethod

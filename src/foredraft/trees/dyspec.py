@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from foredraft.core.errors import UserError
 from foredraft.trees.acceptance import Worth, as_drafted
 from foredraft.trees.base import Policy, Sapling, Siblings
 from foredraft.trees.options_dynamic import DySpec as DySpec
@@ -47,9 +48,9 @@ def dyspec_calibrated(options: DySpecCalibrated, tree: Sapling) -> Policy:
     """
     kind = "sampled" if tree.sampled else "greedy"
     if kind not in options.tables:
-        raise ValueError(
-            f"tree 'dyspec-calibrated' needs the measured acceptance of {kind} requests: give it as the config key "
-            "'acceptance_by_prob', or measure it with `foredraft calibrate`"
+        raise UserError(
+            f"tree 'dyspec-calibrated' needs the measured acceptance of {kind} requests",
+            "give it as the config key 'acceptance_by_prob', or measure it with `foredraft calibrate`",
         )
     return greedy(tree, options.width, options.tables[kind].worth)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-from foredraft.core.errors import plain_scalar, shown
+from foredraft.core.errors import UserError, plain_scalar, shown
 from foredraft.core.params import MAX_COUNT
 
 MAX_SIBLINGS = 1024
@@ -41,17 +41,17 @@ def check_sizes(config: Mapping[Any, Any]) -> None:
     for key, value in config.items():
         most = _MOST.get(key, MAX_COUNT)
         if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > MAX_SIBLINGS:
-            raise ValueError(f"{key} must have at most {MAX_SIBLINGS} entries, the most nodes of a tree, got {len(value)}")
+            raise UserError(f"{key} must have at most {MAX_SIBLINGS} entries, the most nodes of a tree, got {len(value)}")
         try:
             numbers = _numbers(value)
         except RecursionError:
-            raise ValueError(f"{key} is nested too deeply, got {shown(value)}") from None
+            raise UserError(f"{key} is nested too deeply, got {shown(value)}") from None
         for number in numbers:
             if isinstance(number, float) and not math.isfinite(number):
-                raise ValueError(f"{key} must be finite, got {shown(number)}")
+                raise UserError(f"{key} must be finite, got {shown(number)}")
             if number > most:
                 what = "must hold numbers of" if isinstance(value, Sequence) else "must be"
-                raise ValueError(f"{key} {what} at most {most:.17g}, got {shown(number)}")
+                raise UserError(f"{key} {what} at most {most:.17g}, got {shown(number)}")
 
 
 def _numbers(value: Any) -> list[Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar
 
+from foredraft.core.errors import UserError
 from foredraft.core.shape import MAX_DEPTH
 
 LARGE_VOCABULARY, LARGE_CUT = 8192, 256
@@ -43,14 +44,14 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.draft_temperature is not None and not self.draft_temperature > 0:
-            raise ValueError(f"draft_temperature must be above 0 (or None), got {self.draft_temperature}")
+            raise UserError(f"draft_temperature must be above 0 (or None), got {self.draft_temperature}")
         if self.draft_sampling not in ("auto", "sampled"):
-            raise ValueError(f"draft_sampling must be 'auto' or 'sampled', got {self.draft_sampling!r}")
+            raise UserError(f"draft_sampling must be 'auto' or 'sampled', got {self.draft_sampling!r}")
         if self.draft_top_k is not None and self.draft_top_k < 0:
-            raise ValueError(f"draft_top_k must be at least 0 (or None), got {self.draft_top_k}")
+            raise UserError(f"draft_top_k must be at least 0 (or None), got {self.draft_top_k}")
         for name, depth in self.depths().items():
             if depth is not None and depth > MAX_DEPTH:
-                raise ValueError(f"{name} must be at most {MAX_DEPTH} deep, got {depth}")
+                raise UserError(f"{name} must be at most {MAX_DEPTH} deep, got {depth}")
 
     def depths(self) -> dict[str, int | None]:
         """Returns option -> the depth that it asks for. Each depth is at most `MAX_DEPTH`."""

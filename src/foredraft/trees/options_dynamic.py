@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from foredraft.core.errors import UserError
 from foredraft.trees.options import Options
 
 
@@ -37,7 +38,7 @@ class TopK(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.topk < 1 or self.draft_depth < 1:
-            raise ValueError(f"topk and draft_depth must be at least 1, got {self.topk}, {self.draft_depth}")
+            raise UserError(f"topk and draft_depth must be at least 1, got {self.topk}, {self.draft_depth}")
 
     def depths(self) -> dict[str, int | None]:
         """Returns the depth of each option; see `Options.depths`."""
@@ -66,7 +67,7 @@ class Opt(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.delta <= 1:
-            raise ValueError(f"delta must be between 0 and 1, got {self.delta}")
+            raise UserError(f"delta must be between 0 and 1, got {self.delta}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +153,7 @@ class DySpecThreshold(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.threshold is not None and not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold must be above 0 and at most 1 (or None), got {self.threshold}")
+            raise UserError(f"threshold must be above 0 and at most 1 (or None), got {self.threshold}")
 
     def least(self, size: int) -> float:
         """Returns the threshold for a budget of `size` nodes."""
@@ -161,4 +162,4 @@ class DySpecThreshold(Options):
 
 def _check_width(width: int | None) -> None:
     if width is not None and width < 1:
-        raise ValueError(f"width must be at least 1 (or None), got {width}")
+        raise UserError(f"width must be at least 1 (or None), got {width}")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from foredraft.core.errors import UserError
 from foredraft.trees.options import Options
 
 
@@ -47,9 +48,9 @@ class Branching(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_chains < 1 or (self.draft_depth is not None and self.draft_depth < 1):
-            raise ValueError(f"num_chains and draft_depth must be at least 1, got {self.num_chains}, {self.draft_depth}")
+            raise UserError(f"num_chains and draft_depth must be at least 1, got {self.num_chains}, {self.draft_depth}")
         if self.expansion is not None and (not self.expansion or min(self.expansion) < 1):
-            raise ValueError(f"expansion must list a number of draws, at least 1, for every depth; got {self.expansion}")
+            raise UserError("expansion must list a number of draws, at least 1, for every depth", f"got {self.expansion}")
 
     def depths(self) -> dict[str, int | None]:
         """Returns the depth of each option; see `Options.depths`."""
@@ -80,16 +81,16 @@ class Static(Options):
         given = {tuple(path) for path in self.paths or ()}
         if self.paths is not None and len(given) != max(1, len(self.paths)):
             what = "name every node once" if self.paths else "name at least one node"
-            raise ValueError(f"paths must {what}, got {list(self.paths)[:8]}")
+            raise UserError(f"paths must {what}, got {list(self.paths)[:8]}")
         for path in given:
             before = [path[:-1]] * (len(path) > 1) + [(*path[:-1], rank) for rank in range(path[-1] if path else 0)]
             missing = [needed for needed in before if needed not in given]
             if not path:
-                raise ValueError(
-                    "paths must hold the ranks from the root to every node, so an empty path names none. Leave it out"
+                raise UserError(
+                    "paths must hold the ranks from the root to every node, so an empty path names none", "Leave it out"
                 )
             if min(path) < 0 or missing:
-                raise ValueError(
+                raise UserError(
                     f"paths must hold the parent and the earlier siblings of every path: {list(path)} lacks "
                     f"{[list(needed) for needed in missing] or 'ranks of 0 or above'}"
                 )
@@ -124,7 +125,7 @@ class Sequoia(Options):
         super().__post_init__()
         for vector in self.vectors().values():
             if not vector or min(vector) < 0 or max(vector) > 1:
-                raise ValueError(f"acceptance must be a list of probabilities by sibling rank, got {list(vector)}")
+                raise UserError(f"acceptance must be a list of probabilities by sibling rank, got {list(vector)}")
         self.seconds()  # reports wrong costs at once
 
     def seconds(self) -> tuple[float, tuple[tuple[int, float], ...]] | None:
@@ -142,7 +143,7 @@ class Sequoia(Options):
             return draft, verify
         except (KeyError, TypeError, ValueError):
             example = '{"draft": 0.001, "verify": [[1, 0.02], [16, 0.03]]}'
-            raise ValueError(
+            raise UserError(
                 f"costs must be seconds by rising numbers of nodes, as in {example}, got {dict(self.costs)}"
             ) from None
 
@@ -152,8 +153,6 @@ class Sequoia(Options):
             return {}
         if isinstance(self.acceptance, Mapping):
             if not self.acceptance.keys() <= {"sampled", "greedy"}:
-                raise ValueError(
-                    f"acceptance must have the keys sampled and greedy, got {', '.join(map(str, self.acceptance))}"
-                )
+                raise UserError(f"acceptance must have the keys sampled and greedy, got {', '.join(map(str, self.acceptance))}")
             return {key: tuple(vector) for key, vector in self.acceptance.items()}
         return {"sampled": tuple(self.acceptance), "greedy": tuple(self.acceptance)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from foredraft.core.errors import UserError
 from foredraft.trees.base import Policy, Sapling
 from foredraft.trees.budget import Costs, Path, best_paths
 from foredraft.trees.options_fixed import Sequoia as Sequoia
@@ -30,9 +31,9 @@ def sequoia(options: Sequoia, tree: Sapling) -> Policy:
     """
     vectors = options.vectors()
     if not vectors:
-        raise ValueError(
-            "tree 'sequoia' needs a measured acceptance vector by sibling rank: give it as the config key 'acceptance' "
-            "(such as [0.6, 0.15, 0.07]), or measure it with `foredraft calibrate`"
+        raise UserError(
+            "tree 'sequoia' needs a measured acceptance vector by sibling rank",
+            "give it as the config key 'acceptance' (such as [0.6, 0.15, 0.07]), or measure it with `foredraft calibrate`",
         )
     seconds = options.seconds()
     vector = vectors.get("sampled" if tree.sampled else "greedy") or next(iter(vectors.values()))

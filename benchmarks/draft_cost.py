@@ -48,7 +48,7 @@ from foredraft.drafters.recurrent import RecurrentDrafter
 from foredraft.heads.folder import layer_config
 from foredraft.heads.layers import Shape
 from foredraft.kernels import library
-from foredraft.kernels.layouts import FEW, FULL
+from foredraft.kernels.layouts import FEW, FULL, TYPES
 from foredraft.kernels.structures import CLinear
 from foredraft.models.native import NativeTarget
 from foredraft.trees import GROWERS
@@ -184,13 +184,11 @@ def bare(groups: Sequence[Products], threads: int) -> Callable[[], None]:
     for linears, rows in groups:
         x = torch.randn(rows, max(linear.inputs for linear in linears)).bfloat16()
         y = torch.empty(rows, max(linear.outputs for linear in linears))
-        array = (CLinear * len(linears))(*linears)
-        numbers = [ctypes.c_int64(number) for number in (len(linears), rows, threads)]
-        calls.append((array, numbers, x, y))
+        calls += [(ctypes.byref(linear), x, rows, y) for linear in linears]
 
     def run() -> None:
-        for array, (count, rows, team), x, y in calls:
-            code.foredraft_linears(array, count, ctypes.c_void_p(x.data_ptr()), rows, ctypes.c_void_p(y.data_ptr()), team)
+        for linear, x, rows, y in calls:
+            code.linear(linear, TYPES[x.dtype], x.data_ptr(), rows, y.data_ptr(), threads)
 
     return run
 
@@ -229,7 +227,7 @@ def recurrent(method: str, target: NativeTarget, rows: int, bits: int) -> Settin
     state = started(drafter, len(head.feature_layers) * config.hidden_size)
     run: Any = drafter.compiled
     products = bare([Products(run.linears, rows)], run.threads)
-    ends = (drafter, "expand"), (library(), "foredraft_forward")
+    ends = (drafter, "expand"), (library(), "forward")
     return Setting(method, config.hidden_size, bits, rows, drafter, state, budget, *ends, products, run.threads)
 
 
@@ -243,7 +241,7 @@ def ctc(target: NativeTarget, bits: int) -> Setting:
     entry, ahead, *layer, last, blank = run.linears
     count = head.num_slots
     groups = Products([entry, ahead], 1), Products(layer, count), Products([last, blank], count)
-    ends = (drafter.slots, "fill"), (library(), "foredraft_forward")
+    ends = (drafter.slots, "fill"), (library(), "forward")
     products, budget = bare(groups, run.threads), Budget(10, count)
     return Setting("ctc", config.hidden_size, bits, count, drafter, state, budget, *ends, products, run.threads)
 

@@ -104,11 +104,11 @@ class forced:
     def __enter__(self) -> None:
         self._before, code = sets.library, sets.code_of(self._name)
         for module in ("foredraft.models.native", "foredraft.kernels"):
-            setattr(__import__(module, fromlist=["library"]), "library", lambda: code)
+            __import__(module, fromlist=["library"]).library = lambda: code
 
     def __exit__(self, *_: object) -> None:
         for module in ("foredraft.models.native", "foredraft.kernels"):
-            setattr(__import__(module, fromlist=["library"]), "library", self._before)
+            __import__(module, fromlist=["library"]).library = self._before
 
 
 if __name__ == "__main__":

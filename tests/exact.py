@@ -13,7 +13,6 @@ from foredraft.audit.exact import (
     TableExpander,
     chain_prob,
     enumerate_branches,
-    expected_tokens,
     joint_law,
     target_joint,
     target_law_of,
@@ -36,6 +35,16 @@ __all__ = [
     "target_law_of",
     "tree_law",
 ]
+
+
+def expected_tokens(trees: Grown, rule: Any, target: Any, temperature: float, prefix: tuple[int, ...]) -> float:
+    """Returns the expected number of tokens of one step, including the recovered or bonus token."""
+    total = 0.0
+    for prob, tree, keys in trees.values():
+        law = target_law_of(target, tree, prefix, temperature)
+        for share, verdict, _ in enumerate_branches(lambda draws, tree=tree, law=law: rule(tree, law, draws), keys):
+            total += prob * share * (len(verdict.path) + 1)
+    return total
 
 
 def any_table(seed: int = 0) -> dict[str, Any]:

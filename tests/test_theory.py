@@ -16,7 +16,7 @@ from exact import enumerate_branches, joint_law, target_joint, target_law_of, tr
 from foredraft.__main__ import main
 from foredraft.core.contracts import Budget
 from foredraft.drafters.along import AskedAlong
-from foredraft.models.table import markov_law, random_law
+from foredraft.models.table import Law, random_law
 from foredraft.rules import RULES
 from foredraft.theory import figures, predict, transport
 from foredraft.theory.chains import Pair, iid_pair, random_pair, read_pair, total_variation
@@ -47,6 +47,18 @@ from foredraft.trees import GROWERS
 EXACT = 1e-12
 FIXED = iid_pair([0.5, 0.5], [0.8, 0.2])
 P, Q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
+
+
+def markov_law(first: np.ndarray, steps: np.ndarray) -> Law:
+    """Makes the law of a Markov chain: `first` for the empty prefix, then ``steps[n - 1][last token]`` after n tokens.
+
+    The last matrix also serves all later tokens, so a single matrix makes a stationary chain.
+    """
+
+    def law(prefix: tuple[int, ...]) -> np.ndarray:
+        return steps[min(len(prefix), len(steps)) - 1][prefix[-1]] if prefix else first
+
+    return law
 
 
 def random_laws(size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foredraft.core.contracts import AcceptanceRule, Budget, Verdict, Work
+from foredraft.core.contracts import AcceptanceRule, Budget, Work
 from foredraft.core.draws import Draws, Key
 from foredraft.core.law import TargetLaw
 from foredraft.core.params import SamplingParams
@@ -209,16 +209,6 @@ def target_joint(target: Callable, vocab_size: int, length: int, temperature: fl
     """Returns the target's joint law of `length` tokens, the reference for `joint_law`."""
     probs = [chain_prob(target, tokens, 0, temperature, prefix) for tokens in product(range(vocab_size), repeat=length)]
     return np.array(probs).reshape((vocab_size,) * length)
-
-
-def expected_tokens(trees: Grown, rule: Callable[..., Verdict], target: Callable, temperature: float, prefix: Prefix) -> float:
-    """Returns the expected number of tokens of one step, including the recovered or bonus token."""
-    total = 0.0
-    for prob, tree, keys in trees.values():
-        law = target_law_of(target, tree, prefix, temperature)
-        for share, verdict, _ in enumerate_branches(lambda draws, tree=tree, law=law: rule(tree, law, draws), keys):
-            total += prob * share * (len(verdict.path) + 1)
-    return total
 
 
 def enumerated_error(grower: Any, rule: AcceptanceRule, size: int, nodes: int, temperature: float) -> float:

@@ -124,12 +124,7 @@ def _prepared(options: AuditOptions, config: dict[str, Any]) -> Any:
     read = tasks.read_prompts(options.prompts or PROMPTS, options.limit)
     whole_number("--samples", options.samples, 1, MAX_NUM_SEQS, "they are decoded at once")
     llm = LLM(
-        options.model,
-        config,
-        dtype=options.dtype,
-        device=options.device,
-        max_num_seqs=options.samples,
-        seed=options.seed,
+        options.model, config, dtype=options.dtype, device=options.device, max_num_seqs=options.samples, seed=options.seed
     )
     raw = options.raw or llm.tokenizer is None or not getattr(llm.tokenizer, "chat_template", None)
     prompts = [ids for ids in tasks.encode(llm, read, raw=raw) if len(ids) + options.max_tokens <= llm.max_model_len]

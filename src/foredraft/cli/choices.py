@@ -11,6 +11,7 @@ from typing import Any
 from foredraft.core.arguments import config_with_our_names
 from foredraft.core.chat import Template
 from foredraft.core.errors import UserError, check_text, shown, unknown_name, whole_number, why_no_json
+from foredraft.core.folders import is_file
 from foredraft.core.params import MAX_COUNT, SamplingParams
 from foredraft.drafters import DRAFTERS
 from foredraft.models import files
@@ -119,7 +120,7 @@ def check_files(option: str, paths: Iterable[Path]) -> None:
         ValueError: a file does not exist.
     """
     for file in paths:
-        if not files.is_file(file):
+        if not is_file(file):
             raise UserError(f"{option}: {shown(str(file))} is not a file", "Give the path of a file that exists")
 
 

@@ -28,22 +28,16 @@ class TextOptions(NamedTuple):
         ),
     ] = "own"
     shards: Annotated[
-        Path | None,
-        typer.Option(help="Directory of captured text, which runs can share; default: inside --out.", rich_help_panel=_TEXT),
+        Path | None, option(_TEXT, "Directory of captured text, which runs can share; default: inside --out.")
     ] = None
     tokens: Annotated[int, _setting(_TEXT, "Answer tokens to capture.", 1)] = 500_000
     temperatures: Annotated[
         str | None, option(_TEXT, "Temperatures of the target's own answers, used in turn; default: 0,0.6,1.")
     ] = None
     max_len: Annotated[int, _setting(_TEXT, "Maximum tokens of prompt plus answer; longer chats are skipped.", 64)] = 512
-    feature_layers: Annotated[
-        str | None, typer.Option(help="Additional layers whose features are captured: 2,4,5.", rich_help_panel=_TEXT)
-    ] = None
+    feature_layers: Annotated[str | None, option(_TEXT, "Additional layers whose features are captured: 2,4,5.")] = None
     keep_features: Annotated[
-        bool,
-        typer.Option(
-            help="Store the target's features in the shards, or recompute them in every batch.", rich_help_panel=_TEXT
-        ),
+        bool, _setting(_TEXT, "Store the target's features in the shards, or recompute them in every batch.")
     ] = True
 
 
@@ -63,10 +57,7 @@ class LearnOptions(NamedTuple):
     clip: Annotated[float, _setting(_LEARN, "Maximum norm of the gradient.", 0)] = 1.0
     evaluate_every: Annotated[int, _setting(_LEARN, "Steps between evaluations, and between checkpoints.", 1)] = 100
     patience: Annotated[int, _setting(_LEARN, "Stop after this many evaluations without a better loss; 0: never.", 0)] = 0
-    bf16: Annotated[
-        bool | None,
-        typer.Option("--bf16/--fp32", help="Dtype of matrix products; default: the faster here.", rich_help_panel=_LEARN),
-    ] = None
+    bf16: Annotated[bool | None, option(_LEARN, "Dtype of matrix products; default: the faster here.", "--bf16/--fp32")] = None
 
 
 def train(

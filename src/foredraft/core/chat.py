@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict
 
 from foredraft.core.errors import check_text, shown, unknown_name
+from foredraft.core.folders import is_file
 from foredraft.core.messages import ROLES, Message, check
 from foredraft.core.prompts import is_list
 
@@ -76,7 +77,7 @@ def render(tokenizer: Any, messages: Any, template: Template) -> str:
 
     checked = check(messages)
     checked = list(_with_contents(checked, _takes(rendered, template.get("chat_template_content_format", "auto"))))
-    _check_roles(checked, _source(tokenizer, options))
+    _check_roles(checked, source_of(options.get("chat_template") or own))
     text = rendered(checked)
     check_text("the conversation that the chat template renders", text)
     _check_kept(checked, rendered)
@@ -126,7 +127,7 @@ def _template_text(given: Any, named: Any) -> str | None:
     if isinstance(named, Mapping) and given in named:
         return named[given]
     path = shown(str(given))
-    if not _is_file(given):
+    if not is_file(Path(given)):
         raise ValueError(f"no chat template: {path} is neither a Jinja template nor a file. Give one of them")
     try:
         return Path(given).read_text(encoding="utf-8")
@@ -135,13 +136,6 @@ def _template_text(given: Any, named: Any) -> str | None:
         raise ValueError(f"the chat template {path} cannot be read: {why}. Give a text file in UTF-8") from None
     except OSError as error:
         raise ValueError(f"the chat template {path} cannot be read: {error.strerror}. Give a file that can be read") from None
-
-
-def _is_file(path: str | Path) -> bool:
-    try:
-        return Path(path).is_file()
-    except OSError:  # such as a path that is too long for the file system
-        return False
 
 
 def _checked_tools(tools: Any) -> list[Any] | None:
@@ -202,11 +196,6 @@ def knows_role(source: str, role: str) -> bool:
     """Whether a role is usual, or named in the text of a template."""
     named = role not in _NEVER_ROLES and re.search(f"['\"]{re.escape(role)}['\"]", source)
     return role in ROLES or bool(named)
-
-
-def _source(tokenizer: Any, options: Mapping[str, Any]) -> str:
-    """Returns the text of the templates, which names their additional roles."""
-    return source_of(options.get("chat_template") or tokenizer.chat_template)
 
 
 def _check_roles(messages: Sequence[Message], source: str) -> None:

@@ -94,3 +94,11 @@ def _private_folder() -> Path | None:
             return folder
     except OSError:
         return None
+
+
+def is_file(path: Path) -> bool:
+    """Whether a path is a file. A path that is too long is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from foredraft.core.errors import ModelError, shown
+from foredraft.core.folders import is_file
 
 GENERATION_CONFIG = "generation_config.json"
 IGNORE = ("none", "vllm")
@@ -32,14 +33,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{str(path)!r} must be a JSON object, got a {type(content).__name__}", "copy it again")
     return content
-
-
-def is_file(path: Path) -> bool:
-    """Whether a path is a file. A path that is too long is none."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
 
 
 def check_generation_config(choice: Any) -> None:

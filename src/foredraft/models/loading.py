@@ -213,11 +213,7 @@ def _dtype_of(config: Any, weights: Mapping[str, StoredTensor]) -> torch.dtype:
 
 
 def _llama(
-    config: Any,
-    weights: Mapping[str, Tensor | StoredTensor],
-    dtype: torch.dtype,
-    device: torch.device,
-    max_len: int | None,
+    config: Any, weights: Mapping[str, Tensor | StoredTensor], dtype: torch.dtype, device: torch.device, max_len: int | None
 ) -> LlamaTarget | NativeTarget:
     """Makes our decoder, compiled where that runs. First checks that every tensor exists and has the shape of config.json."""
     wanted = expected(config) if isinstance(config, PlainConfig) else _state_dict(config, weights)

@@ -24,14 +24,7 @@ class Reader:
         packed: whether linear layers use packed weights.
     """
 
-    def __init__(
-        self,
-        config: Any,
-        weights: Mapping[str, Tensor],
-        dtype: torch.dtype,
-        device: torch.device,
-        packed: bool,
-    ):
+    def __init__(self, config: Any, weights: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device, packed: bool):
         self._config, self._weights, self._packed = config, weights, packed
         self._to = {"dtype": dtype, "device": device}
 

@@ -33,18 +33,6 @@ def random_law(vocab_size: int, seed: int, zeros: float = 0.0, concentration: fl
     return law
 
 
-def markov_law(first: Float[np.ndarray, " v"], steps: Float[np.ndarray, "t v v"]) -> Law:
-    """Makes the law of a Markov chain: `first` for the empty prefix, then ``steps[n - 1][last token]`` after n tokens.
-
-    The last matrix also serves all later tokens, so a single matrix makes a stationary chain.
-    """
-
-    def law(prefix: tuple[int, ...]) -> Float[np.ndarray, " v"]:
-        return steps[min(len(prefix), len(steps)) - 1][prefix[-1]] if prefix else first
-
-    return law
-
-
 @dataclass
 class TableCache:
     """A cache that holds the committed tokens and the tree of the last forward."""

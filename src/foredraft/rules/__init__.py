@@ -52,11 +52,7 @@ _EXACT = "exact in distribution"
 
 RULES: dict[str, RuleRow] = {
     "chain": RuleRow(
-        "chain:chain",
-        frozenset({_D, _I, _W}),
-        True,
-        _EXACT,
-        "Leviathan et al. 2023 (arXiv 2211.17192), Algorithm 1",
+        "chain:chain", frozenset({_D, _I, _W}), True, _EXACT, "Leviathan et al. 2023 (arXiv 2211.17192), Algorithm 1"
     ),
     "multiround": RuleRow(
         "multiround:multiround",
@@ -80,18 +76,10 @@ RULES: dict[str, RuleRow] = {
         "EAGLE-2 (arXiv 2406.16858), verification of top-k candidates",
     ),
     "kseq": RuleRow(
-        "kseq:kseq",
-        frozenset({_D, _I}),
-        False,
-        _EXACT,
-        "SpecTr (arXiv 2310.15141), Algorithm 3 (K-SEQ), per token",
+        "kseq:kseq", frozenset({_D, _I}), False, _EXACT, "SpecTr (arXiv 2310.15141), Algorithm 3 (K-SEQ), per token"
     ),
     "block": RuleRow(
-        "block:block",
-        frozenset({_D, _I, _W}),
-        True,
-        _EXACT,
-        "Sun et al. 2024 (arXiv 2403.10444), block verification",
+        "block:block", frozenset({_D, _I, _W}), True, _EXACT, "Sun et al. 2024 (arXiv 2403.10444), block verification"
     ),
     "typical": RuleRow(
         "lossy:typical",

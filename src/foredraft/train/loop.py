@@ -39,7 +39,7 @@ def train(course: Course, settings: Settings, folder: Path) -> Progress:
     began, recent = time.monotonic() - done.seconds, Means()
     with progress_bar("training steps", settings.steps) as advance:
         advance(done.step)
-        while done.step < settings.steps and not over(settings, done):
+        while done.step < settings.steps and not 0 < settings.patience <= done.since:  # or the patience is used up
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = settings.lr * rate(settings, done.step)
             for part in range(settings.accumulate):
@@ -170,8 +170,3 @@ def note(done: Progress, training: dict[str, float], held_out: dict[str, float],
     better = held_out.get("loss", training["loss"]) < done.best
     done.best = min(done.best, held_out.get("loss", training["loss"]))
     done.since = 0 if better else done.since + 1
-
-
-def over(settings: Settings, done: Progress) -> bool:
-    """Returns whether the run ends early because its patience is used up."""
-    return 0 < settings.patience <= done.since

@@ -174,9 +174,9 @@ def _report(error: Exception, arguments: list[str]) -> int:
     if isinstance(error, ValueError | TypeError | OSError):
         message, hint = told(error)
         message = " ".join(message.split()) or type(error).__name__
-    if not isinstance(error, UserError | UserTypeError) and hint is None:  # an error of a part that gives one text
-        message, *more = _ADVICE.split(message, maxsplit=1)
-        hint = more[0] if more else None
+        if not isinstance(error, UserError | UserTypeError) and hint is None:  # an error of a part that gives one text
+            message, *more = _ADVICE.split(message, maxsplit=1)
+            hint = more[0] if more else None
     if hint is None and isinstance(error, OSError):
         hint = "check that the file can be read or written, and that its disk has space"
     elif hint is None and isinstance(error, ValueError):

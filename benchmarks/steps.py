@@ -1,6 +1,6 @@
 """Times steps of the compiled decoder by the number of their rows, and prompts, for each instruction set of this machine.
 
-A step is one forward of a tree after a prompt of 64 tokens. Instruction sets, models and sizes take turns in every round, beside a
+A step is one forward of a tree after a prompt of 64 tokens. Sets, models and sizes take turns in every round, beside a
 measurement of the memory's bandwidth. Every row has the median, the fastest and the slowest round.
 
     python benchmarks/steps.py --model DIR --output benchmarks/results/steps-avx2.jsonl

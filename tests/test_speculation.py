@@ -126,7 +126,7 @@ def test_every_own_tree_with_every_rule(method: str, rule: str) -> None:
     if DRAFTERS[method].chains_only or not RULES[rule].chains_only:
         assert parse(config) is not None
     else:
-        assert refusal(config).startswith(f"rule {rule!r} is not exact for the tree of method {method!r}; ")
+        assert refusal(config).startswith(f"rule {rule!r} is not exact for the tree of method {method!r}. ")
 
 
 @pytest.mark.parametrize(

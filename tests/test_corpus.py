@@ -602,7 +602,7 @@ def test_shards_of_an_earlier_version(tmp_path: Path, target: Path, monkeypatch:
     assert shards.usage_lines(file.parent) == [
         f"the shards in {file.parent} are by an earlier version of foredraft, which left out system and tool turns"
     ]
-    with pytest.raises(TrainingError, match=r"begun by another version of foredraft.*: give another --shards folder"):
+    with pytest.raises(TrainingError, match=r"begun by another version of foredraft.*\. Give another --shards folder"):
         run(choice(tmp_path, target, "more", num_tokens=10**6, shards=file.parent))
 
 

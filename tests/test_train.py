@@ -289,7 +289,7 @@ def refused(given: TrainChoice, message: str) -> None:
 
 def test_other_settings_do_not_go_on(made: Path) -> None:
     run(choice(made, "eagle", "settled"))
-    refused(choice(made, "eagle", "settled", lr=1e-4), "belongs to a run with another lr: give the same settings")
+    refused(choice(made, "eagle", "settled", lr=1e-4), "belongs to a run with another lr. Give the same settings")
     refused(choice(made, "fspad", "settled"), "another method and head_options")
 
 
@@ -302,7 +302,7 @@ def test_a_run_begins_with_another_head(made: Path) -> None:
         assert torch.allclose(new[name], one, rtol=1e-2, atol=1e-5), name  # saved in bfloat16
     assert any(not torch.allclose(new[name], one, rtol=1e-2, atol=1e-5) for name, one in other.items())
     refused(dataclasses.replace(given, init=made / "longer"), "belongs to a run with another init")
-    with pytest.raises(ValueError, match=r"has other sizes than the head to train: give the options of that head \(--set\)"):
+    with pytest.raises(ValueError, match=r"has other sizes than the head to train\. Give the options of that head \(--set\)"):
         run(dataclasses.replace(given, options={"intermediate": 16}))
     with pytest.raises(ModelError, match="has method 'eagle', expected 'fspad'"):
         run(dataclasses.replace(choice(made, "fspad", "wrong"), init=made / "first"))
@@ -337,7 +337,7 @@ def test_shards_of_another_target_or_plan_are_refused(made: Path) -> None:
 
     given = choice(made, "eagle", "plan")
     refused(replace(given, model=str(OTHER_STORIES)), "made with another target")
-    refused(replace(given, max_len=80), "made with another max_len: give another --shards folder, or delete this one")
+    refused(replace(given, max_len=80), "made with another max_len. Give another --shards folder, or delete this one")
 
 
 def test_a_loss_that_is_no_number_stops_the_run(made: Path) -> None:

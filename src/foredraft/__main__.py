@@ -5,7 +5,6 @@ from __future__ import annotations
 import _thread
 import inspect
 import os
-import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from foredraft.core.errors import UserError, UserTypeError, told
+from foredraft.core.errors import told
 
 COMMANDS = ("generate", "chat", "bench", "calibrate", "train", "convert", "doctor", "audit", "methods", "theory")
 """The commands, in the order of ``--help``. The command or group of commands ``x`` is the object ``x`` of `foredraft.cli.x`."""
@@ -161,22 +160,12 @@ def _report_usage(error: Any) -> int:
     return 2
 
 
-_ADVICE = re.compile(
-    r"\. (?=[A-Z])|; (?![^(]*\))"
-    r"|: (?=(?:check|choose|convert|copy|correct|give|it|leave|load|measure|merge|name|raise|shorten|train|use)\b)"
-)
-"""Separates the description of an error from the advice that follows it."""
-
-
 def _report(error: Exception, arguments: list[str]) -> int:
     """Prints one line that describes the error and one line of advice. Returns the exit code."""
     message, hint = f"{type(error).__name__}: {error}", None
     if isinstance(error, ValueError | TypeError | OSError):
         message, hint = told(error)
         message = " ".join(message.split()) or type(error).__name__
-        if not isinstance(error, UserError | UserTypeError) and hint is None:  # an error of a part that gives one text
-            message, *more = _ADVICE.split(message, maxsplit=1)
-            hint = more[0] if more else None
     if hint is None and isinstance(error, OSError):
         hint = "check that the file can be read or written, and that its disk has space"
     elif hint is None and isinstance(error, ValueError):

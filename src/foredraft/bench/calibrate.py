@@ -21,6 +21,7 @@ from foredraft.bench import tasks
 from foredraft.cache.pool import prefill
 from foredraft.core.contracts import Target
 from foredraft.core.draws import Draws
+from foredraft.core.errors import UserError
 from foredraft.core.folders import BUNDLED
 from foredraft.core.law import TargetLaw, warp
 from foredraft.core.metrics import summarize
@@ -93,8 +94,8 @@ def calibrate(choice: CalibrateChoice) -> tuple[Path, dict[str, Any]]:
     found |= {"weights": weights} if weights else {}
     file = file_beside(choice.draft_model) or file_in_cache(weights, plain.target, config["method"])
     if file is None:
-        raise ValueError(
-            "the calibration cannot be saved: no cache folder is writable. Set FOREDRAFT_CACHE to a writable folder"
+        raise UserError(
+            "the calibration cannot be saved: no cache folder is writable", "Set FOREDRAFT_CACHE to a writable folder"
         )
     if DRAFTERS[config["method"]].gives == "expand":
         kinds = {kind: SamplingParams(temperature=t, max_tokens=choice.max_tokens) for kind, t in KINDS.items()}
@@ -118,7 +119,7 @@ def write(file: Path, found: dict[str, Any]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found, indent=1) + "\n")
     except OSError as error:
-        raise ValueError(f"cannot write {str(file)!r} ({error.strerror}): copy the drafter to a writable directory") from None
+        raise UserError(f"cannot write {str(file)!r} ({error.strerror})", "copy the drafter to a writable directory") from None
 
 
 def tokens_per_step(plain: LLM, config: dict[str, Any], prompts: Sequence[list[int]], max_tokens: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict
 
-from foredraft.core.errors import check_text, shown, unknown_name
+from foredraft.core.errors import UserError, UserTypeError, check_text, shown, unknown_name
 from foredraft.core.folders import is_file
 from foredraft.core.messages import ROLES, Message, check
 from foredraft.core.prompts import is_list
@@ -64,16 +64,17 @@ def render(tokenizer: Any, messages: Any, template: Template) -> str:
     own = getattr(tokenizer, "chat_template", None)
     options = _options(template, own)
     if tokenizer is None or not (own or "chat_template" in options):
-        raise ValueError(
-            "this model has no chat template. Give a prompt in the model's own format, to `foredraft generate` without "
-            "--chat or to generate() in Python, or give a chat template"
+        raise UserError(
+            "this model has no chat template",
+            "Give a prompt in the model's own format, to `foredraft generate` without --chat or to generate() in Python, or "
+            "give a chat template",
         )
 
     def rendered(given: list[dict[str, Any]], **changed: Any) -> str:
         try:
             return tokenizer.apply_chat_template(given, tokenize=False, **{**options, **changed})
         except Exception as error:  # a template is a program and can raise any error
-            raise ValueError(f"the chat template refuses the conversation: {' '.join(str(error).split())}") from None
+            raise UserError(f"the chat template refuses the conversation: {' '.join(str(error).split())}") from None
 
     checked = check(messages)
     checked = list(_with_contents(checked, _takes(rendered, template.get("chat_template_content_format", "auto"))))
@@ -83,7 +84,7 @@ def render(tokenizer: Any, messages: Any, template: Template) -> str:
     _check_kept(checked, rendered)
     _check_calls(checked, text)
     if options.get("tools") and rendered(checked, tools=None) == text:
-        raise ValueError("this model's chat template has no tools. Leave tools out, or give a chat_template that has them")
+        raise UserError("this model's chat template has no tools", "Leave tools out, or give a chat_template that has them")
     return text
 
 
@@ -98,20 +99,20 @@ def _options(template: Template, named: Any) -> dict[str, Any]:
     """Returns arguments of `apply_chat_template`. `named` is the tokenizer's template, or a dictionary of named templates."""
     further = template.get("chat_template_kwargs") or {}
     if not isinstance(further, Mapping) or not all(isinstance(key, str) for key in further):
-        raise TypeError(f"chat_template_kwargs must be a dict of variables for the template, got {further!r}")
+        raise UserTypeError(f"chat_template_kwargs must be a dict of variables for the template, got {further!r}")
     for key in OF_THE_CALL:
         if key in further:
-            raise ValueError(f"chat_template_kwargs cannot set {key!r}, which is not a variable of a template. Leave it out")
+            raise UserError(f"chat_template_kwargs cannot set {key!r}, which is not a variable of a template", "Leave it out")
     options = {"add_generation_prompt": True, "continue_final_message": False, **template, **further}
     for key in ("chat_template_kwargs", "chat_template_content_format"):
         options.pop(key, None)
     for key in ("add_generation_prompt", "continue_final_message"):
         if not isinstance(options[key], bool):
-            raise TypeError(f"{key} must be True or False, got {shown(options[key])}")
+            raise UserTypeError(f"{key} must be True or False, got {shown(options[key])}")
     if options["add_generation_prompt"] and options["continue_final_message"]:
-        raise ValueError(
-            "continue_final_message and add_generation_prompt exclude each other: an output continues a message or starts one. "
-            "Give continue_final_message=True with add_generation_prompt=False"
+        raise UserError(
+            "continue_final_message and add_generation_prompt exclude each other: an output continues a message or starts one",
+            "Give continue_final_message=True with add_generation_prompt=False",
         )
     options["chat_template"] = _template_text(options.get("chat_template"), named)
     options["tools"] = _checked_tools(options.get("tools"))
@@ -123,26 +124,26 @@ def _template_text(given: Any, named: Any) -> str | None:
     if given is None or (isinstance(given, str) and re.search(r"[{}\n]", given)):
         return given
     if not isinstance(given, str | Path):
-        raise TypeError(f"chat_template must be a Jinja template or the path of a file with one, got {shown(given)}")
+        raise UserTypeError(f"chat_template must be a Jinja template or the path of a file with one, got {shown(given)}")
     if isinstance(named, Mapping) and given in named:
         return named[given]
     path = shown(str(given))
     if not is_file(Path(given)):
-        raise ValueError(f"no chat template: {path} is neither a Jinja template nor a file. Give one of them")
+        raise UserError(f"no chat template: {path} is neither a Jinja template nor a file", "Give one of them")
     try:
         return Path(given).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         why = f"byte {error.start + 1} of the file is not UTF-8"
-        raise ValueError(f"the chat template {path} cannot be read: {why}. Give a text file in UTF-8") from None
+        raise UserError(f"the chat template {path} cannot be read: {why}", "Give a text file in UTF-8") from None
     except OSError as error:
-        raise ValueError(f"the chat template {path} cannot be read: {error.strerror}. Give a file that can be read") from None
+        raise UserError(f"the chat template {path} cannot be read: {error.strerror}", "Give a file that can be read") from None
 
 
 def _checked_tools(tools: Any) -> list[Any] | None:
     if tools is None:
         return None
     if not is_list(tools) or not all(isinstance(tool, Mapping) or callable(tool) for tool in tools):
-        raise TypeError(f"tools must be a list of JSON schemas or of Python functions, got {tools!r}")
+        raise UserTypeError(f"tools must be a list of JSON schemas or of Python functions, got {tools!r}")
     return [dict(tool) if isinstance(tool, Mapping) else tool for tool in tools] or None
 
 
@@ -219,9 +220,9 @@ def _check_kept(messages: Sequence[dict[str, Any]], rendered: Callable[..., str]
         return  # the template needs contents of a form that the words destroy
     for number, (message, mark) in enumerate(zip(messages, marks, strict=True), start=1):
         if message["role"] != "assistant" and message["content"] and mark not in shown:
-            raise ValueError(
-                f"the chat template drops message {number} (role {message['role']!r}). Leave it out, or say it in a message "
-                "whose role the template knows"
+            raise UserError(
+                f"the chat template drops message {number} (role {message['role']!r})",
+                "Leave it out, or say it in a message whose role the template knows",
             )
 
 
@@ -229,9 +230,9 @@ def _check_calls(messages: Sequence[Message], text: str) -> None:
     for number, message in enumerate(messages, start=1):
         names = [call.get("function", call)["name"] for call in message.get("tool_calls", ())]
         if not all(name in text for name in names):
-            raise ValueError(
-                f"the chat template drops the tool calls of message {number} ({', '.join(names)}). Write them into its "
-                "content, or give a chat_template that has them"
+            raise UserError(
+                f"the chat template drops the tool calls of message {number} ({', '.join(names)})",
+                "Write them into its content, or give a chat_template that has them",
             )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from foredraft.cache.layout import Layout, lay_out
 from foredraft.cache.pool import KVCache, KVPool
 from foredraft.core.contracts import Scores
+from foredraft.core.errors import UserError
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.kernels.linear import Linear, Norm, can_pack
 from foredraft.models.attention import attend, rotate
@@ -89,7 +90,7 @@ class LlamaTarget:
     ):
         reason = unsupported(config)
         if reason:
-            raise ValueError(f"cannot run this model with the Llama decoder: {reason}")
+            raise UserError(f"cannot run this model with the Llama decoder: {reason}")
         self.config = config
         self.vocab_size: int = config.vocab_size
         self.max_len: int = context_of(config, max_len)

@@ -43,13 +43,13 @@ def resume(course: Course, settings: Settings, optimizers: Optimizers, done: Pro
     try:
         content = torch.load(file, map_location=course.device, weights_only=True)
     except Exception:
-        raise TrainingError(f"{file} is damaged. Delete it to start again from the first step") from None
+        raise TrainingError(f"{file} is damaged", "Delete it to start again from the first step") from None
     content["facts"].setdefault("answers", "own")
     different = [key for key, value in facts_of(course, settings).items() if content["facts"].get(key) != value]
     if different:
         raise TrainingError(
-            f"{file} belongs to a run with another {' and '.join(different)}: "
-            "give the same settings to continue, or another --out"
+            f"{file} belongs to a run with another {' and '.join(different)}",
+            "give the same settings to continue, or another --out",
         )
     course.head.load_state_dict(content["head"])
     for optimizer, state in zip(optimizers, content["optimizers"], strict=True):

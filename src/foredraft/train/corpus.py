@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from foredraft.core.errors import UserError
 from foredraft.train.records import EXAMPLE, CannotUse, Conversation, conversations_of, text_of
 from foredraft.train.rendering import Renderer
 
@@ -110,7 +111,7 @@ def read_corpus(files: Sequence[Path], tokenizer: Any, seed: int, *, answers: st
         kept.append((conversation.question, ids, mask))
     if not kept:
         reasons = " ".join(usage.lines()) or "they hold no conversation"
-        raise ValueError(f"no training text in {', '.join(map(str, files))} ({reasons}). {EXAMPLE}")
+        raise UserError(f"no training text in {', '.join(map(str, files))} ({reasons})", EXAMPLE)
     held_out = _held_out({question for question, _, _ in kept})
     return Corpus([Prompt(ids, question in held_out, mask) for question, ids, mask in kept], usage)
 
@@ -152,14 +153,14 @@ def read_conversations(file: Path, answers: str = "own") -> Iterator[Conversatio
             continue
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             problem = str(error) if isinstance(error, ValueError) else f"a record has an unknown shape ({error!r})"
-            raise ValueError(f"{file}, line {number}: {problem}. {EXAMPLE}") from None
+            raise UserError(f"{file}, line {number}: {problem}", EXAMPLE) from None
         yield from _cut(conversations, answers)
 
 
 def _records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Yields the objects of a file with their line numbers. Blank lines are skipped."""
     if not file.is_file():
-        raise ValueError(f"no data file {str(file)!r}: give JSON Lines files (.jsonl or .jsonl.gz)")
+        raise UserError(f"no data file {str(file)!r}", "give JSON Lines files (.jsonl or .jsonl.gz)")
     open_it, number = gzip.open if file.suffix == ".gz" else open, 0
     try:
         with open_it(file, "rt", encoding="utf-8-sig") as lines:
@@ -171,8 +172,8 @@ def _records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                     raise ValueError(f"the line holds a {type(record).__name__}")
                 yield number, record
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{file} is not a JSON Lines file (line {max(number, 1)}: {error}): each line must be a JSON object. {EXAMPLE}"
+        raise UserError(
+            f"{file} is not a JSON Lines file (line {max(number, 1)}: {error}): each line must be a JSON object", EXAMPLE
         ) from None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from foredraft.core.contracts import Target
-from foredraft.core.errors import unknown_name
+from foredraft.core.errors import UserError, unknown_name
 from foredraft.train.attention import Tables
 from foredraft.train.frozen import Frozen
 from foredraft.train.recipes import Recipe
@@ -69,7 +69,7 @@ class Settings:
                 raise unknown_name(kind, name, list(known))
         for name in ("lr", "clip", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} must be 0 or above and finite, got {getattr(self, name)}")
+                raise UserError(f"--{name.replace('_', '-')} must be 0 or above and finite, got {getattr(self, name)}")
 
 
 @dataclass

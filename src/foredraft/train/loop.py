@@ -50,8 +50,9 @@ def train(course: Course, settings: Settings, folder: Path) -> Progress:
             norm = nn.utils.clip_grad_norm_(head.parameters(), settings.clip)
             if not torch.isfinite(norm):
                 raise TrainingError(
-                    f"the loss became NaN or infinite at step {done.step + 1}; the last checkpoint is intact. Lower --lr "
-                    f"(now {settings.lr:g}) and run again with another --out, or check the data"
+                    f"the loss became NaN or infinite at step {done.step + 1}",
+                    f"the last checkpoint is intact. Lower --lr (now {settings.lr:g}) and run again with another --out, or "
+                    "check the data",
                 )
             for optimizer in optimizers:
                 optimizer.step()
@@ -119,8 +120,9 @@ def backward(course: Course, settings: Settings, batch: Batch, step: int, part: 
         if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
             raise
         raise TrainingError(
-            f"a batch of {settings.batch_tokens} positions does not fit in memory; the last checkpoint is intact. Run again "
-            f"with --batch-tokens {settings.batch_tokens // 2} --accumulate {2 * settings.accumulate}, which learns the same"
+            f"a batch of {settings.batch_tokens} positions does not fit in memory",
+            f"the last checkpoint is intact. Run again with --batch-tokens {settings.batch_tokens // 2} --accumulate "
+            f"{2 * settings.accumulate}, which learns the same",
         ) from None
     return {"loss": learned.loss.detach(), **learned.figures}
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from foredraft.core.errors import UserError
 from foredraft.train import losses
 from foredraft.train.attention import unrolled
 from foredraft.train.lesson import Learned, Lesson, classified, shifted
@@ -136,9 +137,9 @@ def check(options: Mapping[str, Any]) -> None:
         ValueError: an option is out of range.
     """
     if not 0 < options.get("anchors", 1) <= 1:
-        raise ValueError(f"anchors must be a share of the positions, above 0 and at most 1, got {options['anchors']}")
+        raise UserError(f"anchors must be a share of the positions, above 0 and at most 1, got {options['anchors']}")
     if options.get("soft_labels", 0) < 0:
-        raise ValueError(f"soft_labels must be at least 0 (0: the tokens of the text), got {options['soft_labels']}")
+        raise UserError(f"soft_labels must be at least 0 (0: the tokens of the text), got {options['soft_labels']}")
 
 
 _RECURRENT = {"regression": 1.0, "classification": 0.1, "unroll": 1, "decay": 0.8, "noise": NOISE, "ctc": 0.0}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from foredraft.core.errors import unknown_name, whole_number
+from foredraft.core.errors import UserError, unknown_name, whole_number
 from foredraft.core.folders import BUNDLED_TARGET
 from foredraft.core.params import MAX_SEED
 from foredraft.core.progress import note
@@ -112,7 +112,7 @@ def run(choice: TrainChoice, workers: Workers | None = None) -> Progress:
     config = layer_config(llm.target.config, llm.target.vocab_size, given.sizes)
     shape = Shape.of(config)
     if shape.features != shape.hidden and given.recipe["regression"]:
-        raise ValueError("regression needs a head as wide as the target, and hidden makes it narrower. Leave out one of them")
+        raise UserError("regression needs a head as wide as the target, and hidden makes it narrower", "Leave out one of them")
     torch.manual_seed(choice.seed)
     head = HEADS[choice.method].make(shape, **given.head).to(llm.target.device)
     layers = list(dict.fromkeys([*head.feature_layers, *FINAL]))
@@ -159,11 +159,11 @@ def _check_tokenizer(tokenizer: Any, choice: TrainChoice) -> None:
         ValueError: there is no tokenizer, or it has no chat template and the answers of the files need one.
     """
     if tokenizer is None:
-        raise ValueError(
-            "the target has no tokenizer, which training needs to read the data: give a directory with a tokenizer"
+        raise UserError(
+            "the target has no tokenizer, which training needs to read the data", "give a directory with a tokenizer"
         )
     if choice.answers == "given" and not getattr(tokenizer, "chat_template", None):
-        raise ValueError("the target has no chat template, which --answers given needs. Leave out --answers given")
+        raise UserError("the target has no chat template, which --answers given needs", "Leave out --answers given")
 
 
 def _check(choice: TrainChoice) -> None:
@@ -179,8 +179,8 @@ def _check(choice: TrainChoice) -> None:
     if choice.answers not in ANSWERS:
         raise unknown_name("--answers", choice.answers, ANSWERS)
     if choice.answers == "given" and choice.temperatures is not None:
-        raise ValueError(
-            "--temperatures apply to the target's own answers, and --answers given uses none. Leave one of them out"
+        raise UserError(
+            "--temperatures apply to the target's own answers, and --answers given uses none", "Leave one of them out"
         )
 
 
@@ -202,9 +202,9 @@ def _read_init(choice: TrainChoice, head: torch.nn.Module) -> dict[str, torch.Te
     weights = read_head(resolve(choice.init, None), (choice.method,)).head.state_dict()
     wanted = {name: tensor.shape for name, tensor in head.state_dict().items()}
     if {name: tensor.shape for name, tensor in weights.items()} != wanted:
-        raise ValueError(
-            f"the head in {str(choice.init)!r} has other sizes than the head to train: give the options of that head (--set); "
-            "its provenance.json lists them"
+        raise UserError(
+            f"the head in {str(choice.init)!r} has other sizes than the head to train",
+            "give the options of that head (--set); its provenance.json lists them",
         )
     return weights
 
@@ -221,8 +221,9 @@ def _learned(texts: Sequence[Text], answer_share: float) -> list[Text]:
     """Selects the texts to learn from, and prints how many were left out because their answer is too short."""
     learned = [text for text in texts if not text.held_out and text.answer_share >= answer_share]
     if not learned:
-        raise ValueError(
-            f"in each of the {len(texts)} texts, the answer is less than {answer_share:.1%} of the text: give --answer-share 0"
+        raise UserError(
+            f"in each of the {len(texts)} texts, the answer is less than {answer_share:.1%} of the text",
+            "give --answer-share 0",
         )
     if short := sum(not text.held_out for text in texts) - len(learned):
         line = (

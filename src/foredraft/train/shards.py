@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from foredraft.core.errors import UserError
 from foredraft.core.params import SamplingParams
 from foredraft.core.progress import progress_bar
 from foredraft.llm import LLM
@@ -40,7 +41,7 @@ _TEXT_VERSION = 2
 """Version of the order and rendering of the conversations. Version 1 left out system turns and tool turns."""
 
 
-class TrainingError(ValueError):
+class TrainingError(UserError):
     """A run cannot continue. The message gives the reason, the files that are intact, and what to do."""
 
 
@@ -84,13 +85,15 @@ def capture(
     plan = plan._replace(feature_layers=manifest["made_from"]["feature_layers"], seed=manifest["made_from"]["seed"])
     layers = layers if plan.feature_layers else ()
     if missing := {*layers} - {*plan.feature_layers}:
-        raise TrainingError(f"the shards in {folder} lack the target's layers {sorted(missing)}: give another --shards folder")
+        raise TrainingError(
+            f"the shards in {folder} lack the target's layers {sorted(missing)}", "give another --shards folder"
+        )
     tokens = sum(shard["answer_tokens"] for shard in manifest["shards"])
     if tokens < plan.num_tokens:
         if manifest["shards"] and manifest["text_version"] != _TEXT_VERSION:
             raise TrainingError(
-                f"the shards in {folder} were begun by another version of foredraft, which read conversations differently: "
-                "give another --shards folder, or delete this one"
+                f"the shards in {folder} were begun by another version of foredraft, which read conversations differently",
+                "give another --shards folder, or delete this one",
             )
         prompts, usage = read(plan.seed)
         prompts.sort(key=lambda prompt: not prompt.held_out)  # held-out ones are in the first shards
@@ -136,8 +139,8 @@ def _read_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     different = [key for key in facts if manifest["made_from"].get(key) != facts[key] and key not in _MAY_DIFFER]
     if different:
         raise TrainingError(
-            f"the shards in {folder} were made with another {' and '.join(different)}: "
-            "give another --shards folder, or delete this one"
+            f"the shards in {folder} were made with another {' and '.join(different)}",
+            "give another --shards folder, or delete this one",
         )
     return manifest
 
@@ -161,7 +164,7 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
         part.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise TrainingError(
-            f"cannot write {file} ({reason}); its old content is intact. Free disk space and run the same command again"
+            f"cannot write {file} ({reason})", "its old content is intact. Free disk space and run the same command again"
         ) from None
 
 
@@ -233,7 +236,8 @@ def open_shard(file: Path, sha256: Mapping[str, str], layers: Sequence[int]) -> 
         whole = {}
     if any(name not in whole or _sha256(whole[name]) != sha256[name] for name in names):
         raise TrainingError(
-            f"the shard {file} is missing or damaged. Delete the folder {file.parent} and run again, to make the shards again"
+            f"the shard {file} is missing or damaged",
+            f"Delete the folder {file.parent} and run again, to make the shards again",
         )
     lengths = whole["lengths"].tolist()
     features = {layer: whole[_name(layer)].split(lengths) for layer in layers}

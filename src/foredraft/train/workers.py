@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from foredraft.core.errors import UserError
+
 
 @dataclass(frozen=True)
 class Workers:
@@ -80,6 +82,6 @@ def find_workers() -> Workers:
     try:
         from accelerate import Accelerator
     except ImportError:
-        raise ValueError("training with several processes needs Accelerate. Install it: pip install accelerate") from None
+        raise UserError("training with several processes needs Accelerate", "Install it: pip install accelerate") from None
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     return Workers(accelerator.num_processes, accelerator.process_index, accelerator)

@@ -3,7 +3,7 @@
 A step is one forward of a tree after a prompt of 64 tokens. Sets, models and sizes take turns in every round, beside a
 measurement of the memory's bandwidth. Every row has the median, the fastest and the slowest round.
 
-    python benchmarks/steps.py --model DIR --output benchmarks/results/steps-avx2.jsonl
+    python benchmarks/steps.py --model DIR --output FILE
 """
 
 from __future__ import annotations

@@ -547,7 +547,7 @@ def test_a_head_is_asked_for_by_its_own_method(method: str) -> None:
     [
         ("eagle3", "d2t", 26, r"drafts tokens outside its vocabulary\. `foredraft doctor`"),
         ("eagle3", "d2t", -1, r"drafts tokens outside its vocabulary"),
-        ("eagle3", "feature_layers", [2, 3, 9], r"features after layers \[2, 3, 9\], but this target has 5 layers:"),
+        ("eagle3", "feature_layers", [2, 3, 9], r"features after layers \[2, 3, 9\], but this target has 5 layers\."),
     ],
 )
 def test_a_head_that_reaches_beyond_its_target_is_refused(tmp_path: Path, name: str, key: str, value: Any, match: str) -> None:

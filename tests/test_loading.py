@@ -286,7 +286,7 @@ def test_pickled_weights_are_refused(llama):
     weights = load_file(llama / "model.safetensors")
     (llama / "model.safetensors").unlink()
     torch.save(weights, llama / "pytorch_model.bin")
-    fails(llama, "only pickled weights .pytorch_model.bin.*convert them to safetensors with .*save_pretrained")
+    fails(llama, "only pickled weights .pytorch_model.bin.*Convert them to safetensors with .*save_pretrained")
 
 
 @pytest.mark.parametrize("name", ["fp33", "int8", "bfloat1", torch.int64])

@@ -214,7 +214,7 @@ def test_contexts():
 def test_an_enormous_context_needs_a_limit(tmp_path):
     make("llama", rope_parameters=None).save_pretrained(tmp_path)
     edit_config(tmp_path, max_position_embeddings=10**9)
-    fails(tmp_path, "max_position_embeddings is 1000000000, .* give a smaller max_model_len")
+    fails(tmp_path, "max_position_embeddings is 1000000000, .* Give a smaller max_model_len")
     llm = LLM(tmp_path, {"method": "ar"}, max_model_len=64)
     assert llm.max_model_len == 64
     assert llm.generate(TOKENS[:4], SamplingParams(max_tokens=3))[0].finished

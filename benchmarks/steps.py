@@ -1,7 +1,8 @@
 """Times steps of the compiled decoder by the number of their rows, and prompts, for each instruction set of this machine.
 
 A step is one forward of a tree after a prompt of 64 tokens. Sets, models and sizes take turns in every round, beside a
-measurement of the memory's bandwidth. Every row has the median, the fastest and the slowest round.
+measurement of the bandwidth of the memory. Every row has the median, the fastest and the slowest round. The share of the
+bandwidth is the median of the shares of the rounds.
 
     python benchmarks/steps.py --model DIR --output FILE
 """
@@ -57,7 +58,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--sets", nargs="*", help="instruction sets; default: all of this machine but scalar")
     given = parser.parse_args()
-    torch.set_num_threads(torch.get_num_threads())
     targets = [(str(path.name), load_target(path, dtype=given.dtype, device="cpu")) for path in given.model or [BUNDLED_TARGET]]
     names = given.sets or [name for name in sets.sets_here() if name != "scalar"]
     seconds: dict[tuple[str, str, int], list[float]] = defaultdict(list)
@@ -69,7 +69,6 @@ def main() -> None:
                 for model, target in targets:
                     for rows, run in forwards(target):
                         seconds[model, name, rows].append(fastest(run, 1 if rows == PROMPT else REPEATS))
-    read = max(bandwidths)
     weights = {model: target.num_weight_bytes for model, target in targets}
     multiply_adds = {model: weights[model] / target.dtype.itemsize for model, target in targets}
     rows = [
@@ -83,8 +82,8 @@ def main() -> None:
                 "ms_slowest": 1e3 * max(times),
                 "times_one_row": median(times) / median(seconds[model, name, 1]),
                 "read_gb_per_s": weights[model] / median(times) / 1e9,
-                "bandwidth_gb_per_s": read / 1e9,
-                "bandwidth_share": weights[model] / median(times) / read,
+                "bandwidth_gb_per_s": median(bandwidths) / 1e9,
+                "bandwidth_share": median([weights[model] / time / read for time, read in zip(times, bandwidths, strict=True)]),
                 "gflops": 2 * multiply_adds[model] * rows / median(times) / 1e9,
                 "rounds": len(times),
             }

@@ -342,7 +342,7 @@ def test_shards_of_another_target_or_plan_are_refused(made: Path) -> None:
 
 def test_a_loss_that_is_no_number_stops_the_run(made: Path) -> None:
     given = choice(made, "eagle", "nan", steps=40, lr=1e30, clip=1e30, warmup=0.0, evaluate_every=1)
-    refused(given, r"the loss became NaN or infinite at step \d+; the last checkpoint is intact\. Lower --lr")
+    refused(given, r"the loss became NaN or infinite at step \d+\. The last checkpoint is intact\. Lower --lr")
     kept = torch.load(given.out / checkpoint.CHECKPOINT, weights_only=True)
     assert all(torch.isfinite(one).all() for one in kept["head"].values())
 
@@ -361,7 +361,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(made: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
     other = choice(made, "eagle", "full2", steps=4)
-    refused(other, r"No space left on device.*; its old content is intact\. Free disk space and run the same command again")
+    refused(other, r"No space left on device.*\. Its old content is intact\. Free disk space and run the same command again")
     assert not (other.out / checkpoint.CHECKPOINT).exists()
     assert (given.out / checkpoint.CHECKPOINT).read_bytes() == before
     monkeypatch.setattr(checkpoint.torch, "save", real)

@@ -67,16 +67,17 @@ INLINE void lay_keys(const int type, const View *view, const Cells *keys, int64_
         }
 }
 
-/* Computes the scores of n queries with the laid-out keys, [n][room]. n and `type` are constants. */
+/* Computes the scores of n queries with the laid-out keys, [n][room]. n and `paired` are constants. */
 INLINE void scores_of(
-    const int n, const int type, const void *const *queries, Laid laid, int64_t size, int64_t count, float *scores, int64_t room
+    const int n, const int paired, const void *const *queries, Laid laid, int64_t size, int64_t count, float *scores, int64_t room
 ) {
     const V scale = v_set(1.0f / sqrtf((float)size));
     V sums[AT_ONCE];
+    (void)paired;
     UNROLL
     for (int q = 0; q < n; q++) sums[q] = v_set(0);
 #if PAIRED
-    if (type == BF16)
+    if (paired)
         for (int64_t d = 0; d < size; d += 2)
             UNROLL
             for (int q = 0; q < n; q++) sums[q] = p_dot(sums[q], laid.pairs[d / 2], (const uint16_t *)queries[q] + d);
@@ -168,14 +169,16 @@ INLINE void mixtures_of(
     }
 
 /* Computes the scores of queries with up to LANES laid-out keys. */
-INLINE void score_keys(
-    const int type, const Seer *seers, int64_t count, Laid laid, int64_t size, int64_t there, float *scores, int64_t room
+static void score_keys(
+    int type, const Seer *seers, int64_t count, Laid laid, int64_t size, int64_t there, float *scores, int64_t room
 ) {
     for (int64_t q = 0; q < count; q += AT_ONCE) {
         const int64_t n = least(AT_ONCE, count - q);
         const void *queries[AT_ONCE];
         for (int64_t i = 0; i < n; i++) queries[i] = seers[q + i].query;
-#define CALL(N) scores_of(N, type, queries, laid, size, there, scores + q * room, room)
+#define CALL(N) \
+    if (is_paired(type)) scores_of(N, 1, queries, laid, size, there, scores + q * room, room); \
+    else scores_of(N, 0, queries, laid, size, there, scores + q * room, room)
         CASES(CALL)
 #undef CALL
     }

@@ -49,7 +49,7 @@ clean:
 kernels: $(KERNELS)
 
 # Built by the installation first, and here when a C source changes. Without a compiler it says so, and torch computes.
-$(KERNELS): $(STAMP) $(CODE)/build.py $(wildcard $(CODE)/c/*.c $(CODE)/c/*.h)
+$(KERNELS): $(CODE)/build.py $(wildcard $(CODE)/c/*.c $(CODE)/c/*.h) | $(STAMP)
 	-$(BIN)/python $(CODE)/build.py
 
 # Installed anew when what is to be installed changes, and not otherwise.

@@ -28,7 +28,7 @@ def said(capsys: pytest.CaptureFixture[str], *more: str) -> str:
 def test_it_describes_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
     lines = said(capsys).splitlines()
     assert [line.split(":")[0] for line in lines[:4]] == ["processor", "instruction set", "memory", "versions"]
-    assert f"instruction set: {machine.instruction_set()} (here: {', '.join([*sets.sets_here(), 'torch'])})" in lines
+    assert f"instruction set: {sets.instruction_set()} (here: {', '.join([*sets.sets_here(), 'torch'])})" in lines
     assert "memory: 12.3 GB/s read" in lines
     facts = json.loads(said(capsys, "--json"))
     assert facts["threads"] == torch.get_num_threads()

@@ -18,6 +18,7 @@ from foredraft.core.folders import BUNDLED_LM
 from foredraft.kernels import build, sets, structures
 from foredraft.models.llama import LlamaTarget
 from foredraft.models.loading import load_target
+from foredraft.plan.measure import facts_of
 
 TARGET = Path(__file__).parent / "data" / "babyllama-105"
 
@@ -155,3 +156,14 @@ def test_the_build_leaves_out_what_the_compiler_does_not_know(tmp_path: Path, mo
     ended = subprocess.run(script, env={"CC": "no-such-compiler", "PATH": ""}, capture_output=True, text=True)
     assert ended.returncode == 1
     assert ended.stderr.startswith("foredraft: no compiled kernels, so torch will compute")
+
+
+def test_a_choice_belongs_to_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that were timed on one instruction set say nothing of another."""
+    target = load_target(BUNDLED_LM, device="cpu")
+    told = set()
+    for name in [*sets.sets_here(), "torch"]:
+        monkeypatch.setenv("FOREDRAFT_KERNELS", name)
+        sets.library.cache_clear()
+        told.add(facts_of(target, [])["kernels"])
+    assert told == {*sets.sets_here(), "torch"}

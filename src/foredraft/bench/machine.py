@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from foredraft.kernels.sets import SETS, kernels, library, sets_here, sets_of_library
+from foredraft.kernels.sets import SETS, kernels, sets_here, sets_of_library
 from foredraft.plan.store import versions
 
 
@@ -31,12 +31,6 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def instruction_set() -> str:
-    """Returns the name of the instruction set whose kernels run, or ``torch``."""
-    code = library()
-    return "torch" if code is None else code.name
 
 
 def advice() -> list[str]:

@@ -50,9 +50,9 @@ def _machine(*, as_json: bool) -> int:
     import torch
 
     from foredraft.bench.bandwidth import read_bandwidth
-    from foredraft.bench.machine import advice, instruction_set, machine
+    from foredraft.bench.machine import advice, machine
     from foredraft.cli import show
-    from foredraft.kernels.sets import sets_here
+    from foredraft.kernels.sets import instruction_set, sets_here
 
     facts = machine(torch.device("cpu"))
     facts |= {"instruction_set": instruction_set(), "sets": sets_here(), "advice": advice()}

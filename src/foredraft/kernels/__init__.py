@@ -15,6 +15,7 @@ from torch import Tensor
 from foredraft.kernels import laws, prefixes, race
 from foredraft.kernels.sets import Code as Code
 from foredraft.kernels.sets import cpu_flags as cpu_flags
+from foredraft.kernels.sets import instruction_set as instruction_set
 from foredraft.kernels.sets import kernels as kernels
 from foredraft.kernels.sets import library as library
 

@@ -142,6 +142,12 @@ def library() -> Code | None:
     return code_of(given)
 
 
+def instruction_set() -> str:
+    """Returns the name of the instruction set whose kernels run, or ``torch``."""
+    code = library()
+    return "torch" if code is None else code.name
+
+
 @cache
 def cpu_flags() -> frozenset[str]:
     """Returns the processor's feature flags, under their Linux names."""

@@ -20,7 +20,7 @@ from foredraft.core.params import SamplingParams
 from foredraft.core.shape import MAX_DEPTH
 from foredraft.core.tree import TreeBatch
 from foredraft.engine.engine import Engine
-from foredraft.kernels import cpu_flags, library
+from foredraft.kernels import cpu_flags, instruction_set
 from foredraft.plan.speculation import KINDS
 
 SAMPLE_TEXT = (
@@ -55,7 +55,7 @@ def facts_of(target: Target, weights: Sequence[str | None]) -> dict[str, Any]:
         "weights": weights,
         "machine": [platform.node(), platform.machine(), os.cpu_count(), sorted(cpu_flags())],
         "threads": torch.get_num_threads(),
-        "compiled": library() is not None,
+        "kernels": instruction_set(),
         "versions": [torch.__version__, foredraft.__version__],
     }
 

@@ -16,11 +16,39 @@ from foredraft.core.contracts import Budget, Work
 from foredraft.core.draws import Draws
 from foredraft.core.folders import BUNDLED_LM
 from foredraft.core.params import SamplingParams
-from foredraft.core.tree import DraftTree, TreeBatch, bfs_order, dfs_order, heavy_path_order
+from foredraft.core.tree import DraftTree, TreeBatch
 from foredraft.drafters.lm import LMDrafter
 from foredraft.models.loading import load_target
 from foredraft.trees.base import Policy, Sapling
 from foredraft.trees.dyspec import DySpec
+
+
+def bfs_order(tree: DraftTree) -> list[int]:
+    """Returns the nodes level by level."""
+    return sorted(range(tree.num_nodes), key=lambda node: (int(tree.depths[node]), node))
+
+
+def dfs_order(tree: DraftTree) -> list[int]:
+    """Returns the nodes depth first, with siblings in draw order (DySpec, appendix C)."""
+    return _depth_first(tree.children)
+
+
+def heavy_path_order(tree: DraftTree) -> list[int]:
+    """Returns the nodes depth first, siblings with larger subtrees first (heavy-path decomposition; DySpec, appendix C)."""
+    size = [1] * tree.num_nodes
+    for node in range(tree.num_nodes - 1, 0, -1):
+        size[tree.parents[node]] += size[node]
+    return _depth_first([sorted(siblings, key=lambda node: -size[node]) for siblings in tree.children])
+
+
+def _depth_first(children: list[list[int]]) -> list[int]:
+    order, stack = [], [0]
+    while stack:
+        node = stack.pop()
+        order.append(node)
+        stack.extend(reversed(children[node]))
+    return order
+
 
 ORDERS: dict[str, Callable[[DraftTree], Sequence[int]]] = {
     "insertion": lambda tree: range(tree.num_nodes),

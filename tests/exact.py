@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ __all__ = [
     "TableExpander",
     "any_table",
     "chain_prob",
+    "collapse",
     "enumerate_branches",
     "expected_tokens",
     "joint_law",
@@ -60,3 +62,12 @@ MEASURED: dict[str, dict[str, Any]] = {
     "dyspec-calibrated": {"acceptance_by_prob": any_table()},
 }
 """Options that a tree cannot do without, as a calibration would give them."""
+
+
+def collapse(path: Sequence[int], blank: int) -> tuple[int, ...]:
+    """Collapses a path of frames: merges repeats, then removes blanks.
+
+    Apply it only once, because the result may contain repeats: the path 1 blank 1 collapses to 1 1.
+    """
+    merged = [token for i, token in enumerate(path) if i == 0 or token != path[i - 1]]
+    return tuple(token for token in merged if token != blank)

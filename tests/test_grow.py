@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import heapq
 import json
+import sys
 from itertools import combinations, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from tree_shapes import bfs_order, dfs_order, heavy_path_order
+
 from exact import MEASURED, TableExpander, any_table, expected_tokens, tree_law
 from foredraft.core.contracts import Budget, Work
 from foredraft.core.draws import Draws
 from foredraft.core.params import SamplingParams
-from foredraft.core.tree import DraftTree, TreeBatch, ancestor_mask, bfs_order, dfs_order, heavy_path_order
+from foredraft.core.tree import DraftTree, TreeBatch, ancestor_mask
 from foredraft.models.table import Law, random_law
 from foredraft.rules import RULES
 from foredraft.trees import GROWERS

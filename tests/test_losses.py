@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foredraft.drafters.prefixes import collapse
+from exact import collapse
 from foredraft.train.losses import (
     ctc,
     ctc_prefixes,

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from foredraft.drafters.prefixes import PrefixLaws, collapse
+from exact import collapse
+from foredraft.drafters.prefixes import PrefixLaws
 from foredraft.kernels import OPERATIONS, library
 from foredraft.kernels.prefixes import prefix_search, trie
 

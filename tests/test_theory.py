@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
-from math import inf
+from itertools import combinations, product
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +36,14 @@ from foredraft.theory.simulate import simulated_rejections
 from foredraft.theory.speedup import (
     best_length,
     break_even_acceptance,
-    break_even_batch,
     chain_speedup,
     chain_tokens,
     interpolated,
 )
 from foredraft.theory.texts import Texts
 from foredraft.theory.tradeoff import best_residual, front, least_loss, loss, optimal, reject_prob, uno
-from foredraft.theory.trees import best_by_search, best_tree, expected_tokens
 from foredraft.trees import GROWERS
+from foredraft.trees.budget import best_paths
 
 EXACT = 1e-12
 FIXED = iid_pair([0.5, 0.5], [0.8, 0.2])
@@ -287,11 +288,24 @@ def test_tolerance_0_is_lossless_and_uno_is_not(nodes: int) -> None:
 # --- The optimum over all rules
 
 
+def iid_set_probs(p: np.ndarray, k: int) -> dict[tuple[int, ...], float]:
+    """Computes the distribution of the set of distinct tokens among k independent draws."""
+    size = len(p)
+    inside_of = {tokens: float(p[list(tokens)].sum()) ** k for n in range(k + 1) for tokens in combinations(range(size), n)}
+    probs: dict[tuple[int, ...], float] = {}
+    for tokens in inside_of:
+        subsets = (subset for n in range(len(tokens) + 1) for subset in combinations(tokens, n))
+        prob = sum((-1) ** (len(tokens) - len(subset)) * inside_of[subset] for subset in subsets)
+        if prob > 1e-15:
+            probs[tokens] = prob
+    return probs
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_optimum_with_replacement_is_that_of_the_linear_programme(seed: int) -> None:
     p, q = random_laws(3 + seed % 4, seed)
     for k in (1, 2, 3):
-        exact = transport.by_programme(transport.iid_set_probs(p, k), q)
+        exact = transport.by_programme(iid_set_probs(p, k), q)
         assert transport.with_replacement(p, q, k) == pytest.approx(exact, abs=1e-9)
 
 
@@ -300,7 +314,7 @@ def test_bounds_without_replacement(seed: int, monkeypatch: pytest.MonkeyPatch) 
     p, q = random_laws(7, seed)
     for k in (1, 2, 3):
         exact = transport.without_replacement(p, q, k)
-        assert exact.gap == 0
+        assert exact.low == exact.high
         with monkeypatch.context() as patched:
             patched.setattr(transport, "MOST_SETS", 0)
             low, high = transport.without_replacement(p, q, k)
@@ -326,18 +340,62 @@ def test_table_of_single_node_acceptance(k: int, spec: float, kseq: float, witho
     assert found == pytest.approx({"multiround-iid": spec, "kseq": kseq, "deterministic": topk}, abs=1e-5)
     assert transport.multiround_without_replacement(P, Q, k) == pytest.approx(without, abs=EXACT)
     assert transport.with_replacement(P, Q, k) >= max(spec, kseq) - EXACT
-    assert transport.deterministic(Q, k) == pytest.approx([0.5, 0.8, 1.0][k - 1])
 
 
 # --- Trees and speed
 
 
+def expected_tokens(paths: Sequence[tuple[int, ...]], acceptance: Sequence[float]) -> float:
+    """Computes the tokens per step: 1, plus for every node the product of the acceptances on its path.
+
+    Args:
+        paths: the nodes below the root, with all parents and elder siblings.
+        acceptance: probability that a child is accepted, by its sibling rank, given that its parent was accepted; 0 for
+            higher ranks.
+
+    Source: Sequoia (arXiv 2402.12374), section 4.1, the positional acceptance assumption.
+
+    Raises:
+        ValueError: a node's parent or elder sibling is missing, or an acceptance is outside 0 to 1.
+    """
+    rates = list(acceptance)
+    known = {(), *paths}
+    for path in paths:
+        elder = (*path[:-1], path[-1] - 1) if path[-1] else ()
+        if path[:-1] not in known or elder not in known:
+            raise ValueError(f"node {path} is without its parent or its elder sibling")
+    return 1.0 + sum(prod(rates[rank] if rank < len(rates) else 0.0 for rank in path) for path in set(paths))
+
+
+def best_by_search(acceptance: Sequence[float], nodes: int, depth: int) -> float:
+    """Computes the tokens per step of the best tree, by trying all trees of up to `nodes` nodes.
+
+    It is a reference for `best_tree`, for small numbers of nodes.
+    """
+    ranks = range(min(nodes, len(acceptance)))
+    candidates = [path for length in range(1, depth + 1) for path in product(ranks, repeat=length)]
+
+    def grow(tree: frozenset[tuple[int, ...]], left: int) -> float:
+        value = expected_tokens(sorted(tree), acceptance)
+        if not left:
+            return value
+        return max([value] + [grow(tree | {path}, left - 1) for path in candidates if path not in tree and _fits(path, tree)])
+
+    return grow(frozenset(), nodes)
+
+
+def _fits(path: tuple[int, ...], tree: frozenset[tuple[int, ...]]) -> bool:
+    has_parent = len(path) == 1 or path[:-1] in tree
+    return has_parent and (path[-1] == 0 or (*path[:-1], path[-1] - 1) in tree)
+
+
 def test_trees_of_sequoias_table() -> None:
     rates = [0.6, 0.2, 0.1, 0.05]
-    values = [expected_tokens(best_tree(rates, nodes - 1), rates) for nodes in (2, 4, 8, 16, 32)]
+    values = [expected_tokens(best_paths(rates, Budget(nodes - 1, nodes - 1)), rates) for nodes in (2, 4, 8, 16, 32)]
     assert values == pytest.approx([1.6, 2.176, 2.7456, 3.30936, 3.86849], abs=1e-5)
     for nodes in (1, 2, 3, 4):
-        assert expected_tokens(best_tree(rates[:3], nodes, 3), rates[:3]) == pytest.approx(best_by_search(rates[:3], nodes, 3))
+        found = expected_tokens(best_paths(rates[:3], Budget(nodes, min(nodes, 3))), rates[:3])
+        assert found == pytest.approx(best_by_search(rates[:3], nodes, 3))
     with pytest.raises(ValueError, match="without its parent"):
         expected_tokens([(0, 0)], rates)
 
@@ -354,12 +412,6 @@ def test_chains_and_their_break_even() -> None:
     best = best_length(0.8, 0.05, verify, 16)
     assert best.speedup == max(chain_speedup(0.8, k, 0.05, verify) for k in range(1, 17))
     assert best_length(0.1, 1.0, verify) == (0, 1.0)
-    seconds = {1: 1.0, 8: 1.1, 64: 4.0, 256: 16.0}
-    largest = break_even_batch(2.5, 7, 4, seconds, lambda b: 0.02)
-    assert largest is not None
-    cost = interpolated(seconds)
-    assert 2.5 * cost(largest) >= 0.08 + cost(8 * largest)
-    assert 2.5 * cost(largest + 1) < 0.08 + cost(8 * (largest + 1))
 
 
 # --- Simulation. 40,000 runs, 4 standard errors: a false alarm of 6e-5 a comparison, with fixed seeds.

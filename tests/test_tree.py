@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from foredraft.core.tree import DraftTree, Drawn, TreeBatch, ancestor_mask, bfs_order, depths_of, dfs_order, heavy_path_order
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from tree_shapes import bfs_order, dfs_order, heavy_path_order
+
+from foredraft.core.tree import DraftTree, Drawn, TreeBatch, ancestor_mask, depths_of
 
 ORDERS = [dfs_order, bfs_order, heavy_path_order]
 

@@ -110,33 +110,6 @@ def ancestor_mask(parents: Ids) -> Bool[np.ndarray, "n n"]:
     return mask
 
 
-def bfs_order(tree: DraftTree) -> list[int]:
-    """Returns the nodes level by level."""
-    return sorted(range(tree.num_nodes), key=lambda node: (int(tree.depths[node]), node))
-
-
-def dfs_order(tree: DraftTree) -> list[int]:
-    """Returns the nodes depth first, with siblings in draw order (DySpec, appendix C)."""
-    return _depth_first(tree.children)
-
-
-def heavy_path_order(tree: DraftTree) -> list[int]:
-    """Returns the nodes depth first, siblings with larger subtrees first (heavy-path decomposition; DySpec, appendix C)."""
-    size = [1] * tree.num_nodes
-    for node in range(tree.num_nodes - 1, 0, -1):
-        size[tree.parents[node]] += size[node]
-    return _depth_first([sorted(siblings, key=lambda node: -size[node]) for siblings in tree.children])
-
-
-def _depth_first(children: list[list[int]]) -> list[int]:
-    order, stack = [], [0]
-    while stack:
-        node = stack.pop()
-        order.append(node)
-        stack.extend(reversed(children[node]))
-    return order
-
-
 @dataclass(frozen=True, eq=False)
 class TreeBatch:
     """The trees of B requests, packed one after another. Growers, masks and targets use this form.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.kernels.prefixes import Ends, Labels, completed, followed
+from foredraft.kernels.prefixes import Ends, completed, followed
 
 
 class PrefixLaws:
@@ -47,12 +47,3 @@ class PrefixLaws:
             is_new = not parents[node] or tokens[parents[node]] != tokens[node]
             self._ends[node] = followed(own, self._blanks, completed(own, before, is_new))
         return self._ends[node]
-
-
-def collapse(path: Sequence[int], blank: int) -> Labels:
-    """Collapses a path of frames: merges repeats, then removes blanks.
-
-    Apply it only once, because the result may contain repeats: the path 1 blank 1 collapses to 1 1.
-    """
-    merged = [token for i, token in enumerate(path) if i == 0 or token != path[i - 1]]
-    return tuple(token for token in merged if token != blank)

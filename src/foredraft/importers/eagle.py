@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from foredraft.importers.reading import Finding, Found, Reading, TargetFacts, about_layer, read_layer
+from foredraft.importers.reading import OTHER_TARGET, Finding, Findings, Found, Reading, TargetFacts, about_layer, read_layer
 
 _EMBEDDING = "embed_tokens.weight"
 _IDS = "eagle_aux_hidden_state_layer_ids"
@@ -57,23 +57,16 @@ def read_feature_head(found: Found) -> Reading:
     reading.unused = {_EMBEDDING}
     reading.findings = about_layer(given)
     if found.shares_embedding is False:
-        reading.findings.append(
-            Finding(
-                "embed_tokens is not the target's embedding, but EAGLE and FSPAD share the target's",
-                "give the target for which it was trained",
-            )
-        )
+        reading.findings.add("embed_tokens is not the target's embedding, but EAGLE and FSPAD share the target's", OTHER_TARGET)
     bias = "fc.fc.bias" if parts["feature_sampling"] else "fc.bias"
     if bias not in found.shapes:
         reading.zeros = {bias}
     if (bias in found.shapes) != given.get("bias", True):
         has, says = ("a", "false") if bias in found.shapes else ("no", str(given.get("bias", "nothing")).lower())
-        reading.findings.append(
-            Finding(
-                f"the weights have {has} bias {bias!r}, but for bias config.json says {says} (the default is true)",
-                f'write "bias": {"true" if bias in found.shapes else "false"} into config.json',
-                fatal=bias in found.shapes,
-            )
+        reading.findings.add(
+            f"the weights have {has} bias {bias!r}, but for bias config.json says {says} (the default is true)",
+            f'write "bias": {"true" if bias in found.shapes else "false"} into config.json',
+            fatal=bias in found.shapes,
         )
     return reading
 
@@ -122,13 +115,11 @@ def read_eagle3_speculators(found: Found) -> Reading:
         if config.get(key):
             reading.options[key] = True
     if config.get("norm_before_fc") and config.get("fc_norm"):
-        reading.findings.append(Finding("norm_before_fc and fc_norm exclude each other", "remove one of them from config.json"))
+        reading.findings.add("norm_before_fc and fc_norm exclude each other", "remove one of them from config.json")
     if config.get("norm_before_residual") is None:
-        reading.findings.append(
-            Finding(
-                "config.json lacks norm_before_residual: the default is false in speculators and true in vLLM",
-                "write the value with which it was trained into config.json",
-            )
+        reading.findings.add(
+            "config.json lacks norm_before_residual: the default is false in speculators and true in vLLM",
+            "write the value with which it was trained into config.json",
         )
     return reading
 
@@ -165,11 +156,11 @@ def _eagle3(found: Found, given: Mapping[str, Any]) -> Reading:
         theirs=lambda name: name.replace("midlayer.", f"{at}."),
         zeros={"d2t"} if draft == layer.vocab_size and "d2t" not in shapes else set(),
         unused={"t2d", _EMBEDDING},
-        findings=about_layer(given) + findings,
+        findings=Findings([*about_layer(given), *findings]),
     )
 
 
-def _layer_ids(config: Mapping[str, Any], count: int, target: TargetFacts | None) -> tuple[list[int], list[Finding]]:
+def _layer_ids(config: Mapping[str, Any], count: int, target: TargetFacts | None) -> tuple[list[int], Findings]:
     """Finds the target's layers whose states are fused. Id i is the state after i layers (HF's ``hidden_states[i]``).
 
     Engines count differently. vLLM reads the ids at the top level in this way. SGLang reads the ids in ``eagle_config`` and
@@ -179,25 +170,21 @@ def _layer_ids(config: Mapping[str, Any], count: int, target: TargetFacts | None
         count: number of states that the head fuses.
     """
     inner = config.get("eagle_config") or {}
-    given, within, found = config.get(_IDS), inner.get(_IDS), []
+    given, within, found = config.get(_IDS), inner.get(_IDS), Findings()
     if given is None and within is not None:
         given = [layer + 1 for layer in within]
-        found.append(
-            Finding(
-                f"the layers are only in eagle_config, as {within}: SGLang reads them as the states after {given} layers, "
-                "vLLM does not read them",
-                f'write "{_IDS}": {given} into config.json, outside eagle_config',
-                fatal=False,
-            )
+        found.add(
+            f"the layers are only in eagle_config, as {within}: SGLang reads them as the states after {given} layers, "
+            "vLLM does not read them",
+            f'write "{_IDS}": {given} into config.json, outside eagle_config',
+            fatal=False,
         )
     elif given is not None and within is not None and list(within) != [layer - 1 for layer in given]:
-        found.append(
-            Finding(
-                f"{_IDS} is {list(given)}, and {list(within)} in eagle_config, where SGLang adds 1 to each: they name "
-                "different layers",
-                f"remove it from eagle_config, or write {[layer - 1 for layer in given]} there",
-                fatal=False,
-            )
+        found.add(
+            f"{_IDS} is {list(given)}, and {list(within)} in eagle_config, where SGLang adds 1 to each: they name "
+            "different layers",
+            f"remove it from eagle_config, or write {[layer - 1 for layer in given]} there",
+            fatal=False,
         )
     given = given if given is not None else inner.get("layer_ids")
     if target is None:
@@ -206,18 +193,14 @@ def _layer_ids(config: Mapping[str, Any], count: int, target: TargetFacts | None
     usual = [2, size // 2, size - 3]
     ids = list(usual if given is None else given)
     if len(ids) != count or not all(0 <= layer <= size for layer in ids):
-        found.append(
-            Finding(
-                f"the layers are {ids}: fc fuses {count} of them, and each must be from 0 to {size}, the target's layers",
-                f"correct {_IDS} in config.json, or give the target for which it was trained",
-            )
+        found.add(
+            f"the layers are {ids}: fc fuses {count} of them, and each must be from 0 to {size}, the target's layers",
+            f"correct {_IDS} in config.json, or give the target for which it was trained",
         )
     elif ids == [layer - 1 for layer in usual]:
-        found.append(
-            Finding(
-                f"the layers are {ids}, each one less than usual ({usual}): the ids may count from another layer",
-                f"ask the author of the head whether the states after {usual} layers are meant",
-                fatal=False,
-            )
+        found.add(
+            f"the layers are {ids}, each one less than usual ({usual}): the ids may count from another layer",
+            f"ask the author of the head whether the states after {usual} layers are meant",
+            fatal=False,
         )
     return (ids + [0] * count)[:count], found

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from foredraft.heads.folder import about_head
-from foredraft.importers.reading import Finding, Found, Reading, new_layer
+from foredraft.importers.reading import OTHER_TARGET, Finding, Found, Reading, new_layer
 from foredraft.models.checkpoint import HEAD_KEY, ModelError
 
 _HEADS_KEYS, _LAYERS_KEYS = ("num_heads", "medusa_num_heads"), ("num_hidden_layers", "medusa_num_layers")
@@ -35,11 +35,8 @@ def read_ours(found: Found) -> Reading:
     reading = Reading(about["method"], about["options"], config, theirs=lambda name: name)
     layers = reading.options.get("feature_layers", ())
     if found.target is not None and not all(-1 <= layer <= found.target.num_layers for layer in layers):
-        reading.findings.append(
-            Finding(
-                f"feature_layers are {list(layers)}, but the target has {found.target.num_layers} layers",
-                "give the target for which it was trained",
-            )
+        reading.findings.add(
+            f"feature_layers are {list(layers)}, but the target has {found.target.num_layers} layers", OTHER_TARGET
         )
     return reading
 
@@ -100,10 +97,8 @@ def read_medusa_vllm(found: Found) -> Reading:
     else:
         reading.unused.add(f"{prefix}token_map")
     if found.config.get("logit_scale", 1.0) != 1.0:
-        reading.findings.append(
-            Finding(
-                f"logit_scale is {found.config['logit_scale']}, but only 1 is supported", "choose another head for this target"
-            )
+        reading.findings.add(
+            f"logit_scale is {found.config['logit_scale']}, but only 1 is supported", "choose another head for this target"
         )
     return reading
 
@@ -119,21 +114,16 @@ def _medusa(found: Found, theirs: Any, num_heads: int, num_layers: int) -> Readi
         reading.zeros = set(biases)
     meant_for_vllm = "medusa" in (found.config.get("model_type"), *(str(name)[:6].lower() for name in _architectures(found)))
     if has_biases and meant_for_vllm and not has_key:
-        reading.findings.append(
-            Finding(
-                "the blocks have biases, but config.json lacks medusa_fc_bias, without which vLLM drops them",
-                'write "medusa_fc_bias": true into config.json',
-                fatal=False,
-            )
+        reading.findings.add(
+            "the blocks have biases, but config.json lacks medusa_fc_bias, without which vLLM drops them",
+            'write "medusa_fc_bias": true into config.json',
+            fatal=False,
         )
     actual = "the weights have" if found.target is None else "the target's is"
     for key in ("hidden_size", "vocab_size"):
         if found.config.get(key, getattr(reading.config, key)) != getattr(reading.config, key):
-            reading.findings.append(
-                Finding(
-                    f"config.json says {key} {found.config[key]}, but {actual} {getattr(reading.config, key)}",
-                    "give the target for which it was trained",
-                )
+            reading.findings.add(
+                f"config.json says {key} {found.config[key]}, but {actual} {getattr(reading.config, key)}", OTHER_TARGET
             )
     reading.findings += _counts(found.config, _HEADS_KEYS, num_heads, "heads")
     reading.findings += _counts(found.config, _LAYERS_KEYS, num_layers, "layers in a head")
@@ -143,12 +133,10 @@ def _medusa(found: Found, theirs: Any, num_heads: int, num_layers: int) -> Readi
         if "num" in key and ("heads" in key or "layers" in key) and key not in (*_HEADS_KEYS, *_LAYERS_KEYS)
     ]
     if stray and meant_for_vllm:
-        reading.findings.append(
-            Finding(
-                f"config.json has {', '.join(stray)}, which vLLM takes for the number of Medusa's heads or layers",
-                "remove it from config.json",
-                fatal=False,
-            )
+        reading.findings.add(
+            f"config.json has {', '.join(stray)}, which vLLM takes for the number of Medusa's heads or layers",
+            "remove it from config.json",
+            fatal=False,
         )
     return reading
 
@@ -197,15 +185,15 @@ def read_hydra(found: Found) -> Reading:
     options |= {"head_bias": True} if output.format(0) + "bias" in shapes else {}
     reading = Reading("hydra", options, _widths(found, output.format(0) + "weight", f"{_PREFIX}.layers.0."), theirs)
     reading.unused = {f"{_PREFIX}.embed_tokens.weight"}
-    reading.findings = _counts(config, ("hydra_num_heads",), num_heads, "heads")
+    reading.findings += _counts(config, ("hydra_num_heads",), num_heads, "heads")
     for key, allowed in (
         ("grounded_heads", (True,)),
         ("hidden_state_offset", (0,)),
         ("hydra_head_arch", ("prefix-mlp",) if has_prefix else ("mlp",)),
     ):
         if config.get(key) is not None and config[key] not in allowed:
-            reading.findings.append(
-                Finding(f"{key} is {config[key]!r}, but these weights support only {allowed[0]!r}", "choose another head")
+            reading.findings.add(
+                f"{key} is {config[key]!r}, but these weights support only {allowed[0]!r}", "choose another head"
             )
     return reading
 

@@ -14,7 +14,7 @@ from torch import nn
 from foredraft.core.errors import told, unknown_name
 from foredraft.heads.folder import empty_head
 from foredraft.importers import eagle, heads
-from foredraft.importers.reading import Finding, Found, Reading, beside, refuse_malformed
+from foredraft.importers.reading import Finding, Findings, Found, Reading, beside, refuse_malformed
 from foredraft.models.checkpoint import ModelError
 
 OURS = "foredraft"
@@ -120,15 +120,12 @@ def compare(found: Found, reading: Reading, head: nn.Module, sources: Mapping[st
     missing = [name for name in wanted if name not in found.shapes]
     unused = reading.unused | {name for name in found.shapes if name.endswith("rotary_emb.inv_freq")}
     more = [name for name in found.shapes if name not in wanted and name not in unused]
-    findings = []
+    findings = Findings()
     if missing:
-        findings.append(Finding(f"tensors are missing: {_listed(missing)}", "copy the weights again, or give another --format"))
+        findings.add(f"tensors are missing: {_listed(missing)}", "copy the weights again, or give another --format")
     if more:
-        findings.append(
-            Finding(
-                f"the head has tensors that are not supported: {_listed(more)}",
-                "choose another head, or give another --format",
-            )
+        findings.add(
+            f"the head has tensors that are not supported: {_listed(more)}", "choose another head, or give another --format"
         )
     findings += [
         Finding(

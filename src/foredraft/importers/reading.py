@@ -50,6 +50,7 @@ _REQUIRED = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_s
 _LONGER = ("default", "linear", "llama3", "yarn")
 """Rotary scalings in which the rotation at a position does not depend on the longest position."""
 
+OTHER_TARGET = "give the target for which it was trained"
 _ANOTHER = "choose another head for this target, or train one with `foredraft train`"
 
 
@@ -65,6 +66,14 @@ class Finding(NamedTuple):
     what: str
     do: str
     fatal: bool = True
+
+
+class Findings(list[Finding]):
+    """Faults of a checkpoint."""
+
+    def add(self, what: str, do: str, *, fatal: bool = True) -> None:
+        """Adds a fault, see `Finding`."""
+        self.append(Finding(what, do, fatal))
 
 
 class TargetFacts(NamedTuple):
@@ -129,7 +138,7 @@ class Reading:
     theirs: Callable[[str], str]
     zeros: set[str] = field(default_factory=set)
     unused: set[str] = field(default_factory=set)
-    findings: list[Finding] = field(default_factory=list)
+    findings: Findings = field(default_factory=Findings)
 
 
 def refuse_malformed(found: Found) -> None:
@@ -192,9 +201,9 @@ def rope_of(config: LlamaConfig) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10000.0, **(getattr(config, "rope_parameters", None) or {})}
 
 
-def about_layer(given: Mapping[str, Any]) -> list[Finding]:
+def about_layer(given: Mapping[str, Any]) -> Findings:
     """Finds keys of config.json that ask for a layer that is not supported."""
-    found = []
+    found = Findings()
     for key, allowed, supported in (
         ("hidden_act", ("silu", "swish"), "'silu'"),
         ("num_hidden_layers", (1,), "one layer"),
@@ -202,50 +211,36 @@ def about_layer(given: Mapping[str, Any]) -> list[Finding]:
         ("partial_rotary_factor", (1,), "1"),
     ):
         if given.get(key) is not None and given[key] not in allowed:
-            found.append(Finding(f"{key} is {given[key]!r}, but only {supported} is supported", _ANOTHER))
+            found.add(f"{key} is {given[key]!r}, but only {supported} is supported", _ANOTHER)
     if "sliding_attention" in (given.get("layer_types") or ())[:1]:
-        found.append(Finding("its layer attends to a sliding window, which is not supported", _ANOTHER))
+        found.add("its layer attends to a sliding window, which is not supported", _ANOTHER)
     kind = rope_of(read_layer(given))["rope_type"]
     if kind not in _LONGER:
-        found.append(Finding(f"rope_type is {kind!r}, but only {', '.join(_LONGER)} are supported", _ANOTHER))
+        found.add(f"rope_type is {kind!r}, but only {', '.join(_LONGER)} are supported", _ANOTHER)
     return found
 
 
-def beside(config: LlamaConfig, target: TargetFacts) -> list[Finding]:
+def beside(config: LlamaConfig, target: TargetFacts) -> Findings:
     """Finds differences between the configuration of a head's layer and the target's."""
-    found = []
+    found = Findings()
     if config.vocab_size != target.config.vocab_size:
-        found.append(
-            Finding(
-                f"its vocabulary has {config.vocab_size} tokens, the target's {target.config.vocab_size}",
-                "give the target for which it was trained",
-            )
-        )
+        found.add(f"its vocabulary has {config.vocab_size} tokens, the target's {target.config.vocab_size}", OTHER_TARGET)
     width = Shape.of(config).features
     if width != target.config.hidden_size:
-        found.append(
-            Finding(
-                f"it needs features of width {width}, the target's have {target.config.hidden_size}",
-                "give the target for which it was trained",
-            )
-        )
+        found.add(f"it needs features of width {width}, the target's have {target.config.hidden_size}", OTHER_TARGET)
     mine, its = rope_of(config), rope_of(target.config)
     if mine["rope_theta"] != its["rope_theta"]:
-        found.append(
-            Finding(
-                f"rope_theta is {mine['rope_theta']:g}, the target's is {its['rope_theta']:g}",
-                "check that config.json belongs to the weights: most heads are trained with the target's rope_theta",
-                fatal=False,
-            )
+        found.add(
+            f"rope_theta is {mine['rope_theta']:g}, the target's is {its['rope_theta']:g}",
+            "check that config.json belongs to the weights: most heads are trained with the target's rope_theta",
+            fatal=False,
         )
     if config.max_position_embeddings < target.config.max_position_embeddings:
-        found.append(
-            Finding(
-                f"max_position_embeddings is {config.max_position_embeddings}, the target's is "
-                f"{target.config.max_position_embeddings}: nothing would be drafted after position "
-                f"{config.max_position_embeddings}",
-                "`foredraft convert` raises it; in a head of this library, raise it in config.json",
-                fatal=False,
-            )
+        found.add(
+            f"max_position_embeddings is {config.max_position_embeddings}, the target's is "
+            f"{target.config.max_position_embeddings}: nothing would be drafted after position "
+            f"{config.max_position_embeddings}",
+            "`foredraft convert` raises it; in a head of this library, raise it in config.json",
+            fatal=False,
         )
     return found

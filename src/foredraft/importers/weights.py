@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foredraft.importers.layouts import Plan
-from foredraft.importers.reading import Finding
+from foredraft.importers.reading import Finding, Findings
 from foredraft.importers.source import Source
 from foredraft.models.checkpoint import ModelError, open_weights, resolve
 
@@ -45,7 +45,7 @@ def shares_embedding(source: Source, target: Any) -> bool | None:
 
 def inspect(source: Source, plan: Plan) -> list[Finding]:
     """Finds faults in the data of the tensors that a head uses. Tensors of a wrong shape are skipped."""
-    findings, wanted, shapes = [], plan.head.state_dict(), source.shapes
+    findings, wanted, shapes = Findings(), plan.head.state_dict(), source.shapes
     sources = {
         name: theirs for name, theirs in plan.sources.items() if theirs and shapes.get(theirs) == tuple(wanted[name].shape)
     }
@@ -53,14 +53,11 @@ def inspect(source: Source, plan: Plan) -> list[Finding]:
         stored = source.tensors[theirs]
         allowed = _FLOATS if wanted[name].is_floating_point() else _TABLES
         if stored.dtype_name not in allowed:
-            findings.append(
-                Finding(
-                    f"{theirs} is stored as {stored.dtype_name}, but must be one of {', '.join(allowed)}",
-                    "save it as one of these",
-                )
+            findings.add(
+                f"{theirs} is stored as {stored.dtype_name}, but must be one of {', '.join(allowed)}", "save it as one of these"
             )
         elif stored.dtype_name in _FLOATS and not bool(torch.isfinite(stored.read()).all()):
-            findings.append(Finding(f"{theirs} has entries that are infinite or NaN", _AGAIN))
+            findings.add(f"{theirs} has entries that are infinite or NaN", _AGAIN)
     return findings + _tables(source, sources, plan.reading.config.vocab_size)
 
 

@@ -10,8 +10,7 @@ from foredraft.core.contracts import Verdict
 from foredraft.core.draws import Draws
 from foredraft.core.law import TargetLaw
 from foredraft.core.tree import DraftTree, Drawn
-from foredraft.rules.certain import follow
-from foredraft.rules.multiround import require_drawn, test_children
+from foredraft.rules.multiround import Tested, require_drawn, test_children, verify
 
 
 def kseq(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
@@ -28,25 +27,13 @@ def kseq(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
         ValueError: siblings were drawn without replacement.
     """
     require_drawn(tree, {Drawn.DETERMINISTIC, Drawn.IID}, "kseq")
-    if certain := follow(tree, target_law):
-        return certain
-    path, node = [], 0
-    while tree.children[node]:
-        law = target_law.row(node)
-        test = _test_siblings if tree.law(node) is not None else test_children
-        child, residual = test(tree, node, law, draws)
-        if child is None:
-            return Verdict(path, draws.categorical(residual, ("next", tree.ranks[node], 0)), "recovered")
-        path.append(child)
-        node = child
-    return Verdict(path, draws.categorical(target_law.row(node), ("next", tree.ranks[node], 0)), "bonus")
+    return verify(tree, target_law, draws, _test_siblings)
 
 
-def _test_siblings(
-    tree: DraftTree, node: int, law: Float[Tensor, " v"], draws: Draws
-) -> tuple[int | None, Float[Tensor, " v"]]:
+def _test_siblings(tree: DraftTree, node: int, law: Float[Tensor, " v"], draws: Draws) -> Tested:
     draft = tree.law(node)
-    assert draft is not None
+    if draft is None:
+        return test_children(tree, node, law, draws)
     law, draft = law.double(), draft.double()
     rho = discount(law, draft, len(tree.children[node]))
     for child in tree.children[node]:

@@ -11,7 +11,7 @@ Only the update of the draft law differs:
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from jaxtyping import Float
 from torch import Tensor
@@ -24,6 +24,9 @@ from foredraft.core.tree import DraftTree, Drawn
 from foredraft.rules.certain import follow
 from foredraft.rules.residual import subtract, without
 
+Tested = tuple[int | None, Float[Tensor, " v"]]
+"""The accepted child, or None if all were rejected. Then the second entry is the law of the next token, not normalised."""
+
 
 def multiround(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
     """Verifies a tree by the multi-round rule. ``tree.drawn`` says how the children of each node were drawn.
@@ -31,16 +34,7 @@ def multiround(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
     Guarantee: exact in distribution.
     Source: DySpec, Algorithm 3. The random number is uniform; the paper prints a normal one.
     """
-    if certain := follow(tree, target_law):
-        return certain
-    path, node, residual = [], 0, target_law.row(0)
-    while tree.children[node]:
-        child, residual = test_children(tree, node, residual, draws)
-        if child is None:
-            return Verdict(path, draws.categorical(residual, ("next", tree.ranks[node], 0)), "recovered")
-        path.append(child)
-        node, residual = child, target_law.row(child)
-    return Verdict(path, draws.categorical(residual, ("next", tree.ranks[node], 0)), "bonus")
+    return verify(tree, target_law, draws, test_children)
 
 
 def multiround_iid(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
@@ -67,6 +61,20 @@ def deterministic(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdi
     """
     require_drawn(tree, {Drawn.DETERMINISTIC}, "deterministic")
     return multiround(tree, target_law, draws)
+
+
+def verify(tree: DraftTree, target_law: TargetLaw, draws: Draws, test: Callable[..., Tested]) -> Verdict:
+    """Walks down a tree and tests the children of each node by `test`, which takes the arguments of `test_children`."""
+    if certain := follow(tree, target_law):
+        return certain
+    path, node, law = [], 0, target_law.row(0)
+    while tree.children[node]:
+        child, residual = test(tree, node, law, draws)
+        if child is None:
+            return Verdict(path, draws.categorical(residual, ("next", tree.ranks[node], 0)), "recovered")
+        path.append(child)
+        node, law = child, target_law.row(child)
+    return Verdict(path, draws.categorical(law, ("next", tree.ranks[node], 0)), "bonus")
 
 
 def require_drawn(tree: DraftTree, allowed: Collection[Drawn], rule: str) -> None:
@@ -107,9 +115,7 @@ def require_chain(tree: DraftTree, rule: str) -> None:
             )
 
 
-def test_children(
-    tree: DraftTree, node: int, residual: Float[Tensor, " v"], draws: Draws
-) -> tuple[int | None, Float[Tensor, " v"]]:
+def test_children(tree: DraftTree, node: int, residual: Float[Tensor, " v"], draws: Draws) -> Tested:
     """Tests the children of `node` in turn.
 
     Args:

@@ -51,19 +51,6 @@ def chain_speedup(acceptance: float | Sequence[float], length: int, draft: float
     return chain_tokens(acceptance, length) / (length * draft + verify(length + 1))
 
 
-def tree_speedup(tokens: float | int, passes: float | int, nodes: int, draft: float | int, verify: Cost) -> float:
-    """Computes the speed-up of a tree: tokens per step, divided by the cost of a step.
-
-    Args:
-        tokens: tokens per step.
-        passes: number of draft passes.
-        nodes: number of nodes below the root.
-        draft: cost of a draft pass.
-        verify: cost of the target's step, by number of nodes (root included).
-    """
-    return tokens / (passes * draft + verify(nodes + 1))
-
-
 class Best(NamedTuple):
     """A draft length and its speed-up. Length 0 is plain decoding."""
 
@@ -91,25 +78,6 @@ def break_even_acceptance(length: int, draft: float | int, verify: Cost) -> floa
         middle = (low + high) / 2
         low, high = (low, middle) if chain_speedup(middle, length, draft, verify) >= 1 else (middle, high)
     return high
-
-
-def break_even_batch(
-    tokens: float | int, nodes: int, passes: float | int, seconds: Mapping[int, float], draft_seconds: Cost
-) -> int | None:
-    """Finds the largest batch for which a tree is at least as fast as plain decoding; None if there is none.
-
-    Args:
-        tokens: tokens per step of one request.
-        nodes: number of nodes below the root of one request's tree.
-        passes: number of draft passes in a step.
-        seconds: measured seconds of the target's forward pass, by its number of tokens. Values between are interpolated. Larger
-            batches are not considered.
-        draft_seconds: seconds of a draft pass, by the number of requests.
-    """
-    cost = interpolated(seconds)
-    most = max(seconds) // (nodes + 1)
-    pays = [b for b in range(1, most + 1) if tokens * cost(b) >= passes * draft_seconds(b) + cost(b * (nodes + 1))]
-    return max(pays, default=None)
 
 
 def interpolated(points: Mapping[int, float]) -> Cost:

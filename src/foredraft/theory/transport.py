@@ -7,7 +7,6 @@ of ``1 + q(H) - P(S inside H)`` over sets H of tokens.
 
 from __future__ import annotations
 
-from itertools import combinations
 from math import comb, perm
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from jaxtyping import Float
 from scipy.optimize import linprog
 
 from foredraft.core.errors import UserError
-from foredraft.theory.chains import Row, residual, total_variation
+from foredraft.theory.chains import Row, residual
 from foredraft.theory.rejections import retry
 
 MOST_SETS = 5000
@@ -32,11 +31,6 @@ class Bounds(NamedTuple):
 
     low: float
     high: float
-
-    @property
-    def gap(self) -> float:
-        """Difference of the bounds; 0 if the optimum is known exactly."""
-        return self.high - self.low
 
 
 def check_count(k: int) -> None:
@@ -125,19 +119,6 @@ def set_probs(p: Row, k: int) -> dict[tuple[int, ...], float]:
     return probs
 
 
-def iid_set_probs(p: Row, k: int) -> dict[tuple[int, ...], float]:
-    """Computes the distribution of the set of distinct tokens among k independent draws."""
-    size = len(p)
-    inside_of = {tokens: float(p[list(tokens)].sum()) ** k for n in range(k + 1) for tokens in combinations(range(size), n)}
-    probs: dict[tuple[int, ...], float] = {}
-    for tokens in inside_of:
-        subsets = (subset for n in range(len(tokens) + 1) for subset in combinations(tokens, n))
-        prob = sum((-1) ** (len(tokens) - len(subset)) * inside_of[subset] for subset in subsets)
-        if prob > 1e-15:
-            probs[tokens] = prob
-    return probs
-
-
 def by_programme(sets: dict[tuple[int, ...], float], q: Row) -> float:
     """Computes the optimum for a given distribution over sets of drafts, as a linear programme.
 
@@ -155,12 +136,6 @@ def by_programme(sets: dict[tuple[int, ...], float], q: Row) -> float:
     if not solved.success:
         raise ValueError(f"the linear programme was not solved: {solved.message}")
     return float(-solved.fun)
-
-
-def deterministic(q: Row, k: int) -> float:
-    """Computes the optimum for k chosen candidates: the sum of the k largest target probabilities."""
-    check_count(k)
-    return float(np.sort(q)[::-1][:k].sum())
 
 
 def reached(p: Row, q: Row, k: int) -> dict[str, float]:
@@ -210,8 +185,3 @@ def multiround_without_replacement(p: Row, q: Row, k: int) -> float:
         if left.sum() > 0:
             accepted += float(p[token] - q[token]) * multiround_without_replacement(left / left.sum(), after, k - 1)
     return accepted
-
-
-def distance(p: Row, q: Row) -> float:
-    """Computes the total variation distance TV(p, q)."""
-    return float(total_variation(p[None], q[None])[0])

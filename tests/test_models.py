@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from foredraft import LLM, SamplingParams
 from foredraft.core.tree import TreeBatch
+from foredraft.kernels.attention import any_length_kernels
 from foredraft.kernels.prefixes import prefix_search, trie
-from foredraft.models.attention import any_length_kernels
 from foredraft.models.check import refuse_unsupported, self_check
 from foredraft.models.hf import HFTarget
 from foredraft.models.llama import LlamaTarget

@@ -28,7 +28,7 @@ from foredraft.heads import HEADS
 from foredraft.heads.eagle import Eagle3Head, FeatureHead
 from foredraft.heads.folder import read_head
 from foredraft.heads.layers import Attend, Foretelling, Shape
-from foredraft.models.attention import rotate
+from foredraft.kernels.attention import rotate
 from foredraft.models.checkpoint import ModelError, fingerprint
 from foredraft.models.loading import fingerprint_of
 from foredraft.train import checkpoint, course, loop, shards

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -111,6 +111,11 @@ class Layout:
         """Returns the additive attention mask of `seen`; None if every query sees every key."""
         seen = self.seen(window)
         return None if seen.all() else additive(torch.from_numpy(seen).to(device), dtype)
+
+    def masks(self, windows: Iterable[int | None], dtype: torch.dtype, group: int) -> dict[int | None, Tensor | None]:
+        """Returns the mask of each window, its rows repeated for the `group` query heads that share a key head."""
+        masks = {window: self.mask(dtype, self.device, window) for window in windows}
+        return {window: None if mask is None else mask.repeat(1, 1, group, 1) for window, mask in masks.items()}
 
     def rows_of(self, rows: Ids) -> Int[Tensor, " r"]:
         """Returns the indices of the packed nodes `rows` among the new nodes."""

@@ -12,10 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.cache.layout import Layout
+from foredraft.cache.layout import Layout, lay_out
 from foredraft.core.contracts import Pool, Scores, Target
 from foredraft.core.errors import UserError
 from foredraft.core.tree import TreeBatch
+from foredraft.kernels.attention import attend
 
 _GROWTH, _GROWTH_ON_CARD = 256, 1024
 """Slots grow by at least this many positions, so that short requests do not pay for a long context. They grow by more on a GPU,
@@ -118,6 +119,27 @@ class KVPool:
         else:
             key, value = self.kv[:, layer, layout.slots, :, : layout.length]
         return key, value
+
+    def behind(self, batch: TreeBatch, caches: Sequence[KVCache], start: Sequence[int] | None) -> Layout:
+        """Lays out the new nodes behind the caches, and extends the slots if necessary."""
+        layout = lay_out(batch, caches, start, self.kv.device)
+        self.reserve(layout.length)
+        return layout
+
+    def attend(
+        self, layer: int, states: Sequence[Float[Tensor, "m _ e"]], mask: Tensor | None, layout: Layout
+    ) -> Float[Tensor, "m he"]:
+        """Stores the keys and values of the new nodes, then computes attention of the new nodes over the cache.
+
+        Args:
+            layer: index of the layer.
+            states: queries, keys and values of the new nodes. Queries and keys are rotated.
+            mask: one of `Layout.masks`.
+            layout: places of the new nodes.
+        """
+        query, key, value = states
+        self.write(layer, layout, key, value)
+        return layout.unpad(attend(layout.pad(query), *self.read(layer, layout), mask))
 
     @torch.inference_mode()
     def keep(self, caches: Sequence[KVCache], paths: Sequence[Sequence[int]]) -> None:

@@ -121,6 +121,6 @@ class HydraDrafter:
         """Returns the input of the heads for chains of features, which is taken from the end of each chain."""
         if self._prefix is not None:
             return self.head.prefix_norm(self._prefix.read(batch, caches, features))
-        layout = self._caches.behind(batch, caches, None)
+        layout = self._caches.pool.behind(batch, caches, None)
         read = self.head.read(torch.cat([*features]), self._caches.attention(layout, self._caches.masks(layout)))
         return read[torch.from_numpy(batch.offsets[1:] - 1).to(read.device)]

@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.cache.layout import Layout, lay_out
+from foredraft.cache.layout import Layout
 from foredraft.cache.pool import PREFILL_CHUNK, KVPool
 from foredraft.core.tree import TreeBatch
 from foredraft.drafters.growing import Growing
 from foredraft.heads.layers import Attend, Shape
-from foredraft.models.attention import attend, rotate
+from foredraft.kernels.attention import rotate
 from foredraft.models.graphs import Masks
 from foredraft.models.rope import rotary_tables
 
@@ -77,7 +77,7 @@ class PairCaches:
 
     def __init__(self, config: Any, num_slots: int, dtype: torch.dtype, device: torch.device, *, ahead: int = 0):
         self.max_len: int = config.max_position_embeddings
-        self._shape, self._dtype, self._device = Shape.of(config), dtype, device
+        self._shape, self._dtype = Shape.of(config), dtype
         self.group = self._shape.heads // self._shape.kv_heads
         self._cos, self._sin = rotary_tables(config, self.max_len + ahead, dtype, device)
         self.pool = KVPool(
@@ -120,22 +120,15 @@ class PairCaches:
             for state in late:
                 state.pending, state.parts = state.pending[PREFILL_CHUNK:], [state.features[PREFILL_CHUNK:]]
 
-    def behind(self, batch: TreeBatch, caches: Sequence[Any], start: Sequence[int] | None) -> Layout:
-        """Lays out the new nodes behind the caches, and extends the pool if necessary."""
-        layout = lay_out(batch, caches, start, self._device)
-        self.pool.reserve(layout.length)
-        return layout
-
     def masks(self, layout: Layout) -> Masks:
         """Returns the attention masks of the new nodes. Each node sees its cache and its path."""
-        mask = layout.mask(self._dtype, self._device)
-        return {None: None if mask is None else mask.repeat(1, 1, self.group, 1)}
+        return layout.masks((None,), self._dtype, self.group)
 
     def attention(self, layout: Layout, masks: Masks) -> Attend:
-        """Returns the attention function of new nodes that `behind` laid out."""
+        """Returns the attention function of new nodes that `KVPool.behind` laid out."""
         rotation = self._cos[layout.positions][:, None], self._sin[layout.positions][:, None]
 
         def attend_to_path(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return attend(0, (rotate(query, rotation), rotate(key, rotation), value), masks[None], layout, self.pool)
+            return self.pool.attend(0, (rotate(query, rotation), rotate(key, rotation), value), masks[None], layout)
 
         return attend_to_path

@@ -141,7 +141,7 @@ class RecurrentDrafter:
             carried: for each tree, a table of the predicted features of its nodes, which this pass fills. The feature of a
                 later node is the row of its parent.
         """
-        layout = self._caches.behind(batch, caches, start)
+        layout = self._caches.pool.behind(batch, caches, start)
         first, ends = [0] * len(batch) if start is None else list(start), batch.offsets.tolist()
         parents = [batch.parents[begin + f : end] for f, begin, end in zip(first, ends, ends[1:], strict=False)]
         features = torch.cat([rows_of(carried[b], parents[b]) if f else given[b] for b, f in enumerate(first)])

@@ -107,7 +107,7 @@ class LayerSlots:
         self, batch: TreeBatch, caches: Sequence[Any], features: Sequence[Float[Tensor, "_ d"]], rows: Ids, num_slots: int
     ) -> Float[Tensor, "r w"]:
         """Returns logits at the packed nodes `rows` of chains of pairs, each followed by `num_slots` slots."""
-        layout = self._caches.behind(batch, caches, None)
+        layout = self._caches.pool.behind(batch, caches, None)
         entries, pool = self._enter(layout, batch, features, num_slots), self._caches.pool
         found = self.graphs(layout, pool, (), entries, rows=rows) if self.graphs is not None else None
         return (found or self._compute(layout, pool, self._caches.masks(layout), (), entries, rows=rows)).logits

@@ -1,7 +1,8 @@
 """Kernels: the arithmetic of the fast paths, in C for several instruction sets, each beside a plain version.
 
-OPERATIONS lists them. The linear layers and norms of the torch decoder are in `foredraft.kernels.linear`. The compiled decoder
-(`c/decoder.h`) runs a whole forward; its plain version is `foredraft.models.llama`.
+OPERATIONS lists them. The linear layers and norms of the torch decoder are in `foredraft.kernels.linear`, its rotary
+positions and attention in `foredraft.kernels.attention`. The compiled decoder (`c/decoder.h`) runs a whole forward; its plain
+version is `foredraft.models.llama`.
 """
 
 from __future__ import annotations

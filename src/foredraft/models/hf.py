@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from foredraft.cache.layout import Layout, lay_out
+from foredraft.cache.layout import Layout
 from foredraft.cache.pool import KVCache, KVPool
 from foredraft.core.contracts import Scores
 from foredraft.core.errors import UserError
 from foredraft.core.tree import Ids, TreeBatch
-from foredraft.models.attention import any_length_kernels
+from foredraft.kernels.attention import any_length_kernels
 from foredraft.models.check import agree, refuse_unsupported
 from foredraft.models.rope import context_of, held, hold
 
@@ -184,8 +184,7 @@ class HFTarget:
                 and -1 is the state after the final norm.
         """
         pool = caches[0].pool
-        layout = lay_out(batch, caches, start, self.device)
-        pool.reserve(layout.length)
+        layout = pool.behind(batch, caches, start)
         new = slice(None) if rows is None else layout.rows_of(rows)
         request, column = layout.request[new], layout.column[new]
         kept, inverse = column.unique(return_inverse=True) if len(column) else (column.new_zeros(1), column)

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from foredraft.cache.layout import Layout, lay_out
+from foredraft.cache.layout import Layout
 from foredraft.cache.pool import KVCache, KVPool
 from foredraft.core.contracts import Scores
 from foredraft.core.errors import UserError
 from foredraft.core.tree import Ids, TreeBatch
+from foredraft.kernels.attention import rotate
 from foredraft.kernels.linear import Linear, Norm, can_pack
-from foredraft.models.attention import attend, rotate
 from foredraft.models.graphs import Capture, Graphs, Masks, cuda_capture
 from foredraft.models.reader import Reader
 from foredraft.models.rope import DYNAMIC, LONG, context_of, rotary_tables
@@ -97,7 +97,7 @@ class LlamaTarget:
         self.dtype, self.device = dtype, device
         self._heads: int = config.num_attention_heads
         self._kv_heads: int = config.num_key_value_heads or config.num_attention_heads
-        self._head_dim = head_dim_of(config)
+        self._group, self._head_dim = self._heads // self._kv_heads, head_dim_of(config)
         self.packed = can_pack(dtype, device) if packed is None else packed
         read = Reader(config, weights, dtype, device, self.packed)
         self._embedding = read.tensor("model.embed_tokens")
@@ -107,6 +107,7 @@ class LlamaTarget:
         self._norm = read.norm("model.norm")
         self.head: Linear = read.linear("lm_head") if "lm_head.weight" in weights else read.make(self._embedding)
         self._layers = [_load_layer(i, config, read) for i in range(config.num_hidden_layers)]
+        self._windows = tuple({layer.window for layer in self._layers})
         size = config.hidden_size * config.intermediate_size if self.packed else 0
         self._least_rows = next(rows for least, rows in _LEAST_ROWS if size >= least)
         self._cos, self._sin = rotary_tables(config, self.max_len, dtype, device)
@@ -114,8 +115,7 @@ class LlamaTarget:
 
     def make_graphs(self, capture: Capture) -> Graphs:
         """Makes the forwards of fixed shape of this model, see `foredraft.models.graphs`."""
-        windows = tuple({layer.window for layer in self._layers})
-        return Graphs(self._compute, capture, self._heads // self._kv_heads, self.dtype, windows)
+        return Graphs(self._compute, capture, self._group, self.dtype, self._windows)
 
     def new_pool(self, num_slots: int, max_len: int) -> KVPool:
         """Makes caches for `num_slots` requests. `max_len` is a hint only: slots grow as they are used."""
@@ -149,10 +149,12 @@ class LlamaTarget:
                 state after the final norm.
         """
         pool = caches[0].pool
-        layout = lay_out(batch, caches, start, self.device)
-        pool.reserve(layout.length)
+        layout = pool.behind(batch, caches, start)
         scores = self.graphs(layout, pool, feature_layers, rows=rows) if self.graphs is not None else None
-        return scores or self._compute(layout, pool, self._masks(layout), feature_layers, rows=rows)
+        if scores is None:
+            masks = layout.masks(self._windows, self.dtype, self._group)
+            scores = self._compute(layout, pool, masks, feature_layers, rows=rows)
+        return scores
 
     def _compute(
         self,
@@ -168,7 +170,7 @@ class LlamaTarget:
         hidden = self._padded(self.embed(layout.token_ids))
         states = {0: hidden}
         for i, layer in enumerate(self._layers):
-            look = partial(attend, i, mask=masks[layer.window], layout=layout, pool=pool)
+            look = partial(pool.attend, i, mask=masks[layer.window], layout=layout)
             hidden = self._run_layer(layer, hidden, rotation, layout.count, look)
             if i + 1 in feature_layers:
                 states[i + 1] = hidden
@@ -178,15 +180,6 @@ class LlamaTarget:
         features = torch.cat([states[i][:count] for i in feature_layers], dim=-1) if feature_layers else None
         hidden = hidden[:count] if rows is None else hidden[layout.rows_of(rows)]
         return Scores(self.head(self._norm(hidden)), features)
-
-    def _masks(self, layout: Layout) -> Masks:
-        """Returns one mask per window, its rows repeated for the query heads that share a key head."""
-        group = self._heads // self._kv_heads
-        masks: dict[int | None, Tensor | None] = {}
-        for window in {layer.window for layer in self._layers}:
-            mask = layout.mask(self.dtype, self.device, window)
-            masks[window] = None if mask is None else mask.repeat(1, 1, group, 1)
-        return masks
 
     def _padded(self, states: Float[Tensor, "m d"]) -> Float[Tensor, "n d"]:
         """Repeats the first row until there are enough rows for the packed kernels. The results of these rows are not used."""

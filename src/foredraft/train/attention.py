@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from foredraft.heads.layers import Attend
-from foredraft.models.attention import rotate
+from foredraft.kernels.attention import rotate
 from foredraft.models.rope import rotary_tables
 
 Tables = tuple[Float[Tensor, "t e"], Float[Tensor, "t e"]]

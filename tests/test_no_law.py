@@ -147,7 +147,7 @@ def test_the_reason_names_what_forbids(temperature: float) -> None:
     tree = TreeBatch.chains([[0, 2]])[0]
     law = TargetLaw(torch.zeros(2, 4), sampling, tree, [0], processors)
     said = law.failure(0)
-    assert said is not None and said.startswith("every token is forbidden by allowed_token_ids and min_tokens. ")
+    assert said is not None and said.message == "every token is forbidden by allowed_token_ids and min_tokens"
 
 
 # --- Requests
@@ -192,7 +192,8 @@ def test_contradictory_bans(method: str, temperature: float) -> None:
     for name, result in zip(cases, results[1:-1], strict=True):
         [found] = result.outputs
         assert (found.finish_reason, found.stop_reason, found.token_ids, found.text) == ("error", None, [], ""), name
-        assert found.error is not None and "every token is forbidden by" in found.error
+        assert found.error is not None and "every token is forbidden by" in found.error.message
+        assert found.error.hint == "allow at least one token"
         assert result.finished and found.kinds == []
     for result in (results[0], results[-1]):
         [found] = result.outputs

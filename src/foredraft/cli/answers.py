@@ -80,9 +80,8 @@ def say_failure(outcome: Outcome) -> None:
     """Prints the error that ended an output on standard error."""
     completion = outcome.completion
     if completion is not None and completion.error is not None:
-        problem, _, advice = completion.error.partition(". ")
-        show.note(f"error: {problem}")
-        show.note(f"hint: {advice}")
+        show.note(f"error: {completion.error.message}")
+        show.note(f"hint: {completion.error.hint}")
 
 
 def show_answer(llm: LLM, stream: Iterator[RequestOutput], params: SamplingParams, *, tree: bool) -> Outcome:
@@ -109,7 +108,7 @@ def result(outcome: Outcome, *, tree: bool) -> dict[str, Any]:
         "kinds": completion.kinds if completion else [],
         "finish_reason": completion.finish_reason if completion else None,
         "stop_reason": completion.stop_reason if completion else None,
-        "error": completion.error if completion else None,
+        "error": str(completion.error) if completion and completion.error else None,
         "metrics": asdict(completion.metrics) if completion else {},
     }
     if outcome.output is not None:

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from foredraft.core.errors import UserError
 from foredraft.core.params import SamplingParams
 from foredraft.core.tree import DraftTree
 from foredraft.kernels import run
@@ -179,16 +180,16 @@ class TargetLaw:
             self._rows.update(zip(missing, warp(logits, self._sampling), strict=True))
         return [self._rows[node] for node in nodes]
 
-    def failure(self, node: int) -> str | None:
+    def failure(self, node: int) -> UserError | None:
         """Returns the reason why no token can follow `node`; None if a token can follow."""
         if node not in self._empty:
             self.token(node) if self.is_certain else self.row(node)
         if not self._empty[node]:
             return None
         if not self._here[node].amax().isfinite():
-            return "the model's logits contain NaN or infinity. Check its weights, or choose a wider dtype"
+            return UserError("the model's logits contain NaN or infinity", "check its weights, or choose a wider dtype")
         given = [name for name in _FORBIDDING if getattr(self._sampling, name) not in _FORBIDS_NOTHING]
-        return f"every token is forbidden by {' and '.join(given) or 'the request'}. Allow at least one token"
+        return UserError(f"every token is forbidden by {' and '.join(given) or 'the request'}", "allow at least one token")
 
     def raw_logprobs(self, node: int) -> Float[Tensor, " v"]:
         """Returns the log-probabilities of the model after `node`, before any transformation."""

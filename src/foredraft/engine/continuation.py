@@ -11,6 +11,7 @@ from torch import Tensor
 
 from foredraft.core.contracts import Budget, Verdict
 from foredraft.core.draws import Draws
+from foredraft.core.errors import UserError
 from foredraft.core.law import PrefixProcessor, TargetLaw
 from foredraft.core.metrics import StepRecord
 from foredraft.core.params import SamplingParams
@@ -71,7 +72,7 @@ class Continuation:
     cumulative_logprob: float = 0.0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    error: str | None = None
+    error: UserError | None = None
     last_tree: DraftTree | None = None
     last_path: list[int] = field(default_factory=list)
 
@@ -105,10 +106,8 @@ def settle(continuation: Continuation, law: TargetLaw, tokens: Sequence[int], ve
     for count, (node, token) in enumerate(zip(nodes, tokens, strict=True), start=1):
         failure = law.failure(node)
         if failure is not None:
-            continuation.finish_reason, continuation.error = (
-                "error",
-                f"no token can follow token {len(continuation.token_ids)} of the text: {failure}",
-            )
+            problem = f"no token can follow token {len(continuation.token_ids)} of the text: {failure.message}"
+            continuation.finish_reason, continuation.error = "error", UserError(problem, failure.hint)
             continuation.text.flush()
             return count - 1
         continuation.token_ids.append(token)

@@ -53,7 +53,7 @@ class CompletionOutput:
     records: list[StepRecord] = field(repr=False)
     last_tree: DraftTree | None = field(default=None, repr=False)
     last_path: list[int] = field(default_factory=list)
-    error: str | None = None
+    error: UserError | None = None
 
     @cached_property
     def metrics(self) -> Metrics:
@@ -137,7 +137,7 @@ def require_whole(results: Sequence[RequestOutput]) -> None:
     """
     for completion in (completion for result in results for completion in result.outputs):
         if completion.error is not None:
-            raise UserError(*completion.error.split(". ", 1))
+            raise completion.error
 
 
 class Engine:

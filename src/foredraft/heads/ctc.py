@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foredraft.core.errors import UserError
-from foredraft.heads.layers import FINAL, Attend, Foretelling, Fusion, Layer, Shape, TargetHead
+from foredraft.heads.layers import FINAL, Attend, Foretelling, Fusion, Initial, Layer, Shape, TargetHead
 
 
 class CtcHead(nn.Module):
@@ -36,9 +36,9 @@ class CtcHead(nn.Module):
         self.layers = nn.ModuleList([Layer(shape)])
         self.blank = nn.Linear(shape.hidden, 1) if blank else None
 
-    def foretellings(self) -> list[Foretelling]:
-        """Returns the layers that can be fitted before training."""
-        return [Foretelling(entry, ahead=1 + k) for k, entry in enumerate([self.fc, *self.ahead])]
+    def initial(self) -> Initial:
+        """Returns the layers whose first weights come from the target."""
+        return Initial([Foretelling(entry, ahead=1 + k) for k, entry in enumerate([self.fc, *self.ahead])])
 
     @property
     def num_slots(self) -> int:

@@ -25,6 +25,7 @@ from foredraft.heads.layers import (
     Foretelling,
     Fusion,
     Gated,
+    Initial,
     Layer,
     Norm,
     Shape,
@@ -88,9 +89,9 @@ class FeatureHead(nn.Module):
         self.fc = FeatureSampling(shape) if feature_sampling else Fusion(shape)
         self.layers = nn.ModuleList([Layer(shape, outputs=2 if partial_alignment else 1, qkv_bias=qkv_bias)])
 
-    def foretellings(self) -> list[Foretelling]:
-        """Returns the layers that can be fitted before training."""
-        return [Foretelling(self.fc if isinstance(self.fc, Fusion) else self.fc.fc)]
+    def initial(self) -> Initial:
+        """Returns the layers whose first weights come from the target."""
+        return Initial([Foretelling(self.fc if isinstance(self.fc, Fusion) else self.fc.fc)])
 
     def embed(self, token_ids: Int[Tensor, "*n"], target_embed: TargetEmbedding) -> Float[Tensor, "*n d"]:
         """Returns the target's embeddings of tokens."""
@@ -173,9 +174,9 @@ class Eagle3Head(nn.Module):
         """The token of every draft id."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
-    def foretellings(self) -> list[Foretelling]:
-        """Returns the layers that can be fitted before training."""
-        return [Foretelling(self.fc, num_embeddings=0)]
+    def initial(self) -> Initial:
+        """Returns the layers whose first weights come from the target."""
+        return Initial([Foretelling(self.fc, num_embeddings=0)], [self.lm_head], self.embed_tokens, self.d2t)
 
     def embed(self, token_ids: Int[Tensor, "*n"], target_embed: TargetEmbedding) -> Float[Tensor, "*n d"]:
         """Returns embeddings of tokens from the head's own embedding, else from the target's."""

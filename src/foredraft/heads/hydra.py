@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from foredraft.heads.layers import FINAL, Attend, Foretelling, Layer, Norm, ResBlock, Shape
+from foredraft.heads.layers import FINAL, Attend, Foretelling, Initial, Layer, Norm, ResBlock, Shape
 
 
 class HydraHeads(nn.Module):
@@ -44,10 +44,11 @@ class HydraHeads(nn.Module):
         )
         self.lm_heads = nn.ModuleList(nn.Linear(shape.hidden, shape.vocab, bias=head_bias) for _ in range(num_heads))
 
-    def foretellings(self) -> list[Foretelling]:
-        """Returns the layers that can be fitted before training."""
+    def initial(self) -> Initial:
+        """Returns the layers whose first weights come from the target."""
         entries = [blocks[0].res_connection for blocks in self.blocks]  # type: ignore[index]
-        return [Foretelling(entry, 1 + i, 1 + i, features_first=True) for i, entry in enumerate(entries)]
+        fitted = [Foretelling(entry, 1 + i, 1 + i, features_first=True) for i, entry in enumerate(entries)]
+        return Initial(fitted, self.lm_heads)
 
     @property
     def num_slots(self) -> int:

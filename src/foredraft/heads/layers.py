@@ -12,7 +12,7 @@ run it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -209,6 +209,22 @@ class Foretelling(NamedTuple):
     ahead: int = 1
     num_embeddings: int = 1
     features_first: bool = False
+
+
+class Initial(NamedTuple):
+    """The layers of a head whose first weights come from the target. Every head has a method `initial` that returns them.
+
+    Attributes:
+        fitted: layers that are fitted.
+        outputs: output layers, which start as the target's.
+        embedding: the head's own embedding, which starts as the target's; None if it has none.
+        d2t: if the output layers cover a reduced vocabulary that is chosen before training: token id minus draft id.
+    """
+
+    fitted: Sequence[Foretelling]
+    outputs: Iterable[Any] = ()
+    embedding: Any = None
+    d2t: Tensor | None = None
 
 
 def spread(logits: Float[Tensor, "*n w"], token_ids: Int[Tensor, " w"], vocab_size: int) -> Float[Tensor, "*n v"]:

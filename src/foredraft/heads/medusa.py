@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from foredraft.heads.layers import FINAL, Foretelling, ResBlock, Shape, spread
+from foredraft.heads.layers import FINAL, Foretelling, Initial, ResBlock, Shape, spread
 
 
 class MedusaHeads(nn.Module):
@@ -37,9 +37,10 @@ class MedusaHeads(nn.Module):
         """The token of every draft id; None if draft ids are token ids."""
         return self.token_map
 
-    def foretellings(self) -> list[Foretelling]:
-        """Returns the layers that can be fitted before training."""
-        return [Foretelling(linear, ahead=1 + k, num_embeddings=0) for k, linear in enumerate(self.lm_heads)]
+    def initial(self) -> Initial:
+        """Returns the layers whose first weights come from the target."""
+        fitted = [Foretelling(linear, ahead=1 + k, num_embeddings=0) for k, linear in enumerate(self.lm_heads)]
+        return Initial(fitted, self.lm_heads)
 
     @property
     def num_slots(self) -> int:

@@ -46,20 +46,21 @@ def begin(head: Any, frozen: Frozen, counts: Int[Tensor, " v"], batches: list[Ba
         counts: how often each token occurs in the answers. A reduced draft vocabulary holds the most frequent tokens.
         batches: texts on which the input layers are fitted.
     """
-    if hasattr(head, "d2t"):
-        inner = directions(frozen.weight, head.lm_head.in_features)
-        chosen = counts.argsort(descending=True, stable=True)[: len(head.d2t)].sort().values
-        head.d2t.copy_(chosen - torch.arange(len(chosen), device=chosen.device))
-        head.lm_head.weight.copy_(frozen.weight[chosen] @ inner)
-    if getattr(head, "embed_tokens", None) is not None:
+    start, rows = head.initial(), frozen.weight
+    if start.d2t is not None:
+        chosen = counts.argsort(descending=True, stable=True)[: len(start.d2t)].sort().values
+        start.d2t.copy_(chosen - torch.arange(len(chosen), device=chosen.device))
+        rows = rows[chosen]
+    if start.embedding is not None:
         every = frozen.embed(torch.arange(len(counts), device=counts.device))
-        head.embed_tokens.weight.copy_(every @ directions(every, head.embed_tokens.embedding_dim))
-    for output_layer in getattr(head, "lm_heads", ()):
-        output_layer.weight.copy_(frozen.weight)
+        start.embedding.weight.copy_(every @ directions(every, start.embedding.embedding_dim))
+    for layer in start.outputs:
+        narrower = layer.in_features != rows.shape[1]
+        layer.weight.copy_(rows @ directions(frozen.weight, layer.in_features) if narrower else rows)
     for name, module in head.named_modules():
         if name.endswith(_SILENT):
             nn.init.zeros_(module.weight)
-    for prediction in head.foretellings():
+    for prediction in start.fitted:
         linear = prediction.linear
         matrix, bias = fitted(prediction, frozen, batches)
         if linear.out_features == len(frozen.weight):

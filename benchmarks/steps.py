@@ -65,7 +65,7 @@ def main() -> None:
     for _ in rounds(given.rounds, given.minutes):
         bandwidths.append(read_bandwidth(CPU))
         for name in names:
-            with forced(name):
+            with sets.using(sets.code_of(name)):
                 for model, target in targets:
                     for rows, run in forwards(target):
                         seconds[model, name, rows].append(fastest(run, 1 if rows == PROMPT else REPEATS))
@@ -92,22 +92,6 @@ def main() -> None:
     ]
     columns = ["model", "set", "rows", "ms", "ms_fastest", "times_one_row", "bandwidth_share", "gflops"]
     report(given.output, rows, columns, device=CPU, dtype=given.dtype)
-
-
-class forced:
-    """Runs a block with one instruction set."""
-
-    def __init__(self, name: str):
-        self._name = name
-
-    def __enter__(self) -> None:
-        self._before, code = sets.library, sets.code_of(self._name)
-        for module in ("foredraft.models.native", "foredraft.kernels"):
-            __import__(module, fromlist=["library"]).library = lambda: code
-
-    def __exit__(self, *_: object) -> None:
-        for module in ("foredraft.models.native", "foredraft.kernels"):
-            __import__(module, fromlist=["library"]).library = self._before
 
 
 if __name__ == "__main__":

@@ -6,12 +6,8 @@ import ctypes
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-
-import pytest
 
 from foredraft.kernels import build, sets
 from foredraft.kernels.sets import Code
@@ -52,20 +48,6 @@ def code_of(name: str) -> Code:
 def stand_ins_of(name: str) -> Code:
     """Returns an instruction set of x86-64 that runs on the stand-ins."""
     return Code(_library(), name)
-
-
-@contextmanager
-def using(code: Code) -> Iterator[None]:
-    """Lets models, layers and laws run on `code` inside the block."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FOREDRAFT_KERNELS", code.name)
-        patch.setattr(sets, "sets_here", lambda: [code.name])
-        patch.setattr(sets, "code_of", lambda _: code)
-        sets.library.cache_clear()
-        try:
-            yield
-        finally:
-            sets.library.cache_clear()
 
 
 @cache

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from foredraft.core.tree import TreeBatch
 from foredraft.kernels.layouts import FEW, FULL, Memory, describe_weight
+from foredraft.kernels.sets import using
 from foredraft.kernels.structures import CLinear, CResidual
 from foredraft.models.llama import LlamaTarget
 from foredraft.models.native import NativeTarget, run_linear, run_residuals
-from instruction_sets import NAMES, PAIRED, code_of, is_native, stand_ins_of, using
+from instruction_sets import NAMES, PAIRED, code_of, is_native, stand_ins_of
 from test_native import MODELS, PROMPTS, make_weights, prefilled, run, trees
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}

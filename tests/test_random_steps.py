@@ -10,8 +10,9 @@ import torch
 
 from foredraft.core.tree import TreeBatch
 from foredraft.kernels.layouts import FEW, FULL, Memory, describe_weight
+from foredraft.kernels.sets import using
 from foredraft.models.native import NativeTarget, run_linear
-from instruction_sets import NAMES, PAIRED, code_of, using
+from instruction_sets import NAMES, PAIRED, code_of
 from test_instruction_sets import DTYPES, check_bits, made
 from test_native import prefilled
 

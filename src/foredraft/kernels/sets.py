@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,10 @@ def code_of(name: str) -> Code:
     return Code(code, name)
 
 
+_forced: list[Code] = []
+"""The functions that `using` forces; the last counts."""
+
+
 @cache
 def library() -> Code | None:
     """Returns the compiled functions, or None if torch runs instead.
@@ -130,6 +136,8 @@ def library() -> Code | None:
     Raises:
         ValueError: ``FOREDRAFT_KERNELS`` has an unknown value, or names a set that this machine does not have.
     """
+    if _forced:
+        return _forced[-1]
     given = kernels()
     if given == "torch":
         return None
@@ -140,6 +148,18 @@ def library() -> Code | None:
         here = f"this machine has {', '.join([*names, 'torch'])}" if names else "there are no compiled kernels, only torch"
         raise SetError(f"FOREDRAFT_KERNELS is {given!r}, but {here}")
     return code_of(given)
+
+
+@contextmanager
+def using(code: Code) -> Iterator[None]:
+    """Makes `library` return `code` inside the block, in all threads. Tests and benchmarks compare instruction sets with it."""
+    _forced.append(code)
+    library.cache_clear()
+    try:
+        yield
+    finally:
+        _forced.pop()
+        library.cache_clear()
 
 
 def instruction_set() -> str:

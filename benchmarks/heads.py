@@ -36,7 +36,7 @@ from foredraft.bench.names import parse_method
 from foredraft.bench.report import rows_of, speedup
 from foredraft.bench.run import Outcome, measure
 from foredraft.cli.bench import BenchOptions, contender
-from foredraft.core.metrics import summarize
+from foredraft.core.metrics import SPLIT, summarize
 from foredraft.core.progress import progress_bar
 from foredraft.heads.folder import read_head
 from foredraft.plan.speculation import PLAIN
@@ -133,7 +133,7 @@ def made(config: dict[str, Any]) -> dict[str, Any]:
 
 def step_seconds(outcomes: Sequence[Outcome]) -> float:
     """Computes the seconds of the steps alone, without the pass over the prompt, which all methods share."""
-    return sum(getattr(outcome, f"{part}_s") for outcome in outcomes for part in ("draft", "verify", "rule", "cache"))
+    return sum(getattr(outcome.metrics, part) for outcome in outcomes for part in SPLIT)
 
 
 def of_steps(plain: Sequence[Outcome], outcomes: Sequence[Outcome]) -> float:

@@ -187,21 +187,22 @@ def test_half_characters_belong_to_the_token_that_completes_them():
     pieces = show.Pieces(byte_tokenizer(), SamplingParams())
     got = pieces.take(completion_of("a", tokens[:2], kinds[:2]))
     got += pieces.take(completion_of("aé€", tokens[:6], kinds[:6]))
-    got += pieces.take(completion_of("aé€b", tokens, kinds), all_of_it=True)
+    got += pieces.take(completion_of("aé€b", tokens, kinds))
     assert got == [("accepted", "a"), ("recovered", "é"), ("bonus", "€"), ("plain", "b")]
 
 
 def test_what_may_become_a_stop_string_is_held_back():
+    """The engine holds it back: the text of a running output lacks it."""
     pieces = show.Pieces(byte_tokenizer(), SamplingParams(stop=["END"]))
-    assert pieces.take(completion_of("xEN", list(b"xEN"), ["accepted"] * 3)) == [("accepted", "x")]
+    assert pieces.take(completion_of("x", list(b"xEN"), ["accepted"] * 3)) == [("accepted", "x")]
     assert pieces.take(completion_of("xENo", list(b"xENo"), ["accepted"] * 4)) == [
         ("accepted", "E"),
         ("accepted", "N"),
         ("accepted", "o"),
     ]
-    assert pieces.take(completion_of("xENoE", list(b"xENoE"), ["accepted"] * 5)) == []
+    assert pieces.take(completion_of("xENo", list(b"xENoE"), ["accepted"] * 5)) == []
     done = completion_of("xENo", list(b"xENoEND"), ["accepted"] * 7, "stop")
-    assert pieces.take(done, all_of_it=True) == []
+    assert pieces.take(done) == []
 
 
 def test_pieces_of_a_run_are_its_text():
@@ -211,7 +212,7 @@ def test_pieces_of_a_run_are_its_text():
     for output in llm.stream(STORY, sampling):
         shown += "".join(text for _, text in pieces.take(output.outputs[0]))
         assert output.outputs[0].text.startswith(shown)
-    shown += "".join(text for _, text in pieces.take(output.outputs[0], all_of_it=True))
+    shown += "".join(text for _, text in pieces.take(output.outputs[0]))
     assert shown == output.outputs[0].text
 
 

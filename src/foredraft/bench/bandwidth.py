@@ -41,7 +41,7 @@ def reading(target: Target, outcomes: Sequence[Outcome], bandwidth: float) -> di
         bandwidth: memory bandwidth, in bytes per second.
     """
     steps = sum(max(map(len, outcome.records)) for outcome in outcomes)
-    reached = target.num_weight_bytes * steps / sum(outcome.verify_s for outcome in outcomes)
+    reached = target.num_weight_bytes * steps / sum(outcome.metrics.verify_s for outcome in outcomes)
     return {
         "weights_mb": round(target.num_weight_bytes / 1e6, 1),
         "read_gb_per_s": round(reached / 1e9, 2),

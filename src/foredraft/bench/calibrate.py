@@ -86,9 +86,7 @@ def calibrate(choice: CalibrateChoice) -> tuple[Path, dict[str, Any]]:
     read = tasks.read_prompts(choice.prompts, choice.limit)
     plain = LLM(choice.model, {"method": "ar"}, dtype=choice.dtype, device=choice.device, max_num_seqs=8)
     drafting = plain.with_speculation({**config, "num_speculative_tokens": 1})
-    prompts = [ids for ids in tasks.encode(plain, read, raw=False) if len(ids) + choice.max_tokens <= plain.max_model_len]
-    if not prompts:
-        raise tasks.too_long(choice.max_tokens, plain.max_model_len)
+    prompts = tasks.encode_fitting(plain, read, choice.max_tokens, raw=False)
     found: dict[str, Any] = {"prompts": choice.prompts.name, "num_prompts": len(prompts), "max_tokens": choice.max_tokens}
     weights = drafting.plan.weights if drafting.plan else None
     found |= {"weights": weights} if weights else {}

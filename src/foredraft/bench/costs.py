@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -24,18 +24,12 @@ def cost_curve(target: Target, prompt: Sequence[int], sizes: Sequence[int] = COS
     pool = target.new_pool(1, target.max_len)
     cache = pool.allocate()
     prefill(target, pool, [cache], [list(prompt)])
-    return {str(size): _seconds(target, cache, list(_star(prompt[-1], size))) for size in sizes}
+    return {str(size): _seconds(target, cache, prompt[-1], size) for size in sizes}
 
 
-def _star(token: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yields the nodes (token, parent) of a binary tree of `size` nodes."""
-    for node in range(size):
-        yield token, -1 if node == 0 else (node - 1) // 2
-
-
-def _seconds(target: Target, cache: Any, nodes: Sequence[tuple[int, int]], repeats: int = 9) -> float:
-    tokens, parents = zip(*nodes, strict=True)
-    batch, times = TreeBatch.chains([tokens], [parents]), []
+def _seconds(target: Target, cache: Any, token: int, size: int, repeats: int = 9) -> float:
+    """Times a binary tree of `size` nodes."""
+    batch, times = TreeBatch.chains([[token] * size], [[(node - 1) // 2 for node in range(size)]]), []
     for _ in range(repeats):
         began = perf_counter()
         target.forward(batch, [cache])

@@ -18,6 +18,7 @@ from typing import Any
 from foredraft.bench.names import ASSISTED_PEERS
 from foredraft.bench.run import Outcome
 from foredraft.core.params import SamplingParams
+from foredraft.llm import LLM
 
 _REST_S = 0.2
 """Pause in seconds after a peer's run. OpenMP threads keep spinning for a while and would slow down the next method."""
@@ -32,10 +33,7 @@ class Peer:
         kind: a name in PEERS.
         model: directory of the target.
         draft_model: directory of the assistant; None for other peers.
-        dtype: torch's name of the dtype.
-        device: torch's name of the device.
-        max_len: largest number of tokens of prompt and output together.
-        eos_ids: token ids that end a sequence.
+        plain: plain decoding by this package, whose dtype, device, context and end-of-sequence tokens the engine takes.
         tuning: prompts (token ids) on which the setting is chosen. They are never reported.
         sampling: sampling parameters of the benchmark.
         python: Python interpreter that has the engine installed.
@@ -50,17 +48,15 @@ class Peer:
         model: str,
         draft_model: str | None,
         *,
-        dtype: str,
-        device: str,
-        max_len: int,
-        eos_ids: Sequence[int],
+        plain: LLM,
         tuning: Sequence[list[int]],
         sampling: SamplingParams,
         python: str = sys.executable,
     ):
-        self.name, self._eos_ids = kind, list(eos_ids)
+        self.name, self._eos_ids = kind, list(plain.eos_ids)
         draft = draft_model or "" if kind in ASSISTED_PEERS else ""
-        command = [python, str(Path(__file__).with_name("peer_process.py")), kind, model, draft, dtype, device, str(max_len)]
+        setting = str(plain.target.dtype).removeprefix("torch."), str(plain.target.device), str(plain.max_model_len)
+        command = [python, str(Path(__file__).with_name("peer_process.py")), kind, model, draft, *setting]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True)
         self.setting: dict[str, Any] = {}

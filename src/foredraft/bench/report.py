@@ -11,13 +11,11 @@ from jaxtyping import Float
 
 from foredraft.bench.run import Contender, Outcome
 from foredraft.bench.tasks import is_looping
-from foredraft.core.metrics import summarize
+from foredraft.core.metrics import SPLIT, summarize
 from foredraft.core.plots import new_figure
 from foredraft.plan.speculation import PLAIN
 
 _RESAMPLES = 2000
-SPLIT = ("draft_s", "verify_s", "rule_s", "cache_s")
-"""Parts of a step whose seconds are measured apart; ``other_s`` holds the rest."""
 
 
 def rows_of(contenders: Sequence[Contender], rounds: Sequence[dict[str, Outcome]], temperature: float) -> list[dict[str, Any]]:
@@ -61,7 +59,7 @@ def _counts(outcomes: Sequence[Outcome]) -> dict[str, Any]:
             "acceptance_rate": metrics.acceptance_rate,
             "joint_acceptance_rate": [round(rate, 4) for rate in metrics.joint_acceptance_rate],
         }
-        split = {name: sum(getattr(outcome, name) for outcome in outcomes) for name in SPLIT}
+        split = {name: sum(getattr(outcome.metrics, name) for outcome in outcomes) for name in SPLIT}
         found |= {**split, "other_s": seconds - sum(split.values())}
         found["peak_memory_mb"] = max(outcome.peak_bytes or 0 for outcome in outcomes) / 2**20
     return found

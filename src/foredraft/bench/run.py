@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from foredraft.core.metrics import StepRecord
+from foredraft.core.metrics import Metrics, StepRecord
 from foredraft.core.params import MAX_SEED, SamplingParams
 from foredraft.engine.engine import require_whole
 from foredraft.llm import LLM
@@ -28,17 +28,14 @@ class Outcome:
         seconds: time from the prompts to the last token, the pass over the prompts included.
         token_ids: token ids of every output.
         records: records of the steps of every output; empty for a peer.
-        draft_s, verify_s, rule_s, cache_s: parts of `seconds`, in seconds; 0 for a peer.
+        metrics: metrics of the longest output, which takes part in every step; empty for a peer.
         peak_bytes: peak memory in bytes, of the device on CUDA, else of the process; None for a peer.
     """
 
     seconds: float
     token_ids: list[list[int]]
     records: list[list[StepRecord]] = field(default_factory=list, repr=False)
-    draft_s: float = 0.0
-    verify_s: float = 0.0
-    rule_s: float = 0.0
-    cache_s: float = 0.0
+    metrics: Metrics = field(default_factory=Metrics)
     peak_bytes: int | None = None
 
     @property
@@ -82,15 +79,12 @@ class Ours:
             seconds = perf_counter() - began
         require_whole(results)
         outputs = [result.outputs[0] for result in results]
-        longest = max(outputs, key=lambda output: len(output.records)).metrics  # takes part in every step of the batch
+        longest = max(outputs, key=lambda output: len(output.records))
         return Outcome(
             seconds,
             [output.token_ids for output in outputs],
             [output.records for output in outputs],
-            longest.draft_s,
-            longest.verify_s,
-            longest.rule_s,
-            longest.cache_s,
+            longest.metrics,
             peak[0],
         )
 
@@ -157,6 +151,5 @@ def measure(
 
 def _seeded(sampling: SamplingParams, first: int, count: int) -> list[SamplingParams]:
     """Gives each prompt its own seed, the same for every method."""
-    given = {name: getattr(sampling, name) for name in SamplingParams.names()}
     seeds = [((sampling.seed or 0) + first + i) % (MAX_SEED + 1) for i in range(count)]
-    return [SamplingParams(**{**given, "seed": seed}) for seed in seeds]
+    return [replace(sampling, seed=seed) for seed in seeds]

@@ -121,17 +121,20 @@ def encode(llm: LLM, prompts: Sequence[Any], *, raw: bool) -> list[list[int]]:
     return encoded
 
 
-def too_long(max_tokens: int, context: int) -> UserError:
-    """Makes the error for prompts that all are too long.
+def encode_fitting(llm: LLM, prompts: Sequence[Any], max_tokens: int, *, raw: bool) -> list[list[int]]:
+    """Encodes prompts, without those that do not fit in the model's context together with `max_tokens` new tokens.
 
-    Args:
-        max_tokens: number of new tokens.
-        context: largest number of tokens of prompt and output together.
+    Raises:
+        ValueError: no prompt fits, or as `encode`.
     """
-    return UserError(
-        f"all prompts are too long: a prompt and its {max_tokens} new tokens must fit in the context of {context} tokens",
-        "Take shorter prompts or fewer tokens (--max-tokens)",
-    )
+    context = llm.max_model_len
+    fitting = [ids for ids in encode(llm, prompts, raw=raw) if len(ids) + max_tokens <= context]
+    if not fitting:
+        raise UserError(
+            f"all prompts are too long: a prompt and its {max_tokens} new tokens must fit in the context of {context} tokens",
+            "Take shorter prompts or fewer tokens (--max-tokens)",
+        )
+    return fitting
 
 
 def is_looping(token_ids: Sequence[int], size: int = 8) -> bool:

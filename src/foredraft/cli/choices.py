@@ -135,7 +135,7 @@ def check_plot(file: Path) -> Path:
     return file
 
 
-DTYPES = (*("auto", "bfloat16", "bf16", "float16", "fp16", "half"), *("float32", "fp32", "float", "float64", "fp64", "double"))
+DTYPES = ("auto", *files.DTYPES)
 """Names of dtypes, as `foredraft.models.loading.parse_dtype` takes them."""
 
 

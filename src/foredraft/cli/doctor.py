@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from foredraft.cli.options import AsJson, Layout
+from foredraft.cli.options import AsJson, Layout, option
 
 
 def doctor(
@@ -17,7 +17,7 @@ def doctor(
         typer.Argument(metavar="DIR", help="Directory of a draft head, released or from this library.", show_default=False),
     ] = None,
     *,
-    model: Annotated[str | None, typer.Option(help="Directory or Hub id of the head's target.", show_default=False)] = None,
+    model: Annotated[str | None, option(None, "Directory or Hub id of the head's target.")] = None,
     layout: Layout = None,
     as_json: AsJson = False,
 ) -> int:

@@ -37,8 +37,8 @@ _INVISIBLE = {code: None for code in (*range(32), 127, *range(128, 160)) if chr(
 class Pieces:
     """Splits a growing text into pieces by kind of token. The pieces joined together are the text.
 
-    A character that consists of several tokens belongs to the last of them. An end of the text that may begin a stop string
-    is held back, because it may be cut off later.
+    A character that consists of several tokens belongs to the last of them. The text of a running output lacks an end that may
+    begin a stop string, see `foredraft.core.text.TextStream.settled`.
 
     Args:
         tokenizer: tokenizer of the model; None produces no text.
@@ -47,35 +47,24 @@ class Pieces:
 
     def __init__(self, tokenizer: Any, sampling: SamplingParams):
         self._stream = TextStream(tokenizer, skip_special_tokens=sampling.skip_special_tokens)
-        self._stops = [] if sampling.include_stop_str_in_output else sampling.stop_strings
         self._ends: list[int] = []  # length of the text after each token
         self._done = 0
 
-    def take(self, completion: CompletionOutput, *, all_of_it: bool = False) -> list[tuple[str, str]]:
-        """Returns the new pieces as (kind, text). With `all_of_it`, nothing is held back."""
+    def take(self, completion: CompletionOutput) -> list[tuple[str, str]]:
+        """Returns the new pieces as (kind, text)."""
         for token in completion.token_ids[len(self._ends) :]:
             self._stream.push(token)
             self._ends.append(len(self._stream.text))
         text = completion.text
         if not completion.kinds:  # an error ended the output before its first token
             return []
-        held = 0 if all_of_it or completion.finish_reason else _held(text, self._stops)
-        pieces, until = [], len(text) - held
+        pieces, until = [], len(text)
         for kind, end in zip(completion.kinds, [*self._ends[:-1], until], strict=True):
             end = min(end, until)
             if end > self._done:
                 pieces.append((kind, text[self._done : end]))
                 self._done = end
         return pieces
-
-
-def _held(text: str, stops: list[str]) -> int:
-    """Length of the longest suffix of `text` that is a prefix of a stop string."""
-    longest = max((len(stop) - 1 for stop in stops), default=0)
-    for size in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(text[-size:]) for stop in stops):
-            return size
-    return 0
 
 
 class Screen:
@@ -91,17 +80,17 @@ class Screen:
         if legend and self._out.is_terminal and self._out.color_system and not self._out.no_color:
             _err().print(Text("  ").join(Text(meaning, STYLES[kind]) for kind, meaning in _LEGEND.items()))
 
-    def update(self, completion: CompletionOutput, *, all_of_it: bool = False) -> None:
+    def update(self, completion: CompletionOutput) -> None:
         """Prints the new part of the text."""
         with _uninterrupted():
-            for kind, piece in self._pieces.take(completion, all_of_it=all_of_it):
+            for kind, piece in self._pieces.take(completion):
                 shown = piece.translate(_INVISIBLE) if self._out.is_terminal else piece
                 self._out.print(Segments([Segment(shown, Style.parse(STYLES[kind]))]), end="", crop=False)
 
     def finish(self, completion: CompletionOutput | None) -> None:
-        """Prints the part that was held back and ends the line."""
+        """Prints the rest of the text and ends the line."""
         if completion is not None:
-            self.update(completion, all_of_it=True)
+            self.update(completion)
         self._out.print(Segments([Segment("\n")]), end="")
 
 

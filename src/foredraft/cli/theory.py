@@ -11,6 +11,7 @@ import typer
 
 from foredraft.cli.options import AsJson, Dtype, Limit, Model, Plot, Prompts, Raw, Seed, option
 from foredraft.core.errors import UserError, shown, whole_number
+from foredraft.core.typed import numbers
 
 theory = typer.Typer(name="theory", help="Compute the costs and gains of speculative decoding exactly.", no_args_is_help=True)
 
@@ -51,14 +52,11 @@ class LawOptions(NamedTuple):
         Raises:
             ValueError: they are missing, or are not laws over the same vocabulary.
         """
-        from foredraft.theory.chains import checked_law
+        from foredraft.theory.chains import checked_laws
 
         if self.p is None or self.q is None:
             raise UserError("this command needs one pair of laws", "give them as in --p 0.5,0.3,0.2 --q 0.2,0.3,0.5")
-        p, q = (checked_law(numbers(text, f"--{name}"), name) for name, text in (("p", self.p), ("q", self.q)))
-        if len(p) != len(q):
-            raise UserError(f"p has {len(p)} tokens and q {len(q)}: they must be laws over the same vocabulary")
-        return p, q
+        return checked_laws(numbers("--p", self.p), numbers("--q", self.q))
 
 
 class TextOptions(NamedTuple):
@@ -153,7 +151,7 @@ def tradeoff(
     """Compute the trade-off of quality and rejections by Theorems 4 and 5 of Yin et al."""
     from foredraft.theory import answers, figures
 
-    (draft, target), sizes = LawOptions(p, q).rows(), numbers(epsilon, "--epsilon")
+    (draft, target), sizes = LawOptions(p, q).rows(), numbers("--epsilon", epsilon)
     found = answers.tradeoff(draft, target, sizes)
     if plot is not None:
         figures.save(figures.tradeoff(draft, target, sizes), plot)
@@ -175,7 +173,7 @@ def speedup(
     """Compute tokens per step and speed-up of chains of every length, and the least acceptance with a speed-up."""
     from foredraft.theory import answers, figures
 
-    rates, verify = numbers(acceptance, "--acceptance"), verify_costs(verify_cost)
+    rates, verify = numbers("--acceptance", acceptance), verify_costs(verify_cost)
     found = answers.speedups(rates, draft_cost, verify, longest)
     if plot is not None:
         figures.save(figures.speedup(draft_cost, verify, longest), plot)
@@ -194,7 +192,7 @@ def predict(
     from foredraft.theory import answers
     from foredraft.theory.texts import Texts
 
-    counts, (given, seed) = numbers(drafts, "--drafts", int), _seeded(text)
+    counts, (given, seed) = numbers("--drafts", drafts, int), _seeded(text)
     found = answers.predicted(Texts(**given._asdict()), lookahead=lookahead, drafts=counts)
     _report({**found, **seed}, as_json)
 
@@ -219,20 +217,6 @@ def estimate(
         raise UserError(f"cannot write {str(output)!r} ({error.strerror})") from None
     told = f" (seed {given.seed})" if seed else ""
     show.say(f"chains over {pair.vocab_size} states are in {output}; read them with --laws {output}{told}")
-
-
-def numbers(text: str, what: str, kind: type[float] | type[int] = float) -> list[Any]:
-    """Parses numbers separated by commas. `what` names them in the error message.
-
-    Raises:
-        ValueError: a part is not a number of this kind.
-    """
-
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        whole = "whole " if kind is int else ""
-        raise UserError(f"{what} must be {whole}numbers separated by commas, got {shown(text)}") from None
 
 
 def whole_or_inf(text: str) -> float | int:

@@ -84,8 +84,8 @@ def train(
     from foredraft.core import typed
 
     choices.check_head_method(method)
-    layers = typed.numbers("--feature-layers", text.feature_layers or "", int)
-    ways = None if text.temperatures is None else typed.numbers("--temperatures", text.temperatures, float)
+    layers = typed.numbers("--feature-layers", text.feature_layers, int) if text.feature_layers else []
+    ways = None if text.temperatures is None else typed.numbers("--temperatures", text.temperatures)
     for temperature in ways or ():
         choices.check(None, None, {"temperature": temperature})
     choices.check_files("--data", data)

@@ -16,6 +16,9 @@ from foredraft.core.params import SamplingParams
 from foredraft.core.shape import Budget as Budget
 from foredraft.core.tree import DraftTree, Ids, TreeBatch
 
+Features = Float[Tensor, "m d"]
+"""The target's states after its feature layers, concatenated, one row per token."""
+
 
 class Scores(NamedTuple):
     """The result of one forward.
@@ -26,7 +29,7 @@ class Scores(NamedTuple):
     """
 
     logits: Float[Tensor, "r v"]
-    features: Float[Tensor, "m d"] | None = None
+    features: Features | None = None
 
 
 @dataclass(frozen=True)
@@ -218,13 +221,12 @@ class Drafter(Protocol):
 
     feature_layers: Sequence[int]
 
-    def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> Any:
+    def start(self, tokens: Sequence[int], features: Features | None) -> Any:
         """Returns the state of a new request.
 
         Args:
             tokens: the prompt. Its last token is the root.
-            features: row j is the target's state at ``tokens[j]``. The root has no row. None for a prompt of one token, and
-                for a drafter without `feature_layers`.
+            features: row j is the target's state at ``tokens[j]``; the root has none. None without rows or `feature_layers`.
         """
         ...
 
@@ -232,7 +234,7 @@ class Drafter(Protocol):
         """Returns one tree per request, within its budget. Node 0 is the root."""
         ...
 
-    def observe(self, state: Any, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]) -> None:
+    def observe(self, state: Any, tokens: Sequence[int], features: Features | None, path: Sequence[int]) -> None:
         """Receives the committed tokens. ``features[j]`` is the target's state at the node before ``tokens[j]``.
 
         tokens     path[0]  path[1]  ...  path[-1]   next
@@ -282,8 +284,7 @@ class Setting(NamedTuple):
         target: the target.
         model: the value of the config key ``model``: a directory, a Hub id or a loaded model. None if it was not given.
         load: loads such a model as a `Target`, in the dtype and on the device of the run.
-        vocabulary: returns the map from token to id of such a model, or of the target for None. Returns None if there is no
-            tokenizer.
+        vocabulary: returns the map from token to id of such a model, or of the target for None; None without a tokenizer.
         grower: the tree policy; None for a drafter that makes its own trees.
         num_slots: maximum number of requests at once.
         fingerprint: returns the fingerprint of the target's weights, see `foredraft.models.checkpoint.fingerprint`.

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+SPLIT = ("draft_s", "verify_s", "rule_s", "cache_s")
+"""The parts of a step whose seconds are measured."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
@@ -109,10 +112,7 @@ def summarize(records: Sequence[StepRecord]) -> Metrics:
         tv_bound_mean=sum(bounds) / max(1, num_tokens),
         tv_bound_max=max(bounds, default=0.0),
         num_saved_rejections=float(sum(bounds)),
-        draft_s=sum(record.draft_s for record in records),
-        verify_s=sum(record.verify_s for record in records),
-        rule_s=sum(record.rule_s for record in records),
-        cache_s=sum(record.cache_s for record in records),
+        **{part: sum(getattr(record, part) for record in records) for part in SPLIT},
     )
 
 

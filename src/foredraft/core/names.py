@@ -72,6 +72,7 @@ _BEAMS = "There is no beam search. For several samples give n, with logprobs", "
 _BITS = "Give the checkpoint as it was before quantisation, in bfloat16 or float32"
 _CODE = "No code of a checkpoint is run here. Choose a model that Transformers supports by itself"
 _CONFIG = "Copy the model's directory and change its config.json"
+_CHAT_TOOLS = _in_python("Use tools with LLM.chat")
 _DECODE = _in_python("Decode token_ids with get_tokenizer()")
 _DEFAULTS = "Give them in SamplingParams", "Give each as an option, for instance --temperature"
 _DETOKENIZE = "The text costs little. Leave it out, and read token_ids", "Leave it out, and read token_ids with --json"
@@ -107,6 +108,7 @@ _PATHS = (
 )
 _PENALTY = _in_python("Use repetition_penalty or frequency_penalty")
 _PICK = _in_python("Use logprobs=-1 or prompt_logprobs=-1, and pick from them")
+_REPETITION = _in_python("Use repetition_penalty")
 _RULE = "Use 'rule': 'block', or another rule that `foredraft methods` lists", "Use --rule block, or another one"
 _SAFE = "Only safetensors are read here. Convert the weights with save_pretrained of Transformers"
 _SHORTEN = "Cut the token ids yourself, and give them as the prompt", "Shorten the prompt"
@@ -204,17 +206,8 @@ NAMES: dict[str, Name] = {
     **_sample_hf("prefix_allowed_tokens_fn", "constrains the output by code", _TOKENS),
     **_sample_hf("past_key_values", "continues a cache", _IDS),
     **_sample_hf("return_full_text", "repeats the prompt in the text", "", _only(False)),
-    **_rows(
-        _REQUEST, "llama.cpp", "repeat_penalty", "is what repetition_penalty is here", _in_python("Use repetition_penalty")
-    ),
-    **_rows(
-        _REQUEST,
-        _OPENAI,
-        "functions function_call",
-        "describes functions",
-        _in_python("Use tools with LLM.chat"),
-        _only([], {}),
-    ),
+    **_rows(_REQUEST, "llama.cpp", "repeat_penalty", "is what repetition_penalty is here", _REPETITION),
+    **_rows(_REQUEST, _OPENAI, "functions function_call", "describes functions", _CHAT_TOOLS, _only([], {})),
     **_rows(_REQUEST, _OPENAI, "stream_options", "adds the usage to a stream", "Read metrics of the output. Leave it out"),
     **_ignored(_REQUEST, _HF, "synced_gpus"),
     **_ignored(_REQUEST, _OPENAI, "metadata service_tier"),

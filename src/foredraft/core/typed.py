@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from foredraft.core.errors import UserError
+from foredraft.core.errors import UserError, shown
 
 
 def option(text: str, taker: str) -> tuple[str, Any]:
@@ -32,13 +32,18 @@ def options(given: Sequence[str]) -> dict[str, Any]:
     return dict(option(text, "--set") for text in given)
 
 
-def numbers(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+def numbers(name: str, text: str, kind: type[float] | type[int] = float) -> list[Any]:
     """Parses numbers separated by commas.
 
+    Args:
+        name: name of the command-line option, for the message.
+        kind: int for whole numbers.
+
     Raises:
-        ValueError: a part is not a number.
+        ValueError: a part is not a number of this kind.
     """
     try:
-        return [kind(part) for part in text.split(",") if part.strip()]
+        return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"{name} takes numbers separated by commas, got {text!r}") from None
+        whole = "whole " if kind is int else ""
+        raise UserError(f"{name} must be {whole}numbers separated by commas, got {shown(text)}") from None

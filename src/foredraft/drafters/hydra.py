@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.core.contracts import Grower, Setting, Target, Work
+from foredraft.core.contracts import Features, Grower, Setting, Target, Work
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.compiled import FEW, CompiledHead, can_compile, compile_linears
 from foredraft.drafters.growing import paths_of
@@ -67,7 +67,7 @@ class HydraDrafter:
             compile_linears(heads, setting.target, weight_bits)
         return drafter
 
-    def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> PairState:
+    def start(self, tokens: Sequence[int], features: Features | None) -> PairState:
         """Returns the state of a new request. Nothing is run before its first tree."""
         return self._caches.start(tokens, features)
 
@@ -100,9 +100,7 @@ class HydraDrafter:
             logits[rows] = self.head(depth, features[rows], embeddings)
         return logits
 
-    def observe(
-        self, state: PairState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]
-    ) -> None:
+    def observe(self, state: PairState, tokens: Sequence[int], features: Features | None, path: Sequence[int]) -> None:
         """Adds the new pairs."""
         state.take(tokens, features)
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.cache.pool import PREFILL_CHUNK, prefill
-from foredraft.core.contracts import Grower, Setting, Target, Work
+from foredraft.core.contracts import Features, Grower, Setting, Target, Work
 from foredraft.core.errors import UserError
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.growing import Growing, next_pass
@@ -63,7 +63,7 @@ class LMDrafter:
         check_tokens(setting.vocabulary(None), setting.vocabulary(setting.model))
         return cls(model, setting.grower, setting.target.vocab_size, setting.num_slots)
 
-    def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> LMState:
+    def start(self, tokens: Sequence[int], features: Features | None) -> LMState:
         """Returns the state of a new request. Nothing is run before its first tree."""
         return LMState(self._pool.allocate(), list(tokens), num_committed=len(tokens))
 
@@ -84,9 +84,7 @@ class LMDrafter:
         scores = self.model.forward(batch, [states[b].cache for b in live], rows, start=start)
         return fit_vocabulary(scores.logits, self.vocab_size)
 
-    def observe(
-        self, state: LMState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]
-    ) -> None:
+    def observe(self, state: LMState, tokens: Sequence[int], features: Features | None, path: Sequence[int]) -> None:
         """Finds the committed tokens among the nodes that were run, so that their keys and values are kept.
 
         Equal tokens on equal paths have equal keys and values. The tokens alone thus determine what to keep, even if a tree

@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from jaxtyping import Float
-from torch import Tensor
-
-from foredraft.core.contracts import Drafter, Work
+from foredraft.core.contracts import Drafter, Features, Work
 from foredraft.core.tree import TreeBatch
 from foredraft.drafters.ngram import NgramDrafter, NgramState
 from foredraft.drafters.options import check_options
@@ -60,7 +57,7 @@ class LookupFirst:
         """
         return cls(other, **options)
 
-    def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> LookupState:
+    def start(self, tokens: Sequence[int], features: Features | None) -> LookupState:
         """Returns the state of a new request."""
         return LookupState(self._lookup.start(tokens, None), self._other.start(tokens, features))
 
@@ -83,9 +80,7 @@ class LookupFirst:
         trees |= {b: grown[i] for i, b in enumerate(late)}
         return TreeBatch.joined([trees[b] for b in range(len(work))])
 
-    def observe(
-        self, state: LookupState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]
-    ) -> None:
+    def observe(self, state: LookupState, tokens: Sequence[int], features: Features | None, path: Sequence[int]) -> None:
         """Passes the committed tokens to both drafters."""
         self._lookup.observe(state.lookup, tokens, None, path)
         self._other.observe(state.other, tokens, features, path)

@@ -6,10 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
-
-from foredraft.core.contracts import Drafter, Work
+from foredraft.core.contracts import Drafter, Features, Work
 from foredraft.core.tree import DraftTree, TreeBatch
 
 
@@ -39,7 +36,7 @@ class MixedDrafter:
         self.feature_layers: Sequence[int] = greedy.feature_layers or sampled.feature_layers
         assert all(tuple(drafter.feature_layers) in ((), tuple(self.feature_layers)) for drafter in self._drafters)
 
-    def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> MixedState:
+    def start(self, tokens: Sequence[int], features: Features | None) -> MixedState:
         """Returns the state of a new request."""
         greedy, sampled = (drafter.start(tokens, features if drafter.feature_layers else None) for drafter in self._drafters)
         return MixedState((greedy, sampled))
@@ -61,9 +58,7 @@ class MixedDrafter:
                 trees |= {b: batch[i] for i, b in enumerate(mine)}
         return TreeBatch.joined([trees[b] for b in range(len(work))])
 
-    def observe(
-        self, state: MixedState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]
-    ) -> None:
+    def observe(self, state: MixedState, tokens: Sequence[int], features: Features | None, path: Sequence[int]) -> None:
         """Passes the committed tokens to the drafter that drafts."""
         for drafter, part in self._following(state):
             drafter.observe(part, tokens, features if drafter.feature_layers else None, path)

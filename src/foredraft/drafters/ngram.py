@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from jaxtyping import Float
-from torch import Tensor
-
-from foredraft.core.contracts import Setting, Work
+from foredraft.core.contracts import Features, Setting, Work
 from foredraft.core.tree import TreeBatch
 from foredraft.drafters.options import check_options
 
@@ -41,7 +38,7 @@ class NgramDrafter:
         """Builds the drafter of a speculative config."""
         return cls(**options)
 
-    def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> NgramState:
+    def start(self, tokens: Sequence[int], features: Features | None) -> NgramState:
         """Returns the state of a new request."""
         state = NgramState()
         self.observe(state, tokens, None, ())
@@ -54,9 +51,7 @@ class NgramDrafter:
         """Returns one chain per request; the root alone if no n-gram matches."""
         return TreeBatch.chains([self._look_up(s, min(budget)) for s, budget in zip(work.states, work.budgets, strict=True)])
 
-    def observe(
-        self, state: NgramState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]
-    ) -> None:
+    def observe(self, state: NgramState, tokens: Sequence[int], features: Features | None, path: Sequence[int]) -> None:
         """Adds the new tokens. An n-gram is stored once the token after it is known."""
         for token in tokens:
             end = len(state.tokens)

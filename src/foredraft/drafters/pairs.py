@@ -16,6 +16,7 @@ from torch import Tensor
 
 from foredraft.cache.layout import Layout
 from foredraft.cache.pool import PREFILL_CHUNK, KVPool
+from foredraft.core.contracts import Features
 from foredraft.core.tree import TreeBatch
 from foredraft.drafters.growing import Growing
 from foredraft.heads.layers import Attend, Shape
@@ -52,7 +53,7 @@ class PairState(Growing):
             self.parts = [torch.cat(self.parts)]
         return self.parts[0]
 
-    def take(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> None:
+    def take(self, tokens: Sequence[int], features: Features | None) -> None:
         """Adds the pairs of newly committed tokens."""
         if self.tokens and self.ran is None:
             self.ran, self.pending, self.parts = len(self.pending), [], []
@@ -80,16 +81,9 @@ class PairCaches:
         self._shape, self._dtype = Shape.of(config), dtype
         self.group = self._shape.heads // self._shape.kv_heads
         self._cos, self._sin = rotary_tables(config, self.max_len + ahead, dtype, device)
-        self.pool = KVPool(
-            num_slots=num_slots,
-            num_layers=1,
-            num_heads=self._shape.kv_heads,
-            head_dim=self._shape.head_dim,
-            dtype=dtype,
-            device=device,
-        )
+        self.pool = KVPool(num_slots, 1, self._shape.kv_heads, self._shape.head_dim, dtype, device)
 
-    def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> PairState:
+    def start(self, tokens: Sequence[int], features: Features | None) -> PairState:
         """Returns the state of a new request; see `Drafter.start`.
 
         Token 0 is in no pair. The last feature forms a pair with the root.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foredraft.cache.layout import Layout, rows_of
 from foredraft.cache.pool import KVPool
-from foredraft.core.contracts import Grower, Scores, Setting, Target, Work
+from foredraft.core.contracts import Features, Grower, Scores, Setting, Target, Work
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.compiled import FEW, CompiledHead, can_compile
 from foredraft.drafters.growing import next_pass
@@ -81,7 +81,7 @@ class RecurrentDrafter:
         return cls(*given, weight_bits=weight_bits)
 
     @torch.inference_mode()
-    def start(self, tokens: Sequence[int], features: Float[Tensor, "m f"] | None) -> PairState:
+    def start(self, tokens: Sequence[int], features: Features | None) -> PairState:
         """Returns the state of a new request. Nothing is run before its first tree."""
         return self._caches.start(tokens, None if features is None else self._fuse(features))
 
@@ -106,9 +106,7 @@ class RecurrentDrafter:
         return self._run(batch, [state.cache for state in some], given, start, rows, tables)
 
     @torch.inference_mode()
-    def observe(
-        self, state: PairState, tokens: Sequence[int], features: Float[Tensor, "m f"] | None, path: Sequence[int]
-    ) -> None:
+    def observe(self, state: PairState, tokens: Sequence[int], features: Features | None, path: Sequence[int]) -> None:
         """Adds the new pairs."""
         state.take(tokens, None if features is None else self._fuse(features))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from foredraft.cache.layout import Layout, index_of, rows_of
 from foredraft.cache.pool import KVPool
-from foredraft.core.contracts import Grower, Scores, Setting, Target, Work
+from foredraft.core.contracts import Features, Grower, Scores, Setting, Target, Work
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.compiled import FEW, CompiledHead, can_compile, compile_linears
 from foredraft.drafters.growing import paths_of
@@ -67,7 +67,7 @@ class LayerSlots:
         """Returns the captured forwards of the layer and its output head, one per shape."""
         return Graphs(self._compute, capture, self._caches.group, self._dtype)
 
-    def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> PairState:
+    def start(self, tokens: Sequence[int], features: Features | None) -> PairState:
         """Returns the state of a new request."""
         return self._caches.start(tokens, features)
 
@@ -75,7 +75,7 @@ class LayerSlots:
         """Releases the cache slot of the request."""
         self._caches.finish(state)
 
-    def observe(self, state: PairState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> None:
+    def observe(self, state: PairState, tokens: Sequence[int], features: Features | None) -> None:
         """Adds the new pairs."""
         state.take(tokens, features)
 
@@ -147,7 +147,7 @@ class FeatureSlots:
         self.head, self.feature_layers = head, head.feature_layers
         self.num_tokens = head.num_slots
 
-    def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> PairState:
+    def start(self, tokens: Sequence[int], features: Features | None) -> PairState:
         """Returns the state of a new request."""
         state = PairState(None, [])
         self.observe(state, tokens, features)
@@ -156,7 +156,7 @@ class FeatureSlots:
     def finish(self, state: PairState) -> None:
         """Does nothing, because no resources are held."""
 
-    def observe(self, state: PairState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> None:
+    def observe(self, state: PairState, tokens: Sequence[int], features: Features | None) -> None:
         """Stores the last pair."""
         state.parts = [features[-1:]] if features is not None and len(features) else state.parts
 
@@ -200,7 +200,7 @@ class SlotDrafter:
         return cls(FeatureSlots(loaded.head), setting.grower, setting.target.vocab_size)
 
     @torch.inference_mode()
-    def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> PairState:
+    def start(self, tokens: Sequence[int], features: Features | None) -> PairState:
         """Returns the state of a new request."""
         return self.slots.start(tokens, features)
 
@@ -231,9 +231,7 @@ class SlotDrafter:
         return filled[tuple(places)]
 
     @torch.inference_mode()
-    def observe(
-        self, state: PairState, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]
-    ) -> None:
+    def observe(self, state: PairState, tokens: Sequence[int], features: Features | None, path: Sequence[int]) -> None:
         """Adds the new pairs."""
         self.slots.observe(state, tokens, features)
 

@@ -6,10 +6,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from jaxtyping import Float
-from torch import Tensor
-
-from foredraft.core.contracts import Budget, Setting, Work
+from foredraft.core.contracts import Budget, Features, Setting, Work
 from foredraft.core.tree import TreeBatch
 from foredraft.drafters.options import check_options
 
@@ -109,7 +106,7 @@ class SuffixDrafter:
         """Builds the drafter of a speculative config."""
         return cls(**options)  # type: ignore[arg-type]
 
-    def start(self, tokens: Sequence[int], features: Float[Tensor, "m d"] | None) -> SuffixAutomaton:
+    def start(self, tokens: Sequence[int], features: Features | None) -> SuffixAutomaton:
         """Returns the state of a new request, which is the automaton of its text."""
         state = SuffixAutomaton()
         self.observe(state, tokens, None, ())
@@ -123,9 +120,7 @@ class SuffixDrafter:
         trees = [self._grow(*given) for given in zip(work.states, work.roots, work.budgets, strict=True)]
         return TreeBatch.chains([tokens for tokens, _ in trees], [parents for _, parents in trees])
 
-    def observe(
-        self, state: SuffixAutomaton, tokens: Sequence[int], features: Float[Tensor, "m d"] | None, path: Sequence[int]
-    ) -> None:
+    def observe(self, state: SuffixAutomaton, tokens: Sequence[int], features: Features | None, path: Sequence[int]) -> None:
         """Adds the new tokens to the automaton."""
         for token in tokens:
             state.extend(token)

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from foredraft.heads.folder import about_head, save_head
 from foredraft.importers.layouts import LAYOUTS, OURS, Plan, plan
 from foredraft.importers.reading import Finding, Found, lengthened, target_facts
@@ -16,6 +14,7 @@ from foredraft.importers.source import Source, open_source
 from foredraft.importers.weights import assembled, inspect, shares_embedding
 from foredraft.models.checkpoint import ModelError
 from foredraft.models.loading import fingerprint_of
+from foredraft.plan.store import versions
 
 
 def convert(source: Path, model: str, out: Path, *, layout: str | None = None, force: bool = False) -> Plan:
@@ -81,16 +80,13 @@ def examine(folder: Path, model: str | None, layout: str | None = None) -> tuple
 
 
 def _provenance(source: Source, made: Plan) -> dict[str, Any]:
-    import transformers
-
     return {
         "converted_from": made.layout,
         "files": source.hashes(),
         "options": made.reading.options,
         "zeros": sorted(made.reading.zeros),
         "findings": [finding.what for finding in made.findings],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **versions(),
         "converted": time.strftime("%Y-%m-%d"),
     }
 

@@ -51,6 +51,7 @@ _LONGER = ("default", "linear", "llama3", "yarn")
 """Rotary scalings in which the rotation at a position does not depend on the longest position."""
 
 OTHER_TARGET = "give the target for which it was trained"
+_CONFIG_AGAIN = "copy config.json again from the weights' source"
 _ANOTHER = "choose another head for this target, or train one with `foredraft train`"
 
 
@@ -154,7 +155,7 @@ def refuse_malformed(found: Found) -> None:
             if value is not None and kind is not None and not _IS_OF_KIND[kind](value):
                 raise ModelError(
                     f"config.json says {key} {value!r}, but it must be {kind}",
-                    "copy config.json again from the weights' source",
+                    _CONFIG_AGAIN,
                 )
     empty = [name for name, shape in found.shapes.items() if name.endswith(".weight") and (not shape or 0 in shape)]
     if empty:
@@ -172,7 +173,7 @@ def read_layer(given: Mapping[str, Any], **more: Any) -> LlamaConfig:
     """
     missing = [key for key in _REQUIRED if given.get(key) is None]
     if missing:
-        raise ModelError(f"config.json lacks {', '.join(missing)}", "copy config.json again from the weights' source")
+        raise ModelError(f"config.json lacks {', '.join(missing)}", _CONFIG_AGAIN)
     return new_layer(**{key: given[key] for key in _WIDTHS if given.get(key) is not None}, **more)
 
 
@@ -185,9 +186,7 @@ def new_layer(**keys: Any) -> LlamaConfig:
     try:
         return LlamaConfig(**keys, num_hidden_layers=1, bos_token_id=None, eos_token_id=None)
     except Exception as error:
-        raise ModelError(
-            f"config.json is invalid ({one_line(error)})", "copy config.json again from the weights' source"
-        ) from None
+        raise ModelError(f"config.json is invalid ({one_line(error)})", _CONFIG_AGAIN) from None
 
 
 def lengthened(config: LlamaConfig, target: TargetFacts) -> LlamaConfig:

@@ -18,6 +18,10 @@ HEAD_KEY = "foredraft"
 """Key of config.json under which a draft head of this library stores its description."""
 
 
+DTYPES = ("bfloat16", "bf16", "float16", "fp16", "half", "float32", "fp32", "float", "float64", "fp64", "double")
+"""Names of the dtypes in which models run."""
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file.
 

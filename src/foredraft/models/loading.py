@@ -18,7 +18,7 @@ from foredraft.kernels import kernels
 from foredraft.models.check import refuse_unsupported
 from foredraft.models.checkpoint import ModelError as ModelError
 from foredraft.models.checkpoint import StoredTensor, fingerprint, one_line, open_weights, read_config, resolve, some
-from foredraft.models.files import is_loaded_model
+from foredraft.models.files import DTYPES, is_loaded_model
 from foredraft.models.generation import load_generation_config as load_generation_config
 from foredraft.models.llama import LlamaTarget, unsupported
 from foredraft.models.native import NativeTarget, can_run
@@ -27,20 +27,7 @@ from foredraft.models.sizes import refuse_bad_sizes
 from foredraft.models.tokenizer import load_tokenizer as load_tokenizer
 from foredraft.models.weights import check_unused, is_float, refuse_no_floats, refuse_other_shapes
 
-_DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "half": torch.float16,
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "float": torch.float32,
-    "float64": torch.float64,
-    "fp64": torch.float64,
-    "double": torch.float64,
-}
-
+_DTYPES = {name: getattr(torch, name.replace("bf16", "bfloat16").replace("fp", "float")) for name in DTYPES}
 _DEVICES = ("cpu", "cuda")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

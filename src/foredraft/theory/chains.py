@@ -91,15 +91,25 @@ def checked_law(law: Any, name: str) -> Row:
     return row / row.sum()
 
 
+def checked_laws(p: Any, q: Any) -> tuple[Row, Row]:
+    """Checks two laws over one vocabulary, see `checked_law`.
+
+    Raises:
+        ValueError: one of them is not a law, or the vocabularies differ.
+    """
+    p, q = checked_law(p, "p"), checked_law(q, "q")
+    if len(p) != len(q):
+        raise UserError(f"p has {len(p)} tokens and q {len(q)}: they must be laws over the same vocabulary")
+    return p, q
+
+
 def iid_pair(p: Any, q: Any) -> Pair:
     """Makes a pair with the same two laws at every position, independent of the tokens before.
 
     Raises:
         ValueError: p or q is not a law, or they have different numbers of tokens.
     """
-    p, q = checked_law(p, "p"), checked_law(q, "q")
-    if len(p) != len(q):
-        raise UserError(f"p has {len(p)} tokens and q {len(q)}: they must be laws over the same vocabulary")
+    p, q = checked_laws(p, q)
     check_room(len(p), 1)
     return Pair([p[None], np.tile(p, (len(p), 1))], [q[None], np.tile(q, (len(q), 1))])
 

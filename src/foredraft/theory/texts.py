@@ -77,8 +77,5 @@ class Texts:
             ValueError: no prompt fits.
         """
         read = tasks.read_prompts(self.prompts, self.limit)
-        encoded = tasks.encode(llm, read, raw=self.raw or llm.tokenizer.chat_template is None)
-        fitting = [ids for ids in encoded if len(ids) + self.max_tokens <= llm.max_model_len]
-        if not fitting:
-            raise tasks.too_long(self.max_tokens, llm.max_model_len)
-        return fitting * self.repeats
+        raw = self.raw or llm.tokenizer.chat_template is None
+        return tasks.encode_fitting(llm, read, self.max_tokens, raw=raw) * self.repeats

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from foredraft.bench.machine import machine
+from foredraft.plan.store import versions
 from foredraft.train.course import Course, Progress, Settings
 
 
 def provenance(course: Course, settings: Settings, done: Progress, head: torch.nn.Module) -> dict[str, Any]:
     """Collects the origin of the weights (command, data, settings, versions) and their last held-out metrics."""
-    import transformers
-
     return {
         "command": "foredraft " + " ".join(sys.argv[1:]),
         "method": course.facts["method"],
@@ -30,8 +29,7 @@ def provenance(course: Course, settings: Settings, done: Progress, head: torch.n
         "minutes": round(done.seconds / 60, 1),
         "device": machine(course.device)["device"],
         "held_out": done.history[-1] if done.history else {},
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **versions(),
         "finished": time.strftime("%Y-%m-%d"),
     }
 

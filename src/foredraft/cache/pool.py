@@ -52,14 +52,7 @@ class KVPool:
     """
 
     def __init__(
-        self,
-        *,
-        num_slots: int,
-        num_layers: int,
-        num_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, num_slots: int, num_layers: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ):
         self.kv = torch.zeros(2, num_layers, num_slots, num_heads, 0, head_dim, dtype=dtype, device=device)
         self._free = list(range(num_slots))[::-1]

@@ -132,14 +132,8 @@ class HFTarget:
 
     def new_pool(self, num_slots: int, max_len: int) -> KVPool:
         """Makes caches for `num_slots` requests. `max_len` is a hint only: slots grow as they are used."""
-        return KVPool(
-            num_slots=num_slots,
-            num_layers=len(self._shapes),
-            num_heads=max(heads for shape in self._shapes for heads, _ in shape),
-            head_dim=max(size for shape in self._shapes for _, size in shape),
-            dtype=self.dtype,
-            device=self.device,
-        )
+        heads, sizes = zip(*(part for shape in self._shapes for part in shape), strict=True)
+        return KVPool(num_slots, len(self._shapes), max(heads), max(sizes), self.dtype, self.device)
 
     @torch.inference_mode()
     def embed(self, token_ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:

@@ -119,14 +119,7 @@ class LlamaTarget:
 
     def new_pool(self, num_slots: int, max_len: int) -> KVPool:
         """Makes caches for `num_slots` requests. `max_len` is a hint only: slots grow as they are used."""
-        return KVPool(
-            num_slots=num_slots,
-            num_layers=len(self._layers),
-            num_heads=self._kv_heads,
-            head_dim=self._head_dim,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        return KVPool(num_slots, len(self._layers), self._kv_heads, self._head_dim, self.dtype, self.device)
 
     def embed(self, token_ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
         """Returns the input embeddings of tokens."""

@@ -88,14 +88,8 @@ class NativeTarget:
 
     def new_pool(self, num_slots: int, max_len: int) -> KVPool:
         """Makes caches for `num_slots` requests. `max_len` is a hint only: slots grow as they are used."""
-        return KVPool(
-            num_slots=num_slots,
-            num_layers=self._model.num_layers,
-            num_heads=self._model.kv_heads,
-            head_dim=self._model.head_dim,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        model = self._model
+        return KVPool(num_slots, model.num_layers, model.kv_heads, model.head_dim, self.dtype, self.device)
 
     def embed(self, token_ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
         """Returns the input embeddings of tokens."""

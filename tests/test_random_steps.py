@@ -11,8 +11,8 @@ import torch
 from foredraft.core.tree import TreeBatch
 from foredraft.kernels.layouts import FEW, FULL, Memory, describe_weight
 from foredraft.models.native import NativeTarget, run_linear
-from instruction_sets import NAMES, PAIRED, code_of, using
-from test_instruction_sets import DTYPES, check_bits, made
+from instruction_sets import DTYPES, NAMES, PAIRED, check_bits, code_of, using
+from test_instruction_sets_forwards import made
 from test_native import prefilled
 
 pytestmark = [pytest.mark.slow, pytest.mark.unchecked]

@@ -20,8 +20,8 @@ from foredraft.kernels.sets import Code
 from foredraft.kernels.structures import check_sizes
 
 STAND_INS = Path(__file__).parent / "stand_ins"
-NAMES = tuple(dict.fromkeys([*build.SETS["x86_64"], *sets.sets_here()]))
-"""All instruction sets of x86-64, the scalar set first, and those of this machine."""
+NAMES = tuple(dict.fromkeys(name for names in build.SETS.values() for name in names))
+"""All instruction sets, the scalar set first."""
 
 PAIRED = ("avx512_bf16", "amx")
 """The sets that multiply bfloat16 numbers in pairs. The order of their additions is their own."""
@@ -58,7 +58,7 @@ def code_of(name: str) -> Code:
 
 @cache
 def stand_ins_of(name: str) -> Code:
-    """Returns an instruction set of x86-64 that runs on the stand-ins."""
+    """Returns an instruction set of `NAMES` that runs on the stand-ins."""
     return Code(_library(), name)
 
 

@@ -18,7 +18,7 @@ from test_native import prefilled
 pytestmark = [pytest.mark.slow, pytest.mark.unchecked]
 
 LAYERS, STEPS = 1800, 200
-"""For each of five sets."""
+"""For each of six sets."""
 
 
 def rows_of(rng: np.random.Generator) -> int:

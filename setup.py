@@ -40,7 +40,13 @@ class TaggedWheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         """Returns the tags of Python, its ABI and the platform."""
         build = self.get_finalized_command("build_ext")
-        return "py3", "none", super().get_tag()[2] if Path(build.get_ext_fullpath(NAME)).exists() else "any"
+        return "py3", "none", self.platform() if Path(build.get_ext_fullpath(NAME)).exists() else "any"
+
+    def platform(self) -> str:
+        """Returns the tag of this platform or, if ``CC`` is a cross compiler of Linux, of the one that it builds for."""
+        tag, machine = super().get_tag()[2], building["architecture"](building["compiler"]())
+        is_other = tag.startswith("linux_") and machine in building["SETS"] and not tag.endswith(f"_{machine}")
+        return f"linux_{machine}" if is_other else tag
 
 
 setup(

@@ -22,7 +22,7 @@ os.environ["FOREDRAFT_CACHE"] = _CACHE.name  # nothing measured by a test outliv
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Says which instruction sets were tested, and how: on the machine itself or against stand-ins."""
     reports = [one for kind in ("passed", "failed") for one in terminalreporter.stats.get(kind, [])]
-    ids = [one.nodeid for one in reports if "test_instruction_sets.py" in one.nodeid]
+    ids = [one.nodeid for one in reports if "test_instruction_sets" in one.nodeid]
     if ids:
         from instruction_sets import NAMES, is_native
 

@@ -9,16 +9,26 @@ import os
 from functools import cache
 from pathlib import Path
 
+import pytest
+import torch
+from torch import Tensor
+
 from foredraft.kernels import build, sets
 from foredraft.kernels.sets import Code
 from foredraft.kernels.structures import check_sizes
 
 STAND_INS = Path(__file__).parent / "stand_ins"
-NAMES = tuple(dict.fromkeys([*build.SETS["x86_64"], *sets.sets_here()]))
-"""All instruction sets of x86-64, the scalar set first, and those of this machine."""
+NAMES = tuple(dict.fromkeys(name for names in build.SETS.values() for name in names))
+"""All instruction sets, the scalar set first."""
 
 PAIRED = ("avx512_bf16", "amx")
 """The sets that multiply bfloat16 numbers in pairs. The order of their additions is their own."""
+
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+
+every_set = pytest.mark.parametrize("name", NAMES[1:])
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 SANITIZER = os.environ.get("FOREDRAFT_TEST_SANITIZER", "")
 """Sanitizers of the compiler, as `test_sanitizers.py` sets them. With any, all sets run on stand-ins built with them."""
@@ -46,8 +56,30 @@ def code_of(name: str) -> Code:
 
 @cache
 def stand_ins_of(name: str) -> Code:
-    """Returns an instruction set of x86-64 that runs on the stand-ins."""
+    """Returns an instruction set of `NAMES` that runs on the stand-ins."""
     return Code(_library(), name)
+
+
+def check_bits(found: Tensor, wanted: Tensor) -> None:
+    """Compares bit for bit. A NaN equals any NaN, because no set promises which it returns."""
+    assert found.shape == wanted.shape
+    same = found.view(BITS[found.dtype]) == wanted.view(BITS[found.dtype])
+    if found.is_floating_point():
+        same |= found.isnan() & wanted.isnan()
+    assert same.all(), f"{(~same).sum()} of {same.numel()} differ, the first at {(~same).nonzero()[0].tolist()}"
+
+
+def check_near(found: Tensor, wanted: Tensor, exact: Tensor, is_ordered: bool) -> None:
+    """Compares several layers with the scalar set.
+
+    Where the order of additions differs, an input may be rounded to the other of two bfloat16 neighbours. So the results
+    differ, but their mean error against float64 is that of the scalar set, which rounds at the same places.
+    """
+    if is_ordered:
+        check_bits(found, wanted)
+    else:
+        mine, theirs = ((one.double() - exact).pow(2).mean().sqrt() for one in (found, wanted))
+        assert mine < 1.1 * theirs < 0.1 * exact.std()
 
 
 @cache

@@ -1,7 +1,8 @@
-"""Every instruction set computes what the scalar set computes, and the bits of a row do not depend on the rest of a step.
+"""Layers: every instruction set computes what the scalar set computes, and the bits of a row do not depend on the other rows.
 
 The sets that multiply bfloat16 numbers in pairs add in another order. Their sums may differ by the rounding of the additions:
-see `bound_of`. Everything else is equal bit for bit.
+see `bound_of`. Everything else is equal bit for bit. Whole forwards and laws are in `test_instruction_sets_forwards.py` and
+`test_instruction_sets_laws.py`.
 """
 
 from __future__ import annotations
@@ -15,35 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from foredraft.core.tree import TreeBatch
 from foredraft.kernels.layouts import FEW, FULL, Memory, describe_weight
 from foredraft.kernels.sets import using
 from foredraft.kernels.structures import CLinear, CResidual
-from foredraft.models.llama import LlamaTarget
-from foredraft.models.native import NativeTarget, run_linear, run_residuals
-from instruction_sets import NAMES, PAIRED, code_of, is_native, stand_ins_of
-from test_native import MODELS, PROMPTS, make_weights, prefilled, run, trees
+from foredraft.models.native import run_linear, run_residuals
+from instruction_sets import DTYPES, PAIRED, check_bits, check_near, code_of, every_dtype, every_set
 
-DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 ROWS = (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 16, 17, 23, 32, 33, 39, 40, 41, 47, 48, 49, 64, 96, 97, 150)
 SHAPES = ((75, 96), (32, 32), (33, 288), (130, 512))
-
-NARROW = ("llama", "one layer", "biases", "mistral", "qwen3")
-"""Models that run against stand-ins by default. The others take seconds there, and are marked slow."""
-
-made = cache(make_weights)
-every_set = pytest.mark.parametrize("name", NAMES[1:])
-every_dtype = pytest.mark.parametrize("dtype", DTYPES)
-
-
-def check_bits(found: Tensor, wanted: Tensor) -> None:
-    """Compares bit for bit. A NaN equals any NaN, because no set promises which it returns."""
-    assert found.shape == wanted.shape
-    same = found.view(BITS[found.dtype]) == wanted.view(BITS[found.dtype])
-    if found.is_floating_point():
-        same |= found.isnan() & wanted.isnan()
-    assert same.all(), f"{(~same).sum()} of {same.numel()} differ, the first at {(~same).nonzero()[0].tolist()}"
 
 
 class Case(NamedTuple):
@@ -190,19 +170,6 @@ def test_residual_blocks(name: str, dtype: str, sizes: tuple[int, ...]) -> None:
     check_near(found, wanted, made.exactly(x), dtype != "bf16" or name not in PAIRED)
 
 
-def check_near(found: Tensor, wanted: Tensor, exact: Tensor, is_ordered: bool) -> None:
-    """Compares several layers with the scalar set.
-
-    Where the order of additions differs, an input may be rounded to the other of two bfloat16 neighbours. So the results
-    differ, but their mean error against float64 is that of the scalar set, which rounds at the same places.
-    """
-    if is_ordered:
-        check_bits(found, wanted)
-    else:
-        mine, theirs = ((one.double() - exact).pow(2).mean().sqrt() for one in (found, wanted))
-        assert mine < 1.1 * theirs < 0.1 * exact.std()
-
-
 @every_set
 def test_activations_of_any_size(name: str) -> None:
     """x + silu(x), from denormal numbers to those whose exponential overflows."""
@@ -216,185 +183,3 @@ def test_activations_of_any_size(name: str) -> None:
         wanted = run_residuals(blocks, x, 1)
     with using(code_of(name)):
         check_bits(run_residuals(blocks, x, 1), wanted)
-
-
-# ---- whole forwards --------------------------------------------------------------------------------------------------------
-
-
-class Wanted(NamedTuple):
-    """The logits and features of the scalar set, and those of torch in float64."""
-
-    logits: Tensor
-    features: Tensor
-    exact: Any
-
-
-FORWARDS = [
-    pytest.param(name, model, marks=[] if is_native(name) or model in NARROW else pytest.mark.slow)
-    for name in NAMES[1:]
-    for model in MODELS
-]
-
-
-def features_of(config: Any) -> tuple[int, ...]:
-    return 0, 1, config.num_hidden_layers, -1
-
-
-@cache
-def wanted_forward(model: str, dtype: str) -> Wanted:
-    config, weights = made(model)
-    with using(code_of("scalar")):
-        scores = run(NativeTarget(config, weights, DTYPES[dtype]), feature_layers=features_of(config))
-    doubled = {key: weight.double() for key, weight in weights.items()}
-    exact = run(LlamaTarget(config, doubled, torch.float64, torch.device("cpu")), feature_layers=features_of(config))
-    return Wanted(scores.logits, scores.features, exact)
-
-
-def check_forward(name: str, model: str, dtype: str) -> None:
-    config, weights = made(model)
-    is_ordered, wanted = dtype != "bf16" or name not in PAIRED, wanted_forward(model, dtype)
-    with using(code_of(name)):
-        found = run(NativeTarget(config, weights, DTYPES[dtype]), feature_layers=features_of(config))
-    check_near(found.logits, wanted.logits, wanted.exact.logits, is_ordered)
-    check_near(found.features, wanted.features, wanted.exact.features, is_ordered)
-
-
-@pytest.mark.parametrize(("name", "model"), FORWARDS)
-def test_forwards(name: str, model: str) -> None:
-    """Trees behind prompts, in bfloat16: every logit and features of every kind."""
-    check_forward(name, model, "bf16")
-
-
-@every_set
-@pytest.mark.parametrize(("model", "dtype"), [("llama", "f16"), ("biases", "f32")])
-def test_forwards_of_other_types(name: str, model: str, dtype: str) -> None:
-    check_forward(name, model, dtype)
-
-
-@pytest.mark.slow
-@every_set
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("dtype", ["f16", "f32"])
-def test_all_forwards_of_other_types(name: str, model: str, dtype: str) -> None:
-    check_forward(name, model, dtype)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("model", "dtype"), [("qwen3", "bf16"), ("one layer", "f16"), ("one layer", "f32")])
-def test_what_else_is_in_a_step_changes_no_bit(name: str, model: str, dtype: str) -> None:
-    """Other trees, other rows and threads; a prompt of 50 tokens at once, in chunks and token by token."""
-    config, weights = made(model)
-    prompt = np.random.default_rng(3).integers(64, size=50).tolist()
-    with using(code_of(name)):
-        target = NativeTarget(config, weights, DTYPES[dtype], threads=1)
-        scores, batch = run(target), trees()
-        for threads in (2, 3):
-            check_bits(run(NativeTarget(config, weights, DTYPES[dtype], threads=threads)).logits, scores.logits)
-        rows = np.array([0, 3, 15, 17])
-        check_bits(run(target, rows=rows).logits, scores.logits[rows])
-        for b, given in enumerate(PROMPTS):
-            alone = TreeBatch.chains([batch[b].tokens.tolist()], [batch[b].parents.tolist()])
-            found = target.forward(alone, prefilled(target, [given])[1])
-            check_bits(found.logits, scores.logits[batch.offsets[b] : batch.offsets[b + 1]])
-        whole = chunked(target, prompt, len(prompt))
-        for size in (1, 7, 41):
-            check_bits(chunked(target, prompt, size), whole)
-
-
-def chunked(target: Any, prompt: list[int], size: int) -> Tensor:
-    """The logits of a prompt that is run `size` tokens at a time."""
-    pool = target.new_pool(1, 128)
-    caches, logits = [pool.allocate()], []
-    for begin in range(0, len(prompt), size):
-        part = prompt[begin : begin + size]
-        logits.append(target.forward(TreeBatch.chains([part]), caches).logits)
-        pool.keep(caches, [range(1, len(part))])
-    return torch.cat(logits)
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if is_native(name)])
-def test_stand_ins_compute_what_the_machine_computes(name: str) -> None:
-    """The stand-ins themselves: for sets that the machine has, they give its bits."""
-    config, weights = made("qwen3")
-    found = {}
-    for code in (code_of(name), stand_ins_of(name)):
-        with using(code):
-            forwards = [run(NativeTarget(config, weights, dtype)).logits for dtype in DTYPES.values()]
-            layers = [linear_case(kind, "bf16", SHAPES[0]) for kind in ("whole", "four bits")]
-            found[id(code)] = torch.cat([one.flatten() for one in [*forwards, *(run_linear(c.layer, c.x, 1) for c in layers)]])
-    check_bits(*found.values())
-
-
-# ---- laws and draws --------------------------------------------------------------------------------------------------------
-
-SIZES = (1, 2, 7, 15, 16, 17, 33, 101, 1000)
-
-
-def logits_of(size: int) -> Tensor:
-    """Rows of logits: plain, with ties, with infinite and missing numbers, far apart, and without any mass."""
-    x = torch.randn(7, size, generator=torch.Generator().manual_seed(size)) * 3
-    x[1] = x[1].round()
-    x[2, ::3], x[3, ::2], x[4] = -torch.inf, torch.nan, x[4] * 1e4
-    x[5], x[6] = -torch.inf, 0
-    return x
-
-
-def laws_of(code: Any, x: Tensor, *limits: float) -> Tensor:
-    probs = torch.empty_like(x)
-    code.laws(x.data_ptr(), *x.shape, *limits, probs.data_ptr())
-    return probs
-
-
-@every_set
-@pytest.mark.parametrize("size", SIZES)
-def test_laws(name: str, size: int) -> None:
-    x = logits_of(size)
-    for temperature in (0.05, 0.7, 1.0, 30.0):
-        for limits in ((-torch.inf, 0, 1.0), (-2.5, 0, 1.0), (-torch.inf, 3, 1.0), (-torch.inf, 0, 0.8), (-4.0, 5, 0.5)):
-            check_bits(*(laws_of(code_of(one), x, temperature, *limits) for one in (name, "scalar")))
-
-
-@every_set
-@pytest.mark.parametrize("size", SIZES)
-def test_operations_on_laws(name: str, size: int) -> None:
-    found = [operations(code_of(one), size) for one in (name, "scalar")]
-    for mine, theirs in zip(*found, strict=True):
-        check_bits(mine, theirs)
-
-
-def operations(code: Any, size: int) -> list[Tensor]:
-    """What an instruction set finds for the largest logits, draws from laws, their differences, and races."""
-    logits, out = logits_of(size), []
-    for count in {1, min(4, size), size}:
-        values, places = torch.zeros(7, count), torch.zeros(7, count, dtype=torch.int64)
-        code.largest(logits.data_ptr(), *logits.shape, count, values.data_ptr(), places.data_ptr())
-        out += [values, places.double()]
-    laws = torch.softmax(logits_of(size)[:3], 1).nan_to_num()
-    laws[2, size // 2 :] = 0
-    for law, other in zip(laws, laws.roll(1, 0), strict=True):
-        draws = [code.categorical(law.data_ptr(), size, uniform) for uniform in (0.0, 0.3, 0.9, 1 - 2.0**-53)]
-        left, rest = torch.empty(size), torch.empty(size)
-        masses = code.subtract(law.data_ptr(), other.data_ptr(), size, left.data_ptr())
-        masses = masses, code.without(law.data_ptr(), size // 3, size, rest.data_ptr())
-        out += [left, rest, torch.tensor([*draws, *masses], dtype=torch.float64)]
-        ids = torch.arange(size).flip(0) * 3
-        for token_ids in (None, ids.data_ptr()):
-            times, entries = torch.empty(5, dtype=torch.float64), torch.empty(5, dtype=torch.int64)
-            code.race(size * 977, law.data_ptr(), token_ids, size, 5, times.data_ptr(), entries.data_ptr())
-            out += [times, entries.double()]
-    return out
-
-
-def test_the_prefix_search_is_the_same_in_every_library() -> None:
-    """It has no vectors: the library of stand-ins has the same as the package."""
-    rng = np.random.default_rng(0)
-    tokens = np.stack([rng.permutation(9)[:4] for _ in range(6)])
-    probs = rng.dirichlet(np.ones(5), 6)
-    frames = tokens, np.ascontiguousarray(probs[:, :4]), np.ascontiguousarray(probs[:, 4])
-    found = []
-    for code in (code_of("scalar"), stand_ins_of("scalar")):
-        out = np.zeros((2, 41), dtype=np.int64)
-        code_size = code.prefixes(*(one.ctypes.data for one in frames), 6, 4, 40, 5, out[0].ctypes.data, out[1].ctypes.data)
-        found.append((code_size, out.tolist()))
-    assert found[0] == found[1]
-    assert found[0][0] > 10

@@ -66,7 +66,7 @@ def test_a_set_is_forced_or_refused(name: str, monkeypatch: pytest.MonkeyPatch) 
         sets.library()
 
 
-@pytest.mark.parametrize("features", [0, 1, 3, 7, 15, 31, 64 + 15, 64 + 31])
+@pytest.mark.parametrize("features", [0, 1, 3, 7, 15, 31, 32, 64 + 15, 64 + 31])
 def test_auto_takes_the_fastest_set(features: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By what the processor has; on Intel's without tiles, pairs of bfloat16 are slower than single numbers."""
 
@@ -79,7 +79,17 @@ def test_auto_takes_the_fastest_set(features: int, monkeypatch: pytest.MonkeyPat
             raise AttributeError(name)
 
     monkeypatch.setattr(sets, "_loaded", Loaded)
-    best = {0: "scalar", 1: "avx2", 3: "avx512", 7: "avx512_vnni", 15: "avx512_bf16", 31: "amx", 79: "avx512_vnni", 95: "amx"}
+    best = {
+        0: "scalar",
+        1: "avx2",
+        3: "avx512",
+        7: "avx512_vnni",
+        15: "avx512_bf16",
+        31: "amx",
+        32: "neon",
+        79: "avx512_vnni",
+        95: "amx",
+    }
     assert sets.sets_here()[0] == best[features]
 
 

@@ -12,14 +12,14 @@ from foredraft.core.tree import TreeBatch
 from foredraft.kernels.layouts import FEW, FULL, Memory, describe_weight
 from foredraft.kernels.sets import using
 from foredraft.models.native import NativeTarget, run_linear
-from instruction_sets import NAMES, PAIRED, code_of
-from test_instruction_sets import DTYPES, check_bits, made
+from instruction_sets import DTYPES, NAMES, PAIRED, check_bits, code_of
+from test_instruction_sets_forwards import made
 from test_native import prefilled
 
 pytestmark = [pytest.mark.slow, pytest.mark.unchecked]
 
 LAYERS, STEPS = 1800, 200
-"""For each of five sets."""
+"""For each of six sets."""
 
 
 def rows_of(rng: np.random.Generator) -> int:

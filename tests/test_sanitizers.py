@@ -18,7 +18,7 @@ SUBSET = {
     "address,undefined": "linear_layers or residual or activations or laws or what_else or prefix or (forwards and mistral)",
     "thread": "what_else or residual",
 }
-"""Sanitizers, and the tests of `test_instruction_sets.py` that run under them: those of threads for the last."""
+"""Sanitizers, and the tests of every `test_instruction_sets*.py` that run under them: those of threads for the last."""
 
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0",  # Python leaks at its end
@@ -41,7 +41,7 @@ def test_kernels_are_clean(sanitizer: str) -> None:
     runtime = runtime_of("libasan.so" if sanitizer.startswith("address") else "libtsan.so")
     preloaded = f"{runtime} {runtime_of('libstdc++.so.6')}"  # exceptions of torch need the latter
     fixed = [path, platform.machine(), "-R"] if (path := shutil.which("setarch")) else []  # TSan wants fixed addresses
-    tests = [str(TESTS / "test_instruction_sets.py"), "-k", SUBSET[sanitizer]]
+    tests = [*map(str, TESTS.glob("test_instruction_sets*.py")), "-k", SUBSET[sanitizer]]
     command = [*fixed, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
     environment = {**os.environ, **OPTIONS, "LD_PRELOAD": preloaded, "FOREDRAFT_TEST_SANITIZER": sanitizer}
     done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)

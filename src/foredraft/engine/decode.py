@@ -6,6 +6,7 @@ propose -> Target.forward -> law -> rule -> cache.keep -> observe -> cut at a st
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import nullcontext
 from time import perf_counter
 
 import torch
@@ -18,6 +19,7 @@ from foredraft.core.contracts import AcceptanceRule, Budget, Drafter, Pool, Targ
 from foredraft.core.law import at_least_float32
 from foredraft.core.tree import TreeBatch
 from foredraft.engine.continuation import Continuation, law_of, record, settle, top_logprobs
+from foredraft.engine.one_thread import one_thread
 
 Steps = Generator[list[Continuation], None, None]
 """Yields, after every step of a batch, the outputs that took part in it."""
@@ -120,12 +122,8 @@ def paced(target: Target, steps: Steps) -> Steps:
     Otherwise the two thread pools would compete for the same processors. Torch has little work between forwards.
     """
     while True:
-        before = torch.get_num_threads()
-        torch.set_num_threads(1 if target.has_own_threads else before)
-        try:
+        with one_thread if target.has_own_threads else nullcontext():
             running = next(steps, None)
-        finally:
-            torch.set_num_threads(before)
         if running is None:
             return
         yield running

@@ -43,8 +43,10 @@ SETS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
         "avx512_bf16": ("vector_avx512.h", _BF16),
         "amx": ("vector_avx512.h", _AMX),
     },
+    "aarch64": {"scalar": ("vector_scalar.h", ()), "neon": ("vector_neon.h", ())},
     "": {"scalar": ("vector_scalar.h", ())},
 }
+SETS["arm64"] = SETS["aarch64"]  # Apple's name of it
 """For each architecture (the first part of the compiler's target, "" for any other): its instruction sets, the header of their
 vectors and the compiler flags."""
 
@@ -66,12 +68,20 @@ def compiler() -> list[str]:
     raise BuildError(f"there is no C compiler {given!r}" if given.strip() else "there is no C compiler: cc, gcc or clang")
 
 
+def architecture(command: Words) -> str:
+    """Returns the name of the architecture that a compiler builds for: the first part of its target."""
+    return _run([*command, "-dumpmachine"]).split("-")[0]
+
+
 def sets_of(command: Words, stand_ins: Path | None = None) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Returns the instruction sets of the architecture that the compiler builds for; with `stand_ins`, those of x86-64."""
+    """Returns the instruction sets of the architecture that the compiler builds for; with `stand_ins`, those of all."""
     if stand_ins is None:
-        return SETS.get(_run([*command, "-dumpmachine"]).split("-")[0], SETS[""])
-    common = (f"-I{stand_ins}", "-fno-strict-aliasing")
-    return {key: (header, (*common, *(one for one in own if one[:2] == "-D"))) for key, (header, own) in SETS["x86_64"].items()}
+        return SETS.get(architecture(command), SETS[""])
+    common, found = (
+        (f"-I{stand_ins}", "-fno-strict-aliasing"),
+        {name: row for rows in SETS.values() for name, row in rows.items()},
+    )
+    return {key: (header, (*common, *(one for one in own if one[:2] == "-D"))) for key, (header, own) in found.items()}
 
 
 def build(out: Path, command: Words = (), *, names: Words = (), flags: Words = (), stand_ins: Path | None = None) -> list[str]:
@@ -82,8 +92,8 @@ def build(out: Path, command: Words = (), *, names: Words = (), flags: Words = (
         command: the compiler; empty for `compiler`.
         names: the sets to build; empty for all.
         flags: further flags for every file.
-        stand_ins: folder of a header ``immintrin.h`` that replaces the compiler's. The sets of x86-64 are then built for any
-            architecture, without the flags of their instructions.
+        stand_ins: folder of the headers ``immintrin.h`` and ``arm_neon.h`` that replace the compiler's. The sets of all
+            architectures are then built for any, without the flags of their instructions.
 
     Raises:
         BuildError: there is no compiler, or it reported an error.

@@ -5,7 +5,6 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
-#include <unistd.h>
 
 #include "numbers.h"
 #include "team.h"
@@ -26,14 +25,26 @@ static void rest(void) {
 static struct {
     pthread_mutex_t busy, lock;
     pthread_cond_t wake;
-    pid_t owner;            /* process that started the threads, which do not survive a fork */
     int size;               /* number of threads, the caller included */
     atomic_int sleeping;
     atomic_ulong offer;     /* pieces of the current phase << 32 | pieces taken; equal when there is nothing to do */
     atomic_long done;
     Piece *piece;
     const void *given;
-} team = {.busy = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+} team = {.busy = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER, .size = 1};
+
+/* The child of a fork has only the thread that forked. The others are gone, but the locks are as they held them, and `wake` still
+   counts those that slept: a broadcast would wait for them. So the child starts a new team. */
+static void start_anew(void) {
+    pthread_mutex_init(&team.busy, NULL);
+    pthread_mutex_init(&team.lock, NULL);
+    pthread_cond_init(&team.wake, NULL);
+    team.size = 1;
+    atomic_store(&team.sleeping, 0);
+    atomic_store(&team.offer, 0);
+}
+
+__attribute__((constructor)) static void expect_forks(void) { pthread_atfork(NULL, NULL, start_anew); }
 
 INLINE int has_more(uint64_t offer) { return (uint32_t)offer < offer >> 32; }
 
@@ -81,10 +92,6 @@ void parallel(int64_t threads, Piece *piece, const void *given, int64_t count) {
 
 int64_t enlist(int64_t wanted) {
     pthread_mutex_lock(&team.busy);
-    if (team.owner != getpid()) {
-        team.owner = getpid(), team.size = 1;
-        atomic_store(&team.sleeping, 0), atomic_store(&team.offer, 0);
-    }
     if (wanted > MOST_THREADS) wanted = MOST_THREADS;
     for (pthread_t thread; team.size < wanted; team.size++) {
         if (pthread_create(&thread, NULL, stand_by, (void *)(intptr_t)team.size)) break;

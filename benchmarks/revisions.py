@@ -1,0 +1,141 @@
+"""Compares the time of a step between two checkouts of this repository, in pairs, and their tokens at equal seeds.
+
+Each checkout runs in a process of its own. The processes take turns at each prompt; one sleeps while the other runs. A pair is the
+ratio of the times of a step on one prompt. The interval is that of the median of the pairs (a bootstrap over pairs, 95 %).
+
+    python benchmarks/revisions.py --before CHECKOUT --model DIR --output FILE
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from time import perf_counter, sleep
+from typing import Any
+
+METHODS = ("ar", "fspad:dyspec:8", "lm:dyspec:8", "suffix")
+HERE = Path(__file__).resolve().parents[1]
+PAUSE_S = 0.02
+"""Seconds after which the threads of the other process sleep."""
+
+
+def config_of(method: str, models: dict[str, str]) -> dict[str, Any]:
+    """Makes the speculative config of ``method:tree:nodes``."""
+    name, *rest = method.split(":")
+    config: dict[str, Any] = {"method": name}
+    if name != "ar":
+        config["num_speculative_tokens"] = int(rest[1]) if len(rest) > 1 else 8
+    if rest:
+        config["tree"] = rest[0]
+    if name in models:
+        config["model"] = models[name]
+    return config
+
+
+def work(given: dict[str, Any]) -> None:
+    """Answers requests on the standard input: a method, a prompt and a temperature, a line each."""
+    sys.path.insert(0, str(HERE / "benchmarks"))
+    from measuring import PROMPTS
+
+    from foredraft import LLM, SamplingParams
+    from foredraft.bench import tasks
+
+    llm = LLM(given["model"], {"method": "ar"}, dtype="bfloat16", device="cpu", max_num_seqs=1)
+    prompts = tasks.encode(llm, tasks.read_prompts(PROMPTS), raw=False)[: given["prompts"]]
+    prompts = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    llms = {method: llm.with_speculation(config_of(method, given["models"])) for method in METHODS}
+    print("ready", flush=True)
+    for line in sys.stdin:
+        method, prompt, temperature = json.loads(line)
+        params = SamplingParams(temperature=temperature, max_tokens=given["tokens"], seed=prompt, ignore_eos=True)
+        began = perf_counter()
+        [output] = llms[method].generate([prompts[prompt]], params, use_tqdm=False)
+        seconds = perf_counter() - began
+        print(json.dumps([seconds / output.metrics.num_steps, list(output.outputs[0].token_ids)]), flush=True)
+
+
+class Checkout:
+    """A process that runs a checkout."""
+
+    def __init__(self, folder: Path, given: dict[str, Any]):
+        environment = os.environ | {"PYTHONPATH": str(folder / "src")}
+        command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(given)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen(command, cwd=folder, env=environment, **pipes)  # type: ignore[call-overload]
+        self.ask()
+
+    def ask(self, *question: Any) -> Any:
+        """Sends a question, if any, and returns the answer."""
+        if question:
+            print(json.dumps(question), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise SystemExit("error: a checkout's process ended")
+        return json.loads(answer) if question else None
+
+
+def interval(pairs: list[float]) -> tuple[float, float, float]:
+    """Returns the median and the 95 % interval of the median."""
+    draw = random.Random(0)
+    medians = sorted(sorted(draw.choices(pairs, k=len(pairs)))[len(pairs) // 2] for _ in range(2000))
+    return sorted(pairs)[len(pairs) // 2], medians[50], medians[1949]
+
+
+def main() -> None:
+    """Measures, writes and prints."""
+    from measuring import arguments, median, report, rounded, rounds
+
+    from foredraft.bench.machine import machine
+
+    parser = arguments(__doc__, minutes=8)
+    parser.add_argument("--before", type=Path, required=True, help="the other checkout, whose kernels are built")
+    parser.add_argument("--fspad", help="directory of the FSPAD head; default: the bundled one")
+    parser.add_argument("--prompts", type=int, default=6)
+    parser.add_argument("--max-tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=8)
+    given = parser.parse_args()
+    bundled = HERE / "src" / "foredraft" / "bundled"
+    model = str(Path(given.model or bundled / "chat-14m").resolve())
+    models = {"lm": str(Path(given.draft_model).resolve()), "fspad": str(Path(given.fspad or bundled / "fspad").resolve())}
+    setting = {"model": model, "models": models, "prompts": given.prompts, "tokens": given.max_tokens}
+    checkouts = [Checkout(given.before.resolve(), setting), Checkout(HERE, setting)]
+    seconds: dict[tuple[str, float], list[tuple[float, float]]] = defaultdict(list)
+    equal: dict[tuple[str, float], dict[int, bool]] = defaultdict(dict)
+    for number in rounds(given.rounds, given.minutes):
+        for method in METHODS:
+            for temperature in (0.0, 1.0):
+                for prompt in range(given.prompts):
+                    answers = {}
+                    for which in (0, 1) if number % 2 else (1, 0):
+                        sleep(PAUSE_S)
+                        answers[which] = checkouts[which].ask(method, prompt, temperature)
+                    seconds[method, temperature].append((answers[0][0], answers[1][0]))
+                    equal[method, temperature][prompt] = answers[0][1] == answers[1][1]
+    rows = []
+    for (method, temperature), pairs in seconds.items():
+        middle, low, high = interval([after / before for before, after in pairs])
+        row = {"model": Path(model).name, "method": method, "temperature": temperature, "pairs": len(pairs)}
+        row |= {
+            "before_ms": 1e3 * median([before for before, _ in pairs]),
+            "after_ms": 1e3 * median([after for _, after in pairs]),
+        }
+        row |= {"ratio": middle, "ratio_low": low, "ratio_high": high}
+        row |= {"equal_outputs": sum(equal[method, temperature].values()), "outputs": given.prompts}
+        rows.append(rounded(row))
+    columns = ["method", "temperature", "before_ms", "after_ms", "ratio", "ratio_low", "ratio_high", "equal_outputs", "outputs"]
+    import torch
+
+    report(given.output, rows, columns, device=torch.device("cpu"), dtype="bfloat16")
+    del machine
+
+
+if __name__ == "__main__":
+    if "--worker" in sys.argv:
+        work(json.loads(sys.argv[-1]))
+    else:
+        main()

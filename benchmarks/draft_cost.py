@@ -26,7 +26,6 @@ processors that the compiled code needs.
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
-from measuring import arguments, median, report, rounded, rounds
+from measuring import arguments, interval, median, report, rounded, rounds
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from foredraft import SamplingParams, heads
@@ -150,12 +149,6 @@ class Setting:
         is_bound = self.method in ("eagle", "fspad") and self.bits == FULL
         allowed = ALLOWED.get((self.width, self.rows)) if is_bound else None
         return rounded({**found, "allowed": allowed})
-
-
-def interval(count: int) -> tuple[int, int]:
-    """Returns the two places in `count` sorted samples that enclose the median of their distribution with probability 95 %."""
-    reach = 0.98 * math.sqrt(count)
-    return max(0, math.floor(count / 2 - reach)), min(count - 1, math.ceil(count / 2 + reach))
 
 
 @contextmanager

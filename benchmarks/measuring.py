@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import gc
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -97,6 +98,12 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values) if values else 0.0
 
 
+def interval(count: int) -> tuple[int, int]:
+    """Returns the two places in `count` sorted samples that enclose the median of their distribution with probability 95 %."""
+    reach = 0.98 * math.sqrt(count)
+    return max(0, math.floor(count / 2 - reach)), min(count - 1, math.ceil(count / 2 + reach))
+
+
 def held_bytes(device: torch.device) -> int:
     """Returns the memory in bytes that is held now, after freeing unused memory, and resets the peak of `peak_bytes`.
 
@@ -110,14 +117,24 @@ def held_bytes(device: torch.device) -> int:
 
 
 def report(
-    path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str], *, device: torch.device, dtype: str | None = None
+    path: Path,
+    rows: Sequence[dict[str, Any]],
+    columns: Sequence[str],
+    *,
+    device: torch.device,
+    dtype: str | None = None,
+    shown: Sequence[dict[str, Any]] | None = None,
 ) -> None:
-    """Writes the rows with the conditions of the measurement, and prints some of their columns."""
+    """Writes the rows with the conditions of the measurement, and prints some of their columns.
+
+    Args:
+        shown: the rows to print, if they differ from the rows to write.
+    """
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     environment = {"command": command, **({"dtype": dtype} if dtype is not None else {}), **machine(device)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({**row, **environment}) + "\n" for row in rows))
-    print(table(rows, columns))
+    print(table(rows if shown is None else shown, columns))
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:

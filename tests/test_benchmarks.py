@@ -11,8 +11,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from batches import counted_moves, moved_nodes, node_bytes
-from draft_cost import interval, settings
-from measuring import rounds, table
+from draft_cost import settings
+from measuring import interval, rounds, table
+from peers import ratio
 from tables import of_seeds
 from tree_attention import BLOCK, case_of, dense, skipping, visible_blocks
 from tree_shapes import ORDERS, HeapOrder, random_tree, reordered
@@ -103,6 +104,11 @@ def test_heads_of_several_seeds_are_averaged() -> None:
     rows = [row("ar", 1.0), row("fspad=a/fspad-0:topk:8", 4.0), row("ctc=a/ctc-0", 2.0), row("fspad=a/fspad-1:topk:8", 4.2)]
     assert of_seeds(rows)[2:] == [["`fspad=fspad-*:topk:8`", "4.00, 4.20", "4.100 ± 0.100", "3.100 ± 0.100"]]
     assert of_seeds(rows[:3]) == []
+
+
+def test_a_ratio_above_one_means_that_foredraft_is_faster() -> None:
+    """The ratio is taken within a round, so a slow round of both does not count."""
+    assert ratio([1.0, 9.0, 2.0], [2.0, 27.0, 3.0]) == (2.0, 1.5, 3.0)
 
 
 def test_the_interval_holds_the_median_19_times_of_20() -> None:

@@ -363,7 +363,7 @@ static size_t lay_out(Job *job, char *block, int64_t num_nodes) {
     job->last = cut(block, &used, rows * m->hidden, input);
     job->weights = cut(block, &used, team_size() * MOST_QUERIES * job->room, sizeof(float));
     if (m->token_ids) job->drafted = cut(block, &used, rows * m->head.out, sizeof(float));
-    if (m->layers->qkv.type == Q4 || m->head.type == Q4)
+    if (m->layers->qkv.type == Q4 || is_packed(&m->layers->qkv, n) || m->head.type == Q4 || is_packed(&m->head, rows))
         for (int i = 0; i < 2; i++) job->hands.room[i] = cut(block, &used, room_of(most(n, rows), widest(m)), 1);
     if (job->step->given == NULL) return used;
     job->embedded = cut(block, &used, n * m->hidden, input);

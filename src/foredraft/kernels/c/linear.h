@@ -208,70 +208,88 @@ static void q4_tile(int n, const Rows *x, int64_t row, const Block *block, int64
     }
 }
 
-/* Many rows share weights that are converted to float32, UNPACKED inputs at a time, unless this set multiplies them as they are. */
-enum { MOST_BLOCK = 96, UNPACKED = 256 };
+/* Prompts, on sets that multiply single numbers: DEPTH weights of some vectors of outputs are converted to float32, and serve a
+   block of rows. They fill 16 KB, half of an L1 cache. The inputs of a group of rows are packed, input after input. So both are
+   read in the order in which they are stored. */
+enum { MOST_BLOCK = 192, ABREAST = MOST_ROWS <= WIDE_ROWS ? VECTORS : VECTORS / 2, DEPTH = 4096 / (ABREAST * LANES) };
 
-INLINE int is_unpacked(const Linear *layer, int64_t rows) {
+INLINE int is_packed(const Linear *layer, int64_t rows) {
     return layer->type != Q4 && !is_paired((int)layer->type) && groups_of(layer, rows) > 4;
 }
 
-INLINE void unpack(const int type, const void *w, int64_t begin, int64_t end, float *out) {
+typedef struct {
+    const float *x;
+    float *packed;
+    int64_t rows, group, size;
+} Packing;
+
+/* Packs the inputs of one group of rows, [rows][size] to [size][rows]. */
+static void pack_group(const void *given, int64_t piece, int id) {
+    const Packing *job = given;
+    const int64_t row = piece * job->group, n = least(job->group, job->rows - row);
+    float *to = job->packed + row * job->size;
+    (void)id;
+    for (int64_t i = 0; i < job->size; i++)
+        for (int64_t m = 0; m < n; m++) *to++ = job->x[(row + m) * job->size + i];
+}
+
+/* Converts the weights of inputs `begin` to `end` - 1 and ABREAST vectors of outputs, from vector `first` on. */
+INLINE void unpack(const int type, const void *w, int64_t begin, int64_t end, int first, float *out) {
     for (int64_t i = begin; i < end; i += 2) {
-        const char *next = (const char *)w + (i + UNPACKED) * TILE * size_of(type);
+        const char *next = (const char *)w + (i + DEPTH) * TILE * size_of(type);
         __builtin_prefetch(next, 0, 2);
         __builtin_prefetch(next + LINE, 0, 2);
-        for (int k = 0; k < 2; k++, out += TILE)
-            for (int v = 0; v < VECTORS; v++) v_store(out + v * LANES, weight_of(type, w, i, k, v * LANES));
+        for (int k = 0; k < 2; k++)
+            for (int v = 0; v < ABREAST; v++, out += LANES) v_store(out, weight_of(type, w, i, k, (first + v) * LANES));
     }
 }
 
-/* Adds the products of a part of the inputs, whose weights are float32 [end - begin][TILE]. */
-INLINE void part_of(const int n, const float *x, const float *w, int64_t size, int64_t begin, int64_t count, float (*out)[TILE]) {
-    enum { COUNT = MOST_ROWS <= WIDE_ROWS ? VECTORS : VECTORS / 2 };
-    for (int first = 0; first < VECTORS; first += COUNT) {
-        V sum[MOST_ROWS][COUNT];
+/* Adds the products of `count` packed inputs of n rows. If `begin` is 0, they are the first of their sums. n is a constant. */
+INLINE void part_of(const int n, const float *x, const float *w, int first, int64_t begin, int64_t count, float (*out)[TILE]) {
+    V sum[MOST_ROWS][ABREAST];
+    UNROLL
+    for (int m = 0; m < n; m++)
         UNROLL
-        for (int m = 0; m < n; m++)
+        for (int v = 0; v < ABREAST; v++) sum[m][v] = begin ? v_load(out[m] + (first + v) * LANES) : v_set(0);
+    for (int64_t i = 0; i < count; i++, x += n, w += ABREAST * LANES) {
+        V weights[ABREAST];
+        UNROLL
+        for (int v = 0; v < ABREAST; v++) weights[v] = v_load(w + v * LANES);
+        UNROLL
+        for (int m = 0; m < n; m++) {
+            const V number = v_set(x[m]);
             UNROLL
-            for (int v = 0; v < COUNT; v++) sum[m][v] = begin ? v_load(out[m] + (first + v) * LANES) : v_set(0);
-        for (int64_t i = 0; i < count; i++) {
-            V weights[COUNT];
-            UNROLL
-            for (int v = 0; v < COUNT; v++) weights[v] = v_load(w + i * TILE + (first + v) * LANES);
-            UNROLL
-            for (int m = 0; m < n; m++) {
-                const V number = v_set(x[m * size + begin + i]);
-                UNROLL
-                for (int v = 0; v < COUNT; v++) sum[m][v] = v_fma(weights[v], number, sum[m][v]);
-            }
+            for (int v = 0; v < ABREAST; v++) sum[m][v] = v_fma(weights[v], number, sum[m][v]);
         }
-        UNROLL
-        for (int m = 0; m < n; m++)
-            UNROLL
-            for (int v = 0; v < COUNT; v++) v_store(out[m] + (first + v) * LANES, sum[m][v]);
     }
+    UNROLL
+    for (int m = 0; m < n; m++)
+        UNROLL
+        for (int v = 0; v < ABREAST; v++) v_store(out[m] + (first + v) * LANES, sum[m][v]);
 }
 
-static void unpacked_part(int n, const float *x, const float *w, int64_t size, int64_t begin, int64_t count, float (*out)[TILE]) {
+static void packed_part(int64_t n, const float *x, const float *w, int first, int64_t begin, int64_t count, float (*out)[TILE]) {
     switch (n) {
-#define PART_CASE(N) case N: part_of(N, x, w, size, begin, count, out); break;
+#define PART_CASE(N) case N: part_of(N, x, w, first, begin, count, out); break;
         ROW_CASES(PART_CASE)
     }
 }
 
-static void unpacked_products(int64_t n, int64_t group, const float *x, const Linear *layer, const void *w, float (*out)[TILE]) {
-    float space[UNPACKED * TILE];
-    for (int64_t begin = 0; begin < layer->in; begin += UNPACKED) {
-        const int64_t end = least(begin + UNPACKED, layer->in);
-        const float *part = space;
-        switch (layer->type) {
-        case BF16: unpack(BF16, w, begin, end, space); break;
-        case F16: unpack(F16, w, begin, end, space); break;
-        default: part = (const float *)w + begin * TILE;
+static void packed_products(int64_t n, int64_t group, const float *x, const Linear *layer, const void *w, float (*out)[TILE]) {
+    float space[DEPTH * ABREAST * LANES];
+    for (int64_t begin = 0; begin < layer->in; begin += DEPTH)
+        for (int first = 0; first < VECTORS; first += ABREAST) {
+            const int64_t end = least(begin + DEPTH, layer->in);
+            switch (layer->type) {
+            case BF16: unpack(BF16, w, begin, end, first, space); break;
+            case F16: unpack(F16, w, begin, end, first, space); break;
+            default: unpack(F32, w, begin, end, first, space);
+            }
+            for (int64_t row = 0; row < n; row += group) {
+                const int64_t some = least(group, n - row);
+                packed_part(some, x + row * layer->in + begin * some, space, first, begin, end - begin, out + row);
+            }
         }
-        for (int64_t row = 0; row < n; row += group)
-            unpacked_part((int)least(group, n - row), x + row * layer->in, part, layer->in, begin, end - begin, out + row);
-    }
 }
 
 #ifdef USE_AMX
@@ -294,7 +312,7 @@ static void products(int64_t n, const Rows *x, int64_t row, int64_t count, const
     if (layer->type == BF16) tile_products(n, (const uint16_t *)x->rows + row * size, w, size, row, count, out);
     else
 #endif
-    if (is_unpacked(layer, count)) unpacked_products(n, group, (const float *)x->rows + row * size, layer, w, out);
+    if (is_packed(layer, count)) packed_products(n, group, (const float *)x->rows + row * size, layer, w, out);
     else
         for (int64_t m = 0; m < n; m += group) {
             const Ahead ahead = ahead_of(w, bytes, (row + m) / group, groups);
@@ -322,14 +340,14 @@ INLINE Linear outputs(const Linear *layer, int64_t first, int64_t count) {
 
 INLINE int64_t tiles_of(const Linear *layer) { return (layer->out + TILE - 1) / TILE; }
 
-/* The threads of a linear layer, the type of its inputs, and two buffers for inputs of eight bits, see `room_of`. */
+/* The threads of a linear layer, the type of its inputs, and two buffers for inputs that are converted, see `room_of`. */
 typedef struct {
     int64_t threads, type;
     void *room[2];
 } Hands;
 
-/* Returns the bytes that `inputs` needs for rows that are rounded to eight bits. */
-INLINE int64_t room_of(int64_t rows, int64_t size) { return rows * size + rows * (size / TILE) * 8; }
+/* Returns the bytes that `inputs` needs for rows that are packed, or rounded to eight bits. */
+INLINE int64_t room_of(int64_t rows, int64_t size) { return rows * size * 4; }
 
 typedef struct {
     int64_t type, size;
@@ -360,6 +378,12 @@ static void round_piece(const void *given, int64_t row, int id) {
 
 /* Converts inputs to the form that `layer` multiplies. */
 static Rows inputs(const Hands *hands, const Linear *layer, const void *x, int64_t rows, int room) {
+    if (is_packed(layer, rows)) {
+        const int64_t group = group_of(layer, rows);
+        Packing job = {.x = x, .packed = hands->room[room], .rows = rows, .group = group, .size = layer->in};
+        parallel(hands->threads, pack_group, &job, (rows + group - 1) / group);
+        return (Rows){.rows = job.packed};
+    }
     if (layer->type != Q4) return (Rows){.rows = x};
     const int64_t blocks = rows * layer->in / TILE;
     Rounding job = {.type = hands->type, .size = layer->in, .x = x, .steps = hands->room[room]};

@@ -65,7 +65,7 @@ static void normalize_row(const void *given, int64_t row, int id) {
 
 static void normalize_rows(const Job *job, const float *weight) {
     Phase phase = {.job = job, .weight = weight};
-    parallel(job->hands.threads, normalize_row, &phase, job->count);
+    over_rows(job->hands.threads, normalize_row, &phase, job->count, job->model->hidden);
 }
 
 /* Applies the norm, if there is one, and the rotary embedding to one head of one row, in place. */
@@ -142,7 +142,7 @@ static void feature_row(const void *given, int64_t row, int id) {
 static void save_features(const Job *job, int64_t layer) {
     for (int64_t f = 0; f < job->step->num_features; f++) {
         Phase phase = {.job = job, .index = f};
-        if (job->step->feature_layers[f] == layer) parallel(job->hands.threads, feature_row, &phase, job->count);
+        if (job->step->feature_layers[f] == layer) over_rows(job->hands.threads, feature_row, &phase, job->count, job->model->hidden);
     }
 }
 
@@ -197,7 +197,7 @@ static void enter(const Job *job) {
     const Entry *entry = &job->model->entry;
     const int64_t num_slots = job->step->num_slots * job->step->num_trees;
     Phase phase = {.job = job};
-    parallel(job->hands.threads, pair_row, &phase, job->count);
+    over_rows(job->hands.threads, pair_row, &phase, job->count, 2 * job->model->hidden);
     linear(&job->hands, &entry->fc, job->pair, job->count - num_slots, job->states, 0);
     if (num_slots) place_slots(job);
     if (entry->norm == NULL) return;
@@ -230,7 +230,7 @@ static void finish_doubled(const Job *job, const Linear *down) {
         for (int64_t half = 0; half < 2; half++)
             memcpy(job->doubled + (2 * row + half) * size, job->states + row * size, size * sizeof(float));
     linear(&job->hands, down, job->act, job->count, job->doubled, 1);
-    parallel(job->hands.threads, split_row, &phase, job->count);
+    over_rows(job->hands.threads, split_row, &phase, job->count, 2 * size);
 }
 
 static void spread_row(const void *given, int64_t row, int id) {
@@ -280,7 +280,7 @@ static void keep_wanted(Job *job, const Phase *phase, void *x) {
     const int64_t *rows = job->step->rows, size = m->head_dim, q = m->heads * size;
     const Linear queries = outputs(qkv, 0, q), rest = outputs(qkv, q, qkv->out - q);
     linear_into(&job->hands, &rest, x, job->count, job->qkv + q, qkv->out);
-    parallel(job->hands.threads, store_row, phase, job->count);
+    over_rows(job->hands.threads, store_row, phase, job->count, 4 * m->hidden);
     for (int64_t i = 0; i < job->step->num_rows; i++) {
         job->tree[i] = job->tree[rows[i]], job->node[i] = job->node[rows[i]];
         memmove(job->states + i * m->hidden, job->states + rows[i] * m->hidden, m->hidden * sizeof(float));
@@ -290,16 +290,16 @@ static void keep_wanted(Job *job, const Phase *phase, void *x) {
     job->count = job->step->num_rows, job->only_wanted = 1;
     if (job->count == 0) return;
     linear_into(&job->hands, &queries, x, job->count, job->qkv, qkv->out);
-    parallel(job->hands.threads, query_row, phase, job->count);
+    over_rows(job->hands.threads, query_row, phase, job->count, 4 * m->hidden);
 }
 
 static void run(Job *job) {
     const Model *m = job->model;
     const Step *s = job->step;
     Phase phase = {.job = job};
-    parallel(job->hands.threads, begin_row, &phase, job->count);
+    over_rows(job->hands.threads, begin_row, &phase, job->count, 4 * m->hidden);
     if (m->entry.fc.weight) enter(job);
-    if (m->entry.feature_norm) parallel(job->hands.threads, wide_row, &phase, job->count);
+    if (m->entry.feature_norm) over_rows(job->hands.threads, wide_row, &phase, job->count, 2 * m->hidden);
     save_features(job, 0);
     for (int64_t i = 0; i < m->num_layers; i++) {
         const Layer *layer = m->layers + i;
@@ -309,7 +309,7 @@ static void run(Job *job) {
         if (i == m->num_layers - 1 && is_rest_done(job)) keep_wanted(job, &phase, x);
         else {
             linear(&job->hands, &layer->qkv, x, job->count, job->qkv, 0);
-            parallel(job->hands.threads, row_of_layer, &phase, job->count);
+            over_rows(job->hands.threads, row_of_layer, &phase, job->count, 4 * m->hidden);
         }
         if (job->count == 0) return;
         const int64_t together = rows_together(job);
@@ -321,7 +321,7 @@ static void run(Job *job) {
         else linear(&job->hands, &layer->down, job->act, job->count, job->states, 1);
         save_features(job, i + 1);
     }
-    if (s->carried && m->layers[m->num_layers - 1].down.out == m->hidden) parallel(job->hands.threads, carry_row, &phase, job->count);
+    if (s->carried && m->layers[m->num_layers - 1].down.out == m->hidden) over_rows(job->hands.threads, carry_row, &phase, job->count, m->hidden);
     normalize_rows(job, m->norm);
     save_features(job, -1);
     score(job);

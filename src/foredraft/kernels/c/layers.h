@@ -47,7 +47,7 @@ int EXPORT(residuals)(const Residual *blocks, int64_t count, int64_t type, const
         else if (i == 0)
             for (int64_t j = 0; j < rows * size; j += LANES) v_store(state + j, load((int)type, x, j));
         linear(&hands, &blocks[i].linear, room, rows, gate, 0);
-        parallel(hands.threads, add_row, &job, rows);
+        over_rows(hands.threads, add_row, &job, rows, 2 * size);
     }
     dismiss();
     free(room);

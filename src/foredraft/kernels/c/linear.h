@@ -330,6 +330,13 @@ static void products(int64_t n, const Rows *x, int64_t row, int64_t count, const
         for (int64_t o = 0; o < TILE && tile * TILE + o < layer->out; o++) out[m][o] += layer->bias[tile * TILE + o];
 }
 
+/* Runs a phase over rows of some `numbers` each. The caller runs a short phase alone: to share it takes some 2 us. */
+enum { SHORT = 1 << 15 };
+
+static void over_rows(int64_t threads, Piece *piece, const void *given, int64_t rows, int64_t numbers) {
+    parallel(rows * numbers > SHORT ? threads : 1, piece, given, rows);
+}
+
 /* Returns a layer with `count` outputs of another, from `first` on. `first` is a multiple of 32. */
 INLINE Linear outputs(const Linear *layer, int64_t first, int64_t count) {
     Linear some = *layer;
@@ -388,14 +395,14 @@ static Rows inputs(const Hands *hands, const Linear *layer, const void *x, int64
     const int64_t blocks = rows * layer->in / TILE;
     Rounding job = {.type = hands->type, .size = layer->in, .x = x, .steps = hands->room[room]};
     job.offsets = (int32_t *)(job.steps + blocks), job.numbers = (int8_t *)(job.offsets + blocks);
-    parallel(hands->threads, round_piece, &job, rows);
+    over_rows(hands->threads, round_piece, &job, rows, 2 * layer->in);
     return (Rows){job.numbers, job.steps, job.offsets};
 }
 
 typedef struct {
     const Linear *layer, *other;
     Rows x, gate_x;
-    int64_t rows, stride, span, type;
+    int64_t rows, stride, pieces, type;
     float *y;
     void *act;
     int add;
@@ -429,21 +436,20 @@ static void gated_tile(const Product *job, int64_t tile) {
     }
 }
 
-/* Runs `span` consecutive tiles, so that the prefetched weights are those of the next tile. */
+/* Runs consecutive tiles, so that the prefetched weights are those of the next tile. */
 static void tiles_piece(const void *given, int64_t piece, int id) {
     const Product *job = given;
-    const int64_t end = least((piece + 1) * job->span, tiles_of(job->layer));
+    const int64_t tiles = tiles_of(job->layer), end = (piece + 1) * tiles / job->pieces;
     (void)id;
-    for (int64_t tile = piece * job->span; tile < end; tile++)
+    for (int64_t tile = piece * tiles / job->pieces; tile < end; tile++)
         if (job->other) gated_tile(job, tile);
         else linear_tile(job, tile);
 }
 
 /* Runs all tiles, in several pieces per thread, so that other threads can help a delayed one. */
 static void run_tiles(const Hands *hands, Product *job) {
-    const int64_t tiles = tiles_of(job->layer), pieces = hands->threads * PARTS;
-    job->span = (tiles + pieces - 1) / pieces, job->type = hands->type;
-    parallel(hands->threads, tiles_piece, job, (tiles + job->span - 1) / job->span);
+    job->pieces = least(tiles_of(job->layer), hands->threads * PARTS), job->type = hands->type;
+    parallel(hands->threads, tiles_piece, job, job->pieces);
 }
 
 static void run_linear(const Hands *hands, Product job, const void *x) {

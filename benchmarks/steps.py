@@ -1,8 +1,8 @@
 """Times steps of the compiled decoder by the number of their rows, and prompts, for each instruction set of this machine.
 
 A step is one forward of a tree after a prompt of 64 tokens. Sets, models and sizes take turns in every round, beside a
-measurement of the bandwidth of the memory. Every row has the median, the fastest and the slowest round. The share of the
-bandwidth is the median of the shares of the rounds.
+measurement of the bandwidth of the memory and of the multiply-adds of the set. Every row has the median, the fastest and the
+slowest round. A share is the median of the shares of the rounds.
 
     python benchmarks/steps.py --model DIR --output FILE
 """
@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from measuring import arguments, median, report, rounded, rounds
 
-from foredraft.bench.bandwidth import read_bandwidth
+from foredraft.bench.bandwidth import arithmetic_peak, read_bandwidth
 from foredraft.core.folders import BUNDLED_TARGET
 from foredraft.core.tree import TreeBatch
 from foredraft.kernels import sets
 from foredraft.models.loading import load_target
 from foredraft.models.native import NativeTarget
 
+LINEARS = ("qkv", "output", "gate", "up", "down")
 ROWS, PROMPT, CONTEXT, REPEATS = (1, 2, 4, 8, 16), 512, 64, 5
 CPU = torch.device("cpu")
 
@@ -51,6 +52,19 @@ def fastest(run: Any, repeats: int) -> float:
     return min(times)
 
 
+def multiply_adds(target: NativeTarget, rows: int) -> int:
+    """Counts the multiply-adds of the linear layers in a step.
+
+    A prompt computes neither logits nor anything behind the keys and values of the last layer.
+    """
+    model = target._model
+    layers = [target._layers[i] for i in range(model.num_layers)]
+    sizes = [sum(getattr(layer, name).outputs * getattr(layer, name).inputs for name in LINEARS) for layer in layers]
+    if rows < PROMPT:
+        return rows * (sum(sizes) + model.vocabulary * model.hidden)
+    return rows * (sum(sizes[:-1]) + 2 * model.kv_heads * model.head_dim * model.hidden)
+
+
 def main() -> None:
     """Measures, writes and prints."""
     parser = arguments(__doc__, models=False, minutes=6)
@@ -60,38 +74,45 @@ def main() -> None:
     given = parser.parse_args()
     targets = [(str(path.name), load_target(path, dtype=given.dtype, device="cpu")) for path in given.model or [BUNDLED_TARGET]]
     names = given.sets or [name for name in sets.sets_here() if name != "scalar"]
-    seconds: dict[tuple[str, str, int], list[float]] = defaultdict(list)
-    bandwidths = []
+    measured: dict[tuple[str, str, int], list[tuple[float, float, float]]] = defaultdict(list)
     for _ in rounds(given.rounds, given.minutes):
-        bandwidths.append(read_bandwidth(CPU))
         for name in names:
             with sets.using(sets.code_of(name)):
                 for model, target in targets:
+                    limits = read_bandwidth(CPU), arithmetic_peak(target.dtype)
                     for rows, run in forwards(target):
-                        seconds[model, name, rows].append(fastest(run, 1 if rows == PROMPT else REPEATS))
-    weights = {model: target.num_weight_bytes for model, target in targets}
-    multiply_adds = {model: weights[model] / target.dtype.itemsize for model, target in targets}
-    rows = [
-        rounded(
-            {
-                "model": model,
-                "set": name,
-                "rows": rows,
-                "ms": 1e3 * median(times),
-                "ms_fastest": 1e3 * min(times),
-                "ms_slowest": 1e3 * max(times),
-                "times_one_row": median(times) / median(seconds[model, name, 1]),
-                "read_gb_per_s": weights[model] / median(times) / 1e9,
-                "bandwidth_gb_per_s": median(bandwidths) / 1e9,
-                "bandwidth_share": median([weights[model] / time / read for time, read in zip(times, bandwidths, strict=True)]),
-                "gflops": 2 * multiply_adds[model] * rows / median(times) / 1e9,
-                "rounds": len(times),
-            }
-        )
-        for (model, name, rows), times in seconds.items()
-    ]
-    columns = ["model", "set", "rows", "ms", "ms_fastest", "times_one_row", "bandwidth_share", "gflops"]
+                        seconds = fastest(run, 1 if rows == PROMPT else REPEATS)
+                        measured[model, name, rows].append((seconds, *limits))
+    rows = [row_of(model, name, rows, dict(targets)[model], measured) for model, name, rows in measured]
+    columns = ["model", "set", "rows", "ms", "ms_fastest", "times_one_row", "bandwidth_share", "gflops", "peak_share"]
     report(given.output, rows, columns, device=CPU, dtype=given.dtype)
+
+
+def row_of(
+    model: str, name: str, rows: int, target: NativeTarget, measured: dict[tuple[str, str, int], list[tuple[float, float, float]]]
+) -> dict[str, Any]:
+    """Summarises the rounds of one number of rows: times, and the shares of the two limits measured beside them."""
+    times, bandwidths, peaks = zip(*measured[model, name, rows], strict=True)
+    one_row = [seconds for seconds, *_ in measured[model, name, 1]]
+    bytes_read, operations = target.num_weight_bytes, 2 * multiply_adds(target, rows)
+    return rounded(
+        {
+            "model": model,
+            "set": name,
+            "rows": rows,
+            "ms": 1e3 * median(times),
+            "ms_fastest": 1e3 * min(times),
+            "ms_slowest": 1e3 * max(times),
+            "times_one_row": median([mine / one for mine, one in zip(times, one_row, strict=True)]),
+            "read_gb_per_s": bytes_read / median(times) / 1e9,
+            "bandwidth_gb_per_s": median(bandwidths) / 1e9,
+            "bandwidth_share": median([bytes_read / time / read for time, read in zip(times, bandwidths, strict=True)]),
+            "gflops": operations / median(times) / 1e9,
+            "peak_gflops": median(peaks) / 1e9,
+            "peak_share": median([operations / time / peak for time, peak in zip(times, peaks, strict=True)]),
+            "rounds": len(times),
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def doctor(
 ) -> int:
     """Describe this machine, or a draft head and its problems.
 
-    Without DIR: the instruction set, the threads, the bandwidth of the memory, and what would make this machine faster.
+    Without DIR: the instruction set, the threads, the limits of memory and arithmetic, and what would make this machine faster.
     With DIR, the exit code is 0 if there are no problems, else 1.
     """
     if folder is None:
@@ -49,7 +49,7 @@ def _machine(*, as_json: bool) -> int:
     """Describes this machine. Reading the memory takes about a second."""
     import torch
 
-    from foredraft.bench.bandwidth import read_bandwidth
+    from foredraft.bench.bandwidth import arithmetic_peak, read_bandwidth
     from foredraft.bench.machine import advice, machine
     from foredraft.cli import show
     from foredraft.kernels.sets import instruction_set, sets_here
@@ -57,12 +57,15 @@ def _machine(*, as_json: bool) -> int:
     facts = machine(torch.device("cpu"))
     facts |= {"instruction_set": instruction_set(), "sets": sets_here(), "advice": advice()}
     facts["read_gb_per_s"] = round(read_bandwidth(torch.device("cpu")) / 1e9, 1)
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    facts["gflops"] = {name: round(arithmetic_peak(dtype) / 1e9) for name, dtype in dtypes.items()}
     if as_json:
         print(json.dumps(facts))
         return 0
     show.say(f"processor: {facts['device']}, {facts['cores']} cores, {facts['threads']} threads")
     show.say(f"instruction set: {facts['instruction_set']} (here: {', '.join([*facts['sets'], 'torch'])})")
     show.say(f"memory: {facts['read_gb_per_s']} GB/s read")
+    show.say("arithmetic: " + ", ".join(f"{gflops} GFLOPS in {name}" for name, gflops in facts["gflops"].items()))
     show.say(f"versions: Python {facts['python']}, torch {facts['torch']}, transformers {facts['transformers']}")
     for number, sentence in enumerate(facts["advice"], 1):
         show.say(f"{number}. {sentence}")

@@ -61,7 +61,7 @@ def describe_weight(memory: Memory, weight: Float[Tensor, "o i"], bias: Float[Te
 class Memory:
     """Stores tensors one after another, on huge pages if the system has them.
 
-    Huge pages cause fewer TLB misses when weights are streamed, which makes a step of twelve rows a fifth faster.
+    The hardware prefetches within a page, and huge pages cause fewer TLB misses. A step of one row is up to a sixth faster.
 
     Attributes:
         num_bytes: bytes of all stored tensors, rounded up to cache lines.
@@ -76,7 +76,7 @@ class Memory:
         """Copies a tensor into this memory and returns the copy."""
         size = -(-tensor.nbytes // _LINE) * _LINE
         if not self._blocks or self._used + size > self._blocks[-1].nbytes:
-            self._blocks.append(_pages(max(size, _PAGES)))
+            self._blocks.append(huge_pages(max(size, _PAGES)))
             self._used = 0
         place = self._blocks[-1][self._used : self._used + tensor.nbytes]
         self._used += size
@@ -84,7 +84,8 @@ class Memory:
         return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-def _pages(num_bytes: int) -> Tensor:
+def huge_pages(num_bytes: int) -> UInt8[Tensor, " n"]:
+    """Allocates zeros, on huge pages if the system has them."""
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages

@@ -84,6 +84,7 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "forward": (ctypes.c_int, (_at, _at)),
     "linear": (ctypes.c_int, (_at, _whole, _at, _whole, _at, _whole)),
     "residuals": (ctypes.c_int, (_at, _whole, _whole, _at, _whole, _at, _whole)),
+    "peak": (_double, (_whole, _whole, _whole)),
     "laws": (None, (_at, _whole, _whole, _double, _double, _whole, _double, _at)),
     "largest": (None, (_at, _whole, _whole, _whole, _at, _at)),
     "categorical": (_whole, (_at, _whole, _double)),

@@ -19,5 +19,6 @@
 
 #include "decoder.h"
 #include "layers.h"
+#include "peak.h"
 #include "laws.h"
 #include "draws.h"

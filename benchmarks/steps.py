@@ -89,7 +89,11 @@ def main() -> None:
 
 
 def row_of(
-    model: str, name: str, rows: int, target: NativeTarget, measured: dict[tuple[str, str, int], list[tuple[float, float, float]]]
+    model: str,
+    name: str,
+    rows: int,
+    target: NativeTarget,
+    measured: dict[tuple[str, str, int], list[tuple[float, float, float]]],
 ) -> dict[str, Any]:
     """Summarises the rounds of one number of rows: times, and the shares of the two limits measured beside them."""
     times, bandwidths, peaks = zip(*measured[model, name, rows], strict=True)

@@ -14,8 +14,9 @@ from foredraft.kernels import sets
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The memory is not read, which would take a second."""
+    """Memory and arithmetic are not measured, which would take a second."""
     monkeypatch.setattr("foredraft.bench.bandwidth.read_bandwidth", lambda device: 12.34e9)
+    monkeypatch.setattr("foredraft.bench.bandwidth.arithmetic_peak", lambda dtype: 470e9 if dtype == torch.bfloat16 else 235e9)
 
 
 def said(capsys: pytest.CaptureFixture[str], *more: str) -> str:
@@ -27,13 +28,14 @@ def said(capsys: pytest.CaptureFixture[str], *more: str) -> str:
 
 def test_it_describes_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
     lines = said(capsys).splitlines()
-    assert [line.split(":")[0] for line in lines[:4]] == ["processor", "instruction set", "memory", "versions"]
+    assert [line.split(":")[0] for line in lines[:5]] == ["processor", "instruction set", "memory", "arithmetic", "versions"]
     assert f"instruction set: {sets.instruction_set()} (here: {', '.join([*sets.sets_here(), 'torch'])})" in lines
     assert "memory: 12.3 GB/s read" in lines
+    assert "arithmetic: 470 GFLOPS in bfloat16, 235 GFLOPS in float32" in lines
     facts = json.loads(said(capsys, "--json"))
     assert facts["threads"] == torch.get_num_threads()
     assert facts["sets"] == sets.sets_here()
-    assert [f"{number}. {sentence}" for number, sentence in enumerate(facts["advice"], 1)] == lines[4:]
+    assert [f"{number}. {sentence}" for number, sentence in enumerate(facts["advice"], 1)] == lines[5:]
 
 
 def test_it_says_what_would_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:

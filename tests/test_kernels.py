@@ -16,9 +16,11 @@ from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
 from foredraft.core.folders import BUNDLED_LM
 from foredraft.kernels import build, sets, structures
+from foredraft.kernels.layouts import TYPES
 from foredraft.models.llama import LlamaTarget
 from foredraft.models.loading import load_target
 from foredraft.plan.measure import facts_of
+from instruction_sets import NAMES, code_of, is_native
 
 TARGET = Path(__file__).parent / "data" / "babyllama-105"
 
@@ -177,3 +179,14 @@ def test_a_choice_belongs_to_its_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
         sets.library.cache_clear()
         told.add(facts_of(target, [])["kernels"])
     assert told == {*sets.sets_here(), "torch"}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if is_native(name)])
+def test_the_peak_counts_multiply_adds(name: str) -> None:
+    """Twice the rounds are twice the multiply-adds, a multiple of the lanes; two threads make twice as many."""
+    code = code_of(name)
+    for number in TYPES.values():
+        once = code.peak(number, 10, 1)
+        assert once > 0 and once % 120 == 0
+        assert code.peak(number, 20, 1) == 2 * once
+        assert code.peak(number, 10, 2) in (once, 2 * once)

@@ -30,7 +30,9 @@ def read_bandwidth(device: torch.device) -> float:
     It is the best of several sums over a tensor of 512 MiB, on all of torch's threads or on the whole CUDA device. On a CPU
     the tensor lies on huge pages, if the system has them, as weights do.
     """
-    memory = torch.ones(_BYTES // 4, device=device) if device.type == "cuda" else huge_pages(_BYTES).view(torch.float32).fill_(1)
+    memory = (
+        torch.ones(_BYTES // 4, device=device) if device.type == "cuda" else huge_pages(_BYTES).view(torch.float32).fill_(1)
+    )
     best = 0.0
     for _ in range(_REPEATS):
         began = perf_counter()

@@ -16,6 +16,8 @@ static View view_of(const Job *job, int64_t row, int64_t window, int64_t *path) 
     const int64_t tree = job->tree[row], length = s->lengths[tree], *parents = s->parents + s->offsets[tree];
     const int64_t depth = job->depth[s->offsets[tree] + job->node[row]], seen = length + depth + 1;
     const int64_t hidden = seen > window ? seen - window : 0; /* number of tokens before the window */
+    /* In a chain, such as a prompt, all tokens are contiguous. */
+    if (depth == job->node[row]) return (View){.from = hidden, .committed = seen - hidden, .count = seen - hidden, .path = path};
     int64_t above = depth + 1;
     for (int64_t node = job->node[row]; node >= 0; node = parents[node]) path[--above] = length + node;
     View view = {.from = least(hidden, length), .count = seen - hidden};

@@ -208,13 +208,13 @@ static void q4_tile(int n, const Rows *x, int64_t row, const Block *block, int64
     }
 }
 
-/* Prompts, on sets that multiply single numbers: DEPTH weights of some vectors of outputs are converted to float32, and serve a
+/* From PACKED_ROWS on, on sets that multiply single numbers: DEPTH weights of some vectors of outputs are converted to float32, and serve a
    block of rows. They fill 16 KB, half of an L1 cache. The inputs of a group of rows are packed, input after input. So both are
    read in the order in which they are stored. */
 enum { MOST_BLOCK = 192, ABREAST = MOST_ROWS <= WIDE_ROWS ? VECTORS : VECTORS / 2, DEPTH = 4096 / (ABREAST * LANES) };
 
 INLINE int is_packed(const Linear *layer, int64_t rows) {
-    return layer->type != Q4 && !is_paired((int)layer->type) && groups_of(layer, rows) > 4;
+    return layer->type != Q4 && !is_paired((int)layer->type) && rows >= PACKED_ROWS;
 }
 
 typedef struct {
@@ -416,7 +416,10 @@ static void linear_tile(const Product *job, int64_t tile) {
         products(n, &job->x, row, job->rows, layer, tile, out);
         for (int64_t m = 0; m < n; m++) {
             float *to = job->y + (row + m) * job->stride + tile * TILE;
-            for (int64_t o = 0; o < width; o++) to[o] = job->add ? to[o] + out[m][o] : out[m][o];
+            for (int64_t o = 0; o < width; o += LANES) {
+                const V value = v_load(out[m] + o);
+                v_store_some(to + o, job->add ? v_add(v_load_some(to + o, width - o), value) : value, width - o);
+            }
         }
     }
 }
@@ -436,19 +439,23 @@ static void gated_tile(const Product *job, int64_t tile) {
     }
 }
 
+/* Returns the first tile of a piece. Pieces differ by one tile at most, and a longer one is the first. */
+INLINE int64_t first_tile(const Product *job, int64_t piece) { return (piece * tiles_of(job->layer) + job->pieces - 1) / job->pieces; }
+
 /* Runs consecutive tiles, so that the prefetched weights are those of the next tile. */
 static void tiles_piece(const void *given, int64_t piece, int id) {
     const Product *job = given;
-    const int64_t tiles = tiles_of(job->layer), end = (piece + 1) * tiles / job->pieces;
     (void)id;
-    for (int64_t tile = piece * tiles / job->pieces; tile < end; tile++)
+    for (int64_t tile = first_tile(job, piece); tile < first_tile(job, piece + 1); tile++)
         if (job->other) gated_tile(job, tile);
         else linear_tile(job, tile);
 }
 
-/* Runs all tiles, in several pieces per thread, so that other threads can help a delayed one. */
+/* Runs all tiles, in several pieces per thread, so that other threads can help a delayed one. In a prompt, each tile is long enough
+   to be a piece. */
 static void run_tiles(const Hands *hands, Product *job) {
-    job->pieces = least(tiles_of(job->layer), hands->threads * PARTS), job->type = hands->type;
+    const int64_t tiles = tiles_of(job->layer);
+    job->pieces = job->rows >= MOST_BLOCK ? tiles : least(tiles, hands->threads * PARTS), job->type = hands->type;
     parallel(hands->threads, tiles_piece, job, job->pieces);
 }
 

@@ -1,7 +1,7 @@
 """Compares the time of a step between two checkouts of this repository, in pairs, and their tokens at equal seeds.
 
-Each checkout runs in a process of its own. The processes take turns at each prompt; one sleeps while the other runs. A pair is the
-ratio of the times of a step on one prompt. The interval is that of the median of the pairs (a bootstrap over pairs, 95 %).
+Each checkout runs in a process of its own. The processes take turns at each prompt; one sleeps while the other runs. A pair is
+the ratio of the times of a step on one prompt. The interval is that of the median of the pairs (bootstrap, 95 %).
 
     python benchmarks/revisions.py --before CHECKOUT --model DIR --output FILE
 """
@@ -38,23 +38,20 @@ def config_of(method: str, models: dict[str, str]) -> dict[str, Any]:
 
 
 def work(given: dict[str, Any]) -> None:
-    """Answers requests on the standard input: a method, a prompt and a temperature, a line each."""
-    sys.path.insert(0, str(HERE / "benchmarks"))
-    from measuring import PROMPTS
+    """Answers requests on the standard input, a line each: a method, the number of a prompt, a temperature.
 
+    It uses only what both checkouts have: `LLM`, `SamplingParams` and the outputs.
+    """
     from foredraft import LLM, SamplingParams
-    from foredraft.bench import tasks
 
     llm = LLM(given["model"], {"method": "ar"}, dtype="bfloat16", device="cpu", max_num_seqs=1)
-    prompts = tasks.encode(llm, tasks.read_prompts(PROMPTS), raw=False)[: given["prompts"]]
-    prompts = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
     llms = {method: llm.with_speculation(config_of(method, given["models"])) for method in METHODS}
     print("ready", flush=True)
     for line in sys.stdin:
-        method, prompt, temperature = json.loads(line)
-        params = SamplingParams(temperature=temperature, max_tokens=given["tokens"], seed=prompt, ignore_eos=True)
+        method, number, temperature = json.loads(line)
+        params = SamplingParams(temperature=temperature, max_tokens=given["tokens"], seed=number, ignore_eos=True)
         began = perf_counter()
-        [output] = llms[method].generate([prompts[prompt]], params, use_tqdm=False)
+        [output] = llms[method].generate([{"prompt_token_ids": given["prompts"][number]}], params)
         seconds = perf_counter() - began
         print(json.dumps([seconds / output.metrics.num_steps, list(output.outputs[0].token_ids)]), flush=True)
 
@@ -88,9 +85,10 @@ def interval(pairs: list[float]) -> tuple[float, float, float]:
 
 def main() -> None:
     """Measures, writes and prints."""
-    from measuring import arguments, median, report, rounded, rounds
+    import torch
+    from measuring import arguments, median, read_prompts, report, rounded, rounds
 
-    from foredraft.bench.machine import machine
+    from foredraft import LLM
 
     parser = arguments(__doc__, minutes=8)
     parser.add_argument("--before", type=Path, required=True, help="the other checkout, whose kernels are built")
@@ -102,7 +100,8 @@ def main() -> None:
     bundled = HERE / "src" / "foredraft" / "bundled"
     model = str(Path(given.model or bundled / "chat-14m").resolve())
     models = {"lm": str(Path(given.draft_model).resolve()), "fspad": str(Path(given.fspad or bundled / "fspad").resolve())}
-    setting = {"model": model, "models": models, "prompts": given.prompts, "tokens": given.max_tokens}
+    prompts = read_prompts(LLM(speculative_config={"method": "ar"}), given.prompts)
+    setting = {"model": model, "models": models, "prompts": prompts, "tokens": given.max_tokens}
     checkouts = [Checkout(given.before.resolve(), setting), Checkout(HERE, setting)]
     seconds: dict[tuple[str, float], list[tuple[float, float]]] = defaultdict(list)
     equal: dict[tuple[str, float], dict[int, bool]] = defaultdict(dict)
@@ -128,10 +127,7 @@ def main() -> None:
         row |= {"equal_outputs": sum(equal[method, temperature].values()), "outputs": given.prompts}
         rows.append(rounded(row))
     columns = ["method", "temperature", "before_ms", "after_ms", "ratio", "ratio_low", "ratio_high", "equal_outputs", "outputs"]
-    import torch
-
     report(given.output, rows, columns, device=torch.device("cpu"), dtype="bfloat16")
-    del machine
 
 
 if __name__ == "__main__":

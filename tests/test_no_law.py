@@ -23,7 +23,7 @@ from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
 from foredraft.core.contracts import Budget
 from foredraft.core.draws import Draws
-from foredraft.core.law import TargetLaw, solid
+from foredraft.core.law import TargetLaw, lawful
 from foredraft.core.text import TextStream
 from foredraft.core.tree import TreeBatch
 from foredraft.engine.continuation import Continuation
@@ -133,9 +133,20 @@ def test_only_rows_without_a_law_are_replaced(row: list[float], sampling: dict[s
         assert (law.token(0), law.token(2)) == (0, 0)
 
 
-def test_solid_rows_are_not_copied() -> None:
-    logits = torch.tensor([[1.0, -INF], [0.0, 0.0]])
-    assert solid(logits).logits is logits
+BROKEN = {"forbidden": [-INF] * 3, "nan": [0.0, NAN, -1.0], "negative nan": [1.0, -NAN, 0.0], "infinity": [0.0, INF, -INF]}
+LIMITS = ({}, {"top_k": 1}, {"top_k": 2, "top_p": 0.5}, {"min_p": 0.4}, {"temperature": 1e-20}, {"temperature": 0.0})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+def test_rows_without_a_law_are_found_under_all_limits(dtype: torch.dtype, limits: dict[str, float]) -> None:
+    """Compiled and plain, whatever the limits cut. The law that stands in sums to 1."""
+    good = [0.0, -INF, -1.0]
+    logits = torch.tensor([good, *BROKEN.values(), good], dtype=dtype)
+    probs, is_empty = lawful(logits, SamplingParams(**{"temperature": 1.0, **limits}))
+    assert is_empty == [False, True, True, True, True, False]
+    assert torch.equal(probs[0], probs[-1]) and float(probs[0, 1]) == 0.0
+    assert probs.sum(-1).tolist() == pytest.approx([1.0] * 6)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -289,4 +300,4 @@ def test_figures_are_not_made_of_outputs_with_an_error() -> None:
 
 def test_draws_stay_addressed() -> None:
     """A law that stands in is drawn from like any other: nothing else of the step moves."""
-    assert Draws(0).categorical(solid(torch.full((1, 3), NAN)).logits[0].softmax(-1), ("next", (), 0)) in range(3)
+    assert Draws(0).categorical(lawful(torch.full((1, 3), NAN), SamplingParams()).probs[0], ("next", (), 0)) in range(3)

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.core.errors import UserError
@@ -40,6 +40,8 @@ def at_least_float32(logits: Float[Tensor, "*n v"]) -> Float[Tensor, "*n v"]:
 
 def warp(logits: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor, "n v"]:
     """Returns probabilities after temperature, min-p, top-k and top-p, in float32 or float64. One-hot at temperature 0.
+
+    Above temperature 0, a row is NaN if it defines no law: every logit is minus infinity, or one is NaN or infinity.
 
     All tokens that tie with the last token of top-k are kept. Top-p also keeps the token that crosses the threshold; among
     equally likely tokens, the first.
@@ -96,22 +98,25 @@ _FORBIDS_NOTHING = (None, 0, [], {}, ())
 """Values of these parameters that forbid nothing."""
 
 
-class Solid(NamedTuple):
-    """Rows of logits in which every row defines a law.
+class Lawful(NamedTuple):
+    """Laws of several rows of logits.
 
     Attributes:
-        logits: the given logits, but 0 for every token of a row that `is_empty`.
-        is_empty: whether no token of the row could be drawn. Every logit is minus infinity, or a logit is NaN or infinity.
+        probs: the probabilities, uniform where the logits define no law.
+        is_empty: whether a row defines no law, because every logit is minus infinity, or one is NaN or infinity.
     """
 
-    logits: Float[Tensor, "n v"]
-    is_empty: Bool[Tensor, " n"]
+    probs: Float[Tensor, "n v"]
+    is_empty: list[bool]
 
 
-def solid(logits: Float[Tensor, "n v"]) -> Solid:
-    """Replaces rows that define no law, so that later code needs no special case."""
-    is_empty = ~logits.amax(-1).isfinite()  # NaN is larger than every number
-    return Solid(logits.masked_fill(is_empty[:, None], 0.0) if bool(is_empty.any()) else logits, is_empty)
+def lawful(logits: Float[Tensor, "n v"], sampling: SamplingParams) -> Lawful:
+    """Computes `warp`, and replaces the rows that define no law, so that later code needs no special case."""
+    probs = warp(logits, sampling)
+    if sampling.temperature == 0:
+        return Lawful(probs, [not finite for finite in _are_finite(logits, likeliest(logits))])
+    is_empty = [prob != prob for prob in probs[:, 0].tolist()]  # a row without a law is NaN
+    return Lawful(probs.nan_to_num(1 / logits.shape[1]) if any(is_empty) else probs, is_empty)
 
 
 class TargetLaw:
@@ -175,9 +180,9 @@ class TargetLaw:
         """Returns `row` for several nodes. Rows that are not stored yet are computed together."""
         missing = [node for node in dict.fromkeys(nodes) if node not in self._rows]
         if missing:
-            logits, is_empty = solid(torch.stack([self._processed(node) for node in missing]))
-            self._empty.update(zip(missing, is_empty.tolist(), strict=True))
-            self._rows.update(zip(missing, warp(logits, self._sampling), strict=True))
+            probs, is_empty = lawful(torch.stack([self._processed(node) for node in missing]), self._sampling)
+            self._empty.update(zip(missing, is_empty, strict=True))
+            self._rows.update(zip(missing, probs, strict=True))
         return [self._rows[node] for node in nodes]
 
     def failure(self, node: int) -> UserError | None:

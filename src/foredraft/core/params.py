@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
@@ -164,6 +165,14 @@ class SamplingParams:
                     raise UserError(f"logit_bias must be {allowed}, got {shown(bias)} for token id {shown(token_id)}")
             if not {*map(type, self.logit_bias), *map(type, self.logit_bias.values())} <= {int, float}:
                 self._set("logit_bias", biases)
+
+    def at_temperature(self, temperature: float) -> SamplingParams:
+        """Returns the same parameters at another temperature, which is not checked again: a step asks for it."""
+        if temperature == self.temperature:
+            return self
+        other = copy(self)
+        other._set("temperature", temperature)
+        return other
 
     @property
     def stop_strings(self) -> list[str]:

@@ -7,7 +7,7 @@ until the tree is complete. `grow_batch` runs the policies of a batch in lockste
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from foredraft.core.contracts import Budget, Expander, Work
 from foredraft.core.draws import Draws
-from foredraft.core.law import largest, solid, warp
+from foredraft.core.law import largest, lawful
 from foredraft.core.params import SamplingParams
 from foredraft.core.tree import Drawn, TreeBatch
 
@@ -190,7 +190,7 @@ def draft_sampling(sampling: SamplingParams, draft_temperature: float | int | No
     A greedy request needs a separate temperature: at 0 the draft law would be one-hot and every tree a chain.
     """
     temperature = draft_temperature or sampling.temperature or GREEDY_DRAFT_TEMPERATURE
-    return replace(sampling, temperature=temperature)
+    return sampling.at_temperature(temperature)
 
 
 def grow_batch(growers: Sequence[PolicyOptions], drafter: Expander, work: Work) -> TreeBatch:
@@ -239,11 +239,11 @@ def _warp_batch(
     token_ids = None
     if cut < logits.shape[1]:
         logits, token_ids = (part.cpu() for part in logits.topk(cut))
-    logits = solid(logits.cpu()).logits  # NaN in the drafter's logits makes bad drafts, not errors
+    logits = logits.cpu()
     if all(law == laws[0] for law in laws[1:]):
-        return Laws(warp(logits, laws[0]), token_ids)
+        return Laws(lawful(logits, laws[0]).probs, token_ids)
     parts = logits.split([len(nodes) for nodes in wanted])
-    return Laws(torch.cat([warp(part, law) for part, law in zip(parts, laws, strict=True)]), token_ids)
+    return Laws(torch.cat([lawful(part, one).probs for part, one in zip(parts, laws, strict=True)]), token_ids)
 
 
 def pack(trees: Sequence[Sapling], laws: Laws | None, vocab_size: int) -> TreeBatch:

@@ -80,10 +80,11 @@ static void law_of(const float *logits, int64_t size, float temperature, float l
         const V x = v_div(v_sub(v_load_some(logits + i, size - i), most), scale);
         v_store_some(probs + i, v_keep(exponential(x), ~v_below(x, lowest)), size - i);
     }
-    if (edge)
+    const int is_law = (edge == 0 && top_p >= 1) || mass_of(probs, size) > 0;
+    if (edge && is_law)
         for (int64_t i = 0; i < size; i++)
             if (in_order(logits[i]) < edge) probs[i] = 0;
-    if (top_p < 1) {
+    if (top_p < 1 && is_law) {
         Edge last = edge_of(logits, probs, size, top_p * mass_of(probs, size));
         for (int64_t i = 0; i < size; i++) {
             uint32_t key = in_order(logits[i]);
@@ -91,7 +92,7 @@ static void law_of(const float *logits, int64_t size, float temperature, float l
         }
     }
     if (!(normalize_law(probs, size) > 0))
-        for (int64_t i = 0; i < size; i++) probs[i] = NAN; /* every logit is NaN or minus infinity */
+        for (int64_t i = 0; i < size; i++) probs[i] = NAN; /* a logit is NaN or infinity, or every logit is minus infinity */
 }
 
 /* Computes the probabilities of all rows. temperature is above 0; least is log(min_p) or minus infinity. top_k 0 and top_p 1 keep

@@ -52,5 +52,7 @@ def run(name: str, *numbers: Any, **options: Any) -> Any:
 
 def compiled_for(*numbers: Any) -> Code | None:
     """Returns the compiled functions if they run and all tensors are float32 on a CPU, else None."""
-    tensors = (number for number in numbers if isinstance(number, Tensor))
-    return library() if all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors) else None
+    for number in numbers:
+        if isinstance(number, Tensor) and not (number.dtype == torch.float32 and number.is_cpu):
+            return None
+    return library()

@@ -369,16 +369,19 @@ static void round_piece(const void *given, int64_t row, int id) {
     const Rounding *job = given;
     (void)id;
     for (int64_t at = row * job->size; at < (row + 1) * job->size; at += TILE) {
-        float x[TILE], largest = 0;
-        for (int i = 0; i < TILE; i += LANES) v_store(x + i, load_input((int)job->type, job->x, at + i));
-        for (int i = 0; i < TILE; i++) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
-        const float steps = largest > 0 ? 127 / largest : 0;
-        int32_t sum = 0;
-        for (int i = 0; i < TILE; i++) {
-            const float value = rintf(x[i] * steps);
-            const int8_t whole = (int8_t)(value > 127 ? 127 : value > -128 ? value : -128); /* NaN becomes -128 */
-            job->numbers[at + i] = whole, sum += whole;
+        V x[VECTORS], extent = v_set(0);
+        for (int v = 0; v < VECTORS; v++) {
+            x[v] = load_input((int)job->type, job->x, at + v * LANES);
+            extent = v_max(v_max(x[v], v_sub(v_set(0), x[v])), extent); /* NaN counts as 0 */
         }
+        const float largest = largest_of(extent), steps = largest > 0 ? 127 / largest : 0;
+        float whole[TILE];
+        for (int v = 0; v < VECTORS; v++) {
+            const V value = v_max(v_round(v_mul(x[v], v_set(steps))), v_set(-128)); /* NaN becomes -128 */
+            v_store(whole + v * LANES, v_sub(v_set(0), v_max(v_sub(v_set(0), value), v_set(-127))));
+        }
+        int32_t sum = 0;
+        for (int i = 0; i < TILE; i++) job->numbers[at + i] = (int8_t)whole[i], sum += (int32_t)whole[i];
         job->steps[at / TILE] = largest / 127, job->offsets[at / TILE] = -8 * sum;
     }
 }

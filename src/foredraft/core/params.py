@@ -166,7 +166,7 @@ class SamplingParams:
             if not {*map(type, self.logit_bias), *map(type, self.logit_bias.values())} <= {int, float}:
                 self._set("logit_bias", biases)
 
-    def at_temperature(self, temperature: float) -> SamplingParams:
+    def at_temperature(self, temperature: float | int) -> SamplingParams:
         """Returns the same parameters at another temperature, which is not checked again: a step asks for it."""
         if temperature == self.temperature:
             return self

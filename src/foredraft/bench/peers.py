@@ -18,7 +18,6 @@ from typing import Any
 from foredraft.bench.names import ASSISTED_PEERS
 from foredraft.bench.run import Outcome
 from foredraft.core.params import SamplingParams
-from foredraft.llm import LLM
 
 _REST_S = 0.2
 """Pause in seconds after a peer's run. OpenMP threads keep spinning for a while and would slow down the next method."""
@@ -33,7 +32,10 @@ class Peer:
         kind: a name in PEERS.
         model: directory of the target.
         draft_model: directory of the assistant; None for other peers.
-        plain: plain decoding by this package, whose dtype, device, context and end-of-sequence tokens the engine takes.
+        dtype: torch's name of the dtype.
+        device: torch's name of the device.
+        max_len: largest number of tokens of prompt and output together.
+        eos_ids: token ids that end a sequence.
         tuning: prompts (token ids) on which the setting is chosen. They are never reported.
         sampling: sampling parameters of the benchmark.
         python: Python interpreter that has the engine installed.
@@ -48,15 +50,17 @@ class Peer:
         model: str,
         draft_model: str | None,
         *,
-        plain: LLM,
+        dtype: str,
+        device: str,
+        max_len: int,
+        eos_ids: Sequence[int],
         tuning: Sequence[list[int]],
         sampling: SamplingParams,
         python: str = sys.executable,
     ):
-        self.name, self._eos_ids = kind, list(plain.eos_ids)
+        self.name, self._eos_ids = kind, list(eos_ids)
         draft = draft_model or "" if kind in ASSISTED_PEERS else ""
-        setting = str(plain.target.dtype).removeprefix("torch."), str(plain.target.device), str(plain.max_model_len)
-        command = [python, str(Path(__file__).with_name("peer_process.py")), kind, model, draft, *setting]
+        command = [python, str(Path(__file__).with_name("peer_process.py")), kind, model, draft, dtype, device, str(max_len)]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True)
         self.setting: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 """Compares the time of a step between two checkouts of this repository, in pairs, and their tokens at equal seeds.
 
 Each checkout runs in a process of its own. The processes take turns at each prompt; one sleeps while the other runs. A pair is
-the ratio of the times of a step on one prompt. The interval is that of the median of the pairs (bootstrap, 95 %).
+the ratio of the times of a step on one prompt. The prompts are encoded by the bundled tokenizer. The interval is that of the median of the pairs (bootstrap, 95 %).
 
     python benchmarks/revisions.py --before CHECKOUT --model DIR --output FILE
 """
@@ -44,7 +44,7 @@ def work(given: dict[str, Any]) -> None:
     """
     from foredraft import LLM, SamplingParams
 
-    llm = LLM(given["model"], {"method": "ar"}, dtype="bfloat16", device="cpu", max_num_seqs=1)
+    llm = LLM(given["model"], {"method": "ar"}, dtype=given["dtype"], device="cpu", max_num_seqs=1)
     llms = {method: llm.with_speculation(config_of(method, given["models"])) for method in METHODS}
     print("ready", flush=True)
     for line in sys.stdin:
@@ -97,11 +97,13 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=8)
     given = parser.parse_args()
+    if given.device not in (None, "cpu"):
+        parser.error("--device: only a CPU is compared")
     bundled = HERE / "src" / "foredraft" / "bundled"
     model = str(Path(given.model or bundled / "chat-14m").resolve())
     models = {"lm": str(Path(given.draft_model).resolve()), "fspad": str(Path(given.fspad or bundled / "fspad").resolve())}
     prompts = read_prompts(LLM(speculative_config={"method": "ar"}), given.prompts)
-    setting = {"model": model, "models": models, "prompts": prompts, "tokens": given.max_tokens}
+    setting = {"model": model, "models": models, "prompts": prompts, "tokens": given.max_tokens, "dtype": given.dtype}
     checkouts = [Checkout(given.before.resolve(), setting), Checkout(HERE, setting)]
     seconds: dict[tuple[str, float], list[tuple[float, float]]] = defaultdict(list)
     equal: dict[tuple[str, float], dict[int, bool]] = defaultdict(dict)
@@ -127,7 +129,7 @@ def main() -> None:
         row |= {"equal_outputs": sum(equal[method, temperature].values()), "outputs": given.prompts}
         rows.append(rounded(row))
     columns = ["method", "temperature", "before_ms", "after_ms", "ratio", "ratio_low", "ratio_high", "equal_outputs", "outputs"]
-    report(given.output, rows, columns, device=torch.device("cpu"), dtype="bfloat16")
+    report(given.output, rows, columns, device=torch.device("cpu"), dtype=given.dtype)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def doctor(
 
 
 def _machine(*, as_json: bool) -> int:
-    """Describes this machine. Reading the memory takes about a second."""
+    """Describes this machine. The measurements take about two seconds."""
     import torch
 
     from foredraft.bench.bandwidth import arithmetic_peak, read_bandwidth
@@ -65,7 +65,8 @@ def _machine(*, as_json: bool) -> int:
     show.say(f"processor: {facts['device']}, {facts['cores']} cores, {facts['threads']} threads")
     show.say(f"instruction set: {facts['instruction_set']} (here: {', '.join([*facts['sets'], 'torch'])})")
     show.say(f"memory: {facts['read_gb_per_s']} GB/s read")
-    show.say("arithmetic: " + ", ".join(f"{gflops} GFLOPS in {name}" for name, gflops in facts["gflops"].items()))
+    if any(facts["gflops"].values()):  # 0 if torch runs
+        show.say("arithmetic: " + ", ".join(f"{gflops} GFLOPS in {name}" for name, gflops in facts["gflops"].items()))
     show.say(f"versions: Python {facts['python']}, torch {facts['torch']}, transformers {facts['transformers']}")
     for number, sentence in enumerate(facts["advice"], 1):
         show.say(f"{number}. {sentence}")

@@ -102,7 +102,7 @@ class Lawful(NamedTuple):
     """Laws of several rows of logits.
 
     Attributes:
-        probs: the probabilities, uniform where the logits define no law.
+        probs: the probabilities; some law where the logits define none.
         is_empty: whether a row defines no law, because every logit is minus infinity, or one is NaN or infinity.
     """
 

@@ -16,6 +16,7 @@ class OneThread:
     """
 
     def __init__(self):
+        self._usual = 1
         self._start_anew()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._start_anew)
@@ -23,7 +24,7 @@ class OneThread:
     def _start_anew(self) -> None:
         """Forgets who is inside. The child of a fork has none of these threads, and one of them may have held the lock."""
         self._lock = threading.Lock()
-        self._inside, self._usual = 0, 1
+        self._inside = 0
 
     def __enter__(self) -> None:
         with self._lock:
@@ -34,7 +35,7 @@ class OneThread:
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
-            self._inside -= 1
+            self._inside = max(0, self._inside - 1)  # 0 in the child of a fork inside
             torch.set_num_threads(self._usual)
 
 

@@ -87,6 +87,7 @@ def _loaded() -> ctypes.CDLL | None:
     try:
         code = ctypes.CDLL(str(LIBRARY))
         check_sizes(code)
+        Code(code, "scalar")  # an AttributeError if a function is missing
         return code
     except (OSError, AttributeError) as error:
         reason = "there are none" if not LIBRARY.exists() else str(error)

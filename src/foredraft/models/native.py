@@ -119,7 +119,7 @@ class NativeTarget:
         return run_step(self._model, batch, caches, rows, start, feature_layers, threads=self._threads)
 
     def _describe(self, config: Any, read: Reader) -> CModel:
-        """Describes the model for `decoder.c`."""
+        """Describes the model for `decoder.h`."""
         tied = not read.has("lm_head")
         head = read.tensor("model.embed_tokens" if tied else "lm_head")
         self._embedding = None if tied else self._memory.put(read.tensor("model.embed_tokens"))
@@ -175,10 +175,10 @@ def run_step(
     carried: Sequence[Float[Tensor, "_ d"]] = (),
     num_slots: int = 0,
 ) -> Scores:
-    """Runs one forward of `decoder.c`; see `foredraft.core.contracts.Target`.
+    """Runs one forward of `decoder.h`; see `foredraft.core.contracts.Target`.
 
     Args:
-        model: the model, described for `decoder.c`.
+        model: the model, described for `decoder.h`.
         batch: the trees.
         caches: the cache of each tree, all in one pool.
         rows: packed nodes whose logits are returned. None means all new nodes.

@@ -321,7 +321,8 @@ static void run(Job *job) {
         else linear(&job->hands, &layer->down, job->act, job->count, job->states, 1);
         save_features(job, i + 1);
     }
-    if (s->carried && m->layers[m->num_layers - 1].down.out == m->hidden) over_rows(job->hands.threads, carry_row, &phase, job->count, m->hidden);
+    if (s->carried && m->layers[m->num_layers - 1].down.out == m->hidden)
+        over_rows(job->hands.threads, carry_row, &phase, job->count, m->hidden);
     normalize_rows(job, m->norm);
     save_features(job, -1);
     score(job);
@@ -364,7 +365,8 @@ static size_t lay_out(Job *job, char *block, int64_t num_nodes) {
     job->weights = cut(block, &used, team_size() * MOST_QUERIES * job->room, sizeof(float));
     if (m->token_ids) job->drafted = cut(block, &used, rows * m->head.out, sizeof(float));
     if (m->layers->qkv.type == Q4 || is_packed(&m->layers->qkv, n) || m->head.type == Q4 || is_packed(&m->head, rows))
-        for (int i = 0; i < 2; i++) job->hands.room[i] = cut(block, &used, room_of(most(n, rows), widest(m)), 1);
+        for (int i = 0; i < (m->entry.norm ? 2 : 1); i++) /* only the layer of `enter` has two kinds of inputs */
+            job->hands.room[i] = cut(block, &used, room_of(most(n, rows), widest(m)), 1);
     if (job->step->given == NULL) return used;
     job->embedded = cut(block, &used, n * m->hidden, input);
     job->pair = cut(block, &used, 2 * n * m->hidden, input);

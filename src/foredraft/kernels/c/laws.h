@@ -66,7 +66,7 @@ static double normalize_law(float *law, int64_t size) {
     return mass;
 }
 
-/* Computes the probabilities of one row; see `warp` in sampling.py. */
+/* Computes the probabilities of one row; see `warp` in kernels/laws.py. */
 static void law_of(const float *logits, int64_t size, float temperature, float least, int64_t top_k, double top_p, float *probs) {
     V highest = v_set(-INFINITY);
     int64_t i = 0;

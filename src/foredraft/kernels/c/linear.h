@@ -364,7 +364,7 @@ typedef struct {
     int32_t *offsets;
 } Rounding;
 
-/* Rounds a row to integers from -127 to 127. 32 inputs share a step. */
+/* Rounds a row to integers from -127 to 127; NaN becomes -128. 32 inputs share a step. */
 static void round_piece(const void *given, int64_t row, int id) {
     const Rounding *job = given;
     (void)id;
@@ -377,7 +377,7 @@ static void round_piece(const void *given, int64_t row, int id) {
         const float largest = largest_of(extent), steps = largest > 0 ? 127 / largest : 0;
         float whole[TILE];
         for (int v = 0; v < VECTORS; v++) {
-            const V value = v_max(v_round(v_mul(x[v], v_set(steps))), v_set(-128)); /* NaN becomes -128 */
+            const V value = v_max(v_round(v_mul(x[v], v_set(steps))), v_set(-128)); 
             v_store(whole + v * LANES, v_sub(v_set(0), v_max(v_sub(v_set(0), value), v_set(-127))));
         }
         int32_t sum = 0;
@@ -458,6 +458,7 @@ static void tiles_piece(const void *given, int64_t piece, int id) {
    to be a piece. */
 static void run_tiles(const Hands *hands, Product *job) {
     const int64_t tiles = tiles_of(job->layer);
+    if (job->rows == 0) return;
     job->pieces = job->rows >= MOST_BLOCK ? tiles : least(tiles, hands->threads * PARTS), job->type = hands->type;
     parallel(hands->threads, tiles_piece, job, job->pieces);
 }

@@ -68,7 +68,7 @@ INLINE V odd_of(__m256i words) { return _mm256_castsi256_ps(_mm256_and_si256(wor
 INLINE V v_even(const uint16_t *x) { return even_of(_mm256_loadu_si256((const __m256i *)x)); }
 INLINE V v_odd(const uint16_t *x) { return odd_of(_mm256_loadu_si256((const __m256i *)x)); }
 
-/* Sums of products stay in 16 bits: a block adds at most 8 pairs of 2 x 15 x 127, which is below 32768. */
+/* Sums of products stay in 16 bits: a block adds at most 8 pairs of 2 x 15 x 128, which is below 32768. */
 typedef __m256i B, Q;
 
 INLINE B b_load(const uint8_t *x) { return _mm256_loadu_si256((const __m256i *)x); }

@@ -85,7 +85,7 @@ INLINE Q q_zero(void) { return _mm512_setzero_si512(); }
 INLINE Q q_dot(Q sum, B w, const int8_t *x) { return _mm512_dpbusd_epi32(sum, w, four_bytes(x)); }
 INLINE V q_sum(Q sum, int32_t more) { return _mm512_cvtepi32_ps(_mm512_add_epi32(sum, _mm512_set1_epi32(more))); }
 #else
-/* Sums of products stay in 16 bits: a block adds at most 8 pairs of 2 x 15 x 127, which is below 32768. */
+/* Sums of products stay in 16 bits: a block adds at most 8 pairs of 2 x 15 x 128, which is below 32768. */
 INLINE Q q_dot(Q sum, B w, const int8_t *x) { return _mm512_add_epi16(sum, _mm512_maddubs_epi16(w, four_bytes(x))); }
 INLINE V q_sum(Q sum, int32_t more) {
     const __m512i whole = _mm512_madd_epi16(sum, _mm512_set1_epi16(1));

@@ -1,7 +1,8 @@
 """Compares the time of a step between two checkouts of this repository, in pairs, and their tokens at equal seeds.
 
-Each checkout runs in a process of its own. The processes take turns at each prompt; one sleeps while the other runs. A pair is
-the ratio of the times of a step on one prompt. The prompts are encoded by the bundled tokenizer. The interval is that of the median of the pairs (bootstrap, 95 %).
+Each checkout runs in a process of its own. The processes take turns at each prompt; one sleeps while the other runs. A pair
+is the ratio of the times of a step on one prompt. The prompts are encoded by the bundled tokenizer. The interval is that of
+the median of the pairs (bootstrap, 95 %).
 
     python benchmarks/revisions.py --before CHECKOUT --model DIR --output FILE
 """

@@ -48,7 +48,9 @@ def arithmetic_peak(dtype: torch.dtype) -> float:
     compiled kernels.
     """
     code, best, rounds = library(), 0.0, 1000
-    for _ in range(_REPEATS * 4 if code else 0):
+    if code is None:
+        return best
+    for _ in range(_REPEATS * 4):
         began = perf_counter()
         count = code.peak(TYPES[dtype], rounds, torch.get_num_threads())
         seconds = perf_counter() - began

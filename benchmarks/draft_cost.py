@@ -2,8 +2,8 @@
 
     python benchmarks/draft_cost.py --output benchmarks/draft-cost.jsonl
 
-A level is one call of the drafter's `expand` while it grows a tree after a cached prefix. It has 1 row in a chain, and 10 rows
-in EAGLE-2's tree. The slots of parallel heads are filled once per step, so their level is the whole forward pass.
+A level is one call of the drafter's `expand` while it grows a tree after a cached prefix. It has 1 row in a small static tree,
+and 10 rows in EAGLE-2's tree. The slots of parallel heads are filled once per step, so their level is the whole forward pass.
 
 The bare products use the same packed weights, the same number of rows and the same number of threads. One call of the compiled
 code computes them and nothing else. Level and products take turns, and each ratio is computed from one turn. The table shows
@@ -67,7 +67,7 @@ CONTEXT, BLOCK = 256, 10
 TOKENS = list(range(7, 9 + CONTEXT))
 """The text of a request: the tokens of the pairs, and the token before the first pair."""
 
-TREES = {1: ("chain", Budget(3, 3)), 10: ("topk", Budget(10, 3))}
+TREES = {1: ("static", Budget(4, 3)), 10: ("topk", Budget(10, 3))}
 """Trees and budgets, by the number of rows of their second and later levels."""
 
 COLUMNS = (

@@ -225,8 +225,6 @@ def test_a_drafter_that_asks_another_costs_what_calibration_saw_of_both(monkeypa
     chooser = auto.Chooser(TableTarget(random_law(2, 0), 2), speculation, True, build, measured, 1, [1])
     slow = chooser._choose("greedy")
     assert (slow.way, slow.speedup) == (Way("ngram", None), pytest.approx(3.0 / 1.1))
-    measured["tokens_per_step"]["greedy"]["lm-lookup:dyspec"] = {"4": 4.5}  # 2.9, not a tenth more than 2.7
-    assert chooser._choose("greedy").way == Way("ngram", None)
     measured["tokens_per_step"]["greedy"]["lm-lookup:dyspec"] = {"4": 5.0}
     fast = chooser._choose("greedy")
     assert (fast.way, fast.slowdown, fast.speedup) == (

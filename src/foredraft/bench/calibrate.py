@@ -32,7 +32,7 @@ from foredraft.drafters import DRAFTERS
 from foredraft.drafters.along import AskedAlong
 from foredraft.engine.engine import require_whole
 from foredraft.llm import LLM
-from foredraft.plan.choose import TRIED_TREES, TYPICAL_SIZE, curve_name, has_weights
+from foredraft.plan.choose import TRIED_TREES, TYPICAL_SIZE, best_ways, curve_name, has_weights
 from foredraft.plan.config import drafter_alone
 from foredraft.plan.speculation import KINDS, Way, trees_of
 from foredraft.plan.store import file_beside, file_in_cache
@@ -134,7 +134,7 @@ def tokens_per_step(plain: LLM, config: dict[str, Any], prompts: Sequence[list[i
     free = [Way(name, None) for name, row in DRAFTERS.items() if row.weights is None]
     asking = [name for name, row in DRAFTERS.items() if row.asks == method]
     ways = [*own, *free] if has_weights(own[0]) else own
-    tried = min(TRIED_TREES, len(own)) * len(asking)
+    tried = min(TRIED_TREES + 1, len(own)) * len(asking)
     found: dict[str, Any] = {"tokens_per_step": {}, "drafted_share": {}}
     with progress_bar("tokens per step", len(KINDS) * (len(ways) + tried)) as advance:
 
@@ -149,8 +149,8 @@ def tokens_per_step(plain: LLM, config: dict[str, Any], prompts: Sequence[list[i
         for kind, temperature in KINDS.items():
             sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
             pure = curves(ways, sampling)
-            best = sorted(own, key=lambda way: -at_most(pure[curve_name(way)], TYPICAL_SIZE).acceptance_length)
-            mixed = curves([Way(name, way.tree) for name in asking for way in best[:TRIED_TREES]], sampling)
+            best = best_ways({way: at_most(pure[curve_name(way)], TYPICAL_SIZE).acceptance_length for way in own})
+            mixed = curves([Way(name, way.tree) for name in asking for way in best], sampling)
             found["tokens_per_step"][kind] = {
                 name: {str(point.nodes): point.acceptance_length for point in points} for name, points in (pure | mixed).items()
             }

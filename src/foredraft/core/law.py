@@ -11,7 +11,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -48,12 +48,14 @@ def warp(logits: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor
     """
     if sampling.temperature == 0:
         return one_hot(logits.argmax(-1), logits)
+    return run("warp", at_least_float32(logits), **limits_of(sampling))
+
+
+def limits_of(sampling: SamplingParams) -> dict[str, Any]:
+    """Returns the sampling parameters that `warp` applies, as arguments of the operation."""
+    temperature = float(min(max(sampling.temperature, _LEAST_TEMPERATURE), _MOST_TEMPERATURE))
     limits = {"min_p": float(sampling.min_p), "top_k": sampling.top_k, "top_p": float(sampling.top_p)}
-    return run("warp", at_least_float32(logits), temperature=_temperature(sampling), **limits)
-
-
-def _temperature(sampling: SamplingParams) -> float:
-    return float(min(max(sampling.temperature, _LEAST_TEMPERATURE), _MOST_TEMPERATURE))
+    return {"temperature": temperature, **limits}
 
 
 def largest(x: Float[Tensor, "n v"], k: int) -> Largest:

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from foredraft.cache.pool import KVCache
+from foredraft.core.chains import Chains, ChainWish
 from foredraft.core.contracts import Target
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.heads.ctc import CtcHead
@@ -22,7 +23,7 @@ from foredraft.heads.hydra import HydraHeads
 from foredraft.heads.layers import ResBlock, Shape
 from foredraft.kernels.layouts import FEW, FULL, TILE, TYPES, Memory, describe_weight
 from foredraft.kernels.structures import CEntry, CLayer, CLinear, CModel, CResidual
-from foredraft.models.native import ONE_THREAD_BYTES, can_run, run_linear, run_residuals, run_step
+from foredraft.models.native import ONE_THREAD_BYTES, can_run, draw_chains, run_linear, run_residuals, run_step
 from foredraft.models.packed import describe_layer, describe_linear
 from foredraft.models.reader import Reader
 from foredraft.models.rope import frequencies
@@ -218,6 +219,18 @@ class CompiledHead:
         features = [rows_given.contiguous() for rows_given in given]
         step = {"threads": self.threads, "given": features, "carried": carried}
         return run_step(self._model, batch, caches, rows, start, **step).logits
+
+    def draw_chains(
+        self,
+        batch: TreeBatch,
+        caches: Sequence[KVCache],
+        given: Sequence[Float[Tensor, "_ d"]],
+        carried: Sequence[Float[Tensor, "_ d"]],
+        wish: ChainWish,
+    ) -> Chains:
+        """Draws a chain after each chain of pairs. The arguments are those of a call."""
+        features = [rows_given.contiguous() for rows_given in given]
+        return draw_chains(self._model, batch, caches, wish, threads=self.threads, given=features, carried=carried)
 
     def read(self, batch: TreeBatch, caches: Sequence[KVCache], given: Sequence[Float[Tensor, "_ d"]]) -> Float[Tensor, "b d"]:
         """Returns the output of the layer at the end of each chain of features."""

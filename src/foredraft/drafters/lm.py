@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.cache.pool import PREFILL_CHUNK, prefill
+from foredraft.core.chains import Chains, ChainWish
 from foredraft.core.contracts import Features, Grower, Setting, Target, Work
 from foredraft.core.errors import UserError
 from foredraft.core.tree import Ids, TreeBatch
@@ -83,6 +84,20 @@ class LMDrafter:
         batch.tokens[batch.tokens >= self.model.vocab_size] = 0  # as in `_known`
         scores = self.model.forward(batch, [states[b].cache for b in live], rows, start=start)
         return fit_vocabulary(scores.logits, self.vocab_size)
+
+    def draw_chains(self, work: Work, wish: ChainWish) -> Chains | None:
+        """Draws whole chains if the draft model is compiled and has the target's vocabulary."""
+        draw = getattr(self.model, "draw_chains", None)
+        if draw is None or self.model.vocab_size != self.vocab_size:
+            return None
+        for state, root in zip(work.states, work.roots, strict=True):
+            state.add(0, root, -1)
+        batch = TreeBatch.chains([state.tokens for state in work.states])
+        found = draw(batch, [state.cache for state in work.states], wish)
+        for state, tokens in zip(work.states, found.tokens, strict=True):
+            for node, token in enumerate(tokens[:-1], start=1):
+                state.add(node, token, node - 1)
+        return found
 
     def observe(self, state: LMState, tokens: Sequence[int], features: Features | None, path: Sequence[int]) -> None:
         """Finds the committed tokens among the nodes that were run, so that their keys and values are kept.

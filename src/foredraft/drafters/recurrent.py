@@ -12,6 +12,7 @@ from torch import Tensor
 
 from foredraft.cache.layout import Layout, rows_of
 from foredraft.cache.pool import KVPool
+from foredraft.core.chains import Chains, ChainWish
 from foredraft.core.contracts import Features, Grower, Scores, Setting, Target, Work
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.compiled import FEW, CompiledHead, can_compile
@@ -104,6 +105,17 @@ class RecurrentDrafter:
         given = [state.features for state in some]
         tables = [state.carried for state in some if state.carried is not None]
         return self._run(batch, [state.cache for state in some], given, start, rows, tables)
+
+    def draw_chains(self, work: Work, wish: ChainWish) -> Chains | None:
+        """Draws whole chains if the head is compiled."""
+        if self.compiled is None:
+            return None
+        for state, root in zip(work.states, work.roots, strict=True):
+            state.add(0, root, -1)
+            state.carried = self._with_room(state.carried, len(state.tokens) + wish.depth)
+        batch = TreeBatch.chains([state.tokens for state in work.states])
+        caches, given = [state.cache for state in work.states], [state.features for state in work.states]
+        return self.compiled.draw_chains(batch, caches, given, [state.carried for state in work.states], wish)
 
     @torch.inference_mode()
     def observe(self, state: PairState, tokens: Sequence[int], features: Features | None, path: Sequence[int]) -> None:

@@ -76,12 +76,27 @@ class CStep(ctypes.Structure):
     )
 
 
-STRUCTURES = (CLinear, CResidual, CLayer, CEntry, CModel, CStep)
-
 _double = ctypes.c_double
+
+
+class CChains(ctypes.Structure):
+    """What to draw after the trees of a step."""
+
+    _fields_ = (
+        ("depth", _whole),
+        ("uniforms", _at),
+        *((name, _double) for name in ("temperature", "least")),
+        ("top_k", _whole),
+        ("top_p", _double),
+        *((name, _at) for name in ("tokens", "laws")),
+    )
+
+
+STRUCTURES = (CLinear, CResidual, CLayer, CEntry, CModel, CStep, CChains)
 
 FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "forward": (ctypes.c_int, (_at, _at)),
+    "chains": (ctypes.c_int, (_at, _at, _at)),
     "linear": (ctypes.c_int, (_at, _whole, _at, _whole, _at, _whole)),
     "residuals": (ctypes.c_int, (_at, _whole, _whole, _at, _whole, _at, _whole)),
     "peak": (_double, (_whole, _whole, _whole)),

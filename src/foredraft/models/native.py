@@ -20,11 +20,13 @@ from torch import Tensor
 
 from foredraft.cache.layout import among_new
 from foredraft.cache.pool import KVCache, KVPool
+from foredraft.core.chains import Chains, ChainWish
 from foredraft.core.contracts import Scores
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.kernels import library
+from foredraft.kernels.laws import limits_of
 from foredraft.kernels.layouts import TILE, TYPES, Memory, blocked
-from foredraft.kernels.structures import CLayer, CLinear, CModel, CResidual, CStep
+from foredraft.kernels.structures import CChains, CLayer, CLinear, CModel, CResidual, CStep
 from foredraft.models.llama import head_dim_of, window_of
 from foredraft.models.packed import describe_layer
 from foredraft.models.reader import Reader
@@ -118,6 +120,10 @@ class NativeTarget:
         """
         return run_step(self._model, batch, caches, rows, start, feature_layers, threads=self._threads)
 
+    def draw_chains(self, batch: TreeBatch, caches: Sequence[KVCache], wish: ChainWish) -> Chains:
+        """Draws a chain after each chain of `batch`; see `foredraft.core.contracts.DrawsChains`."""
+        return draw_chains(self._model, batch, caches, wish, threads=self._threads)
+
     def _describe(self, config: Any, read: Reader) -> CModel:
         """Describes the model for `decoder.h`."""
         tied = not read.has("lm_head")
@@ -174,6 +180,7 @@ def run_step(
     given: Sequence[Float[Tensor, "_ d"]] = (),
     carried: Sequence[Float[Tensor, "_ d"]] = (),
     num_slots: int = 0,
+    chains: CChains | None = None,
 ) -> Scores:
     """Runs one forward of `decoder.h`; see `foredraft.core.contracts.Target`.
 
@@ -189,6 +196,7 @@ def run_step(
         carried: for a draft head, a table per tree that receives the output features of its nodes. A node behind the `given`
             ones reads the feature of its parent there. Contiguous; empty if nobody reads them.
         num_slots: number of nodes at the end of every tree that are slots to be filled. They take no feature.
+        chains: chains to draw after the trees. The logits are then those of the last drawn nodes.
 
     Raises:
         MemoryError: the step does not fit into memory.
@@ -198,7 +206,8 @@ def run_step(
     pool, num_trees = caches[0].pool, len(batch)
     lengths, offsets = [cache.length for cache in caches], batch.offsets.tolist()
     first = [0] * num_trees if start is None else list(start)
-    ends = [length + end - begin for length, begin, end in zip(lengths, offsets, offsets[1:], strict=False)]
+    ahead = chains.depth if chains else 0
+    ends = [length + end - begin + ahead for length, begin, end in zip(lengths, offsets, offsets[1:], strict=False)]
     pool.reserve(max(ends))
     count = offsets[-1] - sum(first)
     wanted = np.arange(count) if rows is None else among_new(rows, batch.offsets, first)
@@ -215,9 +224,21 @@ def run_step(
     cache = keys, keys + pairs_stride * pool.kv.element_size(), layer_stride, head_stride
     of_head = begin[9] if given else None, begin[10], begin[11] if carried else None, num_slots
     step = CStep(num_trees, *begin[:7], *scored, *returned, *cache, threads, *of_head)
-    if code.forward(ctypes.byref(model), ctypes.byref(step)):
+    given_to = ctypes.byref(model), ctypes.byref(step)
+    if code.chains(*given_to, ctypes.byref(chains)) if chains else code.forward(*given_to):
         raise MemoryError(f"not enough memory for a step of {count} tokens")
     return Scores(logits, features)
+
+
+def draw_chains(model: CModel, batch: TreeBatch, caches: Sequence[KVCache], wish: ChainWish, **step: Any) -> Chains:
+    """Draws a chain after each chain of `batch`, with the options `step` of `run_step`."""
+    tokens = np.empty((len(batch), wish.depth), np.int64)
+    uniforms = None if wish.uniforms is None else np.array(wish.uniforms)
+    laws = torch.empty(1 if uniforms is None else tokens.size, model.vocabulary)
+    numbers = None if uniforms is None else uniforms.ctypes.data
+    chains = CChains(wish.depth, numbers, *limits_of(**wish.limits), tokens.ctypes.data, laws.data_ptr())
+    run_step(model, batch, caches, batch.offsets[1:] - 1, None, chains=chains, **step)
+    return Chains(tokens.tolist(), laws)
 
 
 def _block_table(caches: Sequence[KVCache], lengths: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -39,11 +39,10 @@ CHOICES = "foredraft.choices"
 """Name of the logger of choices. The command line prints them itself."""
 
 TRIED_TREES, TYPICAL_SIZE = 2, 8
-"""Only `TRIED_TREES` trees are timed: those with the most tokens per step at `TYPICAL_SIZE` nodes."""
+"""Of each drafter only chains are timed, and the `TRIED_TREES` trees with the most tokens per step at `TYPICAL_SIZE` nodes."""
 
 _MARGIN = 1.1
-"""A drafter must beat plain decoding by this factor, and a draft model or head must also beat lookup by it. Gains vary by text,
-and a draft model or head costs more."""
+"""A drafter must beat plain decoding by this factor, because gains vary by text."""
 
 _TYPICAL_LOOKUP = 0.2, 0.5
 """Acceptance of the first token of a lookup, and of each further one if the tokens before were accepted. With many nodes, this
@@ -178,8 +177,8 @@ class Chooser:
     def _worth_timing(self, kind: str) -> list[Way]:
         """Returns the ways worth timing.
 
-        These are the measured ways with the most tokens per step, and all measured drafters without weights. Without
-        measurements, it is a tree policy that needs none.
+        These are the measured ways with the most tokens per step, chains, which cost the least time, and all measured drafters
+        without weights. Without measurements, it is a tree policy that needs none.
         """
         ways = self.speculation.ways(has_model=self.has_model)
         curves = self._curves(kind)
@@ -189,10 +188,7 @@ class Chooser:
             return usual[-1:] or ways[:1]
         known = [way for way in ways if curve_name(way) in curves]
         tokens = {way: tokens_per_step(curves, Candidate(way, TYPICAL_SIZE)) or 0.0 for way in known if has_weights(way)}
-        return (
-            sorted(tokens, key=lambda way: -tokens[way])[:TRIED_TREES] + [way for way in known if not has_weights(way)]
-            or ways[:1]
-        )
+        return best_ways(tokens) + [way for way in known if not has_weights(way)] or ways[:1]
 
     def _curves(self, kind: str) -> Mapping[str, Any]:
         return self.measured.get("tokens_per_step", {}).get(kind) or {}
@@ -200,6 +196,15 @@ class Chooser:
     def _drafted_share(self, kind: str, candidate: Candidate) -> float:
         shares = self.measured.get("drafted_share", {}).get(kind) or {}
         return tokens_per_step(shares, candidate) or 1.0 if shares else 1.0
+
+
+def best_ways(tokens: Mapping[Way, float]) -> list[Way]:
+    """Returns for each drafter chains, which cost the least time, and the `TRIED_TREES` trees with the most tokens per step."""
+    kept = []
+    for drafter in dict.fromkeys(way.drafter for way in tokens):
+        own = sorted((way for way in tokens if way.drafter == drafter), key=lambda way: -tokens[way])
+        kept += own[:TRIED_TREES] + [way for way in own[TRIED_TREES:] if way.tree == "chain"]
+    return kept
 
 
 def has_weights(way: Way) -> bool:
@@ -236,8 +241,7 @@ def choose(
         in_time: returns whether another candidate may be timed. At least one is timed.
     """
     ways = list(ways)
-    best = Choice(ways[0], 0, 1.0, 1.0, 1.0)
-    top_score, nearest = 0.0, best._replace(speedup=0.0)
+    best = plain = Choice(ways[0], 0, 1.0, 1.0, 0.0)
     for way in ways:
         top = 0.0
         for nodes in sizes:
@@ -245,19 +249,18 @@ def choose(
             tokens = tokens_per_step(candidate)
             if tokens is None:
                 continue
-            if nearest.speedup and not in_time():
+            if best.speedup and not in_time():
                 break
             cost = slowdown(candidate)
             speedup = tokens / cost
-            score = speedup / (_MARGIN if has_weights(way) else 1.0)
-            if score > top_score and (speedup > _MARGIN or not fallback):
-                best, top_score = Choice(way, nodes, tokens, cost, speedup), score
-            if speedup > nearest.speedup:
-                nearest = Choice(way, 0, tokens, cost, speedup)
+            if speedup > best.speedup:
+                best = Choice(way, nodes, tokens, cost, speedup)
             if speedup < _WORSE * top:
                 break
             top = max(top, speedup)
-    return best if best.nodes or not nearest.speedup else nearest
+    if not best.speedup:
+        return plain._replace(speedup=1.0)
+    return best._replace(nodes=0) if fallback and best.speedup <= _MARGIN else best
 
 
 def tokens_per_step(measured: Mapping[str, Mapping[str, float]] | None, candidate: Candidate) -> float | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from foredraft.core.contracts import Budget, Expander, Work
 from foredraft.core.draws import Draws
-from foredraft.core.law import largest, lawful
+from foredraft.core.law import largest, lawful, limits_of
 from foredraft.core.params import SamplingParams
 from foredraft.core.tree import Drawn, TreeBatch
 
@@ -240,7 +240,7 @@ def _warp_batch(
     if cut < logits.shape[1]:
         logits, token_ids = (part.cpu() for part in logits.topk(cut))
     logits = logits.cpu()
-    if all(law == laws[0] for law in laws[1:]):
+    if all(limits_of(law) == limits_of(laws[0]) for law in laws[1:]):
         return Laws(lawful(logits, laws[0]).probs, token_ids)
     parts = logits.split([len(nodes) for nodes in wanted])
     return Laws(torch.cat([lawful(part, one).probs for part, one in zip(parts, laws, strict=True)]), token_ids)

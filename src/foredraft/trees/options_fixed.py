@@ -19,6 +19,12 @@ class Chain(Options):
 
     code = "foredraft.trees.chain:chain"
 
+    def grow(self, drafter: Any, work: Any) -> Any:
+        """Grows one chain per request, in one call of the drafter if possible; see `foredraft.core.contracts.Grower`."""
+        from foredraft.trees.at_once import at_once
+
+        return at_once(self, drafter, work) or super().grow(drafter, work)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Branching(Options):

@@ -74,3 +74,14 @@ typedef struct {
     void *const *carried;     /* draft head, per tree: output features of its nodes for their children, [nodes][hidden]; or NULL */
     int64_t num_slots; /* number of slots to be filled at the end of every tree; such trees have no nodes that ran before */
 } Step;
+
+/* What to draw after the trees of a step, `depth` tokens each. */
+typedef struct {
+    int64_t depth;
+    const double *uniforms; /* [trees][depth]; NULL: the most likely tokens are taken */
+    double temperature, least; /* the limits of the laws, see `laws` */
+    int64_t top_k;
+    double top_p;
+    int64_t *tokens;        /* [trees][depth] */
+    float *laws;            /* [trees][depth][vocabulary]; without uniforms, room for one law */
+} Chains;

@@ -21,4 +21,5 @@
 #include "layers.h"
 #include "peak.h"
 #include "laws.h"
+#include "chains.h"
 #include "draws.h"

@@ -1,0 +1,44 @@
+/* Draws whole chains of drafts in one call. set.c includes this file after laws.h. */
+
+/* Draws the token after a node from its law. Without a uniform number, the token is the most likely one. */
+static int64_t drawn(const Chains *c, const float *logits, int64_t size, const double *uniform, float *law) {
+    NAMED(laws, SET)(logits, 1, size, c->temperature, c->least, c->top_k, c->top_p, law);
+    if (law[0] != law[0]) /* the logits define no law */
+        for (int64_t i = 0; i < size; i++) law[i] = 1 / (float)size;
+    if (uniform) return NAMED(categorical, SET)(law, size, *uniform);
+    float most;
+    int64_t token;
+    NAMED(largest, SET)(law, 1, size, 1, &most, &token);
+    return token;
+}
+
+/* Runs a step, draws one token after the last node of each tree, appends it to the tree, and repeats this `depth` times. The trees
+   of the step are chains that have not run before, and each has one row of logits, for its last node. Returns 0, or 1 if there is
+   not enough memory. */
+int EXPORT(chains)(const Model *m, const Step *s, const Chains *c) {
+    const int64_t trees = s->num_trees, longest = s->offsets[trees] + trees * c->depth;
+    int64_t *numbers = malloc((size_t)(2 * longest + 3 * trees + 1) * sizeof *numbers), failed = numbers == NULL;
+    int64_t *tokens = numbers, *parents = tokens + longest, *offsets = parents + longest, *first = offsets + trees + 1;
+    int64_t *rows = first + trees;
+    Step step = *s;
+    step.tokens = tokens, step.parents = parents, step.offsets = offsets, step.first = first, step.rows = rows;
+    for (int64_t pass = 0; pass < c->depth && !failed; pass++) {
+        offsets[0] = 0;
+        for (int64_t b = 0; b < trees; b++) {
+            const int64_t given = s->offsets[b + 1] - s->offsets[b], at = offsets[b];
+            memcpy(tokens + at, s->tokens + s->offsets[b], (size_t)given * sizeof *tokens);
+            memcpy(tokens + at + given, c->tokens + b * c->depth, (size_t)pass * sizeof *tokens);
+            for (int64_t node = 0; node < given + pass; node++) parents[at + node] = node - 1;
+            offsets[b + 1] = at + given + pass, first[b] = pass ? given + pass - 1 : 0;
+            rows[b] = pass ? b : offsets[b + 1] - 1;
+        }
+        failed = NAMED(forward, SET)(m, &step);
+        for (int64_t b = 0; b < trees && !failed; b++) {
+            const int64_t at = b * c->depth + pass;
+            float *law = c->laws + (c->uniforms ? at * m->vocabulary : 0);
+            c->tokens[at] = drawn(c, s->logits + b * m->vocabulary, m->vocabulary, c->uniforms ? c->uniforms + at : NULL, law);
+        }
+    }
+    free(numbers);
+    return (int)failed;
+}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
@@ -31,10 +32,6 @@ class Chains(NamedTuple):
     laws: Float[Tensor, "r v"]
 
 
-@runtime_checkable
-class DrawsChains(Protocol):
-    """An `Expander` that can draw whole chains in one call."""
-
-    def draw_chains(self, work: Work, wish: ChainWish) -> Chains | None:
-        """Draws the same chains as a `Grower` with `expand` would. Returns None if it cannot."""
-        ...
+DrawChains = Callable[[Work, ChainWish], Chains | None]
+"""Method ``draw_chains`` of an `Expander` that can draw whole chains in one call. It draws what a `Grower` with ``expand``
+draws, or returns None if it cannot."""

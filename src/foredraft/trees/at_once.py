@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from foredraft.core.chains import ChainWish, DrawsChains
+from foredraft.core.chains import ChainWish, DrawChains
 from foredraft.core.contracts import Expander, Work
 from foredraft.core.law import limits_of
 from foredraft.core.shape import Drawn
@@ -25,11 +25,12 @@ def at_once(options: PolicyOptions, drafter: Expander, work: Work) -> TreeBatch 
     ]
     depth, is_sampled, limits = kinds[0]
     is_cut = is_sampled and options.cut(drafter.vocab_size) < drafter.vocab_size
-    if is_cut or any(kind != kinds[0] for kind in kinds[1:]) or not isinstance(drafter, DrawsChains):
+    draw: DrawChains | None = getattr(drafter, "draw_chains", None)
+    if is_cut or any(kind != kinds[0] for kind in kinds[1:]) or draw is None:
         return None
     keys = [("draft", (0,) * at, 0) for at in range(depth)]
     uniforms = [[draws.uniform(key) for key in keys] for draws in work.draws] if is_sampled else None
-    found = drafter.draw_chains(work, ChainWish(depth, limits, uniforms)) if depth else None
+    found = draw(work, ChainWish(depth, limits, uniforms)) if depth else None
     if found is None:
         return None
     batch = TreeBatch.chains([[root, *tokens] for root, tokens in zip(work.roots, found.tokens, strict=True)])

@@ -9,7 +9,7 @@
 #define PAIRED 0
 #endif
 #define MOST_ROWS 12
-enum { LANES = 16, MANY_ROWS = 40, PACKED_ROWS = 48, WIDE_ROWS = MOST_ROWS, SUMS = 24, PAIR_ROWS = 5, AHEAD = 6144 };
+enum { LANES = 16, FEW_ROWS = MOST_ROWS, MANY_ROWS = 40, PACKED_ROWS = 48, WIDE_ROWS = MOST_ROWS, SUMS = 24, PAIR_ROWS = 5, AHEAD = 6144 };
 
 typedef __m512 V;
 typedef __m256i C;

@@ -6,7 +6,7 @@
 #define PAIRED 0
 #define UNROLL
 #define MOST_ROWS 4
-enum { LANES = 1, MANY_ROWS = 1 << 30, PACKED_ROWS = 16, WIDE_ROWS = MOST_ROWS, SUMS = 64, PAIR_ROWS = 0, AHEAD = 2048 };
+enum { LANES = 1, FEW_ROWS = MOST_ROWS, MANY_ROWS = 1 << 30, PACKED_ROWS = 16, WIDE_ROWS = MOST_ROWS, SUMS = 64, PAIR_ROWS = 0, AHEAD = 2048 };
 
 typedef float V;
 typedef uint16_t C;

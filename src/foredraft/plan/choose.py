@@ -199,12 +199,13 @@ class Chooser:
 
 
 def best_ways(tokens: Mapping[Way, float]) -> list[Way]:
-    """Returns for each drafter chains, which cost the least time, and the `TRIED_TREES` trees with the most tokens per step."""
-    kept = []
-    for drafter in dict.fromkeys(way.drafter for way in tokens):
-        own = sorted((way for way in tokens if way.drafter == drafter), key=lambda way: -tokens[way])
-        kept += own[:TRIED_TREES] + [way for way in own[TRIED_TREES:] if way.tree == "chain"]
-    return kept
+    """Returns for each drafter chains, which cost the least time, and the `TRIED_TREES` trees with the most tokens per step.
+
+    Ways with more tokens per step come first.
+    """
+    ordered = sorted(tokens, key=lambda way: -tokens[way])
+    ranks = {way: [other for other in ordered if other.drafter == way.drafter].index(way) for way in ordered}
+    return [way for way in ordered if ranks[way] < TRIED_TREES or way.tree == "chain"]
 
 
 def has_weights(way: Way) -> bool:

@@ -311,3 +311,17 @@ def test_python_says_that_a_named_method_drafts_nothing(
         llm = LLM(PAIR[0], {"method": method})
     assert {one.levelname for one in caplog.records} == {level}
     assert llm.drafting() == llm.drafting(SamplingParams())
+
+
+def test_chains_and_the_best_trees_of_each_drafter_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "TRIED_TREES", 2)
+    tokens = {
+        Way("lm", "dyspec"): 3.0,
+        Way("lm", "opt"): 2.8,
+        Way("lm", "topk"): 2.7,
+        Way("lm", "chain"): 2.5,
+        Way("lm-lookup", "chain"): 3.5,
+        Way("lm-lookup", "dyspec"): 3.6,
+    }
+    best = [Way("lm-lookup", "dyspec"), Way("lm-lookup", "chain"), Way("lm", "dyspec"), Way("lm", "opt"), Way("lm", "chain")]
+    assert auto.best_ways(tokens) == best

@@ -16,6 +16,9 @@ from foredraft.kernels import library, run
 from foredraft.kernels.sets import using
 from foredraft.models.native import NativeTarget
 from foredraft.trees import at_once as module
+from foredraft.trees.base import ByTemperature
+from foredraft.trees.options_dynamic import DySpec
+from foredraft.trees.options_fixed import Chain
 from instruction_sets import NAMES, check_bits, code_of
 from test_native import PROMPTS, make_weights, prefilled
 
@@ -37,12 +40,14 @@ def pass_by_pass(target: Any, caches: Any, wish: ChainWish, sampling: SamplingPa
         batch = TreeBatch.chains([[*root, *tokens] for root, tokens in zip(ROOTS, drawn, strict=True)])
         first = [0 if step == 0 else len(root) + step - 1 for root in ROOTS]
         logits = target.forward(batch, caches, batch.offsets[1:] - 1, start=first).logits
-        for b, probs in enumerate(lawful(logits, sampling).probs):
+        kept = logits.topk(wish.kept) if wish.kept < logits.shape[1] else None
+        for b, probs in enumerate(lawful(logits if kept is None else kept.values, sampling).probs):
             laws[b].append(probs)
             if wish.uniforms is None:
-                drawn[b].append(int(largest(probs[None], 1).places))
+                token = int(largest(probs[None], 1).places)
             else:
-                drawn[b].append(run("categorical", probs, uniform=wish.uniforms[b][step]))
+                token = run("categorical", probs, uniform=wish.uniforms[b][step])
+            drawn[b].append(token if kept is None else int(kept.indices[b, token]))
     return drawn, torch.stack([law for of_tree in laws for law in of_tree])
 
 
@@ -53,9 +58,9 @@ def test_one_call_draws_what_forwards_draw(name: str, kind: str) -> None:
     rng = np.random.default_rng(0)
     with using(code_of(name)):
         target = NativeTarget(config, weights)
-        for depth in (1, 4):
+        for depth, kept in ((1, 64), (4, 64), (3, 16)):
             uniforms = None if kind == "greedy" else rng.random((2, depth)).tolist()
-            wish = ChainWish(depth, limits_of(SAMPLINGS[kind]), uniforms)
+            wish = ChainWish(depth, kept, limits_of(SAMPLINGS[kind]), uniforms)
             begun = [TreeBatch.chains(ROOTS), prefilled(target, PROMPTS)[1]]
             found = target.draw_chains(*begun, wish)
             tokens, laws = pass_by_pass(target, prefilled(target, PROMPTS)[1], wish, SAMPLINGS[kind])
@@ -70,15 +75,16 @@ def test_logits_without_a_law_draw_from_the_same_replacement() -> None:
     config, weights = make_weights("one layer")
     weights["model.norm.weight"][:] = 1e38  # logits overflow
     target, uniforms = NativeTarget(config, weights), [[0.3, 0.99], [0.0, 0.5]]
-    for numbers in (None, uniforms):
-        wish = ChainWish(2, limits_of(SAMPLINGS["sampled"]), numbers)
-        found = target.draw_chains(TreeBatch.chains(ROOTS), prefilled(target, PROMPTS)[1], wish)
-        assert found.tokens == pass_by_pass(target, prefilled(target, PROMPTS)[1], wish, SAMPLINGS["sampled"])[0]
+    wish = ChainWish(2, 64, limits_of(SAMPLINGS["sampled"]), uniforms)
+    found = target.draw_chains(TreeBatch.chains(ROOTS), prefilled(target, PROMPTS)[1], wish)
+    assert found.tokens == pass_by_pass(target, prefilled(target, PROMPTS)[1], wish, SAMPLINGS["sampled"])[0]
+    greedy = target.draw_chains(TreeBatch.chains(ROOTS), prefilled(target, PROMPTS)[1], wish._replace(uniforms=None))
+    assert all(0 <= token < 64 for tokens in greedy.tokens for token in tokens)
 
 
-def trees_of(method: str, sampling: list[SamplingParams], monkeypatch: pytest.MonkeyPatch, at_once: bool) -> Any:
+def trees_of(options: dict[str, Any], sampling: list[SamplingParams], monkeypatch: pytest.MonkeyPatch, at_once: bool) -> Any:
     """The trees of a batch of requests, and how many of them were drawn in one call."""
-    llm = LLM(speculative_config={"method": method, "tree": "chain", "num_speculative_tokens": 5}, max_num_seqs=len(sampling))
+    llm = LLM(speculative_config={"tree": "chain", "num_speculative_tokens": 5} | options, max_num_seqs=len(sampling))
     drafter, seen, count = llm.engine.drafter, [], [0]
     original, propose = module.at_once, drafter.propose
 
@@ -99,13 +105,17 @@ def trees_of(method: str, sampling: list[SamplingParams], monkeypatch: pytest.Mo
 
 
 @pytest.mark.skipif(library() is None, reason="no compiled kernels run here")
-@pytest.mark.parametrize("method", ["fspad", "eagle", "lm", "fspad-lookup"])
 @pytest.mark.parametrize("temperature", [0, 0.8])
-def test_growing_at_once_changes_no_tree(method: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "fspad"}, {"method": "eagle", "draft_top_k": 20}, {"method": "lm"}, {"method": "fspad-lookup"}],
+    ids=lambda options: options["method"],
+)
+def test_growing_at_once_changes_no_tree(options: dict[str, Any], temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests end at different times, so that some steps have chains of unequal depth, which are drawn pass by pass."""
     sampling = [SamplingParams(temperature=temperature, max_tokens=n, seed=n, ignore_eos=True) for n in (12, 17, 31)]
-    tokens, trees, count = trees_of(method, sampling, monkeypatch, at_once=True)
-    plain_tokens, plain_trees, none = trees_of(method, sampling, monkeypatch, at_once=False)
+    tokens, trees, count = trees_of(options, sampling, monkeypatch, at_once=True)
+    plain_tokens, plain_trees, none = trees_of(options, sampling, monkeypatch, at_once=False)
     assert count > 0 and none == 0
     assert tokens == plain_tokens
     assert len(trees) == len(plain_trees)
@@ -118,3 +128,16 @@ def test_growing_at_once_changes_no_tree(method: str, temperature: float, monkey
             for law, wanted in laws:
                 if law is not None and wanted is not None:
                     check_bits(law, wanted)
+
+
+@pytest.mark.skipif(library() is None, reason="no compiled kernels run here")
+def test_chains_beside_another_tree_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where greedy requests have another tree than sampled ones, as the automatic choice may decide."""
+    llm = LLM(speculative_config={"method": "fspad", "num_speculative_tokens": 4})
+    drafter, wishes = llm.engine.drafter, []
+    drafter.grower = ByTemperature(DySpec(), Chain())
+    draw = drafter.draw_chains
+    monkeypatch.setattr(drafter, "draw_chains", lambda work, wish: wishes.append(wish) or draw(work, wish))
+    for temperature, drawn in ((0, False), (1, True)):
+        llm.generate(["What is a lake?"], SamplingParams(temperature=temperature, max_tokens=8))
+        assert bool(wishes) is drawn

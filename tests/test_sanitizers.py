@@ -15,8 +15,8 @@ from foredraft.kernels import build
 
 TESTS = Path(__file__).parent
 SUBSET = {
-    "address,undefined": "linear_layers or residual or activations or laws or what_else or prefix or (forwards and mistral)",
-    "thread": "what_else or residual",
+    "address,undefined": "linear_layers or residual or activations or laws or what_else or prefix or one_call or (forwards and mistral)",
+    "thread": "what_else or residual or one_call",
 }
 """Sanitizers, and the tests of every `test_instruction_sets*.py` that run under them: those of threads for the last."""
 
@@ -41,7 +41,7 @@ def test_kernels_are_clean(sanitizer: str) -> None:
     runtime = runtime_of("libasan.so" if sanitizer.startswith("address") else "libtsan.so")
     preloaded = f"{runtime} {runtime_of('libstdc++.so.6')}"  # exceptions of torch need the latter
     fixed = [path, platform.machine(), "-R"] if (path := shutil.which("setarch")) else []  # TSan wants fixed addresses
-    tests = [*map(str, TESTS.glob("test_instruction_sets*.py")), "-k", SUBSET[sanitizer]]
+    tests = [*map(str, TESTS.glob("test_instruction_sets*.py")), str(TESTS / "test_chains.py"), "-k", SUBSET[sanitizer]]
     command = [*fixed, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
     environment = {**os.environ, **OPTIONS, "LD_PRELOAD": preloaded, "FOREDRAFT_TEST_SANITIZER": sanitizer}
     done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)

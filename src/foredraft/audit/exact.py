@@ -102,6 +102,10 @@ class Branches(Draws):
             left[order[-1]] = 0
         return order
 
+    def uniform(self, key: Key) -> float:
+        """Raises an error: a number by itself has infinitely many values, and cannot be enumerated."""
+        raise AssertionError(f"{key} asks for a uniform number, which cannot be enumerated")
+
     def order_rows(  # type: ignore[override]
         self, draws: Sequence[Any], probs: Tensor, keys: Sequence[Key], k: int, token_ids: Tensor | None = None
     ) -> list[list[int]]:

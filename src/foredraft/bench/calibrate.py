@@ -134,9 +134,8 @@ def tokens_per_step(plain: LLM, config: dict[str, Any], prompts: Sequence[list[i
     free = [Way(name, None) for name, row in DRAFTERS.items() if row.weights is None]
     asking = [name for name, row in DRAFTERS.items() if row.asks == method]
     ways = [*own, *free] if has_weights(own[0]) else own
-    tried = min(TRIED_TREES + 1, len(own)) * len(asking)
     found: dict[str, Any] = {"tokens_per_step": {}, "drafted_share": {}}
-    with progress_bar("tokens per step", len(KINDS) * (len(ways) + tried)) as advance:
+    with progress_bar("tokens per step", len(KINDS) * (len(ways) + min(TRIED_TREES + 1, len(own)) * len(asking))) as advance:
 
         def curves(measured: Sequence[Way], sampling: SamplingParams) -> dict[str, list[Point]]:
             points: dict[str, list[Point]] = {}

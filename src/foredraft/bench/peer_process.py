@@ -115,7 +115,7 @@ class VLLM:
 
     @property
     def settings(self) -> list[dict[str, Any]]:
-        """Settings to try: numbers of threads on a CPU. All other settings are fixed when it starts, and reported.
+        """The only setting. On a CPU it has all cores from its start: to change their number in between would make it slow.
 
         With 14M parameters on two cores, compiled code is faster than eager code. One process is faster than vLLM's default of
         three, which pass on every step and leave one core for the work.
@@ -124,7 +124,7 @@ class VLLM:
         if self._device != "cpu":
             return [fixed]
         fixed |= {"processes": 1, "openmp": "intel" if "libiomp" in os.environ.get("LD_PRELOAD", "") else "gnu"}
-        return [{"threads": threads, **fixed} for threads in _thread_counts()]
+        return [{"threads": _cores(), **fixed}]
 
     def run(self, ask: dict[str, Any]) -> list[list[int]]:
         """Generates, and returns the token ids of the outputs."""

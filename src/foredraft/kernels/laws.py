@@ -44,12 +44,12 @@ def warp_compiled(
     """Computes `warp` without sorting. In float32 on a CPU."""
     logits = logits.contiguous()
     probs, size = torch.empty_like(logits), logits.shape[-1]
-    limits = limits_of(temperature=temperature, min_p=min_p, top_k=top_k, top_p=top_p)
+    limits = as_arguments(temperature=temperature, min_p=min_p, top_k=top_k, top_p=top_p)
     code.laws(logits.data_ptr(), logits.numel() // size, size, *limits, probs.data_ptr())
     return probs
 
 
-def limits_of(*, temperature: float, min_p: float, top_k: int, top_p: float) -> tuple[float, float, int, float]:
+def as_arguments(*, temperature: float, min_p: float, top_k: int, top_p: float) -> tuple[float, float, int, float]:
     """Returns the arguments of `warp` in the form that compiled code takes."""
     return temperature, math.log(min_p) if min_p > 0 else -math.inf, max(top_k, 0), top_p
 

@@ -83,12 +83,12 @@ class CChains(ctypes.Structure):
     """What to draw after the trees of a step."""
 
     _fields_ = (
-        ("depth", _whole),
+        *((name, _whole) for name in ("depth", "kept")),
         ("uniforms", _at),
         *((name, _double) for name in ("temperature", "least")),
         ("top_k", _whole),
         ("top_p", _double),
-        *((name, _at) for name in ("tokens", "laws")),
+        *((name, _at) for name in ("tokens", "laws", "token_ids")),
     )
 
 

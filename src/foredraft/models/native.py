@@ -24,7 +24,7 @@ from foredraft.core.chains import Chains, ChainWish
 from foredraft.core.contracts import Scores
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.kernels import library
-from foredraft.kernels.laws import limits_of
+from foredraft.kernels.laws import as_arguments
 from foredraft.kernels.layouts import TILE, TYPES, Memory, blocked
 from foredraft.kernels.structures import CChains, CLayer, CLinear, CModel, CResidual, CStep
 from foredraft.models.llama import head_dim_of, window_of
@@ -121,7 +121,7 @@ class NativeTarget:
         return run_step(self._model, batch, caches, rows, start, feature_layers, threads=self._threads)
 
     def draw_chains(self, batch: TreeBatch, caches: Sequence[KVCache], wish: ChainWish) -> Chains:
-        """Draws a chain after each chain of `batch`; see `foredraft.core.contracts.DrawsChains`."""
+        """Draws a chain after each chain of `batch`; see `foredraft.core.chains.DrawChains`."""
         return draw_chains(self._model, batch, caches, wish, threads=self._threads)
 
     def _describe(self, config: Any, read: Reader) -> CModel:
@@ -196,7 +196,7 @@ def run_step(
         carried: for a draft head, a table per tree that receives the output features of its nodes. A node behind the `given`
             ones reads the feature of its parent there. Contiguous; empty if nobody reads them.
         num_slots: number of nodes at the end of every tree that are slots to be filled. They take no feature.
-        chains: chains to draw after the trees. The logits are then those of the last drawn nodes.
+        chains: chains to draw after the trees. The logits are then those from which their last tokens were drawn.
 
     Raises:
         MemoryError: the step does not fit into memory.
@@ -232,13 +232,15 @@ def run_step(
 
 def draw_chains(model: CModel, batch: TreeBatch, caches: Sequence[KVCache], wish: ChainWish, **step: Any) -> Chains:
     """Draws a chain after each chain of `batch`, with the options `step` of `run_step`."""
+    kept, uniforms = min(wish.kept, model.vocabulary), None if wish.uniforms is None else np.array(wish.uniforms)
     tokens = np.empty((len(batch), wish.depth), np.int64)
-    uniforms = None if wish.uniforms is None else np.array(wish.uniforms)
-    laws = torch.empty(1 if uniforms is None else tokens.size, model.vocabulary)
-    numbers = None if uniforms is None else uniforms.ctypes.data
-    chains = CChains(wish.depth, numbers, *limits_of(**wish.limits), tokens.ctypes.data, laws.data_ptr())
+    laws = torch.empty(0 if uniforms is None else tokens.size, kept)
+    ids = torch.empty(laws.shape, dtype=torch.int64) if kept < model.vocabulary else None
+    numbers, places = None if uniforms is None else uniforms.ctypes.data, None if ids is None else ids.data_ptr()
+    limits = as_arguments(**wish.limits)
+    chains = CChains(wish.depth, kept, numbers, *limits, tokens.ctypes.data, laws.data_ptr(), places)
     run_step(model, batch, caches, batch.offsets[1:] - 1, None, chains=chains, **step)
-    return Chains(tokens.tolist(), laws)
+    return Chains(tokens.tolist(), laws, ids)
 
 
 def _block_table(caches: Sequence[KVCache], lengths: Sequence[int]) -> tuple[list[int], list[int]]:

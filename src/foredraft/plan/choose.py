@@ -39,7 +39,7 @@ CHOICES = "foredraft.choices"
 """Name of the logger of choices. The command line prints them itself."""
 
 TRIED_TREES, TYPICAL_SIZE = 2, 8
-"""Of each drafter only chains are timed, and the `TRIED_TREES` trees with the most tokens per step at `TYPICAL_SIZE` nodes."""
+"""Of each drafter, chains and the `TRIED_TREES` trees with the most tokens per step at `TYPICAL_SIZE` nodes are timed."""
 
 _MARGIN = 1.1
 """A drafter must beat plain decoding by this factor, because gains vary by text."""
@@ -188,7 +188,8 @@ class Chooser:
             return usual[-1:] or ways[:1]
         known = [way for way in ways if curve_name(way) in curves]
         tokens = {way: tokens_per_step(curves, Candidate(way, TYPICAL_SIZE)) or 0.0 for way in known if has_weights(way)}
-        return best_ways(tokens) + [way for way in known if not has_weights(way)] or ways[:1]
+        best, free = best_ways(tokens), [way for way in known if not has_weights(way)]
+        return best[:1] + free + best[1:] or ways[:1]  # one timing serves all that is free, so there is time for it
 
     def _curves(self, kind: str) -> Mapping[str, Any]:
         return self.measured.get("tokens_per_step", {}).get(kind) or {}

@@ -15,22 +15,23 @@ from foredraft.trees.base import PolicyOptions, draft_sampling
 
 
 def at_once(options: PolicyOptions, drafter: Expander, work: Work) -> TreeBatch | None:
-    """Draws the chains of all requests in one call of the drafter. Returns the batch that `grow_batch` with `chain` returns.
+    """Draws the chains of all requests in one call of the drafter. They are the trees that the policy `chain` grows.
 
     Returns None if the drafter cannot do this, or if the chains differ in depth or in their laws.
     """
+    draw: DrawChains | None = getattr(drafter, "draw_chains", None)
+    if draw is None:
+        return None
     kinds = [
         (min(budget), options.samples(params), limits_of(draft_sampling(params, options.draft_temperature)))
         for budget, params in zip(work.budgets, work.sampling, strict=True)
     ]
     depth, is_sampled, limits = kinds[0]
-    is_cut = is_sampled and options.cut(drafter.vocab_size) < drafter.vocab_size
-    draw: DrawChains | None = getattr(drafter, "draw_chains", None)
-    if is_cut or any(kind != kinds[0] for kind in kinds[1:]) or draw is None:
+    if any(kind != kinds[0] for kind in kinds[1:]):
         return None
     keys = [("draft", (0,) * at, 0) for at in range(depth)]
     uniforms = [[draws.uniform(key) for key in keys] for draws in work.draws] if is_sampled else None
-    found = draw(work, ChainWish(depth, limits, uniforms)) if depth else None
+    found = draw(work, ChainWish(depth, options.cut(drafter.vocab_size), limits, uniforms)) if depth else None
     if found is None:
         return None
     batch = TreeBatch.chains([[root, *tokens] for root, tokens in zip(work.roots, found.tokens, strict=True)])
@@ -38,4 +39,4 @@ def at_once(options: PolicyOptions, drafter: Expander, work: Work) -> TreeBatch 
         return batch
     parents = np.arange(len(batch.tokens)) % (depth + 1) < depth
     batch.drawn[parents], batch.draft_row[parents] = Drawn.IID, np.arange(depth * len(batch))
-    return replace(batch, draft_probs=found.laws, vocab_size=drafter.vocab_size)
+    return replace(batch, draft_probs=found.laws, draft_ids=found.token_ids, vocab_size=drafter.vocab_size)

@@ -86,6 +86,10 @@ class PolicyOptions(Protocol):
         """Returns the policy that grows a `Sapling`."""
         ...
 
+    def grow(self, drafter: Any, work: Any) -> TreeBatch:
+        """Grows one tree per request; see `foredraft.core.contracts.Grower`."""
+        ...
+
 
 GREEDY_DRAFT_TEMPERATURE = 0.6
 """Draft temperature for greedy requests, as in the experiments of DySpec and Sequoia."""
@@ -284,4 +288,6 @@ class ByTemperature:
     def grow(self, drafter: Expander, work: Work) -> TreeBatch:
         """Grows one tree per request; see `foredraft.core.contracts.Grower`."""
         growers = [self.sampled if params.temperature > 0 else self.greedy for params in work.sampling]
+        if all(grower is growers[0] for grower in growers):
+            return growers[0].grow(drafter, work)
         return grow_batch(growers, drafter, work)

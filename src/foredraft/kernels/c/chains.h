@@ -1,15 +1,23 @@
 /* Draws whole chains of drafts in one call. set.c includes this file after laws.h. */
 
-/* Draws the token after a node from its law. Without a uniform number, the token is the most likely one. */
-static int64_t drawn(const Chains *c, const float *logits, int64_t size, const double *uniform, float *law) {
-    NAMED(laws, SET)(logits, 1, size, c->temperature, c->least, c->top_k, c->top_p, law);
+/* Draws token `at` of all chains from its logits. Without uniform numbers it is the most likely token, which no limit removes. */
+static int64_t drawn(const Chains *c, const float *logits, int64_t size, int64_t at) {
+    float values[c->kept];
+    int64_t token, *ids = c->token_ids + at * c->kept;
+    if (c->uniforms == NULL) {
+        NAMED(largest, SET)(logits, 1, size, 1, values, &token);
+        return token;
+    }
+    if (c->kept < size) {
+        NAMED(largest, SET)(logits, 1, size, c->kept, values, ids);
+        logits = values;
+    }
+    float *law = c->laws + at * c->kept;
+    NAMED(laws, SET)(logits, 1, c->kept, c->temperature, c->least, c->top_k, c->top_p, law);
     if (law[0] != law[0]) /* the logits define no law */
-        for (int64_t i = 0; i < size; i++) law[i] = 1 / (float)size;
-    if (uniform) return NAMED(categorical, SET)(law, size, *uniform);
-    float most;
-    int64_t token;
-    NAMED(largest, SET)(law, 1, size, 1, &most, &token);
-    return token;
+        for (int64_t i = 0; i < c->kept; i++) law[i] = 1 / (float)c->kept;
+    token = NAMED(categorical, SET)(law, c->kept, c->uniforms[at]);
+    return c->kept < size ? ids[token] : token;
 }
 
 /* Runs a step, draws one token after the last node of each tree, appends it to the tree, and repeats this `depth` times. The trees
@@ -35,8 +43,7 @@ int EXPORT(chains)(const Model *m, const Step *s, const Chains *c) {
         failed = NAMED(forward, SET)(m, &step);
         for (int64_t b = 0; b < trees && !failed; b++) {
             const int64_t at = b * c->depth + pass;
-            float *law = c->laws + (c->uniforms ? at * m->vocabulary : 0);
-            c->tokens[at] = drawn(c, s->logits + b * m->vocabulary, m->vocabulary, c->uniforms ? c->uniforms + at : NULL, law);
+            c->tokens[at] = drawn(c, s->logits + b * m->vocabulary, m->vocabulary, at);
         }
     }
     free(numbers);

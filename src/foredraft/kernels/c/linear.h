@@ -20,7 +20,7 @@ static void normalize(int type, const float *x, const float *weight, void *out, 
 enum { TILE = 32, VECTORS = TILE / LANES, LINE = 64, PARTS = 2, CHUNK = 64 };
 
 /* Rows run in groups of about equal size. A group is small enough that its sums stay in registers: at most FEW_ROWS beside weights
-   that are converted, MOST_ROWS beside packed ones. From MANY_ROWS on, groups are half as large, so that inputs stay in the L1 cache:
+   as they are stored, whose conversion takes registers too, and MOST_ROWS beside packed ones. From MANY_ROWS on, groups are half as large, so that inputs stay in the L1 cache:
    products limit the speed of a prompt, not the reading of weights. */
 INLINE int64_t most_rows(const Linear *layer, int64_t rows) {
     return most(1, layer->type == Q4 || rows >= MANY_ROWS ? MOST_ROWS / 2 : rows < PACKED_ROWS ? FEW_ROWS : MOST_ROWS);

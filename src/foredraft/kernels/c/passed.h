@@ -77,11 +77,12 @@ typedef struct {
 
 /* What to draw after the trees of a step, `depth` tokens each. */
 typedef struct {
-    int64_t depth;
+    int64_t depth, kept;    /* a law keeps its most likely tokens: this many, at least 1 */
     const double *uniforms; /* [trees][depth]; NULL: the most likely tokens are taken */
     double temperature, least; /* the limits of the laws, see `laws` */
     int64_t top_k;
     double top_p;
     int64_t *tokens;        /* [trees][depth] */
-    float *laws;            /* [trees][depth][vocabulary]; without uniforms, room for one law */
+    float *laws;            /* with uniforms: [trees][depth][kept] */
+    int64_t *token_ids;     /* with uniforms, if not all tokens are kept: the tokens of the laws */
 } Chains;

@@ -15,7 +15,8 @@ from foredraft.kernels import build
 
 TESTS = Path(__file__).parent
 SUBSET = {
-    "address,undefined": "linear_layers or residual or activations or laws or what_else or prefix or one_call or (forwards and mistral)",
+    "address,undefined": "linear_layers or residual or activations or laws or what_else or prefix or (forwards and mistral) or "
+    "one_call",
     "thread": "what_else or residual or one_call",
 }
 """Sanitizers, and the tests of every `test_instruction_sets*.py` that run under them: those of threads for the last."""

@@ -46,7 +46,7 @@ def pass_by_pass(target: Any, caches: Any, wish: ChainWish, sampling: SamplingPa
             if wish.uniforms is None:
                 token = int(largest(probs[None], 1).places)
             else:
-                token = run("categorical", probs, uniform=wish.uniforms[b][step])
+                token = run("categorical", probs, uniform=wish.uniforms()[b][step])
             drawn[b].append(token if kept is None else int(kept.indices[b, token]))
     return drawn, torch.stack([law for of_tree in laws for law in of_tree])
 
@@ -59,7 +59,8 @@ def test_one_call_draws_what_forwards_draw(name: str, kind: str) -> None:
     with using(code_of(name)):
         target = NativeTarget(config, weights)
         for depth, kept in ((1, 64), (4, 64), (3, 16)):
-            uniforms = None if kind == "greedy" else rng.random((2, depth)).tolist()
+            numbers = rng.random((2, depth)).tolist()
+            uniforms = None if kind == "greedy" else lambda numbers=numbers: numbers
             wish = ChainWish(depth, kept, limits_of(SAMPLINGS[kind]), uniforms)
             begun = [TreeBatch.chains(ROOTS), prefilled(target, PROMPTS)[1]]
             found = target.draw_chains(*begun, wish)
@@ -74,7 +75,7 @@ def test_one_call_draws_what_forwards_draw(name: str, kind: str) -> None:
 def test_logits_without_a_law_draw_from_the_same_replacement() -> None:
     config, weights = make_weights("one layer")
     weights["model.norm.weight"][:] = 1e38  # logits overflow
-    target, uniforms = NativeTarget(config, weights), [[0.3, 0.99], [0.0, 0.5]]
+    target, uniforms = NativeTarget(config, weights), lambda: [[0.3, 0.99], [0.0, 0.5]]
     wish = ChainWish(2, 64, limits_of(SAMPLINGS["sampled"]), uniforms)
     found = target.draw_chains(TreeBatch.chains(ROOTS), prefilled(target, PROMPTS)[1], wish)
     assert found.tokens == pass_by_pass(target, prefilled(target, PROMPTS)[1], wish, SAMPLINGS["sampled"])[0]

@@ -18,13 +18,13 @@ class ChainWish(NamedTuple):
         depth: tokens of each chain.
         kept: number of most likely tokens that the draft law keeps.
         limits: the parameters of the draft law, see `foredraft.core.law.limits_of`.
-        uniforms: for each request and token, the number that draws the token. None takes the most likely tokens.
+        uniforms: returns for each request and token the number that draws the token. None takes the most likely tokens.
     """
 
     depth: int
     kept: int
     limits: dict[str, Any]
-    uniforms: list[list[float]] | None
+    uniforms: Callable[[], list[list[float]]] | None
 
 
 class Chains(NamedTuple):

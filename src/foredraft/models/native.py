@@ -232,7 +232,7 @@ def run_step(
 
 def draw_chains(model: CModel, batch: TreeBatch, caches: Sequence[KVCache], wish: ChainWish, **step: Any) -> Chains:
     """Draws a chain after each chain of `batch`, with the options `step` of `run_step`."""
-    kept, uniforms = min(wish.kept, model.vocabulary), None if wish.uniforms is None else np.array(wish.uniforms)
+    kept, uniforms = min(wish.kept, model.vocabulary), None if wish.uniforms is None else np.array(wish.uniforms())
     tokens = np.empty((len(batch), wish.depth), np.int64)
     laws = torch.empty(0 if uniforms is None else tokens.size, kept)
     ids = torch.empty(laws.shape, dtype=torch.int64) if kept < model.vocabulary else None

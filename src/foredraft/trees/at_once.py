@@ -30,7 +30,7 @@ def at_once(options: PolicyOptions, drafter: Expander, work: Work) -> TreeBatch 
     if any(kind != kinds[0] for kind in kinds[1:]):
         return None
     keys = [("draft", (0,) * at, 0) for at in range(depth)]
-    uniforms = [[draws.uniform(key) for key in keys] for draws in work.draws] if is_sampled else None
+    uniforms = (lambda: [[draws.uniform(key) for key in keys] for draws in work.draws]) if is_sampled else None
     found = draw(work, ChainWish(depth, options.cut(drafter.vocab_size), limits, uniforms)) if depth else None
     if found is None:
         return None

@@ -54,8 +54,12 @@ def warp(logits: Float[Tensor, "n v"], sampling: SamplingParams) -> Float[Tensor
 def limits_of(sampling: SamplingParams) -> dict[str, Any]:
     """Returns the sampling parameters that `warp` applies, as arguments of the operation."""
     temperature = float(min(max(sampling.temperature, _LEAST_TEMPERATURE), _MOST_TEMPERATURE))
-    limits = {"min_p": float(sampling.min_p), "top_k": sampling.top_k, "top_p": float(sampling.top_p)}
-    return {"temperature": temperature, **limits}
+    return {
+        "temperature": temperature,
+        "min_p": float(sampling.min_p),
+        "top_k": sampling.top_k,
+        "top_p": float(sampling.top_p),
+    }
 
 
 def largest(x: Float[Tensor, "n v"], k: int) -> Largest:

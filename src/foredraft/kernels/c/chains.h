@@ -2,13 +2,14 @@
 
 /* Draws token `at` of all chains from its logits. Without uniform numbers it is the most likely token, which no limit removes. */
 static int64_t drawn(const Chains *c, const float *logits, int64_t size, int64_t at) {
-    float values[c->kept];
-    int64_t token, *ids = c->token_ids + at * c->kept;
+    const int is_cut = c->uniforms && c->kept < size;
+    float values[is_cut ? c->kept : 1];
+    int64_t token, *ids = is_cut ? c->token_ids + at * c->kept : NULL;
     if (c->uniforms == NULL) {
         NAMED(largest, SET)(logits, 1, size, 1, values, &token);
         return token;
     }
-    if (c->kept < size) {
+    if (is_cut) {
         NAMED(largest, SET)(logits, 1, size, c->kept, values, ids);
         logits = values;
     }
@@ -17,7 +18,7 @@ static int64_t drawn(const Chains *c, const float *logits, int64_t size, int64_t
     if (law[0] != law[0]) /* the logits define no law */
         for (int64_t i = 0; i < c->kept; i++) law[i] = 1 / (float)c->kept;
     token = NAMED(categorical, SET)(law, c->kept, c->uniforms[at]);
-    return c->kept < size ? ids[token] : token;
+    return is_cut ? ids[token] : token;
 }
 
 /* Runs a step, draws one token after the last node of each tree, appends it to the tree, and repeats this `depth` times. The trees

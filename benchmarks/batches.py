@@ -40,7 +40,7 @@ def moved_nodes(paths: Sequence[Sequence[int]]) -> int:
 
 def node_bytes(pool: KVPool) -> int:
     """Computes the bytes of the keys and values of one node: 2 * layers * heads * head size * size of an entry."""
-    two, layers, _, heads, _, head_dim = pool.kv.shape
+    two, layers, heads, _, _, head_dim = pool.kv.shape
     return two * layers * heads * head_dim * pool.kv.element_size()
 
 

@@ -216,7 +216,7 @@ def recurrent(method: str, target: NativeTarget, rows: int, bits: int) -> Settin
     options: dict[str, Any] = {"feature_layers": (0, 1, -1)} if method == "eagle3" else {}
     head = heads.HEADS[method].make(Shape.of(config), **options).bfloat16()
     tree, budget = TREES[rows]
-    drafter = RecurrentDrafter(head, config, target, GROWERS[tree].grower(), 1, compiled=True, weight_bits=bits)
+    drafter = RecurrentDrafter(head, config, target, GROWERS[tree].grower(), compiled=True, weight_bits=bits)
     state = started(drafter, len(head.feature_layers) * config.hidden_size)
     run: Any = drafter.compiled
     products = bare([Products(run.linears, rows)], run.threads)
@@ -228,7 +228,7 @@ def ctc(target: NativeTarget, bits: int) -> Setting:
     """Makes the setting of the CTC-based drafter. All slots are filled together; the first slot is the last pair."""
     config = layer_config(target.config, target.vocab_size)
     head = heads.HEADS["ctc"].make(Shape.of(config)).bfloat16()
-    drafter = CtcDrafter(slots.LayerSlots(head, config, target, 1, compiled=True, weight_bits=bits), None, target.vocab_size)
+    drafter = CtcDrafter(slots.LayerSlots(head, config, target, compiled=True, weight_bits=bits), None, target.vocab_size)
     state = started(drafter, config.hidden_size)
     run: Any = drafter.slots.compiled
     entry, ahead, *layer, last, blank = run.linears

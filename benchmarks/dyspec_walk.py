@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from foredraft import LLM
+from foredraft.cache.blocks import num_blocks
 from foredraft.cache.pool import prefill
 from foredraft.core.contracts import AcceptanceRule, Budget, Target, Work
 from foredraft.core.draws import Draws, hash_seed
@@ -207,14 +208,14 @@ class Wave:
 
     def run(self, numbered: Sequence[tuple[int, list[int]]]) -> None:
         """Decodes the prompts to their ends. Prompt i has the same random numbers as the i-th request of an `LLM`."""
-        pool = self.llm.target.new_pool(SEQS, self.llm.max_model_len)
+        pool = self.llm.target.new_pool(num_blocks(self.llm.max_model_len, SEQS))
         sampling = SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens)
         running = []
         for number, prompt in numbered:
             cache = pool.allocate()
-            prefill(self.llm.target, pool, [cache], [prompt[:-1]])
+            prefill(self.llm.target, [cache], [prompt[:-1]])
             draws = Draws(hash_seed(hash_seed(0, number), 0))
-            running.append((list(prompt), len(prompt) + self.max_tokens, cache, draws, self.drafter.start(prompt, None)))
+            running.append((list(prompt), len(prompt) + self.max_tokens, cache, draws, self.drafter.start(prompt, None, cache)))
         while running:
             self._step(running, pool, sampling)
             done = [request for request in running if request[0][-1] in self.llm.eos_ids or len(request[0]) >= request[1]]

@@ -20,6 +20,7 @@ import torch
 from measuring import arguments, median, report, rounded, rounds
 
 from foredraft.bench.bandwidth import arithmetic_peak, read_bandwidth
+from foredraft.cache.blocks import num_blocks
 from foredraft.core.folders import BUNDLED_TARGET
 from foredraft.core.tree import TreeBatch
 from foredraft.kernels import sets
@@ -33,7 +34,7 @@ CPU = torch.device("cpu")
 
 def forwards(target: NativeTarget) -> Iterator[tuple[int, Any]]:
     """Yields the number of rows of each step and a function that runs it."""
-    pool = target.new_pool(1, CONTEXT + PROMPT)
+    pool = target.new_pool(num_blocks(CONTEXT + PROMPT))
     cache = pool.allocate()
     target.forward(TreeBatch.chains([list(range(3, 3 + CONTEXT))]), [cache], np.arange(0))
     pool.keep([cache], [range(1, CONTEXT)])

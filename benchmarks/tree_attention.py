@@ -36,6 +36,7 @@ from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 from tree_shapes import ORDERS, all_trees, reordered
 
+from foredraft.cache.blocks import num_blocks
 from foredraft.core.progress import progress_bar
 from foredraft.core.tree import DraftTree, TreeBatch, ancestor_mask
 from foredraft.models.native import NativeTarget, can_run
@@ -153,7 +154,7 @@ class Compiled:
 
     def _forward(self, number: int, tree: DraftTree, prefix: int) -> Callable[[], Any]:
         model = self._models[number]
-        pool = model.new_pool(1, prefix + tree.num_nodes)
+        pool = model.new_pool(num_blocks(prefix + tree.num_nodes))
         cache = pool.allocate()
         model.forward(TreeBatch.chains([[0] * prefix]), [cache], np.empty(0, np.int64))
         pool.keep([cache], [range(1, prefix)])

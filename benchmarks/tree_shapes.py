@@ -102,7 +102,7 @@ def grown_trees(nodes: int, count: int) -> list[DraftTree]:
     """
     grower, plain = HeapOrder(), LLM(None, {"method": "ar"})
     model = load_target(BUNDLED_LM)
-    drafter = LMDrafter(model, grower, model.vocab_size, 1)
+    drafter = LMDrafter(model, grower, model.vocab_size)
     for number, prompt in enumerate(read_prompts(plain, count)):
         state = drafter.start(prompt, None)
         sampling = SamplingParams(temperature=0.6)

@@ -76,9 +76,11 @@ def test_heap_order_is_that_of_one_draw_at_a_time() -> None:
 
 
 def test_moves_are_counted() -> None:
-    pool = KVPool(num_slots=2, num_layers=3, num_heads=2, head_dim=4, dtype=torch.bfloat16, device=torch.device("cpu"))
-    pool.reserve(16)
+    pool = KVPool(2, num_layers=3, num_heads=2, head_dim=4, dtype=torch.bfloat16, device=torch.device("cpu"))
     caches = [pool.allocate(), pool.allocate()]
+    for cache in caches:
+        cache.reserve(16)
+    pool.grow()
     paths = [[1, 2, 5], [3]]
     assert moved_nodes(paths) == 2
     with counted_moves() as moved:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from foredraft.cache.blocks import BLOCK, Blocks, OutOfBlocksError, num_blocks
 from foredraft.cache.layout import Layout, lay_out
 from foredraft.cache.pool import PREFILL_CHUNK, KVCache, KVPool, prefill
 from foredraft.core.tree import TreeBatch
@@ -20,8 +21,8 @@ LAYERS, HEADS, DIM = 2, 3, 4
 BUSHY = [-1, 0, 0, 1, 0, 2, 2, 5]
 
 
-def new_pool(num_slots: int) -> KVPool:
-    return KVPool(num_slots=num_slots, num_layers=LAYERS, num_heads=HEADS, head_dim=DIM, dtype=torch.float64, device=CPU)
+def new_pool(blocks: int) -> KVPool:
+    return KVPool(blocks, num_layers=LAYERS, num_heads=HEADS, head_dim=DIM, dtype=torch.float64, device=CPU)
 
 
 def trees(*shapes: list[int]) -> TreeBatch:
@@ -38,8 +39,7 @@ def run(
     pool: KVPool, batch: TreeBatch, caches: list[KVCache], start: list[int] | None = None, seed: int = 0
 ) -> tuple[Layout, Tensor]:
     """Writes random keys and values [2, L, M, H, D] for the new nodes, as a forward does."""
-    layout = lay_out(batch, caches, start, CPU)
-    pool.reserve(layout.length)
+    layout = pool.behind(batch, caches, start)
     shape = 2, LAYERS, len(layout.new), HEADS, DIM
     written = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     for layer in range(LAYERS):
@@ -49,14 +49,16 @@ def run(
 
 def contents(cache: KVCache) -> Tensor:
     """What a cache holds, [2, L, T, H, D]."""
-    return cache.pool.kv[:, :, cache.slot, :, : cache.length].transpose(2, 3).clone()
+    places = [cache.place(position) for position in range(cache.length)]
+    return cache.pool.kv.flatten(3, 4)[:, :, :, places].transpose(2, 3).clone()
 
 
 def test_bytes_of_a_token() -> None:
     pool = new_pool(5)
     assert pool.bytes_per_token == 2 * LAYERS * HEADS * DIM * 8
-    pool.reserve(3)
-    assert pool.kv.nbytes == pool.bytes_per_token * 5 * pool.kv.shape[4]
+    pool.allocate().reserve(5 * BLOCK)
+    pool.grow()
+    assert pool.kv.nbytes == pool.bytes_per_token * 6 * BLOCK  # block 0 is for padding
 
 
 def filled(pool: KVPool, length: int, seed: int = 0) -> KVCache:
@@ -67,30 +69,56 @@ def filled(pool: KVPool, length: int, seed: int = 0) -> KVCache:
     return cache
 
 
-def test_slots_are_given_out_once_and_come_back() -> None:
+def test_blocks_are_given_out_once_and_come_back() -> None:
     pool = new_pool(3)
     caches = [pool.allocate() for _ in range(3)]
-    assert sorted(cache.slot for cache in caches) == [0, 1, 2]
-    with pytest.raises(RuntimeError, match=r"all 3 slots .* max_num_seqs"):
-        pool.allocate()
-    with pytest.raises(RuntimeError, match="slots"):
-        pool.copy(caches[0])
+    for cache in caches:
+        cache.reserve(1)
+        cache.reserve(BLOCK)
+    assert sorted(block for cache in caches for block in cache.blocks) == [1, 2, 3] and not pool.blocks.num_free
+    with pytest.raises(OutOfBlocksError, match="2 blocks of 16 tokens are needed, but 0 of 3 are free"):
+        caches[0].reserve(2 * BLOCK + 1)
+    assert len(caches[0].blocks) == 1
+    taken = list(caches[1].blocks)
     pool.free(caches[1])
-    again = pool.allocate()
-    assert again.slot == caches[1].slot and again.length == 0
+    assert pool.blocks.num_free == 1 and not caches[1].blocks
+    caches[2].reserve(BLOCK + 1)
+    assert caches[2].blocks[1:] == taken
 
 
-@pytest.mark.parametrize("length", [0, 1, 5])
+def test_kept_blocks_are_reused_last_and_the_least_recent_first() -> None:
+    blocks, forgotten = Blocks(6), list[int]()
+    blocks.forget = forgotten.append
+    first, second = blocks.take(2), blocks.take(2)
+    for block in [*first, second[0]]:
+        blocks.keep(block)
+    blocks.release(second)
+    blocks.release(first)
+    assert blocks.num_free == 6 and not forgotten
+    blocks.share([second[0]])  # found again
+    assert blocks.num_free == 5 and blocks.num_holders(second[0]) == 1
+    assert blocks.take(3) == [second[1], 5, 6] and not forgotten
+    assert blocks.take(2) == forgotten == first[::-1], "the end of a prefix before its beginning"
+    blocks.release([second[0]])
+    assert blocks.take(1) == [second[0]] and forgotten[2:] == [second[0]]
+
+
+@pytest.mark.parametrize("length", [0, 1, 5, 16, 40])
 def test_a_copy_is_independent(length: int) -> None:
-    pool = new_pool(2)
+    """It shares the full blocks."""
+    pool = new_pool(12)
     cache = filled(pool, length)
     before = contents(cache)
     copy = pool.copy(cache)
-    assert copy.slot != cache.slot and torch.equal(contents(copy), before)
+    assert len({*copy.blocks} & {*cache.blocks}) == length // BLOCK and torch.equal(contents(copy), before)
     run(pool, trees(chain(2)), [copy], seed=1)
     pool.keep([copy], [[1]])
     assert copy.length == length + 2 and torch.equal(contents(copy)[:, :, :length], before)
     assert cache.length == length and torch.equal(contents(cache), before)
+    pool.free(cache)
+    assert torch.equal(contents(copy)[:, :, :length], before)
+    pool.free(copy)
+    assert pool.blocks.num_free == 12
 
 
 def test_truncate_forgets_the_end() -> None:
@@ -106,12 +134,13 @@ def test_truncate_forgets_the_end() -> None:
 
 
 def test_growing_keeps_the_contents() -> None:
-    pool = new_pool(2)
+    pool = new_pool(500)
     cache, other = filled(pool, 5), filled(pool, 3, seed=1)
     before = contents(cache), contents(other)
     for length in (0, 6, 300, 5000, 10):
-        pool.reserve(length)
-        assert pool.kv.shape[4] >= length
+        cache.reserve(length)
+        pool.grow()
+        assert max(cache.blocks) < pool.kv.shape[3] <= 501
         assert torch.equal(contents(cache), before[0]) and torch.equal(contents(other), before[1])
 
 
@@ -121,8 +150,8 @@ PATHS = [[[]], [[1]], [[2, 5, 7]], [[], [4]], [[2, 6], [], [1, 3]], [[4], [2, 5,
 @pytest.mark.parametrize("context", [0, 1, 6])
 @pytest.mark.parametrize("paths", PATHS)
 def test_keep_is_node_0_and_the_path(paths: list[list[int]], context: int) -> None:
-    """Ragged paths over contexts of different lengths; a bystander's slot is left alone."""
-    pool = new_pool(len(paths) + 1)
+    """Ragged paths over contexts of different lengths; a bystander is left alone."""
+    pool = new_pool(2 * len(paths) + 1)
     bystander = filled(pool, 4, seed=50)
     caches = [filled(pool, context + b, seed=b) for b in range(len(paths))][::-1]
     expected = [contents(bystander)]
@@ -137,18 +166,19 @@ def test_keep_is_node_0_and_the_path(paths: list[list[int]], context: int) -> No
         assert cache.length == wanted.shape[2] and torch.equal(contents(cache), wanted)
 
 
-@pytest.mark.parametrize("slots", [[0], [2], [0, 1, 2], [1, 2], [2, 0], [0, 2]])
-def test_reading_gives_what_was_written(slots: list[int]) -> None:
-    """Neighbouring slots and scattered ones, one request and several."""
-    pool = new_pool(3)
-    caches = {cache.slot: cache for cache in (filled(pool, length, seed=length) for length in (1, 2, 5))}
-    some = [caches[slot] for slot in slots]
+@pytest.mark.parametrize("order", [[0], [2], [0, 1, 2], [1, 2], [2, 0], [0, 2]])
+def test_reading_gives_what_was_written(order: list[int]) -> None:
+    """Consecutive blocks and scattered ones, one request and several, within a block and over several."""
+    pool = new_pool(8)
+    caches = [filled(pool, length, seed=length) for length in (1, 2, 19)]
+    some = [caches[i] for i in order]
     batch = trees(*([[-1], BUSHY, [-1, 0, 0]][: len(some)]))
     before = [contents(cache) for cache in some]
+    caches[0].reserve(BLOCK + 1)  # not consecutive
     layout, written = run(pool, batch, some, seed=9)
     for layer in range(LAYERS):
         key, value = pool.read(layer, layout)
-        assert key.shape == value.shape == (len(slots), HEADS, layout.length, DIM)
+        assert key.shape == value.shape == (len(order), HEADS, layout.length, DIM)
         for b, cache in enumerate(some):
             nodes = slice(int(batch.offsets[b]), int(batch.offsets[b + 1]))
             wanted = torch.cat([before[b], written[:, :, nodes]], dim=2)[:, layer]
@@ -176,8 +206,11 @@ layouts = pytest.mark.parametrize(
 
 
 def cached(lengths: list[int]) -> list[KVCache]:
-    pool = new_pool(len(lengths))
-    return [filled(pool, length) for length in lengths]
+    pool = new_pool(3 * len(lengths))
+    caches = [filled(pool, length) for length in lengths]
+    for cache in caches:
+        cache.reserve(cache.length + len(BUSHY))
+    return caches
 
 
 @layouts
@@ -188,11 +221,11 @@ def test_where_nodes_go(shapes: Shapes, lengths: list[int], start: list[int]) ->
     for b, (first, length) in enumerate(zip(batch.offsets[:-1], lengths, strict=True)):
         for node in range(start[b], len(shapes[b])):
             token, depth = batch.tokens[first + node], batch[b].depths[node]
-            expected.append((token, length + depth, first + node, b, node - start[b], length + node))
+            expected.append((token, length + depth, first + node, b, node - start[b], caches[b].place(length + node)))
     columns = (layout.token_ids, layout.positions, layout.new, layout.request, layout.column, layout.place)
     assert list(zip(*(column.tolist() for column in columns), strict=True)) == expected
-    assert layout.slots == [cache.slot for cache in caches]
-    assert layout.slot.tolist() == [layout.slots[b] for b in layout.request.tolist()]
+    for row, cache in zip(layout.table.tolist(), caches, strict=True):
+        assert [block for block in row if block] == cache.blocks[: len(row)]
     assert layout.width == max(len(p) - s for p, s in zip(shapes, start, strict=True))
     assert layout.length == max(len(p) + n for p, n in zip(shapes, lengths, strict=True))
     assert layout.rows_of(layout.new[::-1].copy()).tolist() == list(range(len(expected)))[::-1]
@@ -261,7 +294,7 @@ def test_padding_there_and_back(shapes: Shapes, lengths: list[int], start: list[
 @pytest.mark.parametrize("parts", [[0, 8], [0, 1, 8], [0, 3, 5, 8]])
 def test_a_tree_in_parts_is_the_tree_at_once(parts: list[int]) -> None:
     """Nodes, parents of later nodes among them, run in several passes beside a request that is done at once."""
-    pool = new_pool(2)
+    pool = new_pool(4)
     caches = [filled(pool, 2), filled(pool, 3, seed=1)]
     whole = lay_out(trees(BUSHY), caches[:1], None, CPU)
     written = []
@@ -284,11 +317,12 @@ def test_a_tree_in_parts_is_the_tree_at_once(parts: list[int]) -> None:
 def test_prefill_in_chunks(lengths: list[int], scored: bool) -> None:
     law = random_law(2, 0)
     target = TableTarget(lambda prefix: law(prefix[-3:]), 2)
-    pool = target.new_pool(len(lengths), 0)
+    pool = target.new_pool(sum(map(num_blocks, lengths)))
     caches = [pool.allocate() for _ in lengths]
     prompts = [[(b + i // 3) % 2 for i in range(length)] for b, length in enumerate(lengths)]
-    found = prefill(target, pool, caches, prompts, scored=scored)
-    assert [cache.tokens for cache in caches] == prompts
+    found = prefill(target, caches, prompts, scored=scored)
+    held = [[int(pool.kv[0, 0, 0].view(-1)[cache.place(i)]) for i in range(cache.length)] for cache in caches]
+    assert held == prompts
     assert target.num_forwards == -(-max(lengths, default=0) // PREFILL_CHUNK)
     for prompt, chunks in zip(prompts, found, strict=True):
         rows = torch.cat([scores.logits for scores in chunks]).exp().numpy() if chunks else np.zeros((0, 2))
@@ -299,6 +333,7 @@ def test_prefill_in_chunks(lengths: list[int], scored: bool) -> None:
 
 def test_a_pool_is_one_tensor() -> None:
     """A captured forward runs again on a pool whose tensor lies where that of a pool that is gone did; it may know no other."""
-    pool = KVPool(num_slots=2, num_layers=1, num_heads=3, head_dim=4, dtype=torch.float32, device=torch.device("cpu"))
-    pool.reserve(8)
+    pool = KVPool(2, num_layers=1, num_heads=3, head_dim=4, dtype=torch.float32, device=torch.device("cpu"))
+    pool.allocate().reserve(8)
+    pool.grow()
     assert [name for name, value in vars(pool).items() if isinstance(value, torch.Tensor)] == ["kv"]

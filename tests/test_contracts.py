@@ -31,12 +31,12 @@ TARGETS: dict[str, Any] = {
 @pytest.mark.parametrize("name", TARGETS)
 def test_targets_and_their_pools_keep_the_contract(name: str) -> None:
     target = TARGETS[name]()
-    pool = target.new_pool(2, 8)
+    pool = target.new_pool(2)
     assert isinstance(target, Target)
     assert isinstance(pool, Pool)
     assert isinstance(pool.allocate(), Cache)
     assert (target.shared is not None) == isinstance(target, NativeTarget)
-    assert (pool.bytes_per_token > 0) == (name != "table")
+    assert pool.bytes_per_token > 0
 
 
 @pytest.mark.parametrize("name", ["llama", "hf", "bundled"])

@@ -52,7 +52,7 @@ def law_of(make_drafter: Any, rule: str, nodes: int, sampling: SamplingParams, e
     def run(draws: Any) -> tuple[int, ...]:
         target = TableTarget(TARGET, 2)
         one = new_continuation(draws, sampling, eos)
-        pool = target.new_pool(1, 100)
+        pool = target.new_pool(7)
         drafter = make_drafter()
         if drafter is None:
             steps = autoregressive(target, pool, [one])
@@ -87,7 +87,7 @@ def assert_equal_laws(law: dict[Any, float], expected: dict[Any, float]) -> None
 
 
 def lm_drafter(tree: str, options: dict[str, Any], law: Law = DRAFT) -> LMDrafter:
-    return LMDrafter(TableTarget(law, 2), GROWERS[tree].grower(**options), 2, 1)
+    return LMDrafter(TableTarget(law, 2), GROWERS[tree].grower(**options), 2)
 
 
 CASES = [
@@ -142,7 +142,7 @@ def test_a_draft_equal_to_the_target_is_accepted_whole() -> None:
     target = TableTarget(TARGET, 2)
     one = new_continuation(Draws(5), SamplingParams(temperature=1.0), None, max_len=40)
     drafter = lm_drafter("chain", {}, TARGET)
-    for _ in speculative(target, target.new_pool(1, 40), [one], drafter, RULES["chain"].rule, Budget(5, 5)):
+    for _ in speculative(target, target.new_pool(3), [one], drafter, RULES["chain"].rule, Budget(5, 5)):
         pass
     assert len(one.output_ids) == 38 and one.finish_reason == "length"
     assert all(record.num_accepted_tokens == record.depth for record in one.records)

@@ -165,7 +165,7 @@ def draft_model() -> Any:
 
 
 def lm_drafter(tree: str = "dyspec", vocab_size: int = 105, **options: Any) -> LMDrafter:
-    return LMDrafter(draft_model(), GROWERS[tree].grower(**(MEASURED.get(tree, {}) | options)), vocab_size, 3)
+    return LMDrafter(draft_model(), GROWERS[tree].grower(**(MEASURED.get(tree, {}) | options)), vocab_size)
 
 
 def assert_same_tree(one: DraftTree, other: DraftTree) -> None:

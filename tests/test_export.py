@@ -275,11 +275,10 @@ def converted_logits(folder: Path, method: str) -> list[Tensor]:
         load=lambda _: None,
         vocabulary=lambda _: None,
         grower=grower,
-        num_slots=1,
         fingerprint=lambda: fingerprint_of(STORIES),
     )
     drafter = DRAFTERS[method].build(setting)
-    cache = target().new_pool(1, 64).allocate()
+    cache = target().new_pool(4).allocate()
     known = TreeBatch.chains([TOKENS[:-1]])
     features = target().forward(known, [cache], np.empty(0, np.int64), feature_layers=drafter.feature_layers).features
     state = drafter.start(TOKENS, features)

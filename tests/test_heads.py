@@ -141,7 +141,7 @@ def target() -> Any:
 
 
 def features_of(tokens: list[int], layers: Any) -> Tensor:
-    pool = target().new_pool(1, 256)
+    pool = target().new_pool(16)
     scores = target().forward(TreeBatch.chains([tokens]), [pool.allocate()], np.empty(0, np.int64), feature_layers=layers)
     return scores.features.clone()
 
@@ -172,7 +172,7 @@ def folder_of(name: str) -> Path:
     return narrow_head(STORIES, Path(mkdtemp())) if name == NARROW else HEAD_FOLDER / name
 
 
-def drafter_of(method: str, grower: Any, num_slots: int = 1) -> Any:
+def drafter_of(method: str, grower: Any) -> Any:
     own = method.split()[-1]
     setting = Setting(
         method=own,
@@ -181,7 +181,6 @@ def drafter_of(method: str, grower: Any, num_slots: int = 1) -> Any:
         load=lambda _: None,
         vocabulary=lambda _: None,
         grower=grower,
-        num_slots=num_slots,
         fingerprint=lambda: "",
     )
     return DRAFTERS[own].build(setting, force=True)
@@ -263,7 +262,7 @@ def test_requests_of_a_batch_draft_what_they_draft_alone(method: str) -> None:
     shapes, known = [TREES["wide"], TREES["chain"]], (5, 9)
     tokens = [[TOKENS[n - 1], *tokens[1:]] for n, (tokens, _) in zip(known, shapes, strict=True)]
     batch = TreeBatch.chains(tokens, [parents for _, parents in shapes])
-    drafter = drafter_of(method, GROWERS["chain"].grower(), num_slots=2)
+    drafter = drafter_of(method, GROWERS["chain"].grower())
     states = [drafter.start(TOKENS[:n], features_of(TOKENS[: n - 1], drafter.feature_layers)) for n in known]
     together: dict[int, Tensor] = {}
     for nodes in ([0], [8, 1], [4, 9, 2], [10, 3]):
@@ -303,7 +302,7 @@ def test_slots_are_filled_up_to_the_end_of_the_context() -> None:
     end = target().max_len
     text = (TOKENS * 20)[:end]
     for method in ("parallel", "ctc"):
-        drafter = drafter_of(method, GROWERS["chain"].grower() if method == "parallel" else None, num_slots=3)
+        drafter = drafter_of(method, GROWERS["chain"].grower() if method == "parallel" else None)
         lengths = end - 1, end, 9
         states = [drafter.start(text[:n], features_of(text[: n - 1], drafter.feature_layers)) for n in lengths]
         batch = drafter.propose(work_of(states, [text[n - 1] for n in lengths], Budget(8, 8), 0))
@@ -316,7 +315,7 @@ def test_slots_are_filled_up_to_the_end_of_the_context() -> None:
 @torch.inference_mode()
 def test_a_ctc_trie_is_that_of_the_slots_at_the_temperature_of_draft_laws() -> None:
     """The request's, and 0.6 where it is greedy; requests of one batch each at their own."""
-    drafter = drafter_of("ctc", None, num_slots=2)
+    drafter = drafter_of("ctc", None)
     features = features_of(TOKENS[:8], drafter.feature_layers)
     states = [drafter.start(TOKENS[:9], features) for _ in range(2)]
     sampling = [SamplingParams(temperature=one) for one in (0.0, 1.0)]
@@ -381,13 +380,13 @@ def test_the_compiled_layer_is_the_plain_one(method: str, options: dict[str, Any
     head = head_of(method, config, **options)
     native = native if bits == FULL else with_few_bits(head)
     tokens = list(range(5, 45))
-    cache = native.new_pool(1, 64).allocate()
+    cache = native.new_pool(4).allocate()
     none = np.empty(0, np.int64)
     features = native.forward(TreeBatch.chains([tokens]), [cache], none, feature_layers=head.feature_layers).features
 
     def laws(shape: tuple[list[int], list[int]], compiled: bool) -> Tensor:
         grower = Remembering(*shape)
-        drafter = RecurrentDrafter(head, config, native, grower, 1, compiled=compiled, weight_bits=bits)
+        drafter = RecurrentDrafter(head, config, native, grower, compiled=compiled, weight_bits=bits)
         state, found = drafter.start(tokens[:30], features[:29]), []
         for more in (3, 0):
             drafter.propose(work_of([state], [tokens[29 if more else 32]], Budget(8, 8)))
@@ -444,11 +443,11 @@ def test_compiled_slots_are_the_plain_ones(method: str, bits: int, monkeypatch: 
     head = head.bfloat16()
     native = native if bits == FULL else with_few_bits(head)
     tokens = list(range(5, 45))
-    cache = native.new_pool(1, 64).allocate()
+    cache = native.new_pool(4).allocate()
     features = native.forward(TreeBatch.chains([tokens]), [cache], np.empty(0, np.int64), feature_layers=(-1,)).features
 
     def logits(begins: list[int], compiled: bool) -> Tensor:
-        slots = LayerSlots(head, config, native, len(begins), compiled=compiled, weight_bits=bits)
+        slots = LayerSlots(head, config, native, compiled=compiled, weight_bits=bits)
         states = [slots.start(tokens[: begin + 1], features[:begin]) for begin in begins]
         found = []
         for more in (2, 0):
@@ -481,11 +480,11 @@ def test_the_compiled_prefix_layer_is_the_plain_one(
         torch.nn.init.normal_(one.weight, std=0.8 * one.in_features**-0.5)
     native = native if bits == FULL else with_few_bits(head)
     tokens = list(range(5, 45))
-    cache = native.new_pool(1, 64).allocate()
+    cache = native.new_pool(4).allocate()
     features = native.forward(TreeBatch.chains([tokens]), [cache], np.empty(0, np.int64), feature_layers=(-1,)).features
 
     def logits(begins: list[int], compiled: bool) -> Tensor:
-        drafter = HydraDrafter(head, config, native, (grower := Roots()), len(begins), compiled=compiled, weight_bits=bits)
+        drafter = HydraDrafter(head, config, native, (grower := Roots()), compiled=compiled, weight_bits=bits)
         states = [drafter.start(tokens[: begin + 1], features[:begin]) for begin in begins]
         found = []
         for more in (2, 0):
@@ -534,7 +533,7 @@ def test_weights_of_so_many_bits_are_refused() -> None:
 @pytest.mark.parametrize("method", [name for name, row in DRAFTERS.items() if row.weights == "head"])
 def test_a_head_is_asked_for_by_its_own_method(method: str) -> None:
     own = DRAFTERS[method].asks or method
-    setting = Setting(method, target(), None, lambda _: None, lambda _: None, GROWERS["chain"].grower(), 1, lambda: "")
+    setting = Setting(method, target(), None, lambda _: None, lambda _: None, GROWERS["chain"].grower(), lambda: "")
     with pytest.raises(ValueError, match=rf"^method '{own}' needs a trained head\. Give its directory as 'model'"):
         DRAFTERS[method].build(setting)
     other = "eagle" if own == "fspad" else "fspad"
@@ -560,7 +559,7 @@ def test_a_head_that_reaches_beyond_its_target_is_refused(tmp_path: Path, name: 
         config["foredraft"]["options"][key] = value
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    setting = Setting(name, target(), tmp_path, lambda _: None, lambda _: None, GROWERS["chain"].grower(), 1, lambda: "")
+    setting = Setting(name, target(), tmp_path, lambda _: None, lambda _: None, GROWERS["chain"].grower(), lambda: "")
     with pytest.raises(ValueError, match=match):
         DRAFTERS[name].build(setting, force=True)
 

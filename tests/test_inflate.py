@@ -55,7 +55,7 @@ def test_the_function_stays(name: str, params: int, tmp_path: Path) -> None:
     logits = []
     for directory in ("small", "large"):
         target = load_target(tmp_path / directory, dtype="float64", device="cpu")
-        cache = target.new_pool(1, 64).allocate()
+        cache = target.new_pool(4).allocate()
         logits.append(target.forward(TreeBatch.chains([tokens]), [cache]).logits)
     assert (logits[0] - logits[1]).abs().max() < 1e-9
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "large", dtype=torch.float64)
@@ -93,7 +93,7 @@ def test_a_head_keeps_its_laws(method: str, narrow: bool, tmp_path: Path, large:
         drafter: Any = llm.engine.drafter
         tokens = [1, 14, 33, 7, 52, 19, 88, 3]
         scores = llm.target.forward(
-            TreeBatch.chains([tokens]), [llm.target.new_pool(1, 64).allocate()], feature_layers=drafter.feature_layers
+            TreeBatch.chains([tokens]), [llm.target.new_pool(4).allocate()], feature_layers=drafter.feature_layers
         )
         state = drafter.start(tokens, scores.features[:-1])
         if tree:

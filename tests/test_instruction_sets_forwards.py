@@ -106,7 +106,7 @@ def test_what_else_is_in_a_step_changes_no_bit(name: str, model: str, dtype: str
 
 def chunked(target: Any, prompt: list[int], size: int) -> Tensor:
     """The logits of a prompt that is run `size` tokens at a time."""
-    pool = target.new_pool(1, 128)
+    pool = target.new_pool(8)
     caches, logits = [pool.allocate()], []
     for begin in range(0, len(prompt), size):
         part = prompt[begin : begin + size]

@@ -15,7 +15,6 @@ import torch
 
 from foredraft import LLM
 from foredraft.__main__ import main
-from foredraft.cache.pool import check_pool
 from foredraft.theory import limits
 from foredraft.theory.chains import iid_pair
 
@@ -167,15 +166,6 @@ def test_counts_of_numpy_and_torch(given: dict[str, Any]) -> None:
 def test_context(value: Any, said: str) -> None:
     with pytest.raises(ValueError, match=f"max_model_len must be .*{said}"):
         LLM(MODEL, {"method": "ar"}, max_model_len=value)
-
-
-def test_caches_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of them is allocated to find out."""
-    target = LLM(MODEL, {"method": "ar"}).target
-    check_pool(target, 8)
-    with pytest.raises(ValueError, match=r"max_num_seqs \d+ needs [\d.]+ GiB for the keys and values of 256 tokens each, but"):
-        check_pool(target, 10**9)
-    assert target.new_pool(10, 10).kv.numel() == 0
 
 
 @pytest.mark.parametrize(

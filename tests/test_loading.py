@@ -59,7 +59,7 @@ def gpt2(tmp_path):
 
 
 def logits(target):
-    cache = target.new_pool(1, 32).allocate()
+    cache = target.new_pool(2).allocate()
     return target.forward(TreeBatch.chains([TOKENS]), [cache]).logits
 
 

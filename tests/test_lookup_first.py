@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from foredraft import LLM, SamplingParams
+from foredraft.cache.blocks import num_blocks
 from foredraft.cache.pool import prefill
 from foredraft.drafters import DRAFTERS
 from foredraft.drafters.lookup_first import LookupFirst
@@ -100,8 +101,8 @@ def test_a_head_drafts_after_lookups_as_if_it_began_there(method: str, monkeypat
     late = [step for before, step in pairwise(steps) if before[0] and not step[0]]
     assert len(late) > 3
     for _, text, work, tree in late:
-        pool = llm.target.new_pool(1, len(text))
-        [chunks] = prefill(llm.target, pool, [pool.allocate()], [text[:-1]], feature_layers=drafter.feature_layers)
+        pool = llm.target.new_pool(num_blocks(len(text)))
+        [chunks] = prefill(llm.target, [pool.allocate()], [text[:-1]], feature_layers=drafter.feature_layers)
         fresh = drafter._other.start(text, torch.cat([one.features for one in chunks if one.features is not None]))
         found = drafter._other.propose(work.part([0], [fresh]))[0]
         drafter._other.finish(fresh)

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from foredraft import LLM, SamplingParams
+from foredraft.cache.blocks import num_blocks
 from foredraft.core.tree import TreeBatch
 from foredraft.kernels.attention import any_length_kernels
 from foredraft.kernels.prefixes import prefix_search, trie
@@ -157,7 +158,7 @@ def test_chain_and_tree_agree_with_plain_transformers(name):
     prompt, tokens = tokens_of(1, 9), tokens_of(2, len(PARENTS))
     wanted = expected(model, prompt, tokens, PARENTS)
     for target in targets:
-        pool = target.new_pool(2, 64)
+        pool = target.new_pool(8)
         assert_close(target.forward(TreeBatch.chains([prompt]), [pool.allocate()]).logits, plain(model, prompt))
         cache = prefilled(target, pool, prompt)
         assert cache.length == 9
@@ -176,7 +177,7 @@ def test_logits_of_a_ctc_trie_are_those_of_each_path_run_alone(name):
     assert {place for path in drafted for place in range(1, len(path)) if path[place] == path[place - 1]} >= {1, 2, 3}
     wanted = expected(model, prompt, tokens, parents)
     for target in targets:
-        pool = target.new_pool(2, 64)
+        pool = target.new_pool(8)
         cache = prefilled(target, pool, prompt)
         assert_close(target.forward(TreeBatch.chains([tokens], [parents]), [cache]).logits, wanted)
 
@@ -194,8 +195,8 @@ def test_ragged_batch_keep_and_continue(name):
     wanted = torch.cat([expected(model, *one) for one in zip(prompts, trees, shapes, strict=True)])
     wanted_after = torch.cat([plain(model, one)[-len(a) :] for one, a in zip(whole, after, strict=True)])
     for target in targets:
-        pool = target.new_pool(4, 64)
-        pool.allocate()  # slots that do not start at 0
+        pool = target.new_pool(16)
+        pool.allocate().reserve(1)  # blocks that do not start at the first
         caches = [prefilled(target, pool, prompt) for prompt in prompts]
         batch = TreeBatch.chains(trees, shapes)
         assert_close(target.forward(batch, caches).logits, wanted)
@@ -203,7 +204,7 @@ def test_ragged_batch_keep_and_continue(name):
         assert_close(target.forward(batch, caches, rows).logits, wanted[rows])
         pool.keep(caches, paths)
         assert [cache.length for cache in caches] == [13, 1, 16]
-        order = [2, 0, 1]  # slots that do not follow one another
+        order = [2, 0, 1]  # blocks that do not follow one another
         scores = target.forward(TreeBatch.chains([after[b] for b in order]), [caches[b] for b in order])
         parts = wanted_after.split([len(a) for a in after])
         assert_close(scores.logits, torch.cat([parts[b] for b in order]))
@@ -217,7 +218,7 @@ def test_a_tree_in_several_parts(name):
     chain = [-1, 0, 1, 2, 3]
     wanted_other = expected(model, [], other, chain)
     for target in targets:
-        pool = target.new_pool(2, 64)
+        pool = target.new_pool(8)
         caches = [pool.allocate(), prefilled(target, pool, prompt)]
         first = TreeBatch.chains([other[:4], tokens[:6]], [chain[:4], PARENTS[:6]])
         assert_close(target.forward(first, caches).logits, torch.cat([wanted_other[:4], wanted[:6]]))
@@ -239,7 +240,7 @@ def test_features_and_head(name):
     wide = states[0].shape[-1]
     for target in targets:
         batch = TreeBatch.chains([tokens[:4], tokens], [[-1, 0, 1, 2], [-1, 0, 1, 2, 3, 4]])
-        pool = target.new_pool(2, 64)
+        pool = target.new_pool(8)
         caches = [pool.allocate(), pool.allocate()]
         scores = target.forward(batch, caches, rows=np.array([9]), feature_layers=(0, 2, last, -1))
         assert scores.features is not None and scores.features.shape == (10, 4 * wide)
@@ -261,7 +262,7 @@ def test_dtypes(name, dtype):
     # The rounding of some hundred operations; the plain models compute norms in float32 even in float64.
     tolerance = max(32 * torch.finfo(dtype).eps, 1e-5) * float(wanted.abs().max())
     for target in targets:
-        pool = target.new_pool(1, 64)
+        pool = target.new_pool(4)
         scores = target.forward(TreeBatch.chains([tokens], [PARENTS]), [prefilled(target, pool, prompt)])
         assert scores.logits.dtype == dtype
         assert_close(scores.logits, wanted, tolerance)
@@ -280,7 +281,7 @@ def test_graphs_are_reused_and_change_nothing(name, num_seqs, monkeypatch):
 
     targets = [LlamaTarget(model.config, model.state_dict(), torch.float64, torch.device("cpu")) for _ in range(2)]
     targets[1].graphs = targets[1].make_graphs(capture)
-    pools = [one.new_pool(num_seqs, 64) for one in targets]
+    pools = [one.new_pool(num_blocks(64, num_seqs)) for one in targets]
     caches = [[pool.allocate() for _ in range(num_seqs)] for pool in pools]
     rng, num_steps, longest = np.random.default_rng(0), 60, 0
     for _ in range(num_steps):
@@ -342,7 +343,7 @@ def test_self_check_fails_without_the_mask(name, dtype):
     class Blind(HFTarget):
         def _masks(self, layout):
             masks = super()._masks(layout)
-            zeros = torch.zeros(len(layout.slots), 1, layout.width, layout.length, dtype=self.dtype)
+            zeros = torch.zeros(len(layout.lengths), 1, layout.width, layout.length, dtype=self.dtype)
             return dict.fromkeys(masks, zeros) if isinstance(masks, dict) else zeros
 
     with pytest.raises(ValueError, match=rf"cannot run model type '{name}' over token trees: its logits"):

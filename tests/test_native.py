@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from few_bits import in_eight_bits, in_few_bits
 from foredraft import LLM, SamplingParams
 from foredraft import kernels as compiled
+from foredraft.cache.blocks import num_blocks
 from foredraft.core.tree import TreeBatch
 from foredraft.kernels.layouts import FEW, FULL, FewBits, Memory, blocked, blocked_few, describe_weight
 from foredraft.models.llama import LlamaTarget
@@ -74,7 +75,7 @@ def trees() -> TreeBatch:
 
 
 def prefilled(target: Any, prompts: list[list[int]]) -> tuple[Any, list[Any]]:
-    pool = target.new_pool(len(prompts), 64)
+    pool = target.new_pool(num_blocks(64, len(prompts)))
     caches = [pool.allocate() for _ in prompts]
     target.forward(TreeBatch.chains(prompts), caches, np.arange(0))
     pool.keep(caches, [range(1, len(prompt)) for prompt in prompts])
@@ -149,8 +150,8 @@ def test_many_rows_and_a_long_context() -> None:
     """More rows than fit in one group, a prompt of several hundred tokens, and the same tokens one at a time."""
     target = NativeTarget(*make_weights("qwen3"))
     tokens = np.random.default_rng(2).integers(64, size=300).tolist()
-    pool = target.new_pool(1, 512)
-    at_once, one_by_one = pool.allocate(), target.new_pool(1, 512).allocate()
+    pool = target.new_pool(32)
+    at_once, one_by_one = pool.allocate(), target.new_pool(32).allocate()
     scores = target.forward(TreeBatch.chains([tokens]), [at_once])
     for token, wanted in zip(tokens, scores.logits, strict=True):
         alone = target.forward(TreeBatch.chains([[token]]), [one_by_one])

@@ -67,7 +67,7 @@ def law_of(tree: str | None, options: dict[str, Any], rule: str, temperature: fl
             TextStream(None),
             processors=[forbid(DEAD, value)],
         )
-        pool = target.new_pool(1, 100)
+        pool = target.new_pool(7)
         if tree is None:
             steps = autoregressive(target, pool, [one])
         else:

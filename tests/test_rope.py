@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
+from foredraft.cache.blocks import num_blocks
 from foredraft.core.tree import TreeBatch
 from foredraft.models.hf import HFTarget
 from foredraft.models.llama import LlamaTarget
@@ -74,7 +75,7 @@ def forced(model, length):
 
 def in_pieces(target, tokens, sizes):
     """Logits of a text that is run in forwards of so many tokens."""
-    cache = target.new_pool(1, target.max_len).allocate()
+    cache = target.new_pool(num_blocks(target.max_len)).allocate()
     found, at = [], 0
     for size in sizes:
         part = tokens[at : at + size]

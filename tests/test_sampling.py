@@ -385,12 +385,12 @@ def output_law(name: str, tree: Any, *, fault: bool = False, plain: bool = False
             eos_ids=frozenset({EOS}),
             processors=[without_path(p) for p in processors] if fault else processors,
         )
-        pool = target.new_pool(1, 100)
+        pool = target.new_pool(7)
         if tree is None:
             steps = autoregressive(target, pool, [one])
         else:
             grower, grower_options, rule, nodes = tree
-            drafter = LMDrafter(TableTarget(draft, vocab_size), GROWERS[grower].grower(**grower_options), vocab_size, 1)
+            drafter = LMDrafter(TableTarget(draft, vocab_size), GROWERS[grower].grower(**grower_options), vocab_size)
             steps = speculative(target, pool, [one], drafter, RULES[rule].rule, Budget(nodes, 2))
         for _ in steps:
             pass

@@ -52,7 +52,7 @@ def decoder(threads: int = THREADS, dtype: str = "bfloat16") -> Decode:
         [result] = llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
         token_ids = [*result.prompt_token_ids, *result.outputs[0].token_ids]
         with one_thread:  # threads of torch that were started before a fork would be waited for after it
-            cache = llm.target.new_pool(1, 128).allocate()
+            cache = llm.target.new_pool(8).allocate()
             logits = llm.target.forward(TreeBatch.chains([token_ids]), [cache]).logits
         return [token_ids, hashlib.sha256(logits.numpy()).hexdigest()]
 

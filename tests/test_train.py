@@ -468,7 +468,7 @@ def test_the_texts_are_the_targets_own(made: Path) -> None:
         prompt = text.ids[: text.prompt_len].tolist()
         [output] = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=96 - len(prompt)))
         assert output.outputs[0].token_ids == text.ids[text.prompt_len :].tolist()
-        pool = llm.target.new_pool(1, 96)
+        pool = llm.target.new_pool(6)
         from foredraft.core.tree import TreeBatch
 
         scores = llm.target.forward(TreeBatch.chains([text.ids.tolist()]), [pool.allocate()], feature_layers=(2, 3, -1))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from foredraft import LLM, SamplingParams
+from foredraft.cache.blocks import num_blocks
 from foredraft.core.progress import progress_bar
 from foredraft.core.tree import TreeBatch
 from foredraft.models.llama import LlamaTarget
@@ -114,7 +115,7 @@ def run_texts(target: LlamaTarget, texts: Sequence[list[int]]) -> list[Tensor]:
     """Computes the target's final features `[n, d]` at the tokens of each text."""
     features: dict[int, Tensor] = {}
     for group in grouped(range(len(texts)), [len(text) for text in texts], CAPTURE_TOKENS):
-        batch, pool = TreeBatch.chains([texts[i] for i in group]), target.new_pool(len(group), WINDOW)
+        batch, pool = TreeBatch.chains([texts[i] for i in group]), target.new_pool(num_blocks(WINDOW, len(group)))
         nothing = np.empty(0, np.int64)
         scores = target.forward(batch, [pool.allocate() for _ in group], nothing, feature_layers=(-1,))
         assert scores.features is not None

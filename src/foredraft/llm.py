@@ -9,7 +9,6 @@ from typing import Any, Unpack
 
 import torch
 
-from foredraft.cache.pool import check_pool
 from foredraft.core.arguments import takes_other_names
 from foredraft.core.chat import Template, render
 from foredraft.core.errors import check_count
@@ -86,7 +85,6 @@ class LLM:
         self.target, self.tokenizer = self._parts.target, self._parts.tokenizer
         self.eos_ids, self.max_model_len = self._parts.eos_ids, self._parts.max_model_len
         self.max_num_seqs, self._usual_num_seqs = max_num_seqs or DEFAULT_NUM_SEQS, max_num_seqs or 1
-        check_pool(self.target, self.max_num_seqs)
         self._speculate(speculation)
 
     def with_speculation(self, speculative_config: Mapping[str, Any] | None) -> LLM:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from foredraft.cache.blocks import num_blocks
 from foredraft.cache.pool import prefill
 from foredraft.core.tree import TreeBatch
 from foredraft.llm import LLM
@@ -63,10 +64,10 @@ def divergence(llm: LLM, prompt: Sequence[int], plain: Sequence[int], drafted: S
         ends = [ids[at] if at < len(ids) else -1 for ids in (plain, drafted)]
         return Divergence(at, ends[0], ends[1], float("inf"), 0.0)
     ids, first = [*prompt, *plain[:at]], len(prompt) - 1
-    pool = llm.target.new_pool(2, llm.max_model_len)
+    pool = llm.target.new_pool(num_blocks(llm.max_model_len, 2))
     at_once, stepwise = pool.allocate(), pool.allocate()
     chain = llm.target.forward(TreeBatch.chains([ids]), [at_once]).logits[first:]
-    prefill(llm.target, pool, [stepwise], [ids[:first]])
+    prefill(llm.target, [stepwise], [ids[:first]])
     rows = []
     for token in ids[first:]:
         rows.append(llm.target.forward(TreeBatch.chains([[token]]), [stepwise]).logits[0].clone())

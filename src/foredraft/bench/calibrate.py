@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.bench import tasks
+from foredraft.cache.blocks import num_blocks
 from foredraft.cache.pool import prefill
 from foredraft.core.contracts import Target
 from foredraft.core.draws import Draws
@@ -254,8 +255,8 @@ def by_depth(ranks: Sequence[Sequence[int]]) -> list[list[float]]:
 
 def all_logits(model: Target, token_ids: Sequence[int]) -> Float[Tensor, "n v"]:
     """Computes the logits after every token of a text, in float32."""
-    pool = model.new_pool(1, len(token_ids))
-    [chunks] = prefill(model, pool, [pool.allocate()], [token_ids], scored=True)
+    pool = model.new_pool(num_blocks(len(token_ids)))
+    [chunks] = prefill(model, [pool.allocate()], [token_ids], scored=True)
     return torch.cat([scores.logits for scores in chunks]).float()
 
 

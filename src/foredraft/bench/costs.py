@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from foredraft.cache.blocks import num_blocks
 from foredraft.cache.pool import prefill
 from foredraft.core.contracts import Target
 from foredraft.core.plots import new_figure
@@ -21,9 +22,9 @@ COST_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 def cost_curve(target: Target, prompt: Sequence[int], sizes: Sequence[int] = COST_SIZES) -> dict[str, float]:
     """Measures the seconds of a forward pass after a prompt, by the number of nodes of its tree."""
-    pool = target.new_pool(1, target.max_len)
+    pool = target.new_pool(num_blocks(target.max_len))
     cache = pool.allocate()
-    prefill(target, pool, [cache], [list(prompt)])
+    prefill(target, [cache], [list(prompt)])
     return {str(size): _seconds(target, cache, prompt[-1], size) for size in sizes}
 
 

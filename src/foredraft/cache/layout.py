@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from foredraft.cache.blocks import BLOCK, num_blocks
 from foredraft.core.tree import Ids, TreeBatch, ancestor_mask, depths_of
 
 
@@ -20,37 +21,40 @@ class Layout:
     """The layout of one forward: where its nodes are in the batch and in the pool. M nodes are new, in packed order.
 
     Attributes:
-        numbers: six values for each new node, in rows: token id, position, `request`, `column`, `slot` and `place`. The
-            position of a node is the length of its cache plus its depth. The node is in row `request` and column `column`
-            of the padded [B, N] batch. Its key and value are written to `place` of `slot`.
+        numbers: five values for each new node, in rows: token id, position, `request`, `column` and `place`. The position of a
+            node is the length of its cache plus its depth. The node is in row `request` and column `column` of the padded
+            [B, N] batch. Its key and value are written to `place` of the pool, see `KVCache.place`.
         device: the device of the forward.
         new: packed index of each new node.
         count: M, the number of new nodes.
-        slots: slot of each request.
-        first_place: the place of the first new node; None if it is not known before the step runs.
+        blocks: the blocks of each request, [B, ceil(T / 16)]. Rows of shorter requests are filled with block 0.
+        first_block: the first block if there is one request whose blocks are consecutive; else None.
+        first_place: the place of the first new node if `first_block` is not None.
         width: N, the largest number of new nodes of a request.
-        length: number of positions read per slot, given by the longest request.
-        visible: which positions of its slot each padded query may attend to.
+        length: T, the number of positions read of each request, given by the longest one.
+        visible: which positions of its request each padded query may attend to.
         lengths: number of committed positions of each request.
         depths: depth of each node, per request.
-        device_numbers: `numbers` on the device, if they are there already.
+        device_numbers, device_blocks: `numbers` and `blocks` on the device, if they are there already.
     """
 
-    numbers: Int[np.ndarray, "6 m"]
+    numbers: Int[np.ndarray, "5 m"]
     device: torch.device
     new: Int[np.ndarray, " _"]
     count: int
-    slots: list[int]
+    blocks: Int[np.ndarray, "b k"]
+    first_block: int | None
     first_place: int | None
     width: int
     length: int
     visible: Bool[np.ndarray, "b n t"]
     lengths: list[int]
     depths: list[Int[np.ndarray, " _"]]
-    device_numbers: Int[Tensor, "6 m"] | None = None
+    device_numbers: Int[Tensor, "5 m"] | None = None
+    device_blocks: Int[Tensor, "b k"] | None = None
 
     @cached_property
-    def _on_device(self) -> Int[Tensor, "6 m"]:
+    def _on_device(self) -> Int[Tensor, "5 m"]:
         """`numbers` on the device, copied in one transfer."""
         return torch.from_numpy(self.numbers).to(self.device) if self.device_numbers is None else self.device_numbers
 
@@ -75,23 +79,18 @@ class Layout:
         return self._on_device[3]
 
     @property
-    def slot(self) -> Int[Tensor, " m"]:
-        """Slot of each new node in the pool."""
+    def place(self) -> Int[Tensor, " m"]:
+        """Place of each new node in the pool."""
         return self._on_device[4]
 
-    @property
-    def place(self) -> Int[Tensor, " m"]:
-        """Index of each new node within its slot."""
-        return self._on_device[5]
-
-    @property
-    def ends(self) -> list[int]:
-        """The first place behind the tree of each request."""
-        return [length + len(depths) for length, depths in zip(self.lengths, self.depths, strict=True)]
+    @cached_property
+    def table(self) -> Int[Tensor, "b k"]:
+        """`blocks` on the device."""
+        return torch.from_numpy(self.blocks).to(self.device) if self.device_blocks is None else self.device_blocks
 
     @property
     def key_positions(self) -> Int[np.ndarray, "b t"]:
-        """The token position at each place of a slot."""
+        """The token position of each key of a request."""
         positions = np.tile(np.arange(self.length), (len(self.lengths), 1))
         for row, length, depths in zip(positions, self.lengths, self.depths, strict=True):
             row[length : length + len(depths)] = length + depths
@@ -123,15 +122,15 @@ class Layout:
 
     def pad(self, states: Float[Tensor, "m h e"]) -> Float[Tensor, "b n h e"]:
         """Converts states of new nodes to the padded batch."""
-        if len(self.slots) * self.width == self.count:
-            return states.view(len(self.slots), self.width, *states.shape[1:])
-        padded = states.new_zeros(len(self.slots), self.width, *states.shape[1:])
+        if len(self.lengths) * self.width == self.count:
+            return states.view(len(self.lengths), self.width, *states.shape[1:])
+        padded = states.new_zeros(len(self.lengths), self.width, *states.shape[1:])
         padded[self.request, self.column] = states
         return padded
 
     def unpad(self, states: Float[Tensor, "b n d"]) -> Float[Tensor, "m d"]:
         """Converts the padded batch back to states of new nodes."""
-        if len(self.slots) * self.width == self.count:
+        if len(self.lengths) * self.width == self.count:
             return states.flatten(0, 1)
         return states[self.request, self.column]
 
@@ -160,23 +159,35 @@ def lay_out(batch: TreeBatch, caches: Sequence[Any], start: Sequence[int] | None
     request = np.repeat(np.arange(len(batch)), sizes - first)
     local = np.concatenate(nodes)
     new = local + batch.offsets[request]
-    slots = np.asarray([cache.slot for cache in caches], np.int64)
+    blocks = block_rows([cache.blocks for cache in caches], length)
+    at = lengths[request] + local
+    places = blocks[request, at // BLOCK] * BLOCK + at % BLOCK
+    is_run = len(batch) == 1 and bool((np.diff(blocks[0]) == 1).all())
 
     positions = np.concatenate([tree_depths[f:] for tree_depths, f in zip(depths, first, strict=True)]) + lengths[request]
-    numbers = batch.tokens[new], positions, request, local - first[request], slots[request], lengths[request] + local
     return Layout(
-        numbers=np.stack(numbers),
+        numbers=np.stack([batch.tokens[new], positions, request, local - first[request], places]),
         device=device,
         new=new,
         count=len(new),
-        slots=slots.tolist(),
-        first_place=int(lengths[0] + first[0]),
+        blocks=blocks,
+        first_block=int(blocks[0, 0]) if is_run else None,
+        first_place=int(places[0]) if is_run else None,
         width=width,
         length=length,
         visible=visible,
         lengths=lengths.tolist(),
         depths=depths,
     )
+
+
+def block_rows(blocks: Sequence[Sequence[int]], length: int) -> Int[np.ndarray, "b k"]:
+    """Returns the blocks of the first `length` positions of each request, one row per request, filled with block 0."""
+    count = num_blocks(length)
+    rows = np.zeros((len(blocks), count), np.int64)
+    for row, mine in zip(rows, blocks, strict=True):
+        row[: min(len(mine), count)] = mine[:count]
+    return rows
 
 
 def among_new(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,27 +12,32 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from foredraft.cache.blocks import BLOCK, Blocks, num_blocks
 from foredraft.cache.layout import Layout, lay_out
-from foredraft.core.contracts import Pool, Scores, Target
-from foredraft.core.errors import UserError
+from foredraft.core.contracts import Scores, Target
 from foredraft.core.tree import TreeBatch
 from foredraft.kernels.attention import attend
 
-_GROWTH, _GROWTH_ON_CARD = 256, 1024
-"""Slots grow by at least this many positions, so that short requests do not pay for a long context. They grow by more on a GPU,
-because every captured CUDA graph must be captured again when the memory moves."""
+_GROWTH = 16
+"""On a CPU, the tensor of a pool grows by at least this many blocks, so that short requests do not pay for a long context. On a
+GPU it has its full size from the start, because every captured CUDA graph must be captured again when the memory moves."""
+
+
+_ALONE = 64
+"""Number of full contexts for which a drafter has blocks without a target."""
 
 
 @dataclass(eq=False)
 class KVCache:
-    """A request's slot in a pool.
+    """A request's handle into a pool: its blocks, and how many tokens they hold.
 
     Attributes:
+        blocks: numbers of the blocks, in the order of their tokens. A drafter's handle shares this list with the target's.
         length: number of committed tokens in the cache, which are all tokens of the request except the root.
     """
 
     pool: KVPool
-    slot: int
+    blocks: list[int] = field(default_factory=list)
     length: int = 0
 
     def truncate(self, length: int) -> None:
@@ -41,83 +46,110 @@ class KVCache:
             raise ValueError(f"cannot truncate a cache of {self.length} tokens to {length}")
         self.length = length
 
+    def reserve(self, length: int) -> None:
+        """Takes the blocks that are missing for `length` tokens.
+
+        Raises:
+            OutOfBlocksError: too few blocks are free.
+        """
+        missing = num_blocks(length) - len(self.blocks)
+        if missing > 0:
+            self.blocks += self.pool.blocks.take(missing)
+
+    def place(self, position: int) -> int:
+        """Returns the place of a token in the pool: its block times `BLOCK`, plus its index in the block."""
+        return self.blocks[position // BLOCK] * BLOCK + position % BLOCK
+
 
 class KVPool:
-    """Keys and values of up to `num_slots` requests in a single tensor of shape [2, L, slots, H, T, D].
+    """Keys and values of all requests in a single tensor of shape [2, L, H, blocks, `BLOCK`, D].
 
     A captured forward (`foredraft.models.graphs`) can run on any pool whose tensor has the same address as the captured one.
     For this reason, a pool has no other tensor.
 
     Tree nodes are stored behind the committed tokens of a request, node i at ``length + i``, until `keep` commits a path.
+
+    Args:
+        blocks: number of blocks, or the blocks of another pool: a drafter's pool shares those of the target's pool.
     """
 
     def __init__(
-        self, num_slots: int, num_layers: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self, blocks: int | Blocks, num_layers: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ):
-        self.kv = torch.zeros(2, num_layers, num_slots, num_heads, 0, head_dim, dtype=dtype, device=device)
-        self._free = list(range(num_slots))[::-1]
-        self._growth = _GROWTH_ON_CARD if device.type == "cuda" else _GROWTH
+        self.blocks = Blocks(blocks) if isinstance(blocks, int) else blocks
+        shape = 2, num_layers, num_heads, self.blocks.count + 1 if device.type == "cuda" else 0, BLOCK, head_dim
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of the keys and values of one token."""
-        planes, layers, _, heads, _, size = self.kv.shape
+        planes, layers, heads, _, _, size = self.kv.shape
         return planes * layers * heads * size * self.kv.element_size()
 
     def allocate(self) -> KVCache:
-        """Returns a new empty cache.
-
-        Raises:
-            RuntimeError: every slot is in use.
-        """
-        if not self._free:
-            raise RuntimeError(f"all {self.kv.shape[2]} slots of the cache are in use: raise max_num_seqs")
-        return KVCache(self, self._free.pop())
+        """Returns a new empty cache, which holds no blocks yet."""
+        return KVCache(self)
 
     @torch.inference_mode()
     def copy(self, cache: KVCache) -> KVCache:
-        """Returns a new cache with the contents of another."""
-        new = self.allocate()
-        new.length = cache.length
-        self.kv[:, :, new.slot, :, : cache.length] = self.kv[:, :, cache.slot, :, : cache.length]
+        """Returns a new cache with the contents of another. Full blocks are shared, and the last one is copied.
+
+        Raises:
+            OutOfBlocksError: no block is free.
+        """
+        full = cache.length // BLOCK
+        new = KVCache(self, [], cache.length)
+        new.blocks += cache.blocks[:full]
+        self.blocks.share(new.blocks)
+        if cache.length % BLOCK:
+            new.reserve(cache.length)
+            self.grow()
+            self.kv[:, :, :, new.blocks[full]] = self.kv[:, :, :, cache.blocks[full]]
         return new
 
     def free(self, cache: KVCache) -> None:
-        """Releases the slot of a cache."""
-        self._free.append(cache.slot)
+        """Releases the blocks of a cache, and of all caches beside it."""
+        self.blocks.release(cache.blocks)
+        cache.blocks.clear()
 
-    def reserve(self, length: int) -> None:
-        """Extends every slot to at least `length` positions."""
-        capacity = self.kv.shape[4]
-        if length > capacity:
-            more = max(length - capacity, self._growth, capacity // 2)
-            self.kv = torch.cat([self.kv, self.kv.new_zeros(*self.kv.shape[:4], more, self.kv.shape[5])], dim=4)
+    def grow(self) -> None:
+        """Extends the tensor to all blocks that were given out."""
+        capacity, height = self.kv.shape[3], self.blocks.height
+        if height > capacity:
+            more = min(max(height - capacity, _GROWTH, capacity // 2), self.blocks.count + 1 - capacity)
+            added = self.kv.new_zeros(*self.kv.shape[:3], more, *self.kv.shape[4:])
+            self.kv = torch.cat([self.kv, added], dim=3)
 
     def write(self, layer: int, layout: Layout, key: Float[Tensor, "m h e"], value: Float[Tensor, "m h e"]) -> None:
         """Stores the keys and values of the new nodes in one layer."""
-        first = layout.first_place
-        if first is not None and len(layout.slots) == 1:
-            region = self.kv[:, layer, layout.slots[0], :, first : first + layout.count]
+        first, places = layout.first_place, self.kv[:, layer].flatten(2, 3)  # [2, H, T, D], a view
+        if first is not None:
+            region = places[:, :, first : first + layout.count]
             region[0], region[1] = key.transpose(0, 1), value.transpose(0, 1)
         else:
-            places = self.kv[:, layer].transpose(2, 3)  # [2, slots, T, H, D]
-            places[0].index_put_((layout.slot, layout.place), key)
-            places[1].index_put_((layout.slot, layout.place), value)
+            places = places.transpose(1, 2)
+            places[0].index_put_((layout.place,), key)
+            places[1].index_put_((layout.place,), value)
 
     def read(self, layer: int, layout: Layout) -> tuple[Float[Tensor, "b h t e"], Float[Tensor, "b h t e"]]:
-        """Returns the keys and values of one layer for the slots of `layout`, up to ``layout.length`` positions."""
-        first, count = layout.slots[0], len(layout.slots)
-        if layout.slots == list(range(first, first + count)):
-            key, value = self.kv[:, layer, first : first + count, :, : layout.length]
+        """Returns the keys and values of one layer for the requests of `layout`, up to ``layout.length`` positions."""
+        if layout.first_block is not None:
+            begin = layout.first_block * BLOCK
+            found = self.kv[:, layer].flatten(2, 3)[:, None, :, begin : begin + layout.length]
         else:
-            key, value = self.kv[:, layer, layout.slots, :, : layout.length]
-        return key, value
+            found = self.kv[:, layer][:, :, layout.table].transpose(1, 2).flatten(3, 4)[:, :, :, : layout.length]
+        return found[0], found[1]
 
     def behind(self, batch: TreeBatch, caches: Sequence[KVCache], start: Sequence[int] | None) -> Layout:
-        """Lays out the new nodes behind the caches, and extends the slots if necessary."""
-        layout = lay_out(batch, caches, start, self.kv.device)
-        self.reserve(layout.length)
-        return layout
+        """Lays out the new nodes behind the caches, and takes the blocks that are missing.
+
+        Raises:
+            OutOfBlocksError: too few blocks are free.
+        """
+        for cache, size in zip(caches, np.diff(batch.offsets).tolist(), strict=True):
+            cache.reserve(cache.length + size)
+        self.grow()
+        return lay_out(batch, caches, start, self.kv.device)
 
     def attend(
         self, layer: int, states: Sequence[Float[Tensor, "m _ e"]], mask: Tensor | None, layout: Layout
@@ -137,35 +169,54 @@ class KVPool:
     @torch.inference_mode()
     def keep(self, caches: Sequence[KVCache], paths: Sequence[Sequence[int]]) -> None:
         """Commits node 0 and the path of every request, with one gather over all requests and layers."""
-        slots, sources, places = [], [], []
+        sources, places = [], []
         for cache, path in zip(caches, paths, strict=True):
             for place, node in enumerate(path, start=1):
                 if node != place:
-                    slots.append(cache.slot)
-                    sources.append(cache.length + node)
-                    places.append(cache.length + place)
+                    sources.append(cache.place(cache.length + node))
+                    places.append(cache.place(cache.length + place))
             cache.length += 1 + len(path)
-        if slots:
-            index = torch.tensor([slots, sources, places], device=self.kv.device)
-            self.kv[:, :, index[0], :, index[2]] = self.kv[:, :, index[0], :, index[1]]
+        if sources:
+            from_there, there = torch.tensor([sources, places], device=self.kv.device)
+            tokens = self.kv.flatten(3, 4)  # a view
+            tokens[:, :, :, there] = tokens[:, :, :, from_there]
 
 
-def check_pool(target: Target, num_slots: int) -> None:
-    """Checks that the smallest possible pool fits into memory. Call this before the pool is allocated.
+class DrafterPools:
+    """The pools of one drafter: further layers of the blocks of every target pool that it is used with.
 
-    Raises:
-        ValueError: the pool does not fit.
+    Args:
+        make: makes a pool over given blocks.
+        max_len: the longest context of the drafter, in tokens.
     """
-    on_gpu = target.device.type == "cuda"
-    positions = _GROWTH_ON_CARD if on_gpu else _GROWTH
-    needed = target.new_pool(1, 1).bytes_per_token * positions * num_slots
-    memory = torch.cuda.mem_get_info(target.device)[1] if on_gpu else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > memory:
-        raise UserError(
-            f"max_num_seqs {num_slots} needs {needed / 2**30:.1f} GiB for the keys and values of {positions} tokens each, but "
-            f"the memory has {memory / 2**30:.1f} GiB",
-            "Lower max_num_seqs: more prompts wait for their turn",
-        )
+
+    def __init__(self, make: Callable[[Blocks], Any], max_len: int):
+        self._make, self._max_len = make, max_len
+
+    def cache(self, target: Any, length: int = 0) -> Any:
+        """Returns the drafter's handle of a request, which shares the blocks of the target's handle.
+
+        Args:
+            target: the target's cache. For None, which serves tests and tools, the request has blocks of its own.
+            length: number of tokens whose keys and values the drafter finds in these blocks.
+        """
+        blocks = self._own if target is None else target.pool.blocks
+        pool = blocks.pools.get(self)
+        if pool is None:
+            pool = blocks.pools[self] = self._make(blocks)
+        cache = pool.allocate()
+        if target is not None:
+            cache.blocks, cache.length = target.blocks, length
+        return cache
+
+    def finish(self, cache: Any) -> None:
+        """Releases the blocks of a handle that has blocks of its own. Others belong to the target."""
+        if cache.pool.blocks is self.__dict__.get("_own"):
+            cache.pool.free(cache)
+
+    @cached_property
+    def _own(self) -> Blocks:
+        return Blocks(num_blocks(self._max_len, _ALONE))
 
 
 PREFILL_CHUNK = 512
@@ -174,7 +225,6 @@ PREFILL_CHUNK = 512
 
 def prefill(
     target: Target,
-    pool: Pool,
     caches: Sequence[Any],
     token_lists: Sequence[Sequence[int]],
     *,
@@ -196,7 +246,7 @@ def prefill(
         chunk = TreeBatch.chains([list(token_lists[b][first : first + PREFILL_CHUNK]) for b in live])
         some = [caches[b] for b in live]
         scores = target.forward(chunk, some, None if scored else np.empty(0, np.int64), feature_layers=feature_layers)
-        pool.keep(some, [range(1, int(size)) for size in np.diff(chunk.offsets)])
+        some[0].pool.keep(some, [range(1, int(size)) for size in np.diff(chunk.offsets)])
         for i, b in enumerate(live):
             mine = slice(int(chunk.offsets[i]), int(chunk.offsets[i + 1]))
             features = None if scores.features is None else scores.features[mine]

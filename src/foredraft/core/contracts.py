@@ -67,10 +67,24 @@ class Cache(Protocol):
         """
         ...
 
+    def reserve(self, length: int) -> None:
+        """Takes the blocks that are missing for `length` tokens. A forward takes those that its nodes need.
+
+        Raises:
+            RuntimeError: too few blocks are free.
+        """
+        ...
+
 
 @runtime_checkable
 class Pool(Protocol):
-    """Memory for the caches of a fixed number of requests. A pool takes only the caches that it allocated."""
+    """Memory for the caches of all requests, in blocks. A pool takes only the caches that it allocated.
+
+    Attributes:
+        blocks: gives out the blocks, see `foredraft.cache.blocks`.
+    """
+
+    blocks: Any
 
     @property
     def bytes_per_token(self) -> int:
@@ -78,15 +92,15 @@ class Pool(Protocol):
         ...
 
     def allocate(self) -> Cache:
-        """Returns a new empty cache.
-
-        Raises:
-            RuntimeError: every slot is in use.
-        """
+        """Returns a new empty cache."""
         ...
 
     def copy(self, cache: Any) -> Cache:
-        """Returns a new cache with the contents of another, which does not change. Raises as `allocate` does."""
+        """Returns a new cache with the contents of another, which does not change.
+
+        Raises:
+            RuntimeError: every block is in use.
+        """
         ...
 
     def free(self, cache: Any) -> None:
@@ -150,8 +164,12 @@ class Target(Protocol):
         """The embedding and output head as compiled heads read them in place; None unless compiled code runs the target."""
         ...
 
-    def new_pool(self, num_slots: int, max_len: int) -> Pool:
-        """Returns a pool for `num_slots` requests of at most `max_len` tokens each."""
+    def new_pool(self, blocks: Any) -> Pool:
+        """Returns a new pool.
+
+        Args:
+            blocks: number of blocks, or the blocks of another pool, whose requests then hold the same blocks in this one.
+        """
         ...
 
     def forward(
@@ -221,12 +239,16 @@ class Drafter(Protocol):
 
     feature_layers: Sequence[int]
 
-    def start(self, tokens: Sequence[int], features: Features | None) -> Any:
+    def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> Any:
         """Returns the state of a new request.
 
         Args:
             tokens: the prompt. Its last token is the root.
-            features: row j is the target's state at ``tokens[j]``; the root has none. None without rows or `feature_layers`.
+            features: row j is the target's state at ``tokens[first + j]``; the root has none. None without rows or
+                `feature_layers`.
+            cache: the target's cache of the request. A drafter stores its own keys and values in the same blocks. None gives
+                the request blocks of its own.
+            first: number of tokens whose keys and values another request left in these blocks, also those of this drafter.
         """
         ...
 
@@ -286,7 +308,6 @@ class Setting(NamedTuple):
         load: loads such a model as a `Target`, in the dtype and on the device of the run.
         vocabulary: returns the map from token to id of such a model, or of the target for None; None without a tokenizer.
         grower: the tree policy; None for a drafter that makes its own trees.
-        num_slots: maximum number of requests at once.
         fingerprint: returns the fingerprint of the target's weights, see `foredraft.models.checkpoint.fingerprint`.
     """
 
@@ -296,5 +317,4 @@ class Setting(NamedTuple):
     load: Callable[[Any], Target]
     vocabulary: Callable[[Any], dict[str, int] | None]
     grower: Grower | None
-    num_slots: int
     fingerprint: Callable[[], str]

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from foredraft.cache.blocks import num_blocks
 from foredraft.cache.pool import prefill
 from foredraft.core.contracts import Budget, Drafter, Expander, Grower, Target, Work
 from foredraft.core.draws import Draws
@@ -56,8 +57,8 @@ class AskedAlong:
         All draft logits are equal if the drafter cannot draft. This happens to a drafter over features before the target has
         run a token, and to every drafter when its context is full.
         """
-        pool, layers = self._target.new_pool(1, len(token_ids)), self._drafter.feature_layers
-        [chunks] = prefill(self._target, pool, [pool.allocate()], [token_ids], scored=True, feature_layers=layers)
+        pool, layers = self._target.new_pool(num_blocks(len(token_ids))), self._drafter.feature_layers
+        [chunks] = prefill(self._target, [pool.allocate()], [token_ids], scored=True, feature_layers=layers)
         wanted = at_least_float32(torch.cat([scores.logits for scores in chunks])[first:])
         parts = [scores.features for scores in chunks if scores.features is not None]
         features, drafted = torch.cat(parts) if parts else None, torch.zeros_like(wanted)

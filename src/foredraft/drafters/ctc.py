@@ -65,7 +65,7 @@ class CtcDrafter(SlotDrafter):
             ValueError: the directory holds no head, or the head was trained for another target.
         """
         loaded = load_head(setting, force=force)
-        slots = LayerSlots(loaded.head, loaded.config, setting.target, setting.num_slots, weight_bits=weight_bits)
+        slots = LayerSlots(loaded.head, loaded.config, setting.target, weight_bits=weight_bits)
         return cls(slots, setting.grower, setting.target.vocab_size, **options)
 
     @torch.inference_mode()

@@ -27,7 +27,6 @@ class HydraDrafter:
         config: the Llama configuration of the prefix layer.
         target: provides the embedding.
         grower: the tree policy.
-        num_slots: maximum number of requests at once.
         compiled: whether to run the compiled prefix layer; None runs it if possible.
         weight_bits: bits of a stored weight of the compiled layer.
 
@@ -40,7 +39,6 @@ class HydraDrafter:
         config: Any,
         target: Target,
         grower: Grower,
-        num_slots: int,
         *,
         compiled: bool | None = None,
         weight_bits: int = FEW,
@@ -48,7 +46,7 @@ class HydraDrafter:
         self.head, self.grower, self.vocab_size = head, grower, target.vocab_size
         self.feature_layers = head.feature_layers
         self._embed = target.embed
-        self._caches = PairCaches(config, num_slots, target.dtype, target.device)
+        self._caches = PairCaches(config, target.dtype, target.device)
         compiled = can_compile(head, config, target) if compiled is None else compiled
         self._prefix = CompiledHead(head, config, target, bits=weight_bits) if compiled else None
 
@@ -61,18 +59,18 @@ class HydraDrafter:
         """
         loaded = load_head(setting, force=force)
         assert setting.grower is not None
-        given = loaded.head, loaded.config, setting.target, setting.grower, setting.num_slots
+        given = loaded.head, loaded.config, setting.target, setting.grower
         drafter = cls(*given, weight_bits=weight_bits)
         for heads in (loaded.head.blocks, loaded.head.lm_heads):
             compile_linears(heads, setting.target, weight_bits)
         return drafter
 
-    def start(self, tokens: Sequence[int], features: Features | None) -> PairState:
+    def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> PairState:
         """Returns the state of a new request. Nothing is run before its first tree."""
-        return self._caches.start(tokens, features)
+        return self._caches.start(tokens, features, cache, first)
 
     def finish(self, state: PairState) -> None:
-        """Releases the slot of the request."""
+        """Releases what the request held."""
         self._caches.finish(state)
 
     @torch.inference_mode()
@@ -119,6 +117,8 @@ class HydraDrafter:
         """Returns the input of the heads for chains of features, which is taken from the end of each chain."""
         if self._prefix is not None:
             return self.head.prefix_norm(self._prefix.read(batch, caches, features))
-        layout = self._caches.pool.behind(batch, caches, None)
-        read = self.head.read(torch.cat([*features]), self._caches.attention(layout, self._caches.masks(layout)))
+        layout = caches[0].pool.behind(batch, caches, None)
+        read = self.head.read(
+            torch.cat([*features]), self._caches.attention(caches[0].pool, layout, self._caches.masks(layout))
+        )
         return read[torch.from_numpy(batch.offsets[1:] - 1).to(read.device)]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.cache.pool import PREFILL_CHUNK, prefill
+from foredraft.cache.pool import PREFILL_CHUNK, DrafterPools, prefill
 from foredraft.core.chains import Chains, ChainWish
 from foredraft.core.contracts import Features, Grower, Setting, Target, Work
 from foredraft.core.errors import UserError
@@ -40,14 +41,13 @@ class LMDrafter:
         model: the draft model.
         grower: the tree policy.
         vocab_size: vocabulary size of the target.
-        num_slots: maximum number of requests at once.
     """
 
     feature_layers: Sequence[int] = ()
 
-    def __init__(self, model: Target, grower: Grower, vocab_size: int, num_slots: int):
+    def __init__(self, model: Target, grower: Grower, vocab_size: int):
         self.model, self.grower, self.vocab_size = model, grower, vocab_size
-        self._pool = model.new_pool(num_slots, model.max_len)
+        self._pools = DrafterPools(model.new_pool, model.max_len)
 
     @classmethod
     def build(cls, setting: Setting) -> LMDrafter:
@@ -62,15 +62,15 @@ class LMDrafter:
         model = setting.load(setting.model)
         check_vocabulary(setting.target.vocab_size, model.vocab_size)
         check_tokens(setting.vocabulary(None), setting.vocabulary(setting.model))
-        return cls(model, setting.grower, setting.target.vocab_size, setting.num_slots)
+        return cls(model, setting.grower, setting.target.vocab_size)
 
-    def start(self, tokens: Sequence[int], features: Features | None) -> LMState:
+    def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> LMState:
         """Returns the state of a new request. Nothing is run before its first tree."""
-        return LMState(self._pool.allocate(), list(tokens), num_committed=len(tokens))
+        return LMState(self._pools.cache(cache, first), list(tokens[first:]), num_committed=len(tokens))
 
     def finish(self, state: LMState) -> None:
-        """Releases the slot of the request."""
-        self._pool.free(state.cache)
+        """Releases what the request held."""
+        self._pools.finish(state.cache)
 
     def propose(self, work: Work) -> TreeBatch:
         """Returns one tree per request. It is the root alone if the context of the draft model is full."""
@@ -122,12 +122,13 @@ class LMDrafter:
     def _commit(self, states: Sequence[LMState]) -> None:
         """Commits the nodes of the last step, and runs all but the last token of long pending text."""
         run = [state for state in states if state.path is not None]
-        self._pool.keep([state.cache for state in run], [state.path or [] for state in run])
+        if run:
+            run[0].cache.pool.keep([state.cache for state in run], [state.path or [] for state in run])
         for state in states:
             state.clear()
             state.path = None
         late = [s for s in states if len(s.pending) > PREFILL_CHUNK and s.num_committed <= self.model.max_len]
-        prefill(self.model, self._pool, [state.cache for state in late], [self._known(state.pending[:-1]) for state in late])
+        prefill(self.model, [state.cache for state in late], [self._known(state.pending[:-1]) for state in late])
         for state in late:
             state.pending = state.pending[-1:]
 

@@ -57,9 +57,9 @@ class LookupFirst:
         """
         return cls(other, **options)
 
-    def start(self, tokens: Sequence[int], features: Features | None) -> LookupState:
+    def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> LookupState:
         """Returns the state of a new request."""
-        return LookupState(self._lookup.start(tokens, None), self._other.start(tokens, features))
+        return LookupState(self._lookup.start(tokens, None), self._other.start(tokens, features, cache, first))
 
     def finish(self, state: LookupState) -> None:
         """Releases the resources of the fallback drafter."""

@@ -36,9 +36,10 @@ class MixedDrafter:
         self.feature_layers: Sequence[int] = greedy.feature_layers or sampled.feature_layers
         assert all(tuple(drafter.feature_layers) in ((), tuple(self.feature_layers)) for drafter in self._drafters)
 
-    def start(self, tokens: Sequence[int], features: Features | None) -> MixedState:
+    def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> MixedState:
         """Returns the state of a new request."""
-        greedy, sampled = (drafter.start(tokens, features if drafter.feature_layers else None) for drafter in self._drafters)
+        given = ((drafter, features if drafter.feature_layers else None) for drafter in self._drafters)
+        greedy, sampled = (drafter.start(tokens, some, cache, first) for drafter, some in given)
         return MixedState((greedy, sampled))
 
     def finish(self, state: MixedState) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from foredraft.core.contracts import Features, Setting, Work
 from foredraft.core.tree import TreeBatch
@@ -38,7 +39,7 @@ class NgramDrafter:
         """Builds the drafter of a speculative config."""
         return cls(**options)
 
-    def start(self, tokens: Sequence[int], features: Features | None) -> NgramState:
+    def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> NgramState:
         """Returns the state of a new request."""
         state = NgramState()
         self.observe(state, tokens, None, ())

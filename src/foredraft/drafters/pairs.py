@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.cache.layout import Layout
-from foredraft.cache.pool import PREFILL_CHUNK, KVPool
+from foredraft.cache.pool import PREFILL_CHUNK, DrafterPools, KVPool
 from foredraft.core.contracts import Features
 from foredraft.core.tree import TreeBatch
 from foredraft.drafters.growing import Growing
@@ -67,34 +67,33 @@ class PairCaches:
 
     Args:
         config: a Llama configuration of the layer.
-        num_slots: maximum number of requests at once.
         ahead: number of positions beyond the end of the context that can be run. Nothing is drafted there.
 
     Attributes:
-        pool: keys and values.
         max_len: the context, in tokens.
         group: number of query heads that share a key head.
     """
 
-    def __init__(self, config: Any, num_slots: int, dtype: torch.dtype, device: torch.device, *, ahead: int = 0):
+    def __init__(self, config: Any, dtype: torch.dtype, device: torch.device, *, ahead: int = 0):
         self.max_len: int = config.max_position_embeddings
         self._shape, self._dtype = Shape.of(config), dtype
         self.group = self._shape.heads // self._shape.kv_heads
         self._cos, self._sin = rotary_tables(config, self.max_len + ahead, dtype, device)
-        self.pool = KVPool(num_slots, 1, self._shape.kv_heads, self._shape.head_dim, dtype, device)
+        shape = 1, self._shape.kv_heads, self._shape.head_dim, dtype, device
+        self._pools = DrafterPools(lambda blocks: KVPool(blocks, *shape), self.max_len + ahead)
 
-    def start(self, tokens: Sequence[int], features: Features | None) -> PairState:
+    def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> PairState:
         """Returns the state of a new request; see `Drafter.start`.
 
         Token 0 is in no pair. The last feature forms a pair with the root.
         """
-        state = PairState(self.pool.allocate(), [])
+        state = PairState(self._pools.cache(cache, first), [])
         state.take(tokens, features)
         return state
 
     def finish(self, state: PairState) -> None:
-        """Releases the slot of the request."""
-        self.pool.free(state.cache)
+        """Releases what the request held."""
+        self._pools.finish(state.cache)
 
     def room(self, state: PairState) -> int:
         """Returns the maximum depth of a path: the number of positions left, or 0 if there is no pending pair."""
@@ -103,14 +102,14 @@ class PairCaches:
     def settle(self, states: Sequence[PairState], run: Run) -> None:
         """Commits the pairs of the last step's run, and runs all but the last part of long pending text."""
         over = [state for state in states if state.ran is not None]
-        self.pool.keep([state.cache for state in over], [range(1, state.ran or 0) for state in over])
+        _keep([state.cache for state in over], [range(1, state.ran or 0) for state in over])
         for state in over:
             state.clear()
             state.ran = None
         while late := [state for state in states if len(state.pending) > PREFILL_CHUNK and self.room(state)]:
             chunk = TreeBatch.chains([state.pending[:PREFILL_CHUNK] for state in late])
             run(chunk, [state.cache for state in late], [state.features[:PREFILL_CHUNK] for state in late])
-            self.pool.keep([state.cache for state in late], [range(1, PREFILL_CHUNK)] * len(late))
+            _keep([state.cache for state in late], [range(1, PREFILL_CHUNK)] * len(late))
             for state in late:
                 state.pending, state.parts = state.pending[PREFILL_CHUNK:], [state.features[PREFILL_CHUNK:]]
 
@@ -118,11 +117,16 @@ class PairCaches:
         """Returns the attention masks of the new nodes. Each node sees its cache and its path."""
         return layout.masks((None,), self._dtype, self.group)
 
-    def attention(self, layout: Layout, masks: Masks) -> Attend:
+    def attention(self, pool: KVPool, layout: Layout, masks: Masks) -> Attend:
         """Returns the attention function of new nodes that `KVPool.behind` laid out."""
         rotation = self._cos[layout.positions][:, None], self._sin[layout.positions][:, None]
 
         def attend_to_path(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return self.pool.attend(0, (rotate(query, rotation), rotate(key, rotation), value), masks[None], layout)
+            return pool.attend(0, (rotate(query, rotation), rotate(key, rotation), value), masks[None], layout)
 
         return attend_to_path
+
+
+def _keep(caches: Sequence[Any], paths: Sequence[Sequence[int]]) -> None:
+    if caches:
+        caches[0].pool.keep(caches, paths)

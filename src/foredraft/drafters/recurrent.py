@@ -34,7 +34,6 @@ class RecurrentDrafter:
         config: the Llama configuration of the layer.
         target: provides the shared embedding and output head.
         grower: the tree policy.
-        num_slots: maximum number of requests at once.
         compiled: whether to run the compiled layer; None runs it if possible.
         weight_bits: bits of a stored weight of the compiled layer.
 
@@ -50,7 +49,6 @@ class RecurrentDrafter:
         config: Any,
         target: Target,
         grower: Grower,
-        num_slots: int,
         *,
         compiled: bool | None = None,
         weight_bits: int = FEW,
@@ -59,7 +57,7 @@ class RecurrentDrafter:
         self.feature_layers = head.feature_layers
         self._embed, self._target_head = target.embed, target.head
         self._width, self._dtype, self._device = config.hidden_size, target.dtype, target.device
-        self._caches = PairCaches(config, num_slots, target.dtype, target.device)
+        self._caches = PairCaches(config, target.dtype, target.device)
         compiled = can_compile(head, config, target) if compiled is None else compiled
         self.compiled = CompiledHead(head, config, target, bits=weight_bits) if compiled else None
         self._run, self._fuse = (self.compiled or self._plain), (self.compiled or head).fuse
@@ -78,16 +76,16 @@ class RecurrentDrafter:
         """
         loaded = load_head(setting, force=force)
         assert setting.grower is not None
-        given = loaded.head, loaded.config, setting.target, setting.grower, setting.num_slots
+        given = loaded.head, loaded.config, setting.target, setting.grower
         return cls(*given, weight_bits=weight_bits)
 
     @torch.inference_mode()
-    def start(self, tokens: Sequence[int], features: Features | None) -> PairState:
+    def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> PairState:
         """Returns the state of a new request. Nothing is run before its first tree."""
-        return self._caches.start(tokens, None if features is None else self._fuse(features))
+        return self._caches.start(tokens, None if features is None else self._fuse(features), cache, first)
 
     def finish(self, state: PairState) -> None:
-        """Releases the slot of the request."""
+        """Releases what the request held."""
         self._caches.finish(state)
 
     @torch.inference_mode()
@@ -151,11 +149,11 @@ class RecurrentDrafter:
             carried: for each tree, a table of the predicted features of its nodes, which this pass fills. The feature of a
                 later node is the row of its parent.
         """
-        layout = self._caches.pool.behind(batch, caches, start)
+        layout = caches[0].pool.behind(batch, caches, start)
         first, ends = [0] * len(batch) if start is None else list(start), batch.offsets.tolist()
         parents = [batch.parents[begin + f : end] for f, begin, end in zip(first, ends, ends[1:], strict=False)]
         features = torch.cat([rows_of(carried[b], parents[b]) if f else given[b] for b, f in enumerate(first)])
-        pool = self._caches.pool
+        pool = caches[0].pool
         found = self.graphs(layout, pool, (), features, rows=rows) if self.graphs is not None else None
         logits, predicted = found or self._compute(layout, pool, self._caches.masks(layout), (), features, rows=rows)
         assert predicted is not None
@@ -168,6 +166,6 @@ class RecurrentDrafter:
         self, layout: Layout, pool: KVPool, masks: Masks, _: Sequence[int], given: Tensor | None, *, rows: Ids | None = None
     ) -> Scores:
         """Returns logits of the packed nodes `rows` (None: all new nodes), and the predicted features of all new nodes."""
-        drafted = self.head(self.head.embed(layout.token_ids, self._embed), given, self._caches.attention(layout, masks))
+        drafted = self.head(self.head.embed(layout.token_ids, self._embed), given, self._caches.attention(pool, layout, masks))
         scored = drafted.scored if rows is None else drafted.scored[layout.rows_of(rows)]
         return Scores(self.head.logits(scored, self._target_head), drafted.carried)

@@ -34,7 +34,6 @@ class LayerSlots:
         head: the head, in the target's dtype and on its device.
         config: the Llama configuration of the layer.
         target: provides the shared embedding and output head.
-        num_slots: maximum number of requests at once. These are slots of the cache, not slots of the head.
         compiled: whether to run the compiled layer; None runs it if possible.
         weight_bits: bits of a stored weight of the compiled layer.
 
@@ -48,7 +47,6 @@ class LayerSlots:
         head: CtcHead,
         config: Any,
         target: Target,
-        num_slots: int,
         *,
         compiled: bool | None = None,
         weight_bits: int = FEW,
@@ -56,7 +54,7 @@ class LayerSlots:
         self.head, self.feature_layers = head, head.feature_layers
         self.num_tokens = head.num_slots
         self._embed, self._target_head = target.embed, target.head
-        self._caches = PairCaches(config, num_slots, target.dtype, target.device, ahead=self.num_tokens - 1)
+        self._caches = PairCaches(config, target.dtype, target.device, ahead=self.num_tokens - 1)
         compiled = can_compile(head, config, target) if compiled is None else compiled
         self.compiled = CompiledHead(head, config, target, bits=weight_bits) if compiled else None
         self._run = self.compiled.fill if self.compiled else self._plain
@@ -67,12 +65,12 @@ class LayerSlots:
         """Returns the captured forwards of the layer and its output head, one per shape."""
         return Graphs(self._compute, capture, self._caches.group, self._dtype)
 
-    def start(self, tokens: Sequence[int], features: Features | None) -> PairState:
+    def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> PairState:
         """Returns the state of a new request."""
-        return self._caches.start(tokens, features)
+        return self._caches.start(tokens, features, cache, first)
 
     def finish(self, state: PairState) -> None:
-        """Releases the cache slot of the request."""
+        """Releases what the request held."""
         self._caches.finish(state)
 
     def observe(self, state: PairState, tokens: Sequence[int], features: Features | None) -> None:
@@ -107,8 +105,8 @@ class LayerSlots:
         self, batch: TreeBatch, caches: Sequence[Any], features: Sequence[Float[Tensor, "_ d"]], rows: Ids, num_slots: int
     ) -> Float[Tensor, "r w"]:
         """Returns logits at the packed nodes `rows` of chains of pairs, each followed by `num_slots` slots."""
-        layout = self._caches.pool.behind(batch, caches, None)
-        entries, pool = self._enter(layout, batch, features, num_slots), self._caches.pool
+        layout = caches[0].pool.behind(batch, caches, None)
+        entries, pool = self._enter(layout, batch, features, num_slots), caches[0].pool
         found = self.graphs(layout, pool, (), entries, rows=rows) if self.graphs is not None else None
         return (found or self._compute(layout, pool, self._caches.masks(layout), (), entries, rows=rows)).logits
 
@@ -135,7 +133,7 @@ class LayerSlots:
         self, layout: Layout, pool: KVPool, masks: Masks, _: Sequence[int], given: Tensor | None, *, rows: Ids | None = None
     ) -> Scores:
         """Returns logits of the packed nodes `rows` (None: all new nodes). `given` are the entries of all new nodes."""
-        states = self.head(given, self._caches.attention(layout, masks))
+        states = self.head(given, self._caches.attention(pool, layout, masks))
         wanted = states if rows is None else rows_of(states, rows)
         return Scores(self.head.logits(wanted, self._target_head), None)
 
@@ -147,7 +145,7 @@ class FeatureSlots:
         self.head, self.feature_layers = head, head.feature_layers
         self.num_tokens = head.num_slots
 
-    def start(self, tokens: Sequence[int], features: Features | None) -> PairState:
+    def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> PairState:
         """Returns the state of a new request."""
         state = PairState(None, [])
         self.observe(state, tokens, features)
@@ -200,9 +198,9 @@ class SlotDrafter:
         return cls(FeatureSlots(loaded.head), setting.grower, setting.target.vocab_size)
 
     @torch.inference_mode()
-    def start(self, tokens: Sequence[int], features: Features | None) -> PairState:
+    def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> PairState:
         """Returns the state of a new request."""
-        return self.slots.start(tokens, features)
+        return self.slots.start(tokens, features, cache, first)
 
     def finish(self, state: PairState) -> None:
         """Releases the resources of the request."""
@@ -258,5 +256,5 @@ class LayerSlotDrafter(SlotDrafter):
         """
         loaded = load_head(setting, also=("ctc",), force=force)
         assert setting.grower is not None
-        slots = LayerSlots(loaded.head, loaded.config, setting.target, setting.num_slots, weight_bits=weight_bits)
+        slots = LayerSlots(loaded.head, loaded.config, setting.target, weight_bits=weight_bits)
         return cls(slots, setting.grower, setting.target.vocab_size)

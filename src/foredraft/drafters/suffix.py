@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from foredraft.core.contracts import Budget, Features, Setting, Work
 from foredraft.core.tree import TreeBatch
@@ -106,7 +107,7 @@ class SuffixDrafter:
         """Builds the drafter of a speculative config."""
         return cls(**options)  # type: ignore[arg-type]
 
-    def start(self, tokens: Sequence[int], features: Features | None) -> SuffixAutomaton:
+    def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> SuffixAutomaton:
         """Returns the state of a new request, which is the automaton of its text."""
         state = SuffixAutomaton()
         self.observe(state, tokens, None, ())

@@ -78,7 +78,8 @@ def speculative(
     """
     start(target, pool, continuations, drafter.feature_layers)
     for continuation in continuations:
-        continuation.draft_state = drafter.start(continuation.token_ids, continuation.prompt_features)
+        features = continuation.prompt_features
+        continuation.draft_state = drafter.start(continuation.token_ids, features, continuation.cache)
     while running := [continuation for continuation in continuations if continuation.finish_reason is None]:
         draft_and_verify(target, pool, running, drafter, rule, budget)
         yield running
@@ -150,7 +151,7 @@ def start(target: Target, pool: Pool, continuations: Sequence[Continuation], fea
         group = [continuation for continuation in new if (continuation.sampling.prompt_logprobs is not None) == scored]
         prompts = [continuation.token_ids[:-1] for continuation in group]
         caches = [continuation.cache for continuation in group]
-        found = prefill(target, pool, caches, prompts, scored=scored, feature_layers=feature_layers)
+        found = prefill(target, caches, prompts, scored=scored, feature_layers=feature_layers)
         for continuation, chunks in zip(group, found, strict=True):
             features = [scores.features for scores in chunks if scores.features is not None]
             continuation.prompt_features = torch.cat(features) if features else None

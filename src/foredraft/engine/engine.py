@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from foredraft.cache.blocks import num_blocks
 from foredraft.core.contracts import AcceptanceRule, Budget, Drafter, Target
 from foredraft.core.draws import Draws, hash_seed
 from foredraft.core.errors import UserError, shown
@@ -20,6 +21,9 @@ from foredraft.engine.decode import Steps, autoregressive, hand_over, paced, spe
 from foredraft.models.rope import original_context
 
 DEFAULT_NUM_SEQS = 8
+
+_AHEAD = 64
+"""Positions behind the context that a drafter may run, such as its slots."""
 
 MAX_NUM_SEQS = 4096
 """Upper limit of `max_num_seqs`. Every cache reserves a slot for each of them from the start, even if it stays unused."""
@@ -171,7 +175,8 @@ class Engine:
         self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
         self.rule, self._budget, self._max_nodes, self._seed = rule, budget, max_nodes, seed
         self._eos_ids = frozenset(token_id for token_id in eos_ids if 0 <= token_id < target.vocab_size)
-        self._pool = target.new_pool(max_num_seqs, max_model_len)
+        longest = max_model_len + (budget.nodes if budget else 0) + _AHEAD
+        self._pool = target.new_pool(num_blocks(longest, max_num_seqs))
         self._num_requests = 0
 
     def add(self, prompt: str | None, prompt_ids: Sequence[int], sampling: SamplingParams) -> Request:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from foredraft.cache.blocks import num_blocks
 from foredraft.core.errors import UserError
 from foredraft.core.tree import TreeBatch
 
@@ -121,7 +122,7 @@ def _path_errors(target: Any, prompt: list[int], tokens: list[int]) -> Float[np.
     paths = [[0, *tree.path_to(leaf)] for leaf in range(tree.num_nodes) if not tree.children[leaf]]
     chains = [prompt + [tokens[i] for i in path] for path in paths]
     batch = TreeBatch.chains(chains)
-    pool = target.new_pool(len(chains), max(map(len, chains)))
+    pool = target.new_pool(num_blocks(max(map(len, chains)), len(chains)))
     alone = target.forward(batch, [pool.allocate() for _ in chains]).logits
     plain = getattr(target, "plain", None)
     errors = []
@@ -135,7 +136,7 @@ def _path_errors(target: Any, prompt: list[int], tokens: list[int]) -> Float[np.
 
 def _run_check_tree(target: Any, prompt: list[int], tokens: list[int]) -> Float[Tensor, "n v"]:
     """Returns the logits at the nodes of the tree. It runs in two parts, beside a chain of the prompt's first token."""
-    pool = target.new_pool(2, len(prompt) + len(tokens))
+    pool = target.new_pool(num_blocks(len(prompt) + len(tokens), 2))
     caches = [pool.allocate(), pool.allocate()]
     target.forward(TreeBatch.chains([prompt]), caches[1:], rows=np.arange(0))
     pool.keep(caches[1:], [range(1, len(prompt))])

@@ -3,11 +3,12 @@
 In a step of a small tree, launching the kernels takes longer than running them. A step whose shape recurs is therefore
 captured as one graph and replayed.
 
-A shape consists of the slots that take part, a width and a length. The width is the number of new nodes of the widest tree,
-rounded up to a power of two. The length is that of the longest slot, rounded up to a multiple of `LENGTH_STEP`.
+A shape consists of a number of requests, a width and a length. The width is the number of new nodes of the widest tree, rounded
+up to a power of two. The length is that of the longest request, rounded up to a multiple of `LENGTH_STEP`.
 
 Inputs have fixed addresses, and every step copies into them. Padding nodes follow the nodes of a tree. They see position 0
-only, and their outputs are never read.
+only, their outputs are never read, and their keys and values are written to block 0, which no request holds. The blocks of the
+requests are an input too, so a graph serves all requests.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from foredraft.cache.blocks import BLOCK
 from foredraft.cache.layout import Layout, additive, index_of
 from foredraft.cache.pool import KVPool
 from foredraft.core.contracts import Scores
@@ -40,8 +42,8 @@ MAX_GRAPHS = 128
 SEEN_BEFORE = 2
 """Number of times that a shape runs before it is captured. Capturing costs as much as a few forwards."""
 
-_ROW = 6 * 8
-"""Bytes of the six int64 numbers of a node."""
+_WORD, _NUMBERS = 8, 5
+"""Bytes of an integer, and integers of a node."""
 
 Masks = Mapping[int | None, Tensor | None]
 Compute = Callable[[Layout, KVPool, Masks, Sequence[int], Tensor | None], Scores]
@@ -55,7 +57,7 @@ Capture = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
 class Shape(NamedTuple):
     """Key of a graph: steps with equal values share one. `place` is the address and the shape of the pool's memory."""
 
-    slots: tuple[int, ...]
+    requests: int
     width: int
     length: int
     feature_layers: tuple[int, ...]
@@ -67,8 +69,8 @@ class Graph:
     """One captured forward.
 
     Attributes:
-        inputs: input of a step as bytes: the numbers of a `Layout`, then the visible positions of every query.
-        layout: a layout in which every tree is as wide as the widest. Its numbers are a view of `inputs`.
+        inputs: input of a step as bytes: numbers and blocks of a `Layout`, then the visible positions of every query.
+        layout: a layout in which every tree is as wide as the widest. Its numbers and blocks are views of `inputs`.
         given: input vectors of a step, or None if the model takes none.
         outputs: the scores, or None before the capture.
         run: computes `outputs` again.
@@ -116,15 +118,13 @@ class Graphs:
 
         Returns:
             Logits of the new nodes, or of the packed nodes `rows`, and features of all new nodes. None if no graph serves the
-            step: it is too wide, its slots do not adjoin, or its shape has not run often enough.
+            step: it is too wide, or its shape has not run often enough.
         """
-        first = layout.slots[0]
-        if layout.width > MAX_WIDTH or layout.slots != list(range(first, first + len(layout.slots))):
-            return None  # slots that do not adjoin are gathered by an index, whose size a graph cannot vary
+        if layout.width > MAX_WIDTH:
+            return None
         width = 1 << (layout.width - 1).bit_length()
         length = -(-(layout.length + width) // LENGTH_STEP) * LENGTH_STEP
-        pool.reserve(length)
-        shape = Shape(tuple(layout.slots), width, length, tuple(feature_layers), (pool.kv.data_ptr(), *pool.kv.shape))
+        shape = Shape(len(layout.lengths), width, length, tuple(feature_layers), (pool.kv.data_ptr(), *pool.kv.shape))
         graph = self._graphs.get(shape) or self._new(shape, layout, given)
         if graph is None:
             return None
@@ -149,13 +149,19 @@ class Graphs:
             return None
         if len(self._graphs) == MAX_GRAPHS:
             self._graphs.popitem(last=False)
-        slots, count = len(shape.slots), len(shape.slots) * shape.width
-        size = _ROW * count + len(self.windows) * count * shape.length
+        count, num_blocks = shape.requests * shape.width, shape.requests * shape.length // BLOCK
+        size = _WORD * (_NUMBERS * count + num_blocks) + len(self.windows) * count * shape.length
         inputs = torch.zeros(size, dtype=torch.uint8, device=layout.device)
-        numbers = inputs[: _ROW * count].view(torch.int64).view(-1, count)
-        unused = {"numbers": np.zeros((6, count), np.int64), "new": np.arange(count), "visible": np.zeros((slots, 0, 0), bool)}
+        numbers, blocks = _integers(inputs, _NUMBERS * count, num_blocks)
+        given_there = {"device_numbers": numbers.view(_NUMBERS, -1), "device_blocks": blocks.view(shape.requests, -1)}
+        unused = {
+            "numbers": np.zeros((_NUMBERS, count), np.int64),
+            "blocks": np.zeros((shape.requests, shape.length // BLOCK), np.int64),
+            "new": np.arange(count),
+            "visible": np.zeros((shape.requests, 0, 0), bool),
+        }
         sizes = {"count": count, "width": shape.width, "length": shape.length}
-        fixed = replace(layout, device_numbers=numbers, first_place=None, **sizes, **unused)
+        fixed = replace(layout, first_block=None, first_place=None, **given_there, **unused, **sizes)
         graph = Graph(inputs, fixed, None if given is None else given.new_zeros(count, given.shape[1]))
         self._graphs[shape] = graph
         return graph
@@ -163,23 +169,29 @@ class Graphs:
     def _run(self, graph: Graph, pool: KVPool, feature_layers: Sequence[int]) -> Scores:
         """Runs the forward on the inputs of `graph`."""
         fixed, masks = graph.layout, {}
-        seen = graph.inputs[_ROW * fixed.count :].view(torch.bool)
+        seen = graph.inputs[_WORD * (_NUMBERS * fixed.count + fixed.table.numel()) :].view(torch.bool)
         for window, part in zip(self.windows, seen.view(len(self.windows), -1, fixed.width, fixed.length), strict=True):
             masks[window] = additive(part, self.dtype).repeat(1, 1, self.group, 1)
         return self.compute(fixed, pool, masks, feature_layers, graph.given)
 
     def _bytes(self, layout: Layout, width: int, length: int) -> UInt8[np.ndarray, " bytes"]:
-        """Returns the inputs of a graph of this width and length. Padding nodes write behind the trees, which is harmless."""
-        slots = np.asarray(layout.slots)[:, None]
-        numbers = np.zeros((6, len(slots), width), np.int64)
-        numbers[2], numbers[3] = np.arange(len(slots))[:, None], np.arange(width)
-        numbers[4], numbers[5] = slots, np.asarray(layout.ends)[:, None] + np.arange(width)
+        """Returns the inputs of a graph of this width and length."""
+        requests = len(layout.lengths)
+        numbers = np.zeros((_NUMBERS, requests, width), np.int64)
+        numbers[2], numbers[3] = np.arange(requests)[:, None], np.arange(width)
         numbers[:, layout.numbers[2], layout.numbers[3]] = layout.numbers
-        seen = np.zeros((len(self.windows), len(slots), width, length), bool)
+        blocks = np.zeros((requests, length // BLOCK), np.int64)
+        blocks[:, : layout.blocks.shape[1]] = layout.blocks
+        seen = np.zeros((len(self.windows), requests, width, length), bool)
         seen[..., 0] = True
         for part, window in zip(seen, self.windows, strict=True):
             part[:, : layout.width, : layout.length] = layout.seen(window)
-        return np.concatenate([part.reshape(-1).view(np.uint8) for part in (numbers, seen)])
+        return np.concatenate([part.reshape(-1).view(np.uint8) for part in (numbers, blocks, seen)])
+
+
+def _integers(inputs: UInt8[Tensor, " bytes"], *sizes: int) -> Sequence[Tensor]:
+    """Returns views of the first integers of `inputs`, in parts of these sizes."""
+    return inputs[: _WORD * sum(sizes)].view(torch.int64).split(sizes)
 
 
 def copied(table: Tensor, index: slice | Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from foredraft.cache.blocks import Blocks
 from foredraft.cache.layout import Layout
 from foredraft.cache.pool import KVCache, KVPool
 from foredraft.core.contracts import Scores
@@ -37,7 +38,7 @@ class _KVShape(NamedTuple):
 
 
 class _TreeCache(Cache):
-    """A `transformers.Cache` for one forward. `update` writes the new nodes into the pool and returns the whole slots."""
+    """A `transformers.Cache` for one forward. `update` writes the new nodes into the pool and returns all keys and values."""
 
     def __init__(self, pool: KVPool, layout: Layout, shapes: Sequence[_KVShape]):
         super().__init__(layers=[])
@@ -61,7 +62,7 @@ class _TreeCache(Cache):
         """Returns the states of the nodes without padding, with zeros up to the heads and the head size of the pool."""
         heads, size = states.shape[1], states.shape[3]
         packed = self._layout.unpad(states.transpose(1, 2).flatten(2)).unflatten(1, (heads, size))
-        missing = self._pool.kv.shape[3] - heads, self._pool.kv.shape[5] - size
+        missing = self._pool.kv.shape[2] - heads, self._pool.kv.shape[5] - size
         return F.pad(packed, (0, missing[1], 0, missing[0])) if any(missing) else packed
 
 
@@ -130,10 +131,10 @@ class HFTarget:
             raise UserError(f"the model's embedding has {rows} rows, but its head gives logits of {self.vocab_size} tokens")
         self._has_head = agree(self._head(states[-1][0]), logits)
 
-    def new_pool(self, num_slots: int, max_len: int) -> KVPool:
-        """Makes caches for `num_slots` requests. `max_len` is a hint only: slots grow as they are used."""
+    def new_pool(self, blocks: int | Blocks) -> KVPool:
+        """Returns a pool wide enough for every layer; see `foredraft.core.contracts.Target`."""
         heads, sizes = zip(*(part for shape in self._shapes for part in shape), strict=True)
-        return KVPool(num_slots, len(self._shapes), max(heads), max(sizes), self.dtype, self.device)
+        return KVPool(blocks, len(self._shapes), max(heads), max(sizes), self.dtype, self.device)
 
     @torch.inference_mode()
     def embed(self, token_ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
@@ -206,7 +207,7 @@ class HFTarget:
         masks = {}
         for kind, window in self._windows.items():
             mask = layout.mask(self.dtype, self.device, window)
-            shape = len(layout.slots), 1, layout.width, layout.length
+            shape = len(layout.lengths), 1, layout.width, layout.length
             masks[kind] = torch.zeros(shape, dtype=self.dtype, device=self.device) if mask is None else mask
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
@@ -240,7 +241,7 @@ class HFTarget:
 
 def _padded(layout: Layout, values: Int[Tensor, " m"]) -> Int[Tensor, "b n"]:
     """Returns integers of the new nodes as a padded batch. Padding is 0."""
-    padded = values.new_zeros(len(layout.slots), layout.width)
+    padded = values.new_zeros(len(layout.lengths), layout.width)
     padded[layout.request, layout.column] = values
     return padded
 

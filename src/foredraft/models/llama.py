@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from foredraft.cache.blocks import Blocks
 from foredraft.cache.layout import Layout
 from foredraft.cache.pool import KVCache, KVPool
 from foredraft.core.contracts import Scores
@@ -117,9 +118,9 @@ class LlamaTarget:
         """Makes the forwards of fixed shape of this model, see `foredraft.models.graphs`."""
         return Graphs(self._compute, capture, self._group, self.dtype, self._windows)
 
-    def new_pool(self, num_slots: int, max_len: int) -> KVPool:
-        """Makes caches for `num_slots` requests. `max_len` is a hint only: slots grow as they are used."""
-        return KVPool(num_slots, len(self._layers), self._kv_heads, self._head_dim, self.dtype, self.device)
+    def new_pool(self, blocks: int | Blocks) -> KVPool:
+        """Returns a pool; see `foredraft.core.contracts.Target`."""
+        return KVPool(blocks, len(self._layers), self._kv_heads, self._head_dim, self.dtype, self.device)
 
     def embed(self, token_ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
         """Returns the input embeddings of tokens."""

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from foredraft.cache.blocks import Blocks
 from foredraft.cache.layout import among_new
 from foredraft.cache.pool import KVCache, KVPool
 from foredraft.core.chains import Chains, ChainWish
@@ -35,9 +36,6 @@ from foredraft.models.rope import context_of, frequencies
 ONE_THREAD_BYTES = 1 << 20
 """Models up to this size run on one thread. Larger ones gain from a second: a chain of six drafts takes 0.47 ms with one thread
 and 0.38 ms with two (the bundled head, 1.7 MB, on two cores)."""
-
-BLOCK = 16
-"""Tokens of a block of the pool."""
 
 _WORD = 8
 """Bytes of an integer argument of the decoder."""
@@ -88,10 +86,10 @@ class NativeTarget:
         self.num_weight_bytes = self._memory.num_bytes - (0 if self._embedding is None else self._embedding.nbytes)
         self._threads = threads or (torch.get_num_threads() if self._memory.num_bytes > ONE_THREAD_BYTES else 1)
 
-    def new_pool(self, num_slots: int, max_len: int) -> KVPool:
-        """Makes caches for `num_slots` requests. `max_len` is a hint only: slots grow as they are used."""
+    def new_pool(self, blocks: int | Blocks) -> KVPool:
+        """Returns a pool; see `foredraft.core.contracts.Target`."""
         model = self._model
-        return KVPool(num_slots, model.num_layers, model.kv_heads, model.head_dim, self.dtype, self.device)
+        return KVPool(blocks, model.num_layers, model.kv_heads, model.head_dim, self.dtype, self.device)
 
     def embed(self, token_ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
         """Returns the input embeddings of tokens."""
@@ -208,17 +206,20 @@ def run_step(
     first = [0] * num_trees if start is None else list(start)
     ahead = chains.depth if chains else 0
     ends = [length + end - begin + ahead for length, begin, end in zip(lengths, offsets, offsets[1:], strict=False)]
-    pool.reserve(max(ends))
+    for cache, end in zip(caches, ends, strict=True):
+        cache.reserve(end)
+    pool.grow()
     count = offsets[-1] - sum(first)
     wanted = np.arange(count) if rows is None else among_new(rows, batch.offsets, first)
     logits = torch.empty(len(wanted), model.vocabulary)
     features = torch.empty(count, len(feature_layers) * model.hidden, dtype=pool.kv.dtype) if feature_layers else None
-    blocks, starts = _block_table(caches, ends)
-    per_tree = lengths, first, blocks, starts
+    blocks = [cache.blocks for cache in caches]
+    starts = list(accumulate(map(len, blocks[:-1]), initial=0))
+    per_tree = lengths, first, list(chain.from_iterable(blocks)), starts
     tables = [part.data_ptr() for part in given], [len(part) for part in given], [part.data_ptr() for part in carried]
     nodes = batch.tokens.tolist(), batch.parents.tolist(), offsets
     _alive, begin = _side_by_side(*nodes, *per_tree, wanted.tolist(), feature_layers, *tables)
-    keys, (pairs_stride, layer_stride, _, head_stride, _, _) = pool.kv.data_ptr(), pool.kv.stride()
+    keys, (pairs_stride, layer_stride, head_stride, *_) = pool.kv.data_ptr(), pool.kv.stride()
     scored = len(wanted), begin[7], logits.data_ptr()
     returned = len(feature_layers), begin[8], None if features is None else features.data_ptr()
     cache = keys, keys + pairs_stride * pool.kv.element_size(), layer_stride, head_stride
@@ -241,18 +242,6 @@ def draw_chains(model: CModel, batch: TreeBatch, caches: Sequence[KVCache], wish
     chains = CChains(wish.depth, kept, numbers, *limits, tokens.ctypes.data, laws.data_ptr(), places)
     run_step(model, batch, caches, batch.offsets[1:] - 1, None, chains=chains, **step)
     return Chains(tokens.tolist(), laws, ids)
-
-
-def _block_table(caches: Sequence[KVCache], lengths: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Returns the places of the blocks of 16 tokens of each request in the pool, and the first block of each request."""
-    _, _, slot_stride, _, token_stride, _ = caches[0].pool.kv.stride()
-    blocks: list[int] = []
-    starts = []
-    for cache, length in zip(caches, lengths, strict=True):
-        starts.append(len(blocks))
-        begin = cache.slot * slot_stride
-        blocks.extend(range(begin, begin + length * token_stride, BLOCK * token_stride))
-    return blocks, starts
 
 
 def _side_by_side(*parts: Sequence[int]) -> tuple[array[int], list[int]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache as memoize
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from foredraft.cache.blocks import Blocks
+from foredraft.cache.pool import KVCache, KVPool
 from foredraft.core.contracts import Scores
 from foredraft.core.errors import UserError
 from foredraft.core.tree import Ids, TreeBatch
@@ -31,47 +33,6 @@ def random_law(vocab_size: int, seed: int, zeros: float = 0.0, concentration: fl
         return row / row.sum()
 
     return law
-
-
-@dataclass
-class TableCache:
-    """A cache that holds the committed tokens and the tree of the last forward."""
-
-    tokens: list[int] = field(default_factory=list)
-    tree: list[int] = field(default_factory=list)
-
-    @property
-    def length(self) -> int:
-        """Number of committed tokens."""
-        return len(self.tokens)
-
-    def truncate(self, length: int) -> None:
-        """Drops all tokens after the first `length`."""
-        del self.tokens[length:]
-
-
-class TablePool:
-    """The pool of a `TableTarget`'s caches."""
-
-    bytes_per_token = 0
-
-    def allocate(self) -> TableCache:
-        """Makes an empty cache."""
-        return TableCache()
-
-    def copy(self, cache: TableCache) -> TableCache:
-        """Makes a cache with the tokens of another."""
-        return TableCache(list(cache.tokens))
-
-    def free(self, cache: TableCache) -> None:
-        """Frees a cache."""
-        pass
-
-    def keep(self, caches: Sequence[TableCache], paths: Sequence[Sequence[int]]) -> None:
-        """Commits node 0 and the nodes of `paths` for every request."""
-        for cache, path in zip(caches, paths, strict=True):
-            cache.tokens += [cache.tree[node] for node in (0, *path)]
-            cache.tree = []
 
 
 @dataclass
@@ -95,9 +56,9 @@ class TableTarget:
     num_forwards: int = 0
     config: Any = None
 
-    def new_pool(self, num_slots: int, max_len: int) -> TablePool:
-        """Makes a pool of token lists. The table needs no keys and values."""
-        return TablePool()
+    def new_pool(self, blocks: int | Blocks) -> KVPool:
+        """Returns a pool whose keys are the tokens; see `foredraft.core.contracts.Target`."""
+        return KVPool(blocks, 1, 1, 1, torch.int64, self.device)
 
     def embed(self, token_ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
         """Raises `ValueError`, since a table has no embedding."""
@@ -110,7 +71,7 @@ class TableTarget:
     def forward(
         self,
         batch: TreeBatch,
-        caches: Sequence[TableCache],
+        caches: Sequence[KVCache],
         rows: Ids | None = None,
         *,
         start: Sequence[int] | None = None,
@@ -118,14 +79,24 @@ class TableTarget:
     ) -> Scores:
         """Returns the table's rows at `rows`, or at all new nodes. Prefixes come from the caches and the batch."""
         self.num_forwards += 1
-        laws: dict[int, np.ndarray] = {}
-        for b, cache in enumerate(caches):
-            tree, first = batch[b], start[b] if start is not None else 0
-            assert len(cache.tree) >= first, "nodes before start were not run"
-            cache.tree[first:] = tree.tokens[first:].tolist()
-            for node in range(first, tree.num_nodes):
-                path = [cache.tree[i] for i in (0, *tree.path_to(node))]
-                laws[int(batch.offsets[b]) + node] = self.law((*cache.tokens, *path))
-        chosen = list(laws.values()) if rows is None else [laws[int(row)] for row in rows]
-        table = np.stack(chosen) if chosen else np.zeros((0, self.vocab_size))
-        return Scores(torch.from_numpy(table).log())
+        pool = caches[0].pool
+        layout = pool.behind(batch, caches, start)
+        keys = pool.kv[0, 0, 0].view(-1)
+        keys[layout.place] = layout.token_ids
+        wanted = layout.new if rows is None else rows
+        laws = [self.law(prefix) for prefix in self._prefixes(batch, caches, keys, np.asarray(wanted, np.int64))]
+        return Scores(torch.from_numpy(np.stack(laws) if laws else np.zeros((0, self.vocab_size))).log())
+
+    def _prefixes(
+        self, batch: TreeBatch, caches: Sequence[KVCache], keys: Int[Tensor, " t"], wanted: Ids
+    ) -> Iterator[tuple[int, ...]]:
+        """Returns the tokens up to each packed node in `wanted`, as the pool holds them."""
+        held: dict[int, list[int]] = {}
+        for b in (np.searchsorted(batch.offsets, wanted, side="right") - 1).tolist():
+            if b not in held:
+                length = caches[b].length + batch[b].num_nodes
+                held[b] = keys[[caches[b].place(position) for position in range(length)]].tolist()
+        for node in wanted.tolist():
+            b = int(np.searchsorted(batch.offsets, node, side="right")) - 1
+            length, path = caches[b].length, (0, *batch[b].path_to(node - int(batch.offsets[b])))
+            yield (*held[b][:length], *(held[b][length + place] for place in path))

@@ -77,7 +77,6 @@ class Plan:
             load=parts.draft_model,
             vocabulary=parts.vocabulary,
             grower=grower,
-            num_slots=self.num_slots,
             fingerprint=lambda: parts.fingerprint,
         )
         return row.build(setting, **{key: given[key] for key in row.options if key in given})

@@ -80,7 +80,7 @@ class Full:
 
     feature_layers: Sequence[int] = ()
 
-    def start(self, tokens: Sequence[int], features: Any) -> list[int]:
+    def start(self, tokens: Sequence[int], features: Any, cache: Any = None, first: int = 0) -> list[int]:
         """Returns the state, which is the last token."""
         return [tokens[-1]]
 

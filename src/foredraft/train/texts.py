@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from foredraft.cache.blocks import num_blocks
 from foredraft.core.contracts import Target
 from foredraft.core.tree import TreeBatch
 
@@ -53,7 +54,7 @@ def features_of(target: Target, texts: Sequence[list[int]], feature_layers: Sequ
     found: dict[int, Tensor] = {}
     tokens = CAPTURE_TOKENS if target.device.type == "cpu" else CAPTURE_TOKENS_ON_A_CARD
     for group in grouped(range(len(texts)), [len(text) for text in texts], tokens):
-        pool = target.new_pool(len(group), max(len(texts[i]) for i in group))
+        pool = target.new_pool(num_blocks(max(len(texts[i]) for i in group), len(group)))
         batch = TreeBatch.chains([texts[i] for i in group])
         scores = target.forward(
             batch, [pool.allocate() for _ in group], np.empty(0, np.int64), feature_layers=tuple(feature_layers)

@@ -29,5 +29,5 @@ enum { BLOCK = 16 };
 
 /* Returns where a token of a tree stands in the pool, for layer 0 and head 0. */
 INLINE int64_t place_of(const Step *s, int64_t tree, int64_t position, int64_t size) {
-    return s->blocks[s->block_starts[tree] + position / BLOCK] + position % BLOCK * size;
+    return (s->blocks[s->block_starts[tree] + position / BLOCK] * BLOCK + position % BLOCK) * size;
 }

@@ -1,0 +1,102 @@
+"""The blocks of a pool: which are free, which requests hold the others, and which hold a prefix that can be shared.
+
+A block holds the keys and values of `BLOCK` consecutive tokens, of the target and of the drafters. A request holds a list of
+blocks. Requests with equal prefixes can hold the same blocks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+BLOCK = 16
+"""Tokens of a block."""
+
+
+class OutOfBlocksError(RuntimeError):
+    """Every block is in use."""
+
+
+def num_blocks(num_tokens: int, num_requests: int = 1) -> int:
+    """Returns the number of blocks that hold `num_tokens` tokens of each of some requests."""
+    return num_requests * -(-num_tokens // BLOCK)
+
+
+class Blocks:
+    """Gives out the blocks of one pool, by number. Block 0 is never given out: padding is written there.
+
+    A block that nobody holds is free. A free block may keep its contents for later requests; see `keep`. Such blocks are
+    given out last, the least recently released one first.
+
+    Args:
+        count: number of blocks.
+
+    Attributes:
+        height: all blocks from this number on were never given out.
+        forget: called with a kept block before it is given out with new contents.
+        pools: further pools over the same blocks, by their owner. They end with their owner, or with the blocks.
+    """
+
+    def __init__(self, count: int):
+        self.count, self.height = count, 1
+        self.forget: Callable[[int], None] = lambda block: None
+        self.pools: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+        self._holders: dict[int, int] = {}
+        self._empty: list[int] = []
+        self._kept: OrderedDict[int, None] = OrderedDict()
+        self._keeps: set[int] = set()
+
+    @property
+    def num_free(self) -> int:
+        """Number of blocks that nobody holds."""
+        return self.count - len(self._holders)
+
+    def take(self, count: int) -> list[int]:
+        """Gives out `count` blocks. Their contents are arbitrary.
+
+        Raises:
+            OutOfBlocksError: fewer blocks are free. None is given out in this case.
+        """
+        if count > self.num_free:
+            raise OutOfBlocksError(f"{count} blocks of {BLOCK} tokens are needed, but {self.num_free} of {self.count} are free")
+        taken = [self._take() for _ in range(count)]
+        self._holders.update(dict.fromkeys(taken, 1))
+        return taken
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """Adds a holder to each block. A free block is one that was kept."""
+        for block in blocks:
+            self._holders[block] = self._holders.get(block, 0) + 1
+            self._kept.pop(block, None)
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Removes a holder of each block. The last block of a request is reused first, as its prefix is the longest."""
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                del self._holders[block]
+                if block in self._keeps:
+                    self._kept[block] = None
+                else:
+                    self._empty.append(block)
+
+    def keep(self, block: int) -> None:
+        """Keeps the contents of a held block after its release, until the block is given out again."""
+        self._keeps.add(block)
+
+    def num_holders(self, block: int) -> int:
+        """Number of requests that hold a block."""
+        return self._holders.get(block, 0)
+
+    def _take(self) -> int:
+        if self._empty:
+            return self._empty.pop()
+        if self.height <= self.count:
+            self.height += 1
+            return self.height - 1
+        block, _ = self._kept.popitem(last=False)
+        self._keeps.discard(block)
+        self.forget(block)
+        return block

@@ -91,14 +91,15 @@ class Method:
         """Generates for a batch, and returns its steps after the first in which all requests take part."""
         sampling = replace(LAWS[self.law], max_tokens=num_tokens, ignore_eos=True)
         engine, found, size = self.llm.engine, [], 0
-        requests = [engine.add(None, prompt, replace(sampling, seed=i)) for i, prompt in enumerate(prompts)]
+        requests = [engine.add_request(None, prompt, replace(sampling, seed=i)) for i, prompt in enumerate(prompts)]
         with counted_moves() as moved:
             began = perf_counter()
-            for number, running in enumerate(engine.run(requests)):
+            while engine.has_unfinished_requests():
+                running = engine.step()
                 synchronize(self.llm.target.device)
                 seconds, (nodes, moved_bytes) = perf_counter() - began, moved.take()
-                before, size = size, sum(len(request.continuations[0].token_ids) for request in requests)
-                if number and len(running) == len(requests):
+                before, size = size, sum(len(request.sequences[0].token_ids) for request in requests)
+                if before and len(running) == len(requests):
                     found.append({"seconds": seconds, "tokens": size - before, "nodes": nodes, "bytes": moved_bytes})
                 began = perf_counter()
         return found

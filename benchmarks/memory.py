@@ -78,15 +78,15 @@ def measure(llm: LLM, law: str, num_steps: int) -> Iterator[dict[str, Any]]:
     """Measures the memory of the first steps of a request, above the memory before it."""
     device = llm.target.device
     base = held_bytes(device)
-    request = llm.engine.add(None, PROMPT, replace(LAWS[law], ignore_eos=True, seed=0))
-    running = llm.engine.run([request])
+    request = llm.engine.add_request(None, PROMPT, replace(LAWS[law], ignore_eos=True, seed=0))
+    llm.engine.step()  # the prompt
     for number in range(num_steps):
         forget_peak(device)
         found: dict[str, Any] = {"before_step": peak_bytes(device)}
         with watched(llm.target, found):
-            next(running)
+            llm.engine.step()
         found["after_step"] = peak_bytes(device)
-        record = request.continuations[0].records[-1]
+        record = request.sequences[0].records[-1]
         shares = {name: max(0, found[name] - base) / found["logits_bytes"] for name in PEAKS}
         yield rounded(
             {
@@ -101,7 +101,7 @@ def measure(llm: LLM, law: str, num_steps: int) -> Iterator[dict[str, Any]]:
                 "below_twice": shares["after_step"] < 2,
             }
         )
-    running.close()  # type: ignore[attr-defined]
+    llm.engine.abort_request(request.request_id)
 
 
 def main() -> None:

@@ -94,21 +94,23 @@ class Setting:
 
     def run(self, prompt: list[int], num_steps: int) -> Iterator[dict[str, float]]:
         """Yields the measurements of `num_steps` steps after the first step."""
-        request = self.llm.engine.add(None, prompt, self.sampling)
+        engine = self.llm.engine
+        request = engine.add_request(None, prompt, self.sampling)
         drafter: Any = self.llm.engine.drafter
         with on_the_clock(self.llm.target, drafter.model) as (target, draft):
-            running = self.llm.engine.run([request])
-            next(running)
+            while not request.sequences[0].records:
+                engine.step()
             for _ in range(num_steps):
                 target.take()
                 draft.take()
                 began = perf_counter()
-                if next(running, None) is None:
+                if request.is_finished:
                     break
+                engine.step()
                 synchronize(self.llm.target.device)
                 seconds = perf_counter() - began
-                yield split(seconds, target.take()[0], draft.take(), request.continuations[0].records[-1])
-            running.close()  # type: ignore[attr-defined]
+                yield split(seconds, target.take()[0], draft.take(), request.sequences[0].records[-1])
+        engine.abort_request(request.request_id)
 
     def row(self) -> dict[str, Any]:
         """Makes a row of medians over the steps, with times in milliseconds."""

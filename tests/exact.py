@@ -19,6 +19,10 @@ from foredraft.audit.exact import (
     target_law_of,
     tree_law,
 )
+from foredraft.core.contracts import Budget
+from foredraft.core.params import SamplingParams
+from foredraft.engine.engine import Engine
+from foredraft.engine.request import Sequence as Output
 from foredraft.trees.acceptance import PROB_EDGES, RANK_EDGES
 
 __all__ = [
@@ -30,6 +34,7 @@ __all__ = [
     "any_table",
     "chain_prob",
     "collapse",
+    "decoded",
     "enumerate_branches",
     "expected_tokens",
     "joint_law",
@@ -71,3 +76,34 @@ def collapse(path: Sequence[int], blank: int) -> tuple[int, ...]:
     """
     merged = [token for i, token in enumerate(path) if i == 0 or token != path[i - 1]]
     return tuple(token for token in merged if token != blank)
+
+
+def decoded(
+    target: Any,
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    draws: Any,
+    max_len: int,
+    *,
+    drafter: Any = None,
+    rule: Any = None,
+    budget: Budget | None = None,
+    eos: int | None = None,
+    processors: Sequence[Any] | None = None,
+) -> Output:
+    """One output of an engine of its own, with these random numbers, and with other processors where some are given."""
+    ends = [] if eos is None else [eos]
+    options: dict[str, Any] = {"drafter": drafter, "rule": rule, "budget": budget} if drafter is not None else {}
+    engine = Engine(target, max_model_len=max_len, max_num_seqs=1, eos_ids=ends, **options)
+    [output] = engine.add_request(None, list(prompt), sampling).sequences
+    output.draws = draws
+    if processors is not None:
+        output.processors = processors
+    while engine.has_unfinished_requests():
+        engine.step()
+        cache = output.cache
+        assert cache is None or cache.length == len(output.token_ids) - 1
+    assert engine.scheduler.pool.blocks.num_free == engine.scheduler.pool.blocks.count
+    if output.cause is not None:
+        raise output.cause
+    return output

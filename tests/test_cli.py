@@ -21,8 +21,8 @@ from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
 from foredraft.cli import show
 from foredraft.core.folders import BUNDLED_TARGET
+from foredraft.core.outputs import CompletionOutput
 from foredraft.drafters import DRAFTERS
-from foredraft.engine.engine import CompletionOutput
 from foredraft.rules import RULES
 from foredraft.trees import GROWERS
 

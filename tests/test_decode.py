@@ -1,4 +1,4 @@
-"""The law of `speculative()` itself, over several steps: cache, observe, bonus tokens, cuts at max_tokens and at an EOS."""
+"""The law of the engine itself, over several steps: cache, observe, bonus tokens, cuts at max_tokens and at an EOS."""
 
 from __future__ import annotations
 
@@ -8,18 +8,14 @@ from typing import Any
 
 import pytest
 
-from exact import MEASURED, enumerate_branches
+from exact import MEASURED, decoded, enumerate_branches
 from foredraft.core.contracts import Budget
 from foredraft.core.draws import Draws
 from foredraft.core.params import SamplingParams
-from foredraft.core.processors import prefix_processors
-from foredraft.core.text import TextStream
 from foredraft.drafters.lm import LMDrafter
 from foredraft.drafters.lookup_first import LookupFirst
 from foredraft.drafters.ngram import NgramDrafter
 from foredraft.drafters.suffix import SuffixDrafter
-from foredraft.engine.continuation import Continuation
-from foredraft.engine.decode import autoregressive, speculative
 from foredraft.models.table import Law, TableTarget, random_law
 from foredraft.rules import RULES
 from foredraft.trees import GROWERS
@@ -30,36 +26,15 @@ TARGET = random_law(2, 11)
 DRAFT = random_law(2, 12)
 
 
-def new_continuation(
-    draws: Draws, sampling: SamplingParams, eos: int | None, max_len: int = len(PROMPT) + LENGTH
-) -> Continuation:
-    return Continuation(
-        token_ids=list(PROMPT),
-        num_prompt=len(PROMPT),
-        max_len=max_len,
-        sampling=sampling,
-        draws=draws,
-        text=TextStream(None),
-        eos_ids=frozenset() if eos is None else frozenset({eos}),
-        processors=prefix_processors(sampling, len(PROMPT), () if eos is None else (eos,)),
-    )
-
-
 def law_of(make_drafter: Any, rule: str, nodes: int, sampling: SamplingParams, eos: int | None) -> dict[tuple[int, ...], float]:
     """The law of the output, every branch of every step enumerated; no drafter is plain decoding."""
     law: dict[tuple[int, ...], float] = defaultdict(float)
 
     def run(draws: Any) -> tuple[int, ...]:
-        target = TableTarget(TARGET, 2)
-        one = new_continuation(draws, sampling, eos)
-        pool = target.new_pool(7)
-        drafter = make_drafter()
-        if drafter is None:
-            steps = autoregressive(target, pool, [one])
-        else:
-            steps = speculative(target, pool, [one], drafter, RULES[rule].rule, Budget(nodes, nodes))
-        for _ in steps:
-            assert one.cache.length == len(one.token_ids) - 1 or one.finish_reason
+        drafter, more = make_drafter(), {}
+        if drafter is not None:
+            more = {"drafter": drafter, "rule": RULES[rule].rule, "budget": Budget(nodes, nodes)}
+        one = decoded(TableTarget(TARGET, 2), PROMPT, sampling, draws, len(PROMPT) + LENGTH, eos=eos, **more)
         return tuple(one.output_ids)
 
     for prob, output, _ in enumerate_branches(run):
@@ -139,11 +114,9 @@ def test_law_of_a_draft_model_behind_a_lookup(tree: str, rule: str, eos: int | N
 
 
 def test_a_draft_equal_to_the_target_is_accepted_whole() -> None:
-    target = TableTarget(TARGET, 2)
-    one = new_continuation(Draws(5), SamplingParams(temperature=1.0), None, max_len=40)
-    drafter = lm_drafter("chain", {}, TARGET)
-    for _ in speculative(target, target.new_pool(3), [one], drafter, RULES["chain"].rule, Budget(5, 5)):
-        pass
+    drafter, sampling = lm_drafter("chain", {}, TARGET), SamplingParams(temperature=1.0)
+    drafting = {"drafter": drafter, "rule": RULES["chain"].rule, "budget": Budget(5, 5)}
+    one = decoded(TableTarget(TARGET, 2), PROMPT, sampling, Draws(5), 40, **drafting)
     assert len(one.output_ids) == 38 and one.finish_reason == "length"
     assert all(record.num_accepted_tokens == record.depth for record in one.records)
     assert set(one.kinds) == {"accepted", "bonus"}

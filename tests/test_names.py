@@ -108,7 +108,6 @@ NEUTRAL: dict[str, Any] = {
     "logits_processor": [],
     "detokenize": True,
     "spaces_between_special_tokens": True,
-    "output_kind": "FINAL_ONLY",
     "extra_args": {},
     "vllm_xargs": {},
     "logprob_token_ids": False,

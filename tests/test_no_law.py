@@ -18,16 +18,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from exact import enumerate_branches
+from exact import decoded, enumerate_branches
 from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
 from foredraft.core.contracts import Budget
 from foredraft.core.draws import Draws
 from foredraft.core.law import TargetLaw, lawful
-from foredraft.core.text import TextStream
 from foredraft.core.tree import TreeBatch
-from foredraft.engine.continuation import Continuation
-from foredraft.engine.decode import autoregressive, speculative
 from foredraft.models.table import TableTarget
 from foredraft.rules import RULES
 from test_decode import CASES, PROMPT, TARGET, assert_equal_laws, lm_drafter
@@ -56,24 +53,11 @@ def law_of(tree: str | None, options: dict[str, Any], rule: str, temperature: fl
     law: dict[Any, float] = defaultdict(float)
 
     def run(draws: Any) -> tuple[Any, ...]:
-        target = TableTarget(TARGET, 2)
-        sampling = SamplingParams(temperature=temperature)
-        one = Continuation(
-            list(PROMPT),
-            len(PROMPT),
-            len(PROMPT) + LENGTH,
-            sampling,
-            draws,
-            TextStream(None),
-            processors=[forbid(DEAD, value)],
-        )
-        pool = target.new_pool(7)
-        if tree is None:
-            steps = autoregressive(target, pool, [one])
-        else:
-            steps = speculative(target, pool, [one], lm_drafter(tree, options), RULES[rule].rule, Budget(3, 3))
-        for _ in steps:
-            pass
+        sampling, more = SamplingParams(temperature=temperature, max_tokens=LENGTH), {}
+        if tree is not None:
+            more = {"drafter": lm_drafter(tree, options), "rule": RULES[rule].rule, "budget": Budget(3, 3)}
+        length, processors = len(PROMPT) + LENGTH, [forbid(DEAD, value)]
+        one = decoded(TableTarget(TARGET, 2), PROMPT, sampling, draws, length, processors=processors, **more)
         assert (one.finish_reason == "error") == (one.error is not None)
         assert len(one.kinds) == len(one.output_ids) == sum(record.num_tokens for record in one.records)
         return (*one.output_ids, one.finish_reason)

@@ -19,17 +19,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from exact import enumerate_branches
+from exact import decoded, enumerate_branches
 from foredraft import kernels as compiled
 from foredraft.core.contracts import Budget
 from foredraft.core.law import PrefixProcessor, TargetLaw, largest, warp
 from foredraft.core.params import SamplingParams
 from foredraft.core.processors import prefix_processors
-from foredraft.core.text import TextStream
 from foredraft.core.tree import TreeBatch
 from foredraft.drafters.lm import LMDrafter
-from foredraft.engine.continuation import Continuation
-from foredraft.engine.decode import autoregressive, speculative
 from foredraft.models.table import TableTarget, random_law
 from foredraft.rules import RULES
 from foredraft.trees import GROWERS
@@ -89,7 +86,12 @@ def test_values_of_another_type_are_refused(name: str, value: Any, said: str) ->
 
 def test_every_parameter_but_switches_is_checked() -> None:
     checked = {name for name, _, _ in (*BAD, *WRONG_TYPE)}
-    assert set(SamplingParams.names()) - checked == {"include_stop_str_in_output", "ignore_eos", "skip_special_tokens"}
+    assert set(SamplingParams.names()) - checked == {
+        "include_stop_str_in_output",
+        "ignore_eos",
+        "skip_special_tokens",
+        "output_kind",
+    }
 
 
 def test_more_tokens_asked_for_than_allowed() -> None:
@@ -327,7 +329,7 @@ def test_rows_of_a_law_without_processors() -> None:
     torch.testing.assert_close(torch.stack(law.rows([4, 0])), warp(logits[[4, 0]], sampling))
 
 
-# The law of speculative() under these parameters is that of autoregressive(), every branch enumerated.
+# The law with a drafter under these parameters is that of plain decoding, every branch enumerated.
 
 PROMPT = (1, 0)
 EOS = 1
@@ -375,25 +377,13 @@ def output_law(name: str, tree: Any, *, fault: bool = False, plain: bool = False
 
     def run(draws: Any) -> tuple[int, ...]:
         target = TableTarget(lambda prefix: 3 * law(prefix), vocab_size)  # logits of both signs
-        one = Continuation(
-            token_ids=list(PROMPT),
-            num_prompt=len(PROMPT),
-            max_len=len(PROMPT) + length,
-            sampling=sampling,
-            draws=draws,
-            text=TextStream(None),
-            eos_ids=frozenset({EOS}),
-            processors=[without_path(p) for p in processors] if fault else processors,
-        )
-        pool = target.new_pool(7)
-        if tree is None:
-            steps = autoregressive(target, pool, [one])
-        else:
+        given = [without_path(p) for p in processors] if fault else processors
+        more: dict[str, Any] = {}
+        if tree is not None:
             grower, grower_options, rule, nodes = tree
             drafter = LMDrafter(TableTarget(draft, vocab_size), GROWERS[grower].grower(**grower_options), vocab_size)
-            steps = speculative(target, pool, [one], drafter, RULES[rule].rule, Budget(nodes, 2))
-        for _ in steps:
-            pass
+            more = {"drafter": drafter, "rule": RULES[rule].rule, "budget": Budget(nodes, 2)}
+        one = decoded(target, PROMPT, sampling, draws, len(PROMPT) + length, eos=EOS, processors=given, **more)
         return tuple(one.output_ids)
 
     outputs: OutputLaw = defaultdict(float)

@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from foredraft.core.draws import Draws as Draws
     from foredraft.core.law import TargetLaw as TargetLaw
     from foredraft.core.metrics import Metrics as Metrics
+    from foredraft.core.outputs import CompletionOutput as CompletionOutput
+    from foredraft.core.outputs import Logprob as Logprob
+    from foredraft.core.outputs import RequestOutput as RequestOutput
     from foredraft.core.params import SamplingParams as SamplingParams
     from foredraft.core.tree import DraftTree as DraftTree
     from foredraft.core.tree import TreeBatch as TreeBatch
     from foredraft.drafters import DRAFTERS as DRAFTERS
-    from foredraft.engine.continuation import Logprob as Logprob
-    from foredraft.engine.engine import CompletionOutput as CompletionOutput
-    from foredraft.engine.engine import RequestOutput as RequestOutput
     from foredraft.llm import LLM as LLM
     from foredraft.rules import RULES as RULES
     from foredraft.trees import GROWERS as GROWERS
@@ -28,9 +28,9 @@ _HOMES = {
     "RULES": "rules",
     "LLM": "llm",
     "SamplingParams": "core.params",
-    "RequestOutput": "engine.engine",
-    "CompletionOutput": "engine.engine",
-    "Logprob": "engine.continuation",
+    "RequestOutput": "core.outputs",
+    "CompletionOutput": "core.outputs",
+    "Logprob": "core.outputs",
     "Metrics": "core.metrics",
     "DraftTree": "core.tree",
     "TreeBatch": "core.tree",

@@ -13,11 +13,13 @@ from foredraft.core.arguments import takes_other_names
 from foredraft.core.chat import Template, render
 from foredraft.core.errors import check_count
 from foredraft.core.messages import Message, conversations
-from foredraft.core.params import MAX_COUNT, SamplingParams, check_seed, used_seed
+from foredraft.core.outputs import RequestOutput
+from foredraft.core.params import MAX_COUNT, RequestOutputKind, SamplingParams, check_seed, used_seed
 from foredraft.core.progress import progress_bar
 from foredraft.core.prompts import Params, Prompt, encode, prompt_list, with_params
 from foredraft.core.treatment import CHAT, LOAD, RUN
-from foredraft.engine.engine import DEFAULT_NUM_SEQS, MAX_NUM_SEQS, Request, RequestOutput
+from foredraft.engine.callers import Callers
+from foredraft.engine.engine import DEFAULT_NUM_SEQS, MAX_NUM_SEQS
 from foredraft.models.generation import default_params
 from foredraft.models.parts import load_parts
 from foredraft.plan.build import Plan, describe, make_engine
@@ -101,9 +103,10 @@ class LLM:
 
     def _speculate(self, speculation: Speculation | None) -> None:
         self.speculation = speculation
-        self.plan = Plan(self._parts, speculation, self.max_num_seqs, self._usual_num_seqs) if speculation else None
+        self.plan = Plan(self._parts, speculation, self._usual_num_seqs) if speculation else None
         self.choices = self.plan.choices if self.plan else {}
-        self.engine = make_engine(self._parts, self.plan, num_slots=self.max_num_seqs, seed=self.seed)
+        self.engine = make_engine(self._parts, self.plan, max_num_seqs=self.max_num_seqs, seed=self.seed)
+        self._callers = Callers(self.engine)
 
     def drafting(self, sampling: SamplingParams | None = None) -> dict[str, Any]:
         """Tells how a request is drafted, and why if that was chosen automatically.
@@ -164,12 +167,14 @@ class LLM:
         Raises:
             ValueError: a prompt or its parameters are invalid. Nothing has been generated in this case.
         """
-        requests = self._requests(prompt_list(prompts), sampling_params)
-        total = sum(request.sampling.n for request in requests)
+        given = self._checked(prompt_list(prompts), sampling_params, RequestOutputKind.FINAL_ONLY)
+        total = sum(sampling.n for _, sampling in given)
         with progress_bar("generating", total, shown=progress) as advance:
-            for running in self.engine.run(requests):
-                advance(sum(continuation.finish_reason is not None for continuation in running))
-        return [request.output() for request in requests]
+            outputs = {}
+            for index, output in self._callers.run(given):
+                outputs[index] = output
+                advance(len(output.outputs))
+        return [outputs[index] for index in range(len(given))]
 
     @takes_other_names(RUN)
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
@@ -178,8 +183,8 @@ class LLM:
         Raises:
             ValueError: as in `generate`.
         """
-        [request] = self._requests([prompt], sampling_params)
-        return (request.output() for _ in self.engine.run([request]))
+        given = self._checked([prompt], sampling_params, RequestOutputKind.CUMULATIVE)
+        return (output for _, output in self._callers.run(given))
 
     @takes_other_names(CHAT, Template.__annotations__)
     def chat(
@@ -212,9 +217,11 @@ class LLM:
         text = render(self.tokenizer, messages, template)
         return {"prompt": text, "prompt_token_ids": self.tokenizer(text, add_special_tokens=False)["input_ids"]}
 
-    def _requests(self, prompts: Sequence[Prompt], sampling_params: Params) -> list[Request]:
+    def _checked(
+        self, prompts: Sequence[Prompt], sampling_params: Params, kind: RequestOutputKind
+    ) -> list[tuple[Any, SamplingParams]]:
         pairs = with_params(prompts, sampling_params, self.default_params_for)
-        return [self.engine.add(*encode(prompt, self.tokenizer), sampling) for prompt, sampling in pairs]
+        return [(self.engine.checked(prompt, sampling), sampling.giving(kind)) for prompt, sampling in pairs]
 
     def drafter_grown_by(self, grower: Any) -> Any:
         """Builds the config's drafter again with another grower. For a ``-lookup`` method, builds its fallback drafter."""
@@ -223,4 +230,4 @@ class LLM:
 
     def measured(self, speculation: Speculation) -> dict[str, Any]:
         """Reads the calibration of a config's drafter, see `foredraft.plan.store.read_calibration`."""
-        return Plan(self._parts, speculation, self.max_num_seqs, self._usual_num_seqs).measured()
+        return Plan(self._parts, speculation, self._usual_num_seqs).measured()

@@ -19,13 +19,14 @@ from foredraft.core.contracts import AcceptanceRule
 from foredraft.core.draws import Draws, Key
 from foredraft.core.errors import UserError
 from foredraft.core.law import TargetLaw
+from foredraft.core.outputs import require_whole
 from foredraft.core.params import SamplingParams
 from foredraft.core.processors import prefix_processors
 from foredraft.core.progress import progress_bar
 from foredraft.core.tree import DraftTree, Ids, TreeBatch
 from foredraft.drafters import DRAFTERS
-from foredraft.engine.continuation import Continuation
-from foredraft.engine.engine import require_whole
+from foredraft.engine.request import Request
+from foredraft.engine.request import Sequence as Output
 from foredraft.llm import LLM
 from foredraft.plan.speculation import PLAIN
 from foredraft.rules import RULES
@@ -158,7 +159,7 @@ class Auditor:
     rule: AcceptanceRule | None = None
     sizes: Mapping[int, int] = field(default_factory=lambda: SIZES)
     enumerated_error: float | None = None
-    _drafted: dict[Continuation, list[Drafted | None]] = field(default_factory=dict, init=False, repr=False)
+    _drafted: dict[Output, list[Drafted | None]] = field(default_factory=dict, init=False, repr=False)
 
     def run(self) -> Audit:
         """Runs all parts, in order of their cost. Raises `ValueError` if the configuration does not draft."""
@@ -226,11 +227,11 @@ class Auditor:
     def _sampled(self, audit: Audit | None, kind: type[Draws]) -> Evidence:
         evidence, rng, bounds = Evidence(), np.random.default_rng(0), []
         for request in self._run(self.sampling, self.samples, kind):
-            for continuation, output in zip(request.continuations, request.output().outputs, strict=True):
+            for sequence, output in zip(request.sequences, request.output().outputs, strict=True):
                 bounds.append(output.metrics)
-                for token, law, draft in self._laws(continuation):
+                for token, law, draft in self._laws(sequence):
                     evidence.see(token, law, draft, float(rng.random()))
-                self._drafted.pop(continuation, None)
+                self._drafted.pop(sequence, None)
         if audit is not None:
             audit.tv_bound_mean = float(np.mean([metrics.tv_bound_mean for metrics in bounds]))
             audit.tv_bound_max = max(metrics.tv_bound_max for metrics in bounds)
@@ -244,26 +245,36 @@ class Auditor:
         try:
             with progress_bar("decoding", len(self.prompts)) as advance:
                 for number, prompt in enumerate(self.prompts):
-                    request = engine.add(None, prompt, replace(sampling, n=samples, seed=number))
-                    for continuation in request.continuations:
-                        continuation.draws = kind(continuation.draws.seed)
-                    seen = {continuation: continuation.num_prompt for continuation in request.continuations}
-                    for running in engine.run([request]):
-                        for continuation in running:
-                            self._note(continuation, seen[continuation])
-                            seen[continuation] = len(continuation.token_ids)
+                    request = engine.add_request(None, prompt, replace(sampling, n=samples, seed=number))
+                    for sequence in request.sequences:
+                        sequence.draws = kind(sequence.draws.seed)
+                    self._decode(request)
                     advance(1)
                     yield request
         finally:
             engine.rule = before
 
-    def _note(self, continuation: Continuation, start: int) -> None:
-        """Records the draft law at each new token."""
-        tree, kept = continuation.last_tree, self._drafted.setdefault(continuation, [])
-        nodes = [0, *continuation.last_path][: len(continuation.token_ids) - start]
+    def _decode(self, request: Request) -> None:
+        """Decodes one request, and records the draft law at each new token."""
+        engine, steps = self.llm.engine, dict.fromkeys(request.sequences, 0)
+        seen = {sequence: sequence.num_prompt for sequence in request.sequences}
+        try:
+            while not request.is_finished:
+                engine.step()
+                for sequence in request.sequences:
+                    if len(sequence.records) > steps[sequence]:
+                        self._note(sequence, seen[sequence])
+                    seen[sequence], steps[sequence] = len(sequence.token_ids), len(sequence.records)
+        finally:
+            engine.abort_request(request.request_id)
+
+    def _note(self, sequence: Output, start: int) -> None:
+        """Records the draft law at each new token of a step."""
+        tree, kept = sequence.last_tree, self._drafted.setdefault(sequence, [])
+        nodes = [0, *sequence.last_path][: len(sequence.token_ids) - start]
         kept += [Drafted.after(tree, node) if tree is not None else None for node in nodes]
 
-    def _laws(self, output: Continuation) -> Iterator[tuple[int, Float[np.ndarray, " v"], Float[np.ndarray, " v"] | None]]:
+    def _laws(self, output: Output) -> Iterator[tuple[int, Float[np.ndarray, " v"], Float[np.ndarray, " v"] | None]]:
         """Yields each output token with the target's law at its prefix, from one later forward, and the draft law there."""
         ids, first, sampling = output.token_ids, output.num_prompt - 1, output.sampling
         logits = all_logits(self.llm.target, ids[:-1])[first:]

@@ -26,12 +26,12 @@ from foredraft.core.errors import UserError
 from foredraft.core.folders import BUNDLED
 from foredraft.core.law import TargetLaw, warp
 from foredraft.core.metrics import summarize
+from foredraft.core.outputs import require_whole
 from foredraft.core.params import SamplingParams
 from foredraft.core.progress import progress_bar
 from foredraft.core.tree import DraftTree, Drawn
 from foredraft.drafters import DRAFTERS
 from foredraft.drafters.along import AskedAlong
-from foredraft.engine.engine import require_whole
 from foredraft.llm import LLM
 from foredraft.plan.choose import TRIED_TREES, TYPICAL_SIZE, best_ways, curve_name, has_weights
 from foredraft.plan.config import drafter_alone

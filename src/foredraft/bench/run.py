@@ -15,8 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from foredraft.core.metrics import Metrics, StepRecord
+from foredraft.core.outputs import require_whole
 from foredraft.core.params import MAX_SEED, SamplingParams
-from foredraft.engine.engine import require_whole
 from foredraft.llm import LLM
 
 

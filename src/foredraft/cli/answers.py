@@ -10,8 +10,8 @@ from typing import Any
 
 from foredraft.cli import show
 from foredraft.cli.options import ModelOptions
+from foredraft.core.outputs import CompletionOutput, RequestOutput
 from foredraft.core.params import RANDOM_SEED, SamplingParams
-from foredraft.engine.engine import CompletionOutput, RequestOutput
 from foredraft.llm import LLM, Prompt
 from foredraft.plan.choose import CHOICES
 
@@ -121,6 +121,7 @@ def result(outcome: Outcome, *, tree: bool) -> dict[str, Any]:
 def configuration(llm: LLM, model: ModelOptions, generation_config: str, params: SamplingParams) -> dict[str, Any]:
     """The configuration of the run in the object that ``--json`` prints."""
     sampling = asdict(params)
+    del sampling["output_kind"]
     if params.logit_bias:  # JSON has no infinity
         sampling["logit_bias"] = {i: bias if math.isfinite(bias) else str(bias) for i, bias in params.logit_bias.items()}
     given = {**model._asdict(), "generation_config": generation_config}

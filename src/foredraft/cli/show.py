@@ -20,10 +20,10 @@ from rich.text import Text
 from rich.tree import Tree
 
 from foredraft.core.errors import UserError, speaks_unicode
+from foredraft.core.outputs import CompletionOutput
 from foredraft.core.params import SamplingParams
 from foredraft.core.text import TextStream
 from foredraft.core.tree import DraftTree
-from foredraft.engine.engine import CompletionOutput
 
 STYLES = {"accepted": "green", "recovered": "yellow", "bonus": "cyan", "plain": "none"}
 """Colour by kind of token."""

@@ -235,9 +235,11 @@ class Drafter(Protocol):
 
     Attributes:
         feature_layers: the target's layers whose features the drafter needs; empty if it needs none.
+        ahead: number of positions behind the committed tokens that a step writes even if its tree is smaller.
     """
 
     feature_layers: Sequence[int]
+    ahead: int
 
     def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> Any:
         """Returns the state of a new request.
@@ -262,6 +264,10 @@ class Drafter(Protocol):
         tokens     path[0]  path[1]  ...  path[-1]   next
         features   root     path[0]  ...  path[-2]   path[-1]
         """
+        ...
+
+    def written(self, state: Any) -> int | None:
+        """Returns for how many tokens the drafter's keys and values are final; None if it has none."""
         ...
 
     def finish(self, state: Any) -> None:

@@ -39,10 +39,6 @@ def _is_n(value: Any, given: Mapping[Any, Any]) -> bool:
     return value == given.get("n", 1)
 
 
-def _is_cumulative(value: Any, _: Mapping[Any, Any]) -> bool:
-    return getattr(value, "name", value) in ("CUMULATIVE", "FINAL_ONLY")
-
-
 def _rows(
     places: tuple[str, ...], library: str, names: str, does: str, use: str | tuple[str, str] = "", fits: Fits | None = None
 ) -> dict[str, Name]:
@@ -113,7 +109,6 @@ _RULE = "Use 'rule': 'block', or another rule that `foredraft methods` lists", "
 _SAFE = "Only safetensors are read here. Convert the weights with save_pretrained of Transformers"
 _SHORTEN = "Cut the token ids yourself, and give them as the prompt", "Shorten the prompt"
 _STORED = "Download that revision with `hf download --local-dir DIR`, and give DIR"
-_SO_FAR = "LLM.stream yields the whole output so far. Leave it out", "Leave it out"
 _STREAM = "Use LLM.stream(prompt)", "Leave it out, the text is printed as it comes"
 _TEMPLATE = "Use chat_template_kwargs={'enable_thinking': False}, which takes any name", "Use --chat-template-kwargs JSON"
 _TEXT = "Models read and write text only here. Leave it out"
@@ -216,7 +211,6 @@ NAMES: dict[str, Name] = {
     **_rows(_REQUEST, _BOTH, "logits_processors logits_processor", "changes logits by code", _TOKENS, _only([])),
     **_sample("detokenize", "leaves the text out", _DETOKENIZE, _only(True)),
     **_sample("spaces_between_special_tokens", "spaces special tokens", _DECODE, _only(True)),
-    **_sample("output_kind", "chooses what a stream yields", _SO_FAR, _is_cumulative),
     **_sample("extra_args vllm_xargs", "is passed to plug-ins", "", _only({})),
     **_sample("truncate_prompt_tokens", "keeps the last tokens of a prompt", _SHORTEN),
     **_sample("logprob_token_ids prompt_logprob_token_ids flat_logprobs", "chooses log-probabilities", _PICK, _only(False)),

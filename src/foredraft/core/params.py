@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -57,6 +58,17 @@ def used_seed(seed: int) -> int:
 _SEED = f"a whole number between 0 and 2**64 - 1 ({MAX_SEED}), or {RANDOM_SEED} for a random one"
 
 
+class RequestOutputKind(enum.Enum):
+    """What a `RequestOutput` of a running request holds. Names and meanings are those of vLLM."""
+
+    CUMULATIVE = 0
+    """Everything so far."""
+    DELTA = 1
+    """What is new since the previous one."""
+    FINAL_ONLY = 2
+    """Everything, and only when the request has ended."""
+
+
 @class_takes_other_names(SAMPLE)
 @dataclass(frozen=True)
 class SamplingParams:
@@ -90,6 +102,7 @@ class SamplingParams:
         bad_words: strings that must not be generated. Within the output, the last token that would complete one is forbidden.
         allowed_token_ids: only these ids may be generated.
         skip_special_tokens: leave special tokens out of the text.
+        output_kind: what `Engine.step` and `AsyncLLM.generate` give while the request runs.
 
     Raises:
         ValueError: a value is out of range. The message says which values are allowed.
@@ -117,6 +130,7 @@ class SamplingParams:
     bad_words: Sequence[str] | None = None
     allowed_token_ids: Sequence[int] | None = None
     skip_special_tokens: bool = True
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
         for name in self.names():
@@ -135,7 +149,7 @@ class SamplingParams:
             self._set("seed", check_seed(self.seed))
         for name, fits, description in _KINDS:
             value = getattr(self, name)
-            if (value is not None or name in _FLAGS) and not fits(value):
+            if (value is not None or name in _REQUIRED) and not fits(value):
                 raise UserTypeError(f"{name} must be {description}, got {shown(getattr(self, name))}")
         self._check_lists()
 
@@ -172,6 +186,12 @@ class SamplingParams:
             return self
         other = copy(self)
         other._set("temperature", temperature)
+        return other
+
+    def giving(self, kind: RequestOutputKind) -> SamplingParams:
+        """Returns the same parameters with another `output_kind`."""
+        other = copy(self)
+        other._set("output_kind", kind)
         return other
 
     @property
@@ -252,6 +272,9 @@ def _many(kind: type, values: Any) -> bool:
 
 _FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
 
+_REQUIRED = (*_FLAGS, "output_kind")
+"""Parameters that cannot be None."""
+
 _KINDS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("stop", lambda x: isinstance(x, str) or _many(str, x), "a string or a list of strings"),
     ("bad_words", lambda x: _many(str, x), "a list of strings"),
@@ -263,4 +286,5 @@ _KINDS: list[tuple[str, Callable[[Any], bool], str]] = [
         "a dictionary of token ids and numbers",
     ),
     *[(name, lambda x: isinstance(x, bool), "True or False") for name in _FLAGS],
+    ("output_kind", lambda x: isinstance(x, RequestOutputKind), "a RequestOutputKind"),
 ]

@@ -15,7 +15,8 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 Params = SamplingParams | Sequence[SamplingParams] | None
 """Sampling parameters of a call: one for all prompts, or one per prompt. None takes the defaults of the model."""
 
-_KEYS = ("prompt", "prompt_token_ids")
+_KEYS, _SALT = ("prompt", "prompt_token_ids"), "cache_salt"
+"""Keys of a prompt that is a dictionary. ``cache_salt`` is optional: requests share prefixes only within one salt."""
 
 
 def encode(prompt: Prompt, tokenizer: Any) -> tuple[str | None, list[int]]:
@@ -48,10 +49,10 @@ def encode(prompt: Prompt, tokenizer: Any) -> tuple[str | None, list[int]]:
 def _of_mapping(prompt: Mapping[str, Any]) -> tuple[str | None, Any]:
     """Returns text and ids of a prompt that is a dictionary. If it has both, the ids are used."""
     for key, value in prompt.items() if set(_KEYS) & set(prompt) else ():
-        if key not in _KEYS and value is not None:
+        if key not in (*_KEYS, _SALT) and value is not None:
             is_media = str(key).startswith(("multi_modal", "mm_"))
             why = "only text is supported, no images, audio or video" if is_media else "unknown key"
-            raise UserTypeError(f"a prompt cannot have {shown(key)} ({why})", f"Allowed keys: {', '.join(_KEYS)}")
+            raise UserTypeError(f"a prompt cannot have {shown(key)} ({why})", f"Allowed keys: {', '.join((*_KEYS, _SALT))}")
     text, ids = (prompt.get(key) for key in _KEYS)
     if ids is None:
         return (text if isinstance(text, str) else None), text if text is not None else prompt
@@ -63,6 +64,18 @@ def _of_mapping(prompt: Mapping[str, Any]) -> tuple[str | None, Any]:
     if not isinstance(text, str | None):
         raise UserTypeError(f"'prompt' must be a str if prompt_token_ids is given, got {shown(text)}", "Leave one of them out")
     return text, ids
+
+
+def salt_of(prompt: Prompt) -> str | None:
+    """Returns the cache salt of a prompt, or None.
+
+    Raises:
+        TypeError: it is not a text.
+    """
+    salt = prompt.get(_SALT) if isinstance(prompt, Mapping) else None
+    if not isinstance(salt, str | None):
+        raise UserTypeError(f"{_SALT} must be a str, got {shown(salt)}")
+    return salt
 
 
 def _is_ids(value: Any) -> bool:

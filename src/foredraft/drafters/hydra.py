@@ -44,7 +44,7 @@ class HydraDrafter:
         weight_bits: int = FEW,
     ):
         self.head, self.grower, self.vocab_size = head, grower, target.vocab_size
-        self.feature_layers = head.feature_layers
+        self.feature_layers, self.ahead = head.feature_layers, 0
         self._embed = target.embed
         self._caches = PairCaches(config, target.dtype, target.device)
         compiled = can_compile(head, config, target) if compiled is None else compiled
@@ -68,6 +68,10 @@ class HydraDrafter:
     def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> PairState:
         """Returns the state of a new request. Nothing is run before its first tree."""
         return self._caches.start(tokens, features, cache, first)
+
+    def written(self, state: PairState) -> int:
+        """Returns the number of pairs whose keys and values are in place."""
+        return self._caches.written(state)
 
     def finish(self, state: PairState) -> None:
         """Releases what the request held."""

@@ -44,6 +44,7 @@ class LMDrafter:
     """
 
     feature_layers: Sequence[int] = ()
+    ahead = 0
 
     def __init__(self, model: Target, grower: Grower, vocab_size: int):
         self.model, self.grower, self.vocab_size = model, grower, vocab_size
@@ -67,6 +68,12 @@ class LMDrafter:
     def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> LMState:
         """Returns the state of a new request. Nothing is run before its first tree."""
         return LMState(self._pools.cache(cache, first), list(tokens[first:]), num_committed=len(tokens))
+
+    def written(self, state: LMState) -> int:
+        """Returns the number of tokens whose keys and values are in place, also those that are not committed yet."""
+        path = state.path or ()
+        in_place = next((i for i, node in enumerate(path, start=1) if node != i), len(path) + 1)
+        return state.cache.length + (0 if state.path is None else in_place)
 
     def finish(self, state: LMState) -> None:
         """Releases what the request held."""

@@ -46,6 +46,7 @@ class LookupFirst:
         check_options(lookup_min_match=lookup_min_match)
         self._lookup, self._other = NgramDrafter(lookup_min_match, lookup_min_match), other
         self.feature_layers: Sequence[int] = other.feature_layers
+        self.ahead = other.ahead
         self.num_looked_up = self.num_drafted = 0
 
     @classmethod
@@ -60,6 +61,10 @@ class LookupFirst:
     def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> LookupState:
         """Returns the state of a new request."""
         return LookupState(self._lookup.start(tokens, None), self._other.start(tokens, features, cache, first))
+
+    def written(self, state: LookupState) -> int | None:
+        """Returns for how many tokens the fallback drafter has written keys and values."""
+        return self._other.written(state.other)
 
     def finish(self, state: LookupState) -> None:
         """Releases the resources of the fallback drafter."""

@@ -34,6 +34,7 @@ class MixedDrafter:
     def __init__(self, greedy: Drafter, sampled: Drafter):
         self._drafters = (greedy, sampled)
         self.feature_layers: Sequence[int] = greedy.feature_layers or sampled.feature_layers
+        self.ahead = max(greedy.ahead, sampled.ahead)
         assert all(tuple(drafter.feature_layers) in ((), tuple(self.feature_layers)) for drafter in self._drafters)
 
     def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> MixedState:
@@ -41,6 +42,12 @@ class MixedDrafter:
         given = ((drafter, features if drafter.feature_layers else None) for drafter in self._drafters)
         greedy, sampled = (drafter.start(tokens, some, cache, first) for drafter, some in given)
         return MixedState((greedy, sampled))
+
+    def written(self, state: MixedState) -> int | None:
+        """Returns for how many tokens the drafter that drafts has written keys and values."""
+        if state.drafts is None:
+            return 0
+        return self._drafters[state.drafts].written(state.parts[state.drafts])
 
     def finish(self, state: MixedState) -> None:
         """Releases the resources of the request."""

@@ -29,6 +29,7 @@ class NgramDrafter:
     """
 
     feature_layers: Sequence[int] = ()
+    ahead = 0
 
     def __init__(self, prompt_lookup_max: int = 4, prompt_lookup_min: int = 1):
         check_options(prompt_lookup_max=prompt_lookup_max, prompt_lookup_min=prompt_lookup_min)
@@ -44,6 +45,9 @@ class NgramDrafter:
         state = NgramState()
         self.observe(state, tokens, None, ())
         return state
+
+    def written(self, state: NgramState) -> None:
+        """Returns None, because the drafter has no keys and values."""
 
     def finish(self, state: NgramState) -> None:
         """Does nothing, because no resources are held."""

@@ -91,6 +91,10 @@ class PairCaches:
         state.take(tokens, features)
         return state
 
+    def written(self, state: PairState) -> int:
+        """Returns the number of pairs whose keys and values are in place, also those that are not committed yet."""
+        return state.cache.length + (state.ran or 0)
+
     def finish(self, state: PairState) -> None:
         """Releases what the request held."""
         self._pools.finish(state.cache)

@@ -54,7 +54,7 @@ class RecurrentDrafter:
         weight_bits: int = FEW,
     ):
         self.head, self.grower, self.vocab_size = head, grower, target.vocab_size
-        self.feature_layers = head.feature_layers
+        self.feature_layers, self.ahead = head.feature_layers, 0
         self._embed, self._target_head = target.embed, target.head
         self._width, self._dtype, self._device = config.hidden_size, target.dtype, target.device
         self._caches = PairCaches(config, target.dtype, target.device)
@@ -83,6 +83,10 @@ class RecurrentDrafter:
     def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> PairState:
         """Returns the state of a new request. Nothing is run before its first tree."""
         return self._caches.start(tokens, None if features is None else self._fuse(features), cache, first)
+
+    def written(self, state: PairState) -> int:
+        """Returns the number of pairs whose keys and values are in place."""
+        return self._caches.written(state)
 
     def finish(self, state: PairState) -> None:
         """Releases what the request held."""

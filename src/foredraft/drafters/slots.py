@@ -52,7 +52,7 @@ class LayerSlots:
         weight_bits: int = FEW,
     ):
         self.head, self.feature_layers = head, head.feature_layers
-        self.num_tokens = head.num_slots
+        self.num_tokens, self.ahead = head.num_slots, head.num_slots
         self._embed, self._target_head = target.embed, target.head
         self._caches = PairCaches(config, target.dtype, target.device, ahead=self.num_tokens - 1)
         compiled = can_compile(head, config, target) if compiled is None else compiled
@@ -68,6 +68,10 @@ class LayerSlots:
     def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> PairState:
         """Returns the state of a new request."""
         return self._caches.start(tokens, features, cache, first)
+
+    def written(self, state: PairState) -> int:
+        """Returns the number of pairs whose keys and values are in place."""
+        return self._caches.written(state)
 
     def finish(self, state: PairState) -> None:
         """Releases what the request held."""
@@ -143,13 +147,16 @@ class FeatureSlots:
 
     def __init__(self, head: MedusaHeads):
         self.head, self.feature_layers = head, head.feature_layers
-        self.num_tokens = head.num_slots
+        self.num_tokens, self.ahead = head.num_slots, 0
 
     def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> PairState:
         """Returns the state of a new request."""
         state = PairState(None, [])
         self.observe(state, tokens, features)
         return state
+
+    def written(self, state: PairState) -> None:
+        """Returns None, because there are no keys and values."""
 
     def finish(self, state: PairState) -> None:
         """Does nothing, because no resources are held."""
@@ -183,7 +190,7 @@ class SlotDrafter:
 
     def __init__(self, slots: LayerSlots | FeatureSlots, grower: Grower | None, vocab_size: int):
         self.slots, self.grower, self.vocab_size = slots, grower, vocab_size
-        self.feature_layers = slots.feature_layers
+        self.feature_layers, self.ahead = slots.feature_layers, slots.ahead
 
     @classmethod
     def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = FEW) -> SlotDrafter:
@@ -201,6 +208,10 @@ class SlotDrafter:
     def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> PairState:
         """Returns the state of a new request."""
         return self.slots.start(tokens, features, cache, first)
+
+    def written(self, state: PairState) -> int | None:
+        """Returns the number of pairs whose keys and values are in place; None if the slots have none."""
+        return self.slots.written(state)
 
     def finish(self, state: PairState) -> None:
         """Releases the resources of the request."""

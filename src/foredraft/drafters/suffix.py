@@ -86,6 +86,7 @@ class SuffixDrafter:
     """
 
     feature_layers: Sequence[int] = ()
+    ahead = 0
 
     def __init__(
         self,
@@ -112,6 +113,9 @@ class SuffixDrafter:
         state = SuffixAutomaton()
         self.observe(state, tokens, None, ())
         return state
+
+    def written(self, state: SuffixAutomaton) -> None:
+        """Returns None, because the drafter has no keys and values."""
 
     def finish(self, state: SuffixAutomaton) -> None:
         """Does nothing, because no resources are held."""

@@ -1,158 +1,57 @@
-"""The engine: takes requests, runs batched steps and returns outputs. Outputs run in waves of at most `max_num_seqs`."""
+"""The engine: requests join, leave and wait; each `step` adds tokens to those that run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
-from foredraft.cache.blocks import num_blocks
+from foredraft.cache.blocks import BLOCK, num_blocks
 from foredraft.core.contracts import AcceptanceRule, Budget, Drafter, Target
 from foredraft.core.draws import Draws, hash_seed
 from foredraft.core.errors import UserError, shown
-from foredraft.core.metrics import Metrics, StepRecord, summarize
-from foredraft.core.params import SamplingParams, used_seed
+from foredraft.core.outputs import RequestOutput
+from foredraft.core.params import RequestOutputKind, SamplingParams, used_seed
 from foredraft.core.processors import prefix_processors
+from foredraft.core.prompts import Prompt, encode, salt_of
 from foredraft.core.text import TextStream, bad_word_ids
-from foredraft.core.tree import DraftTree
-from foredraft.engine.continuation import Continuation, Logprob
-from foredraft.engine.decode import Steps, autoregressive, hand_over, paced, speculative
+from foredraft.engine.drafting import Drafting
+from foredraft.engine.one_thread import one_thread
+from foredraft.engine.request import Request
+from foredraft.engine.request import Sequence as Output
+from foredraft.engine.scheduler import Scheduler
+from foredraft.engine.step import step
 from foredraft.models.rope import original_context
 
 DEFAULT_NUM_SEQS = 8
 
-_AHEAD = 64
-"""Positions behind the context that a drafter may run, such as its slots."""
-
 MAX_NUM_SEQS = 4096
-"""Upper limit of `max_num_seqs`. Every cache reserves a slot for each of them from the start, even if it stays unused."""
+"""Upper limit of `max_num_seqs`."""
+
+MAX_ROWS = 512
+"""Rows of a step, unless the caller says otherwise."""
 
 
-@dataclass(frozen=True)
-class CompletionOutput:
-    """One output of a request.
-
-    Attributes:
-        token_ids: generated ids, including the id that ended the output.
-        finish_reason: ``stop``, ``length`` or ``error``; None while the output is running.
-        stop_reason: the stop string or stop token id that ended the output; None after an end of sequence or at the limit.
-        error: why the output ended with ``error``, else None. Either the sampling parameters forbade every token, or the
-            model's logits were NaN or infinite. The tokens before remain valid, and other outputs are not affected.
-        logprobs: per token, the requested number of most likely tokens and the token itself.
-        kinds: per token ``accepted``, ``recovered``, ``bonus`` or ``plain``.
-        records: one record per step; `metrics` summarizes them.
-        last_tree: the tree of the latest step; None if nothing is drafted.
-        last_path: the accepted nodes of `last_tree`.
-    """
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None
-    stop_reason: int | str | None
-    logprobs: list[dict[int, Logprob]] | None
-    cumulative_logprob: float | None
-    kinds: list[str]
-    records: list[StepRecord] = field(repr=False)
-    last_tree: DraftTree | None = field(default=None, repr=False)
-    last_path: list[int] = field(default_factory=list)
-    error: UserError | None = None
-
-    @cached_property
-    def metrics(self) -> Metrics:
-        """Summary of `records`. Computed on demand, because a stream creates a new output in every step."""
-        return summarize(self.records)
-
-
-@dataclass(frozen=True)
-class RequestOutput:
-    """All outputs of one prompt.
-
-    Attributes:
-        prompt: the text of the prompt; None if token ids were given.
-        finished: whether all outputs have ended.
-        seed: seed of the random numbers: `SamplingParams.seed`, or the seed used in its place if that is None or -1. A
-            request with this seed gives the same outputs.
-    """
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    prompt_logprobs: list[dict[int, Logprob] | None] | None
-    outputs: list[CompletionOutput]
-    finished: bool
-    seed: int = 0
-
-    @cached_property
-    def metrics(self) -> Metrics:
-        """Summary over the steps of all outputs."""
-        return summarize([record for completion in self.outputs for record in completion.records])
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt that is being processed, with its `n` outputs."""
-
-    number: int
-    prompt: str | None
-    prompt_ids: list[int]
-    sampling: SamplingParams
-    continuations: list[Continuation] = field(default_factory=list)
-    seed: int = 0
-
-    def output(self) -> RequestOutput:
-        """Returns the outputs so far."""
-        return RequestOutput(
-            request_id=str(self.number),
-            prompt=self.prompt,
-            prompt_token_ids=self.prompt_ids,
-            prompt_logprobs=self.continuations[0].prompt_logprobs,
-            outputs=[_completion(index, continuation) for index, continuation in enumerate(self.continuations)],
-            finished=all(continuation.finish_reason is not None for continuation in self.continuations),
-            seed=self.seed,
-        )
-
-
-def _completion(index: int, continuation: Continuation) -> CompletionOutput:
-    scored = continuation.sampling.logprobs is not None
-    text = continuation.text
-    return CompletionOutput(
-        index=index,
-        text=text.text if continuation.finish_reason else text.settled,
-        token_ids=continuation.output_ids,
-        finish_reason=continuation.finish_reason,
-        stop_reason=continuation.stop_reason,
-        logprobs=list(continuation.logprobs) if scored else None,
-        cumulative_logprob=continuation.cumulative_logprob if scored else None,
-        kinds=list(continuation.kinds),
-        records=list(continuation.records),
-        last_tree=continuation.last_tree,
-        last_path=list(continuation.last_path),
-        error=continuation.error,
-    )
-
-
-def require_whole(results: Sequence[RequestOutput]) -> None:
-    """Checks that no output ended with an error. Call this before computing statistics over the outputs.
-
-    Raises:
-        ValueError: an output ended with an error.
-    """
-    for completion in (completion for result in results for completion in result.outputs):
-        if completion.error is not None:
-            raise completion.error
+class QueueFullError(RuntimeError):
+    """As many requests wait as `max_waiting` allows."""
 
 
 class Engine:
-    """Runs requests on one target, with at most one drafter.
+    """Runs requests on one target, with at most one drafter. Its methods may be called from several threads.
 
     Args:
         tokenizer: decodes text and finds stop strings; None if only token ids are used.
         drafter, rule, budget: None for plain decoding.
         max_nodes: gives the maximum number of tree nodes of a request, within the budget; None uses the whole budget.
         max_model_len: maximum length of prompt plus output, in tokens.
-        max_num_seqs: maximum number of outputs decoded at once.
+        max_num_seqs: maximum number of outputs decoded at once; others wait.
+        max_num_batched_tokens: maximum number of rows of a step: prompt tokens, roots and nodes of trees.
+        num_kv_blocks: number of blocks of 16 tokens for keys and values. None is `max_num_seqs` full contexts.
+        enable_prefix_caching: whether requests share the keys and values of equal prefixes.
+        max_waiting: maximum number of waiting outputs; None sets no limit.
+        max_wait_s: an output that waits longer ends with ``error``, in seconds; None sets no limit.
         seed: seed for requests that set none.
         eos_ids: end-of-sequence tokens.
     """
@@ -168,66 +67,166 @@ class Engine:
         max_nodes: Callable[[SamplingParams], int] | None = None,
         max_model_len: int,
         max_num_seqs: int,
+        max_num_batched_tokens: int = MAX_ROWS,
+        num_kv_blocks: int | None = None,
+        enable_prefix_caching: bool = True,
+        max_waiting: int | None = None,
+        max_wait_s: float | None = None,
         seed: int = 0,
         eos_ids: Sequence[int] = (),
     ):
-        self.target, self.tokenizer, self.drafter = target, tokenizer, drafter
+        self.target, self.tokenizer = target, tokenizer
         self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
-        self.rule, self._budget, self._max_nodes, self._seed = rule, budget, max_nodes, seed
+        self._drafting: Drafting | None = None
+        if drafter is not None:
+            assert rule is not None and budget is not None
+            self._drafting = Drafting(drafter, rule, budget)
+        self._max_nodes, self._seed = max_nodes, seed
+        self._max_waiting, self._max_wait_s = max_waiting, max_wait_s
         self._eos_ids = frozenset(token_id for token_id in eos_ids if 0 <= token_id < target.vocab_size)
-        longest = max_model_len + (budget.nodes if budget else 0) + _AHEAD
-        self._pool = target.new_pool(num_blocks(longest, max_num_seqs))
+        ahead = 0 if self._drafting is None else max(self._drafting.most.nodes, self._drafting.drafter.ahead)
+        count = num_blocks(max_model_len + 1 + ahead, max_num_seqs) if num_kv_blocks is None else num_kv_blocks
+        self.scheduler = Scheduler(
+            target.new_pool(count),
+            self._drafting,
+            max_num_seqs=max_num_seqs,
+            max_rows=max_num_batched_tokens,
+            caching=enable_prefix_caching,
+        )
+        self._requests: dict[str, Request] = {}
         self._num_requests = 0
+        self.lock = threading.RLock()
 
-    def add(self, prompt: str | None, prompt_ids: Sequence[int], sampling: SamplingParams) -> Request:
-        """Checks a prompt and its parameters, and returns a new request. `run` starts it.
+    @property
+    def drafter(self) -> Drafter | None:
+        """The drafter; None for plain decoding."""
+        return None if self._drafting is None else self._drafting.drafter
+
+    @property
+    def rule(self) -> AcceptanceRule | None:
+        """The rule; None for plain decoding. It may be exchanged between steps."""
+        return None if self._drafting is None else self._drafting.rule
+
+    @rule.setter
+    def rule(self, rule: AcceptanceRule | None) -> None:
+        if self._drafting is not None and rule is not None:
+            self._drafting.rule = rule
+
+    def add_request(
+        self,
+        request_id: str | None,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        arrival_time: float | None = None,
+    ) -> Request:
+        """Checks a request and puts it into the queue. Later steps run it.
+
+        Args:
+            request_id: name of the request in its outputs; it must differ from those of unfinished requests. None is a
+                running number.
+            prompt: a text, token ids, or a dictionary with ``prompt_token_ids`` and optionally ``prompt`` and ``cache_salt``.
+                Requests share prefixes only with requests of the same salt.
+            priority: a request of smaller priority is served first.
+            arrival_time: when the request arrived, in seconds of `time.monotonic`; None is now.
 
         Raises:
-            ValueError: the prompt is empty, too long or contains unknown ids, or the parameters need a tokenizer.
+            ValueError: the prompt is empty, too long or contains unknown ids, the parameters need a tokenizer, the blocks could
+                never hold the request, or the name is in use.
+            QueueFullError: `max_waiting` requests wait already.
         """
-        self._check(prompt_ids, sampling)
-        seed = hash_seed(self._seed, self._num_requests) if sampling.seed is None else used_seed(sampling.seed)
-        request = Request(self._num_requests, prompt, list(prompt_ids), sampling, seed=seed)
-        self._num_requests += 1
-        request.continuations = [self._continuation(request, hash_seed(seed, i)) for i in range(sampling.n)]
-        return request
+        given = self.checked(prompt, params)
+        with self.lock:
+            name = str(self._num_requests) if request_id is None else request_id
+            if name in self._requests:
+                raise UserError(f"request {name!r} is still running", "give every request a name of its own")
+            if self._max_waiting is not None and len(self.scheduler.waiting) + params.n > self._max_waiting:
+                waiting = len(self.scheduler.waiting)
+                raise QueueFullError(f"{waiting} outputs are waiting, and max_waiting is {self._max_waiting}: try again later")
+            seed = hash_seed(self._seed, self._num_requests) if params.seed is None else used_seed(params.seed)
+            now = time.monotonic() if arrival_time is None else arrival_time
+            about = {"priority": priority, "arrival_s": now, "salt": given["cache_salt"]}
+            request = Request(name, self._num_requests, given["prompt"], given["prompt_token_ids"], params, seed, **about)
+            request.sequences = [self._sequence(request, i, hash_seed(seed, i)) for i in range(params.n)]
+            self._require_blocks(request)
+            self._num_requests += 1
+            self._requests[name] = request
+            for sequence in request.sequences:
+                self.scheduler.add(sequence)
+            return request
 
-    def run(self, requests: Sequence[Request]) -> Iterator[list[Continuation]]:
-        """Runs requests to their end. After every step, yields the outputs that took part in it.
+    def add_requests(self, pairs: Sequence[tuple[Any, SamplingParams]]) -> list[Request]:
+        """Adds requests as `add_request` does, all or none of them."""
+        with self.lock:
+            added: list[Request] = []
+            try:
+                for prompt, params in pairs:
+                    added.append(self.add_request(None, prompt, params))
+            except Exception:
+                self.abort_request([request.request_id for request in added])
+                raise
+            return added
 
-        Closing the iterator early frees all caches.
-        """
-        every = [continuation for request in requests for continuation in request.continuations]
-        try:
-            for first in range(0, len(every), self.max_num_seqs):
-                wave, next_wave = every[first:][: self.max_num_seqs], every[first + self.max_num_seqs :][: self.max_num_seqs]
-                yield from paced(self.target, self._steps(wave))
-                hand_over(wave, next_wave)
-                self._release(wave)
-        finally:
-            self._release(every)
+    def step(self) -> list[RequestOutput]:
+        """Runs one step. Returns the requests with news, see `SamplingParams.output_kind`."""
+        with self.lock, one_thread if self.target.has_own_threads else nullcontext():
+            changed = [*self._expire(), *step(self.target, self.scheduler, self._drafting)]
+            return self._outputs(changed)
 
-    def _steps(self, wave: Sequence[Continuation]) -> Steps:
-        # if nothing is drafted, both loops give the same outputs, and the plain loop is faster
-        if self.drafter is None or all(continuation.max_nodes == 0 for continuation in wave):
-            return autoregressive(self.target, self._pool, wave)
-        assert self.rule is not None and self._budget is not None
-        return speculative(self.target, self._pool, wave, self.drafter, self.rule, self._budget)
+    def abort_request(self, request_ids: str | Iterable[str]) -> None:
+        """Ends requests and releases what they hold. Names of requests that have ended are ignored."""
+        with self.lock:
+            for name in [request_ids] if isinstance(request_ids, str) else list(request_ids):
+                request = self._requests.pop(name, None)
+                for sequence in request.sequences if request else ():
+                    if sequence.finish_reason is None:
+                        sequence.finish_reason = "abort"
+                        self.scheduler.release(sequence)
 
-    def _release(self, continuations: Sequence[Continuation]) -> None:
-        for continuation in continuations:
-            if continuation.cache is not None:
-                self._pool.free(continuation.cache)
-            if continuation.draft_state is not None and self.drafter is not None:
-                self.drafter.finish(continuation.draft_state)
-            continuation.cache = continuation.draft_state = continuation.prompt_features = None
+    def has_unfinished_requests(self) -> bool:
+        """Whether a request waits or runs."""
+        return bool(self._requests)
 
-    def _continuation(self, request: Request, seed: int) -> Continuation:
+    def get_num_unfinished_requests(self) -> int:
+        """Number of requests that wait or run."""
+        return len(self._requests)
+
+    def _outputs(self, changed: Sequence[Output]) -> list[RequestOutput]:
+        found = []
+        for request in dict.fromkeys(sequence.request for sequence in changed):
+            is_finished = request.is_finished
+            if is_finished:
+                self._requests.pop(request.request_id, None)
+            if is_finished or request.sampling.output_kind is not RequestOutputKind.FINAL_ONLY:
+                found.append(request.output())
+        return found
+
+    def _expire(self) -> list[Output]:
+        """Ends outputs that have waited too long for their first step."""
+        if self._max_wait_s is None:
+            return []
+        latest = time.monotonic() - self._max_wait_s
+        late = [one for one in self.scheduler.waiting if not one.records and one.request.arrival_s < latest]
+        for sequence in late:
+            self.scheduler.release(sequence)
+            sequence.fail(UserError(f"the request waited longer than max_wait_s ({self._max_wait_s:g} s)", "try again later"))
+        return late
+
+    def checked(self, prompt: Prompt, params: SamplingParams) -> dict[str, Any]:
+        """Returns a prompt with its token ids. Raises as `add_request` does, but adds nothing."""
+        text, ids = encode(prompt, self.tokenizer)
+        self._check(ids, params)
+        return {"prompt": text, "prompt_token_ids": ids, "cache_salt": salt_of(prompt)}
+
+    def _sequence(self, request: Request, index: int, seed: int) -> Output:
         sampling, num_prompt = request.sampling, len(request.prompt_ids)
         num_left = self.max_model_len - num_prompt
-        eos_ids = frozenset() if sampling.ignore_eos else self._eos_ids
         words = bad_word_ids(self.tokenizer, sampling.bad_words) if sampling.bad_words else []
-        return Continuation(
+        most = self._drafting.most.nodes if self._drafting is not None else 0
+        return Output(
+            request=request,
+            index=index,
             token_ids=list(request.prompt_ids),
             num_prompt=num_prompt,
             max_len=num_prompt + min(num_left, sampling.max_tokens or num_left),
@@ -240,11 +239,20 @@ class Engine:
                 include_stop=sampling.include_stop_str_in_output,
                 skip_special_tokens=sampling.skip_special_tokens,
             ),
-            eos_ids=eos_ids,
+            eos_ids=frozenset() if sampling.ignore_eos else self._eos_ids,
             processors=prefix_processors(sampling, num_prompt, {*self._eos_ids, *(sampling.stop_token_ids or ())}, words),
             tokenizer=self.tokenizer,
-            max_nodes=self._max_nodes(sampling) if self._max_nodes else None,
+            nodes=min(most, self._max_nodes(sampling)) if self._max_nodes else most,
         )
+
+    def _require_blocks(self, request: Request) -> None:
+        sequence, count = request.sequences[0], self.scheduler.pool.blocks.count
+        needed = self.scheduler.blocks_for(sequence, sequence.max_len)
+        if needed > count:
+            raise UserError(
+                f"the request may take {needed * BLOCK} tokens of keys and values, but there is memory for {count * BLOCK}",
+                "lower max_tokens, shorten the prompt, or raise kv_cache_memory_bytes",
+            )
 
     def _check(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
         vocab_size = self.target.vocab_size

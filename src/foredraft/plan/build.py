@@ -32,13 +32,11 @@ class Plan:
     Attributes:
         parts: the target, and what was loaded with it.
         speculation: the checked config.
-        num_slots: maximum number of outputs at once.
         num_seqs: number of requests per step for which open values are chosen.
     """
 
     parts: ModelParts
     speculation: Speculation
-    num_slots: int
     num_seqs: int
 
     @property
@@ -147,18 +145,18 @@ def describe(plan: Plan | None, sampling: SamplingParams) -> dict[str, Any]:
     return found
 
 
-def make_engine(parts: ModelParts, plan: Plan | None, *, num_slots: int, seed: int) -> Engine:
+def make_engine(parts: ModelParts, plan: Plan | None, *, max_num_seqs: int, seed: int) -> Engine:
     """Builds the engine that runs a plan. No plan is plain decoding.
 
     Args:
-        num_slots: maximum number of outputs at once.
+        max_num_seqs: maximum number of outputs at once.
         seed: seed for requests that set none.
     """
     return Engine(
         parts.target,
         tokenizer=parts.tokenizer,
         max_model_len=parts.max_model_len,
-        max_num_seqs=num_slots,
+        max_num_seqs=max_num_seqs,
         seed=seed,
         eos_ids=parts.eos_ids,
         **(plan.engine_options() if plan else {}),

@@ -79,6 +79,7 @@ class Full:
     """
 
     feature_layers: Sequence[int] = ()
+    ahead = 0
 
     def start(self, tokens: Sequence[int], features: Any, cache: Any = None, first: int = 0) -> list[int]:
         """Returns the state, which is the last token."""
@@ -91,6 +92,9 @@ class Full:
     def observe(self, state: list[int], tokens: Sequence[int], features: Any, path: Sequence[int]) -> None:
         """Stores the last token."""
         state[0] = tokens[-1]
+
+    def written(self, state: list[int]) -> None:
+        """Returns None, because there are no keys and values."""
 
     def finish(self, state: list[int]) -> None:
         """Does nothing, because no resources are held."""
@@ -162,4 +166,10 @@ class Timed:
             max_model_len=length,
             max_num_seqs=self.num_seqs,
         )
-        yield from engine.run([engine.add(None, self.prompt, self.sampling) for _ in range(self.num_seqs)])
+        for _ in range(self.num_seqs):
+            engine.add_request(None, self.prompt, self.sampling)
+        try:
+            while engine.has_unfinished_requests():
+                yield engine.step()
+        finally:
+            engine.abort_request([str(number) for number in range(self.num_seqs)])

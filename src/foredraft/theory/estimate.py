@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from foredraft.core.errors import UserError
+from foredraft.core.outputs import require_whole
 from foredraft.core.progress import progress_bar
 from foredraft.drafters.along import AskedAlong
-from foredraft.engine.engine import require_whole
 from foredraft.theory.chains import Pair, Rows, check_room
 from foredraft.theory.predict import laws_of
 from foredraft.theory.texts import Texts

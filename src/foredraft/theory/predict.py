@@ -20,11 +20,11 @@ from jaxtyping import Float
 
 from foredraft.core.errors import UserError, whole_number
 from foredraft.core.law import warp
+from foredraft.core.outputs import CompletionOutput, require_whole
 from foredraft.core.params import SamplingParams
 from foredraft.core.progress import progress_bar
 from foredraft.core.shape import MAX_NODES
 from foredraft.drafters.along import AskedAlong
-from foredraft.engine.engine import CompletionOutput, require_whole
 from foredraft.theory.chains import Rows, total_variation
 from foredraft.theory.rejections import Place, Rounds, retry
 from foredraft.theory.texts import Texts

@@ -1,0 +1,98 @@
+"""The drafter of an engine. A failure of the drafter ends the drafting of one request, and nothing else."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as Items
+from contextlib import suppress
+
+import torch
+
+from foredraft.core.contracts import AcceptanceRule, Budget, Drafter, Features, Work
+from foredraft.core.tree import DraftTree, TreeBatch
+from foredraft.engine.request import Sequence
+
+_log = logging.getLogger("foredraft")
+
+
+class Drafting:
+    """Drafts for the sequences of an engine.
+
+    Args:
+        drafter: proposes trees.
+        rule: decides which nodes are kept.
+        most: the largest tree.
+    """
+
+    def __init__(self, drafter: Drafter, rule: AcceptanceRule, most: Budget):
+        self.drafter, self.rule, self.most = drafter, rule, most
+
+    @property
+    def feature_layers(self) -> Items[int]:
+        """The target's layers whose features the drafter needs."""
+        return self.drafter.feature_layers
+
+    def start(self, sequence: Sequence) -> None:
+        """Starts drafting for a sequence whose prompt is in the cache."""
+        features = torch.cat(sequence.features) if sequence.features else None
+        sequence.features = []
+        try:
+            sequence.draft_state = self.drafter.start(sequence.token_ids, features, sequence.cache, sequence.first)
+        except Exception as error:
+            self._switch_off(sequence, error)
+
+    def propose(self, sequences: Items[Sequence], budgets: Items[Budget]) -> TreeBatch | list[DraftTree]:
+        """Returns one tree per sequence, within its budget. Node 0 is the root."""
+        try:
+            return self.drafter.propose(work_of(sequences, budgets))
+        except Exception:
+            return [self._propose_alone(*pair) for pair in zip(sequences, budgets, strict=True)]
+
+    def _propose_alone(self, sequence: Sequence, budget: Budget) -> DraftTree:
+        """Drafts for one sequence of a batch that failed. The random numbers are addressed, so its tree does not change."""
+        try:
+            return self.drafter.propose(work_of([sequence], [budget]))[0]
+        except Exception as error:
+            self._switch_off(sequence, error)
+            return TreeBatch.chains([sequence.token_ids[-1:]])[0]
+
+    def observe(self, sequence: Sequence, tokens: Items[int], features: Features | None, path: Items[int]) -> None:
+        """Tells the drafter what was committed, see `Drafter.observe`."""
+        try:
+            self.drafter.observe(sequence.draft_state, tokens, features, path)
+        except Exception as error:
+            self._switch_off(sequence, error)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Releases the drafter's state of a sequence."""
+        state, sequence.draft_state, sequence.features = sequence.draft_state, None, []
+        if state is not None:
+            self.drafter.finish(state)
+
+    def written(self, sequence: Sequence) -> int:
+        """Returns for how many tokens the drafter's own keys and values are written, at most those of the target."""
+        held = None if sequence.draft_state is None else self.drafter.written(sequence.draft_state)
+        return sequence.cache.length if held is None else min(held, sequence.cache.length)
+
+    def _switch_off(self, sequence: Sequence, error: Exception) -> None:
+        _log.warning(
+            "request %s: the drafter failed (%s: %s); the request goes on without drafting",
+            sequence.request.request_id,
+            type(error).__name__,
+            error,
+        )
+        sequence.nodes = 0
+        with suppress(Exception):
+            self.finish(sequence)
+        sequence.draft_state = None
+
+
+def work_of(sequences: Items[Sequence], budgets: Items[Budget]) -> Work:
+    """Returns the work of a drafter in one step."""
+    return Work(
+        states=[sequence.draft_state for sequence in sequences],
+        roots=[sequence.token_ids[-1] for sequence in sequences],
+        budgets=budgets,
+        sampling=[sequence.sampling for sequence in sequences],
+        draws=[sequence.draws.at(len(sequence.token_ids)) for sequence in sequences],
+    )

@@ -1,0 +1,184 @@
+"""A request and its outputs while they are generated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from foredraft.cache.prefixes import Trail
+from foredraft.core.contracts import Budget
+from foredraft.core.draws import Draws
+from foredraft.core.errors import UserError
+from foredraft.core.law import PrefixProcessor
+from foredraft.core.metrics import StepRecord
+from foredraft.core.outputs import CompletionOutput, Logprob, RequestOutput
+from foredraft.core.params import RequestOutputKind, SamplingParams
+from foredraft.core.text import TextStream
+from foredraft.core.tree import DraftTree
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One output while it is generated. It waits, runs, may be preempted, and ends.
+
+    Attributes:
+        request: the request that it belongs to.
+        index: number of the output within the request.
+        token_ids: prompt and output so far. The last token is the root of the next tree.
+        num_prompt: number of prompt tokens.
+        max_len: maximum number of tokens of prompt plus output.
+        draws: the random numbers of the output.
+        eos_ids: end-of-sequence tokens; empty if they are ignored.
+        processors: the parts of `sampling` that depend on the prefix.
+        nodes: maximum number of nodes below the root of its trees; 0 means plain decoding.
+        text: the text of the output so far.
+        kinds: per output token ``accepted``, ``recovered``, ``bonus``, or ``plain`` if nothing was drafted.
+        cache: the target's cache; None unless the sequence runs.
+        trail: how far its blocks are published for other requests.
+        first: number of tokens whose keys and values another request left in its blocks.
+        features: the target's features of the tokens in the cache, in parts, until the drafter has started.
+        draft_state: the drafter's state; None before it has started, and if nothing is drafted.
+        finish_reason: ``stop``, ``length``, ``abort`` or ``error``; None while the output runs.
+        error: why the output ended with ``error``.
+        cause: the exception behind `error` if it was not a mistake of the user.
+        last_tree: the tree of the latest step.
+        last_path: the accepted nodes of `last_tree`.
+        told: numbers of tokens, characters and records that were given out already; see `RequestOutputKind.DELTA`.
+    """
+
+    request: Request
+    index: int
+    token_ids: list[int]
+    num_prompt: int
+    max_len: int
+    sampling: SamplingParams
+    draws: Draws
+    text: TextStream
+    eos_ids: frozenset[int] = frozenset()
+    processors: Items[PrefixProcessor] = ()
+    tokenizer: Any = None
+    nodes: int = 0
+    cache: Any = None
+    trail: Trail | None = None
+    first: int = 0
+    features: list[Float[Tensor, "_ d"]] = field(default_factory=list)
+    draft_state: Any = None
+    records: list[StepRecord] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    cumulative_logprob: float = 0.0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    error: UserError | None = None
+    cause: Exception | None = None
+    last_tree: DraftTree | None = None
+    last_path: list[int] = field(default_factory=list)
+    told: tuple[int, int, int] = (0, 0, 0)
+
+    @property
+    def output_ids(self) -> list[int]:
+        """The generated tokens."""
+        return self.token_ids[self.num_prompt :]
+
+    @property
+    def room(self) -> int:
+        """Number of tokens that may still be generated."""
+        return self.max_len - len(self.token_ids)
+
+    @property
+    def num_missing(self) -> int:
+        """Number of tokens before the root whose keys and values must still be computed."""
+        return len(self.token_ids) - 1 - self.cache.length
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the logits of its prompt must be computed. The first output of a request computes them, and only once."""
+        wanted, found = self.index == 0 and self.sampling.prompt_logprobs is not None, self.prompt_logprobs or ()
+        return wanted and len(found) < self.num_prompt
+
+    def budget(self, most: Budget) -> Budget:
+        """Returns the largest tree of its next step, within the budget `most` of the engine."""
+        nodes = min(most.nodes, self.nodes)
+        depth = max(0, min(most.depth, nodes, self.room - 1))
+        return Budget(nodes if depth else 0, depth)
+
+    def fail(self, error: UserError, cause: Exception | None = None) -> None:
+        """Ends the output with an error. The tokens so far remain valid."""
+        self.finish_reason, self.error, self.cause = "error", error, cause
+        self.text.flush()
+
+    def completion(self, kind: RequestOutputKind) -> CompletionOutput:
+        """Returns the output so far, or what is new in it."""
+        text = self.text.text if self.finish_reason else self.text.settled
+        tokens, characters, records = self.told if kind is RequestOutputKind.DELTA else (0, 0, 0)
+        output_ids = self.token_ids[self.num_prompt + tokens :]
+        scored = self.sampling.logprobs is not None
+        found = CompletionOutput(
+            index=self.index,
+            text=text[characters:],
+            token_ids=output_ids,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            logprobs=self.logprobs[tokens:] if scored else None,
+            cumulative_logprob=self.cumulative_logprob if scored else None,
+            kinds=self.kinds[tokens:],
+            records=self.records[records:],
+            last_tree=self.last_tree,
+            last_path=list(self.last_path),
+            error=self.error,
+        )
+        self.told = len(self.token_ids) - self.num_prompt, len(text), len(self.records)
+        return found
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt that is processed, with its `n` outputs.
+
+    Attributes:
+        number: running number within the engine; requests of equal priority are served in this order.
+        priority: a smaller number is served first.
+        arrival_s: when the request arrived, in seconds of `time.monotonic`.
+        salt: requests share prefixes only with requests of the same salt.
+    """
+
+    request_id: str
+    number: int
+    prompt: str | None
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    seed: int
+    priority: int = 0
+    arrival_s: float = 0.0
+    salt: str | None = None
+    num_cached: int = 0
+    sequences: list[Sequence] = field(default_factory=list)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all outputs have ended."""
+        return all(sequence.finish_reason is not None for sequence in self.sequences)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Key by which requests are served."""
+        return self.priority, self.number
+
+    def output(self) -> RequestOutput:
+        """Returns the outputs so far, in the form that `SamplingParams.output_kind` names."""
+        kind = self.sampling.output_kind
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_ids,
+            prompt_logprobs=self.sequences[0].prompt_logprobs,
+            outputs=[sequence.completion(kind) for sequence in self.sequences],
+            finished=self.is_finished,
+            seed=self.seed,
+            num_cached_tokens=self.num_cached,
+        )

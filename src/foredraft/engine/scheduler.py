@@ -1,0 +1,218 @@
+"""Decides what each step runs: admits waiting requests, cuts prompts into chunks, and preempts when blocks run out."""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass, field
+
+from foredraft.cache.blocks import BLOCK, OutOfBlocksError, num_blocks
+from foredraft.cache.prefixes import Key, Prefixes, Trail
+from foredraft.core.contracts import Budget, Pool
+from foredraft.engine.drafting import Drafting
+from foredraft.engine.request import Sequence
+
+_LEAST_CHUNK = BLOCK
+"""Rows that a step leaves for prompts, even if trees fill it."""
+
+
+@dataclass
+class Schedule:
+    """The rows of one step.
+
+    Attributes:
+        trees: sequences that decode. Each runs the root and the nodes of its tree.
+        budgets: the largest tree of each of them.
+        chunks: sequences whose prompt is computed, each with the number of tokens that this step adds.
+    """
+
+    trees: list[Sequence] = field(default_factory=list)
+    budgets: list[Budget] = field(default_factory=list)
+    chunks: list[tuple[Sequence, int]] = field(default_factory=list)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """All sequences of the step."""
+        return [*self.trees, *(sequence for sequence, _ in self.chunks)]
+
+    def drop(self, sequence: Sequence) -> None:
+        """Removes a sequence that is preempted."""
+        if sequence in self.trees:
+            at = self.trees.index(sequence)
+            del self.trees[at], self.budgets[at]
+        self.chunks = [pair for pair in self.chunks if pair[0] is not sequence]
+
+
+class Scheduler:
+    """The waiting and the running sequences of an engine, each in the order in which they are served.
+
+    Sequences of smaller priority come first, and among equals those that arrived first. If blocks run out, the last running
+    sequence is preempted: its blocks are released, it waits, and its tokens are computed again later.
+
+    Args:
+        pool: the target's pool.
+        drafting: None for plain decoding.
+        max_num_seqs: maximum number of running sequences.
+        max_rows: maximum number of rows of a step.
+        caching: whether requests share prefixes. Outputs of the same request always do.
+    """
+
+    def __init__(self, pool: Pool, drafting: Drafting | None, *, max_num_seqs: int, max_rows: int, caching: bool = True):
+        self.pool, self._drafting = pool, drafting
+        self._max_num_seqs, self._max_rows, self._caching = max_num_seqs, max_rows, caching
+        self._prefixes = Prefixes(pool.blocks)
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+
+    def add(self, sequence: Sequence) -> None:
+        """Puts a sequence into the queue."""
+        insort(self.waiting, sequence, key=_order)
+
+    def schedule(self) -> Schedule:
+        """Chooses the rows of the next step, and reserves their blocks."""
+        schedule, rows = Schedule(), self._max_rows
+        for sequence in [*self.running]:
+            if sequence.cache is not None and not sequence.num_missing:
+                budget = self.budget(sequence)
+                if self._reserve(sequence, sequence.cache.length + self._ahead(budget.nodes), schedule):
+                    schedule.trees.append(sequence)
+                    schedule.budgets.append(budget)
+                    rows -= 1 + budget.nodes
+        rows = max(rows, _LEAST_CHUNK)
+        for sequence in [*self.running]:
+            if sequence.cache is not None and sequence.num_missing:
+                rows -= self._chunk(sequence, rows, schedule)
+        for sequence in [*self.waiting]:
+            if len(self.running) == self._max_num_seqs or rows <= 0:
+                break
+            key = self._first_missing(sequence)
+            if key is not None and key in self._being_computed():
+                continue  # soon another sequence has computed what this one needs
+            if not self._admit(sequence):
+                break
+            rows -= self._chunk(sequence, rows, schedule)
+        return schedule
+
+    def budget(self, sequence: Sequence) -> Budget:
+        """Returns the largest tree of the next step of a sequence."""
+        if self._drafting is None or sequence.draft_state is None:
+            return Budget(0, 0)
+        return sequence.budget(self._drafting.most)
+
+    def publish(self, sequence: Sequence) -> None:
+        """Lets other requests find the blocks of a sequence that are written."""
+        written = sequence.cache.length if self._drafting is None else self._drafting.written(sequence)
+        assert sequence.trail is not None
+        if written >= (sequence.trail.count + 1) * BLOCK:
+            self._prefixes.publish(sequence.trail, sequence.cache.blocks, sequence.token_ids, written)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Releases what a running sequence holds, and lets it wait."""
+        self.release(sequence)
+        if sequence.scores_prompt:
+            sequence.prompt_logprobs = None  # of a part of the prompt
+        self.add(sequence)
+
+    def release(self, sequence: Sequence) -> None:
+        """Takes a sequence out of the queue or of the running ones, and releases what it holds."""
+        group = self.waiting if sequence.cache is None else self.running
+        if sequence in group:
+            group.remove(sequence)
+        if self._drafting is not None:
+            self._drafting.finish(sequence)
+        if sequence.cache is not None:
+            self.pool.free(sequence.cache)
+        sequence.cache = sequence.trail = None
+
+    def blocks_for(self, sequence: Sequence, length: int) -> int:
+        """Returns the number of blocks that a sequence of `length` tokens needs for its next step."""
+        nodes = min(self._drafting.most.nodes, sequence.nodes) if self._drafting is not None else 0
+        return num_blocks(length - 1 + self._ahead(nodes))
+
+    def _ahead(self, nodes: int) -> int:
+        """Number of positions behind the cache that a step with a tree of `nodes` nodes may write."""
+        return 1 + max(nodes, self._drafting.drafter.ahead if self._drafting is not None else 0)
+
+    def _chunk(self, sequence: Sequence, rows: int, schedule: Schedule) -> int:
+        """Adds a chunk of the prompt to the step. Returns its number of rows."""
+        count = min(sequence.num_missing, rows)
+        if count <= 0 or not self._reserve(sequence, sequence.cache.length + count, schedule):
+            return 0
+        schedule.chunks.append((sequence, count))
+        return count
+
+    def _reserve(self, sequence: Sequence, length: int, schedule: Schedule) -> bool:
+        """Takes the blocks that are missing for `length` tokens. Returns whether the sequence still runs."""
+        while True:
+            try:
+                sequence.cache.reserve(length)
+                return True
+            except OutOfBlocksError:
+                last = self.running[-1]
+                schedule.drop(last)
+                self.preempt(last)
+                if last is sequence:
+                    return False
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Gives a waiting sequence its cache, if enough blocks are free for the tokens that it has and its first tree."""
+        trail, found = self._usable(sequence)
+        blocks = self.pool.blocks
+        idle = sum(not blocks.num_holders(block) for block in found)
+        if self.running and blocks.num_free - idle < self.blocks_for(sequence, len(sequence.token_ids)) - len(found):
+            return False
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=_order)
+        blocks.share(found)
+        sequence.cache, sequence.trail = self.pool.allocate(), trail
+        sequence.cache.blocks += found
+        sequence.cache.length = sequence.first = len(found) * BLOCK
+        if sequence.scores_prompt:
+            sequence.prompt_logprobs = [None]
+        if not sequence.kinds:
+            sequence.request.num_cached = max(sequence.request.num_cached, sequence.first)
+        if self._drafting is not None and sequence.nodes and not sequence.num_missing:
+            self._drafting.start(sequence)
+        return True
+
+    def _usable(self, sequence: Sequence) -> tuple[Trail, list[int]]:
+        """Finds the blocks that a sequence can share, and how far they are published.
+
+        A drafter that reads features needs those of a token behind them.
+        """
+        trail, length = self._trail(sequence), len(sequence.token_ids) - 1
+        if sequence.scores_prompt:
+            return trail, []
+        return trail, self._prefixes.match(trail, sequence.token_ids, length - trail.beyond)
+
+    def _trail(self, sequence: Sequence) -> Trail:
+        """Returns the beginning of the trail of a sequence.
+
+        Blocks are shared within a namespace: of requests with the same salt whose drafter writes the same.
+        """
+        request, drafting = sequence.request, self._drafting if sequence.nodes else None
+        alone = not self._caching or sequence.sampling.prompt_logprobs is not None
+        sampled = drafting is not None and sequence.sampling.temperature > 0  # each kind of requests may have its own drafter
+        namespace = request if alone else None, request.salt, drafting is not None, sampled
+        return Trail(namespace, beyond=int(drafting is not None and bool(drafting.feature_layers)))
+
+    def _first_missing(self, sequence: Sequence) -> Key | None:
+        """Returns the key of the first block of a waiting sequence that is not published; None if it does not fill one."""
+        trail, length = self._trail(sequence), len(sequence.token_ids) - 1
+        self._prefixes.match(trail, sequence.token_ids, length)
+        return trail.next_key(sequence.token_ids, length)
+
+    def _being_computed(self) -> set[Key | None]:
+        """Keys of the next blocks that running sequences will publish soon.
+
+        A drafter writes the keys and values of a prompt in its first step. A prompt that is not published after that step,
+        because lookup drafted instead, is not waited for.
+        """
+        return {
+            sequence.trail.next_key(sequence.token_ids, sequence.num_prompt - 1)
+            for sequence in self.running
+            if sequence.trail is not None and not sequence.records
+        }
+
+
+def _order(sequence: Sequence) -> tuple[int, int, int]:
+    return *sequence.request.order, sequence.index

@@ -168,7 +168,7 @@ def test_every_drafted_token_has_its_law(method: str) -> None:
     auditor = Auditor(llm, [llm.tokenizer(PROMPTS[0])["input_ids"]], sampling, 2)
     [request] = auditor._run(sampling, 2, Draws)
     seen = {"accepted": 0, "recovered": 0, "bonus": 0}
-    for one in request.continuations:
+    for one in request.sequences:
         for token, kind, drafted in zip(one.output_ids, one.kinds, auditor._drafted[one], strict=True):
             seen[kind] += 1
             assert (drafted is None) == (kind == "bonus")

@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from foredraft import LLM, SamplingParams
 from foredraft.__main__ import main
 from foredraft.cli.doctor import doctor
-from foredraft.core.contracts import Budget, Setting, Work
+from foredraft.core.contracts import Budget, Work
 from foredraft.core.draws import Draws
 from foredraft.core.params import SamplingParams as Sampling
+from foredraft.core.setting import Setting
 from foredraft.core.tree import TreeBatch
 from foredraft.drafters import DRAFTERS
 from foredraft.heads import HEADS

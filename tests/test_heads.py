@@ -17,10 +17,11 @@ from torch import Tensor
 
 from few_bits import FewBitsTarget, in_few_bits, round_inputs
 from foredraft import LLM
-from foredraft.core.contracts import Budget, Setting, Work
+from foredraft.core.contracts import Budget, Work
 from foredraft.core.draws import Draws
 from foredraft.core.folders import BUNDLED_TARGET
 from foredraft.core.params import SamplingParams
+from foredraft.core.setting import Setting
 from foredraft.core.tree import DraftTree, TreeBatch
 from foredraft.drafters import DRAFTERS, pairs
 from foredraft.drafters.along import Roots

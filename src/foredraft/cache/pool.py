@@ -112,6 +112,16 @@ class KVPool:
         self.blocks.release(cache.blocks)
         cache.blocks.clear()
 
+    def reserve(self, caches: Sequence[KVCache], lengths: Sequence[int]) -> None:
+        """Takes the blocks that are missing for some tokens of each request, and the memory of these blocks.
+
+        Raises:
+            OutOfBlocksError: too few blocks are free.
+        """
+        for cache, length in zip(caches, lengths, strict=True):
+            cache.reserve(length)
+        self.grow()
+
     def grow(self) -> None:
         """Extends the tensor to all blocks that were given out."""
         capacity, height = self.kv.shape[3], self.blocks.height
@@ -146,9 +156,8 @@ class KVPool:
         Raises:
             OutOfBlocksError: too few blocks are free.
         """
-        for cache, size in zip(caches, np.diff(batch.offsets).tolist(), strict=True):
-            cache.reserve(cache.length + size)
-        self.grow()
+        sizes = np.diff(batch.offsets).tolist()
+        self.reserve(caches, [cache.length + size for cache, size in zip(caches, sizes, strict=True)])
         return lay_out(batch, caches, start, self.kv.device)
 
     def attend(

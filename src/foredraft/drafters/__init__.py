@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from foredraft.drafters.options import OPTIONS, check_options
 
 if TYPE_CHECKING:
-    from foredraft.core.contracts import Setting
+    from foredraft.core.setting import Setting
 
 
 class DrafterRow(NamedTuple):

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.core.contracts import Grower, Setting, Work
+from foredraft.core.contracts import Grower, Work
 from foredraft.core.errors import UserError
+from foredraft.core.setting import Setting
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.compiled import FEW
 from foredraft.drafters.pairs import PairState

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.core.contracts import Features, Grower, Setting, Target, Work
+from foredraft.core.contracts import Features, Grower, Target, Work
+from foredraft.core.setting import Setting
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.compiled import FEW, CompiledHead, can_compile, compile_linears
 from foredraft.drafters.growing import paths_of

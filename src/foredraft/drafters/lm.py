@@ -12,8 +12,9 @@ from torch import Tensor
 
 from foredraft.cache.pool import PREFILL_CHUNK, DrafterPools, prefill
 from foredraft.core.chains import Chains, ChainWish
-from foredraft.core.contracts import Features, Grower, Setting, Target, Work
+from foredraft.core.contracts import Features, Grower, Target, Work
 from foredraft.core.errors import UserError
+from foredraft.core.setting import Setting
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.growing import Growing, next_pass
 

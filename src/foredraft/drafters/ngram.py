@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from foredraft.core.contracts import Features, Setting, Work
+from foredraft.core.contracts import Features, Work
+from foredraft.core.setting import Setting
 from foredraft.core.tree import TreeBatch
 from foredraft.drafters.options import check_options
 

@@ -107,7 +107,7 @@ class PairCaches:
         """Commits the pairs of the last step's run, and runs all but the last part of long pending text."""
         over = [state for state in states if state.ran is not None]
         _keep([state.cache for state in over], [range(1, state.ran or 0) for state in over])
-        for state in over:
+        for state in states:  # also those whose last run was not completed
             state.clear()
             state.ran = None
         while late := [state for state in states if len(state.pending) > PREFILL_CHUNK and self.room(state)]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from foredraft.cache.layout import Layout, rows_of
 from foredraft.cache.pool import KVPool
 from foredraft.core.chains import Chains, ChainWish
-from foredraft.core.contracts import Features, Grower, Scores, Setting, Target, Work
+from foredraft.core.contracts import Features, Grower, Scores, Target, Work
+from foredraft.core.setting import Setting
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.drafters.compiled import FEW, CompiledHead, can_compile
 from foredraft.drafters.growing import next_pass

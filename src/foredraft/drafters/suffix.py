@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from foredraft.core.contracts import Budget, Features, Setting, Work
+from foredraft.core.contracts import Budget, Features, Work
+from foredraft.core.setting import Setting
 from foredraft.core.tree import TreeBatch
 from foredraft.drafters.options import check_options
 

@@ -8,7 +8,9 @@ from contextlib import suppress
 
 import torch
 
+from foredraft.cache.blocks import OutOfBlocksError
 from foredraft.core.contracts import AcceptanceRule, Budget, Drafter, Features, Work
+from foredraft.core.errors import UserError
 from foredraft.core.tree import DraftTree, TreeBatch
 from foredraft.engine.request import Sequence
 
@@ -42,13 +44,20 @@ class Drafting:
             self._switch_off(sequence, error)
 
     def propose(self, sequences: Items[Sequence], budgets: Items[Budget]) -> TreeBatch | list[DraftTree]:
-        """Returns one tree per sequence, within its budget. Node 0 is the root."""
+        """Returns one tree per sequence, within its budget. Node 0 is the root.
+
+        Raises:
+            OutOfBlocksError: the drafter runs more nodes than its trees keep, and their blocks do not suffice for all.
+            ValueError: an option of the user does not fit.
+        """
         try:
             return self.drafter.propose(work_of(sequences, budgets))
+        except (OutOfBlocksError, UserError):  # more blocks may help; a mistake of the user concerns every request
+            raise
         except Exception:
-            return [self._propose_alone(*pair) for pair in zip(sequences, budgets, strict=True)]
+            return [self.propose_alone(*pair) for pair in zip(sequences, budgets, strict=True)]
 
-    def _propose_alone(self, sequence: Sequence, budget: Budget) -> DraftTree:
+    def propose_alone(self, sequence: Sequence, budget: Budget) -> DraftTree:
         """Drafts for one sequence of a batch that failed. The random numbers are addressed, so its tree does not change."""
         try:
             return self.drafter.propose(work_of([sequence], [budget]))[0]
@@ -70,8 +79,12 @@ class Drafting:
             self.drafter.finish(state)
 
     def written(self, sequence: Sequence) -> int:
-        """Returns for how many tokens the drafter's own keys and values are written, at most those of the target."""
-        held = None if sequence.draft_state is None else self.drafter.written(sequence.draft_state)
+        """Returns for how many tokens the keys and values of target and drafter are written."""
+        if not sequence.nodes:
+            return sequence.cache.length
+        if sequence.draft_state is None:
+            return 0
+        held = self.drafter.written(sequence.draft_state)
         return sequence.cache.length if held is None else min(held, sequence.cache.length)
 
     def _switch_off(self, sequence: Sequence, error: Exception) -> None:
@@ -81,7 +94,7 @@ class Drafting:
             type(error).__name__,
             error,
         )
-        sequence.nodes = 0
+        sequence.nodes, sequence.trail = 0, None  # later blocks lack the drafter's keys and values
         with suppress(Exception):
             self.finish(sequence)
         sequence.draft_state = None

@@ -109,6 +109,7 @@ class Engine:
 
     @rule.setter
     def rule(self, rule: AcceptanceRule | None) -> None:
+        """Exchanges the rule. Does nothing for plain decoding."""
         if self._drafting is not None and rule is not None:
             self._drafting.rule = rule
 

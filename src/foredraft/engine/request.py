@@ -38,7 +38,7 @@ class Sequence:
         text: the text of the output so far.
         kinds: per output token ``accepted``, ``recovered``, ``bonus``, or ``plain`` if nothing was drafted.
         cache: the target's cache; None unless the sequence runs.
-        trail: how far its blocks are published for other requests.
+        trail: how far its blocks are published for other requests; None if they are not.
         first: number of tokens whose keys and values another request left in its blocks.
         features: the target's features of the tokens in the cache, in parts, until the drafter has started.
         draft_state: the drafter's state; None before it has started, and if nothing is drafted.

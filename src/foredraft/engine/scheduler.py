@@ -101,9 +101,14 @@ class Scheduler:
     def publish(self, sequence: Sequence) -> None:
         """Lets other requests find the blocks of a sequence that are written."""
         written = sequence.cache.length if self._drafting is None else self._drafting.written(sequence)
-        assert sequence.trail is not None
-        if written >= (sequence.trail.count + 1) * BLOCK:
+        if sequence.trail is not None and written >= (sequence.trail.count + 1) * BLOCK:
             self._prefixes.publish(sequence.trail, sequence.cache.blocks, sequence.token_ids, written)
+
+    def make_room(self, schedule: Schedule) -> None:
+        """Preempts the last running sequence, also if the step was to run it."""
+        last = self.running[-1]
+        schedule.drop(last)
+        self.preempt(last)
 
     def preempt(self, sequence: Sequence) -> None:
         """Releases what a running sequence holds, and lets it wait."""
@@ -147,10 +152,8 @@ class Scheduler:
                 sequence.cache.reserve(length)
                 return True
             except OutOfBlocksError:
-                last = self.running[-1]
-                schedule.drop(last)
-                self.preempt(last)
-                if last is sequence:
+                self.make_room(schedule)
+                if sequence.cache is None:
                     return False
 
     def _admit(self, sequence: Sequence) -> bool:

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from foredraft.core.contracts import Setting, Target
+from foredraft.core.contracts import Target
 from foredraft.core.errors import UserError
+from foredraft.core.setting import Setting
 from foredraft.heads import HEADS
 from foredraft.heads.about import about_head as about_head
 from foredraft.heads.about import method_of as method_of

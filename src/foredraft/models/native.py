@@ -206,16 +206,13 @@ def run_step(
     first = [0] * num_trees if start is None else list(start)
     ahead = chains.depth if chains else 0
     ends = [length + end - begin + ahead for length, begin, end in zip(lengths, offsets, offsets[1:], strict=False)]
-    for cache, end in zip(caches, ends, strict=True):
-        cache.reserve(end)
-    pool.grow()
+    pool.reserve(caches, ends)
     count = offsets[-1] - sum(first)
     wanted = np.arange(count) if rows is None else among_new(rows, batch.offsets, first)
     logits = torch.empty(len(wanted), model.vocabulary)
     features = torch.empty(count, len(feature_layers) * model.hidden, dtype=pool.kv.dtype) if feature_layers else None
     blocks = [cache.blocks for cache in caches]
-    starts = list(accumulate(map(len, blocks[:-1]), initial=0))
-    per_tree = lengths, first, list(chain.from_iterable(blocks)), starts
+    per_tree = lengths, first, [*chain.from_iterable(blocks)], [*accumulate(map(len, blocks[:-1]), initial=0)]
     tables = [part.data_ptr() for part in given], [len(part) for part in given], [part.data_ptr() for part in carried]
     nodes = batch.tokens.tolist(), batch.parents.tolist(), offsets
     _alive, begin = _side_by_side(*nodes, *per_tree, wanted.tolist(), feature_layers, *tables)

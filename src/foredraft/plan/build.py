@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from foredraft.core.contracts import Setting
 from foredraft.core.folders import BUNDLED_LM
 from foredraft.core.params import SamplingParams
+from foredraft.core.setting import Setting
 from foredraft.core.shape import MAX_DEPTH, Budget
 from foredraft.drafters import DRAFTERS
 from foredraft.drafters.mixed import MixedDrafter

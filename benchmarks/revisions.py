@@ -45,7 +45,8 @@ def work(given: dict[str, Any]) -> None:
     """
     from foredraft import LLM, SamplingParams
 
-    llm = LLM(given["model"], {"method": "ar"}, dtype=given["dtype"], device="cpu", max_num_seqs=1)
+    shares = {"enable_prefix_caching": False} if Path("src/foredraft/cache/prefixes.py").exists() else {}  # prompts recur
+    llm = LLM(given["model"], {"method": "ar"}, dtype=given["dtype"], device="cpu", max_num_seqs=1, **shares)
     llms = {method: llm.with_speculation(config_of(method, given["models"])) for method in METHODS}
     print("ready", flush=True)
     for line in sys.stdin:

@@ -22,6 +22,7 @@ from foredraft.audit.exact import (
 from foredraft.core.contracts import Budget
 from foredraft.core.params import SamplingParams
 from foredraft.engine.engine import Engine
+from foredraft.engine.options import EngineOptions
 from foredraft.engine.request import Sequence as Output
 from foredraft.trees.acceptance import PROB_EDGES, RANK_EDGES
 
@@ -94,7 +95,7 @@ def decoded(
     """One output of an engine of its own, with these random numbers, and with other processors where some are given."""
     ends = [] if eos is None else [eos]
     options: dict[str, Any] = {"drafter": drafter, "rule": rule, "budget": budget} if drafter is not None else {}
-    engine = Engine(target, max_model_len=max_len, max_num_seqs=1, eos_ids=ends, **options)
+    engine = Engine(target, max_model_len=max_len, options=EngineOptions(max_num_seqs=1), eos_ids=ends, **options)
     [output] = engine.add_request(None, list(prompt), sampling).sequences
     output.draws = draws
     if processors is not None:

@@ -27,6 +27,7 @@ from foredraft.core.arguments import OWN, config_with_our_names
 from foredraft.core.chat import Template
 from foredraft.core.names import METHODS, NAMES
 from foredraft.core.treatment import CHAT, DRAFT, LOAD, RUN, SAMPLE, remote_code
+from foredraft.engine.options import EngineOptions
 from foredraft.plan.config import parse
 from foredraft.plan.speculation import Speculation
 
@@ -297,7 +298,7 @@ def test_own_names_are_those_of_the_signatures() -> None:
     def names(function: Any) -> set[str]:
         return {*inspect.signature(function).parameters} - {"self", "template"}
 
-    assert names(LLM.__init__) == set(OWN[LOAD])
+    assert names(LLM.__init__) - {"engine"} | {*EngineOptions.__annotations__} == set(OWN[LOAD])
     assert names(LLM.generate) == set(OWN[RUN])
     assert {"messages", *Template.__annotations__} == set(OWN[CHAT])
     assert {*OWN[DRAFT]} <= {*Speculation.__annotations__, "method", "num_speculative_tokens", "rule"}

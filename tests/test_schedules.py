@@ -1,6 +1,6 @@
 """Random schedules of an engine: requests join, leave, are aborted and preempted, share prefixes and are cut into chunks.
 
-After every event, the blocks that are in use are those of the running requests. In the end, every request has the tokens which it
+After every event, the blocks in use are those of the running requests. In the end, every request has the tokens which it
 has alone, in an engine with ample memory that shares nothing. Tables are compared in float64, the compiled decoder bit for bit.
 """
 
@@ -24,6 +24,7 @@ from foredraft.drafters.lookup_first import LookupFirst
 from foredraft.drafters.mixed import MixedDrafter
 from foredraft.drafters.ngram import NgramDrafter
 from foredraft.engine.engine import Engine
+from foredraft.engine.options import EngineOptions
 from foredraft.engine.request import Request
 from foredraft.models.table import TableTarget, random_law
 from foredraft.rules import RULES
@@ -33,6 +34,7 @@ from foredraft.trees import GROWERS
 VOCAB, LONGEST = 6, 96
 LAW, DRAFT = random_law(VOCAB, 1, concentration=0.3), random_law(VOCAB, 2, concentration=0.3)
 SCRIPTS, GROUPS, COMPILED = 2000, 20, 100
+QUIET = EngineOptions(max_num_seqs=2, enable_prefix_caching=False)
 
 
 def hashed(law: Any) -> Callable[[tuple[int, ...]], Any]:
@@ -132,7 +134,7 @@ class Script:
         assert {block: blocks.num_holders(block) for block in held} == held
         assert blocks.num_free == blocks.count - len(held) and 0 not in held
         assert all(one.cache is None and one.draft_state is None for one in scheduler.waiting)
-        assert len(scheduler.running) <= self.engine.max_num_seqs
+        assert len(scheduler.running) <= self.engine.options.num_seqs
 
 
 def check_tokens(script: Script, quiet: Engine) -> None:
@@ -165,8 +167,7 @@ def test_tables(drafting: str, group: int) -> None:
     quiet = Engine(
         TableTarget(hashed(LAW), VOCAB),
         max_model_len=LONGEST,
-        max_num_seqs=2,
-        enable_prefix_caching=False,
+        options=QUIET,
         eos_ids=[0],
         **DRAFTING[drafting](),
     )
@@ -179,10 +180,12 @@ def test_tables(drafting: str, group: int) -> None:
         engine = Engine(
             TableTarget(hashed(LAW), VOCAB),
             max_model_len=LONGEST,
-            max_num_seqs=int(rng.integers(1, 6)),
-            max_num_batched_tokens=int(rng.choice([1, 7, 16, 40, 512])),
+            options=EngineOptions(
+                max_num_seqs=int(rng.integers(1, 6)),
+                max_num_batched_tokens=int(rng.choice([1, 7, 16, 40, 512])),
+                enable_prefix_caching=bool(rng.random() < 0.8),
+            ),
             num_kv_blocks=int(rng.integers(least, 3 * least)),
-            enable_prefix_caching=bool(rng.random() < 0.8),
             eos_ids=[0],
             **options,
         )
@@ -208,7 +211,7 @@ def test_compiled(method: str, tree: str | None, group: int) -> None:
     llm = bundled(method, tree)
     options = llm.plan.engine_options() if llm.plan else {}
     common = {"max_model_len": 160, "eos_ids": llm.eos_ids, "tokenizer": llm.tokenizer}
-    quiet = Engine(llm.target, max_num_seqs=2, enable_prefix_caching=False, **common, **options)
+    quiet = Engine(llm.target, options=QUIET, **common, **options)
     for number in range(-(-COMPILED // len(WAYS) // 5)):
         rng = np.random.default_rng([group, number, *f"{method}{tree}".encode()])
         longest = [rng.integers(5, 200, size=100).tolist() for _ in range(2)]
@@ -216,8 +219,7 @@ def test_compiled(method: str, tree: str | None, group: int) -> None:
         least = num_blocks(160 + 16)
         engine = Engine(
             llm.target,
-            max_num_seqs=int(rng.integers(1, 6)),
-            max_num_batched_tokens=int(rng.choice([16, 50, 512])),
+            options=EngineOptions(max_num_seqs=int(rng.integers(1, 6)), max_num_batched_tokens=int(rng.choice([16, 50, 512]))),
             num_kv_blocks=int(rng.integers(least, 2 * least)),
             **common,
             **options,

@@ -19,7 +19,7 @@ from foredraft.core.progress import progress_bar
 from foredraft.core.prompts import Params, Prompt, encode, prompt_list, with_params
 from foredraft.core.treatment import CHAT, LOAD, RUN
 from foredraft.engine.callers import Callers
-from foredraft.engine.engine import DEFAULT_NUM_SEQS, MAX_NUM_SEQS
+from foredraft.engine.options import EngineOptions
 from foredraft.models.generation import default_params
 from foredraft.models.parts import load_parts
 from foredraft.plan.build import Plan, describe, make_engine
@@ -51,6 +51,8 @@ class LLM:
             the long factors for all requests.
         max_num_seqs: maximum number of outputs decoded at once; further outputs wait. An automatic choice of the tree
             assumes this batch size. None allows 8, and the automatic choice then assumes a batch of 1.
+        engine: further options of the engine, see `foredraft.engine.options.EngineOptions`: ``max_num_batched_tokens``,
+            ``kv_cache_memory_bytes``, ``enable_prefix_caching``, ``max_waiting``, ``max_wait_s``.
         seed: seed for requests that set none, 0 to 2**64 - 1. -1 takes a seed from the operating system. The attribute
             `seed` holds the seed in use.
         revision: branch, tag or commit of a Hub id.
@@ -64,7 +66,7 @@ class LLM:
         TypeError: an argument is unknown, or belongs to another library and has no meaning here.
     """
 
-    @takes_other_names(LOAD)
+    @takes_other_names(LOAD, EngineOptions.__annotations__)
     def __init__(
         self,
         model: Any = None,
@@ -78,15 +80,16 @@ class LLM:
         seed: int = 0,
         revision: str | None = None,
         generation_config: str | Path = "auto",
+        **engine: Any,
     ):
-        max_num_seqs = check_count("max_num_seqs", max_num_seqs, MAX_NUM_SEQS, "more prompts wait for their turn")
+        self._options = EngineOptions(max_num_seqs=max_num_seqs, **engine)
         max_model_len = check_count("max_model_len", max_model_len, MAX_COUNT, "no model's context is longer")
         self.seed = used_seed(check_seed(seed))
         speculation = parse(usual_config(speculative_config, bundled=model is None))
         self._parts = load_parts(model, tokenizer, dtype, device, max_model_len, revision, generation_config=generation_config)
         self.target, self.tokenizer = self._parts.target, self._parts.tokenizer
         self.eos_ids, self.max_model_len = self._parts.eos_ids, self._parts.max_model_len
-        self.max_num_seqs, self._usual_num_seqs = max_num_seqs or DEFAULT_NUM_SEQS, max_num_seqs or 1
+        self.max_num_seqs, self._usual_num_seqs = self._options.num_seqs, self._options.max_num_seqs or 1
         self._speculate(speculation)
 
     def with_speculation(self, speculative_config: Mapping[str, Any] | None) -> LLM:
@@ -105,7 +108,7 @@ class LLM:
         self.speculation = speculation
         self.plan = Plan(self._parts, speculation, self._usual_num_seqs) if speculation else None
         self.choices = self.plan.choices if self.plan else {}
-        self.engine = make_engine(self._parts, self.plan, max_num_seqs=self.max_num_seqs, seed=self.seed)
+        self.engine = make_engine(self._parts, self.plan, self._options, seed=self.seed)
         self._callers = Callers(self.engine)
 
     def drafting(self, sampling: SamplingParams | None = None) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def _prepared(options: AuditOptions, config: dict[str, Any]) -> Any:
     from foredraft.bench import tasks
     from foredraft.bench.calibrate import PROMPTS
     from foredraft.core.params import SamplingParams
-    from foredraft.engine.engine import MAX_NUM_SEQS
+    from foredraft.engine.options import MAX_NUM_SEQS
     from foredraft.llm import LLM
 
     read = tasks.read_prompts(options.prompts or PROMPTS, options.limit)

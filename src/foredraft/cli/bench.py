@@ -101,7 +101,7 @@ def _measured(
     from foredraft.core.errors import whole_number
     from foredraft.core.params import SamplingParams, check_seed, used_seed
     from foredraft.core.progress import progress_bar
-    from foredraft.engine.engine import MAX_NUM_SEQS
+    from foredraft.engine.options import MAX_NUM_SEQS
     from foredraft.llm import LLM
     from foredraft.plan.config import PLAIN
 

@@ -232,10 +232,12 @@ class Drafter(Protocol):
     Attributes:
         feature_layers: the target's layers whose features the drafter needs; empty if it needs none.
         ahead: number of positions behind the committed tokens that a step writes even if its tree is smaller.
+        bytes_per_token: bytes of its own keys and values of one token; 0 if it has none.
     """
 
     feature_layers: Sequence[int]
     ahead: int
+    bytes_per_token: int
 
     def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> Any:
         """Returns the state of a new request.

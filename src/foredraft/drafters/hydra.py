@@ -48,6 +48,7 @@ class HydraDrafter:
         self.feature_layers, self.ahead = head.feature_layers, 0
         self._embed = target.embed
         self._caches = PairCaches(config, target.dtype, target.device)
+        self.bytes_per_token = self._caches.bytes_per_token
         compiled = can_compile(head, config, target) if compiled is None else compiled
         self._prefix = CompiledHead(head, config, target, bits=weight_bits) if compiled else None
 

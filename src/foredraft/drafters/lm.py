@@ -50,6 +50,7 @@ class LMDrafter:
     def __init__(self, model: Target, grower: Grower, vocab_size: int):
         self.model, self.grower, self.vocab_size = model, grower, vocab_size
         self._pools = DrafterPools(model.new_pool, model.max_len)
+        self.bytes_per_token = model.new_pool(0).bytes_per_token
 
     @classmethod
     def build(cls, setting: Setting) -> LMDrafter:

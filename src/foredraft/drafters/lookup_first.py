@@ -46,7 +46,7 @@ class LookupFirst:
         check_options(lookup_min_match=lookup_min_match)
         self._lookup, self._other = NgramDrafter(lookup_min_match, lookup_min_match), other
         self.feature_layers: Sequence[int] = other.feature_layers
-        self.ahead = other.ahead
+        self.ahead, self.bytes_per_token = other.ahead, other.bytes_per_token
         self.num_looked_up = self.num_drafted = 0
 
     @classmethod

@@ -34,7 +34,7 @@ class MixedDrafter:
     def __init__(self, greedy: Drafter, sampled: Drafter):
         self._drafters = (greedy, sampled)
         self.feature_layers: Sequence[int] = greedy.feature_layers or sampled.feature_layers
-        self.ahead = max(greedy.ahead, sampled.ahead)
+        self.ahead, self.bytes_per_token = max(greedy.ahead, sampled.ahead), greedy.bytes_per_token + sampled.bytes_per_token
         assert all(tuple(drafter.feature_layers) in ((), tuple(self.feature_layers)) for drafter in self._drafters)
 
     def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> MixedState:

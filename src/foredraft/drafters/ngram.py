@@ -30,7 +30,7 @@ class NgramDrafter:
     """
 
     feature_layers: Sequence[int] = ()
-    ahead = 0
+    ahead = bytes_per_token = 0
 
     def __init__(self, prompt_lookup_max: int = 4, prompt_lookup_min: int = 1):
         check_options(prompt_lookup_max=prompt_lookup_max, prompt_lookup_min=prompt_lookup_min)

@@ -70,6 +70,7 @@ class PairCaches:
         ahead: number of positions beyond the end of the context that can be run. Nothing is drafted there.
 
     Attributes:
+        bytes_per_token: bytes of the keys and values of one pair.
         max_len: the context, in tokens.
         group: number of query heads that share a key head.
     """
@@ -81,6 +82,7 @@ class PairCaches:
         self._cos, self._sin = rotary_tables(config, self.max_len + ahead, dtype, device)
         shape = 1, self._shape.kv_heads, self._shape.head_dim, dtype, device
         self._pools = DrafterPools(lambda blocks: KVPool(blocks, *shape), self.max_len + ahead)
+        self.bytes_per_token = KVPool(0, *shape).bytes_per_token
 
     def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> PairState:
         """Returns the state of a new request; see `Drafter.start`.

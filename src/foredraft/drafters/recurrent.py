@@ -59,6 +59,7 @@ class RecurrentDrafter:
         self._embed, self._target_head = target.embed, target.head
         self._width, self._dtype, self._device = config.hidden_size, target.dtype, target.device
         self._caches = PairCaches(config, target.dtype, target.device)
+        self.bytes_per_token = self._caches.bytes_per_token
         compiled = can_compile(head, config, target) if compiled is None else compiled
         self.compiled = CompiledHead(head, config, target, bits=weight_bits) if compiled else None
         self._run, self._fuse = (self.compiled or self._plain), (self.compiled or head).fuse

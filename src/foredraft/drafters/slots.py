@@ -56,6 +56,7 @@ class LayerSlots:
         self.num_tokens, self.ahead = head.num_slots, head.num_slots
         self._embed, self._target_head = target.embed, target.head
         self._caches = PairCaches(config, target.dtype, target.device, ahead=self.num_tokens - 1)
+        self.bytes_per_token = self._caches.bytes_per_token
         compiled = can_compile(head, config, target) if compiled is None else compiled
         self.compiled = CompiledHead(head, config, target, bits=weight_bits) if compiled else None
         self._run = self.compiled.fill if self.compiled else self._plain
@@ -148,7 +149,7 @@ class FeatureSlots:
 
     def __init__(self, head: MedusaHeads):
         self.head, self.feature_layers = head, head.feature_layers
-        self.num_tokens, self.ahead = head.num_slots, 0
+        self.num_tokens, self.ahead, self.bytes_per_token = head.num_slots, 0, 0
 
     def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> PairState:
         """Returns the state of a new request."""
@@ -191,7 +192,7 @@ class SlotDrafter:
 
     def __init__(self, slots: LayerSlots | FeatureSlots, grower: Grower | None, vocab_size: int):
         self.slots, self.grower, self.vocab_size = slots, grower, vocab_size
-        self.feature_layers, self.ahead = slots.feature_layers, slots.ahead
+        self.feature_layers, self.ahead, self.bytes_per_token = slots.feature_layers, slots.ahead, slots.bytes_per_token
 
     @classmethod
     def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = FEW) -> SlotDrafter:

@@ -87,7 +87,7 @@ class SuffixDrafter:
     """
 
     feature_layers: Sequence[int] = ()
-    ahead = 0
+    ahead = bytes_per_token = 0
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from foredraft.cache.blocks import BLOCK, num_blocks
+from foredraft.cache.blocks import BLOCK
 from foredraft.core.contracts import AcceptanceRule, Budget, Drafter, Target
 from foredraft.core.draws import Draws, hash_seed
 from foredraft.core.errors import UserError, shown
@@ -19,19 +19,12 @@ from foredraft.core.prompts import Prompt, encode, salt_of
 from foredraft.core.text import TextStream, bad_word_ids
 from foredraft.engine.drafting import Drafting
 from foredraft.engine.one_thread import one_thread
+from foredraft.engine.options import MAX_ROWS, EngineOptions, memory_of
 from foredraft.engine.request import Request
 from foredraft.engine.request import Sequence as Output
 from foredraft.engine.scheduler import Scheduler
 from foredraft.engine.step import step
 from foredraft.models.rope import original_context
-
-DEFAULT_NUM_SEQS = 8
-
-MAX_NUM_SEQS = 4096
-"""Upper limit of `max_num_seqs`."""
-
-MAX_ROWS = 512
-"""Rows of a step, unless the caller says otherwise."""
 
 
 class QueueFullError(RuntimeError):
@@ -46,12 +39,8 @@ class Engine:
         drafter, rule, budget: None for plain decoding.
         max_nodes: gives the maximum number of tree nodes of a request, within the budget; None uses the whole budget.
         max_model_len: maximum length of prompt plus output, in tokens.
-        max_num_seqs: maximum number of outputs decoded at once; others wait.
-        max_num_batched_tokens: maximum number of rows of a step: prompt tokens, roots and nodes of trees.
-        num_kv_blocks: number of blocks of 16 tokens for keys and values. None is `max_num_seqs` full contexts.
-        enable_prefix_caching: whether requests share the keys and values of equal prefixes.
-        max_waiting: maximum number of waiting outputs; None sets no limit.
-        max_wait_s: an output that waits longer ends with ``error``, in seconds; None sets no limit.
+        options: memory, load and waiting; None uses the defaults.
+        num_kv_blocks: number of blocks of 16 tokens for keys and values; None derives it from `options`.
         seed: seed for requests that set none.
         eos_ids: end-of-sequence tokens.
     """
@@ -66,32 +55,27 @@ class Engine:
         budget: Budget | None = None,
         max_nodes: Callable[[SamplingParams], int] | None = None,
         max_model_len: int,
-        max_num_seqs: int,
-        max_num_batched_tokens: int = MAX_ROWS,
+        options: EngineOptions | None = None,
         num_kv_blocks: int | None = None,
-        enable_prefix_caching: bool = True,
-        max_waiting: int | None = None,
-        max_wait_s: float | None = None,
         seed: int = 0,
         eos_ids: Sequence[int] = (),
     ):
         self.target, self.tokenizer = target, tokenizer
-        self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
+        self.max_model_len, self.options = max_model_len, (options := options or EngineOptions())
         self._drafting: Drafting | None = None
         if drafter is not None:
             assert rule is not None and budget is not None
             self._drafting = Drafting(drafter, rule, budget)
         self._max_nodes, self._seed = max_nodes, seed
-        self._max_waiting, self._max_wait_s = max_waiting, max_wait_s
         self._eos_ids = frozenset(token_id for token_id in eos_ids if 0 <= token_id < target.vocab_size)
         ahead = 0 if self._drafting is None else max(self._drafting.most.nodes, self._drafting.drafter.ahead)
-        count = num_blocks(max_model_len + 1 + ahead, max_num_seqs) if num_kv_blocks is None else num_kv_blocks
+        self.memory = memory_of(options, target, drafter, max_model_len, 1 + ahead)
         self.scheduler = Scheduler(
-            target.new_pool(count),
+            target.new_pool(self.memory.num_blocks if num_kv_blocks is None else num_kv_blocks),
             self._drafting,
-            max_num_seqs=max_num_seqs,
-            max_rows=max_num_batched_tokens,
-            caching=enable_prefix_caching,
+            max_num_seqs=options.num_seqs,
+            max_rows=options.max_num_batched_tokens or MAX_ROWS,
+            caching=options.enable_prefix_caching,
         )
         self._requests: dict[str, Request] = {}
         self._num_requests = 0
@@ -142,9 +126,9 @@ class Engine:
             name = str(self._num_requests) if request_id is None else request_id
             if name in self._requests:
                 raise UserError(f"request {name!r} is still running", "give every request a name of its own")
-            if self._max_waiting is not None and len(self.scheduler.waiting) + params.n > self._max_waiting:
-                waiting = len(self.scheduler.waiting)
-                raise QueueFullError(f"{waiting} outputs are waiting, and max_waiting is {self._max_waiting}: try again later")
+            waiting, most = len(self.scheduler.waiting), self.options.max_waiting
+            if most is not None and waiting + params.n > most:
+                raise QueueFullError(f"{waiting} outputs are waiting, and max_waiting is {most}: try again later")
             seed = hash_seed(self._seed, self._num_requests) if params.seed is None else used_seed(params.seed)
             now = time.monotonic() if arrival_time is None else arrival_time
             about = {"priority": priority, "arrival_s": now, "salt": given["cache_salt"]}
@@ -205,13 +189,14 @@ class Engine:
 
     def _expire(self) -> list[Output]:
         """Ends outputs that have waited too long for their first step."""
-        if self._max_wait_s is None:
+        limit = self.options.max_wait_s
+        if limit is None:
             return []
-        latest = time.monotonic() - self._max_wait_s
+        latest = time.monotonic() - limit
         late = [one for one in self.scheduler.waiting if not one.records and one.request.arrival_s < latest]
         for sequence in late:
             self.scheduler.release(sequence)
-            sequence.fail(UserError(f"the request waited longer than max_wait_s ({self._max_wait_s:g} s)", "try again later"))
+            sequence.fail(UserError(f"the request waited longer than max_wait_s ({limit:g} s)", "try again later"))
         return late
 
     def checked(self, prompt: Prompt, params: SamplingParams) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ from foredraft.core.shape import MAX_DEPTH, Budget
 from foredraft.drafters import DRAFTERS
 from foredraft.drafters.mixed import MixedDrafter
 from foredraft.engine.engine import Engine
+from foredraft.engine.options import EngineOptions
 from foredraft.models.parts import ModelParts
 from foredraft.plan.choose import Choice, Chooser
 from foredraft.plan.config import bundled_drafter
@@ -145,19 +147,20 @@ def describe(plan: Plan | None, sampling: SamplingParams) -> dict[str, Any]:
     return found
 
 
-def make_engine(parts: ModelParts, plan: Plan | None, *, max_num_seqs: int, seed: int) -> Engine:
+def make_engine(parts: ModelParts, plan: Plan | None, options: EngineOptions, *, seed: int) -> Engine:
     """Builds the engine that runs a plan. No plan is plain decoding.
 
     Args:
-        max_num_seqs: maximum number of outputs at once.
         seed: seed for requests that set none.
     """
-    return Engine(
+    engine = Engine(
         parts.target,
         tokenizer=parts.tokenizer,
         max_model_len=parts.max_model_len,
-        max_num_seqs=max_num_seqs,
+        options=options,
         seed=seed,
         eos_ids=parts.eos_ids,
         **(plan.engine_options() if plan else {}),
     )
+    logging.getLogger("foredraft").info("%s", engine.memory)
+    return engine

@@ -20,6 +20,7 @@ from foredraft.core.params import SamplingParams
 from foredraft.core.shape import MAX_DEPTH
 from foredraft.core.tree import TreeBatch
 from foredraft.engine.engine import Engine
+from foredraft.engine.options import EngineOptions
 from foredraft.kernels import cpu_flags, instruction_set
 from foredraft.plan.speculation import KINDS
 
@@ -79,7 +80,7 @@ class Full:
     """
 
     feature_layers: Sequence[int] = ()
-    ahead = 0
+    ahead = bytes_per_token = 0
 
     def start(self, tokens: Sequence[int], features: Any, cache: Any = None, first: int = 0) -> list[int]:
         """Returns the state, which is the last token."""
@@ -164,7 +165,7 @@ class Timed:
             rule=self.rule,
             budget=Budget(self.nodes, min(self.nodes, MAX_DEPTH)),
             max_model_len=length,
-            max_num_seqs=self.num_seqs,
+            options=EngineOptions(max_num_seqs=self.num_seqs),
         )
         for _ in range(self.num_seqs):
             engine.add_request(None, self.prompt, self.sampling)

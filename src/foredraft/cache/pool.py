@@ -175,7 +175,6 @@ class KVPool:
         self.write(layer, layout, key, value)
         return layout.unpad(attend(layout.pad(query), *self.read(layer, layout), mask))
 
-    @torch.inference_mode()
     def keep(self, caches: Sequence[KVCache], paths: Sequence[Sequence[int]]) -> None:
         """Commits node 0 and the path of every request, with one gather over all requests and layers."""
         sources, places = [], []
@@ -186,9 +185,13 @@ class KVPool:
                     places.append(cache.place(cache.length + place))
             cache.length += 1 + len(path)
         if sources:
-            from_there, there = torch.tensor([sources, places], device=self.kv.device)
-            tokens = self.kv.flatten(3, 4)  # a view
-            tokens[:, :, :, there] = tokens[:, :, :, from_there]
+            self._move(sources, places)
+
+    @torch.inference_mode()
+    def _move(self, sources: Sequence[int], places: Sequence[int]) -> None:
+        from_there, there = torch.tensor([sources, places], device=self.kv.device)
+        tokens = self.kv.flatten(3, 4)  # a view
+        tokens[:, :, :, there] = tokens[:, :, :, from_there]
 
 
 class DrafterPools:

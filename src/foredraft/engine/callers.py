@@ -83,6 +83,8 @@ class Callers:
 
     def _wake_one(self, other: _Caller) -> None:
         """Wakes a waiting caller, who runs the next step if nobody else does."""
+        if len(self._callers) <= len(other.unfinished):
+            return
         for caller in list(self._callers.values()):
             if caller is not other and caller.unfinished:
                 caller.awake.set()

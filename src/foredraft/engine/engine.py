@@ -156,8 +156,8 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Runs one step. Returns the requests with news, see `SamplingParams.output_kind`."""
         with self.lock, one_thread if self.target.has_own_threads else nullcontext():
-            changed = [*self._expire(), *step(self.target, self.scheduler, self._drafting)]
-            return self._outputs(changed)
+            late = [] if self.options.max_wait_s is None else self._expire(self.options.max_wait_s)
+            return self._outputs(late + step(self.target, self.scheduler, self._drafting))
 
     def abort_request(self, request_ids: str | Iterable[str]) -> None:
         """Ends requests and releases what they hold. Names of requests that have ended are ignored."""
@@ -179,7 +179,7 @@ class Engine:
 
     def _outputs(self, changed: Sequence[Output]) -> list[RequestOutput]:
         found = []
-        for request in dict.fromkeys(sequence.request for sequence in changed):
+        for request in {sequence.request: None for sequence in changed}:
             is_finished = request.is_finished
             if is_finished:
                 self._requests.pop(request.request_id, None)
@@ -187,11 +187,8 @@ class Engine:
                 found.append(request.output())
         return found
 
-    def _expire(self) -> list[Output]:
-        """Ends outputs that have waited too long for their first step."""
-        limit = self.options.max_wait_s
-        if limit is None:
-            return []
+    def _expire(self, limit: float) -> list[Output]:
+        """Ends outputs that have waited longer than `limit` seconds for their first step."""
         latest = time.monotonic() - limit
         late = [one for one in self.scheduler.waiting if not one.records and one.request.arrival_s < latest]
         for sequence in late:

@@ -11,6 +11,8 @@ from foredraft.core.contracts import Budget, Pool
 from foredraft.engine.drafting import Drafting
 from foredraft.engine.request import Sequence
 
+_NOTHING = Budget(0, 0)
+
 _LEAST_CHUNK = BLOCK
 """Rows that a step leaves for prompts, even if trees fill it."""
 
@@ -59,6 +61,7 @@ class Scheduler:
     def __init__(self, pool: Pool, drafting: Drafting | None, *, max_num_seqs: int, max_rows: int, caching: bool = True):
         self.pool, self._drafting = pool, drafting
         self._max_num_seqs, self._max_rows, self._caching = max_num_seqs, max_rows, caching
+        self._least_ahead = 0 if drafting is None else drafting.drafter.ahead
         self._prefixes = Prefixes(pool.blocks)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -69,17 +72,21 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """Chooses the rows of the next step, and reserves their blocks."""
-        schedule, rows = Schedule(), self._max_rows
+        schedule, rows, late = Schedule(), self._max_rows, []
         for sequence in [*self.running]:
-            if sequence.cache is not None and not sequence.num_missing:
-                budget = self.budget(sequence)
-                if self._reserve(sequence, sequence.cache.length + self._ahead(budget.nodes), schedule):
-                    schedule.trees.append(sequence)
-                    schedule.budgets.append(budget)
-                    rows -= 1 + budget.nodes
+            if sequence.cache is None:
+                continue  # preempted for one before it
+            if sequence.num_missing:
+                late.append(sequence)
+                continue
+            budget = self.budget(sequence)
+            if self._reserve(sequence, sequence.cache.length + self._ahead(budget.nodes), schedule):
+                schedule.trees.append(sequence)
+                schedule.budgets.append(budget)
+                rows -= 1 + budget.nodes
         rows = max(rows, _LEAST_CHUNK)
-        for sequence in [*self.running]:
-            if sequence.cache is not None and sequence.num_missing:
+        for sequence in late:
+            if sequence.cache is not None:
                 rows -= self._chunk(sequence, rows, schedule)
         for sequence in [*self.waiting]:
             if len(self.running) == self._max_num_seqs or rows <= 0:
@@ -95,7 +102,7 @@ class Scheduler:
     def budget(self, sequence: Sequence) -> Budget:
         """Returns the largest tree of the next step of a sequence."""
         if self._drafting is None or sequence.draft_state is None:
-            return Budget(0, 0)
+            return _NOTHING
         return sequence.budget(self._drafting.most)
 
     def publish(self, sequence: Sequence) -> None:
@@ -135,7 +142,7 @@ class Scheduler:
 
     def _ahead(self, nodes: int) -> int:
         """Number of positions behind the cache that a step with a tree of `nodes` nodes may write."""
-        return 1 + max(nodes, self._drafting.drafter.ahead if self._drafting is not None else 0)
+        return 1 + max(nodes, self._least_ahead)
 
     def _chunk(self, sequence: Sequence, rows: int, schedule: Schedule) -> int:
         """Adds a chunk of the prompt to the step. Returns its number of rows."""
@@ -147,6 +154,8 @@ class Scheduler:
 
     def _reserve(self, sequence: Sequence, length: int, schedule: Schedule) -> bool:
         """Takes the blocks that are missing for `length` tokens. Returns whether the sequence still runs."""
+        if length <= len(sequence.cache.blocks) * BLOCK:
+            return True
         while True:
             try:
                 sequence.cache.reserve(length)

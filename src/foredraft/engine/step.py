@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -84,25 +85,26 @@ class Step:
     def propose(self) -> TreeBatch:
         """Returns what the target runs: a tree for each sequence that decodes, and a chain for each chunk of a prompt."""
         able, drafted = self._draft()
-        trees, chunks = self.schedule.trees, self.schedule.chunks
-        if isinstance(drafted, TreeBatch) and len(able) == len(trees) and not chunks:
+        if isinstance(drafted, TreeBatch) and len(able) == len(drafted) == len(self.schedule.sequences):
             batch = drafted
         else:
-            grown = {b: drafted[i] for i, b in enumerate(able)}
-            roots = [sequence.token_ids[-1:] for sequence in trees]
-            parts = [sequence.token_ids[sequence.cache.length :][:count] for sequence, count in chunks]
-            others = TreeBatch.chains([*roots, *parts])
-            batch = TreeBatch.joined([grown.get(b) or others[b] for b in range(len(others))]) if grown else others
+            batch = self._joined({b: drafted[i] for i, b in enumerate(able)})
         self.clock.lap("draft_s")
         return batch
 
+    def _joined(self, grown: Mapping[int, DraftTree]) -> TreeBatch:
+        """Returns the batch of the step. Sequences without a tree in `grown` run their root alone."""
+        chunks = [sequence.token_ids[sequence.cache.length :][:count] for sequence, count in self.schedule.chunks]
+        others = TreeBatch.chains([*(sequence.token_ids[-1:] for sequence in self.schedule.trees), *chunks])
+        return TreeBatch.joined([grown.get(b) or others[b] for b in range(len(others))]) if grown else others
+
     def _draft(self) -> tuple[list[int], TreeBatch | list[DraftTree]]:
         """Returns which of the sequences draft, and their trees. Preempts others if blocks do not suffice for the drafter."""
-        while True:
+        while self.drafting is not None:
             schedule = self.schedule
             able = [b for b, budget in enumerate(schedule.budgets) if budget.nodes]
-            if self.drafting is None or not able:
-                return able, []
+            if not able:
+                break
             try:
                 pairs = [schedule.trees[b] for b in able], [schedule.budgets[b] for b in able]
                 return able, self.drafting.propose(*pairs)
@@ -110,6 +112,7 @@ class Step:
                 if len(self.scheduler.running) == 1:
                     return able, [self.drafting.propose_alone(schedule.trees[0], schedule.budgets[0])]
                 self.scheduler.make_room(schedule)
+        return [], []
 
     def forward(self, batch: TreeBatch) -> Scores:
         """Runs the target once. Logits are computed for the nodes of trees, and for prompts that are scored."""

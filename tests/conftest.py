@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import light_types
+from foredraft.core.costs import Costs
 
 jaxtyping.jaxtyped = light_types.jaxtyped  # before anything of the package is imported
 torch.set_num_threads(1)
@@ -30,6 +31,10 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         how = {"native": [name for name in ran if is_native(name)], "stand-ins": [name for name in ran if not is_native(name)]}
         parts = [f"{', '.join(names)}: {way}" for way, names in how.items() if names]
         terminalreporter.write_line(f"instruction sets: {'; '.join(parts)}")
+
+
+FLAT = Costs(((1.0, 1.0), (128.0, 1.0)), ((0.0, 0.0, 0.0), (64.0, 0.0, 0.0)), ((1.0, 1.5), (64.0, 3.0)))
+"""Costs at which the largest tree always pays."""
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +56,8 @@ def _measurements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     else:
         monkeypatch.setattr(auto, "announce", lambda: None)
         monkeypatch.setattr(auto, "slowdown_of", lambda timed, plain: 1 + timed.nodes / 20)
+        monkeypatch.setattr(auto, "costs_of", lambda *_: FLAT)
+        monkeypatch.setattr(auto, "costs_of", lambda *_: FLAT)
         source = "given"
     monkeypatch.setattr(auto, "recalled", lambda kind, facts, *rest, **more: recalled(kind, [source, facts], *rest, **more))
 

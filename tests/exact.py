@@ -91,10 +91,13 @@ def decoded(
     budget: Budget | None = None,
     eos: int | None = None,
     processors: Sequence[Any] | None = None,
+    costs: Any = None,
 ) -> Output:
     """One output of an engine of its own, with these random numbers, and with other processors where some are given."""
     ends = [] if eos is None else [eos]
-    options: dict[str, Any] = {"drafter": drafter, "rule": rule, "budget": budget} if drafter is not None else {}
+    options: dict[str, Any] = (
+        {"drafter": drafter, "rule": rule, "budget": budget, "costs": costs} if drafter is not None else {}
+    )
     engine = Engine(target, max_model_len=max_len, options=EngineOptions(max_num_seqs=1), eos_ids=ends, **options)
     [output] = engine.add_request(None, list(prompt), sampling).sequences
     output.draws = draws

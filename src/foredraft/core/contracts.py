@@ -64,11 +64,7 @@ class Cache(Protocol):
         ...
 
     def reserve(self, length: int) -> None:
-        """Takes the blocks that are missing for `length` tokens. A forward takes those that its nodes need.
-
-        Raises:
-            RuntimeError: too few blocks are free.
-        """
+        """Takes the blocks that are missing for `length` tokens. Raises `RuntimeError` if too few are free."""
         ...
 
 

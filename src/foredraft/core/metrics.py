@@ -29,6 +29,8 @@ class StepRecord:
             recovered or bonus token.
         branched: whether a node of the tree had two or more children.
         tv_bounds: only for lossy rules, one bound per token of the step; see `foredraft.core.contracts.Verdict`.
+        budget: the largest number of nodes that the tree was allowed. It follows the load and the acceptance of the request,
+            unless it is fixed.
         draft_s, verify_s, rule_s, cache_s: seconds of the batched step in which this request took part.
     """
 
@@ -38,6 +40,7 @@ class StepRecord:
     kind: str
     branched: bool = False
     tv_bounds: Sequence[float] = ()
+    budget: int = 0
     draft_s: float = 0.0
     verify_s: float = 0.0
     rule_s: float = 0.0

@@ -78,6 +78,11 @@ class Drafting:
         if state is not None:
             self.drafter.finish(state)
 
+    def switch_off(self, sequence: Sequence) -> None:
+        """Ends the drafting of a sequence. Its later blocks lack the drafter's keys and values, so they are not published."""
+        sequence.nodes, sequence.trail = 0, None
+        self.finish(sequence)
+
     def written(self, sequence: Sequence) -> int:
         """Returns for how many tokens the keys and values of target and drafter are written."""
         if not sequence.nodes:
@@ -94,9 +99,8 @@ class Drafting:
             type(error).__name__,
             error,
         )
-        sequence.nodes, sequence.trail = 0, None  # later blocks lack the drafter's keys and values
         with suppress(Exception):
-            self.finish(sequence)
+            self.switch_off(sequence)
         sequence.draft_state = None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from foredraft.cache.blocks import BLOCK
 from foredraft.core.contracts import AcceptanceRule, Budget, Drafter, Target
+from foredraft.core.costs import Costs
 from foredraft.core.draws import Draws, hash_seed
 from foredraft.core.errors import UserError, shown
 from foredraft.core.outputs import RequestOutput
@@ -20,6 +21,7 @@ from foredraft.core.text import TextStream, bad_word_ids
 from foredraft.engine.drafting import Drafting
 from foredraft.engine.one_thread import one_thread
 from foredraft.engine.options import MAX_ROWS, EngineOptions, memory_of
+from foredraft.engine.pace import Pace
 from foredraft.engine.request import Request
 from foredraft.engine.request import Sequence as Output
 from foredraft.engine.scheduler import Scheduler
@@ -38,6 +40,8 @@ class Engine:
         tokenizer: decodes text and finds stop strings; None if only token ids are used.
         drafter, rule, budget: None for plain decoding.
         max_nodes: gives the maximum number of tree nodes of a request, within the budget; None uses the whole budget.
+        costs: gives the costs by which the number of nodes of a request follows the load and what was accepted of it; None
+            keeps it. A request with a seed of its own always keeps it.
         max_model_len: maximum length of prompt plus output, in tokens.
         options: memory, load and waiting; None uses the defaults.
         num_kv_blocks: number of blocks of 16 tokens for keys and values; None derives it from `options`.
@@ -54,6 +58,7 @@ class Engine:
         rule: AcceptanceRule | None = None,
         budget: Budget | None = None,
         max_nodes: Callable[[SamplingParams], int] | None = None,
+        costs: Callable[[SamplingParams], Costs | None] | None = None,
         max_model_len: int,
         options: EngineOptions | None = None,
         num_kv_blocks: int | None = None,
@@ -66,7 +71,7 @@ class Engine:
         if drafter is not None:
             assert rule is not None and budget is not None
             self._drafting = Drafting(drafter, rule, budget)
-        self._max_nodes, self._seed = max_nodes, seed
+        self._max_nodes, self._costs, self._seed = max_nodes, costs, seed
         self._eos_ids = frozenset(token_id for token_id in eos_ids if 0 <= token_id < target.vocab_size)
         ahead = 0 if self._drafting is None else max(self._drafting.most.nodes, self._drafting.drafter.ahead)
         self.memory = memory_of(options, target, drafter, max_model_len, 1 + ahead)
@@ -226,7 +231,13 @@ class Engine:
             processors=prefix_processors(sampling, num_prompt, {*self._eos_ids, *(sampling.stop_token_ids or ())}, words),
             tokenizer=self.tokenizer,
             nodes=min(most, self._max_nodes(sampling)) if self._max_nodes else most,
+            pace=self._pace(sampling),
         )
+
+    def _pace(self, sampling: SamplingParams) -> Pace | None:
+        fixed = self._costs is None or self.options.reproducible or sampling.seed is not None
+        costs = None if fixed or self._costs is None else self._costs(sampling)
+        return None if costs is None else Pace(costs)
 
     def _require_blocks(self, request: Request) -> None:
         sequence, count = request.sequences[0], self.scheduler.pool.blocks.count

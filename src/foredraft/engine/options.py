@@ -37,6 +37,8 @@ class EngineOptions:
         kv_cache_memory_bytes: memory for the keys and values of target and drafter, in bytes. None is `max_num_seqs` full
             contexts, but at most a quarter of the free memory.
         enable_prefix_caching: whether requests share the keys and values of equal prefixes.
+        reproducible: whether every request keeps the number of tree nodes that was chosen at the start, whatever the load. Its
+            tokens then do not depend on other requests. Requests with a seed of their own always keep it.
         max_waiting: maximum number of waiting outputs; None sets no limit.
         max_wait_s: an output that waits longer for its first step ends with ``error``, in seconds; None sets no limit.
 
@@ -49,6 +51,7 @@ class EngineOptions:
     max_num_batched_tokens: int | None = None
     kv_cache_memory_bytes: int | None = None
     enable_prefix_caching: bool = True
+    reproducible: bool = False
     max_waiting: int | None = None
     max_wait_s: float | None = None
 
@@ -61,8 +64,9 @@ class EngineOptions:
         }
         for name, (most, why) in limits.items():
             object.__setattr__(self, name, check_count(name, getattr(self, name), most, why))
-        if not isinstance(self.enable_prefix_caching, bool):
-            raise UserError(f"enable_prefix_caching must be True or False, got {shown(self.enable_prefix_caching)}")
+        for name in ("enable_prefix_caching", "reproducible"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name} must be True or False, got {shown(getattr(self, name))}")
         wait = plain_scalar(self.max_wait_s)
         if wait is not None and (isinstance(wait, bool) or not isinstance(wait, int | float) or not wait > 0):
             raise UserError(f"max_wait_s must be a number of seconds above 0, got {shown(wait)}")

@@ -19,6 +19,7 @@ from foredraft.core.outputs import CompletionOutput, Logprob, RequestOutput
 from foredraft.core.params import RequestOutputKind, SamplingParams
 from foredraft.core.text import TextStream
 from foredraft.core.tree import DraftTree
+from foredraft.engine.pace import Pace
 
 
 @dataclass(eq=False)
@@ -35,6 +36,7 @@ class Sequence:
         eos_ids: end-of-sequence tokens; empty if they are ignored.
         processors: the parts of `sampling` that depend on the prefix.
         nodes: maximum number of nodes below the root of its trees; 0 means plain decoding.
+        pace: changes the number of nodes from step to step, within `nodes`; None keeps it.
         text: the text of the output so far.
         kinds: per output token ``accepted``, ``recovered``, ``bonus``, or ``plain`` if nothing was drafted.
         cache: the target's cache; None unless the sequence runs.
@@ -62,6 +64,7 @@ class Sequence:
     processors: Items[PrefixProcessor] = ()
     tokenizer: Any = None
     nodes: int = 0
+    pace: Pace | None = None
     cache: Any = None
     trail: Trail | None = None
     first: int = 0

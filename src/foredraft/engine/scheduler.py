@@ -9,6 +9,7 @@ from foredraft.cache.blocks import BLOCK, OutOfBlocksError, num_blocks
 from foredraft.cache.prefixes import Key, Prefixes, Trail
 from foredraft.core.contracts import Budget, Pool
 from foredraft.engine.drafting import Drafting
+from foredraft.engine.pace import MOST_PENDING
 from foredraft.engine.request import Sequence
 
 _NOTHING = Budget(0, 0)
@@ -72,14 +73,14 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """Chooses the rows of the next step, and reserves their blocks."""
-        schedule, rows, late = Schedule(), self._max_rows, []
-        for sequence in [*self.running]:
+        schedule, rows = Schedule(), self._max_rows
+        late = [sequence for sequence in self.running if sequence.num_missing]
+        decoding = [sequence for sequence in self.running if not sequence.num_missing]
+        load = len(decoding), min(rows, sum(sequence.num_missing for sequence in late))
+        for sequence in decoding:
             if sequence.cache is None:
                 continue  # preempted for one before it
-            if sequence.num_missing:
-                late.append(sequence)
-                continue
-            budget = self.budget(sequence)
+            budget = self._budget(sequence, *load)
             if self._reserve(sequence, sequence.cache.length + self._ahead(budget.nodes), schedule):
                 schedule.trees.append(sequence)
                 schedule.budgets.append(budget)
@@ -99,11 +100,22 @@ class Scheduler:
             rows -= self._chunk(sequence, rows, schedule)
         return schedule
 
-    def budget(self, sequence: Sequence) -> Budget:
-        """Returns the largest tree of the next step of a sequence."""
+    def _budget(self, sequence: Sequence, requests: int, besides: int) -> Budget:
+        """Returns the largest tree of the next step of a sequence.
+
+        Args:
+            requests: number of sequences that decode in the step.
+            besides: rows of prompts in the step.
+        """
         if self._drafting is None or sequence.draft_state is None:
             return _NOTHING
-        return sequence.budget(self._drafting.most)
+        pace = sequence.pace
+        if pace is None:
+            return sequence.budget(self._drafting.most)
+        if pace.pending > MOST_PENDING and self._drafting.drafter.bytes_per_token:
+            self._drafting.switch_off(sequence)
+            return _NOTHING
+        return sequence.budget(Budget(pace.nodes(requests, besides), self._drafting.most.depth))
 
     def publish(self, sequence: Sequence) -> None:
         """Lets other requests find the blocks of a sequence that are written."""

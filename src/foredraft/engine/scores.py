@@ -22,12 +22,15 @@ def law_of(sequence: Sequence, logits: Float[Tensor, "n v"], tree: DraftTree | N
     return TargetLaw(logits, sequence.sampling, tree, sequence.token_ids, sequence.processors)
 
 
-def record(sequence: Sequence, tree: DraftTree | None, verdict: Verdict, count: int, **seconds: float) -> StepRecord:
+def record(
+    sequence: Sequence, tree: DraftTree | None, verdict: Verdict, count: int, *, budget: int = 0, **seconds: float
+) -> StepRecord:
     """Returns the record of one step of one output.
 
     Args:
         tree: the tree of the step; None for plain decoding.
         count: number of tokens of the step that reached the output.
+        budget: the largest number of nodes that the tree was allowed.
         seconds: the times of the step, see `StepRecord`.
     """
     ended_early, failed = count <= len(verdict.path), sequence.finish_reason == "error"
@@ -39,6 +42,7 @@ def record(sequence: Sequence, tree: DraftTree | None, verdict: Verdict, count: 
         kind="error" if failed else "accepted" if ended_early else verdict.kind,
         branched=tree is not None and any(len(siblings) > 1 for siblings in tree.children),
         tv_bounds=verdict.tv_bounds[:count],
+        budget=budget,
         **seconds,
     )
 

@@ -157,7 +157,7 @@ class Step:
         self.clock.lap("cache_s")
         for b, (sequence, decision) in enumerate(zip(schedule.trees, decisions, strict=True)):
             if decision is not None:
-                self._commit_tree(sequence, decision, scores, part(batch, b))
+                self._commit_tree(b, sequence, decision, scores, part(batch, b))
         self._commit_chunks(batch, scores)
         for sequence in schedule.sequences:
             self.scheduler.publish(sequence)
@@ -165,7 +165,7 @@ class Step:
                 self.scheduler.release(sequence)
         return schedule.trees
 
-    def _commit_tree(self, sequence: Sequence, decision: Decision, scores: Scores, nodes: slice) -> None:
+    def _commit_tree(self, b: int, sequence: Sequence, decision: Decision, scores: Scores, nodes: slice) -> None:
         tree, verdict = decision.tree, decision.verdict
         drafted = [] if tree is None else tree.tokens[verdict.path].tolist()
         tokens = [*drafted, verdict.next_token]
@@ -174,7 +174,10 @@ class Step:
             self.drafting.observe(sequence, tokens, features, verdict.path)
         count = settle(sequence, decision.law, tokens, verdict)
         sequence.last_tree, sequence.last_path = tree, verdict.path[:count]
-        sequence.records.append(record(sequence, tree, verdict, count, **self.clock.seconds))
+        budget = self.schedule.budgets[b].nodes
+        sequence.records.append(record(sequence, tree, verdict, count, budget=budget, **self.clock.seconds))
+        if sequence.pace is not None and tree is not None:
+            sequence.pace.saw(budget, tree.num_nodes - 1, len(verdict.path), len(tokens))
 
     def _commit_chunks(self, batch: TreeBatch, scores: Scores) -> None:
         first = len(self.schedule.trees)

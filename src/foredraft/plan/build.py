@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from foredraft.core.costs import Costs
 from foredraft.core.folders import BUNDLED_LM
 from foredraft.core.params import SamplingParams
 from foredraft.core.setting import Setting
@@ -16,13 +17,17 @@ from foredraft.drafters.mixed import MixedDrafter
 from foredraft.engine.engine import Engine
 from foredraft.engine.options import EngineOptions
 from foredraft.models.parts import ModelParts
-from foredraft.plan.choose import Choice, Chooser
+from foredraft.plan.choice import Choice
+from foredraft.plan.choose import Chooser
 from foredraft.plan.config import bundled_drafter
 from foredraft.plan.measure import sample_prompt
 from foredraft.plan.speculation import KINDS, PLAIN, Speculation, Way, kind_of
 from foredraft.plan.store import read_calibration
 from foredraft.rules.multiround import for_sampled
 from foredraft.trees.base import ByTemperature
+
+MEMORY = "foredraft.memory"
+"""Name of the logger that says what the keys and values of an engine may take."""
 
 _DESCRIBED = ("method", "tree", "budget", "rule", "expected_speedup", "timed_on", "reason")
 
@@ -119,6 +124,11 @@ class Plan:
         """Returns the maximum number of tree nodes for a kind of requests; 0 means plain decoding."""
         return self.speculation.budget.nodes if self.speculation.budget else self.choices[kind].nodes
 
+    def costs(self, kind: str) -> Costs | None:
+        """Returns the costs by which budgets follow load and acceptance; None if the config fixes the budget."""
+        found = self.choices[kind].costs if self.choices else None
+        return None if found is None else Costs.read(found)
+
     def engine_options(self) -> dict[str, Any]:
         """Returns the arguments of `Engine` that say what is drafted. Empty if no request is drafted."""
         if self.choices and not any(choice.nodes for choice in self.choices.values()):
@@ -127,11 +137,13 @@ class Plan:
         used = {kind: self.way(kind) for kind in KINDS if nodes[kind]}
         greedy, sampled = (used.get(kind) or next(iter(used.values())) for kind in KINDS)  # an unused kind borrows a way
         rule, most = self.speculation.rule_for(sampled.tree), max(nodes.values())
+        costs = {kind: self.costs(kind) for kind in KINDS}
         return {
             "drafter": self.drafter(greedy, sampled),
             "rule": for_sampled(rule) if sampled != greedy and self.speculation.rule_name is None else rule,
             "budget": Budget(most, min(most, MAX_DEPTH)),
             "max_nodes": lambda sampling: nodes[kind_of(sampling)],
+            "costs": lambda sampling: costs[kind_of(sampling)],
         }
 
 
@@ -162,5 +174,5 @@ def make_engine(parts: ModelParts, plan: Plan | None, options: EngineOptions, *,
         eos_ids=parts.eos_ids,
         **(plan.engine_options() if plan else {}),
     )
-    logging.getLogger("foredraft").info("%s", engine.memory)
+    logging.getLogger(MEMORY).info("%s", engine.memory)
     return engine

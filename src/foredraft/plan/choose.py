@@ -23,9 +23,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from foredraft.core.contracts import Budget, Drafter, Target
+from foredraft.core.costs import Costs
 from foredraft.core.folders import cache_folder
 from foredraft.core.params import SamplingParams
 from foredraft.drafters import DRAFTERS
+from foredraft.plan.choice import MARGIN, Choice
+from foredraft.plan.costs import NODES, costs_of
 from foredraft.plan.measure import LIMIT_S, Full, Timed, announce, facts_of, slowdown_of
 from foredraft.plan.speculation import AUTO, KINDS, Speculation, Way
 from foredraft.plan.store import recalled
@@ -41,9 +44,6 @@ CHOICES = "foredraft.choices"
 TRIED_TREES, TYPICAL_SIZE = 2, 8
 """Of each drafter, chains and the `TRIED_TREES` trees with the most tokens per step at `TYPICAL_SIZE` nodes are timed."""
 
-_MARGIN = 1.1
-"""A drafter must beat plain decoding by this factor, because gains vary by text."""
-
 _TYPICAL_LOOKUP = 0.2, 0.5
 """Acceptance of the first token of a lookup, and of each further one if the tokens before were accepted. With many nodes, this
 gives 1.4 tokens per step, which lookups reached on answers of SmolLM2-135M-Instruct."""
@@ -57,43 +57,6 @@ class Candidate(NamedTuple):
 
     way: Way
     nodes: int
-
-
-class Choice(NamedTuple):
-    """The result of an automatic choice, with its reasons.
-
-    Attributes:
-        way: drafter and tree of the best candidate.
-        nodes: number of nodes of its tree; 0 if plain decoding is expected to be faster.
-        tokens_per_step: expected tokens per step of the best candidate.
-        slowdown: time of its step divided by the time of a plain decoding step, measured on this machine.
-        speedup: expected speed-up over plain decoding: `tokens_per_step` divided by `slowdown`.
-        timed_on: date of the measurement; None if nothing was timed.
-        calibrated: whether `tokens_per_step` was measured. If not, it is that of a typical drafter.
-    """
-
-    way: Way
-    nodes: int
-    tokens_per_step: float
-    slowdown: float
-    speedup: float
-    timed_on: str | None = None
-    calibrated: bool = True
-
-    @property
-    def reason(self) -> str:
-        """Describes the choice in one line."""
-        name = ", ".join(part for part in self.way if part)
-        if self.timed_on is None:
-            return f"drafting: {f'{name} {self.nodes} nodes' if self.nodes else 'off'} (nothing was timed)"
-        assumed = "" if self.calibrated else "; not calibrated, so a typical drafter is assumed"
-        when = f"timed here on {self.timed_on}{assumed}"
-        if self.nodes:
-            speedup = f"{self.speedup:.{1 if self.speedup > 1.1 else 2}f}x"
-            return f"drafting: {name} {self.nodes} nodes (expected {speedup}; {when})"
-        if self.speedup > 1:
-            return f"drafting: off (best {name} {self.speedup:.2f}x, but a drafter must reach {_MARGIN}x; {when})"
-        return f"drafting: off (no method expected above plain: best {name} {self.speedup:.2f}x; {when})"
 
 
 @dataclass(frozen=True)
@@ -126,7 +89,7 @@ class Chooser:
         config leaves the budget open, nothing is timed and decoding is plain.
         """
         settled = replace(self.speculation, retime=False)
-        facts = [facts_of(self.target, self.weights), self.measured, settled, self.num_seqs]
+        facts = [facts_of(self.target, self.weights), self.measured, settled, self.num_seqs, NODES]
         if cache_folder() is None and self.speculation.budget is None:
             way = settled.ways(has_model=self.has_model)[0]
             return dict.fromkeys(KINDS, Choice(way, 0, 1.0, 1.0, 1.0))
@@ -142,37 +105,60 @@ class Chooser:
     def _measure(self) -> dict[str, Choice]:
         today = date.today().isoformat()
         announce()
-        return {kind: self._choose(kind)._replace(timed_on=today, calibrated=bool(self._curves(kind))) for kind in KINDS}
-
-    def _choose(self, kind: str) -> Choice:
-        sampling = SamplingParams(temperature=KINDS[kind])
-        plain = Timed(self.target, None, None, 0, self.prompt, sampling, self.num_seqs)
-        ways, deadline = self._worth_timing(kind), perf_counter() + LIMIT_S
         build = memoize(self.build)
+        return {kind: self._choose(kind, build)._replace(timed_on=today, calibrated=bool(self._curves(kind))) for kind in KINDS}
+
+    def _choose(self, kind: str, build: Callable[[Way], Drafter]) -> Choice:
+        plain, deadline = self._timed(kind, None, 0, self.num_seqs), perf_counter() + LIMIT_S
 
         @memoize
         def slower(way: Way, nodes: int) -> float:
-            drafter = build(way) if has_weights(way) else Full()
-            rule = self.speculation.rule_for(way.tree)
-            return slowdown_of(Timed(self.target, drafter, rule, nodes, self.prompt, sampling, self.num_seqs), plain)
+            return slowdown_of(self._timed(kind, way, nodes, self.num_seqs, build), plain)
 
-        def slowdown(candidate: Candidate) -> float:
-            """For a ``-lookup`` drafter, averages lookup steps and fallback steps with the shares from the calibration."""
-            way, nodes = candidate
-            fallback = DRAFTERS[way.drafter].asks
-            if fallback is None:
-                return slower(way if has_weights(way) else LOOKUP, nodes)
-            share = self._drafted_share(kind, candidate)
-            return share * slower(Way(fallback, way.tree), nodes) + (1 - share) * slower(LOOKUP, nodes)
-
-        return choose(
-            ways,
+        found = choose(
+            self._worth_timing(kind),
             [self.speculation.budget.nodes] if self.speculation.budget else SIZES,
             lambda candidate: tokens_per_step(self._curves(kind), candidate),
-            slowdown,
+            lambda candidate: sum(share * slower(way, candidate.nodes) for share, way in self._parts(kind, candidate)),
             fallback=self.speculation.budget is None,
             in_time=lambda: perf_counter() < deadline,
         )
+        paced = found.nodes > 0 and self.speculation.budget is None
+        return found._replace(costs=self._costs(kind, found, build).written()) if paced else found
+
+    def _costs(self, kind: str, choice: Choice, build: Callable[[Way], Drafter]) -> Costs:
+        def timed(requests: int, nodes: int) -> list[tuple[float, Timed]]:
+            if not nodes:
+                return [(1.0, self._timed(kind, None, 0, requests))]
+            parts = self._parts(kind, Candidate(choice.way, nodes))
+            return [(share, self._timed(kind, way, nodes, requests, build)) for share, way in parts]
+
+        def tokens(nodes: int) -> float:
+            return tokens_per_step(self._curves(kind), Candidate(choice.way, nodes)) or 1.0
+
+        return costs_of(self.target, self.prompt, choice.nodes, timed, tokens)
+
+    def _timed(
+        self, kind: str, way: Way | None, nodes: int, requests: int, build: Callable[[Way], Drafter] | None = None
+    ) -> Timed:
+        """Returns a workload; without a way, it is plain decoding."""
+        about = self.prompt, SamplingParams(temperature=KINDS[kind]), requests
+        if way is None:
+            return Timed(self.target, None, None, 0, *about)
+        drafter = build(way) if build is not None and has_weights(way) else Full()
+        return Timed(self.target, drafter, self.speculation.rule_for(way.tree), nodes, *about)
+
+    def _parts(self, kind: str, candidate: Candidate) -> list[tuple[float, Way]]:
+        """Returns the ways whose steps a candidate's steps are, with their shares from the calibration.
+
+        Steps of a ``-lookup`` drafter are those of lookup and of the fallback drafter.
+        """
+        way = candidate.way
+        fallback = DRAFTERS[way.drafter].asks
+        if fallback is None:
+            return [(1.0, way if has_weights(way) else LOOKUP)]
+        share = self._drafted_share(kind, candidate)
+        return [(share, Way(fallback, way.tree)), (1 - share, LOOKUP)]
 
     def _worth_timing(self, kind: str) -> list[Way]:
         """Returns the ways worth timing.
@@ -239,7 +225,7 @@ def choose(
     Args:
         tokens_per_step: returns the tokens per step of a candidate; None if they are not known.
         slowdown: returns the time of a candidate's step divided by that of a plain decoding step.
-        fallback: choose plain decoding (0 nodes) if no candidate is faster by `_MARGIN`.
+        fallback: choose plain decoding (0 nodes) if no candidate is faster by `MARGIN`.
         in_time: returns whether another candidate may be timed. At least one is timed.
     """
     ways = list(ways)
@@ -262,7 +248,7 @@ def choose(
             top = max(top, speedup)
     if not best.speedup:
         return plain._replace(speedup=1.0)
-    return best._replace(nodes=0) if fallback and best.speedup <= _MARGIN else best
+    return best._replace(nodes=0) if fallback and best.speedup <= MARGIN else best
 
 
 def tokens_per_step(measured: Mapping[str, Mapping[str, float]] | None, candidate: Candidate) -> float | None:

@@ -1,0 +1,95 @@
+"""What steps cost on this machine and what drafting gains: measured once, stored, and handed to the engine as a value."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+Point = tuple[float, ...]
+"""A place of a curve, and the values there."""
+
+_ROUNDED = 32
+"""Rows of prompts beside the trees are rounded up to a multiple of this number."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of steps, and tokens per step, for one way of drafting.
+
+    A step of B requests with trees of n nodes and c rows of prompts takes ``forward(B (1 + n) + c) + outside(B, n)`` seconds.
+
+    Attributes:
+        forward: number of rows, and the seconds of a forward.
+        outside: number of nodes, and the seconds outside the forward (drafting, rule, bookkeeping): of one request, and what
+            each further request adds.
+        tokens: number of nodes, and the tokens per step that are expected of a typical request. The last entry is the largest
+            tree.
+    """
+
+    forward: tuple[Point, ...]
+    outside: tuple[Point, ...]
+    tokens: tuple[Point, ...]
+    _seconds: dict[tuple[int, int, int], float] = field(init=False, default_factory=dict, compare=False, repr=False)
+
+    @staticmethod
+    def read(found: Mapping[str, Any]) -> Costs:
+        """Returns the costs that `written` stored."""
+        return Costs(*(tuple(tuple(point) for point in found[name]) for name in ("forward", "outside", "tokens")))
+
+    def written(self) -> dict[str, Any]:
+        """Returns the costs as data for JSON."""
+        found = asdict(self)
+        del found["_seconds"]
+        return found
+
+    @property
+    def most(self) -> int:
+        """Number of nodes of the largest tree."""
+        return int(self.tokens[-1][0])
+
+    def step_s(self, requests: int, nodes: int, besides: int = 0) -> float:
+        """Returns the seconds of a step.
+
+        Args:
+            requests: number of requests that decode.
+            nodes: number of nodes of each tree.
+            besides: rows of prompts in the same step, which are rounded up to a multiple of 32.
+        """
+        key = requests, nodes, -(-besides // _ROUNDED) * _ROUNDED
+        if key not in self._seconds:
+            first, further = interpolated(self.outside, nodes)
+            rows = interpolated(self.forward, requests * (1 + nodes) + key[2])[0]
+            self._seconds[key] = rows + first + further * (requests - 1)
+        return self._seconds[key]
+
+    def gain(self, nodes: int) -> float:
+        """Returns the expected number of accepted tokens per step of a typical request."""
+        return interpolated(self.tokens, nodes)[0] - 1 if nodes else 0.0
+
+    def best(self, requests: int, besides: int, share: float) -> int:
+        """Returns the number of nodes with the most tokens per second, if all requests had trees of this size. 0 if none pays.
+
+        Args:
+            requests, besides: as in `step_s`.
+            share: accepted tokens of this request, divided by those of a typical request.
+        """
+        best, fastest = 0, 1 / self.step_s(requests, 0, besides)
+        for size, *_ in self.tokens:
+            nodes = int(size)
+            speed = (1 + share * self.gain(nodes)) / self.step_s(requests, nodes, besides)
+            if speed > fastest:
+                best, fastest = nodes, speed
+        return best
+
+
+def interpolated(curve: Sequence[Point], at: float | int) -> Point:
+    """Returns the values of a curve at a place: linear between its points and behind the last, constant before the first."""
+    places = [point[0] for point in curve]
+    right = min(max(bisect_left(places, at), 1), len(curve) - 1)
+    if len(curve) == 1 or at <= places[0]:
+        return curve[0][1:]
+    (x0, *low), (x1, *high) = curve[right - 1], curve[right]
+    part = (at - x0) / (x1 - x0)
+    return tuple(a + part * (b - a) for a, b in zip(low, high, strict=True))

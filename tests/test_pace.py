@@ -1,0 +1,142 @@
+"""How the nodes of a request follow the load and its acceptance, and that the law of its tokens does not change thereby."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import pairwise, product
+from typing import Any
+
+import pytest
+
+from exact import decoded, enumerate_branches
+from foredraft.core.contracts import Budget
+from foredraft.core.costs import Costs, interpolated
+from foredraft.core.params import SamplingParams
+from foredraft.drafters.lm import LMDrafter
+from foredraft.engine.engine import Engine
+from foredraft.engine.options import EngineOptions
+from foredraft.engine.pace import Pace
+from foredraft.models.table import TableTarget, random_law
+from foredraft.rules import RULES
+from foredraft.trees import GROWERS
+
+COSTS = Costs(
+    forward=((1.0, 1.0), (4.0, 1.1), (8.0, 1.4), (16.0, 2.6), (64.0, 10.0)),
+    outside=((0.0, 0.05, 0.01), (2.0, 0.3, 0.05), (6.0, 0.6, 0.1)),
+    tokens=((1.0, 1.7), (2.0, 2.2), (4.0, 2.8), (6.0, 3.1)),
+)
+MOST = COSTS.best(1, 0, 1.0)
+CASES = [*product((1, 2, 4, 8, 16, 64), (0, 20, 500), (0.0, 0.3, 1.0, 1.5))]
+
+
+def test_curves_are_linear_between_and_behind_their_points() -> None:
+    curve = ((1.0, 2.0), (3.0, 6.0), (5.0, 7.0))
+    assert [interpolated(curve, at)[0] for at in (0, 1, 2, 3, 4, 5, 9)] == [2, 2, 4, 6, 6.5, 7, 9]
+    assert interpolated(((4.0, 1.0, 2.0),), 9) == (1.0, 2.0)
+
+
+def test_costs_survive_storage() -> None:
+    assert Costs.read(COSTS.written()) == COSTS
+
+
+@pytest.mark.parametrize(("requests", "besides", "share"), CASES)
+def test_no_chosen_budget_predicts_less_than_plain(requests: int, besides: int, share: float) -> None:
+    nodes = COSTS.best(requests, besides, share)
+    plain = 1 / COSTS.step_s(requests, 0, besides)
+    speeds = {n: (1 + share * COSTS.gain(n)) / COSTS.step_s(requests, n, besides) for n in (1, 2, 4, 6)}
+    assert (speeds[nodes] if nodes else plain) == max(plain, *speeds.values())
+
+
+def test_nodes_fall_with_the_load_and_with_acceptance() -> None:
+    by_load = [COSTS.best(requests, 0, 1.0) for requests in (1, 2, 4, 8, 16, 64)]
+    assert by_load == sorted(by_load, reverse=True) and by_load[0] == MOST and by_load[-1] == 0
+    by_share = [COSTS.best(1, 0, share) for share in (1.0, 0.7, 0.4, 0.2, 0.0)]
+    assert by_share == sorted(by_share, reverse=True) and by_share[-1] == 0
+    assert COSTS.best(16, 0, 1.0) <= COSTS.best(16, 2000, 1.0)  # beside a long prompt, further rows cost little
+
+
+def test_a_request_without_acceptance_is_probed_ever_more_rarely() -> None:
+    pace, drafted = Pace(COSTS), list[int]()
+    for step in range(400):
+        nodes = pace.nodes(1, 0)
+        pace.saw(nodes, nodes, 0, 1)
+        drafted += [step] if nodes else []
+    gaps = [after - before for before, after in pairwise(drafted) if after - before > 1]
+    assert gaps == sorted(gaps) and gaps[0] >= 16 and gaps[-1] >= 64
+    assert len(drafted) < 40
+    assert pace.pending == 400 - 1 - drafted[-1]
+
+
+def test_a_request_that_is_accepted_again_drafts_again() -> None:
+    pace = Pace(COSTS)
+    for _ in range(100):
+        pace.saw(nodes := pace.nodes(1, 0), nodes, 0, 1)
+    drafted = []
+    for _ in range(300):
+        nodes = pace.nodes(1, 0)
+        pace.saw(nodes, nodes, nodes, nodes + 1)
+        drafted.append(nodes)
+    assert drafted[-50:] == [MOST] * 50
+
+
+def test_a_load_that_does_not_pay_is_no_fault_of_the_request() -> None:
+    pace = Pace(COSTS)
+    assert [pace.nodes(64, 0) for _ in range(50)] == [0] * 50
+    assert pace.nodes(1, 0) == MOST
+
+
+def test_what_lookup_does_not_find_says_nothing() -> None:
+    pace = Pace(COSTS)
+    before = pace.share
+    for _ in range(50):
+        pace.saw(pace.nodes(1, 0), 0, 0, 1)
+    assert pace.share == before and not pace.pending
+
+
+VOCAB, LENGTH, PROMPT = 2, 5, (0, 1)
+LAW, DRAFT = random_law(VOCAB, 11), random_law(VOCAB, 12)
+EAGER = Costs(((1.0, 1.0), (4.0, 1.2)), ((0.0, 0.0, 0.0), (2.0, 0.45, 0.0)), ((1.0, 1.5), (2.0, 1.9)))
+
+
+def drafting(tree: str, rule: str) -> dict[str, Any]:
+    drafter = LMDrafter(TableTarget(DRAFT, VOCAB), GROWERS[tree].grower(), VOCAB)
+    return {"drafter": drafter, "rule": RULES[rule].rule, "budget": Budget(2, 2), "costs": lambda _: EAGER}
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize(("tree", "rule"), [("chain", "chain"), ("chain", "block"), ("dyspec", "multiround")])
+def test_the_law_of_budgets_that_depend_on_acceptance(tree: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every branch of every step. The second budget depends on what the first step accepted, and several budgets occur."""
+    monkeypatch.setattr("foredraft.engine.pace._PRIOR", 1.0)
+    monkeypatch.setattr("foredraft.engine.pace._FIRST_PAUSE", 1)
+    law, budgets = defaultdict[tuple[int, ...], float](float), set[tuple[int, ...]]()
+
+    def run(draws: Any) -> tuple[int, ...]:
+        one = decoded(TableTarget(LAW, VOCAB), PROMPT, SamplingParams(), draws, len(PROMPT) + LENGTH, **drafting(tree, rule))
+        budgets.add(tuple(record.budget for record in one.records))
+        return tuple(one.output_ids)
+
+    for prob, output, _ in enumerate_branches(run):
+        law[output] += prob
+    assert len({found[1] for found in budgets if len(found) > 1}) > 1
+    for tokens in product(range(VOCAB), repeat=LENGTH):
+        prob = 1.0
+        for i, token in enumerate(tokens):
+            prob *= LAW((*PROMPT, *tokens[:i]))[token]
+        assert law[tokens] == pytest.approx(prob, abs=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"reproducible": True}])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_seeds_and_reproducible_engines_keep_their_nodes(options: dict[str, Any], seed: int | None) -> None:
+    engine = Engine(
+        TableTarget(LAW, VOCAB),
+        max_model_len=100,
+        options=EngineOptions(max_num_seqs=1, **options),
+        **drafting("chain", "block"),
+    )
+    request = engine.add_request(None, list(PROMPT), SamplingParams(seed=seed))
+    while engine.has_unfinished_requests():
+        engine.step()
+    budgets = {record.budget for record in request.sequences[0].records[:-3]}
+    assert (budgets == {2}) == (bool(options) or seed is not None)

@@ -66,7 +66,7 @@ def test_plain_decoding_where_nothing_pays(fallback: bool, nodes: int) -> None:
 def test_a_tree_that_was_not_measured_is_left_out() -> None:
     measured = {"lm:a": {"2": 1.5, "4": 2.0}}
     assert tokens_per_step(measured, Candidate(B, 2)) is None
-    assert [tokens_per_step(measured, Candidate(A, nodes)) for nodes in (1, 2, 3, 4, 9)] == [1.5, 1.5, 1.75, 2.0, 2.0]
+    assert [tokens_per_step(measured, Candidate(A, nodes)) for nodes in (1, 2, 3, 4, 9)] == [1.25, 1.5, 1.75, 2.0, 2.0]
     assert tokens_per_step({"suffix": {"4": 1.7}}, Candidate(Way("suffix", None), 4)) == 1.7
     typical = [tokens_per_step(None, Candidate(A, nodes)) or 0 for nodes in (1, 2, 4, 8, 16)]
     assert typical == sorted(typical)

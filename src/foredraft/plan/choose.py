@@ -252,7 +252,7 @@ def choose(
 
 
 def tokens_per_step(measured: Mapping[str, Mapping[str, float]] | None, candidate: Candidate) -> float | None:
-    """Returns the tokens per step of a candidate. Sizes between measured ones are interpolated linearly.
+    """Returns the tokens per step of a candidate, interpolated linearly from measured sizes and from 1 token at 0 nodes.
 
     Args:
         measured: `curve_name` -> number of nodes (as a string, from JSON) -> tokens per step. Without measurements, the
@@ -271,4 +271,4 @@ def tokens_per_step(measured: Mapping[str, Mapping[str, float]] | None, candidat
     if not curve:
         return None
     sizes = sorted(map(int, curve))
-    return float(np.interp(candidate.nodes, sizes, [curve[str(nodes)] for nodes in sizes]))
+    return float(np.interp(candidate.nodes, [0, *sizes], [1.0, *(curve[str(nodes)] for nodes in sizes)]))

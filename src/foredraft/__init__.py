@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from foredraft.core.outputs import CompletionOutput as CompletionOutput
     from foredraft.core.outputs import Logprob as Logprob
     from foredraft.core.outputs import RequestOutput as RequestOutput
+    from foredraft.core.params import RequestOutputKind as RequestOutputKind
     from foredraft.core.params import SamplingParams as SamplingParams
     from foredraft.core.tree import DraftTree as DraftTree
     from foredraft.core.tree import TreeBatch as TreeBatch
@@ -28,6 +29,7 @@ _HOMES = {
     "RULES": "rules",
     "LLM": "llm",
     "SamplingParams": "core.params",
+    "RequestOutputKind": "core.params",
     "RequestOutput": "core.outputs",
     "CompletionOutput": "core.outputs",
     "Logprob": "core.outputs",

@@ -16,7 +16,7 @@ from foredraft.core.messages import Message, conversations
 from foredraft.core.outputs import RequestOutput
 from foredraft.core.params import MAX_COUNT, RequestOutputKind, SamplingParams, check_seed, used_seed
 from foredraft.core.progress import progress_bar
-from foredraft.core.prompts import Params, Prompt, encode, prompt_list, with_params
+from foredraft.core.prompts import Params, Prompt, encode, is_list, prompt_list, with_params
 from foredraft.core.treatment import CHAT, LOAD, RUN
 from foredraft.engine.callers import Callers
 from foredraft.engine.options import EngineOptions
@@ -42,7 +42,8 @@ class LLM:
             method of the head in ``model``, and ``lm`` if ``model`` holds no head. For the bundled target, ``model``
             defaults to the bundled head. None is method ``auto`` for the bundled target. For any other target, None is
             method ``suffix``, which needs no weights. If ``tree`` or ``num_speculative_tokens`` is left out or ``"auto"``,
-            the fastest value is chosen from measurements, see `foredraft.plan.choose`.
+            the fastest value is chosen from measurements, see `foredraft.plan.choose`. A list names several; the first
+            is the default, and `SamplingParams.speculative` chooses another by its ``method``.
         tokenizer: a Transformers tokenizer, or its directory or Hub id. None is the tokenizer stored with the model.
         dtype: ``auto`` (the dtype of the checkpoint), ``bfloat16``, ``float16``, ``float32`` or ``float64``.
         device: None is CUDA if a CUDA device is available, else the CPU.
@@ -70,7 +71,7 @@ class LLM:
     def __init__(
         self,
         model: Any = None,
-        speculative_config: Mapping[str, Any] | None = None,
+        speculative_config: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         *,
         tokenizer: Any = None,
         dtype: str | torch.dtype = "auto",
@@ -85,14 +86,14 @@ class LLM:
         self._options = EngineOptions(max_num_seqs=max_num_seqs, **engine)
         max_model_len = check_count("max_model_len", max_model_len, MAX_COUNT, "no model's context is longer")
         self.seed = used_seed(check_seed(seed))
-        speculation = parse(usual_config(speculative_config, bundled=model is None))
+        speculations = _parsed(speculative_config, bundled=model is None)
         self._parts = load_parts(model, tokenizer, dtype, device, max_model_len, revision, generation_config=generation_config)
         self.target, self.tokenizer = self._parts.target, self._parts.tokenizer
         self.eos_ids, self.max_model_len = self._parts.eos_ids, self._parts.max_model_len
         self.max_num_seqs, self._usual_num_seqs = self._options.num_seqs, self._options.max_num_seqs or 1
-        self._speculate(speculation)
+        self._speculate(speculations)
 
-    def with_speculation(self, speculative_config: Mapping[str, Any] | None) -> LLM:
+    def with_speculation(self, speculative_config: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> LLM:
         """Returns another `LLM` on the same weights with a different speculative config.
 
         All of them share a draft model, which is loaded once.
@@ -101,14 +102,16 @@ class LLM:
             ValueError: the config is invalid.
         """
         other = copy(self)
-        other._speculate(parse(usual_config(speculative_config, bundled=self._parts.is_bundled)))
+        other._speculate(_parsed(speculative_config, bundled=self._parts.is_bundled))
         return other
 
-    def _speculate(self, speculation: Speculation | None) -> None:
-        self.speculation = speculation
-        self.plan = Plan(self._parts, speculation, self._usual_num_seqs) if speculation else None
+    def _speculate(self, speculations: Sequence[Speculation | None]) -> None:
+        self.speculation = speculations[0]
+        self.plan, *others = (Plan(self._parts, one, self._usual_num_seqs) if one else None for one in speculations)
         self.choices = self.plan.choices if self.plan else {}
-        self.engine = make_engine(self._parts, self.plan, self._options, seed=self.seed)
+        self.engine = make_engine(
+            self._parts, self.plan, self._options, seed=self.seed, others=[plan for plan in others if plan]
+        )
         self._callers = Callers(self.engine)
 
     def drafting(self, sampling: SamplingParams | None = None) -> dict[str, Any]:
@@ -234,3 +237,9 @@ class LLM:
     def measured(self, speculation: Speculation) -> dict[str, Any]:
         """Reads the calibration of a config's drafter, see `foredraft.plan.store.read_calibration`."""
         return Plan(self._parts, speculation, self._usual_num_seqs).measured()
+
+
+def _parsed(given: Any, *, bundled: bool) -> list[Speculation | None]:
+    """Returns what the configs mean, the default first."""
+    configs = given if is_list(given) and given else [given]
+    return [parse(usual_config(config, bundled=bundled)) for config in configs]

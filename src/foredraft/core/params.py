@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
 
 from foredraft.core.arguments import class_takes_other_names
 from foredraft.core.errors import UserError, UserTypeError, check_text, plain_scalar, shown
@@ -102,6 +102,9 @@ class SamplingParams:
         bad_words: strings that must not be generated. Within the output, the last token that would complete one is forbidden.
         allowed_token_ids: only these ids may be generated.
         skip_special_tokens: leave special tokens out of the text.
+        speculative: how the request drafts. None is as the engine was set up. False drafts nothing. ``{"method": name,
+            "num_speculative_tokens": n}`` chooses a method that the engine was given at the start, and optionally fixes the
+            number of nodes.
         output_kind: what `Engine.step` and `AsyncLLM.generate` give while the request runs.
 
     Raises:
@@ -130,6 +133,7 @@ class SamplingParams:
     bad_words: Sequence[str] | None = None
     allowed_token_ids: Sequence[int] | None = None
     skip_special_tokens: bool = True
+    speculative: Mapping[str, Any] | Literal[False] | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
@@ -270,6 +274,16 @@ def _many(kind: type, values: Any) -> bool:
     return all(issubclass(value_type, kind) and value_type is not bool for value_type in types)
 
 
+def _is_wish(wish: Any) -> bool:
+    """Whether a value names a method, and optionally a number of nodes."""
+    if not isinstance(wish, Mapping) or not isinstance(wish.get("method"), str):
+        return False
+    nodes = wish.get("num_speculative_tokens", 1)
+    return (
+        {*wish} <= {"method", "num_speculative_tokens"} and isinstance(nodes, int) and not isinstance(nodes, bool) and nodes > 0
+    )
+
+
 _FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
 
 _REQUIRED = (*_FLAGS, "output_kind")
@@ -286,5 +300,6 @@ _KINDS: list[tuple[str, Callable[[Any], bool], str]] = [
         "a dictionary of token ids and numbers",
     ),
     *[(name, lambda x: isinstance(x, bool), "True or False") for name in _FLAGS],
+    ("speculative", lambda x: x is False or _is_wish(x), "False or a dictionary with 'method' and 'num_speculative_tokens'"),
     ("output_kind", lambda x: isinstance(x, RequestOutputKind), "a RequestOutputKind"),
 ]

@@ -3,36 +3,72 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from contextlib import suppress
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from foredraft.cache.blocks import OutOfBlocksError
 from foredraft.core.contracts import AcceptanceRule, Budget, Drafter, Features, Work
-from foredraft.core.errors import UserError
+from foredraft.core.costs import Costs
+from foredraft.core.errors import UserError, unknown_name
+from foredraft.core.params import SamplingParams
 from foredraft.core.tree import DraftTree, TreeBatch
+from foredraft.engine.pace import Pace
 from foredraft.engine.request import Sequence
 
 _log = logging.getLogger("foredraft")
 
 
 class Drafting:
-    """Drafts for the sequences of an engine.
+    """One way of drafting of an engine.
 
     Args:
         drafter: proposes trees.
         rule: decides which nodes are kept.
         most: the largest tree.
+        name: name by which a request chooses it.
+        max_nodes: gives the maximum number of tree nodes of a request, within `most`; None uses the whole budget.
+        costs: gives the costs by which the number of nodes of a request follows the load and what was accepted of it; None
+            keeps it. A request with a seed of its own always keeps it.
     """
 
-    def __init__(self, drafter: Drafter, rule: AcceptanceRule, most: Budget):
-        self.drafter, self.rule, self.most = drafter, rule, most
+    def __init__(
+        self,
+        drafter: Drafter,
+        rule: AcceptanceRule,
+        most: Budget,
+        *,
+        name: str = "",
+        max_nodes: Callable[[SamplingParams], int] | None = None,
+        costs: Callable[[SamplingParams], Costs | None] | None = None,
+    ):
+        self.drafter, self.rule, self.most, self.name = drafter, rule, most, name
+        self._max_nodes, self._costs = max_nodes, costs
 
-    @property
-    def feature_layers(self) -> Items[int]:
-        """The target's layers whose features the drafter needs."""
-        return self.drafter.feature_layers
+    def take(self, features: Float[Tensor, "m w"] | None, places: Items[int]) -> Float[Tensor, "m d"] | None:
+        """Returns the features of the drafter's own layers.
+
+        Args:
+            features: features of all layers that the drafters of the engine need.
+            places: the layers in them.
+        """
+        own = [*self.drafter.feature_layers]
+        if features is None or not own or own == list(places):
+            return features if own else None
+        return features.unflatten(1, (len(places), -1))[:, [places.index(layer) for layer in own]].flatten(1)
+
+    def nodes(self, sampling: SamplingParams) -> int:
+        """Returns the maximum number of nodes of the trees of a request, 0 for plain decoding."""
+        return min(self.most.nodes, self._max_nodes(sampling)) if self._max_nodes else self.most.nodes
+
+    def pace(self, sampling: SamplingParams) -> Pace | None:
+        """Returns what changes the number of nodes from step to step; None if it is fixed."""
+        costs = self._costs(sampling) if self._costs is not None and sampling.seed is None else None
+        return None if costs is None else Pace(costs)
 
     def start(self, sequence: Sequence) -> None:
         """Starts drafting for a sequence whose prompt is in the cache."""
@@ -102,6 +138,35 @@ class Drafting:
         with suppress(Exception):
             self.switch_off(sequence)
         sequence.draft_state = None
+
+
+def drafted_by(
+    sampling: SamplingParams, default: Drafting | None, draftings: Items[Drafting]
+) -> tuple[Drafting | None, int, Pace | None]:
+    """Returns how a request drafts, its largest number of nodes, and what changes it from step to step.
+
+    Raises:
+        ValueError: `SamplingParams.speculative` names a method or a size that the engine was not given.
+    """
+    wish, drafting = sampling.speculative, default
+    if wish is False:
+        return None, 0, None
+    if wish is not None:
+        named = {one.name: one for one in draftings}
+        if wish["method"] not in named:
+            raise unknown_name("method of a request", wish["method"], named)
+        drafting = named[wish["method"]]
+    if drafting is None:
+        return None, 0, None
+    fixed = None if wish is None else wish.get("num_speculative_tokens")
+    if fixed is None:
+        return drafting, drafting.nodes(sampling), drafting.pace(sampling)
+    if fixed > drafting.most.nodes:
+        raise UserError(
+            f"num_speculative_tokens of a request must be at most {drafting.most.nodes}, got {fixed}",
+            "name a larger num_speculative_tokens at the start",
+        )
+    return drafting, fixed, None
 
 
 def work_of(sequences: Items[Sequence], budgets: Items[Budget]) -> Work:

@@ -18,10 +18,9 @@ from foredraft.core.params import RequestOutputKind, SamplingParams, used_seed
 from foredraft.core.processors import prefix_processors
 from foredraft.core.prompts import Prompt, encode, salt_of
 from foredraft.core.text import TextStream, bad_word_ids
-from foredraft.engine.drafting import Drafting
+from foredraft.engine.drafting import Drafting, drafted_by
 from foredraft.engine.one_thread import one_thread
 from foredraft.engine.options import MAX_ROWS, EngineOptions, memory_of
-from foredraft.engine.pace import Pace
 from foredraft.engine.request import Request
 from foredraft.engine.request import Sequence as Output
 from foredraft.engine.scheduler import Scheduler
@@ -39,9 +38,8 @@ class Engine:
     Args:
         tokenizer: decodes text and finds stop strings; None if only token ids are used.
         drafter, rule, budget: None for plain decoding.
-        max_nodes: gives the maximum number of tree nodes of a request, within the budget; None uses the whole budget.
-        costs: gives the costs by which the number of nodes of a request follows the load and what was accepted of it; None
-            keeps it. A request with a seed of its own always keeps it.
+        max_nodes, costs: see `Drafting`.
+        others: further ways of drafting, which requests choose by name.
         max_model_len: maximum length of prompt plus output, in tokens.
         options: memory, load and waiting; None uses the defaults.
         num_kv_blocks: number of blocks of 16 tokens for keys and values; None derives it from `options`.
@@ -59,6 +57,8 @@ class Engine:
         budget: Budget | None = None,
         max_nodes: Callable[[SamplingParams], int] | None = None,
         costs: Callable[[SamplingParams], Costs | None] | None = None,
+        name: str = "",
+        others: Sequence[Drafting] = (),
         max_model_len: int,
         options: EngineOptions | None = None,
         num_kv_blocks: int | None = None,
@@ -70,14 +70,15 @@ class Engine:
         self._drafting: Drafting | None = None
         if drafter is not None:
             assert rule is not None and budget is not None
-            self._drafting = Drafting(drafter, rule, budget)
-        self._max_nodes, self._costs, self._seed = max_nodes, costs, seed
+            self._drafting = Drafting(drafter, rule, budget, name=name, max_nodes=max_nodes, costs=costs)
+        self._draftings = [*([self._drafting] if self._drafting else []), *others]
+        self._seed = seed
         self._eos_ids = frozenset(token_id for token_id in eos_ids if 0 <= token_id < target.vocab_size)
-        ahead = 0 if self._drafting is None else max(self._drafting.most.nodes, self._drafting.drafter.ahead)
-        self.memory = memory_of(options, target, drafter, max_model_len, 1 + ahead)
+        ahead = 1 + max([0, *(max(one.most.nodes, one.drafter.ahead) for one in self._draftings)])
+        drafted_bytes = sum(one.drafter.bytes_per_token for one in self._draftings)
+        self.memory = memory_of(options, target, drafted_bytes, max_model_len, ahead)
         self.scheduler = Scheduler(
             target.new_pool(self.memory.num_blocks if num_kv_blocks is None else num_kv_blocks),
-            self._drafting,
             max_num_seqs=options.num_seqs,
             max_rows=options.max_num_batched_tokens or MAX_ROWS,
             caching=options.enable_prefix_caching,
@@ -162,7 +163,7 @@ class Engine:
         """Runs one step. Returns the requests with news, see `SamplingParams.output_kind`."""
         with self.lock, one_thread if self.target.has_own_threads else nullcontext():
             late = [] if self.options.max_wait_s is None else self._expire(self.options.max_wait_s)
-            return self._outputs(late + step(self.target, self.scheduler, self._drafting))
+            return self._outputs(late + step(self.target, self.scheduler, self._layers))
 
     def abort_request(self, request_ids: str | Iterable[str]) -> None:
         """Ends requests and releases what they hold. Names of requests that have ended are ignored."""
@@ -181,6 +182,11 @@ class Engine:
     def get_num_unfinished_requests(self) -> int:
         """Number of requests that wait or run."""
         return len(self._requests)
+
+    @property
+    def _layers(self) -> tuple[int, ...]:
+        """The target's layers whose features a drafter needs."""
+        return tuple({layer: None for one in self._draftings for layer in one.drafter.feature_layers})
 
     def _outputs(self, changed: Sequence[Output]) -> list[RequestOutput]:
         found = []
@@ -211,7 +217,7 @@ class Engine:
         sampling, num_prompt = request.sampling, len(request.prompt_ids)
         num_left = self.max_model_len - num_prompt
         words = bad_word_ids(self.tokenizer, sampling.bad_words) if sampling.bad_words else []
-        most = self._drafting.most.nodes if self._drafting is not None else 0
+        drafting, nodes, pace = drafted_by(sampling, self._drafting, self._draftings)
         return Output(
             request=request,
             index=index,
@@ -230,14 +236,10 @@ class Engine:
             eos_ids=frozenset() if sampling.ignore_eos else self._eos_ids,
             processors=prefix_processors(sampling, num_prompt, {*self._eos_ids, *(sampling.stop_token_ids or ())}, words),
             tokenizer=self.tokenizer,
-            nodes=min(most, self._max_nodes(sampling)) if self._max_nodes else most,
-            pace=self._pace(sampling),
+            drafting=drafting,
+            nodes=nodes,
+            pace=None if self.options.reproducible else pace,
         )
-
-    def _pace(self, sampling: SamplingParams) -> Pace | None:
-        fixed = self._costs is None or self.options.reproducible or sampling.seed is not None
-        costs = None if fixed or self._costs is None else self._costs(sampling)
-        return None if costs is None else Pace(costs)
 
     def _require_blocks(self, request: Request) -> None:
         sequence, count = request.sequences[0], self.scheduler.pool.blocks.count

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from foredraft.cache.blocks import BLOCK, num_blocks
-from foredraft.core.contracts import Drafter, Target
+from foredraft.core.contracts import Target
 from foredraft.core.errors import UserError, check_count, plain_scalar, shown
 
 DEFAULT_NUM_SEQS = 8
@@ -97,16 +97,17 @@ class Memory:
         return f"keys and values: at most {size / 2**20:.0f} MiB, {tokens} tokens, {full:.1f} contexts of {self.max_model_len}"
 
 
-def memory_of(options: EngineOptions, target: Target, drafter: Drafter | None, max_model_len: int, ahead: int) -> Memory:
+def memory_of(options: EngineOptions, target: Target, drafted_bytes: int, max_model_len: int, ahead: int) -> Memory:
     """Returns how many blocks an engine has. Nothing is allocated.
 
     Args:
+        drafted_bytes: bytes of the keys and values of the drafters for one token.
         ahead: number of positions behind a request that a step may write.
 
     Raises:
         ValueError: the memory does not hold a single request.
     """
-    per_token = target.new_pool(0).bytes_per_token + (0 if drafter is None else drafter.bytes_per_token)
+    per_token = target.new_pool(0).bytes_per_token + drafted_bytes
     block_bytes = BLOCK * per_token
     wanted = num_blocks(max_model_len + ahead, options.num_seqs)
     if options.kv_cache_memory_bytes is not None:

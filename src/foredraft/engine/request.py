@@ -35,6 +35,7 @@ class Sequence:
         draws: the random numbers of the output.
         eos_ids: end-of-sequence tokens; empty if they are ignored.
         processors: the parts of `sampling` that depend on the prefix.
+        drafting: how it drafts, a `foredraft.engine.drafting.Drafting`; None for plain decoding.
         nodes: maximum number of nodes below the root of its trees; 0 means plain decoding.
         pace: changes the number of nodes from step to step, within `nodes`; None keeps it.
         text: the text of the output so far.
@@ -63,6 +64,7 @@ class Sequence:
     eos_ids: frozenset[int] = frozenset()
     processors: Items[PrefixProcessor] = ()
     tokenizer: Any = None
+    drafting: Any = None
     nodes: int = 0
     pace: Pace | None = None
     cache: Any = None
@@ -104,8 +106,13 @@ class Sequence:
         wanted, found = self.index == 0 and self.sampling.prompt_logprobs is not None, self.prompt_logprobs or ()
         return wanted and len(found) < self.num_prompt
 
+    @property
+    def drafts(self) -> bool:
+        """Whether it has drafted, or will."""
+        return self.drafting is not None and self.nodes > 0
+
     def budget(self, most: Budget) -> Budget:
-        """Returns the largest tree of its next step, within the budget `most` of the engine."""
+        """Returns the largest tree of its next step, within the budget `most`."""
         nodes = min(most.nodes, self.nodes)
         depth = max(0, min(most.depth, nodes, self.room - 1))
         return Budget(nodes if depth else 0, depth)

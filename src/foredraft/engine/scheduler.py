@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from foredraft.cache.blocks import BLOCK, OutOfBlocksError, num_blocks
 from foredraft.cache.prefixes import Key, Prefixes, Trail
 from foredraft.core.contracts import Budget, Pool
-from foredraft.engine.drafting import Drafting
 from foredraft.engine.pace import MOST_PENDING
 from foredraft.engine.request import Sequence
 
@@ -53,16 +52,14 @@ class Scheduler:
 
     Args:
         pool: the target's pool.
-        drafting: None for plain decoding.
         max_num_seqs: maximum number of running sequences.
         max_rows: maximum number of rows of a step.
         caching: whether requests share prefixes. Outputs of the same request always do.
     """
 
-    def __init__(self, pool: Pool, drafting: Drafting | None, *, max_num_seqs: int, max_rows: int, caching: bool = True):
-        self.pool, self._drafting = pool, drafting
+    def __init__(self, pool: Pool, *, max_num_seqs: int, max_rows: int, caching: bool = True):
+        self.pool = pool
         self._max_num_seqs, self._max_rows, self._caching = max_num_seqs, max_rows, caching
-        self._least_ahead = 0 if drafting is None else drafting.drafter.ahead
         self._prefixes = Prefixes(pool.blocks)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -81,7 +78,7 @@ class Scheduler:
             if sequence.cache is None:
                 continue  # preempted for one before it
             budget = self._budget(sequence, *load)
-            if self._reserve(sequence, sequence.cache.length + self._ahead(budget.nodes), schedule):
+            if self._reserve(sequence, sequence.cache.length + _ahead(sequence, budget.nodes), schedule):
                 schedule.trees.append(sequence)
                 schedule.budgets.append(budget)
                 rows -= 1 + budget.nodes
@@ -107,19 +104,19 @@ class Scheduler:
             requests: number of sequences that decode in the step.
             besides: rows of prompts in the step.
         """
-        if self._drafting is None or sequence.draft_state is None:
+        if sequence.draft_state is None:
             return _NOTHING
-        pace = sequence.pace
+        pace, drafting = sequence.pace, sequence.drafting
         if pace is None:
-            return sequence.budget(self._drafting.most)
-        if pace.pending > MOST_PENDING and self._drafting.drafter.bytes_per_token:
-            self._drafting.switch_off(sequence)
+            return sequence.budget(drafting.most)
+        if pace.pending > MOST_PENDING and drafting.drafter.bytes_per_token:
+            drafting.switch_off(sequence)
             return _NOTHING
-        return sequence.budget(Budget(pace.nodes(requests, besides), self._drafting.most.depth))
+        return sequence.budget(Budget(pace.nodes(requests, besides), drafting.most.depth))
 
     def publish(self, sequence: Sequence) -> None:
         """Lets other requests find the blocks of a sequence that are written."""
-        written = sequence.cache.length if self._drafting is None else self._drafting.written(sequence)
+        written = sequence.drafting.written(sequence) if sequence.drafts else sequence.cache.length
         if sequence.trail is not None and written >= (sequence.trail.count + 1) * BLOCK:
             self._prefixes.publish(sequence.trail, sequence.cache.blocks, sequence.token_ids, written)
 
@@ -141,20 +138,15 @@ class Scheduler:
         group = self.waiting if sequence.cache is None else self.running
         if sequence in group:
             group.remove(sequence)
-        if self._drafting is not None:
-            self._drafting.finish(sequence)
+        if sequence.drafting is not None:
+            sequence.drafting.finish(sequence)
         if sequence.cache is not None:
             self.pool.free(sequence.cache)
         sequence.cache = sequence.trail = None
 
     def blocks_for(self, sequence: Sequence, length: int) -> int:
         """Returns the number of blocks that a sequence of `length` tokens needs for its next step."""
-        nodes = min(self._drafting.most.nodes, sequence.nodes) if self._drafting is not None else 0
-        return num_blocks(length - 1 + self._ahead(nodes))
-
-    def _ahead(self, nodes: int) -> int:
-        """Number of positions behind the cache that a step with a tree of `nodes` nodes may write."""
-        return 1 + max(nodes, self._least_ahead)
+        return num_blocks(length - 1 + _ahead(sequence, sequence.nodes))
 
     def _chunk(self, sequence: Sequence, rows: int, schedule: Schedule) -> int:
         """Adds a chunk of the prompt to the step. Returns its number of rows."""
@@ -194,8 +186,8 @@ class Scheduler:
             sequence.prompt_logprobs = [None]
         if not sequence.kinds:
             sequence.request.num_cached = max(sequence.request.num_cached, sequence.first)
-        if self._drafting is not None and sequence.nodes and not sequence.num_missing:
-            self._drafting.start(sequence)
+        if sequence.drafts and not sequence.num_missing:
+            sequence.drafting.start(sequence)
         return True
 
     def _usable(self, sequence: Sequence) -> tuple[Trail, list[int]]:
@@ -213,11 +205,11 @@ class Scheduler:
 
         Blocks are shared within a namespace: of requests with the same salt whose drafter writes the same.
         """
-        request, drafting = sequence.request, self._drafting if sequence.nodes else None
+        request, drafting = sequence.request, sequence.drafting if sequence.drafts else None
         alone = not self._caching or sequence.sampling.prompt_logprobs is not None
         sampled = drafting is not None and sequence.sampling.temperature > 0  # each kind of requests may have its own drafter
-        namespace = request if alone else None, request.salt, drafting is not None, sampled
-        return Trail(namespace, beyond=int(drafting is not None and bool(drafting.feature_layers)))
+        namespace = request if alone else None, request.salt, drafting, sampled
+        return Trail(namespace, beyond=int(drafting is not None and bool(drafting.drafter.feature_layers)))
 
     def _first_missing(self, sequence: Sequence) -> Key | None:
         """Returns the key of the first block of a waiting sequence that is not published; None if it does not fill one."""
@@ -236,6 +228,11 @@ class Scheduler:
             for sequence in self.running
             if sequence.trail is not None and not sequence.records
         }
+
+
+def _ahead(sequence: Sequence, nodes: int) -> int:
+    """Number of positions behind the cache that a step of a sequence with a tree of `nodes` nodes may write."""
+    return 1 + (max(nodes, sequence.drafting.drafter.ahead) if sequence.drafting is not None else 0)
 
 
 def _order(sequence: Sequence) -> tuple[int, int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -22,13 +21,16 @@ from foredraft.engine.scores import law_of, record, score_prompt
 from foredraft.engine.stop import settle
 
 
-def step(target: Target, scheduler: Scheduler, drafting: Drafting | None) -> list[Sequence]:
+def step(target: Target, scheduler: Scheduler, layers: Items[int] = ()) -> list[Sequence]:
     """Runs one step. Returns the sequences that took part and have new tokens or an end.
+
+    Args:
+        layers: the target's layers whose features the drafters need.
 
     Guarantee: with an exact rule, every output has the law of plain decoding, whatever the drafter proposes.
     Source: Leviathan et al. 2023 (arXiv 2211.17192); trees: SpecInfer (arXiv 2305.09781).
     """
-    now = Step(target, scheduler, drafting, scheduler.schedule())
+    now = Step(target, scheduler, layers, scheduler.schedule())
     try:
         batch = now.propose()
         if not now.schedule.sequences:
@@ -68,51 +70,74 @@ class Decision:
 
 
 @dataclass
+class Group:
+    """Sequences with the same drafter: their places in the schedule, and their trees."""
+
+    places: list[int] = field(default_factory=list)
+    drafted: TreeBatch | list[DraftTree] = field(default_factory=list)
+
+
+@dataclass
 class Step:
     """One step while it runs.
 
     Attributes:
-        drafting: None for plain decoding.
+        layers: the target's layers whose features the drafters need.
         schedule: what the step runs. Trees come first in every batch, then the chunks of prompts.
+        drafted: the trees of the sequences that draft, by place in the schedule.
     """
 
     target: Target
     scheduler: Scheduler
-    drafting: Drafting | None
+    layers: Items[int]
     schedule: Schedule
     clock: Clock = field(default_factory=Clock)
+    drafted: dict[int, DraftTree] = field(default_factory=dict)
 
     def propose(self) -> TreeBatch:
         """Returns what the target runs: a tree for each sequence that decodes, and a chain for each chunk of a prompt."""
-        able, drafted = self._draft()
-        if isinstance(drafted, TreeBatch) and len(able) == len(drafted) == len(self.schedule.sequences):
-            batch = drafted
+        groups = self._draft()
+        trees = len(self.schedule.trees)
+        if len(groups) == 1 and isinstance(groups[0].drafted, TreeBatch) and len(groups[0].places) == trees:
+            whole = groups[0].drafted
+            self.drafted = {b: whole[b] for b in range(trees)}
+            batch = whole if not self.schedule.chunks else self._joined()
         else:
-            batch = self._joined({b: drafted[i] for i, b in enumerate(able)})
+            self.drafted = {b: group.drafted[i] for group in groups for i, b in enumerate(group.places)}
+            batch = self._joined()
         self.clock.lap("draft_s")
         return batch
 
-    def _joined(self, grown: Mapping[int, DraftTree]) -> TreeBatch:
-        """Returns the batch of the step. Sequences without a tree in `grown` run their root alone."""
-        chunks = [sequence.token_ids[sequence.cache.length :][:count] for sequence, count in self.schedule.chunks]
-        others = TreeBatch.chains([*(sequence.token_ids[-1:] for sequence in self.schedule.trees), *chunks])
-        return TreeBatch.joined([grown.get(b) or others[b] for b in range(len(others))]) if grown else others
+    def _joined(self) -> TreeBatch:
+        """Returns the batch of the step for the target, which reads no laws. Other sequences run their root alone."""
+        parents: list[Items[int]] = []
+        tokens: list[Items[int]] = []
+        for b, sequence in enumerate(self.schedule.trees):
+            tree = self.drafted.get(b)
+            tokens.append(sequence.token_ids[-1:] if tree is None else tree.tokens.tolist())
+            parents.append([-1] if tree is None else tree.parents.tolist())
+        for sequence, count in self.schedule.chunks:
+            tokens.append(sequence.token_ids[sequence.cache.length :][:count])
+            parents.append(range(-1, count - 1))
+        return TreeBatch.chains(tokens, parents)
 
-    def _draft(self) -> tuple[list[int], TreeBatch | list[DraftTree]]:
-        """Returns which of the sequences draft, and their trees. Preempts others if blocks do not suffice for the drafter."""
-        while self.drafting is not None:
-            schedule = self.schedule
-            able = [b for b, budget in enumerate(schedule.budgets) if budget.nodes]
-            if not able:
-                break
+    def _draft(self) -> list[Group]:
+        """Returns the trees of the sequences that draft. Preempts others if blocks do not suffice for a drafter."""
+        while True:
+            groups: dict[Drafting, Group] = {}
+            for b, (sequence, budget) in enumerate(zip(self.schedule.trees, self.schedule.budgets, strict=True)):
+                if budget.nodes:
+                    groups.setdefault(sequence.drafting, Group()).places.append(b)
             try:
-                pairs = [schedule.trees[b] for b in able], [schedule.budgets[b] for b in able]
-                return able, self.drafting.propose(*pairs)
+                for drafting, group in groups.items():
+                    sequences = [self.schedule.trees[b] for b in group.places]
+                    group.drafted = drafting.propose(sequences, [self.schedule.budgets[b] for b in group.places])
+                return [*groups.values()]
             except OutOfBlocksError:  # random numbers are addressed, so drafting again gives the same trees
                 if len(self.scheduler.running) == 1:
-                    return able, [self.drafting.propose_alone(schedule.trees[0], schedule.budgets[0])]
-                self.scheduler.make_room(schedule)
-        return [], []
+                    [sequence], [budget] = self.schedule.trees, self.schedule.budgets
+                    return [Group([0], [sequence.drafting.propose_alone(sequence, budget)])]
+                self.scheduler.make_room(self.schedule)
 
     def forward(self, batch: TreeBatch) -> Scores:
         """Runs the target once. Logits are computed for the nodes of trees, and for prompts that are scored."""
@@ -120,8 +145,8 @@ class Step:
         if self.schedule.chunks:
             scored = [True] * len(self.schedule.trees) + [sequence.scores_prompt for sequence, _ in self.schedule.chunks]
             rows = np.flatnonzero(np.repeat(scored, np.diff(batch.offsets)))
-        reads = self.drafting is not None and any(sequence.nodes for sequence in sequences)
-        layers = self.drafting.feature_layers if reads and self.drafting is not None else ()
+        reads = any(sequence.drafts and sequence.drafting.drafter.feature_layers for sequence in sequences)
+        layers = self.layers if reads else ()
         scores = self.target.forward(batch, [sequence.cache for sequence in sequences], rows, feature_layers=layers)
         self.clock.lap("verify_s")
         return scores
@@ -140,13 +165,13 @@ class Step:
 
     def _decision(self, sequence: Sequence, batch: TreeBatch, b: int, scores: Scores) -> Decision:
         logits, draws = scores.logits[part(batch, b)], sequence.draws.at(len(sequence.token_ids))
-        if self.drafting is None or sequence.draft_state is None:
+        if sequence.draft_state is None:
             law = law_of(sequence, logits, None)
             token = law.token(0) if law.is_certain else draws.categorical(law.row(0), ("next", (), 0))
             return Decision(None, law, Verdict([], token, "plain"))
-        tree = batch[b]
+        tree = self.drafted.get(b) or batch[b]
         law = law_of(sequence, logits, tree)
-        return Decision(tree, law, self.drafting.rule(tree, law, draws))
+        return Decision(tree, law, sequence.drafting.rule(tree, law, draws))
 
     def commit(self, batch: TreeBatch, scores: Scores, decisions: Items[Decision | None]) -> list[Sequence]:
         """Keeps the accepted paths, tells the drafter, cuts outputs at a stop, and releases those that ended."""
@@ -169,9 +194,9 @@ class Step:
         tree, verdict = decision.tree, decision.verdict
         drafted = [] if tree is None else tree.tokens[verdict.path].tolist()
         tokens = [*drafted, verdict.next_token]
-        if self.drafting is not None and sequence.draft_state is not None:
+        if sequence.draft_state is not None:
             features = None if scores.features is None else rows_of(scores.features[nodes], [0, *verdict.path])
-            self.drafting.observe(sequence, tokens, features, verdict.path)
+            sequence.drafting.observe(sequence, tokens, sequence.drafting.take(features, self.layers), verdict.path)
         count = settle(sequence, decision.law, tokens, verdict)
         sequence.last_tree, sequence.last_path = tree, verdict.path[:count]
         budget = self.schedule.budgets[b].nodes
@@ -186,10 +211,12 @@ class Step:
             if sequence.scores_prompt:
                 score_prompt(sequence, scores.logits[row : row + count], sequence.cache.length - count)
                 row += count
-            if self.drafting is not None and sequence.nodes:
-                sequence.features += [] if scores.features is None else [scores.features[part(batch, b)]]
+            if sequence.drafts:
+                given = None if scores.features is None else scores.features[part(batch, b)]
+                features = sequence.drafting.take(given, self.layers)
+                sequence.features += [] if features is None else [features]
                 if not sequence.num_missing:
-                    self.drafting.start(sequence)
+                    sequence.drafting.start(sequence)
 
     def give_up(self, error: Exception) -> list[Sequence]:
         """Ends all sequences of a step that failed, with the reason."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,7 @@ from foredraft.core.setting import Setting
 from foredraft.core.shape import MAX_DEPTH, Budget
 from foredraft.drafters import DRAFTERS
 from foredraft.drafters.mixed import MixedDrafter
+from foredraft.engine.drafting import Drafting
 from foredraft.engine.engine import Engine
 from foredraft.engine.options import EngineOptions
 from foredraft.models.parts import ModelParts
@@ -144,7 +146,13 @@ class Plan:
             "budget": Budget(most, min(most, MAX_DEPTH)),
             "max_nodes": lambda sampling: nodes[kind_of(sampling)],
             "costs": lambda sampling: costs[kind_of(sampling)],
+            "name": self.speculation.drafter,
         }
+
+    def drafting(self) -> list[Drafting]:
+        """Returns this way of drafting for an engine that has another by default; none if it drafts nothing."""
+        options = self.engine_options()
+        return [Drafting(options.pop("drafter"), options.pop("rule"), options.pop("budget"), **options)] if options else []
 
 
 def describe(plan: Plan | None, sampling: SamplingParams) -> dict[str, Any]:
@@ -159,10 +167,13 @@ def describe(plan: Plan | None, sampling: SamplingParams) -> dict[str, Any]:
     return found
 
 
-def make_engine(parts: ModelParts, plan: Plan | None, options: EngineOptions, *, seed: int) -> Engine:
+def make_engine(
+    parts: ModelParts, plan: Plan | None, options: EngineOptions, *, seed: int, others: Sequence[Plan] = ()
+) -> Engine:
     """Builds the engine that runs a plan. No plan is plain decoding.
 
     Args:
+        others: further plans, which requests choose by the name of their method.
         seed: seed for requests that set none.
     """
     engine = Engine(
@@ -172,6 +183,7 @@ def make_engine(parts: ModelParts, plan: Plan | None, options: EngineOptions, *,
         options=options,
         seed=seed,
         eos_ids=parts.eos_ids,
+        others=[drafting for other in others for drafting in other.drafting()],
         **(plan.engine_options() if plan else {}),
     )
     logging.getLogger(MEMORY).info("%s", engine.memory)

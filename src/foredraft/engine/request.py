@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,7 +111,8 @@ class Sequence:
     def fail(self, error: UserError, cause: Exception | None = None) -> None:
         """Ends the output with an error. The tokens so far remain valid."""
         self.finish_reason, self.error, self.cause = "error", error, cause
-        self.text.flush()
+        with suppress(Exception):  # the text may be what failed
+            self.text.flush()
 
     def completion(self, kind: RequestOutputKind) -> CompletionOutput:
         """Returns the output so far, or what is new in it."""

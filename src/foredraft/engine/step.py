@@ -28,8 +28,9 @@ def step(target: Target, scheduler: Scheduler, drafting: Drafting | None) -> lis
     Guarantee: with an exact rule, every output has the law of plain decoding, whatever the drafter proposes.
     Source: Leviathan et al. 2023 (arXiv 2211.17192); trees: SpecInfer (arXiv 2305.09781).
     """
-    now = Step(target, scheduler, drafting, scheduler.schedule())
+    now = Step(target, scheduler, drafting)
     try:
+        now.schedule = scheduler.schedule()
         batch = now.propose()
         if not now.schedule.sequences:
             return []
@@ -38,10 +39,8 @@ def step(target: Target, scheduler: Scheduler, drafting: Drafting | None) -> lis
         return now.commit(batch, scores, decisions)
     except Exception as error:
         return now.give_up(error)
-    except BaseException:  # interrupted anywhere: what was committed stays, the rest is computed again
-        for sequence in now.schedule.sequences:
-            if sequence.cache is not None and sequence.finish_reason is None:
-                scheduler.preempt(sequence)
+    except BaseException:
+        now.put_back()
         raise
 
 
@@ -79,18 +78,16 @@ class Step:
     target: Target
     scheduler: Scheduler
     drafting: Drafting | None
-    schedule: Schedule
+    schedule: Schedule = field(default_factory=Schedule)
     clock: Clock = field(default_factory=Clock)
 
     def propose(self) -> TreeBatch:
         """Returns what the target runs: a tree for each sequence that decodes, and a chain for each chunk of a prompt."""
         able, drafted = self._draft()
-        if isinstance(drafted, TreeBatch) and len(able) == len(drafted) == len(self.schedule.sequences):
-            batch = drafted
-        else:
-            batch = self._joined({b: drafted[i] for i, b in enumerate(able)})
+        if drafted is None or len(able) < len(self.schedule.sequences):
+            drafted = self._joined({} if drafted is None else {b: drafted[i] for i, b in enumerate(able)})
         self.clock.lap("draft_s")
-        return batch
+        return drafted
 
     def _joined(self, grown: Mapping[int, DraftTree]) -> TreeBatch:
         """Returns the batch of the step. Sequences without a tree in `grown` run their root alone."""
@@ -98,21 +95,24 @@ class Step:
         others = TreeBatch.chains([*(sequence.token_ids[-1:] for sequence in self.schedule.trees), *chunks])
         return TreeBatch.joined([grown.get(b) or others[b] for b in range(len(others))]) if grown else others
 
-    def _draft(self) -> tuple[list[int], TreeBatch | list[DraftTree]]:
+    def _draft(self) -> tuple[list[int], TreeBatch | None]:
         """Returns which of the sequences draft, and their trees. Preempts others if blocks do not suffice for the drafter."""
         while self.drafting is not None:
             schedule = self.schedule
-            able = [b for b, budget in enumerate(schedule.budgets) if budget.nodes]
+            states = [sequence.draft_state for sequence in schedule.trees]
+            able = [b for b, budget in enumerate(schedule.budgets) if budget.nodes and states[b] is not None]
             if not able:
                 break
             try:
-                pairs = [schedule.trees[b] for b in able], [schedule.budgets[b] for b in able]
-                return able, self.drafting.propose(*pairs)
-            except OutOfBlocksError:  # random numbers are addressed, so drafting again gives the same trees
+                found = self.drafting.propose([schedule.trees[b] for b in able], [schedule.budgets[b] for b in able])
+                if found is not None:
+                    return able, found
+            except OutOfBlocksError as error:  # random numbers are addressed, so drafting again gives the same trees
                 if len(self.scheduler.running) == 1:
-                    return able, [self.drafting.propose_alone(schedule.trees[0], schedule.budgets[0])]
-                self.scheduler.make_room(schedule)
-        return [], []
+                    self.drafting.switch_off(schedule.trees[0], error)
+                else:
+                    self.scheduler.make_room(schedule)
+        return [], None
 
     def forward(self, batch: TreeBatch) -> Scores:
         """Runs the target once. Logits are computed for the nodes of trees, and for prompts that are scored."""
@@ -163,7 +163,7 @@ class Step:
             self.scheduler.publish(sequence)
             if sequence.finish_reason is not None:
                 self.scheduler.release(sequence)
-        return schedule.trees
+        return [*schedule.trees, *(sequence for sequence, _ in schedule.chunks if sequence.finish_reason is not None)]
 
     def _commit_tree(self, sequence: Sequence, decision: Decision, scores: Scores, nodes: slice) -> None:
         tree, verdict = decision.tree, decision.verdict
@@ -172,7 +172,12 @@ class Step:
         if self.drafting is not None and sequence.draft_state is not None:
             features = None if scores.features is None else rows_of(scores.features[nodes], [0, *verdict.path])
             self.drafting.observe(sequence, tokens, features, verdict.path)
-        count = settle(sequence, decision.law, tokens, verdict)
+        before = len(sequence.token_ids)
+        try:
+            settle(sequence, decision.law, tokens, verdict)
+        except Exception as error:
+            _fail(sequence, error, "the tokens of a step cannot be written")
+        count = len(sequence.token_ids) - before
         sequence.last_tree, sequence.last_path = tree, verdict.path[:count]
         sequence.records.append(record(sequence, tree, verdict, count, **self.clock.seconds))
 
@@ -181,20 +186,35 @@ class Step:
         row = int(batch.offsets[first])  # of the logits
         for b, (sequence, count) in enumerate(self.schedule.chunks, start=first):
             if sequence.scores_prompt:
-                score_prompt(sequence, scores.logits[row : row + count], sequence.cache.length - count)
+                try:
+                    score_prompt(sequence, scores.logits[row : row + count], sequence.cache.length - count)
+                except Exception as error:
+                    _fail(sequence, error, "the prompt cannot be scored")
                 row += count
             if self.drafting is not None and sequence.nodes:
                 sequence.features += [] if scores.features is None else [scores.features[part(batch, b)]]
-                if not sequence.num_missing:
+                if not sequence.num_missing and sequence.finish_reason is None:
                     self.drafting.start(sequence)
 
     def give_up(self, error: Exception) -> list[Sequence]:
-        """Ends all sequences of a step that failed, with the reason."""
+        """Ends all sequences of a step that failed, with the reason. Raises the error if the step has none."""
+        if not self.schedule.sequences:
+            self.put_back()
+            raise error
         for sequence in self.schedule.sequences:
             if sequence.finish_reason is None:
                 _fail(sequence, error, "a step failed")
             self.scheduler.release(sequence)
         return self.schedule.sequences
+
+    def put_back(self) -> None:
+        """Ends a step that was interrupted anywhere. What was committed stays, and the rest is computed again."""
+        for sequence in dict.fromkeys([*self.schedule.sequences, *self.scheduler.running]):
+            if sequence.finish_reason is not None:
+                self.scheduler.release(sequence)
+                self.scheduler.unreported.append(sequence)
+            elif sequence.cache is not None:
+                self.scheduler.preempt(sequence)
 
 
 def _fail(sequence: Sequence, error: Exception, what: str) -> None:

@@ -18,7 +18,8 @@ import pytest
 from foredraft import LLM
 from foredraft.cache.blocks import num_blocks
 from foredraft.core.contracts import Budget
-from foredraft.core.params import RequestOutputKind, SamplingParams
+from foredraft.core.output_kind import RequestOutputKind
+from foredraft.core.params import SamplingParams
 from foredraft.drafters.lm import LMDrafter
 from foredraft.drafters.lookup_first import LookupFirst
 from foredraft.drafters.mixed import MixedDrafter

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from foredraft.core.outputs import CompletionOutput as CompletionOutput
     from foredraft.core.outputs import Logprob as Logprob
     from foredraft.core.outputs import RequestOutput as RequestOutput
-    from foredraft.core.params import RequestOutputKind as RequestOutputKind
+    from foredraft.core.output_kind import RequestOutputKind
+from foredraft.core.output_kind import RequestOutputKind as RequestOutputKind
     from foredraft.core.params import SamplingParams as SamplingParams
     from foredraft.core.tree import DraftTree as DraftTree
     from foredraft.core.tree import TreeBatch as TreeBatch
@@ -29,7 +30,7 @@ _HOMES = {
     "RULES": "rules",
     "LLM": "llm",
     "SamplingParams": "core.params",
-    "RequestOutputKind": "core.params",
+    "RequestOutputKind": "core.output_kind",
     "RequestOutput": "core.outputs",
     "CompletionOutput": "core.outputs",
     "Logprob": "core.outputs",

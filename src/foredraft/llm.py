@@ -13,8 +13,9 @@ from foredraft.core.arguments import takes_other_names
 from foredraft.core.chat import Template, render
 from foredraft.core.errors import check_count
 from foredraft.core.messages import Message, conversations
+from foredraft.core.output_kind import RequestOutputKind
 from foredraft.core.outputs import RequestOutput
-from foredraft.core.params import MAX_COUNT, RequestOutputKind, SamplingParams, check_seed, used_seed
+from foredraft.core.params import MAX_COUNT, SamplingParams, check_seed, used_seed
 from foredraft.core.progress import progress_bar
 from foredraft.core.prompts import Params, Prompt, encode, is_list, prompt_list, with_params
 from foredraft.core.treatment import CHAT, LOAD, RUN

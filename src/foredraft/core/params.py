@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import math
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, Literal
 
 from foredraft.core.arguments import class_takes_other_names
 from foredraft.core.errors import UserError, UserTypeError, check_text, plain_scalar, shown
+from foredraft.core.output_kind import RequestOutputKind
 from foredraft.core.treatment import SAMPLE
 
 RANDOM_SEED = -1
@@ -56,17 +56,6 @@ def used_seed(seed: int) -> int:
 
 
 _SEED = f"a whole number between 0 and 2**64 - 1 ({MAX_SEED}), or {RANDOM_SEED} for a random one"
-
-
-class RequestOutputKind(enum.Enum):
-    """What a `RequestOutput` of a running request holds. Names and meanings are those of vLLM."""
-
-    CUMULATIVE = 0
-    """Everything so far."""
-    DELTA = 1
-    """What is new since the previous one."""
-    FINAL_ONLY = 2
-    """Everything, and only when the request has ended."""
 
 
 @class_takes_other_names(SAMPLE)

@@ -19,7 +19,7 @@ class MixedState:
         drafts: index of the drafter that drafts; None before the first tree. The state in the other drafter is then released.
     """
 
-    parts: tuple[Any, Any]
+    parts: list[Any]
     drafts: int | None = None
 
 
@@ -39,9 +39,14 @@ class MixedDrafter:
 
     def start(self, tokens: Sequence[int], features: Features | None, cache: Any = None, first: int = 0) -> MixedState:
         """Returns the state of a new request."""
-        given = ((drafter, features if drafter.feature_layers else None) for drafter in self._drafters)
-        greedy, sampled = (drafter.start(tokens, some, cache, first) for drafter, some in given)
-        return MixedState((greedy, sampled))
+        state = MixedState([])
+        try:
+            for drafter in self._drafters:
+                state.parts.append(drafter.start(tokens, features if drafter.feature_layers else None, cache, first))
+        except BaseException:
+            self.finish(state)
+            raise
+        return state
 
     def written(self, state: MixedState) -> int | None:
         """Returns for how many tokens the drafter that drafts has written keys and values."""
@@ -74,11 +79,11 @@ class MixedDrafter:
     def _part(self, state: MixedState, which: int) -> Any:
         """Returns the state in the drafter that drafts. Releases the state in the other drafter."""
         if state.drafts is None:
-            self._drafters[1 - which].finish(state.parts[1 - which])
-            state.drafts = which
+            other, state.parts[1 - which], state.drafts = state.parts[1 - which], None, which
+            self._drafters[1 - which].finish(other)
         return state.parts[which]
 
     def _following(self, state: MixedState) -> Iterator[tuple[Drafter, Any]]:
-        for which, pair in enumerate(zip(self._drafters, state.parts, strict=True)):
+        for which, pair in enumerate(zip(self._drafters, state.parts, strict=False)):
             if state.drafts in (None, which):
                 yield pair

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Iterator, Sequence
+from queue import SimpleQueue
 from typing import Any
 
 from foredraft.core.outputs import RequestOutput
@@ -16,23 +16,25 @@ class _Caller:
     """A thread that waits for some requests.
 
     Attributes:
-        unfinished: names of these requests.
-        outputs: their outputs that it has not taken yet.
-        awake: set when there is an output, or when nobody runs the steps.
+        inbox: outputs that it has not taken yet. None in between: perhaps nobody runs the steps.
     """
 
-    def __init__(self, unfinished: set[str]):
-        self.unfinished, self.outputs = unfinished, deque[RequestOutput]()
-        self.awake = threading.Event()
+    def __init__(self) -> None:
+        self.inbox = SimpleQueue[RequestOutput | None]()  # may be filled by what the garbage collector closes
 
 
 class Callers:
-    """The callers of one engine."""
+    """The callers of one engine.
+
+    While callers wait and nobody runs the steps, one of them has been woken to do so. A caller that does not look again wakes
+    another one. Its consumer may keep it suspended for ever, so this includes every caller that yields an output.
+    """
 
     def __init__(self, engine: Engine):
         self.engine = engine
         self._turn = threading.Lock()
         self._callers: dict[str, _Caller] = {}
+        self._idle: dict[_Caller, None] = {}
 
     def run(self, prompts: Sequence[tuple[Any, SamplingParams]]) -> Iterator[tuple[int, RequestOutput]]:
         """Runs prompts with their parameters. Yields outputs, each with the index of its prompt, until all have ended.
@@ -43,49 +45,58 @@ class Callers:
             ValueError: a prompt or its parameters are invalid. Nothing has run in this case.
             Exception: a step failed; the exception is that of the step.
         """
-        with self.engine.lock:  # no step may give outputs before the caller is known
-            requests = self.engine.add_requests(prompts)
-            places = {request.request_id: index for index, request in enumerate(requests)}
-            caller = _Caller(set(places))
-            self._callers |= dict.fromkeys(places, caller)
+        caller, places = _Caller(), dict[str, int]()
         try:
-            while caller.unfinished or caller.outputs:
-                if caller.outputs:
-                    output = caller.outputs.popleft()
-                    yield places[output.request_id], output
-                elif self._turn.acquire(blocking=False):
-                    try:
-                        self._deliver(self.engine.step())
-                    finally:
-                        self._turn.release()
-                        self._wake_one(caller)
-                else:
-                    caller.awake.wait()
-                    caller.awake.clear()
+            with self.engine.lock:  # no step may give outputs before the caller is known
+                requests = self.engine.add_requests(prompts)
+                places |= {request.request_id: index for index, request in enumerate(requests)}
+                self._callers |= dict.fromkeys(places, caller)
+            unfinished = len(requests)
+            while unfinished:
+                output = self._next(caller)
+                unfinished -= output.finished
+                yield places[output.request_id], output
         finally:
             for name in places:
                 self._callers.pop(name, None)
-            self.engine.abort_request(places)
-            self._wake_one(caller)
+            self._idle.pop(caller, None)
+            try:
+                self.engine.abort_request(places)
+            finally:
+                self._wake_one()
         for request in requests:
             for sequence in request.sequences:
                 if sequence.cause is not None:
                     raise sequence.cause
 
+    def _next(self, caller: _Caller) -> RequestOutput:
+        """Returns the next output of a caller. Runs steps as long as nobody else does."""
+        output = None
+        while output is None:
+            self._idle[caller] = None  # before it looks: who releases the turn later wakes it
+            if caller.inbox.empty() and self._turn.acquire(blocking=False):
+                try:
+                    self._idle.pop(caller, None)
+                    self._deliver(self.engine.step())
+                finally:
+                    self._turn.release()
+                    self._wake_one()
+            else:
+                output = caller.inbox.get()
+        self._idle.pop(caller, None)
+        if not self._turn.locked():
+            self._wake_one()  # it may never come back
+        return output
+
     def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
         for output in outputs:
             caller = self._callers.get(output.request_id)
             if caller is not None:
-                if output.finished:
-                    caller.unfinished.discard(output.request_id)
-                caller.outputs.append(output)
-                caller.awake.set()
+                caller.inbox.put(output)
 
-    def _wake_one(self, other: _Caller) -> None:
-        """Wakes a waiting caller, who runs the next step if nobody else does."""
-        if len(self._callers) <= len(other.unfinished):
+    def _wake_one(self) -> None:
+        """Wakes a caller that waits. It runs the next step if nobody else does."""
+        for caller in list(self._idle):
+            self._idle.pop(caller, None)
+            caller.inbox.put(None)
             return
-        for caller in list(self._callers.values()):
-            if caller is not other and caller.unfinished:
-                caller.awake.set()
-                return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from contextlib import suppress
 
 import torch
 from jaxtyping import Float
@@ -16,7 +15,7 @@ from foredraft.core.contracts import AcceptanceRule, Budget, Drafter, Features, 
 from foredraft.core.costs import Costs
 from foredraft.core.errors import UserError, unknown_name
 from foredraft.core.params import SamplingParams
-from foredraft.core.tree import DraftTree, TreeBatch
+from foredraft.core.tree import TreeBatch
 from foredraft.engine.pace import Pace
 from foredraft.engine.request import Sequence
 
@@ -77,10 +76,13 @@ class Drafting:
         try:
             sequence.draft_state = self.drafter.start(sequence.token_ids, features, sequence.cache, sequence.first)
         except Exception as error:
-            self._switch_off(sequence, error)
+            self.switch_off(sequence, error)
 
-    def propose(self, sequences: Items[Sequence], budgets: Items[Budget]) -> TreeBatch | list[DraftTree]:
+    def propose(self, sequences: Items[Sequence], budgets: Items[Budget]) -> TreeBatch | None:
         """Returns one tree per sequence, within its budget. Node 0 is the root.
+
+        Returns None if the drafter failed. It is then switched off for those sequences for which it fails alone, and may be
+        asked again for the others. The random numbers are addressed, so their trees do not change.
 
         Raises:
             OutOfBlocksError: the drafter runs more nodes than its trees keep, and their blocks do not suffice for all.
@@ -90,32 +92,43 @@ class Drafting:
             return self.drafter.propose(work_of(sequences, budgets))
         except (OutOfBlocksError, UserError):  # more blocks may help; a mistake of the user concerns every request
             raise
-        except Exception:
-            return [self.propose_alone(*pair) for pair in zip(sequences, budgets, strict=True)]
-
-    def propose_alone(self, sequence: Sequence, budget: Budget) -> DraftTree:
-        """Drafts for one sequence of a batch that failed. The random numbers are addressed, so its tree does not change."""
-        try:
-            return self.drafter.propose(work_of([sequence], [budget]))[0]
         except Exception as error:
-            self._switch_off(sequence, error)
-            return TreeBatch.chains([sequence.token_ids[-1:]])[0]
+            errors = [self._error_alone(*pair) for pair in zip(sequences, budgets, strict=True)]
+            for sequence, own in zip(sequences, errors, strict=True):
+                if own is not None or not any(errors):
+                    self.switch_off(sequence, own or error)
+            return None
+
+    def _error_alone(self, sequence: Sequence, budget: Budget) -> Exception | None:
+        """Returns the error of drafting for one sequence of a batch that failed. Too few blocks are no failure."""
+        try:
+            self.drafter.propose(work_of([sequence], [budget]))
+        except OutOfBlocksError:
+            return None
+        except Exception as error:
+            return error
+        return None
 
     def observe(self, sequence: Sequence, tokens: Items[int], features: Features | None, path: Items[int]) -> None:
         """Tells the drafter what was committed, see `Drafter.observe`."""
         try:
             self.drafter.observe(sequence.draft_state, tokens, features, path)
         except Exception as error:
-            self._switch_off(sequence, error)
+            self.switch_off(sequence, error)
 
     def finish(self, sequence: Sequence) -> None:
         """Releases the drafter's state of a sequence."""
         state, sequence.draft_state, sequence.features = sequence.draft_state, None, []
         if state is not None:
-            self.drafter.finish(state)
+            try:
+                self.drafter.finish(state)
+            except Exception as error:
+                _warn(sequence, error, "what it held may not be released")
 
-    def switch_off(self, sequence: Sequence) -> None:
+    def switch_off(self, sequence: Sequence, error: Exception | None = None) -> None:
         """Ends the drafting of a sequence. Its later blocks lack the drafter's keys and values, so they are not published."""
+        if error is not None:
+            _warn(sequence, error, "the request goes on without drafting")
         sequence.nodes, sequence.trail = 0, None
         self.finish(sequence)
 
@@ -125,19 +138,17 @@ class Drafting:
             return sequence.cache.length
         if sequence.draft_state is None:
             return 0
-        held = self.drafter.written(sequence.draft_state)
+        try:
+            held = self.drafter.written(sequence.draft_state)
+        except Exception as error:
+            self.switch_off(sequence, error)
+            return 0
         return sequence.cache.length if held is None else min(held, sequence.cache.length)
 
-    def _switch_off(self, sequence: Sequence, error: Exception) -> None:
-        _log.warning(
-            "request %s: the drafter failed (%s: %s); the request goes on without drafting",
-            sequence.request.request_id,
-            type(error).__name__,
-            error,
-        )
-        with suppress(Exception):
-            self.switch_off(sequence)
-        sequence.draft_state = None
+
+def _warn(sequence: Sequence, error: Exception, what: str) -> None:
+    reason = type(error).__name__, error
+    _log.warning("request %s: the drafter failed (%s: %s); %s", sequence.request.request_id, *reason, what)
 
 
 def drafted_by(

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from itertools import count
 from typing import Any
 
 from foredraft.cache.blocks import BLOCK
@@ -13,8 +14,9 @@ from foredraft.core.contracts import AcceptanceRule, Budget, Drafter, Target
 from foredraft.core.costs import Costs
 from foredraft.core.draws import Draws, hash_seed
 from foredraft.core.errors import UserError, shown
+from foredraft.core.output_kind import RequestOutputKind
 from foredraft.core.outputs import RequestOutput
-from foredraft.core.params import RequestOutputKind, SamplingParams, used_seed
+from foredraft.core.params import SamplingParams, used_seed
 from foredraft.core.processors import prefix_processors
 from foredraft.core.prompts import Prompt, encode, salt_of
 from foredraft.core.text import TextStream, bad_word_ids
@@ -85,6 +87,8 @@ class Engine:
         )
         self._requests: dict[str, Request] = {}
         self._num_requests = 0
+        self._aborted: list[str] = []
+        self._is_stepping = False
         self.lock = threading.RLock()
 
     @property
@@ -129,7 +133,8 @@ class Engine:
         """
         given = self.checked(prompt, params)
         with self.lock:
-            name = str(self._num_requests) if request_id is None else request_id
+            free = (name for name in map(str, count(self._num_requests)) if name not in self._requests)
+            name = next(free) if request_id is None else request_id
             if name in self._requests:
                 raise UserError(f"request {name!r} is still running", "give every request a name of its own")
             waiting, most = len(self.scheduler.waiting), self.options.max_waiting
@@ -154,7 +159,7 @@ class Engine:
             try:
                 for prompt, params in pairs:
                     added.append(self.add_request(None, prompt, params))
-            except Exception:
+            except BaseException:
                 self.abort_request([request.request_id for request in added])
                 raise
             return added
@@ -162,14 +167,26 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Runs one step. Returns the requests with news, see `SamplingParams.output_kind`."""
         with self.lock, one_thread if self.target.has_own_threads else nullcontext():
-            late = [] if self.options.max_wait_s is None else self._expire(self.options.max_wait_s)
-            return self._outputs(late + step(self.target, self.scheduler, self._layers))
+            self._is_stepping = True
+            try:
+                if self.options.max_wait_s is not None:
+                    self._expire(self.options.max_wait_s)
+                changed = step(self.target, self.scheduler, self._layers)
+                unreported, self.scheduler.unreported = self.scheduler.unreported, []
+                return self._outputs(unreported + changed)
+            finally:
+                self._is_stepping = False
+                self.abort_request(())
 
     def abort_request(self, request_ids: str | Iterable[str]) -> None:
-        """Ends requests and releases what they hold. Names of requests that have ended are ignored."""
+        """Ends requests and releases what they hold. Names of requests that have ended are ignored.
+
+        A call from within a step takes effect at its end: the garbage collector may close an abandoned stream anywhere.
+        """
         with self.lock:
-            for name in [request_ids] if isinstance(request_ids, str) else list(request_ids):
-                request = self._requests.pop(name, None)
+            self._aborted += [request_ids] if isinstance(request_ids, str) else request_ids
+            while self._aborted and not self._is_stepping:
+                request = self._requests.pop(self._aborted.pop(), None)
                 for sequence in request.sequences if request else ():
                     if sequence.finish_reason is None:
                         sequence.finish_reason = "abort"
@@ -191,6 +208,8 @@ class Engine:
     def _outputs(self, changed: Sequence[Output]) -> list[RequestOutput]:
         found = []
         for request in {sequence.request: None for sequence in changed}:
+            if self._requests.get(request.request_id) is not request:
+                continue  # aborted
             is_finished = request.is_finished
             if is_finished:
                 self._requests.pop(request.request_id, None)
@@ -198,14 +217,13 @@ class Engine:
                 found.append(request.output())
         return found
 
-    def _expire(self, limit: float) -> list[Output]:
+    def _expire(self, limit: float) -> None:
         """Ends outputs that have waited longer than `limit` seconds for their first step."""
         latest = time.monotonic() - limit
-        late = [one for one in self.scheduler.waiting if not one.records and one.request.arrival_s < latest]
-        for sequence in late:
+        for sequence in [one for one in self.scheduler.waiting if not one.records and one.request.arrival_s < latest]:
             self.scheduler.release(sequence)
             sequence.fail(UserError(f"the request waited longer than max_wait_s ({limit:g} s)", "try again later"))
-        return late
+            self.scheduler.unreported.append(sequence)
 
     def checked(self, prompt: Prompt, params: SamplingParams) -> dict[str, Any]:
         """Returns a prompt with its token ids. Raises as `add_request` does, but adds nothing."""

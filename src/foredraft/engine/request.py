@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +16,9 @@ from foredraft.core.draws import Draws
 from foredraft.core.errors import UserError
 from foredraft.core.law import PrefixProcessor
 from foredraft.core.metrics import StepRecord
+from foredraft.core.output_kind import RequestOutputKind
 from foredraft.core.outputs import CompletionOutput, Logprob, RequestOutput
-from foredraft.core.params import RequestOutputKind, SamplingParams
+from foredraft.core.params import SamplingParams
 from foredraft.core.text import TextStream
 from foredraft.core.tree import DraftTree
 from foredraft.engine.pace import Pace
@@ -120,7 +122,8 @@ class Sequence:
     def fail(self, error: UserError, cause: Exception | None = None) -> None:
         """Ends the output with an error. The tokens so far remain valid."""
         self.finish_reason, self.error, self.cause = "error", error, cause
-        self.text.flush()
+        with suppress(Exception):  # the text may be what failed
+            self.text.flush()
 
     def completion(self, kind: RequestOutputKind) -> CompletionOutput:
         """Returns the output so far, or what is new in it."""

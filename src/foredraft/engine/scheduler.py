@@ -55,6 +55,9 @@ class Scheduler:
         max_num_seqs: maximum number of running sequences.
         max_rows: maximum number of rows of a step.
         caching: whether requests share prefixes. Outputs of the same request always do.
+
+    Attributes:
+        unreported: sequences that have ended, but not in the result of a step. The next step reports them.
     """
 
     def __init__(self, pool: Pool, *, max_num_seqs: int, max_rows: int, caching: bool = True):
@@ -63,6 +66,7 @@ class Scheduler:
         self._prefixes = Prefixes(pool.blocks)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.unreported: list[Sequence] = []
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence into the queue."""
@@ -128,21 +132,25 @@ class Scheduler:
 
     def preempt(self, sequence: Sequence) -> None:
         """Releases what a running sequence holds, and lets it wait."""
-        self.release(sequence)
-        if sequence.scores_prompt:
-            sequence.prompt_logprobs = None  # of a part of the prompt
-        self.add(sequence)
+        try:
+            self.release(sequence)
+        finally:
+            if sequence.scores_prompt:
+                sequence.prompt_logprobs = None  # of a part of the prompt
+            self.add(sequence)
 
     def release(self, sequence: Sequence) -> None:
         """Takes a sequence out of the queue or of the running ones, and releases what it holds."""
         group = self.waiting if sequence.cache is None else self.running
         if sequence in group:
             group.remove(sequence)
-        if sequence.drafting is not None:
-            sequence.drafting.finish(sequence)
-        if sequence.cache is not None:
-            self.pool.free(sequence.cache)
-        sequence.cache = sequence.trail = None
+        try:
+            if sequence.drafting is not None:
+                sequence.drafting.finish(sequence)
+        finally:
+            if sequence.cache is not None:
+                self.pool.free(sequence.cache)
+            sequence.cache = sequence.trail = None
 
     def blocks_for(self, sequence: Sequence, length: int) -> int:
         """Returns the number of blocks that a sequence of `length` tokens needs for its next step."""
@@ -179,7 +187,8 @@ class Scheduler:
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_order)
         blocks.share(found)
-        sequence.cache, sequence.trail = self.pool.allocate(), trail
+        has_others = not self._is_alone(sequence) or sequence.sampling.n > 1  # who may find its blocks
+        sequence.cache, sequence.trail = self.pool.allocate(), trail if has_others else None
         sequence.cache.blocks += found
         sequence.cache.length = sequence.first = len(found) * BLOCK
         if sequence.scores_prompt:
@@ -206,10 +215,13 @@ class Scheduler:
         Blocks are shared within a namespace: of requests with the same salt whose drafter writes the same.
         """
         request, drafting = sequence.request, sequence.drafting if sequence.drafts else None
-        alone = not self._caching or sequence.sampling.prompt_logprobs is not None
         sampled = drafting is not None and sequence.sampling.temperature > 0  # each kind of requests may have its own drafter
-        namespace = request if alone else None, request.salt, drafting, sampled
+        namespace = request.number if self._is_alone(sequence) else None, request.salt, drafting, sampled
         return Trail(namespace, beyond=int(drafting is not None and bool(drafting.drafter.feature_layers)))
+
+    def _is_alone(self, sequence: Sequence) -> bool:
+        """Whether a sequence shares blocks only with the other outputs of its request."""
+        return not self._caching or sequence.sampling.prompt_logprobs is not None
 
     def _first_missing(self, sequence: Sequence) -> Key | None:
         """Returns the key of the first block of a waiting sequence that is not published; None if it does not fill one."""

@@ -30,8 +30,9 @@ def step(target: Target, scheduler: Scheduler, layers: Items[int] = ()) -> list[
     Guarantee: with an exact rule, every output has the law of plain decoding, whatever the drafter proposes.
     Source: Leviathan et al. 2023 (arXiv 2211.17192); trees: SpecInfer (arXiv 2305.09781).
     """
-    now = Step(target, scheduler, layers, scheduler.schedule())
+    now = Step(target, scheduler, layers)
     try:
+        now.schedule = scheduler.schedule()
         batch = now.propose()
         if not now.schedule.sequences:
             return []
@@ -40,10 +41,8 @@ def step(target: Target, scheduler: Scheduler, layers: Items[int] = ()) -> list[
         return now.commit(batch, scores, decisions)
     except Exception as error:
         return now.give_up(error)
-    except BaseException:  # interrupted anywhere: what was committed stays, the rest is computed again
-        for sequence in now.schedule.sequences:
-            if sequence.cache is not None and sequence.finish_reason is None:
-                scheduler.preempt(sequence)
+    except BaseException:
+        now.put_back()
         raise
 
 
@@ -74,7 +73,7 @@ class Group:
     """Sequences with the same drafter: their places in the schedule, and their trees."""
 
     places: list[int] = field(default_factory=list)
-    drafted: TreeBatch | list[DraftTree] = field(default_factory=list)
+    drafted: TreeBatch | None = None
 
 
 @dataclass
@@ -90,21 +89,19 @@ class Step:
     target: Target
     scheduler: Scheduler
     layers: Items[int]
-    schedule: Schedule
+    schedule: Schedule = field(default_factory=Schedule)
     clock: Clock = field(default_factory=Clock)
     drafted: dict[int, DraftTree] = field(default_factory=dict)
 
     def propose(self) -> TreeBatch:
         """Returns what the target runs: a tree for each sequence that decodes, and a chain for each chunk of a prompt."""
-        groups = self._draft()
-        trees = len(self.schedule.trees)
-        if len(groups) == 1 and isinstance(groups[0].drafted, TreeBatch) and len(groups[0].places) == trees:
-            whole = groups[0].drafted
-            self.drafted = {b: whole[b] for b in range(trees)}
-            batch = whole if not self.schedule.chunks else self._joined()
-        else:
-            self.drafted = {b: group.drafted[i] for group in groups for i, b in enumerate(group.places)}
-            batch = self._joined()
+        groups, trees = self._draft(), len(self.schedule.trees)
+        for group in groups:
+            assert group.drafted is not None
+            self.drafted |= {b: group.drafted[i] for i, b in enumerate(group.places)}
+        is_whole = len(groups) == 1 and len(groups[0].places) == trees and not self.schedule.chunks
+        batch = groups[0].drafted if is_whole else None
+        batch = self._joined() if batch is None else batch
         self.clock.lap("draft_s")
         return batch
 
@@ -126,18 +123,20 @@ class Step:
         while True:
             groups: dict[Drafting, Group] = {}
             for b, (sequence, budget) in enumerate(zip(self.schedule.trees, self.schedule.budgets, strict=True)):
-                if budget.nodes:
+                if budget.nodes and sequence.draft_state is not None:
                     groups.setdefault(sequence.drafting, Group()).places.append(b)
             try:
                 for drafting, group in groups.items():
                     sequences = [self.schedule.trees[b] for b in group.places]
                     group.drafted = drafting.propose(sequences, [self.schedule.budgets[b] for b in group.places])
-                return [*groups.values()]
-            except OutOfBlocksError:  # random numbers are addressed, so drafting again gives the same trees
+                if all(group.drafted is not None for group in groups.values()):
+                    return [*groups.values()]
+            except OutOfBlocksError as error:  # random numbers are addressed, so drafting again gives the same trees
                 if len(self.scheduler.running) == 1:
-                    [sequence], [budget] = self.schedule.trees, self.schedule.budgets
-                    return [Group([0], [sequence.drafting.propose_alone(sequence, budget)])]
-                self.scheduler.make_room(self.schedule)
+                    [sequence] = self.schedule.trees
+                    sequence.drafting.switch_off(sequence, error)
+                else:
+                    self.scheduler.make_room(self.schedule)
 
     def forward(self, batch: TreeBatch) -> Scores:
         """Runs the target once. Logits are computed for the nodes of trees, and for prompts that are scored."""
@@ -188,7 +187,7 @@ class Step:
             self.scheduler.publish(sequence)
             if sequence.finish_reason is not None:
                 self.scheduler.release(sequence)
-        return schedule.trees
+        return [*schedule.trees, *(sequence for sequence, _ in schedule.chunks if sequence.finish_reason is not None)]
 
     def _commit_tree(self, b: int, sequence: Sequence, decision: Decision, scores: Scores, nodes: slice) -> None:
         tree, verdict = decision.tree, decision.verdict
@@ -197,7 +196,12 @@ class Step:
         if sequence.draft_state is not None:
             features = None if scores.features is None else rows_of(scores.features[nodes], [0, *verdict.path])
             sequence.drafting.observe(sequence, tokens, sequence.drafting.take(features, self.layers), verdict.path)
-        count = settle(sequence, decision.law, tokens, verdict)
+        before = len(sequence.token_ids)
+        try:
+            settle(sequence, decision.law, tokens, verdict)
+        except Exception as error:
+            _fail(sequence, error, "the tokens of a step cannot be written")
+        count = len(sequence.token_ids) - before
         sequence.last_tree, sequence.last_path = tree, verdict.path[:count]
         budget = self.schedule.budgets[b].nodes
         sequence.records.append(record(sequence, tree, verdict, count, budget=budget, **self.clock.seconds))
@@ -209,22 +213,37 @@ class Step:
         row = int(batch.offsets[first])  # of the logits
         for b, (sequence, count) in enumerate(self.schedule.chunks, start=first):
             if sequence.scores_prompt:
-                score_prompt(sequence, scores.logits[row : row + count], sequence.cache.length - count)
+                try:
+                    score_prompt(sequence, scores.logits[row : row + count], sequence.cache.length - count)
+                except Exception as error:
+                    _fail(sequence, error, "the prompt cannot be scored")
                 row += count
             if sequence.drafts:
                 given = None if scores.features is None else scores.features[part(batch, b)]
                 features = sequence.drafting.take(given, self.layers)
                 sequence.features += [] if features is None else [features]
-                if not sequence.num_missing:
+                if not sequence.num_missing and sequence.finish_reason is None:
                     sequence.drafting.start(sequence)
 
     def give_up(self, error: Exception) -> list[Sequence]:
-        """Ends all sequences of a step that failed, with the reason."""
+        """Ends all sequences of a step that failed, with the reason. Raises the error if the step has none."""
+        if not self.schedule.sequences:
+            self.put_back()
+            raise error
         for sequence in self.schedule.sequences:
             if sequence.finish_reason is None:
                 _fail(sequence, error, "a step failed")
             self.scheduler.release(sequence)
         return self.schedule.sequences
+
+    def put_back(self) -> None:
+        """Ends a step that was interrupted anywhere. What was committed stays, and the rest is computed again."""
+        for sequence in dict.fromkeys([*self.schedule.sequences, *self.scheduler.running]):
+            if sequence.finish_reason is not None:
+                self.scheduler.release(sequence)
+                self.scheduler.unreported.append(sequence)
+            elif sequence.cache is not None:
+                self.scheduler.preempt(sequence)
 
 
 def _fail(sequence: Sequence, error: Exception, what: str) -> None:

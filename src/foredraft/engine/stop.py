@@ -11,28 +11,29 @@ from foredraft.engine.request import Sequence
 from foredraft.engine.scores import top_logprobs
 
 
-def settle(sequence: Sequence, law: TargetLaw, tokens: Items[int], verdict: Verdict) -> int:
-    """Commits the tokens of a step, up to the first token that ends the output. Returns the number of committed tokens.
+def settle(sequence: Sequence, law: TargetLaw, tokens: Items[int], verdict: Verdict) -> None:
+    """Commits the tokens of a step, up to the first token that ends the output.
 
     An output also ends before a token whose law does not exist; see `TargetLaw`.
     """
     nodes = [0, *verdict.path]  # the token after nodes[j] is tokens[j]
-    for count, (node, token) in enumerate(zip(nodes, tokens, strict=True), start=1):
+    for node, token in zip(nodes, tokens, strict=True):
         failure = law.failure(node)
         if failure is not None:
             problem = f"no token can follow token {len(sequence.token_ids)} of the text: {failure.message}"
             sequence.fail(UserError(problem, failure.hint))
-            return count - 1
+            return
+        scored, k = {}, sequence.sampling.logprobs
+        if k is not None:
+            scored = top_logprobs(law.raw_logprobs(node), token, k, sequence.tokenizer)
         sequence.token_ids.append(token)
         sequence.kinds.append("accepted" if node != nodes[-1] else verdict.kind)
-        if sequence.sampling.logprobs is not None:
-            top = top_logprobs(law.raw_logprobs(node), token, sequence.sampling.logprobs, sequence.tokenizer)
-            sequence.logprobs.append(top)
-            sequence.cumulative_logprob += top[token].logprob
+        if k is not None:
+            sequence.logprobs.append(scored)
+            sequence.cumulative_logprob += scored[token].logprob
         _end(sequence, token)
         if sequence.finish_reason is not None:
-            return count
-    return len(tokens)
+            return
 
 
 def _end(sequence: Sequence, token: int) -> None:

@@ -59,13 +59,14 @@ def work(given: dict[str, Any]) -> None:
 
 
 class Checkout:
-    """A process that runs a checkout."""
+    """A process that runs a checkout. `script` is started in it with ``--worker``; it prints a line when it is ready."""
 
-    def __init__(self, folder: Path, given: dict[str, Any]):
+    def __init__(self, folder: Path, given: dict[str, Any], script: Path = Path(__file__)):
         environment = os.environ | {"PYTHONPATH": str(folder / "src")}
-        command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(given)]
+        command = [sys.executable, str(script.resolve()), "--worker", json.dumps(given)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._process = subprocess.Popen(command, cwd=folder, env=environment, **pipes)  # type: ignore[call-overload]
+        self.pid = self._process.pid
         self.ask()
 
     def ask(self, *question: Any) -> Any:

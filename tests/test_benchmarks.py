@@ -12,11 +12,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from batches import counted_moves, moved_nodes, node_bytes
 from draft_cost import settings
+from ideal import CHUNKS, DECODING, Costs, ideal_seconds, measured_costs
 from measuring import interval, rounds, table
 from peers import ratio
 from tables import of_seeds
 from tree_attention import BLOCK, case_of, dense, skipping, visible_blocks
 from tree_shapes import ORDERS, HeapOrder, random_tree, reordered
+from waves import lengths_of, ordered
 
 from foredraft.cache.pool import KVPool
 from foredraft.core.contracts import Budget
@@ -140,3 +142,37 @@ def test_a_level_is_timed_beside_the_products_of_the_whole_head() -> None:
             wanted = sum(weight.numel() for weight in matrices)
             wanted += 4096 * 384 if one.method != "eagle3" else -drafter.head.fc.weight.numel()
             assert sum(linear.outputs * linear.inputs for linear in drafter.compiled.linears) == wanted
+
+
+def test_costs_are_those_that_were_measured() -> None:
+    """A step costs 1 for being run, a tenth a row, and a thousandth per row and token that it attends to."""
+
+    def ask(decoding: int, rows: int, before: int) -> float:
+        return 1 + 0.1 * (decoding + rows) + 0.001 * (decoding * before + rows * before + rows**2 / 2)
+
+    costs = measured_costs(ask)
+    assert costs.seconds([16] * 8, []) == pytest.approx(1.8)
+    assert costs.seconds([16, 116], []) == pytest.approx(1.3)
+    assert costs.seconds([16] * 16, [(0, 256)]) == pytest.approx(ask(16, 256, 0))
+    assert costs.seconds([], [(100, 64)]) == pytest.approx(ask(0, 64, 100))
+    assert costs.seconds([], [(0, 32), (0, 32)]) == pytest.approx(ask(0, 64, 0) - 0.001 * 32 * 32)
+
+
+def test_the_ideal_scheduler_fills_its_steps() -> None:
+    steps = Costs([1.0] * len(DECODING), [1.0] * len(CHUNKS), [1.0] * len(CHUNKS), 0.0, 0.0)
+    rows = Costs(list(DECODING), list(CHUNKS), [16 + count for count in CHUNKS], 0.0, 0.0)
+    assert ideal_seconds([(1, 5), (1, 5), (1, 5)], steps, 2, 512) == 1 + 5 + 1 + 5
+    assert ideal_seconds([(1, 2), (1, 8), (1, 6)], steps, 2, 512) == 1 + 8 + 1  # the third takes the place of the first
+    assert ideal_seconds([(1025, 1)], steps, 2, 512) == 2 + 1
+    lengths = lengths_of("mixed", 64, 0)
+    assert ideal_seconds(lengths, rows, 16, 512) == pytest.approx(sum(prompt - 1 + answer for prompt, answer in lengths))
+
+
+def test_lengths_are_log_uniform() -> None:
+    lengths = lengths_of("answers", 2000, 0)
+    answers = sorted(answer for _, answer in lengths)
+    assert {prompt for prompt, _ in lengths} == {16}
+    assert (answers[0], answers[-1]) == pytest.approx((8, 1024), rel=0.02)
+    assert answers[1000] == pytest.approx((8 * 1024) ** 0.5, rel=0.15)  # the seed is fixed; three standard errors
+    longest_first = [lengths[number][1] for number in ordered(lengths, "sorted")]
+    assert longest_first == answers[::-1]

@@ -45,6 +45,16 @@ INLINE int64_t entry(const View *view, const Cells *pool, int64_t i) {
 #define WORDS(laid) (laid).numbers
 #endif
 
+/* Fetches `bytes` of `count` tokens from the i-th visible token on, from number d of each. Blocks that follow each other in a text
+   are apart in memory, so the hardware does not fetch them in advance. */
+INLINE void fetch(const int type, const View *view, const Cells *pool, int64_t i, int64_t count, int64_t d, int64_t bytes) {
+    if (i + count > view->committed) return;
+    const char *at = (const char *)pool->cells + (entry(view, pool, i) + d) * size_of(type);
+    const int64_t step = pool->size * size_of(type);
+    for (int64_t j = 0; j < count; j++)
+        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + j * step + line);
+}
+
 /* Keys of LANES tokens, laid out for products with queries. */
 typedef union {
     V *numbers; /* [size]: number d of every token */
@@ -138,6 +148,7 @@ INLINE void mixtures_of(
         for (int v = 0; v < count; v++) sums[q][v] = v_set(0);
     for (int64_t i = 0, end; i < shared; i = end) {
         end = least(shared, i + BLOCK - (seers->view->from + i) % BLOCK); /* tokens of a block are contiguous */
+        fetch(type, seers->view, values, end, BLOCK, d, count * LANES * size_of(type));
         for (int64_t at = entry(seers->view, values, i) + d; i < end; i++, at += values->size) {
             V value[COLUMNS];
             UNROLL
@@ -197,6 +208,7 @@ INLINE void attend(
     int64_t shared = seers->view->committed;
     for (int64_t q = 0; q < count; q += heads) shared = least(shared, seers[q].view->committed);
     for (int64_t i = 0; i < shared; i += LANES) {
+        fetch(type, seers->view, keys, i + BLOCK, LANES, 0, keys->size * size_of(type));
         lay_keys(type, seers->view, keys, i, least(LANES, shared - i), laid);
         score_keys(type, seers, count, laid, keys->size, least(LANES, shared - i), weights + i, room);
     }

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from foredraft.core.outputs import CompletionOutput as CompletionOutput
     from foredraft.core.outputs import Logprob as Logprob
     from foredraft.core.outputs import RequestOutput as RequestOutput
-    from foredraft.core.output_kind import RequestOutputKind
-from foredraft.core.output_kind import RequestOutputKind as RequestOutputKind
     from foredraft.core.params import SamplingParams as SamplingParams
     from foredraft.core.tree import DraftTree as DraftTree
     from foredraft.core.tree import TreeBatch as TreeBatch

@@ -19,6 +19,7 @@ from foredraft.core.progress import progress_bar
 from foredraft.core.prompts import Params, Prompt, encode, prompt_list, with_params
 from foredraft.core.treatment import CHAT, LOAD, RUN
 from foredraft.engine.callers import Callers
+from foredraft.engine.engine import Engine
 from foredraft.engine.options import EngineOptions
 from foredraft.models.generation import default_params
 from foredraft.models.parts import load_parts
@@ -108,8 +109,12 @@ class LLM:
         self.speculation = speculation
         self.plan = Plan(self._parts, speculation, self._usual_num_seqs) if speculation else None
         self.choices = self.plan.choices if self.plan else {}
-        self.engine = make_engine(self._parts, self.plan, self._options, seed=self.seed)
+        self.engine = self.new_engine()
         self._callers = Callers(self.engine)
+
+    def new_engine(self) -> Engine:
+        """Builds another engine on the same weights. It drafts like `engine`, and shares no requests and no memory with it."""
+        return make_engine(self._parts, self.plan, self._options, seed=self.seed)
 
     def drafting(self, sampling: SamplingParams | None = None) -> dict[str, Any]:
         """Tells how a request is drafted, and why if that was chosen automatically.

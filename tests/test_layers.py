@@ -19,7 +19,7 @@ LAYERS = [  # lowest first; rooms of one line may import each other, without a c
     {"drafters"},
     {"engine"},
     {"plan"},
-    {"llm"},
+    {"llm", "async_llm"},
     {"train", "theory", "bench", "audit", "importers", "exporters"},
     {"server"},
     {"hosts", "scale"},

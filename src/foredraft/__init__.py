@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from foredraft.async_llm import AsyncLLM as AsyncLLM
     from foredraft.core.contracts import Verdict as Verdict
     from foredraft.core.draws import Draws as Draws
     from foredraft.core.law import TargetLaw as TargetLaw
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from foredraft.core.tree import DraftTree as DraftTree
     from foredraft.core.tree import TreeBatch as TreeBatch
     from foredraft.drafters import DRAFTERS as DRAFTERS
+    from foredraft.engine.engine import QueueFullError as QueueFullError
     from foredraft.llm import LLM as LLM
     from foredraft.rules import RULES as RULES
     from foredraft.trees import GROWERS as GROWERS
@@ -27,11 +29,13 @@ _HOMES = {
     "GROWERS": "trees",
     "RULES": "rules",
     "LLM": "llm",
+    "AsyncLLM": "async_llm",
     "SamplingParams": "core.params",
     "RequestOutputKind": "core.output_kind",
     "RequestOutput": "core.outputs",
     "CompletionOutput": "core.outputs",
     "Logprob": "core.outputs",
+    "QueueFullError": "engine.engine",
     "Metrics": "core.metrics",
     "DraftTree": "core.tree",
     "TreeBatch": "core.tree",

@@ -20,6 +20,7 @@ from foredraft.core.progress import progress_bar
 from foredraft.core.prompts import Params, Prompt, encode, is_list, prompt_list, with_params
 from foredraft.core.treatment import CHAT, LOAD, RUN
 from foredraft.engine.callers import Callers
+from foredraft.engine.engine import Engine
 from foredraft.engine.options import EngineOptions
 from foredraft.models.generation import default_params
 from foredraft.models.parts import load_parts
@@ -108,12 +109,16 @@ class LLM:
 
     def _speculate(self, speculations: Sequence[Speculation | None]) -> None:
         self.speculation = speculations[0]
-        self.plan, *others = (Plan(self._parts, one, self._usual_num_seqs) if one else None for one in speculations)
+        self._plans = [Plan(self._parts, one, self._usual_num_seqs) if one else None for one in speculations]
+        self.plan = self._plans[0]
         self.choices = self.plan.choices if self.plan else {}
-        self.engine = make_engine(
-            self._parts, self.plan, self._options, seed=self.seed, others=[plan for plan in others if plan]
-        )
+        self.engine = self.new_engine()
         self._callers = Callers(self.engine)
+
+    def new_engine(self) -> Engine:
+        """Builds another engine on the same weights. It drafts like `engine`, and shares no requests and no memory with it."""
+        others = [plan for plan in self._plans[1:] if plan]
+        return make_engine(self._parts, self.plan, self._options, seed=self.seed, others=others)
 
     def drafting(self, sampling: SamplingParams | None = None) -> dict[str, Any]:
         """Tells how a request is drafted, and why if that was chosen automatically.

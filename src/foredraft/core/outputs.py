@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -86,6 +86,22 @@ class RequestOutput:
     def metrics(self) -> Metrics:
         """Summary over the steps of all outputs."""
         return summarize([record for completion in self.outputs for record in completion.records])
+
+
+def joined(earlier: RequestOutput, later: RequestOutput) -> RequestOutput:
+    """Joins two successive outputs of a request with `RequestOutputKind.DELTA` into one. Neither is changed."""
+    outputs = [
+        replace(
+            new,
+            text=old.text + new.text,
+            token_ids=old.token_ids + new.token_ids,
+            logprobs=None if old.logprobs is None or new.logprobs is None else old.logprobs + new.logprobs,
+            kinds=old.kinds + new.kinds,
+            records=old.records + new.records,
+        )
+        for old, new in zip(earlier.outputs, later.outputs, strict=True)
+    ]
+    return replace(later, outputs=outputs)
 
 
 def require_whole(results: Sequence[RequestOutput]) -> None:

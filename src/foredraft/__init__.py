@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from foredraft.core.draws import Draws as Draws
     from foredraft.core.law import TargetLaw as TargetLaw
     from foredraft.core.metrics import Metrics as Metrics
+    from foredraft.core.output_kind import RequestOutputKind as RequestOutputKind
     from foredraft.core.outputs import CompletionOutput as CompletionOutput
     from foredraft.core.outputs import Logprob as Logprob
     from foredraft.core.outputs import RequestOutput as RequestOutput

@@ -337,3 +337,14 @@ def test_a_step_that_fails_raises_in_every_thread_that_took_part(monkeypatch: py
 
     together([run] * 4)
     assert len(failed) == 1  # one runs at once, the others wait
+
+
+def test_a_request_that_somebody_else_aborts_ends_for_its_caller() -> None:
+    llm = LLM(str(TARGET), CONFIGS["plain"], dtype="float64", max_num_seqs=2)
+    stream = llm.stream(STORY, SamplingParams(temperature=0, max_tokens=50, ignore_eos=True))
+    first = next(stream)
+    llm.engine.abort_request(first.request_id)
+    [last] = stream
+    assert last.finished and last.outputs[0].finish_reason == "abort"
+    assert last.outputs[0].token_ids[: len(first.outputs[0].token_ids)] == first.outputs[0].token_ids
+    check_empty(llm.engine)

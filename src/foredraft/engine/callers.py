@@ -10,16 +10,19 @@ from typing import Any
 from foredraft.core.outputs import RequestOutput
 from foredraft.core.params import SamplingParams
 from foredraft.engine.engine import Engine
+from foredraft.engine.request import Request
 
 
 class _Caller:
     """A thread that waits for some requests.
 
     Attributes:
+        requests: the unfinished requests that it waits for, by name.
         inbox: outputs that it has not taken yet. None in between: perhaps nobody runs the steps.
     """
 
     def __init__(self) -> None:
+        self.requests: dict[str, Request] = {}
         self.inbox = SimpleQueue[RequestOutput | None]()  # may be filled by what the garbage collector closes
 
 
@@ -51,10 +54,11 @@ class Callers:
                 requests = self.engine.add_requests(prompts)
                 places |= {request.request_id: index for index, request in enumerate(requests)}
                 self._callers |= dict.fromkeys(places, caller)
-            unfinished = len(requests)
-            while unfinished:
+                caller.requests |= {request.request_id: request for request in requests}
+            while caller.requests:
                 output = self._next(caller)
-                unfinished -= output.finished
+                if output.finished:
+                    del caller.requests[output.request_id]
                 yield places[output.request_id], output
         finally:
             for name in places:
@@ -72,7 +76,7 @@ class Callers:
     def _next(self, caller: _Caller) -> RequestOutput:
         """Returns the next output of a caller. Runs steps as long as nobody else does."""
         output = None
-        while output is None:
+        while output is None and (output := _aborted(caller)) is None:
             self._idle[caller] = None  # before it looks: who releases the turn later wakes it
             if caller.inbox.empty() and self._turn.acquire(blocking=False):
                 try:
@@ -100,3 +104,11 @@ class Callers:
             self._idle.pop(caller, None)
             caller.inbox.put(None)
             return
+
+
+def _aborted(caller: _Caller) -> RequestOutput | None:
+    """Returns the output of a request that somebody else aborted: no step reports it."""
+    for request in caller.requests.values():
+        if any(sequence.finish_reason == "abort" for sequence in request.sequences):
+            return request.output()
+    return None

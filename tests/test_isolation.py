@@ -532,9 +532,10 @@ def test_a_full_queue_refuses() -> None:
 
 
 def test_requests_are_added_all_or_none() -> None:
-    engine = engine_of("plain", max_waiting=2)
+    engine = engine_of("plain", max_num_seqs=2, max_waiting=2)
     with pytest.raises(QueueFullError):
-        engine.add_requests([(TEXTS[0], GREEDY)] * 3)
+        engine.add_requests([(TEXTS[0], GREEDY)] * 5)
+    check_empty(engine)
     with pytest.raises(UserError, match="empty"):
         engine.add_requests([(TEXTS[0], GREEDY), ([], GREEDY)])
     check_empty(engine)

@@ -13,13 +13,14 @@ from foredraft.cache.blocks import BLOCK
 from foredraft.core.contracts import AcceptanceRule, Budget, Drafter, Target
 from foredraft.core.costs import Costs
 from foredraft.core.draws import Draws, hash_seed
-from foredraft.core.errors import UserError, shown
+from foredraft.core.errors import UserError
 from foredraft.core.output_kind import RequestOutputKind
 from foredraft.core.outputs import RequestOutput
 from foredraft.core.params import SamplingParams, used_seed
 from foredraft.core.processors import prefix_processors
 from foredraft.core.prompts import Prompt, encode, salt_of
 from foredraft.core.text import TextStream, bad_word_ids
+from foredraft.engine.checks import check_request
 from foredraft.engine.drafting import Drafting, drafted_by
 from foredraft.engine.one_thread import one_thread
 from foredraft.engine.options import MAX_ROWS, EngineOptions, memory_of
@@ -27,7 +28,6 @@ from foredraft.engine.request import Request
 from foredraft.engine.request import Sequence as Output
 from foredraft.engine.scheduler import Scheduler
 from foredraft.engine.step import step
-from foredraft.models.rope import original_context
 
 
 class QueueFullError(RuntimeError):
@@ -129,7 +129,7 @@ class Engine:
         Raises:
             ValueError: the prompt is empty, too long or contains unknown ids, the parameters need a tokenizer, the blocks could
                 never hold the request, or the name is in use.
-            QueueFullError: `max_waiting` requests wait already.
+            QueueFullError: more than `max_waiting` outputs would wait for a place.
         """
         given = self.checked(prompt, params)
         with self.lock:
@@ -138,8 +138,9 @@ class Engine:
             if name in self._requests:
                 raise UserError(f"request {name!r} is still running", "give every request a name of its own")
             waiting, most = len(self.scheduler.waiting), self.options.max_waiting
-            if most is not None and waiting + params.n > most:
-                raise QueueFullError(f"{waiting} outputs are waiting, and max_waiting is {most}: try again later")
+            places = self.options.num_seqs - len(self.scheduler.running)  # the next step fills them
+            if most is not None and waiting + params.n - places > most:
+                raise QueueFullError(f"{waiting} outputs wait, and max_waiting is {most}: try again later")
             seed = hash_seed(self._seed, self._num_requests) if params.seed is None else used_seed(params.seed)
             now = time.monotonic() if arrival_time is None else arrival_time
             about = {"priority": priority, "arrival_s": now, "salt": given["cache_salt"]}
@@ -228,7 +229,7 @@ class Engine:
     def checked(self, prompt: Prompt, params: SamplingParams) -> dict[str, Any]:
         """Returns a prompt with its token ids. Raises as `add_request` does, but adds nothing."""
         text, ids = encode(prompt, self.tokenizer)
-        self._check(ids, params)
+        check_request(ids, params, self.target, self.tokenizer, self.max_model_len)
         return {"prompt": text, "prompt_token_ids": ids, "cache_salt": salt_of(prompt)}
 
     def _sequence(self, request: Request, index: int, seed: int) -> Output:
@@ -267,34 +268,3 @@ class Engine:
                 f"the request may take {needed * BLOCK} tokens of keys and values, but there is memory for {count * BLOCK}",
                 "lower max_tokens, shorten the prompt, or raise kv_cache_memory_bytes",
             )
-
-    def _check(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
-        vocab_size = self.target.vocab_size
-        if not prompt_ids:
-            raise UserError("the prompt is empty", "give a text that makes at least one token")
-        if len(prompt_ids) >= self.max_model_len:
-            scaled = original_context(self.target.config) is not None  # a greater max_model_len chooses other factors
-            longest = self.target.config.max_position_embeddings if scaled else self.target.max_len
-            more = f", or raise max_model_len (at most {longest})" if self.max_model_len < longest else ""
-            raise UserError(
-                f"the prompt has {len(prompt_ids)} tokens, but the context of {self.max_model_len} must also fit an output",
-                f"shorten the prompt{more}",
-            )
-        named = {
-            "the prompt": prompt_ids,
-            "allowed_token_ids": sampling.allowed_token_ids or (),
-            "logit_bias": sampling.logit_bias or (),
-            "stop_token_ids": sampling.stop_token_ids or (),
-        }
-        for where, ids in named.items():
-            wrong = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
-            if wrong:
-                raise UserError(f"token id {shown(wrong[0])} in {where} is outside the vocabulary (0 to {vocab_size - 1})")
-        if self.tokenizer is None and (sampling.stop_strings or sampling.bad_words):
-            raise UserError(
-                "stop strings and bad_words need a tokenizer, and this model has none",
-                "copy its tokenizer files into the model's directory, or use stop_token_ids, which needs no tokenizer",
-            )
-        most = max(sampling.logprobs or 0, sampling.prompt_logprobs or 0)
-        if most > vocab_size:
-            raise UserError(f"logprobs and prompt_logprobs must be at most the vocabulary size {vocab_size}, got {most}")

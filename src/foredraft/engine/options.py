@@ -39,7 +39,7 @@ class EngineOptions:
         enable_prefix_caching: whether requests share the keys and values of equal prefixes.
         reproducible: whether every request keeps the number of tree nodes that was chosen at the start, whatever the load. Its
             tokens then do not depend on other requests. Requests with a seed of their own always keep it.
-        max_waiting: maximum number of waiting outputs; None sets no limit.
+        max_waiting: maximum number of outputs that wait for a place; None sets no limit.
         max_wait_s: an output that waits longer for its first step ends with ``error``, in seconds; None sets no limit.
 
     Raises:

@@ -60,6 +60,8 @@ WRONG_TYPE = [
     ("stop", [5, [1]], "a string or a list of strings"),
     ("bad_words", [5, "word", [1]], "a list of strings"),
     *[(name, [5, "12", ["a"], [1.5], [True]], "a list of token ids") for name in ("stop_token_ids", "allowed_token_ids")],
+    ("speculative", [True, 3, {}, {"method": 3}], "False or a dictionary"),
+    ("output_kind", [None, 1, "DELTA"], "a RequestOutputKind"),
     ("logit_bias", [[1], {"1": 1.0}, {1: "a"}, {1: True}], "a dictionary of token ids and numbers"),
 ]
 
@@ -86,12 +88,7 @@ def test_values_of_another_type_are_refused(name: str, value: Any, said: str) ->
 
 def test_every_parameter_but_switches_is_checked() -> None:
     checked = {name for name, _, _ in (*BAD, *WRONG_TYPE)}
-    assert set(SamplingParams.names()) - checked == {
-        "include_stop_str_in_output",
-        "ignore_eos",
-        "skip_special_tokens",
-        "output_kind",
-    }
+    assert set(SamplingParams.names()) - checked == {"include_stop_str_in_output", "ignore_eos", "skip_special_tokens"}
 
 
 def test_more_tokens_asked_for_than_allowed() -> None:

@@ -4,7 +4,7 @@ Before commit 2bfd306 the outputs of `LLM.generate` ran in waves: the next `max_
 ended. Each checkout runs in a process of its own, and they take turns at each workload; one sleeps while the other runs. In the
 same turn the costs of forwards are measured, from which `ideal.py` computes the time of a scheduler without overhead. A pair
 is the ratio of two times of one turn. The interval is that of the median of the pairs (bootstrap, 95 %). A turn during which
-other processes used the processors is repeated, at most `TRIES` times.
+other processes used the processors is repeated, at most ``--tries`` - 1 times.
 
 Decoding is plain and greedy, on random prompts of token ids. Lengths are log-uniform. Sorted means: the longest answer first.
 
@@ -37,8 +37,8 @@ WORKLOADS = {"mixed": ((16, 900), (8, 256)), "answers": ((16, 16), (8, 1024))}
 
 ORDERS = ("unsorted", "sorted")
 
-TRIES, DISTURBED = 2, 0.05
-"""How often a turn is repeated, and the share of the processors' time that other processes may use in it."""
+DISTURBED = 0.1
+"""The share of the processors' time that other processes may use in a turn."""
 
 
 @dataclass(frozen=True)
@@ -88,16 +88,15 @@ class Worker:
         self._seconds, self._steps = self._seconds + perf_counter() - began, self._steps + 1
         return scores
 
-    def run(self, workload: str, order: Sequence[int]) -> list[Any]:
-        """Generates all answers of a workload. Returns the fields of `Run`."""
+    def run(self, workload: str, order: Sequence[int], most: int = MAX_LEN) -> list[Any]:
+        """Generates the answers of a workload, each of at most `most` tokens. Returns the fields of `Run`."""
         from foredraft import SamplingParams
 
         draw, vocab_size = random.Random(self._seed), self.llm.target.vocab_size
         prompts = [[draw.randrange(3, vocab_size) for _ in range(prompt)] for prompt, _ in self.lengths[workload]]
         given = [{"prompt_token_ids": prompts[number]} for number in order]
-        params = [
-            SamplingParams(temperature=0.0, max_tokens=self.lengths[workload][number][1], ignore_eos=True) for number in order
-        ]
+        limits = [min(most, self.lengths[workload][number][1]) for number in order]
+        params = [SamplingParams(temperature=0.0, max_tokens=limit, ignore_eos=True) for limit in limits]
         self._seconds, self._steps, began = 0.0, 0, perf_counter()
         outputs = self.llm.generate(given, params)
         seconds = perf_counter() - began
@@ -173,10 +172,10 @@ def ticks(pids: Sequence[int]) -> tuple[int, int, int]:
     return sum(every), sum(every) - every[3] - every[4], sum(int(field[11]) + int(field[12]) for field in fields)
 
 
-def undisturbed(turn: Callable[[], Any], pids: Sequence[int]) -> Any:
-    """Runs a turn until no other process works beside it, at most `TRIES` times. Returns the least disturbed result."""
+def undisturbed(turn: Callable[[], Any], pids: Sequence[int], tries: int) -> Any:
+    """Runs a turn until no other process works beside it, at most `tries` times. Returns the least disturbed result."""
     found = []
-    for number in range(TRIES):
+    for number in range(tries):
         before = ticks(pids)
         result = turn()
         total, busy, own = (new - old for old, new in zip(before, ticks(pids), strict=True))
@@ -203,13 +202,13 @@ def measure(checkouts: Sequence[Checkout], workloads: dict[str, list[tuple[int, 
     from measuring import rounds
 
     found, pids = defaultdict(list), [os.getpid(), *(checkout.pid for checkout in checkouts)]
-    for checkout in checkouts:  # the caches grow
-        checkout.ask("run", next(iter(workloads)), list(range(NUM_SEQS)))
+    for checkout in checkouts:
+        checkout.ask("run", next(iter(workloads)), list(range(NUM_SEQS)), 8)
     for _ in rounds(given.rounds, given.minutes):
         for workload, lengths in workloads.items():
             for order in ORDERS:
                 turn = partial(turn_of, checkouts, workload, lengths, ordered(lengths, order))
-                old, new, ideal = undisturbed(turn, pids)
+                old, new, ideal = undisturbed(turn, pids, given.tries)
                 found[workload, order].append((old, new, ideal))
                 print(f"{workload}, {order}: {old.seconds:.2f}, {new.seconds:.2f}, {ideal:.2f} s", file=sys.stderr, flush=True)
     return found
@@ -229,6 +228,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0, help="seed of lengths and prompts")
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--tries", type=int, default=2, help="how often a turn runs that other processes disturb")
     given = parser.parse_args()
     if given.device not in (None, "cpu"):
         parser.error("--device: only a CPU is compared")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from statistics import fmean
-from time import perf_counter
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 from foredraft.cache.blocks import num_blocks
 from foredraft.cache.pool import prefill
 from foredraft.core.contracts import Target
 from foredraft.core.costs import Costs
 from foredraft.core.tree import TreeBatch
-from foredraft.plan.measure import Timed
+from foredraft.plan.measure import Timed, seconds_in_turns, typical
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Numbers of rows whose forward is timed. Between them, and beyond the last, costs are linear."""
@@ -22,21 +21,18 @@ NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _TOGETHER = 4
 """Number of requests at which the cost of a further request is measured."""
 
-_REPEATS, _ENOUGH_S = 7, 0.25
-"""Forwards of one size, and the seconds after which fewer suffice."""
-
-_STEPS = 10
-"""Timed steps of each size of a tree, after as many as a warm-up."""
+Parts = Sequence[tuple[float, Timed]]
+"""Workloads, each with its share of the steps."""
 
 
 def costs_of(
     target: Target,
     prompt: Sequence[int],
     nodes: int,
-    timed: Callable[[int, int], Sequence[tuple[float, Timed]]],
+    timed: Callable[[int, int], Parts],
     tokens: Callable[[int], float],
 ) -> Costs:
-    """Measures the costs of one way of drafting.
+    """Measures the costs of one way of drafting. Forwards and steps take turns, so that their differences are reliable.
 
     Args:
         prompt: steps are timed on its continuation.
@@ -44,48 +40,36 @@ def costs_of(
         timed: returns the workloads of a number of requests with trees of a size, each with its share of the steps.
         tokens: returns the expected tokens per step of a size.
     """
-    forward = [(float(rows), seconds) for rows, seconds in forward_seconds(target, prompt).items()]
-    rows = Costs(tuple(forward), ((0.0, 0.0, 0.0),), ((0.0, 1.0),))
-    outside = []
-    for size in sorted({0, max(1, nodes // 2), nodes}):
-        one, some = (
-            max(0.0, sum(share * step_seconds(work) for share, work in timed(requests, size)) - rows.step_s(requests, size))
-            for requests in (1, _TOGETHER)
-        )
-        outside.append((float(size), one, max(0.0, some - one) / (_TOGETHER - 1)))
+    rows = [count for count in ROWS if count + len(prompt) <= target.max_len] or [1]
+    places = [(requests, size) for size in sorted({0, max(1, nodes // 2), nodes}) for requests in (1, _TOGETHER)]
+    parts = [timed(*place) for place in places]
+    workloads = [work.steps() for part in parts for _, work in part]
+    seconds = [typical(times) if times else 0.0 for times in seconds_in_turns([*forwards(target, prompt, rows), *workloads])]
+    steps = iter(seconds[len(rows) :])
+    forward = tuple((float(count), min(seconds[i : len(rows)])) for i, count in enumerate(rows))  # more rows cost no less
+    alone = Costs(forward, ((0.0, 0.0, 0.0),), ((0.0, 1.0),))
+    beside = {
+        place: max(0.0, sum(share * next(steps) for share, _ in part) - alone.step_s(*place))
+        for place, part in zip(places, parts, strict=True)
+    }
+    outside = [
+        (float(size), first, max(0.0, beside[_TOGETHER, size] - first) / (_TOGETHER - 1))
+        for (requests, size), first in beside.items()
+        if requests == 1
+    ]
     sizes = [size for size in NODES if size < nodes] + [nodes]
-    return Costs(tuple(forward), tuple(outside), tuple((float(size), tokens(size)) for size in sizes))
+    return Costs(forward, tuple(outside), tuple((float(size), tokens(size)) for size in sizes))
 
 
-def forward_seconds(target: Target, prompt: Sequence[int]) -> dict[int, float]:
-    """Measures the seconds of a forward behind a prompt, by its number of rows."""
-    sizes = [size for size in ROWS if size + len(prompt) <= target.max_len] or [1]
-    pool = target.new_pool(num_blocks(len(prompt) + sizes[-1]))
+def forwards(target: Target, prompt: Sequence[int], rows: Sequence[int]) -> list[Generator[Any, None, None]]:
+    """Returns workloads that run the target behind a prompt again and again, each with a number of rows."""
+    pool = target.new_pool(num_blocks(len(prompt) + max(rows)))
     cache = pool.allocate()
     prefill(target, [cache], [list(prompt[:-1])])
-    seconds = {size: _forward_seconds(target, cache, TreeBatch.chains([[prompt[-1]] * size])) for size in sizes}
-    return {size: min(found for rows, found in seconds.items() if rows >= size) for size in sizes}  # more rows cost no less
 
+    def run(count: int) -> Generator[Any, None, None]:
+        batch = TreeBatch.chains([[prompt[-1]] * count])
+        while True:
+            yield target.forward(batch, [cache]).logits.max().item()  # waits for a GPU
 
-def _forward_seconds(target: Target, cache: object, batch: TreeBatch) -> float:
-    times: list[float] = []
-    while len(times) < _REPEATS and (len(times) < 3 or sum(times) < _ENOUGH_S):
-        began = perf_counter()
-        target.forward(batch, [cache]).logits.max().item()  # waits for a GPU
-        times.append(perf_counter() - began)
-    return sorted(times)[len(times) // 4]
-
-
-def step_seconds(timed: Timed) -> float:
-    """Measures the seconds of a step of a workload, without the slowest quarter of its steps."""
-    steps, seconds = timed.steps(), []
-    try:
-        for _ in range(2 * _STEPS):
-            began = perf_counter()
-            if next(steps, None) is None:
-                break
-            seconds.append(perf_counter() - began)
-    finally:
-        steps.close()
-    kept = sorted(seconds[len(seconds) // 2 :])
-    return fmean(kept[: max(1, len(kept) * 3 // 4)]) if kept else 0.0
+    return [run(count) for count in rows]

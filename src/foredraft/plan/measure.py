@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 from statistics import fmean
@@ -31,15 +31,15 @@ SAMPLE_TEXT = (
 """Steps are timed on the continuation of this text."""
 
 _log = logging.getLogger("foredraft")
-_LEAST_STEPS, _MOST_STEPS, _ENOUGH_S = 8, 48, 0.4
-"""The least and the largest number of timed steps, and the seconds that suffice."""
+_LEAST_STEPS, _MOST_STEPS, _ENOUGH_S = 8, 48, 0.2
+"""The least and the largest number of timed steps of a workload, and the seconds that suffice."""
 
 _TURN_STEPS, _TURN_S = 8, 0.05
 """A turn ends after this many steps or seconds. In turns of a single step, each side would find the caches of the processor
 filled by the other. Beside a model of 14M that hid a fifth of what drafting costs."""
 
-_LEAST_LONG_STEPS, _LONG_S = 3, 1.0
-"""The least number of timed steps if they take more than `_LONG_S` seconds. The times of long steps vary less."""
+_LEAST_LONG_STEPS, _LONG_S = 3, 0.5
+"""The least number of timed steps of a workload if they take more than `_LONG_S` seconds. The times of long steps vary less."""
 
 LIMIT_S = 10.0
 """After this many seconds, no further candidate is timed for the same kind of requests."""
@@ -109,36 +109,55 @@ def announce() -> None:
 
 
 def slowdown_of(timed: Timed, plain: Timed) -> float:
-    """Returns the time of a step divided by the time of a plain decoding step.
+    """Returns the time of a step divided by the time of a plain decoding step. The two take turns, see `seconds_in_turns`."""
+    drafting, decoding = seconds_in_turns([timed.steps(), plain.steps()])
+    return typical(drafting) / typical(decoding) if drafting and decoding else inf
 
-    Both take turns, because the speed of the machine drifts. The first turn of each is a warm-up, in which the drafter also
-    runs the prompt. The slowest quarter of the steps of each is left out, because other work may have interrupted them. At
-    least `_LEAST_STEPS` steps of each are timed, or `_LEAST_LONG_STEPS` if they are long. Fast models run more steps, up to
-    `_MOST_STEPS`, until `_ENOUGH_S` seconds have passed.
+
+def seconds_in_turns(workloads: Sequence[Generator[Any, None, None]]) -> list[list[float]]:
+    """Times the steps of several workloads, which take turns because the speed of the machine drifts.
+
+    The first turn of each is a warm-up, in which drafters also run the prompt. At least `_LEAST_STEPS` steps of each are timed,
+    or `_LEAST_LONG_STEPS` if they are long. Fast models run up to `_MOST_STEPS` steps.
+
+    Returns:
+        The seconds of the steps of each workload. There are fewer of a workload that ends early, and none if it ends at once.
     """
-    pair = [candidate.steps() for candidate in (timed, plain)]
-    seconds: list[list[float]] = [[], []]
+    seconds: list[list[float]] = [[] for _ in workloads]
+    live, taken, is_warm = [*zip(workloads, seconds, strict=True)], 0.0, False
     try:
-        taken, is_warm = 0.0, False
-        while len(seconds[0]) < (_LEAST_LONG_STEPS if taken > _LONG_S else _LEAST_STEPS if taken > _ENOUGH_S else _MOST_STEPS):
-            for steps, times in zip(pair, seconds, strict=True):
-                turn: list[float] = []
-                while len(turn) < _TURN_STEPS and sum(turn) < _TURN_S:
-                    began = perf_counter()
-                    if next(steps, None) is None:
-                        return inf if not times else _ratio(seconds)
-                    turn.append(perf_counter() - began)
-                times += turn if is_warm else []
-            taken, is_warm = sum(map(sum, seconds)), True
-        return _ratio(seconds)
+        while live and min(len(times) for _, times in live) < _wanted(taken / len(live)):
+            for workload in [*live]:
+                turn = _turn(workload[0])
+                workload[1].extend(turn if is_warm else [])
+                if len(turn) < _TURN_STEPS and sum(turn) < _TURN_S:
+                    live.remove(workload)
+            taken, is_warm = sum(sum(times) for _, times in live), True
+        return seconds
     finally:
-        for steps in pair:
+        for steps in workloads:
             steps.close()
 
 
-def _ratio(seconds: Sequence[Sequence[float]]) -> float:
-    kept = [sorted(times)[: max(1, len(times) * 3 // 4)] for times in seconds]
-    return fmean(kept[0]) / fmean(kept[1])
+def _turn(steps: Iterator[Any]) -> list[float]:
+    """Runs some steps, and returns their seconds. There are fewer if the workload ends."""
+    turn: list[float] = []
+    while len(turn) < _TURN_STEPS and sum(turn) < _TURN_S:
+        began = perf_counter()
+        if next(steps, None) is None:
+            break
+        turn.append(perf_counter() - began)
+    return turn
+
+
+def _wanted(taken_s: float) -> int:
+    """Returns how many steps of a workload are timed if its steps have taken some seconds so far."""
+    return _LEAST_LONG_STEPS if taken_s > _LONG_S else _LEAST_STEPS if taken_s > _ENOUGH_S else _MOST_STEPS
+
+
+def typical(seconds: Sequence[float]) -> float:
+    """Returns the mean without the slowest quarter, which other work may have interrupted."""
+    return fmean(sorted(seconds)[: max(1, len(seconds) * 3 // 4)])
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,7 @@ def test_a_drafter_that_asks_another_costs_what_calibration_saw_of_both(monkeypa
     monkeypatch.setattr(auto, "SIZES", (4,))
     monkeypatch.setattr(auto, "slowdown_of", lambda timed, plain: 1.1 if isinstance(timed.drafter, Full) else 2.0)
     build: Any = lambda way: NgramDrafter()  # noqa: E731
-    chooser = auto.Chooser(TableTarget(random_law(2, 0), 2), speculation, True, build, measured, 1, [1])
+    chooser = auto.Chooser(TableTarget(random_law(2, 0), 2), speculation, True, build, measured, [1])
     slow = chooser._choose("greedy", build)
     assert (slow.way, slow.speedup) == (Way("ngram", None), pytest.approx(3.0 / 1.1))
     measured["tokens_per_step"]["greedy"]["lm-lookup:dyspec"] = {"4": 5.0}
@@ -243,7 +243,7 @@ def test_a_head_that_was_not_calibrated_is_timed(head: str, way: Way) -> None:
     speculation = parse({"method": "auto", "model": str(DATA / "heads" / head)})
     assert speculation is not None
     build: Any = lambda way: NgramDrafter()  # noqa: E731
-    chooser = auto.Chooser(TableTarget(random_law(2, 0), 2), speculation, True, build, {}, 1, [1])
+    chooser = auto.Chooser(TableTarget(random_law(2, 0), 2), speculation, True, build, {}, [1])
     assert chooser._worth_timing("greedy") == [way]
 
 

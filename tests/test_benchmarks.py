@@ -82,7 +82,6 @@ def test_moves_are_counted() -> None:
     caches = [pool.allocate(), pool.allocate()]
     for cache in caches:
         cache.reserve(16)
-    pool.grow()
     paths = [[1, 2, 5], [3]]
     assert moved_nodes(paths) == 2
     with counted_moves() as moved:

@@ -389,7 +389,7 @@ class Hungry(Failing):
 
 
 @pytest.mark.parametrize("drafting", ["chain", "tree"])
-@pytest.mark.parametrize("blocks", [10, 14, 20])
+@pytest.mark.parametrize("blocks", [5, 7, 10])
 def test_a_drafter_needs_more_blocks_than_there_are(drafting: str, blocks: int, caplog: pytest.LogCaptureFixture) -> None:
     """Others wait if that helps: alone, each request has enough blocks, so nothing changes."""
     together = Beside(engine_of(drafting, blocks=blocks, wrap=lambda inner: Hungry(inner, 90)), drafting)
@@ -399,7 +399,7 @@ def test_a_drafter_needs_more_blocks_than_there_are(drafting: str, blocks: int, 
 
 @pytest.mark.parametrize("drafting", ["chain", "tree"])
 def test_a_drafter_needs_more_blocks_than_there_can_be(drafting: str, caplog: pytest.LogCaptureFixture) -> None:
-    engine = engine_of(drafting, blocks=10, wrap=lambda inner: Hungry(inner, 400))
+    engine = engine_of(drafting, blocks=5, wrap=lambda inner: Hungry(inner, 400))
     requests = [engine.add_request(None, text, GREEDY) for text in (*TEXTS, BAD_TEXT)]
     run(engine)
     assert tokens_of(requests[-1]) == plain()
@@ -508,7 +508,7 @@ def test_an_interrupt_does_not_lose_a_request_that_waited_too_long() -> None:
 
 @everywhere
 def test_a_request_that_can_never_fit_is_refused(drafting: str) -> None:
-    engine = engine_of(drafting, blocks=4)
+    engine = engine_of(drafting, blocks=2)
     with pytest.raises(UserError, match="keys and values"):
         engine.add_request(None, TEXTS[0], replace(GREEDY, max_tokens=60))
     check_empty(engine)
@@ -641,8 +641,8 @@ def test_an_abort_within_a_step(drafting: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("drafting", ["plain", "tree", "lookup first"])
-@pytest.mark.parametrize("shared", [0, 16, 48])
-@pytest.mark.parametrize("blocks", [8, 12])
+@pytest.mark.parametrize("shared", [0, 32, 48])
+@pytest.mark.parametrize("blocks", [4, 6])
 @pytest.mark.parametrize("caching", [True, False])
 def test_a_long_request_beside_endless_short_ones(drafting: str, shared: int, blocks: int, caching: bool) -> None:
     """The queue is never empty. Short requests of equal priority come at every step, some with the long one's beginning."""

@@ -176,7 +176,7 @@ def test_tables(drafting: str, group: int) -> None:
     for number in range(-(-SCRIPTS // GROUPS // len(DRAFTING))):
         rng = np.random.default_rng([group, number, *drafting.encode()])
         longest = [rng.integers(VOCAB, size=60).tolist() for _ in range(2)]
-        prompts = [*longest, longest[0][:37] + longest[1][:20], longest[0][:16] + longest[1][:30], longest[1][:33]]
+        prompts = [*longest, longest[0][:37] + longest[1][:20], longest[0][:32] + longest[1][:28], longest[1][:33]]
         least = num_blocks(LONGEST + 6)
         engine = Engine(
             TableTarget(hashed(LAW), VOCAB),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -17,11 +19,6 @@ from foredraft.cache.layout import Layout, lay_out
 from foredraft.core.contracts import Scores, Target
 from foredraft.core.tree import TreeBatch
 from foredraft.kernels.attention import attend
-
-_GROWTH = 16
-"""On a CPU, the tensor of a pool grows by at least this many blocks, so that short requests do not pay for a long context. On a
-GPU it has its full size from the start, because every captured CUDA graph must be captured again when the memory moves."""
-
 
 _ALONE = 64
 """Number of full contexts for which a drafter has blocks without a target."""
@@ -77,8 +74,8 @@ class KVPool:
         self, blocks: int | Blocks, num_layers: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ):
         self.blocks = Blocks(blocks) if isinstance(blocks, int) else blocks
-        shape = 2, num_layers, num_heads, self.blocks.count + 1 if device.type == "cuda" else 0, BLOCK, head_dim
-        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        shape = 2, num_layers, num_heads, self.blocks.count + 1, BLOCK, head_dim
+        self.kv = torch.zeros(shape, dtype=dtype, device=device) if device.type != "cpu" else _zeros(shape, dtype)
 
     @property
     def bytes_per_token(self) -> int:
@@ -90,45 +87,19 @@ class KVPool:
         """Returns a new empty cache, which holds no blocks yet."""
         return KVCache(self)
 
-    @torch.inference_mode()
-    def copy(self, cache: KVCache) -> KVCache:
-        """Returns a new cache with the contents of another. Full blocks are shared, and the last one is copied.
-
-        Raises:
-            OutOfBlocksError: no block is free.
-        """
-        full = cache.length // BLOCK
-        new = KVCache(self, [], cache.length)
-        new.blocks += cache.blocks[:full]
-        self.blocks.share(new.blocks)
-        if cache.length % BLOCK:
-            new.reserve(cache.length)
-            self.grow()
-            self.kv[:, :, :, new.blocks[full]] = self.kv[:, :, :, cache.blocks[full]]
-        return new
-
     def free(self, cache: KVCache) -> None:
         """Releases the blocks of a cache, and of all caches beside it."""
         self.blocks.release(cache.blocks)
         cache.blocks.clear()
 
     def reserve(self, caches: Sequence[KVCache], lengths: Sequence[int]) -> None:
-        """Takes the blocks that are missing for some tokens of each request, and the memory of these blocks.
+        """Takes the blocks that are missing for some tokens of each request.
 
         Raises:
             OutOfBlocksError: too few blocks are free.
         """
         for cache, length in zip(caches, lengths, strict=True):
             cache.reserve(length)
-        self.grow()
-
-    def grow(self) -> None:
-        """Extends the tensor to all blocks that were given out."""
-        capacity, height = self.kv.shape[3], self.blocks.height
-        if height > capacity:
-            more = min(max(height - capacity, _GROWTH, capacity // 2), self.blocks.count + 1 - capacity)
-            added = self.kv.new_zeros(*self.kv.shape[:3], more, *self.kv.shape[4:])
-            self.kv = torch.cat([self.kv, added], dim=3)
 
     def write(self, layer: int, layout: Layout, key: Float[Tensor, "m h e"], value: Float[Tensor, "m h e"]) -> None:
         """Stores the keys and values of the new nodes in one layer."""
@@ -192,6 +163,17 @@ class KVPool:
         from_there, there = torch.tensor([sources, places], device=self.kv.device)
         tokens = self.kv.flatten(3, 4)  # a view
         tokens[:, :, :, there] = tokens[:, :, :, from_there]
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Returns zeros in memory that the system provides page by page, when a page is first written.
+
+    So short requests do not pay for a long context.
+    """
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    size = prod(shape) * dtype.itemsize
+    memory = mmap.mmap(-1, max(1, size), **private)
+    return torch.frombuffer(memory, dtype=torch.uint8)[:size].view(dtype).view(*shape)
 
 
 class DrafterPools:

@@ -87,14 +87,6 @@ class Pool(Protocol):
         """Returns a new empty cache."""
         ...
 
-    def copy(self, cache: Any) -> Cache:
-        """Returns a new cache with the contents of another, which does not change.
-
-        Raises:
-            RuntimeError: every block is in use.
-        """
-        ...
-
     def free(self, cache: Any) -> None:
         """Releases a cache, which must not be used afterwards."""
         ...

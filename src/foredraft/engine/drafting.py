@@ -32,7 +32,8 @@ class Drafting:
         name: name by which a request chooses it.
         max_nodes: gives the maximum number of tree nodes of a request, within `most`; None uses the whole budget.
         costs: gives the costs by which the number of nodes of a request follows the load and what was accepted of it; None
-            keeps it. A request with a seed of its own always keeps it.
+            keeps it.
+        num_seqs: number of running requests for which `costs` fix the number of nodes of a request that keeps it.
     """
 
     def __init__(
@@ -44,9 +45,10 @@ class Drafting:
         name: str = "",
         max_nodes: Callable[[SamplingParams], int] | None = None,
         costs: Callable[[SamplingParams], Costs | None] | None = None,
+        num_seqs: int = 1,
     ):
         self.drafter, self.rule, self.most, self.name = drafter, rule, most, name
-        self._max_nodes, self._costs = max_nodes, costs
+        self._max_nodes, self._costs, self._num_seqs = max_nodes, costs, num_seqs
 
     def take(self, features: Float[Tensor, "m w"] | None, places: Items[int]) -> Float[Tensor, "m d"] | None:
         """Returns the features of the drafter's own layers.
@@ -60,14 +62,17 @@ class Drafting:
             return features if own else None
         return features.unflatten(1, (len(places), -1))[:, [places.index(layer) for layer in own]].flatten(1)
 
-    def nodes(self, sampling: SamplingParams) -> int:
-        """Returns the maximum number of nodes of the trees of a request, 0 for plain decoding."""
-        return min(self.most.nodes, self._max_nodes(sampling)) if self._max_nodes else self.most.nodes
+    def size(self, sampling: SamplingParams, *, is_fixed: bool) -> tuple[int, Pace | None]:
+        """Returns the maximum number of nodes of the trees of a request, and what changes the number from step to step.
 
-    def pace(self, sampling: SamplingParams) -> Pace | None:
-        """Returns what changes the number of nodes from step to step; None if it is fixed."""
-        costs = self._costs(sampling) if self._costs is not None and sampling.seed is None else None
-        return None if costs is None else Pace(costs)
+        Args:
+            is_fixed: whether the request keeps its number. It is 0 where drafting does not pay with `num_seqs` requests.
+        """
+        nodes = min(self.most.nodes, self._max_nodes(sampling)) if self._max_nodes else self.most.nodes
+        costs = self._costs(sampling) if self._costs is not None else None
+        if costs is None or not nodes:
+            return nodes, None
+        return (min(nodes, costs.best(self._num_seqs, 0, 1.0)), None) if is_fixed else (nodes, Pace(costs))
 
     def start(self, sequence: Sequence) -> None:
         """Starts drafting for a sequence whose prompt is in the cache."""
@@ -152,9 +157,12 @@ def _warn(sequence: Sequence, error: Exception, what: str) -> None:
 
 
 def drafted_by(
-    sampling: SamplingParams, default: Drafting | None, draftings: Items[Drafting]
+    sampling: SamplingParams, default: Drafting | None, draftings: Items[Drafting], *, reproducible: bool = False
 ) -> tuple[Drafting | None, int, Pace | None]:
     """Returns how a request drafts, its largest number of nodes, and what changes it from step to step.
+
+    Args:
+        reproducible: whether every request keeps its number of nodes. One with a seed of its own always does.
 
     Raises:
         ValueError: `SamplingParams.speculative` names a method or a size that the engine was not given.
@@ -171,7 +179,7 @@ def drafted_by(
         return None, 0, None
     fixed = None if wish is None else wish.get("num_speculative_tokens")
     if fixed is None:
-        return drafting, drafting.nodes(sampling), drafting.pace(sampling)
+        return drafting, *drafting.size(sampling, is_fixed=reproducible or sampling.seed is not None)
     if fixed > drafting.most.nodes:
         raise UserError(
             f"num_speculative_tokens of a request must be at most {drafting.most.nodes}, got {fixed}",

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from itertools import count
 from typing import Any
 
 from foredraft.cache.blocks import BLOCK
 from foredraft.core.contracts import AcceptanceRule, Budget, Drafter, Target
-from foredraft.core.costs import Costs
 from foredraft.core.draws import Draws, hash_seed
 from foredraft.core.errors import UserError
 from foredraft.core.output_kind import RequestOutputKind
@@ -40,13 +39,13 @@ class Engine:
     Args:
         tokenizer: decodes text and finds stop strings; None if only token ids are used.
         drafter, rule, budget: None for plain decoding.
-        max_nodes, costs: see `Drafting`.
         others: further ways of drafting, which requests choose by name.
         max_model_len: maximum length of prompt plus output, in tokens.
         options: memory, load and waiting; None uses the defaults.
-        num_kv_blocks: number of blocks of 16 tokens for keys and values; None derives it from `options`.
+        num_kv_blocks: number of blocks of 32 tokens for keys and values; None derives it from `options`.
         seed: seed for requests that set none.
         eos_ids: end-of-sequence tokens.
+        drafting: further arguments of `Drafting`.
     """
 
     def __init__(
@@ -57,22 +56,20 @@ class Engine:
         drafter: Drafter | None = None,
         rule: AcceptanceRule | None = None,
         budget: Budget | None = None,
-        max_nodes: Callable[[SamplingParams], int] | None = None,
-        costs: Callable[[SamplingParams], Costs | None] | None = None,
-        name: str = "",
         others: Sequence[Drafting] = (),
         max_model_len: int,
         options: EngineOptions | None = None,
         num_kv_blocks: int | None = None,
         seed: int = 0,
         eos_ids: Sequence[int] = (),
+        **drafting: Any,
     ):
         self.target, self.tokenizer = target, tokenizer
         self.max_model_len, self.options = max_model_len, (options := options or EngineOptions())
         self._drafting: Drafting | None = None
         if drafter is not None:
             assert rule is not None and budget is not None
-            self._drafting = Drafting(drafter, rule, budget, name=name, max_nodes=max_nodes, costs=costs)
+            self._drafting = Drafting(drafter, rule, budget, **drafting)
         self._draftings = [*([self._drafting] if self._drafting else []), *others]
         self._seed = seed
         self._eos_ids = frozenset(token_id for token_id in eos_ids if 0 <= token_id < target.vocab_size)
@@ -236,7 +233,7 @@ class Engine:
         sampling, num_prompt = request.sampling, len(request.prompt_ids)
         num_left = self.max_model_len - num_prompt
         words = bad_word_ids(self.tokenizer, sampling.bad_words) if sampling.bad_words else []
-        drafting, nodes, pace = drafted_by(sampling, self._drafting, self._draftings)
+        drafting, nodes, pace = drafted_by(sampling, self._drafting, self._draftings, reproducible=self.options.reproducible)
         return Output(
             request=request,
             index=index,
@@ -257,7 +254,7 @@ class Engine:
             tokenizer=self.tokenizer,
             drafting=drafting,
             nodes=nodes,
-            pace=None if self.options.reproducible else pace,
+            pace=pace,
         )
 
     def _require_blocks(self, request: Request) -> None:

@@ -41,7 +41,7 @@ class Plan:
     Attributes:
         parts: the target, and what was loaded with it.
         speculation: the checked config.
-        num_seqs: number of requests per step for which open values are chosen.
+        num_seqs: number of running requests for which the budget of a request is chosen that keeps it.
     """
 
     parts: ModelParts
@@ -113,7 +113,6 @@ class Plan:
             has_model=self.source is not None,
             build=lambda way: self.drafter(way, way),
             measured=self.measured(),
-            num_seqs=self.num_seqs,
             prompt=sample_prompt(parts.tokenizer, target.vocab_size, parts.max_model_len),
             weights=[parts.fingerprint, self.weights],
         ).choose()
@@ -147,6 +146,7 @@ class Plan:
             "max_nodes": lambda sampling: nodes[kind_of(sampling)],
             "costs": lambda sampling: costs[kind_of(sampling)],
             "name": self.speculation.drafter,
+            "num_seqs": self.num_seqs,
         }
 
     def drafting(self) -> list[Drafting]:

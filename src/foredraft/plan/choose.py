@@ -5,8 +5,8 @@ measures them on training text. Without a calibration, they are those of a typic
 
 Seconds per step are measured once on this machine by running real steps, and are stored in the user's cache.
 
-The choice is made once per engine, separately for greedy and for sampled requests. It never depends on the running requests,
-so an output does not depend on other requests of its batch.
+The choice is made once per engine, for one request at a time, and separately for greedy and for sampled requests. With more
+requests at once, the engine lowers the number of nodes by the costs that are measured here.
 """
 
 from __future__ import annotations
@@ -68,7 +68,6 @@ class Chooser:
         build: builds the drafter of a way.
         measured: a calibration. ``tokens_per_step`` maps kind of request -> `curve_name` -> number of nodes -> tokens per
             step. ``drafted_share`` has the same keys; its values are the share of steps that used the fallback drafter.
-        num_seqs: number of requests per step.
         prompt: the prompt whose continuation is timed.
         weights: fingerprints of the target and the drafter.
     """
@@ -78,7 +77,6 @@ class Chooser:
     has_model: bool
     build: Callable[[Way], Drafter]
     measured: Mapping[str, Any]
-    num_seqs: int
     prompt: Sequence[int]
     weights: Sequence[str | None] = ()
 
@@ -89,7 +87,7 @@ class Chooser:
         config leaves the budget open, nothing is timed and decoding is plain.
         """
         settled = replace(self.speculation, retime=False)
-        facts = [facts_of(self.target, self.weights), self.measured, settled, self.num_seqs, NODES]
+        facts = [facts_of(self.target, self.weights), self.measured, settled, NODES]
         if cache_folder() is None and self.speculation.budget is None:
             way = settled.ways(has_model=self.has_model)[0]
             return dict.fromkeys(KINDS, Choice(way, 0, 1.0, 1.0, 1.0))
@@ -109,11 +107,11 @@ class Chooser:
         return {kind: self._choose(kind, build)._replace(timed_on=today, calibrated=bool(self._curves(kind))) for kind in KINDS}
 
     def _choose(self, kind: str, build: Callable[[Way], Drafter]) -> Choice:
-        plain, deadline = self._timed(kind, None, 0, self.num_seqs), perf_counter() + LIMIT_S
+        plain, deadline = self._timed(kind, None, 0, 1), perf_counter() + LIMIT_S
 
         @memoize
         def slower(way: Way, nodes: int) -> float:
-            return slowdown_of(self._timed(kind, way, nodes, self.num_seqs, build), plain)
+            return slowdown_of(self._timed(kind, way, nodes, 1, build), plain)
 
         found = choose(
             self._worth_timing(kind),

@@ -45,14 +45,12 @@ INLINE int64_t entry(const View *view, const Cells *pool, int64_t i) {
 #define WORDS(laid) (laid).numbers
 #endif
 
-/* Fetches `bytes` of `count` tokens from the i-th visible token on, from number d of each. Blocks that follow each other in a text
-   are apart in memory, so the hardware does not fetch them in advance. */
-INLINE void fetch(const int type, const View *view, const Cells *pool, int64_t i, int64_t count, int64_t d, int64_t bytes) {
+/* Fetches `count` tokens from the i-th visible token on. Blocks that follow each other in a text are apart in memory, so the
+   hardware does not fetch them in advance. A processor waits for few lines at once, so fetches are spread over the work. */
+INLINE void fetch(const int type, const View *view, const Cells *pool, int64_t i, int64_t count) {
     if (i + count > view->committed) return;
-    const char *at = (const char *)pool->cells + (entry(view, pool, i) + d) * size_of(type);
-    const int64_t step = pool->size * size_of(type);
-    for (int64_t j = 0; j < count; j++)
-        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + j * step + line);
+    const char *at = (const char *)pool->cells + entry(view, pool, i) * size_of(type);
+    for (int64_t line = 0; line < count * pool->size * size_of(type); line += 64) __builtin_prefetch(at + line);
 }
 
 /* Keys of LANES tokens, laid out for products with queries. */
@@ -66,7 +64,11 @@ typedef union {
 /* Lays out the keys of up to LANES tokens from `i` on. Lanes beyond `count` repeat the last token. */
 INLINE void lay_keys(const int type, const View *view, const Cells *keys, int64_t i, int64_t count, Laid laid) {
     int64_t at[LANES];
-    for (int64_t j = 0; j < LANES; j++) at[j] = entry(view, keys, i + least(j, count - 1));
+    if (i + count <= view->committed && (view->from + i) % BLOCK + count <= BLOCK) { /* in one block, so contiguous */
+        const int64_t first = entry(view, keys, i);
+        for (int64_t j = 0; j < LANES; j++) at[j] = first + least(j, count - 1) * keys->size;
+    } else
+        for (int64_t j = 0; j < LANES; j++) at[j] = entry(view, keys, i + least(j, count - 1));
     if (type == BF16) {
         const uint16_t *rows[LANES];
         for (int j = 0; j < LANES; j++) rows[j] = (const uint16_t *)keys->cells + at[j];
@@ -130,10 +132,15 @@ typedef struct {
     void *out;
 } Seer;
 
-enum { WIDTH = 32, COLUMNS = WIDTH / LANES };
+/* Most columns that are summed at once, and the divisor of every head's size. */
+enum { WIDE = 64, WIDTH = 32, COLUMNS = WIDE / LANES };
 
-/* Vectors of values that are summed at once for n queries, so that the sums stay in registers. */
-INLINE int columns_of(int n) { return n * COLUMNS <= SUMS ? COLUMNS : n * 2 <= SUMS ? 2 : 1; }
+/* Vectors of values, at most `width` columns, that are summed at once for n queries, so that the sums stay in registers. */
+INLINE int vectors_of(int n, int width) {
+    int count = width / LANES;
+    while (count > 1 && n * count > SUMS) count /= 2;
+    return count;
+}
 
 /* Computes `count` vectors of numbers, from d on, of the weighted sums of values for n queries. n, count and `type` are constants;
    weights are [n][room]. The views share their first `shared` tokens. */
@@ -148,8 +155,11 @@ INLINE void mixtures_of(
         for (int v = 0; v < count; v++) sums[q][v] = v_set(0);
     for (int64_t i = 0, end; i < shared; i = end) {
         end = least(shared, i + BLOCK - (seers->view->from + i) % BLOCK); /* tokens of a block are contiguous */
-        fetch(type, seers->view, values, end, BLOCK, d, count * LANES * size_of(type));
-        for (int64_t at = entry(seers->view, values, i) + d; i < end; i++, at += values->size) {
+        int64_t at = entry(seers->view, values, i) + d;
+        const int64_t ahead = end < shared ? entry(seers->view, values, end) + d - at : 0; /* to the next block */
+        for (; i < end; i++, at += values->size) {
+            const char *next = (const char *)values->cells + (at + ahead) * size_of(type);
+            for (int line = 0; line < count * LANES * size_of(type); line += 64) __builtin_prefetch(next + line);
             V value[COLUMNS];
             UNROLL
             for (int v = 0; v < count; v++) value[v] = load(type, values->cells, at + v * LANES);
@@ -172,6 +182,18 @@ INLINE void mixtures_of(
         UNROLL
         for (int v = 0; v < count; v++) store_input(type, seers[q].out, d + v * LANES, sums[q][v]);
     }
+}
+
+/* Computes `mixtures_of` for all numbers of a head. */
+INLINE void mixtures_of_all(
+    const int n, const int type, const Seer *seers, int64_t shared, const float *weights, int64_t room, const Cells *values
+) {
+    const int wide = vectors_of(n, WIDE), narrow = vectors_of(n, WIDTH);
+    int64_t d = 0;
+    if (wide > narrow)
+        for (; d + wide * LANES <= values->size; d += wide * LANES)
+            mixtures_of(n, wide, type, seers, shared, weights, room, values, d);
+    for (; d < values->size; d += narrow * LANES) mixtures_of(n, narrow, type, seers, shared, weights, room, values, d);
 }
 
 /* Calls CALL with n, at most AT_ONCE, as a constant. */
@@ -208,8 +230,9 @@ INLINE void attend(
     int64_t shared = seers->view->committed;
     for (int64_t q = 0; q < count; q += heads) shared = least(shared, seers[q].view->committed);
     for (int64_t i = 0; i < shared; i += LANES) {
-        fetch(type, seers->view, keys, i + BLOCK, LANES, 0, keys->size * size_of(type));
+        fetch(type, seers->view, keys, i + BLOCK, LANES / 2);
         lay_keys(type, seers->view, keys, i, least(LANES, shared - i), laid);
+        fetch(type, seers->view, keys, i + BLOCK + LANES / 2, LANES / 2);
         score_keys(type, seers, count, laid, keys->size, least(LANES, shared - i), weights + i, room);
     }
     for (int64_t q = 0; q < count; q += heads)
@@ -217,16 +240,14 @@ INLINE void attend(
             lay_keys(type, seers[q].view, keys, i, least(LANES, end - i), laid);
             score_keys(type, seers + q, heads, laid, keys->size, least(LANES, end - i), weights + q * room + i, room);
         }
+    fetch(type, seers->view, values, 0, BLOCK);
     for (int64_t q = 0; q < count; q++) softmax(seers[q].view->count, weights + q * room);
-    for (int64_t d = 0; d < keys->size; d += WIDTH)
-        for (int64_t q = 0; q < count; q += AT_ONCE) {
-            const int64_t n = least(AT_ONCE, count - q);
-#define CALL(N) \
-    for (int64_t c = d; c < d + WIDTH; c += columns_of(N) * LANES) \
-        mixtures_of(N, columns_of(N), type, seers + q, shared, weights + q * room, room, values, c)
-            CASES(CALL)
+    for (int64_t q = 0; q < count; q += AT_ONCE) {
+        const int64_t n = least(AT_ONCE, count - q);
+#define CALL(N) mixtures_of_all(N, type, seers + q, shared, weights + q * room, room, values)
+        CASES(CALL)
 #undef CALL
-        }
+    }
 }
 
 static void attend_bf16(const Seer *s, int64_t count, int64_t heads, const Cells *keys, const Cells *values, float *w, int64_t room) {

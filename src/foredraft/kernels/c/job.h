@@ -25,7 +25,7 @@ typedef struct {
 } Phase;
 
 /* Tokens of a block of the pool. */
-enum { BLOCK = 16 };
+enum { BLOCK = 32 };
 
 /* Returns where a token of a tree stands in the pool, for layer 0 and head 0. */
 INLINE int64_t place_of(const Step *s, int64_t tree, int64_t position, int64_t size) {

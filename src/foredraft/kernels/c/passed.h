@@ -59,14 +59,14 @@ typedef struct {
     int64_t num_trees;
     const int64_t *tokens, *parents, *offsets; /* as in a TreeBatch */
     const int64_t *lengths, *first;            /* per tree: committed tokens, nodes run before */
-    const int64_t *blocks, *block_starts;      /* block table: the blocks of 16 tokens of each tree, by number; first block per tree */
+    const int64_t *blocks, *block_starts;      /* block table: the blocks of 32 tokens of each tree, by number; first block per tree */
     int64_t num_rows;
     const int64_t *rows; /* new nodes whose logits are computed, by index among the new nodes */
     float *logits;       /* [num_rows][vocabulary]; the blank is part of the vocabulary */
     int64_t num_features;
     const int64_t *feature_layers; /* 0: embedding, i: state after i layers, -1: state after the last norm */
     void *features;                /* [new nodes][num_features * hidden] */
-    void *keys, *values; /* the pool; a token stands at layer_stride * layer + head_stride * head + head_dim * (16 * its block + position % 16) */
+    void *keys, *values; /* the pool; a token stands at layer_stride * layer + head_stride * head + head_dim * (32 * its block + position % 32) */
     int64_t layer_stride, head_stride;
     int64_t threads;
     const void *const *given; /* draft head, per tree: features of its first nodes, [num_given][hidden] */

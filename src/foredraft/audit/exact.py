@@ -106,6 +106,9 @@ class Branches(Draws):
         """Raises an error: a number by itself has infinitely many values, and cannot be enumerated."""
         raise AssertionError(f"{key} asks for a uniform number, which cannot be enumerated")
 
+    def of_nodes(self, *given: Any) -> None:  # type: ignore[override]
+        """Returns None: single numbers cannot be enumerated. `Replay.numbers` gives those of one branch."""
+
     def order_rows(  # type: ignore[override]
         self, draws: Sequence[Any], probs: Tensor, keys: Sequence[Key], k: int, token_ids: Tensor | None = None
     ) -> list[list[int]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foredraft.kernels.sets import Code
 
-_SAFE_TEMPERATURE = 1e-3
+SAFE_TEMPERATURE = 1e-3
 """From this temperature on, a logit divided by it fits into float32. Below, the largest logit is subtracted first."""
 
 
@@ -23,7 +23,7 @@ def warp(logits: Float[Tensor, "n v"], *, temperature: float, min_p: float, top_
         temperature: above 0.
         min_p, top_k, top_p: 0, 0 and 1 keep all tokens.
     """
-    if temperature < _SAFE_TEMPERATURE or min_p > 0:
+    if temperature < SAFE_TEMPERATURE or min_p > 0:
         logits = logits - logits.amax(-1, keepdim=True)
     if temperature != 1:
         logits = logits / temperature
@@ -58,13 +58,13 @@ _NUM_TOP = 256
 """This many most likely tokens usually reach the threshold of top-p. Finding them takes a tenth of the time of a full sort."""
 
 
-def likeliest_of_mass(probs: Float[Tensor, "n v"], mass: float) -> Bool[Tensor, "n v"]:
+def likeliest_of_mass(probs: Float[Tensor, "n v"], mass: float | Float[Tensor, "n 1"]) -> Bool[Tensor, "n v"]:
     """Marks the most likely tokens of each row, up to the token with which their sum reaches `mass`.
 
     Among equally likely tokens, the first are marked.
     """
     top = probs.topk(min(_NUM_TOP, probs.shape[-1])).values
-    suffices = top.sum(-1) >= mass * (1 + 1e-6)  # the margin covers rounding in any order of summation
+    suffices = top.sum(-1, keepdim=True) >= mass * (1 + 1e-6)  # the margin covers rounding in any order of summation
     descending = top if bool(suffices.all()) else _descending(probs)
     count = (descending.cumsum(-1) - descending < mass).sum(-1, keepdim=True).clamp(min=1)  # a tiny mass may round to 0
     least = descending.gather(-1, count - 1)

@@ -1,0 +1,112 @@
+"""Which tokens a step gives each sequence: the verdicts of the rules, for all trees at once where a rule has a batched form."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from foredraft.core.contracts import Verdict
+from foredraft.core.law import TargetLaw
+from foredraft.core.tree import DraftTree, TreeBatch
+from foredraft.engine.request import Sequence
+from foredraft.engine.scores import law_of
+from foredraft.rules.batched import PURPOSES, batches, verify
+
+_log = logging.getLogger("foredraft")
+
+
+class Case(NamedTuple):
+    """A sequence on whose tree a step decides.
+
+    Attributes:
+        tree: its tree; None for plain decoding.
+        rows: the rows of the tree's logits.
+    """
+
+    sequence: Sequence
+    tree: DraftTree | None
+    rows: slice
+
+
+@dataclass
+class Decision:
+    """What was decided on the tree of a sequence. `tree` is None for plain decoding."""
+
+    tree: DraftTree | None
+    law: TargetLaw
+    verdict: Verdict
+
+
+def decide(cases: Items[Case], logits: Float[Tensor, "r v"], whole: TreeBatch | None) -> list[Decision | Exception]:
+    """Returns the decision on each case, or the error of its law or rule, which concerns no other case.
+
+    Args:
+        logits: the scores of the nodes of all trees.
+        whole: the trees of all cases with their draft laws, if they are packed already.
+    """
+    found: dict[int, Decision] = {}
+    for places in _batched(cases):
+        try:
+            packed = whole if whole is not None and len(places) == len(cases) else _packed([cases[i] for i in places])
+            found |= zip(places, _together([cases[i] for i in places], packed, logits), strict=False)
+        except Exception as error:  # alone, only the case that is the reason fails
+            reason = type(error).__name__, error
+            _log.warning("the trees of a step cannot be verified together (%s: %s); each is verified alone", *reason)
+    return [found[i] if i in found else _alone(case, logits) for i, case in enumerate(cases)]
+
+
+def _batched(cases: Items[Case]) -> list[list[int]]:
+    """Returns the places of the cases that can be decided together: without processors, and with the same table of laws."""
+    tables: dict[int, list[int]] = {}
+    for i, (sequence, tree, _) in enumerate(cases):
+        if not sequence.processors and (tree is None or batches(sequence.drafting.rule, tree)):
+            tables.setdefault(0 if tree is None or not len(tree.draft_probs) else id(tree.draft_probs), []).append(i)
+    without_laws = tables.pop(0, None)
+    if without_laws:
+        places = next(iter(tables), 0)
+        tables[places] = sorted([*tables.get(places, ()), *without_laws])
+    return [*tables.values()]
+
+
+def _packed(cases: Items[Case]) -> TreeBatch:
+    return TreeBatch.joined([tree or TreeBatch.chains([sequence.token_ids[-1:]])[0] for sequence, tree, _ in cases])
+
+
+def _together(cases: Items[Case], packed: TreeBatch, logits: Float[Tensor, "r v"]) -> list[Decision]:
+    """Returns the decision on every case, or nothing if a sequence's draws give no numbers."""
+    sampling = [case.sequence.sampling for case in cases]
+    uniforms = None
+    if any(params.temperature > 0 for params in sampling):
+        draws = [case.sequence.draws.at(len(case.sequence.token_ids)) for case in cases]
+        uniforms = draws[0].of_nodes(draws, PURPOSES, packed.offsets, packed.parents)
+        if uniforms is None:
+            return []
+    rows = np.array([case.rows.start for case in cases])
+    found = verify(packed, logits, sampling, uniforms, rows)
+    decisions = []
+    for (sequence, tree, own), verdict, is_empty in zip(cases, found.verdicts, found.is_empty, strict=True):
+        known = {node: is_empty[node] for node in (0, *verdict.path)}
+        law = TargetLaw(logits[own], sequence.sampling, tree, is_empty=known)
+        if tree is None:
+            verdict = Verdict([], verdict.next_token, "plain")
+        decisions.append(Decision(tree, law, verdict))
+    return decisions
+
+
+def _alone(case: Case, logits: Float[Tensor, "r v"]) -> Decision | Exception:
+    """Returns the decision of the rule of one tree, or its error."""
+    sequence, tree, rows = case
+    try:
+        law, draws = law_of(sequence, logits[rows], tree), sequence.draws.at(len(sequence.token_ids))
+        if tree is None:
+            token = law.token(0) if law.is_certain else draws.categorical(law.row(0), ("next", (), 0))
+            return Decision(None, law, Verdict([], token, "plain"))
+        return Decision(tree, law, sequence.drafting.rule(tree, law, draws))
+    except Exception as error:
+        return error

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from exact import MEASURED, Grown, joint_law, target_joint, tree_law
+from exact import MEASURED, Grown, batched_joint_law, joint_law, target_joint, tree_law
 from foredraft.core.contracts import Budget, Verdict, Work
 from foredraft.core.draws import Draws
 from foredraft.core.law import TargetLaw
@@ -97,15 +97,16 @@ MODES = {1.0: (True,), 0.0: (True, False)}
 with ``draft_temperature=1`` grows, which is the same law over trees as at target temperature 1."""
 
 
-def worst_error(name: str, options: dict[str, Any], rule: Any, vocab_size: int, nodes: int) -> float:
-    """Largest difference over draft laws, target laws, temperatures and ways of drawing."""
+def worst_error(name: str, options: dict[str, Any], rule: Any, vocab_size: int, nodes: int, law_of: Any = joint_law) -> float:
+    """Largest difference over draft laws, target laws, temperatures and ways of drawing. `law_of` gives the law of the rule, or
+    that of its batched form."""
     worst, length = 0.0, min(nodes, DEPTH) + 1
     for temperature, ways in MODES.items():
         for sampled, draft in product(ways, range(2)):
             trees = grown(name, frozen(options), vocab_size, draft, nodes, sampled)
             worst = max(worst, abs(sum(prob for prob, _, _ in trees.values()) - 1))
             for target, law in enumerate(target_laws(vocab_size)):
-                joint = joint_law(trees, rule, law, vocab_size, length, temperature=temperature, prefix=PREFIX)
+                joint = law_of(trees, rule, law, vocab_size, length, temperature=temperature, prefix=PREFIX)
                 worst = max(worst, np.abs(joint - answer(vocab_size, target, length, temperature)).max())
     return worst
 
@@ -130,6 +131,18 @@ def test_pair_is_exact(name: str, options: dict[str, Any], rule: str, vocab_size
 def test_more_options_are_exact(name: str, options: dict[str, Any], rule: str) -> None:
     for nodes in range(1, BUDGETS[2] + 1):
         assert worst_error(name, options, RULES[rule].rule, 2, nodes) < TOLERANCE, f"{nodes} nodes"
+
+
+def batched(variants: list[tuple[str, dict[str, Any]]]) -> list[Any]:
+    return [pair for pair in pairs(variants) if RULES[pair.values[2]].batched]
+
+
+@pytest.mark.parametrize("vocab_size", BUDGETS)
+@pytest.mark.parametrize(("name", "options", "rule"), batched(VARIANTS))
+def test_batched_form_is_exact(name: str, options: dict[str, Any], rule: str, vocab_size: int) -> None:
+    """The largest budget: its trees contain the smaller ones."""
+    nodes = BUDGETS[vocab_size]
+    assert worst_error(name, options, RULES[rule].rule, vocab_size, nodes, batched_joint_law) < TOLERANCE
 
 
 # not the calibrated tree, which follows any table: at one node more its orders are too many to visit

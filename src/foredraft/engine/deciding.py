@@ -16,9 +16,14 @@ from foredraft.core.law import TargetLaw
 from foredraft.core.tree import DraftTree, TreeBatch
 from foredraft.engine.request import Sequence
 from foredraft.engine.scores import law_of
-from foredraft.rules.batched import PURPOSES, batches, verify
+from foredraft.rules.batched import PURPOSES, verify
 
 _log = logging.getLogger("foredraft")
+
+
+_FEW = 8
+"""Fewer trees than these are verified one by one at temperature 0 on a CPU. The largest logits of a tree are found in
+microseconds there, so what a batch costs by itself is not repaid. Measured with 9 rows of 4096 logits on two cores."""
 
 
 class Case(NamedTuple):
@@ -51,7 +56,7 @@ def decide(cases: Items[Case], logits: Float[Tensor, "r v"], whole: TreeBatch | 
         whole: the trees of all cases with their draft laws, if they are packed already.
     """
     found: dict[int, Decision] = {}
-    for places in _batched(cases):
+    for places in _batched(cases, is_cheap=logits.is_cpu):
         try:
             packed = whole if whole is not None and len(places) == len(cases) else _packed([cases[i] for i in places])
             found |= zip(places, _together([cases[i] for i in places], packed, logits), strict=False)
@@ -61,11 +66,17 @@ def decide(cases: Items[Case], logits: Float[Tensor, "r v"], whole: TreeBatch | 
     return [found[i] if i in found else _alone(case, logits) for i, case in enumerate(cases)]
 
 
-def _batched(cases: Items[Case]) -> list[list[int]]:
-    """Returns the places of the cases that can be decided together: without processors, and with the same table of laws."""
+def _batched(cases: Items[Case], *, is_cheap: bool) -> list[list[int]]:
+    """Returns the places of the cases that are decided together: without processors, and with the same table of laws.
+
+    Args:
+        is_cheap: whether a few trees at temperature 0 are better decided alone.
+    """
+    if is_cheap and len(cases) < _FEW and all(case.sequence.sampling.temperature == 0 for case in cases):
+        return []
     tables: dict[int, list[int]] = {}
     for i, (sequence, tree, _) in enumerate(cases):
-        if not sequence.processors and (tree is None or batches(sequence.drafting.rule, tree)):
+        if not sequence.processors and (tree is None or sequence.drafting.batches(tree)):
             tables.setdefault(0 if tree is None or not len(tree.draft_probs) else id(tree.draft_probs), []).append(i)
     without_laws = tables.pop(0, None)
     if without_laws:
@@ -90,9 +101,9 @@ def _together(cases: Items[Case], packed: TreeBatch, logits: Float[Tensor, "r v"
     rows = np.array([case.rows.start for case in cases])
     found = verify(packed, logits, sampling, uniforms, rows)
     decisions = []
-    for (sequence, tree, own), verdict, is_empty in zip(cases, found.verdicts, found.is_empty, strict=True):
-        known = {node: is_empty[node] for node in (0, *verdict.path)}
-        law = TargetLaw(logits[own], sequence.sampling, tree, is_empty=known)
+    for (sequence, tree, own), verdict, lawless in zip(cases, found.verdicts, found.lawless, strict=True):
+        is_empty = {node: node == lawless for node in (0, *verdict.path)}
+        law = TargetLaw(logits[own], sequence.sampling, tree, is_empty=is_empty)
         if tree is None:
             verdict = Verdict([], verdict.next_token, "plain")
         decisions.append(Decision(tree, law, verdict))

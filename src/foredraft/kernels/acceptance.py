@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from foredraft.kernels.laws import SAFE_TEMPERATURE, likeliest_of_mass
+from foredraft.kernels.laws import categorical_rows, warp_rows
 from foredraft.kernels.sets import Code
 from foredraft.kernels.structures import CTrees
-from foredraft.kernels.uniforms import sibling_ranks
+from foredraft.kernels.uniforms import address, sibling_ranks
 
 WITHOUT_REPLACEMENT = 2
 """Value of `drawn` for children drawn without replacement."""
@@ -56,12 +56,12 @@ class Accepted(NamedTuple):
     Attributes:
         last: for each tree the last accepted node, counted within the tree.
         next_tokens: for each tree the token after it.
-        is_empty: for each node whether its logits define no law. It is valid for the last nodes and their ancestors.
+        lawless: for each tree the first node from the root to `last` whose logits define no law; -1 if there is none.
     """
 
     last: list[int]
     next_tokens: list[int]
-    is_empty: list[int]
+    lawless: list[int]
 
 
 def accept_compiled(
@@ -85,26 +85,25 @@ def accept_compiled(
     draft_ids = None if draft_ids is None else draft_ids.contiguous()
     count, nodes, uniforms = len(trees.rows), len(trees.tokens), trees.uniforms
     given = np.concatenate(trees[:6], dtype=np.int64)
-    found = np.empty(2 * count + nodes, np.int64)
-    at, out, drawn = given.ctypes.data, found.ctypes.data, None if uniforms is None else uniforms.ctypes.data
+    found = np.empty((3, count), np.int64)
+    at, out, numbers = address(given), address(found), None if uniforms is None else address(uniforms)
     at_nodes = [at + 8 * (2 * count + 1 + part * nodes) for part in range(4)]
     laws = draft_probs.data_ptr(), None if draft_ids is None else draft_ids.data_ptr(), num_laws, kept
     passed = CTrees(
-        *(count, 1 if drawn is None or count == 1 else torch.get_num_threads()),
-        *(at, at + 8 * (count + 1), *at_nodes, logits.data_ptr(), size, *laws, trees.limits.ctypes.data),
-        *(drawn, None if drawn is None else drawn + 8 * nodes, out, out + 8 * count, out + 16 * count),
+        *(count, 1 if numbers is None or count == 1 else torch.get_num_threads()),
+        *(at, at + 8 * (count + 1), *at_nodes, logits.data_ptr(), size, *laws, address(trees.limits)),
+        *(numbers, None if numbers is None else numbers + 8 * nodes, out, out + 8 * count, out + 16 * count),
     )
     if code.accept(ctypes.byref(passed)):
         raise MemoryError("not enough memory to verify the trees of a step")
-    return _checked(found, count)
+    return _checked(found)
 
 
-def _checked(found: Ids, count: int) -> Accepted:
-    numbers = found.tolist()
-    last, tokens = numbers[:count], numbers[count : 2 * count]
-    if min(tokens) < 0:
+def _checked(found: Int[np.ndarray, "3 b"]) -> Accepted:
+    accepted = Accepted(*found.tolist())
+    if min(accepted.next_tokens) < 0:
         raise ValueError("a tree cannot be read, or a law has no mass")
-    return Accepted(last, tokens, numbers[2 * count :])
+    return accepted
 
 
 _MOST_NUMBERS = 1 << 26
@@ -131,8 +130,7 @@ def accept(
     device = logits.device
     table = _Table(draft_probs.to(device), None if draft_ids is None else draft_ids.to(device))
     parts = [_Group(logits, table, group).verdicts() for group in _groups(trees, logits.shape[1])]
-    found = torch.cat([torch.cat(column) for column in zip(*parts, strict=True)])
-    return _checked(found.cpu().numpy(), len(trees.rows))
+    return _checked(torch.cat(parts, dim=1).cpu().numpy())
 
 
 def _groups(trees: Trees, size: int) -> Iterator[Trees]:
@@ -254,61 +252,23 @@ class _Group:
             mass = rest.sum(-1, keepdim=True)
             drafts[here] = torch.where(removes, torch.where(mass > 0, rest / mass, rest), draft)
 
-    def verdicts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the last nodes, the next tokens and whether laws are missing, as int64 on the device."""
-        count, sizes = len(self.parents), np.diff(self.trees.offsets)
-        nodes = torch.arange(count, device=self.device)
-        parents = _moved(self.parents, self.device)
-        is_child = parents != nodes
-        candidates = torch.where(self.accepted & is_child, nodes, count)
+    def verdicts(self) -> Int[Tensor, "3 b"]:
+        """Returns the last nodes, the next tokens and the first nodes without a law, on the device."""
+        count = len(self.parents)
+        nodes, parents = torch.arange(count, device=self.device), _moved(self.parents, self.device)
+        candidates = torch.where(self.accepted & (parents != nodes), nodes, count)
         first = torch.full_like(nodes, count).scatter_reduce_(0, parents, candidates, "amin")
-        jump = torch.where(first < count, first, nodes)
-        for _ in range(int(sizes.max()).bit_length()):
-            jump = jump[jump]
+        down, up = torch.where(first < count, first, nodes), parents
+        lawless = torch.where(self.is_empty, nodes, count)  # of a node and its ancestors; the first of them has the least index
+        for _ in range(int(np.diff(self.trees.offsets).max()).bit_length()):
+            lawless = lawless.minimum(lawless[up])
+            down, up = down[down], up[up]
         roots = _moved(self.trees.offsets[:-1], self.device)
-        last = jump[roots]
-        tokens = self.likeliest[last]
+        last = down[roots]
+        tokens, lawless = self.likeliest[last], lawless[last]
         if self.laws is not None:
             assert self.trees.uniforms is not None
             law = self.laws[_moved(self.place, self.device)[last]]
             drawn = categorical_rows(law, _moved(self.trees.uniforms[1], self.device)[last])
             tokens = torch.where(_moved(self.trees.limits[:, 0] > 0, self.device), drawn, tokens)
-        return last - roots, tokens, self.is_empty.long()
-
-
-def warp_rows(logits: Float[Tensor, "n v"], limits: Float[np.ndarray, "n 4"]) -> Float[Tensor, "n v"]:
-    """Computes `foredraft.kernels.laws.warp` with other limits for each row, see `Trees.limits`. The arithmetic is the same."""
-    size = logits.shape[1]
-    temperature, least, top_k, top_p = limits.T
-    columns = (_moved(column, logits.device).to(logits.dtype)[:, None] for column in limits.T)
-    temperatures, lowest, counts, masses = columns
-    shifted = (temperature < SAFE_TEMPERATURE) | (least > -np.inf)
-    if shifted.any():
-        shift = torch.where(_moved(shifted, logits.device)[:, None], logits.amax(-1, keepdim=True), 0.0)
-        logits = logits - shift
-    if (temperature != 1).any():
-        logits = logits / temperatures
-    if (least > -np.inf).any():
-        logits = logits.masked_fill(logits < lowest, -torch.inf)
-    is_cut = (top_k > 0) & (top_k < size)
-    if is_cut.any():
-        counts = torch.where(_moved(is_cut, logits.device)[:, None], counts, 0.0).long()
-        top = logits.topk(int(top_k[is_cut].max()), dim=-1).values
-        smallest = top.gather(1, (counts - 1).clamp(min=0))
-        logits = logits.masked_fill((counts > 0) & (logits < smallest), -torch.inf)
-    if (top_p < 1).any():
-        kept = likeliest_of_mass(logits.softmax(-1), torch.where(masses < 1, masses, 0.0))
-        logits = logits.masked_fill((masses < 1) & ~kept, -torch.inf)
-    return logits.softmax(-1)
-
-
-def categorical_rows(probs: Float[Tensor, "b v"], uniform: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
-    """Computes `foredraft.kernels.laws.categorical` for several rows."""
-    size = probs.shape[1]
-    cumulative = probs.double().cumsum(-1)
-    total = cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
-    places = torch.arange(size, device=probs.device)
-    last = torch.where((probs > 0) & (places <= token), places, -1).amax(-1)
-    is_drawn = (token < size) & (probs.gather(1, token.clamp(max=size - 1)) > 0)
-    return torch.where(total[:, 0] > 0, torch.where(is_drawn[:, 0], token[:, 0], last), -1)
+        return torch.stack([last - roots, tokens, torch.where(lawless < count, lawless - roots, -1)])

@@ -101,7 +101,7 @@ class CTrees(ctypes.Structure):
         ("size", _whole),
         *((name, _at) for name in ("draft_probs", "draft_ids")),
         *((name, _whole) for name in ("num_laws", "kept")),
-        *((name, _at) for name in ("limits", "accept_uniforms", "next_uniforms", "last", "next", "is_empty")),
+        *((name, _at) for name in ("limits", "accept_uniforms", "next_uniforms", "last", "next", "lawless")),
     )
 
 

@@ -16,6 +16,11 @@ from foredraft.kernels.sets import Code
 Words = UInt64[np.ndarray, " n"]
 
 
+def address(numbers: np.ndarray) -> int:
+    """Returns where an array is stored."""
+    return numbers.__array_interface__["data"][0]
+
+
 def _mix(words: Words) -> Words:
     """Applies splitmix64's finaliser."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(MIX1)
@@ -67,8 +72,7 @@ def uniforms_compiled(
     hashed = np.array([*starts, *words], np.uint64)
     shape = np.concatenate([offsets, parents], dtype=np.int64)
     found = np.empty((len(words), len(parents)))
-    at, first = shape.ctypes.data, hashed.ctypes.data
-    trees = len(starts)
-    if code.uniforms(first, trees, at, at + 8 * len(offsets), first + 8 * trees, len(words), found.ctypes.data):
+    at, first, trees = address(shape), address(hashed), len(starts)
+    if code.uniforms(first, trees, at, at + 8 * len(offsets), first + 8 * trees, len(words), address(found)):
         raise MemoryError("not enough memory for the random numbers of a step")
     return found

@@ -27,8 +27,8 @@ class RuleRow(NamedTuple):
         source: the paper.
         options: config keys that are arguments of the rule.
         exact_with: options for which a lossy rule is exact.
-        batched: code of the check of a tree, after which `foredraft.rules.batched` may give the verdict of the rule, together with
-            those of other trees. Empty if the rule decides tree by tree.
+        batched: code of the check of a tree, after which `foredraft.rules.batched` may give the verdict of the rule for many
+            trees at once. Empty if the rule decides tree by tree.
     """
 
     code: str

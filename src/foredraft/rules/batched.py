@@ -2,21 +2,24 @@
 
 `multiround`, `multiround_iid`, `deterministic` and, on chains, `chain` give one verdict where all of them verify a tree. So
 they share one batched form, the operation ``accept`` of `foredraft.kernels`. Logits stay on their device. The operation takes
-the random numbers as an array that is indexed by key: ``("accept", path of the node, 0)`` and ``("next", path of the node, 0)``.
+the random numbers as an array that is indexed by node. They are those of the keys ``("accept", path of the node, 0)`` and
+``("next", path of the node, 0)``.
 
 Guarantee: the verdicts of the rules. In compiled code they are equal bit for bit. In torch, laws are the rules' own up to
-rounding, and a verdict differs only if a random number lies within that rounding of its threshold.
+rounding, and a verdict differs only if a random number lies within that rounding of its threshold, or the mass of the kept
+tokens within that rounding of top-p.
 
-Rounding. Let e be the largest total error of a law of the target (the sum over all tokens), and d that of a draft law. A
-rejection with residual mass m leaves an error of at most 2 (e + d) / m, plus a few units of the last place. A draft law without
-a token, of mass m before normalisation, has an error of at most 2 d / m. A token of draft probability p and threshold t is
-tested with an error of at most (e + t d) / p, and the next token is drawn with an error of at most 2 e.
+Rounding in float32. Let r be the largest logit divided by the temperature, in absolute value. A law over V tokens then has a
+total error (the sum over all tokens) of at most e = 2^-22 (8 + r + V / 16), and a stored draft law has none. A draft law with
+the error d keeps the mass m without a token; normalised, it has the error 2 d / m + 2^-22. A rejection that leaves the mass m
+gives a residual with the error 2 (e + d) / m + 2^-22. A token of draft probability p and threshold t is tested with the error
+(e + t d) / p + 2^-22. The next token is drawn with the error 2 e. In float64, 2^-51 stands for 2^-22.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +35,7 @@ from foredraft.kernels import run
 from foredraft.kernels.acceptance import Trees
 from foredraft.kernels.laws import as_arguments
 from foredraft.rules import RULES
-from foredraft.rules.multiround import ForSampled
+from foredraft.rules.multiround import ForSampled, multiround
 
 PURPOSES = ("accept", "next")
 """The purposes of the random numbers, in the order of `Draws.of_nodes`."""
@@ -43,12 +46,11 @@ class Verdicts(NamedTuple):
 
     Attributes:
         verdicts: one for each tree.
-        is_empty: for each tree and each of its nodes, whether its logits define no law. It is valid for the root and the nodes
-            of the path.
+        lawless: for each tree the first node of root and path whose logits define no law; -1 if there is none.
     """
 
     verdicts: list[Verdict]
-    is_empty: list[list[bool]]
+    lawless: list[int]
 
 
 def verify(
@@ -71,8 +73,7 @@ def verify(
         ValueError: a tree cannot be verified.
         MemoryError: there is not enough memory.
     """
-    limits = np.array([_limits(own.temperature, own.min_p, own.top_k, own.top_p) for own in sampling])
-    is_greedy = not limits[:, 0].any()
+    is_greedy = all(own.temperature == 0 for own in sampling)
     if logits.is_cpu and not is_greedy:
         logits = at_least_float32(logits)
     trees = Trees(
@@ -82,21 +83,20 @@ def verify(
         parents=batch.parents,
         drawn=batch.drawn,
         draft_row=batch.draft_row,
-        limits=limits,
+        limits=np.array([_limits(own.temperature, own.min_p, own.top_k, own.top_p) for own in sampling]),
         uniforms=None if is_greedy else uniforms,
     )
     found = run("accept", logits, batch.draft_probs, trees=trees, draft_ids=batch.draft_ids)
     offsets, parents = batch.offsets.tolist(), batch.parents.tolist()
-    verdicts, is_empty = [], []
+    verdicts = []
     for b, (last, token) in enumerate(zip(found.last, found.next_tokens, strict=True)):
-        begin, end = offsets[b], offsets[b + 1]
+        own = parents[offsets[b] : offsets[b + 1]]
         path, node = [], last
         while node > 0:
             path.append(node)
-            node = parents[begin + node]
-        verdicts.append(Verdict(path[::-1], token, "recovered" if last in parents[begin:end] else "bonus"))
-        is_empty.append([value != 0 for value in found.is_empty[begin:end]])
-    return Verdicts(verdicts, is_empty)
+            node = own[node]
+        verdicts.append(Verdict(path[::-1], token, "recovered" if last in own else "bonus"))
+    return Verdicts(verdicts, found.lawless)
 
 
 @lru_cache(maxsize=1024)
@@ -106,17 +106,22 @@ def _limits(temperature: float, min_p: float, top_k: int, top_p: float) -> tuple
     return limits if temperature > 0 else (0.0, *limits[1:])
 
 
-def batches(rule: AcceptanceRule, tree: DraftTree) -> bool:
-    """Returns whether `verify` gives the verdict of `rule` on `tree`. It does not where the rule raises an error."""
-    check = _check_of(rule.of(tree) if isinstance(rule, ForSampled) else rule)
-    if check is None:
-        return False
+def batched_form(rule: AcceptanceRule) -> Callable[[DraftTree], bool] | None:
+    """Returns what tells for a tree whether `verify` gives the verdict of `rule`; None if it never does.
+
+    It does not give it where the rule raises an error.
+    """
+    if isinstance(rule, ForSampled):
+        sampled, unsampled = batched_form(rule.rule), batched_form(multiround)
+        forms = [form or (lambda tree: False) for form in (unsampled, sampled)]
+        return lambda tree: forms[rule.of(tree) is rule.rule](tree)
+    check = next((row.check for row in RULES.values() if row.batched and row.rule is rule), None)
+    return None if check is None else partial(_passes, check)
+
+
+def _passes(check: Callable[[DraftTree], None], tree: DraftTree) -> bool:
     try:
         check(tree)
     except UserError:
         return False
     return True
-
-
-def _check_of(rule: AcceptanceRule) -> Callable[[DraftTree], None] | None:
-    return next((row.check for row in RULES.values() if row.batched and row.rule is rule), None)

@@ -95,7 +95,7 @@ static void follow(const Verification *v, int64_t tree) {
     for (int64_t node = 0, token;; ) {
         const float *logits = t->logits + (t->rows[tree] + node) * t->size;
         token = likeliest(logits, t->size);
-        t->is_empty[begin + node] = !isfinite(logits[token]);
+        if (!isfinite(logits[token]) && t->lawless[tree] < 0) t->lawless[tree] = node;
         t->last[tree] = node, t->next[tree] = token;
         for (node = v->first[begin + node]; node >= 0 && t->tokens[begin + node] != token;) node = v->after[begin + node];
         if (node < 0) return;
@@ -113,9 +113,10 @@ static void walk(const Verification *v, int64_t tree, float *law) {
         node = child;
         const float *logits = t->logits + (t->rows[tree] + node) * size;
         law_of(logits, size, (float)limits[0], (float)limits[1], (int64_t)limits[2], limits[3], law);
-        t->is_empty[begin + node] = law[0] != law[0]; /* the logits define no law: any law will do */
-        if (law[0] != law[0])
+        if (law[0] != law[0]) { /* the logits define no law: any law will do */
+            if (t->lawless[tree] < 0) t->lawless[tree] = node;
             for (int64_t i = 0; i < size; i++) law[i] = (float)(1 / (double)size);
+        }
         child = test_children(v, begin, node, &law, &left, drafts);
     } while (child >= 0);
     if (child == UNREADABLE) return;
@@ -127,7 +128,7 @@ static void walk(const Verification *v, int64_t tree, float *law) {
 static void verify(const void *given, int64_t tree, int id) {
     const Verification *v = given;
     const Trees *t = v->given;
-    t->last[tree] = t->next[tree] = -1;
+    t->last[tree] = t->next[tree] = t->lawless[tree] = -1;
     if (!link_children(v, tree)) return;
     if (t->limits[4 * tree] == 0) follow(v, tree);
     else walk(v, tree, v->laws + id * SCRATCH * t->size);
@@ -140,10 +141,7 @@ int EXPORT(accept)(const Trees *t) {
     job.first = malloc((size_t)(2 * nodes + 1) * sizeof *job.first), job.after = job.first + nodes;
     job.laws = t->accept_uniforms ? malloc((size_t)(threads * SCRATCH * t->size) * sizeof *job.laws) : NULL;
     const int failed = job.first == NULL || (t->accept_uniforms && job.laws == NULL);
-    if (!failed) {
-        memset(t->is_empty, 0, (size_t)nodes * sizeof *t->is_empty);
-        parallel(threads, verify, &job, t->num_trees);
-    }
+    if (!failed) parallel(threads, verify, &job, t->num_trees);
     free(job.first);
     free(job.laws);
     if (t->threads > 1) dismiss();

@@ -102,6 +102,7 @@ typedef struct {
     int64_t num_laws, kept;
     const double *limits;                      /* [num_trees][4]: temperature, log of min_p, top_k, top_p */
     const double *accept_uniforms, *next_uniforms; /* per node; NULL if every temperature is 0 */
-    int64_t *last, *next;                      /* per tree, returned: last accepted node, or -1 for a bad tree; token after it */
-    int64_t *is_empty;                         /* per node, returned: whether it was visited and its logits define no law */
+    /* per tree, returned: last accepted node, -1 for a tree that cannot be read; the token after it; first node of the path whose
+       logits define no law, or -1 */
+    int64_t *last, *next, *lawless;
 } Trees;

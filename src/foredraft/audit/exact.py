@@ -138,7 +138,7 @@ class Branches(Draws):
         return [draw.order(row, key, k) for draw, row, key in zip(draws, probs, keys, strict=True)]
 
 
-def enumeratebranches_of(run: Callable[[Any], T], forbidden: frozenset[Key] = frozenset()) -> Iterator[tuple[float, T, Replay]]:
+def enumerate_branches(run: Callable[[Any], T], forbidden: frozenset[Key] = frozenset()) -> Iterator[tuple[float, T, Replay]]:
     """Yields every outcome of `run(draws)` with its probability. Calls `run` once per outcome, depth-first over the choices."""
     script: list[int] = []
     while True:
@@ -199,7 +199,7 @@ def tree_law(grower: Any, draft: Callable, vocab_size: int, budget: Budget, temp
         sampling = SamplingParams(temperature=temperature)
         return grower.grow(drafter, Work([None], [prefix[-1]], [budget], [sampling], [draws]))[0]
 
-    for prob, tree, replay in enumeratebranches_of(run):
+    for prob, tree, replay in enumerate_branches(run):
         laws = b"".join(b"-" if (row := tree.law(node)) is None else row.numpy().tobytes() for node in range(tree.num_nodes))
         key = b"|".join([tree.tokens.tobytes(), tree.parents.tobytes(), tree.drawn.tobytes(), laws])
         before, _, keys = trees.get(key, (0.0, tree, frozenset()))
@@ -236,7 +236,7 @@ def branches_of(trees: Grown, rule: AcceptanceRule, target: Callable, temperatur
         def run(draws: Any, tree: DraftTree = tree, law: TargetLaw = law) -> Verdict:
             return rule(tree, law, draws)
 
-        for share, verdict, replay in enumeratebranches_of(run, keys):
+        for share, verdict, replay in enumerate_branches(run, keys):
             yield Branch(prob * share, tree, logits, verdict, replay)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, UInt64
 from foredraft.kernels.race import GOLDEN, MIX1, MIX2
 from foredraft.kernels.sets import Code
 
-Words = UInt64[np.ndarray, " n"]
+Words = UInt64[np.ndarray, "*n"]
 
 
 def address(numbers: np.ndarray) -> int:

@@ -56,6 +56,7 @@ class Drafting:
 
     @rule.setter
     def rule(self, rule: AcceptanceRule) -> None:
+        """Sets the rule."""
         self._rule, self._batches = rule, batched_form(rule)
 
     def batches(self, tree: DraftTree) -> bool:

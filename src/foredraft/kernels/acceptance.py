@@ -125,8 +125,9 @@ def accept(
         draft_ids: the tokens of the draft laws; None if entry j is token j.
 
     Raises:
-        ValueError: a law has no mass.
+        ValueError: a tree cannot be read, or a law has no mass.
     """
+    _check(trees, logits.shape[1], len(draft_probs))
     device = logits.device
     table = _Table(draft_probs.to(device), None if draft_ids is None else draft_ids.to(device))
     parts = [_Group(logits, table, group).verdicts() for group in _groups(trees, logits.shape[1])]
@@ -140,10 +141,26 @@ def _groups(trees: Trees, size: int) -> Iterator[Trees]:
         most = int(trees.offsets[begin]) + _MOST_NUMBERS // size
         end = max(begin + 1, int(np.searchsorted(trees.offsets, most, side="right")) - 1)
         first, last = trees.offsets[begin], trees.offsets[end]
-        nodes = (column[first:last] for column in trees[2:6])
-        numbers = None if trees.uniforms is None else trees.uniforms[:, first:last]
-        yield Trees(trees.offsets[begin : end + 1] - first, trees.rows[begin:end], *nodes, trees.limits[begin:end], numbers)
+        yield Trees(
+            offsets=trees.offsets[begin : end + 1] - first,
+            rows=trees.rows[begin:end],
+            tokens=trees.tokens[first:last],
+            parents=trees.parents[first:last],
+            drawn=trees.drawn[first:last],
+            draft_row=trees.draft_row[first:last],
+            limits=trees.limits[begin:end],
+            uniforms=None if trees.uniforms is None else trees.uniforms[:, first:last],
+        )
         begin = end
+
+
+def _check(trees: Trees, size: int, num_laws: int) -> None:
+    """Checks the indices, because a wrong one on a GPU ends all its work."""
+    own = np.arange(len(trees.parents)) - np.repeat(trees.offsets[:-1], np.diff(trees.offsets))
+    tokens = trees.tokens[own > 0]
+    is_good = ((trees.parents < own) & ((trees.parents >= 0) == (own > 0))).all()
+    if not (is_good and (tokens >= 0).all() and (tokens < size).all() and (trees.draft_row < num_laws).all()):
+        raise ValueError("a tree cannot be read")
 
 
 class _Table(NamedTuple):

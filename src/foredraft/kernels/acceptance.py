@@ -72,7 +72,7 @@ def accept_compiled(
     trees: Trees,
     draft_ids: Int[Tensor, "l k"] | None,
 ) -> Accepted:
-    """Computes `accept`. In float32 on a CPU. A sampled step of several trees runs on torch's number of threads.
+    """Computes `accept`. In float32 on a CPU. Sampled trees are shared among the threads of compiled forwards.
 
     Raises:
         ValueError: a tree cannot be read.
@@ -90,8 +90,7 @@ def accept_compiled(
     at_nodes = [at + 8 * (2 * count + 1 + part * nodes) for part in range(4)]
     laws = draft_probs.data_ptr(), None if draft_ids is None else draft_ids.data_ptr(), num_laws, kept
     passed = CTrees(
-        *(count, 1 if numbers is None or count == 1 else torch.get_num_threads()),
-        *(at, at + 8 * (count + 1), *at_nodes, logits.data_ptr(), size, *laws, address(trees.limits)),
+        *(count, at, at + 8 * (count + 1), *at_nodes, logits.data_ptr(), size, *laws, address(trees.limits)),
         *(numbers, None if numbers is None else numbers + 8 * nodes, out, out + 8 * count, out + 16 * count),
     )
     if code.accept(ctypes.byref(passed)):

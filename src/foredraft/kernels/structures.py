@@ -96,7 +96,7 @@ class CTrees(ctypes.Structure):
     """Trees that are verified together."""
 
     _fields_ = (
-        *((name, _whole) for name in ("num_trees", "threads")),
+        ("num_trees", _whole),
         *((name, _at) for name in ("offsets", "rows", "tokens", "parents", "drawn", "draft_row", "logits")),
         ("size", _whole),
         *((name, _at) for name in ("draft_probs", "draft_ids")),

@@ -134,9 +134,12 @@ static void verify(const void *given, int64_t tree, int id) {
     else walk(v, tree, v->laws + id * SCRATCH * t->size);
 }
 
-/* Verifies all trees. Returns 0, or 1 if there is not enough memory. */
+/* Verifies all trees. Sampled ones are shared among the threads of the team, if forwards have made one. Returns 0, or 1 if there is
+   not enough memory. */
 int EXPORT(accept)(const Trees *t) {
-    const int64_t nodes = t->offsets[t->num_trees], threads = t->threads > 1 ? enlist(t->threads) : 1;
+    const int64_t nodes = t->offsets[t->num_trees], is_shared = t->accept_uniforms && t->num_trees > 1;
+    if (is_shared) enlist(1);
+    const int64_t threads = is_shared ? team_size() : 1;
     Verification job = {.given = t};
     job.first = malloc((size_t)(2 * nodes + 1) * sizeof *job.first), job.after = job.first + nodes;
     job.laws = t->accept_uniforms ? malloc((size_t)(threads * SCRATCH * t->size) * sizeof *job.laws) : NULL;
@@ -144,6 +147,6 @@ int EXPORT(accept)(const Trees *t) {
     if (!failed) parallel(threads, verify, &job, t->num_trees);
     free(job.first);
     free(job.laws);
-    if (t->threads > 1) dismiss();
+    if (is_shared) dismiss();
     return failed;
 }

@@ -92,7 +92,7 @@ enum { WITHOUT_REPLACEMENT = 2 };
 
 /* Trees that are verified together. The numbers of a node stand at its packed index. */
 typedef struct {
-    int64_t num_trees, threads;
+    int64_t num_trees;
     const int64_t *offsets, *rows;             /* per tree: first node, and the row of its logits; [num_trees + 1], [num_trees] */
     const int64_t *tokens, *parents, *drawn, *draft_row; /* as in a TreeBatch */
     const float *logits;                       /* [rows][size] */

@@ -323,7 +323,7 @@ def many(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         found.append(len(given[0]))
         return verify(*given)
 
-    monkeypatch.setattr(deciding, "_FEW", 0)
+    monkeypatch.setattr(deciding, "_FEW_LOGITS", 0)
     monkeypatch.setattr(deciding, "verify", counted)
     return found
 
@@ -370,6 +370,14 @@ def test_a_failure_of_the_batch_costs_no_request_its_tokens(
     monkeypatch.setattr(deciding, "verify", failing)
     assert outputs_of("tree") == expected
     assert "cannot be verified together (RuntimeError: out of memory)" in caplog.text
+
+
+def test_a_tree_that_no_check_can_read_has_no_batched_form() -> None:
+    """The rule raises the error then, for this tree alone."""
+    tree = chain_tree(Drawn.IID)
+    form = batched_form(RULES["multiround-iid"].rule)
+    assert form is not None and form(tree)
+    assert not form(replace(tree, parents=np.array([-1, 7])))
 
 
 def test_draws_that_are_enumerated_are_decided_one_by_one() -> None:

@@ -27,7 +27,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from foredraft.core.contracts import AcceptanceRule, Verdict
-from foredraft.core.errors import UserError
 from foredraft.core.law import at_least_float32, limits_of
 from foredraft.core.params import SamplingParams
 from foredraft.core.tree import DraftTree, TreeBatch
@@ -122,6 +121,6 @@ def batched_form(rule: AcceptanceRule) -> Callable[[DraftTree], bool] | None:
 def _passes(check: Callable[[DraftTree], None], tree: DraftTree) -> bool:
     try:
         check(tree)
-    except UserError:
+    except Exception:  # the rule raises it too, for this tree alone
         return False
     return True

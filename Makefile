@@ -28,7 +28,7 @@ test: $(STAMP) $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO) $(ARGS)
 
 # Where compiled code and torch differ: draws, laws and rules; exactness and parity; models in bfloat16; the faces.
-TORCH_TESTS := $(addprefix tests/,test_sampling.py test_draws.py test_rules.py test_prefixes.py test_kernels.py test_llm.py \
+TORCH_TESTS := $(addprefix tests/,test_sampling.py test_draws.py test_rules.py test_batched.py test_prefixes.py test_kernels.py test_llm.py \
   test_lossless.py::test_more_options_are_exact test_parity.py::test_bundled_pair \
   test_parity.py::test_a_batch_is_what_each_prompt_is_alone test_cli.py)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from foredraft.audit.cells import batched_joint_law
 from foredraft.audit.exact import (
     Branches,
     Grown,
@@ -33,6 +34,7 @@ __all__ = [
     "Replay",
     "TableExpander",
     "any_table",
+    "batched_joint_law",
     "chain_prob",
     "collapse",
     "decoded",

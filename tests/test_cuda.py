@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from foredraft import LLM, SamplingParams
+from test_batched import given_at, is_close
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -56,3 +57,34 @@ def test_graphs_outlive_the_pools_that_they_were_captured_on() -> None:
         gc.collect()
         left = [torch.randint(1 << 40, (1 << power,), device="cuda") for power in range(2, 16) for _ in range(8)]
         del left
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_verdicts_are_those_of_the_rule(dtype: torch.dtype) -> None:
+    """The batched rule on the device against the rule of one tree on a CPU; numbers differ beyond rounding never."""
+    for number in range(20):
+        given = given_at(number, 200, torch.float64 if dtype == torch.float64 else torch.float32)
+        given.logits = given.logits.to(dtype)
+        alone = given.alone()
+        given.logits = given.logits.cuda()
+        found = given.batched().verdicts
+        given.logits = given.logits.cpu()
+        for b, (mine, theirs) in enumerate(zip(found, alone, strict=True)):
+            assert mine == theirs or is_close(given, b), f"tree {b} of batch {number}"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_step_transfers_no_logits(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing as large as a row of logits goes from the device to the host."""
+    given = given_at(1, 50)
+    given.sampling = [SamplingParams(temperature=temperature)] * 50
+    given.logits, expected = given.logits.cuda(), given.batched().verdicts
+    largest, move = [0], torch.Tensor.cpu
+
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
+        largest[0] = max(largest[0], tensor.numel())
+        return move(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", counted)
+    assert given.batched().verdicts == expected
+    assert largest[0] == 3 * 50

@@ -16,6 +16,7 @@ import torch
 
 from foredraft import kernels as compiled
 from foredraft.core.draws import Draws, hash_seed, mix
+from foredraft.core.tree import TreeBatch
 
 SEEDS = [0, 1, -1, 7, 2**63, 2**64 - 1, -(2**63), 10**30]
 
@@ -84,6 +85,27 @@ def test_rows_of_a_batch_belong_to_their_own_draws() -> None:
     assert Draws.order_rows(draws, probs, keys, 50) == [
         one.order(row, key, 50) for one, row, key in zip(draws, probs, keys, strict=True)
     ]
+
+
+@pytest.mark.parametrize("compiled_too", [False, True])
+def test_numbers_of_all_nodes_are_those_of_each(compiled_too: bool) -> None:
+    """Exactly, for random trees, seeds and positions; in numpy and compiled."""
+    if compiled_too and compiled.library() is None:
+        pytest.skip("no compiled kernels run here")
+    rng = np.random.default_rng(0)
+    own = [np.arange(size) for size in (1, 1, *rng.integers(1, 40, 60))]
+    parents = [np.where(nodes == 0, -1, (rng.random(len(nodes)) * nodes).astype(np.int64)) for nodes in own]
+    batch = TreeBatch.chains([[0] * len(nodes) for nodes in own], [nodes.tolist() for nodes in parents])
+    draws = [Draws(seed, 3 * b) for b, seed in zip(range(len(batch)), itertools.cycle(SEEDS), strict=False)]
+    with pytest.MonkeyPatch.context() as patch:
+        if not compiled_too:
+            plain = compiled.OPERATIONS["uniforms"].plain
+            patch.setitem(compiled.OPERATIONS, "uniforms", compiled.Operation(plain, lambda _, **given: plain(**given)))
+        found = Draws.of_nodes(draws, ("accept", "next", "x"), batch.offsets, batch.parents)
+    assert found is not None
+    for row, purpose in zip(found, ("accept", "next", "x"), strict=True):
+        wanted = [own.uniform((purpose, path, 0)) for b, own in enumerate(draws) for path in batch[b].ranks]
+        assert row.tolist() == wanted
 
 
 def test_every_part_of_the_address_counts() -> None:

@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from foredraft.kernels.acceptance import Trees, accept_compiled
+from foredraft.kernels.layouts import TYPES
+from foredraft.kernels.uniforms import uniforms_compiled
 from instruction_sets import check_bits, code_of, every_set, stand_ins_of
 
 SIZES = (1, 2, 7, 15, 16, 17, 33, 101, 1000)
@@ -67,6 +70,40 @@ def operations(code: Any, size: int) -> list[Tensor]:
             code.race(size * 977, law.data_ptr(), token_ids, size, 5, times.data_ptr(), entries.data_ptr())
             out += [times, entries.double()]
     return out
+
+
+@every_set
+@pytest.mark.parametrize("size", SIZES)
+def test_verdicts_and_their_numbers(name: str, size: int) -> None:
+    """Of trees of all kinds, on two threads."""
+    found = [verdicts(code_of(one), size) for one in (name, "scalar")]
+    assert found[0] == found[1]
+    assert len({*found[0][0]}) > 1
+
+
+def verdicts(code: Any, size: int) -> list[list[int]]:
+    """What an instruction set decides on random trees, greedy and sampled, and the random numbers that it decides by."""
+    rng, count = np.random.default_rng(size), 40
+    offsets = np.arange(count + 1) * 6
+    own, drawn = np.tile(np.arange(6), count), rng.integers(0, 3, 6 * count)
+    parents = np.where(own == 0, -1, (rng.random(6 * count) * own).astype(np.int64))
+    numbers = uniforms_compiled(code, starts=range(9, 9 + count), words=[5, 7], offsets=offsets, parents=parents)
+    trees = Trees(
+        offsets=offsets,
+        rows=rng.integers(0, 2, count),
+        tokens=rng.integers(0, size, 6 * count),
+        parents=parents,
+        drawn=drawn,
+        draft_row=np.where(drawn == 0, -1, rng.integers(0, 7, 6 * count)),
+        limits=np.array([(0, -np.inf, 0, 1), (1, -np.inf, 0, 1), (0.7, -4, 5, 0.8), (3, -2, 0, 0.6)] * 10, np.float64),
+        uniforms=numbers,
+    )
+    laws = torch.softmax(logits_of(size).nan_to_num(0, 0, 0), 1)
+    logits, found = logits_of(size), []
+    code.peak(TYPES[torch.float32], 1, 2)  # makes a team of two threads
+    for ids in (None, torch.arange(size).flip(0).expand(7, size).contiguous()):
+        found += accept_compiled(code, logits, laws, trees=trees, draft_ids=ids)
+    return [*found, numbers.flatten().tolist()]
 
 
 def test_the_prefix_search_is_the_same_in_every_library() -> None:

@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from exact import MEASURED, Grown, joint_law, target_joint, tree_law
+from exact import MEASURED, Grown, batched_joint_law, joint_law, target_joint, tree_law
+from foredraft import kernels
 from foredraft.core.contracts import Budget, Verdict, Work
 from foredraft.core.draws import Draws
 from foredraft.core.law import TargetLaw
 from foredraft.core.tree import DraftTree, Drawn
+from foredraft.kernels.acceptance import Trees
 from foredraft.models.table import Law, random_law
 from foredraft.plan.speculation import fitting_rules
 from foredraft.rules import RULES
@@ -97,15 +99,16 @@ MODES = {1.0: (True,), 0.0: (True, False)}
 with ``draft_temperature=1`` grows, which is the same law over trees as at target temperature 1."""
 
 
-def worst_error(name: str, options: dict[str, Any], rule: Any, vocab_size: int, nodes: int) -> float:
-    """Largest difference over draft laws, target laws, temperatures and ways of drawing."""
+def worst_error(name: str, options: dict[str, Any], rule: Any, vocab_size: int, nodes: int, law_of: Any = joint_law) -> float:
+    """Largest difference over draft laws, target laws, temperatures and ways of drawing. `law_of` gives the law of the rule, or
+    that of its batched form."""
     worst, length = 0.0, min(nodes, DEPTH) + 1
     for temperature, ways in MODES.items():
         for sampled, draft in product(ways, range(2)):
             trees = grown(name, frozen(options), vocab_size, draft, nodes, sampled)
             worst = max(worst, abs(sum(prob for prob, _, _ in trees.values()) - 1))
             for target, law in enumerate(target_laws(vocab_size)):
-                joint = joint_law(trees, rule, law, vocab_size, length, temperature=temperature, prefix=PREFIX)
+                joint = law_of(trees, rule, law, vocab_size, length, temperature=temperature, prefix=PREFIX)
                 worst = max(worst, np.abs(joint - answer(vocab_size, target, length, temperature)).max())
     return worst
 
@@ -130,6 +133,18 @@ def test_pair_is_exact(name: str, options: dict[str, Any], rule: str, vocab_size
 def test_more_options_are_exact(name: str, options: dict[str, Any], rule: str) -> None:
     for nodes in range(1, BUDGETS[2] + 1):
         assert worst_error(name, options, RULES[rule].rule, 2, nodes) < TOLERANCE, f"{nodes} nodes"
+
+
+def batched(variants: list[tuple[str, dict[str, Any]]]) -> list[Any]:
+    return [pair for pair in pairs(variants) if RULES[pair.values[2]].batched]
+
+
+@pytest.mark.parametrize("vocab_size", BUDGETS)
+@pytest.mark.parametrize(("name", "options", "rule"), batched(VARIANTS))
+def test_batched_form_is_exact(name: str, options: dict[str, Any], rule: str, vocab_size: int) -> None:
+    """The largest budget: its trees contain the smaller ones."""
+    nodes = BUDGETS[vocab_size]
+    assert worst_error(name, options, RULES[rule].rule, vocab_size, nodes, batched_joint_law) < TOLERANCE
 
 
 # not the calibrated tree, which follows any table: at one node more its orders are too many to visit
@@ -203,6 +218,46 @@ def faulty_multiround(
             node = child
 
     return rule
+
+
+def batched_fault(alter: Any, tree: str = "dyspec", options: dict[str, Any] | None = None) -> float:
+    """The error of the batched form of `multiround` when `alter` changes what its operation is given."""
+    plain = kernels.OPERATIONS["accept"].plain
+
+    def faulty(logits: Any, laws: Any, *, trees: Trees, draft_ids: Any) -> Any:
+        return plain(logits, laws, trees=alter(trees), draft_ids=draft_ids)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(kernels.OPERATIONS, "accept", kernels.Operation(faulty, None))
+        return worst_error(tree, options or {}, RULES["multiround"].rule, 3, 3, batched_joint_law)
+
+
+def numbers_moved(trees: Trees) -> Trees:
+    """Every number a hundredth further, as if thresholds were wrong by that much."""
+    return trees._replace(uniforms=None if trees.uniforms is None else np.minimum(trees.uniforms + 0.01, 1 - 1e-9))
+
+
+def test_the_batched_form_without_a_fault_passes() -> None:
+    assert batched_fault(lambda trees: trees) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda trees: trees._replace(drawn=trees.drawn.clip(max=1)),  # the draft law kept after a rejection
+        lambda trees: trees._replace(draft_row=np.full_like(trees.draft_row, -1)),  # sampled children taken for certain ones
+        lambda trees: trees._replace(uniforms=None if trees.uniforms is None else trees.uniforms[::-1]),
+        lambda trees: trees._replace(rows=np.roll(trees.rows, 3)),  # the laws of another tree
+        numbers_moved,
+    ],
+)
+def test_a_fault_of_the_batched_form_is_caught(alter: Any) -> None:
+    assert batched_fault(alter) > 1e-3
+
+
+def test_a_residual_that_is_not_updated_is_caught_in_the_batched_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "clamp_", lambda self, min: self.zero_())
+    assert batched_fault(lambda trees: trees) > 1e-3
 
 
 def test_correct_copy_passes() -> None:

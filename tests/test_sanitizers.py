@@ -16,8 +16,8 @@ from foredraft.kernels import build
 TESTS = Path(__file__).parent
 SUBSET = {
     "address,undefined": "linear_layers or residual or activations or laws or what_else or prefix or (forwards and mistral) or "
-    "one_call",
-    "thread": "what_else or residual or one_call",
+    "one_call or verdicts",
+    "thread": "what_else or residual or one_call or verdicts",
 }
 """Sanitizers, and the tests of every `test_instruction_sets*.py` that run under them: those of threads for the last."""
 

@@ -29,7 +29,7 @@ from foredraft.engine.options import EngineOptions
 from foredraft.engine.request import Request
 from foredraft.models.table import TableTarget, random_law
 from foredraft.rules import RULES
-from foredraft.rules.multiround import for_sampled
+from foredraft.rules.multiround import ForSampled
 from foredraft.trees import GROWERS
 
 VOCAB, LONGEST = 6, 96
@@ -59,7 +59,7 @@ DRAFTING: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "mixed": lambda: {
         "drafter": MixedDrafter(model_drafter("opt"), model_drafter("chain")),
-        "rule": for_sampled(RULES["block"].rule),
+        "rule": ForSampled(RULES["block"].rule),
         "budget": Budget(3, 3),
         "max_nodes": lambda sampling: 3 if sampling.temperature else 2,
     },

@@ -8,21 +8,23 @@ numbers, and raises if a key is used twice or if the rule uses a key of the draf
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from foredraft.core.contracts import AcceptanceRule, Budget, Work
+from foredraft.core.contracts import AcceptanceRule, Budget, Verdict, Work
 from foredraft.core.draws import Draws, Key
 from foredraft.core.law import TargetLaw
 from foredraft.core.params import SamplingParams
 from foredraft.core.tree import DraftTree, TreeBatch
 from foredraft.models.table import random_law
+from foredraft.rules.batched import PURPOSES
 
 T = TypeVar("T")
 
@@ -36,6 +38,7 @@ class Replay:
     Attributes:
         num_options: number of possible options of each choice so far.
         asked: keys of the random numbers so far.
+        cells: for each of these keys, the interval of the uniform number that gives the outcome of the run.
         prob: probability of the run so far.
     """
 
@@ -43,6 +46,7 @@ class Replay:
         self.script, self.forbidden = script, forbidden
         self.num_options: list[int] = []
         self.asked: set[Key] = set()
+        self.cells: dict[Key, tuple[float, float]] = {}
         self.prob = 1.0
 
     def ask(self, key: Key) -> None:
@@ -68,6 +72,18 @@ class Replay:
         self.prob *= weights[chosen]
         return chosen
 
+    def numbers(self, tree: DraftTree, share: float) -> Float[np.ndarray, "2 n"]:
+        """Returns random numbers of all nodes that lead to this run, as a batched rule takes them.
+
+        Args:
+            tree: the tree that the run verified.
+            share: place of each number within its interval, between 0 and 1. A key that the run did not ask gets ``1 - share``:
+                its number must not matter.
+        """
+        cells = [[self.cells.get((purpose, path, 0), (1 - share, 1 - share)) for path in tree.ranks] for purpose in PURPOSES]
+        low, high = np.moveaxis(np.array(cells), -1, 0)
+        return low + share * (high - low)
+
 
 @dataclass(frozen=True)
 class Branches(Draws):
@@ -86,12 +102,18 @@ class Branches(Draws):
         """Branches into both outcomes; see `Draws.bernoulli`."""
         self._ask(key)
         prob = min(1.0, prob)
-        return self.replay.choose([1 - prob, prob]) == 1
+        is_hit = self.replay.choose([1 - prob, prob]) == 1
+        self.replay.cells[key] = (0.0, prob) if is_hit else (prob, 1.0)
+        return is_hit
 
     def categorical(self, probs: Tensor, key: Key) -> int:
         """Branches into every token of positive probability; see `Draws.categorical`."""
         self._ask(key)
-        return self.replay.choose((probs.double() / probs.double().sum()).tolist())
+        weights = (probs.double() / probs.double().sum()).tolist()
+        token = self.replay.choose(weights)
+        before = sum(weights[:token])
+        self.replay.cells[key] = before, before + weights[token]
+        return token
 
     def order(self, probs: Tensor, key: Key, k: int) -> list[int]:
         """Branches into every order of `k` tokens; see `Draws.order`."""
@@ -105,6 +127,9 @@ class Branches(Draws):
     def uniform(self, key: Key) -> float:
         """Raises an error: a number by itself has infinitely many values, and cannot be enumerated."""
         raise AssertionError(f"{key} asks for a uniform number, which cannot be enumerated")
+
+    def of_nodes(self, *given: Any) -> None:  # type: ignore[override]
+        """Returns None: single numbers cannot be enumerated. `Replay.numbers` gives those of one branch."""
 
     def order_rows(  # type: ignore[override]
         self, draws: Sequence[Any], probs: Tensor, keys: Sequence[Key], k: int, token_ids: Tensor | None = None
@@ -150,8 +175,12 @@ class TableExpander:
 
 def target_law_of(law: Callable[[tuple[int, ...]], np.ndarray], tree: DraftTree, prefix: Prefix, temperature: float):
     """Returns the target's law on a tree, from a law of the whole prefix."""
+    return TargetLaw(_logits_of(law, tree, prefix), SamplingParams(temperature=temperature))
+
+
+def _logits_of(law: Callable[[tuple[int, ...]], np.ndarray], tree: DraftTree, prefix: Prefix) -> Tensor:
     rows = [law((*prefix, *(int(tree.tokens[i]) for i in tree.path_to(node)))) for node in range(tree.num_nodes)]
-    return TargetLaw(torch.from_numpy(np.stack(rows)).log(), SamplingParams(temperature=temperature))
+    return torch.from_numpy(np.stack(rows)).log()
 
 
 Prefix = tuple[int, ...]
@@ -183,17 +212,45 @@ def joint_law(
 ) -> np.ndarray:
     """Returns the joint law of `length` tokens: those that the rule emits on every tree, continued by the target."""
     emitted: dict[tuple[int, ...], float] = defaultdict(float)
+    for branch in branches_of(trees, rule, target, temperature, prefix):
+        emitted[emitted_by(branch.tree, branch.verdict)] += branch.prob
+    return continued(emitted, target, vocab_size, length, temperature, prefix)
+
+
+class Branch(NamedTuple):
+    """One outcome of a rule on one tree."""
+
+    prob: float
+    tree: DraftTree
+    logits: Tensor
+    verdict: Verdict
+    replay: Replay
+
+
+def branches_of(trees: Grown, rule: AcceptanceRule, target: Callable, temperature: float, prefix: Prefix) -> Iterator[Branch]:
+    """Yields every outcome of a rule on every tree."""
     for prob, tree, keys in trees.values():
-        law = target_law_of(target, tree, prefix, temperature)
+        logits = _logits_of(target, tree, prefix)
+        law = TargetLaw(logits, SamplingParams(temperature=temperature))
 
-        def run(draws: Any, tree: DraftTree = tree, law: TargetLaw = law) -> tuple[int, ...]:
-            verdict = rule(tree, law, draws)
-            return (*tree.tokens[verdict.path].tolist(), verdict.next_token)
+        def run(draws: Any, tree: DraftTree = tree, law: TargetLaw = law) -> Verdict:
+            return rule(tree, law, draws)
 
-        for share, tokens, _ in enumerate_branches(run, keys):
-            emitted[tokens] += prob * share
-    joint = np.zeros((vocab_size,) * length)
-    for tokens in product(range(vocab_size), repeat=length):
+        for share, verdict, replay in enumerate_branches(run, keys):
+            yield Branch(prob * share, tree, logits, verdict, replay)
+
+
+def emitted_by(tree: DraftTree, verdict: Verdict) -> tuple[int, ...]:
+    """Returns the tokens that a verdict emits."""
+    return (*tree.tokens[verdict.path].tolist(), verdict.next_token)
+
+
+def continued(
+    emitted: Mapping[tuple[int, ...], float], target: Callable, size: int, length: int, temperature: float, prefix: Prefix
+) -> np.ndarray:
+    """Returns the joint law of `length` tokens that start with the emitted ones and go on by the target."""
+    joint = np.zeros((size,) * length)
+    for tokens in product(range(size), repeat=length):
         for cut in range(length + 1):  # spreads every emitted prefix over its continuations
             if tokens[:cut] in emitted:
                 joint[tokens] += emitted[tokens[:cut]] * chain_prob(target, tokens, cut, temperature, prefix)

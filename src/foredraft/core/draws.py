@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -85,6 +86,26 @@ class Draws:
     def order(self, probs: Float[Tensor, " v"], key: Key, k: int) -> list[int]:
         """Draws `k` tokens from `probs` without replacement; fewer if fewer have positive probability."""
         return self.order_rows([self], probs[None], [key], k)[0]
+
+    @staticmethod
+    def of_nodes(
+        draws: Sequence[Draws], purposes: Sequence[str], offsets: Int[np.ndarray, " b1"], parents: Int[np.ndarray, " n"]
+    ) -> Float[np.ndarray, "p n"] | None:
+        """Computes `uniform` for all nodes of packed trees at once.
+
+        Args:
+            draws: the random numbers of each tree.
+            purposes: the purposes of the keys.
+            offsets: tree b holds the nodes ``offsets[b]`` to ``offsets[b + 1] - 1``.
+            parents: the parent of each node, counted within its tree; -1 for a root.
+
+        Returns:
+            The number of every key (purpose, path of the node, 0), by purpose and node. None if the draws have outcomes without
+            numbers, as a double that enumerates outcomes.
+        """
+        starts = [hash_seed(own.seed, own.num_committed) for own in draws]
+        words = [_hash_address(purpose, ()) for purpose in purposes]
+        return run("uniforms", starts=starts, words=words, offsets=offsets, parents=parents)
 
     @staticmethod
     def order_rows(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -141,6 +142,7 @@ class TargetLaw:
         tree: required only with `processors`.
         committed_ids: ids of prompt and output so far, including the root.
         processors: the parts of `sampling` that depend on the prefix, see `prefix_processors`.
+        is_empty: whether a node has no law, for the nodes for which that is known.
     """
 
     def __init__(
@@ -150,6 +152,8 @@ class TargetLaw:
         tree: DraftTree | None = None,
         committed_ids: Sequence[int] = (),
         processors: Sequence[PrefixProcessor] = (),
+        *,
+        is_empty: Mapping[int, bool] = MappingProxyType({}),
     ):
         self._logits = logits
         self._sampling = sampling
@@ -157,7 +161,7 @@ class TargetLaw:
         self._committed_ids = committed_ids
         self._processors = processors
         self._rows: dict[int, Tensor] = {}
-        self._empty: dict[int, bool] = {}
+        self._empty = dict(is_empty)
         self._likeliest: list[int] | None = None
 
     @property

@@ -15,9 +15,10 @@ from foredraft.core.contracts import AcceptanceRule, Budget, Drafter, Features, 
 from foredraft.core.costs import Costs
 from foredraft.core.errors import UserError, unknown_name
 from foredraft.core.params import SamplingParams
-from foredraft.core.tree import TreeBatch
+from foredraft.core.tree import DraftTree, TreeBatch
 from foredraft.engine.pace import Pace
 from foredraft.engine.request import Sequence
+from foredraft.rules.batched import batched_form
 
 _log = logging.getLogger("foredraft")
 
@@ -49,6 +50,20 @@ class Drafting:
     ):
         self.drafter, self.rule, self.most, self.name = drafter, rule, most, name
         self._max_nodes, self._costs, self._num_seqs = max_nodes, costs, num_seqs
+
+    @property
+    def rule(self) -> AcceptanceRule:
+        """The rule that verifies its trees."""
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: AcceptanceRule) -> None:
+        """Sets the rule."""
+        self._rule, self._batches = rule, batched_form(rule)
+
+    def batches(self, tree: DraftTree) -> bool:
+        """Returns whether `foredraft.rules.batched.verify` gives the verdict of the rule on a tree."""
+        return self._batches is not None and self._batches(tree)
 
     def take(self, features: Float[Tensor, "m w"] | None, places: Items[int]) -> Float[Tensor, "m d"] | None:
         """Returns the features of the drafter's own layers.

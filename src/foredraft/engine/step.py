@@ -10,14 +10,14 @@ import numpy as np
 
 from foredraft.cache.blocks import OutOfBlocksError
 from foredraft.cache.layout import rows_of
-from foredraft.core.contracts import Scores, Target, Verdict
+from foredraft.core.contracts import Scores, Target
 from foredraft.core.errors import UserError, told
-from foredraft.core.law import TargetLaw
 from foredraft.core.tree import DraftTree, TreeBatch
+from foredraft.engine.deciding import Case, Decision, decide
 from foredraft.engine.drafting import Drafting
 from foredraft.engine.request import Sequence
 from foredraft.engine.scheduler import Schedule, Scheduler
-from foredraft.engine.scores import law_of, record, score_prompt
+from foredraft.engine.scores import record, score_prompt
 from foredraft.engine.stop import settle
 
 
@@ -60,15 +60,6 @@ class Clock:
 
 
 @dataclass
-class Decision:
-    """What was decided on the tree of a sequence. `tree` is None for plain decoding."""
-
-    tree: DraftTree | None
-    law: TargetLaw
-    verdict: Verdict
-
-
-@dataclass
 class Group:
     """Sequences with the same drafter: their places in the schedule, and their trees."""
 
@@ -84,6 +75,7 @@ class Step:
         layers: the target's layers whose features the drafters need.
         schedule: what the step runs. Trees come first in every batch, then the chunks of prompts.
         drafted: the trees of the sequences that draft, by place in the schedule.
+        packed: the trees of the step with their draft laws, if the target runs these and nothing else.
     """
 
     target: Target
@@ -92,6 +84,7 @@ class Step:
     schedule: Schedule = field(default_factory=Schedule)
     clock: Clock = field(default_factory=Clock)
     drafted: dict[int, DraftTree] = field(default_factory=dict)
+    packed: TreeBatch | None = None
 
     def propose(self) -> TreeBatch:
         """Returns what the target runs: a tree for each sequence that decodes, and a chain for each chunk of a prompt."""
@@ -102,6 +95,8 @@ class Step:
         is_whole = len(groups) == 1 and len(groups[0].places) == trees and not self.schedule.chunks
         batch = groups[0].drafted if is_whole else None
         batch = self._joined() if batch is None else batch
+        if is_whole or not (groups or self.schedule.chunks):
+            self.packed = batch
         self.clock.lap("draft_s")
         return batch
 
@@ -151,26 +146,18 @@ class Step:
         return scores
 
     def decide(self, batch: TreeBatch, scores: Scores) -> list[Decision | None]:
-        """Applies the rule to each tree. A sequence whose law or rule fails ends with the reason."""
+        """Applies the rules to the trees. A sequence whose law or rule fails ends with the reason."""
+        cases = [
+            Case(sequence, None if sequence.draft_state is None else self.drafted.get(b) or batch[b], part(batch, b))
+            for b, sequence in enumerate(self.schedule.trees)
+        ]
         decisions: list[Decision | None] = []
-        for b, sequence in enumerate(self.schedule.trees):
-            try:
-                decisions.append(self._decision(sequence, batch, b, scores))
-            except Exception as error:
-                _fail(sequence, error, "the tokens of a step cannot be decided")
-                decisions.append(None)
+        for case, found in zip(cases, decide(cases, scores.logits, self.packed), strict=True):
+            decisions.append(found if isinstance(found, Decision) else None)
+            if isinstance(found, Exception):
+                _fail(case.sequence, found, "the tokens of a step cannot be decided")
         self.clock.lap("rule_s")
         return decisions
-
-    def _decision(self, sequence: Sequence, batch: TreeBatch, b: int, scores: Scores) -> Decision:
-        logits, draws = scores.logits[part(batch, b)], sequence.draws.at(len(sequence.token_ids))
-        if sequence.draft_state is None:
-            law = law_of(sequence, logits, None)
-            token = law.token(0) if law.is_certain else draws.categorical(law.row(0), ("next", (), 0))
-            return Decision(None, law, Verdict([], token, "plain"))
-        tree = self.drafted.get(b) or batch[b]
-        law = law_of(sequence, logits, tree)
-        return Decision(tree, law, sequence.drafting.rule(tree, law, draws))
 
     def commit(self, batch: TreeBatch, scores: Scores, decisions: Items[Decision | None]) -> list[Sequence]:
         """Keeps the accepted paths, tells the drafter, cuts outputs at a stop, and releases those that ended."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foredraft.kernels import laws, prefixes, race
+from foredraft.kernels import acceptance, laws, prefixes, race, uniforms
 from foredraft.kernels.sets import Code as Code
 from foredraft.kernels.sets import cpu_flags as cpu_flags
 from foredraft.kernels.sets import instruction_set as instruction_set
@@ -39,6 +39,8 @@ OPERATIONS = {
     "categorical": Operation(laws.categorical, laws.categorical_compiled),
     "subtract": Operation(laws.subtract, laws.subtract_compiled),
     "without": Operation(laws.without, laws.without_compiled),
+    "accept": Operation(acceptance.accept, acceptance.accept_compiled),
+    "uniforms": Operation(uniforms.uniforms, uniforms.uniforms_compiled),
     "race": Operation(race.race, race.race_compiled),
     "prefixes": Operation(prefixes.prefixes, prefixes.prefixes_compiled),
 }

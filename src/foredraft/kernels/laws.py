@@ -58,13 +58,13 @@ _NUM_TOP = 256
 """This many most likely tokens usually reach the threshold of top-p. Finding them takes a tenth of the time of a full sort."""
 
 
-def likeliest_of_mass(probs: Float[Tensor, "n v"], mass: float) -> Bool[Tensor, "n v"]:
+def likeliest_of_mass(probs: Float[Tensor, "n v"], mass: float | Float[Tensor, "n 1"]) -> Bool[Tensor, "n v"]:
     """Marks the most likely tokens of each row, up to the token with which their sum reaches `mass`.
 
     Among equally likely tokens, the first are marked.
     """
     top = probs.topk(min(_NUM_TOP, probs.shape[-1])).values
-    suffices = top.sum(-1) >= mass * (1 + 1e-6)  # the margin covers rounding in any order of summation
+    suffices = top.sum(-1, keepdim=True) >= mass * (1 + 1e-6)  # the margin covers rounding in any order of summation
     descending = top if bool(suffices.all()) else _descending(probs)
     count = (descending.cumsum(-1) - descending < mass).sum(-1, keepdim=True).clamp(min=1)  # a tiny mass may round to 0
     least = descending.gather(-1, count - 1)
@@ -78,6 +78,35 @@ def _descending(probs: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
     if probs.device.type != "cpu":
         return probs.sort(dim=-1, descending=True).values
     return torch.from_numpy(np.sort(probs.numpy(), axis=-1)[:, ::-1].copy())
+
+
+def warp_rows(logits: Float[Tensor, "n v"], limits: Float[np.ndarray, "n 4"]) -> Float[Tensor, "n v"]:
+    """Computes `warp` with other limits for each row. The arithmetic is the same.
+
+    Args:
+        limits: for each row temperature, logarithm of min_p, top_k and top_p, see `as_arguments`.
+    """
+    size, device = logits.shape[1], logits.device
+    temperature, least, top_k, top_p = limits.T
+    temperatures, lowest, counts, masses = torch.from_numpy(limits).to(device, logits.dtype).T[..., None]
+    shifted = (temperature < _SAFE_TEMPERATURE) | (least > -np.inf)
+    if shifted.any():
+        shift = torch.where(torch.from_numpy(shifted).to(device)[:, None], logits.amax(-1, keepdim=True), 0.0)
+        logits = logits - shift
+    if (temperature != 1).any():
+        logits = logits / temperatures
+    if (least > -np.inf).any():
+        logits = logits.masked_fill(logits < lowest, -torch.inf)
+    is_cut = (top_k > 0) & (top_k < size)
+    if is_cut.any():
+        counts = torch.where(torch.from_numpy(is_cut).to(device)[:, None], counts, 0.0).long()
+        top = logits.topk(int(top_k[is_cut].max()), dim=-1).values
+        smallest = top.gather(1, (counts - 1).clamp(min=0))
+        logits = logits.masked_fill((counts > 0) & (logits < smallest), -torch.inf)
+    if (top_p < 1).any():
+        kept = likeliest_of_mass(logits.softmax(-1), torch.where(masses < 1, masses, 0.0))
+        logits = logits.masked_fill((masses < 1) & ~kept, -torch.inf)
+    return logits.softmax(-1)
 
 
 class Largest(NamedTuple):
@@ -119,6 +148,18 @@ def categorical(probs: Float[Tensor, " v"], uniform: float) -> int:
     if token == len(probs) or not probs[token] > 0:  # u * total rounded up to total, or the blockwise sum is not monotone
         token = int(torch.nonzero(probs[: token + 1])[-1])
     return token
+
+
+def categorical_rows(probs: Float[Tensor, "b v"], uniform: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
+    """Computes `categorical` for several rows."""
+    size = probs.shape[1]
+    cumulative = probs.double().cumsum(-1)
+    total = cumulative[:, -1:]
+    token = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
+    places = torch.arange(size, device=probs.device)
+    last = torch.where((probs > 0) & (places <= token), places, -1).amax(-1)
+    is_drawn = (token < size) & (probs.gather(1, token.clamp(max=size - 1)) > 0)
+    return torch.where(total[:, 0] > 0, torch.where(is_drawn[:, 0], token[:, 0], last), -1)
 
 
 def categorical_compiled(code: Code, probs: Float[Tensor, " v"], uniform: float) -> int:

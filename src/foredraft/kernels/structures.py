@@ -92,7 +92,20 @@ class CChains(ctypes.Structure):
     )
 
 
-STRUCTURES = (CLinear, CResidual, CLayer, CEntry, CModel, CStep, CChains)
+class CTrees(ctypes.Structure):
+    """Trees that are verified together."""
+
+    _fields_ = (
+        ("num_trees", _whole),
+        *((name, _at) for name in ("offsets", "rows", "tokens", "parents", "drawn", "draft_row", "logits")),
+        ("size", _whole),
+        *((name, _at) for name in ("draft_probs", "draft_ids")),
+        *((name, _whole) for name in ("num_laws", "kept")),
+        *((name, _at) for name in ("limits", "accept_uniforms", "next_uniforms", "last", "next", "lawless")),
+    )
+
+
+STRUCTURES = (CLinear, CResidual, CLayer, CEntry, CModel, CStep, CChains, CTrees)
 
 FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "forward": (ctypes.c_int, (_at, _at)),
@@ -105,6 +118,8 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "categorical": (_whole, (_at, _whole, _double)),
     "subtract": (_double, (_at, _at, _whole, _at)),
     "without": (_double, (_at, _whole, _whole, _at)),
+    "accept": (ctypes.c_int, (_at,)),
+    "uniforms": (ctypes.c_int, (_at, _whole, _at, _at, _at, _whole, _at)),
     "race": (None, (ctypes.c_uint64, _at, _at, _whole, _whole, _at, _at)),
 }
 """Result and arguments of the functions that every instruction set has."""

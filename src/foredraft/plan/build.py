@@ -25,7 +25,7 @@ from foredraft.plan.config import bundled_drafter
 from foredraft.plan.measure import sample_prompt
 from foredraft.plan.speculation import KINDS, PLAIN, Speculation, Way, kind_of
 from foredraft.plan.store import read_calibration
-from foredraft.rules.multiround import for_sampled
+from foredraft.rules.multiround import ForSampled
 from foredraft.trees.base import ByTemperature
 
 MEMORY = "foredraft.memory"
@@ -141,7 +141,7 @@ class Plan:
         costs = {kind: self.costs(kind) for kind in KINDS}
         return {
             "drafter": self.drafter(greedy, sampled),
-            "rule": for_sampled(rule) if sampled != greedy and self.speculation.rule_name is None else rule,
+            "rule": ForSampled(rule) if sampled != greedy and self.speculation.rule_name is None else rule,
             "budget": Budget(most, min(most, MAX_DEPTH)),
             "max_nodes": lambda sampling: nodes[kind_of(sampling)],
             "costs": lambda sampling: costs[kind_of(sampling)],

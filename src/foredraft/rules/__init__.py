@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
 from foredraft.core.shape import Drawn
+
+
+@cache
+def _imported(code: str) -> Callable[..., Any]:
+    module, name = code.split(":")
+    return getattr(import_module(f"foredraft.rules.{module}"), name)
 
 
 class RuleRow(NamedTuple):
@@ -21,6 +27,8 @@ class RuleRow(NamedTuple):
         source: the paper.
         options: config keys that are arguments of the rule.
         exact_with: options for which a lossy rule is exact.
+        batched: code of the check of a tree, after which `foredraft.rules.batched` may give the verdict of the rule for many
+            trees at once. Empty if the rule decides tree by tree.
     """
 
     code: str
@@ -30,12 +38,17 @@ class RuleRow(NamedTuple):
     source: str
     options: Sequence[str] = ()
     exact_with: Mapping[str, Any] = {}
+    batched: str = ""
 
     @property
     def rule(self) -> Callable[..., Any]:
         """The rule, a `foredraft.core.contracts.AcceptanceRule`."""
-        module, name = self.code.split(":")
-        return getattr(import_module(f"foredraft.rules.{module}"), name)
+        return _imported(self.code)
+
+    @property
+    def check(self) -> Callable[..., None] | None:
+        """The check that `batched` names. It raises `ValueError` for the trees for which the rule does. None without it."""
+        return _imported(self.batched) if self.batched else None
 
     def claim(self, options: Mapping[str, Any]) -> str:
         """Returns the guarantee of the rule with these options."""
@@ -52,7 +65,12 @@ _EXACT = "exact in distribution"
 
 RULES: dict[str, RuleRow] = {
     "chain": RuleRow(
-        "chain:chain", frozenset({_D, _I, _W}), True, _EXACT, "Leviathan et al. 2023 (arXiv 2211.17192), Algorithm 1"
+        "chain:chain",
+        frozenset({_D, _I, _W}),
+        True,
+        _EXACT,
+        "Leviathan et al. 2023 (arXiv 2211.17192), Algorithm 1",
+        batched="chain:require_unbranched",
     ),
     "multiround": RuleRow(
         "multiround:multiround",
@@ -60,6 +78,7 @@ RULES: dict[str, RuleRow] = {
         False,
         _EXACT,
         "Sequoia (arXiv 2402.12374), Algorithm 2; DySpec (arXiv 2410.11744), Algorithm 3",
+        batched="multiround:require_nothing",
     ),
     "multiround-iid": RuleRow(
         "multiround:multiround_iid",
@@ -67,6 +86,7 @@ RULES: dict[str, RuleRow] = {
         False,
         _EXACT,
         "SpecInfer (arXiv 2305.09781), multi-step speculative sampling",
+        batched="multiround:require_independent",
     ),
     "deterministic": RuleRow(
         "multiround:deterministic",
@@ -74,6 +94,7 @@ RULES: dict[str, RuleRow] = {
         False,
         _EXACT,
         "EAGLE-2 (arXiv 2406.16858), verification of top-k candidates",
+        batched="multiround:require_unsampled",
     ),
     "kseq": RuleRow(
         "kseq:kseq", frozenset({_D, _I}), False, _EXACT, "SpecTr (arXiv 2310.15141), Algorithm 3 (K-SEQ), per token"

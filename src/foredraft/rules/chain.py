@@ -20,7 +20,7 @@ def chain(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
     Raises:
         ValueError: the tree branches.
     """
-    require_chain(tree, "chain")
+    require_unbranched(tree)
     if certain := follow(tree, target_law):
         return certain
     path = list(range(1, tree.num_nodes))
@@ -33,3 +33,12 @@ def chain(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
             return Verdict(path[:parent], token, "recovered")
     last = tree.num_nodes - 1
     return Verdict(path, draws.categorical(target_law.row(last), ("next", tree.ranks[last], 0)), "bonus")
+
+
+def require_unbranched(tree: DraftTree) -> None:
+    """Checks that `chain` verifies a tree.
+
+    Raises:
+        ValueError: the tree branches.
+    """
+    require_chain(tree, "chain")

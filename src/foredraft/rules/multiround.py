@@ -12,6 +12,7 @@ Only the update of the draft law differs:
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
@@ -46,7 +47,7 @@ def multiround_iid(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verd
     Raises:
         ValueError: siblings were drawn without replacement.
     """
-    require_drawn(tree, {Drawn.DETERMINISTIC, Drawn.IID}, "multiround-iid")
+    require_independent(tree)
     return multiround(tree, target_law, draws)
 
 
@@ -59,7 +60,7 @@ def deterministic(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdi
     Raises:
         ValueError: siblings were sampled.
     """
-    require_drawn(tree, {Drawn.DETERMINISTIC}, "deterministic")
+    require_unsampled(tree)
     return multiround(tree, target_law, draws)
 
 
@@ -77,6 +78,28 @@ def verify(tree: DraftTree, target_law: TargetLaw, draws: Draws, test: Callable[
     return Verdict(path, draws.categorical(law, ("next", tree.ranks[node], 0)), "bonus")
 
 
+def require_nothing(tree: DraftTree) -> None:
+    """Accepts every tree: `multiround` is exact for all."""
+
+
+def require_independent(tree: DraftTree) -> None:
+    """Checks that `multiround_iid` is exact for a tree.
+
+    Raises:
+        ValueError: siblings were drawn without replacement.
+    """
+    require_drawn(tree, {Drawn.DETERMINISTIC, Drawn.IID}, "multiround-iid")
+
+
+def require_unsampled(tree: DraftTree) -> None:
+    """Checks that `deterministic` is exact for a tree.
+
+    Raises:
+        ValueError: siblings were sampled.
+    """
+    require_drawn(tree, {Drawn.DETERMINISTIC}, "deterministic")
+
+
 def require_drawn(tree: DraftTree, allowed: Collection[Drawn], rule: str) -> None:
     """Checks that the children of every node were drawn in an allowed way.
 
@@ -90,6 +113,8 @@ def require_drawn(tree: DraftTree, allowed: Collection[Drawn], rule: str) -> Non
     Raises:
         ValueError: children were drawn in another way.
     """
+    if Drawn.DETERMINISTIC in allowed and not tree.drawn.any():
+        return
     for node, siblings in enumerate(tree.children):
         drawn = Drawn(int(tree.drawn[node])) if siblings else Drawn.DETERMINISTIC
         single = len(siblings) == 1 and drawn is not Drawn.DETERMINISTIC and Drawn.IID in allowed
@@ -141,10 +166,16 @@ def test_children(tree: DraftTree, node: int, residual: Float[Tensor, " v"], dra
     return None, residual
 
 
-def for_sampled(rule: AcceptanceRule) -> AcceptanceRule:
-    """Returns a rule that applies `rule` to trees with sampled children, and `multiround` to all others."""
+@dataclass(frozen=True)
+class ForSampled:
+    """A rule that applies `rule` to trees with sampled children, and `multiround` to all others."""
 
-    def choose(tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
-        return (rule if tree.drawn.any() else multiround)(tree, target_law, draws)
+    rule: AcceptanceRule
 
-    return choose
+    def of(self, tree: DraftTree) -> AcceptanceRule:
+        """Returns the rule that verifies `tree`."""
+        return self.rule if tree.drawn.any() else multiround
+
+    def __call__(self, tree: DraftTree, target_law: TargetLaw, draws: Draws) -> Verdict:
+        """Verifies a tree, see `foredraft.core.contracts.AcceptanceRule`."""
+        return self.of(tree)(tree, target_law, draws)

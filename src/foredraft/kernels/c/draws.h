@@ -1,15 +1,40 @@
-/* The exponential race of a row of float32 probabilities. set.c includes this file after vectors.h.
+/* Addressed random numbers, and the exponential race of a row of float32 probabilities. set.c includes this file after vectors.h.
 
    Token t arrives at the time -log(u) / p. The time is at least (1 - u) / p, because -log(u) >= 1 - u. If this bound exceeds the
    latest arrival that is kept, the token cannot be among the first, and its logarithm is not computed. */
 
 static const uint64_t GOLDEN = 0x9E3779B97F4A7C15, MIX1 = 0xBF58476D1CE4E5B9, MIX2 = 0x94D049BB133111EB;
 
-/* Applies the finaliser of splitmix64. Maps its upper 53 bits to the middle of one of 2^53 equal parts of (0, 1). */
-INLINE double uniform(uint64_t word) {
+/* Applies the finaliser of splitmix64. */
+INLINE uint64_t mix(uint64_t word) {
     word = (word ^ word >> 30) * MIX1;
     word = (word ^ word >> 27) * MIX2;
-    return ((double)(int64_t)((word ^ word >> 31) >> 11) + 0.5) * 0x1p-53;
+    return word ^ word >> 31;
+}
+
+/* Maps the upper 53 bits of a hash to the middle of one of 2^53 equal parts of (0, 1). */
+INLINE double uniform(uint64_t word) { return ((double)(int64_t)(mix(word) >> 11) + 0.5) * 0x1p-53; }
+
+/* Computes the numbers that `Draws.uniform` gives for every node of packed trees, for one purpose after another; see `uniforms` in
+   kernels/uniforms.py. Returns 0, or 1 if there is not enough memory. */
+int EXPORT(uniforms)(
+    const uint64_t *starts, int64_t trees, const int64_t *offsets, const int64_t *parents, const uint64_t *words, int64_t purposes,
+    double *numbers
+) {
+    const int64_t nodes = offsets[trees];
+    uint64_t *addresses = malloc((size_t)(2 * nodes + 1) * sizeof *addresses), *children = addresses + nodes;
+    for (int64_t purpose = 0; purpose < purposes && addresses; purpose++, numbers += nodes) {
+        memset(children, 0, (size_t)nodes * sizeof *children);
+        for (int64_t tree = 0; tree < trees; tree++)
+            for (int64_t begin = offsets[tree], i = begin; i < offsets[tree + 1]; i++) {
+                const int64_t parent = begin + parents[i];
+                const int is_root = parents[i] < 0 || parent >= i; /* a child stands after its parent */
+                addresses[i] = is_root ? words[purpose] : mix(addresses[parent] + ++children[parent] * GOLDEN);
+                numbers[i] = (double)(int64_t)(mix(mix(starts[tree] ^ addresses[i]) + GOLDEN) >> 11) * 0x1p-53;
+            }
+    }
+    free(addresses);
+    return addresses == NULL;
 }
 
 /* Replaces the latest of `count` arrivals in a heap. The latest arrival is at the front of the heap. */

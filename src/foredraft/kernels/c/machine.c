@@ -65,7 +65,7 @@ PUBLIC int64_t foredraft_features(void) { return 0; }
 #include "passed.h"
 
 PUBLIC int64_t foredraft_sizes(int64_t *sizes) {
-    const int64_t known[] = {sizeof(Linear), sizeof(Residual), sizeof(Layer), sizeof(Entry), sizeof(Model), sizeof(Step), sizeof(Chains)};
+    const int64_t known[] = {sizeof(Linear), sizeof(Residual), sizeof(Layer), sizeof(Entry), sizeof(Model), sizeof(Step), sizeof(Chains), sizeof(Trees)};
     enum { COUNT = sizeof known / sizeof *known };
     for (int i = 0; i < COUNT; i++) sizes[i] = known[i];
     return COUNT;

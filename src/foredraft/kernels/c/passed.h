@@ -86,3 +86,23 @@ typedef struct {
     float *laws;            /* with uniforms: [trees][depth][kept] */
     int64_t *token_ids;     /* with uniforms, if not all tokens are kept: the tokens of the laws */
 } Chains;
+
+/* How the children of a node were drawn, as in core/shape.py. */
+enum { WITHOUT_REPLACEMENT = 2 };
+
+/* Trees that are verified together. The numbers of a node stand at its packed index. */
+typedef struct {
+    int64_t num_trees;
+    const int64_t *offsets, *rows;             /* per tree: first node, and the row of its logits; [num_trees + 1], [num_trees] */
+    const int64_t *tokens, *parents, *drawn, *draft_row; /* as in a TreeBatch */
+    const float *logits;                       /* [rows][size] */
+    int64_t size;
+    const float *draft_probs;                  /* [num_laws][kept] */
+    const int64_t *draft_ids;                  /* the tokens of the draft laws; NULL: entry i is token i */
+    int64_t num_laws, kept;
+    const double *limits;                      /* [num_trees][4]: temperature, log of min_p, top_k, top_p */
+    const double *accept_uniforms, *next_uniforms; /* per node; NULL if every temperature is 0 */
+    /* per tree, returned: last accepted node, -1 for a tree that cannot be read; the token after it; first node of the path whose
+       logits define no law, or -1 */
+    int64_t *last, *next, *lawless;
+} Trees;

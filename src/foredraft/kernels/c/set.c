@@ -23,3 +23,4 @@
 #include "laws.h"
 #include "chains.h"
 #include "draws.h"
+#include "acceptance.h"

@@ -20,7 +20,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, closing
 from functools import partial
 from time import perf_counter, sleep
@@ -37,7 +37,7 @@ class Streaming:
 
     facts: dict[str, Any]
 
-    def stream(self, prompt: list[int], limit: int) -> AsyncIterator[int]:
+    def stream(self, prompt: list[int], limit: int) -> AsyncGenerator[int, None]:
         """Yields the number of tokens of each delivery."""
         raise NotImplementedError
 
@@ -84,7 +84,7 @@ class Foredraft(Streaming):
         self._params = partial(SamplingParams, temperature=0.0, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
         self.facts = {"config": options["config"], "instruction_set": sets_here(), **options.get("options", {})}
 
-    async def stream(self, prompt: list[int], limit: int) -> AsyncIterator[int]:
+    async def stream(self, prompt: list[int], limit: int) -> AsyncGenerator[int, None]:
         """Yields the number of tokens of each delivery."""
         outputs = self._llm.generate({"prompt_token_ids": prompt}, self._params(max_tokens=limit))
         async with aclosing(outputs):
@@ -104,7 +104,7 @@ class LlamaServer(Streaming):
         command += ["-t", str(_cores()), "-np", str(seqs), "-c", str(seqs * options["max_model_len"]), "--cache-ram", "0"]
         command += ["--no-webui", "--cont-batching", "--flash-attn", "auto", "--log-disable", *options.get("flags", [])]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, stderr=sys.stderr)
-        self.facts = {"flags": " ".join(command[5:])}
+        self.facts = {"flags": " ".join(command[7:])}
         self._wait()
 
     def _wait(self) -> None:
@@ -120,7 +120,7 @@ class LlamaServer(Streaming):
             sleep(0.2)
         raise RuntimeError("llama-server did not start")
 
-    async def stream(self, prompt: list[int], limit: int) -> AsyncIterator[int]:
+    async def stream(self, prompt: list[int], limit: int) -> AsyncGenerator[int, None]:
         """Yields the number of tokens of each delivery."""
         ask = {"prompt": prompt, "n_predict": limit, "ignore_eos": True, "stream": True, "cache_prompt": False}
         ask |= {"samplers": ["top_k"], "top_k": 1, "return_tokens": True}

@@ -2,9 +2,10 @@
 
     python benchmarks/to_gguf.py --model DIR
 
-The files have no tokenizer, since a measurement needs none. So llama.cpp need not know the tokenizer of the model. The tensors
-are those of llama.cpp's own converter: matrices of 16 bits, norms in float32, queries and keys in the order of llama.cpp's
-rotary positions. The package `gguf` must be importable.
+The tokens are placeholders of ASCII letters, since a measurement sends and reads token ids. So llama.cpp need not know the
+tokenizer of the model, and its server delivers each token at once. The tensors are those of llama.cpp's own converter: matrices
+of 16 bits, norms in float32, queries and keys in the order of llama.cpp's rotary positions. The package `gguf` must be
+importable.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, LlamaFileType, get_tensor_name_map, quants
+from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType, get_tensor_name_map, quants
 from torch import Tensor
 
 from foredraft.models.checkpoint import open_weights, read_config
@@ -46,7 +47,10 @@ def describe(writer: GGUFWriter, config: Any) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_tokenizer_model("no_vocab")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"t{token}" for token in range(config.vocab_size)])
+    writer.add_token_scores([0.0] * config.vocab_size)
+    writer.add_token_types([TokenType.NORMAL] * config.vocab_size)
 
 
 def write(model: Path, file: str) -> None:

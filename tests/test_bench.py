@@ -22,7 +22,7 @@ from foredraft.bench.report import setting_of, speedup
 from foredraft.bench.run import Outcome
 from foredraft.bench.tasks import is_looping, read_prompts
 from foredraft.core.folders import BUNDLED_LM
-from foredraft.core.metrics import Metrics, StepRecord
+from foredraft.core.metrics import StepRecord
 from foredraft.heads.folder import read_head, save_head
 from foredraft.models.hf import HFTarget
 from foredraft.models.loading import load_target
@@ -411,12 +411,12 @@ def test_calibrating_the_bundled_pair_leaves_the_package_alone(
 
 
 def test_reading_counts_the_steps_of_a_batch_once() -> None:
-    record = StepRecord(0, 0, 0, "plain")
-    batch = Outcome(9.0, [[1, 2, 3], [1]], [[record] * 3, [record]], Metrics(verify_s=0.5))
+    first, later = (StepRecord(0, 0, 0, "plain", verify_s=seconds) for seconds in (0.7, 0.2))  # the first runs the prompt too
+    batch = Outcome(9.0, [[1, 2, 3], [1]], [[first, later, later], [first]])
     target = TableTarget(random_law(2, 0), 2)
     target.num_weight_bytes = 10**8
     found = reading(target, [batch, batch], bandwidth=3e9)
-    assert found == {"weights_mb": 100.0, "read_gb_per_s": 0.6, "bandwidth_gb_per_s": 3.0, "bandwidth_share": 0.2}
+    assert found == {"weights_mb": 100.0, "read_gb_per_s": 0.5, "bandwidth_gb_per_s": 3.0, "bandwidth_share": 0.167}
 
 
 @pytest.mark.parametrize("tied", [False, True])

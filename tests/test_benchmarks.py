@@ -10,6 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import load
 from batches import counted_moves, moved_nodes, node_bytes
 from draft_cost import settings
 from ideal import CHUNKS, DECODING, Costs, ideal_seconds, measured_costs
@@ -175,3 +176,37 @@ def test_lengths_are_log_uniform() -> None:
     assert answers[1000] == pytest.approx((8 * 1024) ** 0.5, rel=0.15)  # the seed is fixed; three standard errors
     longest_first = [lengths[number][1] for number in ordered(lengths, "sorted")]
     assert longest_first == answers[::-1]
+
+
+def test_a_workload_has_the_same_lengths_for_every_seed_and_arrives_at_the_given_rate() -> None:
+    first, second = (load.workload(seed, 50, 100, 2.0) for seed in ("a", "b"))
+    for name in ("prompts", "limits"):
+        one, other = ([len(item) if name == "prompts" else item for item in asked[name]] for asked in (first, second))
+        assert sorted(one) == sorted(other)
+        assert one != other
+    assert all(load.PROMPTS[0] <= len(prompt) <= load.PROMPTS[1] for prompt in first["prompts"])
+    assert first["arrivals"] == sorted(first["arrivals"])
+    assert 15 < first["arrivals"][-1] <= 50 / 2.0
+    assert load.workload("a", 50, 100, None)["arrivals"] is None
+
+
+def test_throughput_counts_from_the_first_end_to_the_last_start() -> None:
+    requests = [[0.0, [[1.0, 1], [2.0, 1]]], [0.0, [[1.5, 1], [3.0, 4], [6.0, 1]]], [2.0, [[4.0, 2]]], [4.0, [[7.0, 1]]]]
+    assert load.throughput(requests) == (4 + 2) / 2
+
+
+def test_times_of_requests() -> None:
+    found = load.times([[1.0, [[1.5, 1], [1.75, 2], [2.5, 2]]], [0.0, [[2.0, 1], [3.0, 1]]]])
+    assert (found["first_token_s_p50"], found["first_token_s_p95"]) == (0.5, 2.0)
+    assert found["token_s_p50"] == 0.25
+    assert found["token_s_p95"] == found["gap_s_p95"] == 1.0
+    assert found["gap_s_p50"] == 0.75
+
+
+def test_ratios_of_load_are_above_one_where_foredraft_is_better() -> None:
+    names = [f"{name}_{short}" for name in load.TIMES for short in load.SHARES]
+    mine, theirs = ({"load": "closed", "round": 0, **dict.fromkeys(names, seconds)} for seconds in (0.1, 0.2))
+    rows = [{"engine": "foredraft", "tokens_per_s": 300.0, **mine}, {"engine": "other", "tokens_per_s": 100.0, **theirs}]
+    found = load.summary(rows, "closed")
+    assert [cells["times as good as other"] for cells in found] == ["3.00"] + ["2.00"] * 6
+    assert load.summary(rows, 0.5) == []

@@ -62,12 +62,15 @@ def arithmetic_peak(dtype: torch.dtype) -> float:
 def reading(target: Target, outcomes: Sequence[Outcome], bandwidth: float) -> dict[str, float]:
     """Computes what plain decoding reads: megabytes of weights per step, gigabytes per second, and the share of `bandwidth`.
 
+    The steps are those of the longest output of a batch, without the first one, which runs the end of the prompt too.
+
     Args:
         outcomes: outcomes of plain decoding.
         bandwidth: memory bandwidth, in bytes per second.
     """
-    steps = sum(max(map(len, outcome.records)) for outcome in outcomes)
-    reached = target.num_weight_bytes * steps / sum(outcome.metrics.verify_s for outcome in outcomes)
+    longest = [max(outcome.records, key=len) for outcome in outcomes]
+    steps = [record for records in longest for record in records[1:] or records]
+    reached = target.num_weight_bytes * len(steps) / sum(record.verify_s for record in steps)
     return {
         "weights_mb": round(target.num_weight_bytes / 1e6, 1),
         "read_gb_per_s": round(reached / 1e9, 2),

@@ -31,7 +31,8 @@ class StepRecord:
         tv_bounds: only for lossy rules, one bound per token of the step; see `foredraft.core.contracts.Verdict`.
         budget: the largest number of nodes that the tree was allowed. It follows the load and the acceptance of the request,
             unless it is fixed.
-        draft_s, verify_s, rule_s, cache_s: seconds of the batched step in which this request took part.
+        draft_s, verify_s, rule_s, cache_s: seconds of the batched step in which this request took part. If the step ran the end
+            of its prompt too, `verify_s` is divided by the number of its rows.
     """
 
     num_draft_tokens: int

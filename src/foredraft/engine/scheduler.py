@@ -24,11 +24,13 @@ class Schedule:
     Attributes:
         trees: sequences that decode. Each runs the root and the nodes of its tree.
         budgets: the largest tree of each of them.
+        leads: number of prompt tokens that each of them runs before its root. Then its tree is the root alone.
         chunks: sequences whose prompt is computed, each with the number of tokens that this step adds.
     """
 
     trees: list[Sequence] = field(default_factory=list)
     budgets: list[Budget] = field(default_factory=list)
+    leads: list[int] = field(default_factory=list)
     chunks: list[tuple[Sequence, int]] = field(default_factory=list)
 
     @property
@@ -36,11 +38,17 @@ class Schedule:
         """All sequences of the step."""
         return [*self.trees, *(sequence for sequence, _ in self.chunks)]
 
+    def add_tree(self, sequence: Sequence, budget: Budget, lead: int = 0) -> None:
+        """Adds a sequence that decodes."""
+        self.trees.append(sequence)
+        self.budgets.append(budget)
+        self.leads.append(lead)
+
     def drop(self, sequence: Sequence) -> None:
         """Removes a sequence that is preempted."""
         if sequence in self.trees:
             at = self.trees.index(sequence)
-            del self.trees[at], self.budgets[at]
+            del self.trees[at], self.budgets[at], self.leads[at]
         self.chunks = [pair for pair in self.chunks if pair[0] is not sequence]
 
 
@@ -83,8 +91,7 @@ class Scheduler:
                 continue  # preempted for one before it
             budget = self._budget(sequence, *load)
             if self._reserve(sequence, sequence.cache.length + _ahead(sequence, budget.nodes), schedule):
-                schedule.trees.append(sequence)
-                schedule.budgets.append(budget)
+                schedule.add_tree(sequence, budget)
                 rows -= 1 + budget.nodes
         rows = max(rows, _LEAST_CHUNK)
         for sequence in late:
@@ -157,12 +164,20 @@ class Scheduler:
         return num_blocks(length - 1 + _ahead(sequence, sequence.nodes))
 
     def _chunk(self, sequence: Sequence, rows: int, schedule: Schedule) -> int:
-        """Adds a chunk of the prompt to the step. Returns its number of rows."""
+        """Adds a chunk of the prompt to the step. Returns its number of rows.
+
+        With the end of the prompt runs the root, unless the sequence drafts: its first tree would then depend on the rows that
+        others leave.
+        """
         count = min(sequence.num_missing, rows)
-        if count <= 0 or not self._reserve(sequence, sequence.cache.length + count, schedule):
+        with_root = 0 < sequence.num_missing < rows and not sequence.drafts and not sequence.scores_prompt
+        if count <= 0 or not self._reserve(sequence, sequence.cache.length + count + with_root, schedule):
             return 0
-        schedule.chunks.append((sequence, count))
-        return count
+        if with_root:
+            schedule.add_tree(sequence, _NOTHING, count)
+        else:
+            schedule.chunks.append((sequence, count))
+        return count + with_root
 
     def _reserve(self, sequence: Sequence, length: int, schedule: Schedule) -> bool:
         """Takes the blocks that are missing for `length` tokens. Returns whether the sequence still runs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from itertools import pairwise
 from time import perf_counter
 
 import numpy as np
@@ -95,7 +96,7 @@ class Step:
         is_whole = len(groups) == 1 and len(groups[0].places) == trees and not self.schedule.chunks
         batch = groups[0].drafted if is_whole else None
         batch = self._joined() if batch is None else batch
-        if is_whole or not (groups or self.schedule.chunks):
+        if is_whole or not (groups or self.schedule.chunks or any(self.schedule.leads)):
             self.packed = batch
         self.clock.lap("draft_s")
         return batch
@@ -105,9 +106,9 @@ class Step:
         parents: list[Items[int]] = []
         tokens: list[Items[int]] = []
         for b, sequence in enumerate(self.schedule.trees):
-            tree = self.drafted.get(b)
-            tokens.append(sequence.token_ids[-1:] if tree is None else tree.tokens.tolist())
-            parents.append([-1] if tree is None else tree.parents.tolist())
+            tree, lead = self.drafted.get(b), self.schedule.leads[b]
+            tokens.append(sequence.token_ids[-1 - lead :] if tree is None else tree.tokens.tolist())
+            parents.append(range(-1, lead) if tree is None else tree.parents.tolist())
         for sequence, count in self.schedule.chunks:
             tokens.append(sequence.token_ids[sequence.cache.length :][:count])
             parents.append(range(-1, count - 1))
@@ -135,10 +136,13 @@ class Step:
 
     def forward(self, batch: TreeBatch) -> Scores:
         """Runs the target once. Logits are computed for the nodes of trees, and for prompts that are scored."""
-        rows, sequences = None, self.schedule.sequences
-        if self.schedule.chunks:
-            scored = [True] * len(self.schedule.trees) + [sequence.scores_prompt for sequence, _ in self.schedule.chunks]
-            rows = np.flatnonzero(np.repeat(scored, np.diff(batch.offsets)))
+        rows, sequences, leads = None, self.schedule.sequences, self.schedule.leads
+        if self.schedule.chunks or any(leads):
+            scored = [True] * len(leads) + [sequence.scores_prompt for sequence, _ in self.schedule.chunks]
+            is_scored = np.repeat(scored, np.diff(batch.offsets))
+            for first, lead in zip(batch.offsets, leads, strict=False):
+                is_scored[first : first + lead] = False
+            rows = np.flatnonzero(is_scored)
         reads = any(sequence.drafts and sequence.drafting.drafter.feature_layers for sequence in sequences)
         layers = self.layers if reads else ()
         scores = self.target.forward(batch, [sequence.cache for sequence in sequences], rows, feature_layers=layers)
@@ -147,9 +151,11 @@ class Step:
 
     def decide(self, batch: TreeBatch, scores: Scores) -> list[Decision | None]:
         """Applies the rules to the trees. A sequence whose law or rule fails ends with the reason."""
+        nodes = np.diff(batch.offsets)[: len(self.schedule.trees)] - self.schedule.leads  # leads have no logits
+        bounds = pairwise([0, *np.cumsum(nodes).tolist()])
         cases = [
-            Case(sequence, None if sequence.draft_state is None else self.drafted.get(b) or batch[b], part(batch, b))
-            for b, sequence in enumerate(self.schedule.trees)
+            Case(sequence, None if sequence.draft_state is None else self.drafted.get(b) or batch[b], slice(*rows))
+            for b, (sequence, rows) in enumerate(zip(self.schedule.trees, bounds, strict=True))
         ]
         decisions: list[Decision | None] = []
         for case, found in zip(cases, decide(cases, scores.logits, self.packed), strict=True):
@@ -162,7 +168,10 @@ class Step:
     def commit(self, batch: TreeBatch, scores: Scores, decisions: Items[Decision | None]) -> list[Sequence]:
         """Keeps the accepted paths, tells the drafter, cuts outputs at a stop, and releases those that ended."""
         schedule = self.schedule
-        paths = [decision.verdict.path if decision else [] for decision in decisions]
+        paths = [
+            range(1, lead + 1) if lead else decision.verdict.path if decision else []
+            for decision, lead in zip(decisions, schedule.leads, strict=True)
+        ]
         chains = [range(1, count) for _, count in schedule.chunks]
         self.scheduler.pool.keep([sequence.cache for sequence in schedule.sequences], [*paths, *chains])
         self.clock.lap("cache_s")
@@ -190,14 +199,15 @@ class Step:
             _fail(sequence, error, "the tokens of a step cannot be written")
         count = len(sequence.token_ids) - before
         sequence.last_tree, sequence.last_path = tree, verdict.path[:count]
-        budget = self.schedule.budgets[b].nodes
-        sequence.records.append(record(sequence, tree, verdict, count, budget=budget, **self.clock.seconds))
+        budget, lead = self.schedule.budgets[b].nodes, self.schedule.leads[b]
+        seconds = self.clock.seconds | {"verify_s": self.clock.seconds["verify_s"] / (1 + lead)}  # without the prompt
+        sequence.records.append(record(sequence, tree, verdict, count, budget=budget, **seconds))
         if sequence.pace is not None and tree is not None:
             sequence.pace.saw(budget, tree.num_nodes - 1, len(verdict.path), len(tokens))
 
     def _commit_chunks(self, batch: TreeBatch, scores: Scores) -> None:
         first = len(self.schedule.trees)
-        row = int(batch.offsets[first])  # of the logits
+        row = int(batch.offsets[first]) - sum(self.schedule.leads)  # of the logits
         for b, (sequence, count) in enumerate(self.schedule.chunks, start=first):
             if sequence.scores_prompt:
                 try:

@@ -30,7 +30,7 @@ from ideal import CONTEXT, ideal_seconds, measured_costs
 from revisions import HERE, PAUSE_S, Checkout, interval
 
 NUM_SEQS, MAX_ROWS, MAX_LEN = 16, 512, 1280
-"""Requests at once, the engine's default number of rows of a step, and a context that fits every request."""
+"""Requests at once, the largest number of rows of a step, and a context that fits every request."""
 
 WORKLOADS = {"mixed": ((16, 900), (8, 256)), "answers": ((16, 16), (8, 1024))}
 """The least and the largest numbers of tokens of prompts and of answers."""
@@ -74,7 +74,8 @@ class Worker:
     def __init__(self, given: dict[str, Any]):
         from foredraft import LLM
 
-        alone = {"enable_prefix_caching": False} if Path("src/foredraft/cache/prefixes.py").exists() else {}
+        has_steps = Path("src/foredraft/cache/prefixes.py").exists()
+        alone = {"enable_prefix_caching": False, "max_num_batched_tokens": MAX_ROWS} if has_steps else {}
         limits = {"max_num_seqs": NUM_SEQS, "max_model_len": MAX_LEN}
         self.llm = LLM(given["model"], {"method": "ar"}, dtype=given["dtype"], device="cpu", **limits, **alone)
         self.lengths = {name: [tuple(pair) for pair in pairs] for name, pairs in given["lengths"].items()}

@@ -43,9 +43,10 @@ def _measurements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
     A test marked `timed` times a few steps on the machine, and neither reads nor leaves a choice for others.
     """
+    from foredraft.plan import build, measure
     from foredraft.plan import choose as auto
-    from foredraft.plan import measure
 
+    monkeypatch.setattr(build, "rows_of_step", lambda *_: 512)
     monkeypatch.setattr(auto, "SIZES", (4,))
     monkeypatch.setattr(auto, "TRIED_TREES", 1)
     recalled = auto.recalled

@@ -18,7 +18,7 @@ MAX_NUM_SEQS = 4096
 """Upper limit of `max_num_seqs`."""
 
 MAX_ROWS = 512
-"""Default of `max_num_batched_tokens`. More rows do not make prompts faster, and others wait longer for their tokens."""
+"""`max_num_batched_tokens` of an `Engine` without a plan. More rows do not make prompts faster, and others wait longer."""
 
 _SHARE = 0.25
 """Largest share of the free memory that keys and values take unless the user says otherwise."""
@@ -33,7 +33,8 @@ class EngineOptions:
 
     Attributes:
         max_num_seqs: maximum number of outputs decoded at once; others wait. None is `DEFAULT_NUM_SEQS`.
-        max_num_batched_tokens: maximum number of rows of a step: prompt tokens, roots and nodes of trees.
+        max_num_batched_tokens: maximum number of rows of a step: prompt tokens, roots and nodes of trees. For None, `LLM`
+            measures on this machine how many rows take about a second.
         kv_cache_memory_bytes: memory for the keys and values of target and drafter, in bytes. None is `max_num_seqs` full
             contexts, but at most a quarter of the free memory.
         enable_prefix_caching: whether requests share the keys and values of equal prefixes.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,7 @@ from foredraft.plan.choice import Choice
 from foredraft.plan.choose import Chooser
 from foredraft.plan.config import bundled_drafter
 from foredraft.plan.measure import sample_prompt
+from foredraft.plan.rows import rows_of_step
 from foredraft.plan.speculation import KINDS, PLAIN, Speculation, Way, kind_of
 from foredraft.plan.store import read_calibration
 from foredraft.rules.multiround import ForSampled
@@ -176,6 +177,8 @@ def make_engine(
         others: further plans, which requests choose by the name of their method.
         seed: seed for requests that set none.
     """
+    if options.max_num_batched_tokens is None:
+        options = replace(options, max_num_batched_tokens=rows_of_step(parts.target, [parts.fingerprint]))
     engine = Engine(
         parts.target,
         tokenizer=parts.tokenizer,

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from foredraft import LLM, CompletionOutput, SamplingParams
-from foredraft.cache.blocks import num_blocks
+from foredraft.cache.blocks import BLOCK, num_blocks
 from foredraft.core.draws import Draws, hash_seed
 from foredraft.core.tree import TreeBatch
 
@@ -215,10 +215,10 @@ def test_a_drafter_gets_the_features_of_every_committed_token(slots: int, monkey
     monkeypatch.setattr(drafter, "feature_layers", layers)
     monkeypatch.setattr(drafter, "start", started)
     monkeypatch.setattr(drafter, "observe", observed)
-    prompts = [llm.tokenizer(STORY)["input_ids"], [7]]
+    prompts = [2 * llm.tokenizer(STORY)["input_ids"], [7]]
     found = llm.generate(prompts, replace(SAMPLED, n=2))
     assert len(seen) == 4
-    assert [first for first, _ in sorted(seen, key=lambda one: one[0])] == [0, 0, 0, 16]  # one prompt of 22 tokens, twice
+    assert [first for first, _ in sorted(seen, key=lambda one: one[0])] == [0, 0, 0, BLOCK]  # one prompt of 44 tokens, twice
     for result in found:
         for output in result.outputs:
             ids = [*result.prompt_token_ids, *output.token_ids]

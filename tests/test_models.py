@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from foredraft import LLM, SamplingParams
-from foredraft.cache.blocks import num_blocks
+from foredraft.cache.blocks import BLOCK, num_blocks
 from foredraft.core.tree import TreeBatch
 from foredraft.kernels.attention import any_length_kernels
 from foredraft.kernels.prefixes import prefix_search, trie
@@ -272,7 +272,7 @@ def test_dtypes(name, dtype):
 @pytest.mark.parametrize("num_seqs", [1, 3])
 def test_graphs_are_reused_and_change_nothing(name, num_seqs, monkeypatch):
     """Many steps of random trees, whole or in two parts, with lengths that pass the ends of buckets."""
-    monkeypatch.setattr("foredraft.models.graphs.LENGTH_STEP", 16)
+    monkeypatch.setattr("foredraft.models.graphs.LENGTH_STEP", BLOCK)
     model, captured = make_model(name, torch.float64), []
 
     def capture(run):

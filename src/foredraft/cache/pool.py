@@ -173,7 +173,8 @@ def _zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     size = prod(shape) * dtype.itemsize
     memory = mmap.mmap(-1, max(1, size), **private)
-    return torch.frombuffer(memory, dtype=torch.uint8)[:size].view(dtype).view(*shape)
+    with torch.inference_mode(False):  # written inside and outside of this mode
+        return torch.frombuffer(memory, dtype=torch.uint8)[:size].view(dtype).view(*shape)
 
 
 class DrafterPools:

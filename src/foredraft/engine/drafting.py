@@ -103,8 +103,8 @@ class Drafting:
         """Returns one tree per sequence, within its budget. Node 0 is the root.
 
         Returns None if the drafter failed. It is then asked for each sequence alone, and switched off where it fails again, or
-        for all if it never does. For the others, `propose` may be called again. The random numbers are addressed, so their trees
-        do not change.
+        for all if it never does. For the others, `propose` may be called again. Random numbers are addressed, so their trees do
+        not change.
 
         Raises:
             OutOfBlocksError: the drafter runs more nodes than its trees keep, and their blocks do not suffice for all.

@@ -3,17 +3,17 @@
     python benchmarks/to_gguf.py --model DIR
     python benchmarks/load.py --model DIR --llama-server FILE --vllm-python FILE --output FILE
 
-Every engine has a process of its own and as many threads as cores. The engines take turns, in an order that rotates, and those
-that wait are stopped. All get the same requests, decode greedily, and run at most 16 requests at once. Prompts are random
+Every engine has a process of its own and as many threads as cores. The engines take turns, in an order that rotates, and a
+waiting engine is stopped. All get the same requests, decode greedily, and run at most 16 requests at once. Prompts are random
 token ids, and none is used twice.
 
-*Closed loop*: 16 requests are unfinished all the time. The throughput is the number of tokens that are delivered between the
-end of the first request and the start of the last one, relative to that time. *Poisson arrivals*: requests arrive at 0.5, 0.8
-and 1.2 times the requests a second that foredraft ended in the closed loop of the same round.
+*Closed loop*: 16 requests are unfinished all the time. The throughput counts the tokens that are delivered between the end of
+the first request and the start of the last one. *Poisson arrivals*: requests arrive at 0.5, 0.8 and 1.2 times the rate at which
+foredraft ended requests in the closed loop of the same round.
 
 A row of the output is one turn. *First token* is the time from the arrival of a request to its first delivery. *Token* is the
-time from the first to the last delivery, relative to the tokens after the first. *Gap* is the time between two deliveries. All
-rounds of the output file are in the printed tables; with ``--continue`` those that the file has already stay in it.
+time from the first to the last delivery, divided by the number of tokens after the first. *Gap* is the time between two
+deliveries. The printed tables cover all rounds of the output file. ``--continue`` keeps the rounds that the file has already.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Engine:
         self._signal(signal.SIGSTOP)
 
     def turn(self, ask: dict[str, Any]) -> tuple[list[Any], float]:
-        """Runs requests. Returns the arrival and the deliveries of each, and the share of the processors that others used."""
+        """Runs requests. Returns the arrival and the deliveries of each, and the share of time that others used."""
         self._signal(signal.SIGCONT)
         before = ticks(self._process.pid)
         print(json.dumps(ask), file=self._process.stdin, flush=True)
@@ -108,7 +108,7 @@ class Engine:
 
 
 def undisturbed(engine: Engine, ask: dict[str, Any], tries: int) -> tuple[list[Any], float]:
-    """Takes a turn, again if other processes disturbed it, at most `tries` times. Returns the least disturbed turn."""
+    """Takes a turn, and repeats it while other processes disturb it, up to `tries` runs. Returns the least disturbed run."""
     found = [engine.turn(ask)]
     while found[-1][1] > DISTURBED and len(found) < tries:
         found.append(engine.turn(ask))
@@ -157,7 +157,7 @@ def log_uniform(draw: random.Random, count: int, low: int, high: int) -> list[in
 
 
 def workload(seed: str, count: int, vocab: int, per_s: float | None) -> dict[str, Any]:
-    """Makes requests, with the arrivals of a Poisson process that has `count` of them in the time which `per_s` gives."""
+    """Makes requests. With `per_s`, they arrive as a Poisson process of this rate, given that it has `count` arrivals."""
     draw = random.Random(seed)
     prompts, limits = log_uniform(draw, count, *PROMPTS), log_uniform(draw, count, *ANSWERS)
     arrivals = per_s and sorted(draw.uniform(0, count / per_s) for _ in range(count))
@@ -166,7 +166,7 @@ def workload(seed: str, count: int, vocab: int, per_s: float | None) -> dict[str
 
 
 def throughput(requests: Sequence[Any]) -> float:
-    """Returns the tokens a second of a closed loop, while all places are taken."""
+    """Returns the tokens per second of a closed loop while all places are taken."""
     begin = min(deliveries[-1][0] for _, deliveries in requests)
     end = max(arrived for arrived, _ in requests)
     count = sum(tokens for _, deliveries in requests for at, tokens in deliveries if begin < at <= end)
@@ -223,7 +223,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def spread(values: Sequence[float], scale: float = 1.0, digits: int = 2) -> str:
-    """Spells the median of the rounds with their extremes."""
+    """Formats the median of the rounds with their extremes."""
     low, middle, high = (f"{scale * value:.{digits}f}" for value in (min(values), median(values), max(values)))
     return middle if len(values) == 1 else f"{middle} ({low} to {high})"
 
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="*", type=float, default=RATES, help="arrivals relative to the capacity of foredraft")
     parser.add_argument("--capacity", type=float, help="capacity in requests a second; default: of the round's closed loop")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tries", type=int, default=2, help="how often a turn runs that other processes disturb")
+    parser.add_argument("--tries", type=int, default=2, help="at most so many runs of a turn that other processes disturb")
     parser.add_argument("--seed", type=int, default=0, help="seed of lengths, prompts and arrivals")
     parser.add_argument("--continue", dest="added", action="store_true", help="keep the rounds that the output has already")
     given = parser.parse_args()

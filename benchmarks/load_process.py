@@ -2,14 +2,14 @@
 
     python load_process.py KIND OPTIONS
 
-KIND is one of KINDS, and OPTIONS is a JSON object. When the engine is ready, the process prints what is known of it. Then it
-reads a JSON object a line, and answers each with a line:
+KIND is one of KINDS, and OPTIONS is a JSON object. When the engine is ready, the process prints facts about it. Then it reads
+one JSON object per line, and answers each with a line:
 
     {"prompts": [[ids]], "limits": [n], "arrivals": [s] | null, "at_once": 16}
     {"requests": [[arrived_s, [[delivered_s, num_tokens], ...]], ...]}
 
-With arrival times every request is sent at its time, and the engine lets it wait. Without them `at_once` requests are
-unfinished all the time, as long as there are any. The clock starts with the question.
+With arrival times, every request is sent at its time and may wait in the engine. Without them, `at_once` requests are
+unfinished all the time, as long as requests are left. The clock starts when the object is read.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Measures what a forward of 16 decoding requests costs by their context, and what the rows of a prompt cost beside them.
+"""Measures the time of a forward of decoding requests by their context, and what the rows of a prompt add to it.
 
     python benchmarks/prompt_rows.py --model DIR --output FILE
 
-A row of the output is a forward: requests that decode, their context, the rows of a prompt, and the time, the median over the
-rounds. `prompt_tokens_per_s` counts the time beyond that of the forward without a prompt. The peak of the multiply-adds and the
-read bandwidth are measured in the same rounds.
+A row of the output describes a forward by the number of requests that decode, their context and the rows of a prompt. `ms` is
+its median time over the rounds. `prompt_tokens_per_s` counts only the time that the prompt adds. The peak of the multiply-adds
+and the read bandwidth are measured in the same rounds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FORWARDS = [
 
 
 def seconds(llm: LLM, pool: Any, forward: tuple[int, int, int]) -> float:
-    """Times a forward, best of three after a first one."""
+    """Returns the time of the fastest of three forwards, after a first one that is not counted."""
     requests, context, rows = forward
     contexts = [context] * requests + [0] * (rows > 0)
     batch = TreeBatch.chains([[5]] * requests + [[5] * rows] * (rows > 0))

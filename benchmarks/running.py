@@ -3,14 +3,14 @@
     python benchmarks/prompts.py --data DATA --each 60 --first 16 --output build/held-out.jsonl
     python benchmarks/running.py --prompts build/held-out.jsonl --output benchmarks/running-14m.jsonl
 
-Only prompts whose plain greedy answer does not loop take part (`foredraft.bench.tasks.is_looping`), because a loop is easily
-drafted. A turn runs a group of prompts at once, until the first answer is complete. Steps that compute prompts are not
-counted. Plain decoding and the drafter take turns on the same group; prefixes are not shared. *Tokens per second* counts every
+Only prompts whose plain greedy answer does not loop take part (`foredraft.bench.tasks.is_looping`), because a loop is easy to
+draft. A turn runs a group of prompts at once, until the first answer is complete. Steps that compute prompts are not counted.
+Plain decoding and the drafter take turns on the same group; prefixes are not shared. *Tokens per second* counts every other
 step, also those that try whether drafting pays again.
 
-`ratio_allowed` is what the drafter could reach at best: the largest ratio over all sizes of trees, from the stored costs of
-steps and the acceptance that was measured at this load, relative to the calibration. `budgets` says which share of the steps of
-requests had how many nodes.
+`ratio_allowed` is the largest ratio that the drafter could reach with any size of tree. It is computed from the stored costs of
+steps. The tokens per step of the calibration are scaled by the acceptance that was measured at this load. `budgets` maps a
+number of nodes to the share of the requests' steps that allowed it.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--method", default="auto", help="method of the drafter")
     parser.add_argument("--prompts", type=Path, required=True, help="held-out prompts, a .jsonl file")
     parser.add_argument("--running", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="numbers of running requests")
-    parser.add_argument("--laws", nargs="+", choices=list(LAWS), default=["0", "1"], help="samplings, by name")
+    parser.add_argument("--laws", nargs="+", choices=list(LAWS), default=["0", "1"], help="sampling parameters, by name")
     parser.add_argument("--rounds", type=int, default=3, help="number of rounds")
     parser.add_argument("--max-tokens", type=int, default=64, help="tokens of an answer")
     args = parser.parse_args()

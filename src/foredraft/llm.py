@@ -52,9 +52,9 @@ class LLM:
         max_model_len: maximum length of prompt plus output, in tokens. None is the model's context. For LongRoPE, that is
             the original context, which uses the short factors. A greater value, up to ``max_position_embeddings``, selects
             the long factors for all requests.
-        max_num_seqs: maximum number of outputs decoded at once; further outputs wait. A request that keeps its
-            number of tree nodes, because it has a seed, keeps one that pays with so many. None allows 8, and then one that
-            pays alone.
+        max_num_seqs: maximum number of outputs decoded at once; further outputs wait. None allows 8. If the number of tree
+            nodes is left open, a request with a seed keeps the number that pays with `max_num_seqs` running requests, or
+            with one for None.
         engine: further options of the engine, see `foredraft.engine.options.EngineOptions`: ``max_num_batched_tokens``,
             ``kv_cache_memory_bytes``, ``enable_prefix_caching``, ``max_waiting``, ``max_wait_s``.
         seed: seed for requests that set none, 0 to 2**64 - 1. -1 takes a seed from the operating system. The attribute

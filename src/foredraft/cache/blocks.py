@@ -34,9 +34,9 @@ class Blocks:
         count: number of blocks.
 
     Attributes:
-        height: all blocks from this number on were never given out.
+        height: blocks of this number and above have never been given out.
         forget: called with a kept block before it is given out with new contents.
-        pools: further pools over the same blocks, by their owner. They end with their owner, or with the blocks.
+        pools: further pools over the same blocks, by owner, such as those of drafters. A pool is dropped with its owner.
     """
 
     def __init__(self, count: int):
@@ -66,7 +66,7 @@ class Blocks:
         return taken
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Adds a holder to each block. A free block is one that was kept."""
+        """Adds a holder to each block. A free block among them must have been kept."""
         for block in blocks:
             self._holders[block] = self._holders.get(block, 0) + 1
             self._kept.pop(block, None)

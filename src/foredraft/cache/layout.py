@@ -27,11 +27,11 @@ class Layout:
         device: the device of the forward.
         new: packed index of each new node.
         count: M, the number of new nodes.
-        blocks: the blocks of each request, [B, ceil(T / 16)]. Rows of shorter requests are filled with block 0.
+        blocks: the blocks of each request, [B, ceil(T / BLOCK)]. Rows of shorter requests are filled with block 0.
         first_block: the first block if there is one request whose blocks are consecutive; else None.
         first_place: the place of the first new node if `first_block` is not None.
         width: N, the largest number of new nodes of a request.
-        length: T, the number of positions read of each request, given by the longest one.
+        length: T, the number of positions that are read of each request, which is that of the longest one.
         visible: which positions of its request each padded query may attend to.
         lengths: number of committed positions of each request.
         depths: depth of each node, per request.

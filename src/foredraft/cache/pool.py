@@ -21,7 +21,7 @@ from foredraft.core.tree import TreeBatch
 from foredraft.kernels.attention import attend
 
 _ALONE = 64
-"""Number of full contexts for which a drafter has blocks without a target."""
+"""Number of full contexts that fit into the blocks of a drafter that is used without a target."""
 
 
 @dataclass(eq=False)
@@ -62,7 +62,8 @@ class KVPool:
     """Keys and values of all requests in a single tensor of shape [2, L, H, blocks, `BLOCK`, D].
 
     A captured forward (`foredraft.models.graphs`) can run on any pool whose tensor has the same address as the captured one.
-    For this reason, a pool has no other tensor.
+    For this reason, a pool has no other tensor, and its tensor never moves. On a CPU, the system provides the memory page by
+    page, when a page is first written.
 
     Tree nodes are stored behind the committed tokens of a request, node i at ``length + i``, until `keep` commits a path.
 
@@ -88,7 +89,7 @@ class KVPool:
         return KVCache(self)
 
     def free(self, cache: KVCache) -> None:
-        """Releases the blocks of a cache, and of all caches beside it."""
+        """Releases the blocks of a cache, and thus those of the drafters' caches that share its list of blocks."""
         self.blocks.release(cache.blocks)
         cache.blocks.clear()
 
@@ -178,7 +179,9 @@ def _zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 class DrafterPools:
-    """The pools of one drafter: further layers of the blocks of every target pool that it is used with.
+    """The pools of one drafter, one beside each target pool that it is used with.
+
+    They hold the drafter's own keys and values, in the target's blocks.
 
     Args:
         make: makes a pool over given blocks.
@@ -192,7 +195,7 @@ class DrafterPools:
         """Returns the drafter's handle of a request, which shares the blocks of the target's handle.
 
         Args:
-            target: the target's cache. For None, which serves tests and tools, the request has blocks of its own.
+            target: the target's cache. None, for tests and tools, gives the request blocks of its own.
             length: number of tokens whose keys and values the drafter finds in these blocks.
         """
         blocks = self._own if target is None else target.pool.blocks

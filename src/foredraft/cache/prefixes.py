@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from foredraft.cache.blocks import BLOCK, Blocks
 
 Key = tuple[Hashable, tuple[int, ...]]
-"""What is before a block, and its tokens. Before it is its predecessor, or for the first block the name of a namespace.
+"""What precedes a block, and the tokens of the block. The name of a namespace precedes the first block.
 
 Keys are compared token by token, so equal hashes of different prefixes do no harm."""
 
@@ -27,7 +27,7 @@ class Trail:
 
     Attributes:
         last: the last of these blocks, or the name of the namespace.
-        beyond: number of tokens behind a block on which its contents depend too. It is 1 for a drafter whose entry at a
+        beyond: number of tokens behind a block on which its contents also depend. It is 1 for a drafter whose entry at a
             position holds the next token, else 0.
         count: number of published blocks.
     """
@@ -46,8 +46,8 @@ class Trail:
 class Prefixes:
     """The published blocks of one pool.
 
-    A block is published once all its keys and values are written, those of the drafter too. It is forgotten when it is given
-    out again.
+    A block is published once all its keys and values are written, including those of the drafter. It is forgotten when it is
+    given out again.
     """
 
     def __init__(self, blocks: Blocks):
@@ -60,7 +60,7 @@ class Prefixes:
         """Returns the published blocks of the first `length` tokens of a text, or of fewer tokens.
 
         Args:
-            trail: the beginning; only blocks of its namespace are found. It is extended.
+            trail: how far the text is matched already; it is extended. Only blocks of its namespace are found.
         """
         blocks = list[int]()
         while (key := trail.next_key(tokens, length)) is not None and (found := self._found.get(key)) is not None:

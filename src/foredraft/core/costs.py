@@ -1,4 +1,4 @@
-"""What steps cost on this machine and what drafting gains: measured once, stored, and handed to the engine as a value."""
+"""What steps cost on this machine, and what drafting gains; measured once, stored, and passed to the engine as a value."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Costs:
         return interpolated(self.tokens, nodes)[0] - 1 if nodes else 0.0
 
     def best(self, requests: int, besides: int, share: float) -> int:
-        """Returns the number of nodes with the most tokens per second, if all requests had trees of this size. 0 if none pays.
+        """Returns the number of nodes with the most tokens per second, if all requests have trees of this size; 0 if none pays.
 
         Args:
             requests, besides: as in `step_s`.

@@ -143,7 +143,7 @@ class _Mailbox:
 
 
 class _Worker:
-    """The thread that runs an engine. Other threads give it actions, which it runs between two steps in their order.
+    """The thread that runs an engine. Other threads give it actions, which it runs in order between two steps.
 
     It holds no reference to the `AsyncEngine`, which can therefore be deleted while the thread sleeps.
     """

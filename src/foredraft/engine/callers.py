@@ -18,7 +18,7 @@ class _Caller:
 
     Attributes:
         requests: the unfinished requests that it waits for, by name.
-        inbox: outputs that it has not taken yet. None in between: perhaps nobody runs the steps.
+        inbox: outputs that it has not taken yet. A None among them wakes it, because perhaps nobody runs the steps.
     """
 
     def __init__(self) -> None:
@@ -29,8 +29,8 @@ class _Caller:
 class Callers:
     """The callers of one engine.
 
-    While callers wait and nobody runs the steps, one of them has been woken to do so. A caller that does not look again wakes
-    another one. Its consumer may keep it suspended for ever, so this includes every caller that yields an output.
+    While callers wait and nobody runs the steps, one of them has been woken to do so. A caller that stops looking wakes another
+    one first. So does every caller that yields an output, because its consumer may never resume it.
     """
 
     def __init__(self, engine: Engine):
@@ -77,7 +77,7 @@ class Callers:
         """Returns the next output of a caller. Runs steps as long as nobody else does."""
         output = None
         while output is None and (output := _aborted(caller)) is None:
-            self._idle[caller] = None  # before it looks: who releases the turn later wakes it
+            self._idle[caller] = None  # before it looks, so that a later release of the turn wakes it
             if caller.inbox.empty() and self._turn.acquire(blocking=False):
                 try:
                     self._idle.pop(caller, None)

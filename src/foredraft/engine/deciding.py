@@ -1,4 +1,4 @@
-"""Which tokens a step gives each sequence: the verdicts of the rules, for all trees at once where a rule has a batched form."""
+"""Decides which tokens a step gives each sequence. Trees whose rule has a batched form are verified together."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _log = logging.getLogger("foredraft")
 
 _FEW_LOGITS = 1 << 18
 """With this many logits at most, trees at temperature 0 are verified one by one on a CPU. Their largest logits are found in
-microseconds, so what a batch costs by itself is not repaid. With more, a batch gains: it reads only the rows that it visits.
-Measured with trees of 9 rows of 4096 logits on two cores."""
+microseconds, less than the fixed cost of a batch. With more logits a batch gains, because it reads only the rows that it
+visits. This was measured with trees of 9 rows of 4096 logits on two cores."""
 
 
 class Case(NamedTuple):
@@ -60,14 +60,14 @@ def decide(cases: Items[Case], logits: Float[Tensor, "r v"], whole: TreeBatch | 
         try:
             packed = whole if whole is not None and len(places) == len(cases) else _packed([cases[i] for i in places])
             found |= zip(places, _together([cases[i] for i in places], packed, logits), strict=False)
-        except Exception as error:  # alone, only the case that is the reason fails
+        except Exception as error:  # verified alone, only the case at fault fails
             reason = type(error).__name__, error
             _log.warning("the trees of a step cannot be verified together (%s: %s); each is verified alone", *reason)
     return [found[i] if i in found else _alone(case, logits) for i, case in enumerate(cases)]
 
 
 def _batched(cases: Items[Case], *, is_small: bool) -> list[list[int]]:
-    """Returns the places of the cases that are decided together: without processors, and with the same table of laws.
+    """Returns the groups of cases that are decided together, by place. They have no processors and share a table of laws.
 
     Args:
         is_small: whether trees at temperature 0 are better decided alone.
@@ -90,7 +90,7 @@ def _packed(cases: Items[Case]) -> TreeBatch:
 
 
 def _together(cases: Items[Case], packed: TreeBatch, logits: Float[Tensor, "r v"]) -> list[Decision]:
-    """Returns the decision on every case, or nothing if a sequence's draws give no numbers."""
+    """Returns the decision on every case. The list is empty if the draws of a sequence give no array of numbers."""
     sampling = [case.sequence.sampling for case in cases]
     uniforms = None
     if any(params.temperature > 0 for params in sampling):

@@ -32,9 +32,9 @@ class Drafting:
         most: the largest tree.
         name: name by which a request chooses it.
         max_nodes: gives the maximum number of tree nodes of a request, within `most`; None uses the whole budget.
-        costs: gives the costs by which the number of nodes of a request follows the load and what was accepted of it; None
-            keeps it.
-        num_seqs: number of running requests for which `costs` fix the number of nodes of a request that keeps it.
+        costs: gives the costs of steps for a request. By these, its number of nodes follows the load and its accepted tokens.
+            None keeps the number.
+        num_seqs: number of running requests that is assumed for a request that keeps its number of nodes.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class Drafting:
         """Returns the features of the drafter's own layers.
 
         Args:
-            features: features of all layers that the drafters of the engine need.
-            places: the layers in them.
+            features: features of all layers that the drafters of the engine need, side by side.
+            places: these layers, in the same order.
         """
         own = [*self.drafter.feature_layers]
         if features is None or not own or own == list(places):
@@ -81,7 +81,8 @@ class Drafting:
         """Returns the maximum number of nodes of the trees of a request, and what changes the number from step to step.
 
         Args:
-            is_fixed: whether the request keeps its number. It is 0 where drafting does not pay with `num_seqs` requests.
+            is_fixed: whether the request keeps its number, which is then the one that pays with `num_seqs` running requests.
+                It is 0 if drafting does not pay with so many.
         """
         nodes = min(self.most.nodes, self._max_nodes(sampling)) if self._max_nodes else self.most.nodes
         costs = self._costs(sampling) if self._costs is not None else None
@@ -101,8 +102,9 @@ class Drafting:
     def propose(self, sequences: Items[Sequence], budgets: Items[Budget]) -> TreeBatch | None:
         """Returns one tree per sequence, within its budget. Node 0 is the root.
 
-        Returns None if the drafter failed. It is then switched off for those sequences for which it fails alone, and may be
-        asked again for the others. The random numbers are addressed, so their trees do not change.
+        Returns None if the drafter failed. It is then asked for each sequence alone, and switched off where it fails again, or
+        for all if it never does. For the others, `propose` may be called again. Random numbers are addressed, so their trees do
+        not change.
 
         Raises:
             OutOfBlocksError: the drafter runs more nodes than its trees keep, and their blocks do not suffice for all.

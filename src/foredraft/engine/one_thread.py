@@ -12,7 +12,7 @@ class OneThread:
     """A context in which torch computes on a single thread. It may be entered from several Python threads at once.
 
     Torch's number of threads belongs to the process: a Python thread takes it over at its first operation. So the number is
-    read only while nobody is inside, and everybody who leaves sets it again for the own Python thread.
+    read only while no thread is inside. Every thread that leaves sets the number again for itself.
     """
 
     def __init__(self):
@@ -40,4 +40,4 @@ class OneThread:
 
 
 one_thread = OneThread()
-"""The only one: torch has one number of threads."""
+"""The only instance, because torch has one number of threads."""

@@ -38,8 +38,9 @@ class EngineOptions:
         kv_cache_memory_bytes: memory for the keys and values of target and drafter, in bytes. None is `max_num_seqs` full
             contexts, but at most a quarter of the free memory.
         enable_prefix_caching: whether requests share the keys and values of equal prefixes.
-        reproducible: whether every request keeps the number of tree nodes that was chosen at the start, whatever the load. Its
-            tokens then do not depend on other requests. Requests with a seed of their own always keep it.
+        reproducible: whether every request keeps its number of tree nodes, whatever the load. Its tokens then do not depend on
+            other requests. If the config leaves the number open, it is the one that pays with `max_num_seqs` running
+            requests, or with one for None. Requests with a seed of their own always keep it.
         max_waiting: maximum number of outputs that wait for a place; None sets no limit.
         max_wait_s: an output that waits longer for its first step ends with ``error``, in seconds; None sets no limit.
 

@@ -1,7 +1,7 @@
-"""How many nodes a request drafts: from stored costs, the rows of the step, and what was accepted of this request so far.
+"""Chooses how many nodes a request drafts, from stored costs, the rows of the step and the accepted tokens of the request.
 
-A budget is fixed before the drafter is asked, from committed tokens alone. So the law of the output does not change. Two runs
-of a request at equal load choose equal budgets.
+A budget is fixed before the drafter is asked, from the load and from committed tokens. So the law of the output does not
+change. Two runs of a request at equal load choose equal budgets.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Pace:
         gained, expected: accepted tokens, and those that a typical request would have had. Both decay.
         pause: plain steps until the next probe; 0 while drafting pays.
         next_pause: length of the next pause, in plain steps.
-        pending: tokens that the drafter has not seen since it paused.
+        pending: tokens that were committed since the last step with a budget. The drafter must catch up on them.
     """
 
     costs: Costs
@@ -65,7 +65,7 @@ class Pace:
         return nodes
 
     def saw(self, budget: int, nodes: int, accepted: int, committed: int) -> None:
-        """Takes in a step.
+        """Updates the pace after a step.
 
         Args:
             budget: the budget of the step, in nodes.

@@ -132,7 +132,7 @@ class Scheduler:
             self._prefixes.publish(sequence.trail, sequence.cache.blocks, sequence.token_ids, written)
 
     def make_room(self, schedule: Schedule) -> None:
-        """Preempts the last running sequence, also if the step was to run it."""
+        """Preempts the last running sequence, even if it is part of the step."""
         last = self.running[-1]
         schedule.drop(last)
         self.preempt(last)
@@ -166,8 +166,8 @@ class Scheduler:
     def _chunk(self, sequence: Sequence, rows: int, schedule: Schedule) -> int:
         """Adds a chunk of the prompt to the step. Returns its number of rows.
 
-        With the end of the prompt runs the root, unless the sequence drafts: its first tree would then depend on the rows that
-        others leave.
+        The root runs together with the end of the prompt, unless the sequence drafts. Otherwise the steps in which it drafts
+        would depend on the rows that other sequences leave.
         """
         count = min(sequence.num_missing, rows)
         with_root = 0 < sequence.num_missing < rows and not sequence.drafts and not sequence.scores_prompt
@@ -217,7 +217,7 @@ class Scheduler:
     def _usable(self, sequence: Sequence) -> tuple[Trail, list[int]]:
         """Finds the blocks that a sequence can share, and how far they are published.
 
-        A drafter that reads features needs those of a token behind them.
+        A drafter that reads features also needs the features of one token behind these blocks.
         """
         trail, length = self._trail(sequence), len(sequence.token_ids) - 1
         if sequence.scores_prompt:
@@ -227,7 +227,7 @@ class Scheduler:
     def _trail(self, sequence: Sequence) -> Trail:
         """Returns the beginning of the trail of a sequence.
 
-        Blocks are shared within a namespace: of requests with the same salt whose drafter writes the same.
+        Blocks are shared within a namespace: among requests with the same salt whose drafter writes the same keys and values.
         """
         request, drafting = sequence.request, sequence.drafting if sequence.drafts else None
         sampled = drafting is not None and sequence.sampling.temperature > 0  # each kind of requests may have its own drafter
@@ -258,7 +258,7 @@ class Scheduler:
 
 
 def _ahead(sequence: Sequence, nodes: int) -> int:
-    """Number of positions behind the cache that a step of a sequence with a tree of `nodes` nodes may write."""
+    """Returns how many positions behind the cache a step with a tree of `nodes` nodes may write."""
     return 1 + (max(nodes, sequence.drafting.drafter.ahead) if sequence.drafting is not None else 0)
 
 

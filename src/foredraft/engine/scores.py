@@ -1,4 +1,4 @@
-"""What a step computes for one output beside its tokens: the law of the target, log-probabilities, and the step's record."""
+"""Computes what a step gives one output beside its tokens: the law of the target, log-probabilities, and the step's record."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class Step:
 
     Attributes:
         layers: the target's layers whose features the drafters need.
-        schedule: what the step runs. Trees come first in every batch, then the chunks of prompts.
+        schedule: the rows of the step. Trees come first in every batch, then the chunks of prompts.
         drafted: the trees of the sequences that draft, by place in the schedule.
         packed: the trees of the step with their draft laws, if the target runs these and nothing else.
     """
@@ -102,7 +102,7 @@ class Step:
         return batch
 
     def _joined(self) -> TreeBatch:
-        """Returns the batch of the step for the target, which reads no laws. Other sequences run their root alone."""
+        """Returns the batch of the step for the target, which reads no draft laws. Without a tree, a sequence runs its root."""
         parents: list[Items[int]] = []
         tokens: list[Items[int]] = []
         for b, sequence in enumerate(self.schedule.trees):

@@ -1,4 +1,4 @@
-"""Where an output ends: at a stop string, a stop token, an end of sequence, its length, or before a token without a law."""
+"""Ends outputs: at a stop string, a stop token, an end of sequence, the length limit, or before a token without a law."""
 
 from __future__ import annotations
 

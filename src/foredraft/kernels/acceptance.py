@@ -1,9 +1,9 @@
-"""Verifies the trees of a step together, by the multi-round rule. In torch, and compiled.
+"""Verifies the trees of a step together by the multi-round rule. There is a compiled version and one in torch.
 
 The compiled version does for each tree what `foredraft.rules.multiround` does, with the same laws, residuals and draws, so its
 verdicts are equal bit for bit. The version in torch runs on every device. It tests the r-th child of every node at once, for
 one rank r after another. Then it finds the accepted paths by jumps of doubling length, and draws all next tokens. The results
-are transferred to the host once. With top-p on another device, one flag for each group of trees is transferred before.
+are transferred to the host once. With top-p, a flag for each group of trees is transferred before.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Trees(NamedTuple):
 
     Attributes:
         offsets: tree b holds the nodes ``offsets[b]`` to ``offsets[b + 1] - 1``.
-        rows: the row of the logits of each root. Those of the other nodes of its tree follow.
+        rows: the row of the logits of each root. The rows of the other nodes of its tree follow.
         tokens, parents, drawn, draft_row: for each node, as in `foredraft.core.tree.TreeBatch`.
         limits: for each tree temperature, logarithm of min_p, top_k and top_p. Temperature 0 is greedy.
         uniforms: for each node two numbers in [0, 1): one for the test of its token, one for the token after it. None if every
@@ -72,7 +72,7 @@ def accept_compiled(
     trees: Trees,
     draft_ids: Int[Tensor, "l k"] | None,
 ) -> Accepted:
-    """Computes `accept`. In float32 on a CPU. Sampled trees are shared among the threads of compiled forwards.
+    """Computes `accept` in float32 on a CPU. The threads of compiled forwards share the sampled trees among themselves.
 
     Raises:
         ValueError: a tree cannot be read.
@@ -106,8 +106,8 @@ def _checked(found: Int[np.ndarray, "3 b"]) -> Accepted:
 
 
 _MOST_NUMBERS = 1 << 26
-"""Trees are verified in groups of at most this many probabilities, or one by one: 256 MiB in float32. A group needs several
-times that."""
+"""Trees are verified in groups of at most this many probabilities, which are 256 MiB in float32. A larger tree is its own
+group. A group needs several times that memory."""
 
 
 def accept(

@@ -42,7 +42,7 @@ class Plan:
     Attributes:
         parts: the target, and what was loaded with it.
         speculation: the checked config.
-        num_seqs: number of running requests for which the budget of a request is chosen that keeps it.
+        num_seqs: number of running requests that is assumed for a request that keeps its number of nodes.
     """
 
     parts: ModelParts

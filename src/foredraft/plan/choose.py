@@ -5,8 +5,8 @@ measures them on training text. Without a calibration, they are those of a typic
 
 Seconds per step are measured once on this machine by running real steps, and are stored in the user's cache.
 
-The choice is made once per engine, for one request at a time, and separately for greedy and for sampled requests. With more
-requests at once, the engine lowers the number of nodes by the costs that are measured here.
+The choice is made once per engine for one running request, and separately for greedy and for sampled requests. With more
+running requests, the engine lowers the number of nodes by the costs that are measured here.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class Chooser:
         return Timed(self.target, drafter, self.speculation.rule_for(way.tree), nodes, *about)
 
     def _parts(self, kind: str, candidate: Candidate) -> list[tuple[float, Way]]:
-        """Returns the ways whose steps a candidate's steps are, with their shares from the calibration.
+        """Returns the ways that draft the steps of a candidate, with their shares from the calibration.
 
         Steps of a ``-lookup`` drafter are those of lookup and of the fallback drafter.
         """
@@ -173,7 +173,7 @@ class Chooser:
         known = [way for way in ways if curve_name(way) in curves]
         tokens = {way: tokens_per_step(curves, Candidate(way, TYPICAL_SIZE)) or 0.0 for way in known if has_weights(way)}
         best, free = best_ways(tokens), [way for way in known if not has_weights(way)]
-        return best[:1] + free + best[1:] or ways[:1]  # one timing serves all that is free, so there is time for it
+        return best[:1] + free + best[1:] or ways[:1]  # a single timing serves all drafters without weights
 
     def _curves(self, kind: str) -> Mapping[str, Any]:
         return self.measured.get("tokens_per_step", {}).get(kind) or {}

@@ -1,13 +1,13 @@
 """The exact rules for many trees at once. The rules that verify one tree are the reference.
 
-`multiround`, `multiround_iid`, `deterministic` and, on chains, `chain` give one verdict where all of them verify a tree. So
+`multiround`, `multiround_iid`, `deterministic` and, on chains, `chain` give the same verdict on a tree that they may verify. So
 they share one batched form, the operation ``accept`` of `foredraft.kernels`. Logits stay on their device. The operation takes
 the random numbers as an array that is indexed by node. They are those of the keys ``("accept", path of the node, 0)`` and
 ``("next", path of the node, 0)``.
 
-Guarantee: the verdicts of the rules. In compiled code they are equal bit for bit. In torch, laws are the rules' own up to
-rounding, and a verdict differs only if a random number lies within that rounding of its threshold, or the mass of the kept
-tokens within that rounding of top-p.
+Guarantee: the verdicts of the rules. Compiled code gives them bit for bit. In torch, laws are equal to the rules' own up to
+rounding. There a verdict differs only in two cases: a random number lies within that rounding of its threshold, or the mass of
+the kept tokens lies within that rounding of top-p.
 
 Rounding in float32. Let r be the largest logit divided by the temperature, in absolute value. A law over V tokens then has a
 total error (the sum over all tokens) of at most e = 2^-22 (8 + r + V / 16), and a stored draft law has none. A draft law with
@@ -45,7 +45,7 @@ class Verdicts(NamedTuple):
 
     Attributes:
         verdicts: one for each tree.
-        lawless: for each tree the first node of root and path whose logits define no law; -1 if there is none.
+        lawless: for each tree the first node from the root along the path whose logits define no law; -1 if there is none.
     """
 
     verdicts: list[Verdict]
@@ -66,7 +66,7 @@ def verify(
         logits: row r scores the children of a node.
         sampling: the sampling parameters of each tree.
         uniforms: the random numbers of each node, by purpose; see `Draws.of_nodes`. Not read if all temperatures are 0.
-        rows: the row of each root. Those of the other nodes of its tree follow. None: the rows are those of the nodes.
+        rows: the row of each root. The rows of the other nodes of its tree follow. None: node i has row i.
 
     Raises:
         ValueError: a tree cannot be verified.
@@ -106,9 +106,9 @@ def _limits(temperature: float, min_p: float, top_k: int, top_p: float) -> tuple
 
 
 def batched_form(rule: AcceptanceRule) -> Callable[[DraftTree], bool] | None:
-    """Returns what tells for a tree whether `verify` gives the verdict of `rule`; None if it never does.
+    """Returns a check of trees: whether `verify` gives the verdict of `rule` on a tree. None if it never does.
 
-    It does not give it where the rule raises an error.
+    The check is False for a tree on which the rule raises an error.
     """
     if isinstance(rule, ForSampled):
         sampled, unsampled = batched_form(rule.rule), batched_form(multiround)

@@ -33,6 +33,9 @@ PLAIN = {"method": "ar"}
 FASTEST = {"method": "auto"}
 TREES = {"method": "fspad", "tree": "dyspec", "num_speculative_tokens": 8}
 SAMPLING = SamplingParams(temperature=0, max_tokens=96)
+ROUNDS = 5
+"""Rounds in bfloat16, whose times are short."""
+
 OUT = Console(highlight=False, soft_wrap=True)
 
 
@@ -67,24 +70,27 @@ class Pair:
         return 1000 * self.drafted_s / len(self.drafted.token_ids)
 
 
-def run(dtype: str, config: dict[str, Any]) -> tuple[LLM, list[Pair]]:
-    """Decodes every prompt plainly and speculatively, in turn, after a warm-up."""
-    plain, drafted = LLM(speculative_config=PLAIN, dtype=dtype), LLM(speculative_config=config, dtype=dtype)
+def run(dtype: str, config: dict[str, Any], rounds: int = 1) -> tuple[LLM, list[Pair]]:
+    """Decodes every prompt plainly and speculatively, in turn, after a warm-up. No round finds the prompt of another one."""
+    plain, drafted = (LLM(speculative_config=way, dtype=dtype, enable_prefix_caching=False) for way in (PLAIN, config))
     way = drafted.drafting(SAMPLING)
     names = " ".join(str(way[key]) for key in ("method", "tree") if way[key])
     OUT.print(f"{dtype}, greedy, at most {SAMPLING.max_tokens} tokens, drafted by {names} with {way['budget']} nodes:")
     for llm in (plain, drafted):
         llm.chat([{"role": "user", "content": "warm-up"}], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
-    return plain, [_both(plain, drafted, prompt) for prompt in PROMPTS]
+    return plain, [_both(plain, drafted, prompt, rounds) for prompt in PROMPTS]
 
 
-def _both(plain: LLM, drafted: LLM, prompt: str) -> Pair:
-    began = perf_counter()
-    [first] = plain.chat([{"role": "user", "content": prompt}], SAMPLING)
-    between = perf_counter()
-    [second] = drafted.chat([{"role": "user", "content": prompt}], SAMPLING)
-    ended = perf_counter()
-    return Pair(first.prompt_token_ids, first.outputs[0], second.outputs[0], between - began, ended - between)
+def _both(plain: LLM, drafted: LLM, prompt: str, rounds: int) -> Pair:
+    """Decodes a prompt in turns, and takes the median times."""
+    results, seconds = {}, {plain: [], drafted: []}
+    for number in range(rounds):
+        for llm in [plain, drafted][:: 1 if number % 2 else -1]:
+            began = perf_counter()
+            [results[llm]] = llm.chat([{"role": "user", "content": prompt}], SAMPLING)
+            seconds[llm].append(perf_counter() - began)
+    first, second = results[plain], results[drafted]
+    return Pair(first.prompt_token_ids, first.outputs[0], second.outputs[0], median(seconds[plain]), median(seconds[drafted]))
 
 
 def show(pairs: list[Pair]) -> None:
@@ -124,7 +130,7 @@ def explain(plain: LLM, pairs: list[Pair]) -> None:
 
 def main() -> int:
     """Runs the demo, and returns the exit status: 0 if all float64 outputs are identical, else 1."""
-    plain, pairs = run("bfloat16", FASTEST)
+    plain, pairs = run("bfloat16", FASTEST, ROUNDS)
     show(pairs)
     explain(plain, pairs)
     plain, exact = run("float64", TREES)

@@ -4,7 +4,8 @@
     python benchmarks/running.py --prompts build/held-out.jsonl --output benchmarks/running-14m.jsonl
 
 Only prompts whose plain greedy answer does not loop take part (`foredraft.bench.tasks.is_looping`), because a loop is easy to
-draft. A turn runs a group of prompts at once, until the first answer is complete. Steps that compute prompts are not counted.
+draft. A turn runs a group of prompts at once, until the first answer is complete. Steps up to the first
+token of every request are not counted, because they compute prompts.
 Plain decoding and the drafter take turns on the same group; prefixes are not shared. *Tokens per second* counts every other
 step, also those that try whether drafting pays again.
 
@@ -66,7 +67,7 @@ def run(llm: LLM, prompts: Sequence[list[int]], sampling: SamplingParams) -> Tur
         synchronize(llm.target.device)
         seconds = perf_counter() - began
         added = [len(output.token_ids) - count for output, count in zip(outputs, counts, strict=True)]
-        if all(added):
+        if all(added) and all(count > output.num_prompt for output, count in zip(outputs, counts, strict=True)):
             turn.tokens, turn.seconds = turn.tokens + sum(added), turn.seconds + seconds
             turn.records += [output.records[-1] for output in outputs]
     engine.abort_request([request.request_id for request in requests])

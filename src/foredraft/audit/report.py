@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from foredraft.audit.hypotheses import FALSE_ALARM, POWER, Evidence
-from foredraft.audit.run import PLANTED, TOLERANCE, Audit
+from foredraft.audit.planted import PLANTED
+from foredraft.audit.run import TOLERANCE, Audit
 from foredraft.plan.store import versions
 
 

@@ -9,14 +9,15 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from foredraft.audit.exact import enumerated_error
 from foredraft.audit.greedy import Divergence, divergence
 from foredraft.audit.hypotheses import Evidence
+from foredraft.audit.planted import Eager
 from foredraft.bench.calibrate import all_logits
 from foredraft.core.contracts import AcceptanceRule
-from foredraft.core.draws import Draws, Key
+from foredraft.core.draws import Draws
 from foredraft.core.errors import UserError
 from foredraft.core.law import TargetLaw
 from foredraft.core.outputs import require_whole
@@ -37,32 +38,6 @@ TOLERANCE = 1e-12
 
 SIZES: Mapping[int, int] = {2: 4, 3: 3}
 """Size of the vocabulary -> number of nodes of the largest enumerated trees."""
-
-PLANTED = 0.15
-"""Amount that the negative control adds to every acceptance probability."""
-
-
-@dataclass(frozen=True)
-class Eager(Draws):
-    """Draws that accept too often. They are the planted bias of the negative control."""
-
-    def at(self, num_committed: int) -> Eager:
-        """Returns the draws of a step."""
-        return Eager(self.seed, num_committed)
-
-    def bernoulli(self, prob: float, key: Key) -> bool:
-        """Returns True with probability `prob` + `PLANTED`."""
-        return super().bernoulli(min(1.0, prob + PLANTED), key)
-
-    @staticmethod
-    def of_nodes(
-        draws: Sequence[Draws], purposes: Sequence[str], offsets: Int[np.ndarray, " b1"], parents: Int[np.ndarray, " n"]
-    ) -> Float[np.ndarray, "p n"] | None:
-        """Returns the numbers of `Draws.of_nodes`. Those that accept are lowered by `PLANTED`, so a test passes as often."""
-        numbers = Draws.of_nodes(draws, purposes, offsets, parents)
-        if numbers is not None:
-            numbers[[purpose == "accept" for purpose in purposes]] -= PLANTED
-        return numbers
 
 
 class Drafted(NamedTuple):

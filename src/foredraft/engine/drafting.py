@@ -138,9 +138,17 @@ class Drafting:
         except Exception as error:
             self.switch_off(sequence, error)
 
+    def catch_up(self, sequence: Sequence, places: Items[int]) -> None:
+        """Tells the drafter what was committed while it paused. `places` is as in `take`."""
+        missed, sequence.missed = sequence.missed, []
+        for tokens, features, row in missed:
+            if sequence.draft_state is not None:
+                given = None if features is None else features[row : row + 1]
+                self.observe(sequence, tokens, self.take(given, places), [])
+
     def finish(self, sequence: Sequence) -> None:
         """Releases the drafter's state of a sequence."""
-        state, sequence.draft_state, sequence.features = sequence.draft_state, None, []
+        state, sequence.draft_state, sequence.features, sequence.missed = sequence.draft_state, None, [], []
         if state is not None:
             try:
                 self.drafter.finish(state)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
@@ -22,6 +22,14 @@ from foredraft.core.params import SamplingParams
 from foredraft.core.text import TextStream
 from foredraft.core.tree import DraftTree
 from foredraft.engine.pace import Pace
+
+
+class Missed(NamedTuple):
+    """Tokens that were committed in a step without drafting, and where the features of their root stand."""
+
+    tokens: Items[int]
+    features: Float[Tensor, "m w"] | None
+    row: int
 
 
 @dataclass(eq=False)
@@ -46,6 +54,7 @@ class Sequence:
         trail: how far its blocks are published for other requests; None if they are not.
         first: number of tokens whose keys and values another request left in its blocks.
         features: the target's features of the tokens in the cache, in parts, until the drafter has started.
+        missed: what the drafter is told before it drafts again.
         draft_state: the drafter's state; None before it has started, and if nothing is drafted.
         finish_reason: ``stop``, ``length``, ``abort`` or ``error``; None while the output runs.
         error: why the output ended with ``error``.
@@ -73,6 +82,7 @@ class Sequence:
     trail: Trail | None = None
     first: int = 0
     features: list[Float[Tensor, "_ d"]] = field(default_factory=list)
+    missed: list[Missed] = field(default_factory=list)
     draft_state: Any = None
     records: list[StepRecord] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)

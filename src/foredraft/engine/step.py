@@ -16,7 +16,7 @@ from foredraft.core.errors import UserError, told
 from foredraft.core.tree import DraftTree, TreeBatch
 from foredraft.engine.deciding import Case, Decision, decide
 from foredraft.engine.drafting import Drafting
-from foredraft.engine.request import Sequence
+from foredraft.engine.request import Missed, Sequence
 from foredraft.engine.scheduler import Schedule, Scheduler
 from foredraft.engine.scores import record, score_prompt
 from foredraft.engine.stop import settle
@@ -119,6 +119,8 @@ class Step:
         while True:
             groups: dict[Drafting, Group] = {}
             for b, (sequence, budget) in enumerate(zip(self.schedule.trees, self.schedule.budgets, strict=True)):
+                if budget.nodes:
+                    sequence.drafting.catch_up(sequence, self.layers)
                 if budget.nodes and sequence.draft_state is not None:
                     groups.setdefault(sequence.drafting, Group()).places.append(b)
             try:
@@ -154,7 +156,7 @@ class Step:
         nodes = np.diff(batch.offsets)[: len(self.schedule.trees)] - self.schedule.leads  # leads have no logits
         bounds = pairwise([0, *np.cumsum(nodes).tolist()])
         cases = [
-            Case(sequence, None if sequence.draft_state is None else self.drafted.get(b) or batch[b], slice(*rows))
+            Case(sequence, self.drafted.get(b), slice(*rows))
             for b, (sequence, rows) in enumerate(zip(self.schedule.trees, bounds, strict=True))
         ]
         decisions: list[Decision | None] = []
@@ -189,7 +191,9 @@ class Step:
         tree, verdict = decision.tree, decision.verdict
         drafted = [] if tree is None else tree.tokens[verdict.path].tolist()
         tokens = [*drafted, verdict.next_token]
-        if sequence.draft_state is not None:
+        if sequence.draft_state is not None and tree is None:
+            sequence.missed.append(Missed(tokens, scores.features, nodes.start))
+        elif sequence.draft_state is not None:
             features = None if scores.features is None else rows_of(scores.features[nodes], [0, *verdict.path])
             sequence.drafting.observe(sequence, tokens, sequence.drafting.take(features, self.layers), verdict.path)
         before = len(sequence.token_ids)

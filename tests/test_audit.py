@@ -167,11 +167,12 @@ def test_every_drafted_token_has_its_law(method: str) -> None:
     sampling = SamplingParams(temperature=1.0, max_tokens=60, ignore_eos=True)
     auditor = Auditor(llm, [llm.tokenizer(PROMPTS[0])["input_ids"]], sampling, 2)
     [request] = auditor._run(sampling, 2, Draws)
-    seen = {"accepted": 0, "recovered": 0, "bonus": 0}
+    seen = {"accepted": 0, "recovered": 0, "bonus": 0}  # a step whose tree has no room is plain
     for one in request.sequences:
         for token, kind, drafted in zip(one.output_ids, one.kinds, auditor._drafted[one], strict=True):
-            seen[kind] += 1
-            assert (drafted is None) == (kind == "bonus")
+            if kind != "plain":
+                seen[kind] += 1
+            assert (drafted is None) == (kind in ("bonus", "plain"))
             if drafted is not None:
                 assert drafted.over(llm.target.vocab_size).sum() >= 1 - 1e-9
                 assert kind != "accepted" or token in drafted.token_ids

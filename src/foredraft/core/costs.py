@@ -5,13 +5,21 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 Point = tuple[float, ...]
 """A place of a curve, and the values there."""
 
 _ROUNDED = 32
 """Rows of prompts beside the trees are rounded up to a multiple of this number."""
+
+
+class Size(NamedTuple):
+    """A tree of some nodes: the expected number of accepted tokens, and the time of its step relative to a plain one."""
+
+    nodes: int
+    gain: float
+    cost: float
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Costs:
     outside: tuple[Point, ...]
     tokens: tuple[Point, ...]
     _seconds: dict[tuple[int, int, int], float] = field(init=False, default_factory=dict, compare=False, repr=False)
+    _sizes: dict[tuple[int, int], list[Size]] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def read(found: Mapping[str, Any]) -> Costs:
@@ -41,7 +50,7 @@ class Costs:
     def written(self) -> dict[str, Any]:
         """Returns the costs as data for JSON."""
         found = asdict(self)
-        del found["_seconds"]
+        del found["_seconds"], found["_sizes"]
         return found
 
     @property
@@ -75,13 +84,21 @@ class Costs:
             requests, besides: as in `step_s`.
             share: accepted tokens of this request, divided by those of a typical request.
         """
-        best, fastest = 0, 1 / self.step_s(requests, 0, besides)
-        for size, *_ in self.tokens:
-            nodes = int(size)
-            speed = (1 + share * self.gain(nodes)) / self.step_s(requests, nodes, besides)
+        best, fastest = 0, 1.0
+        besides = -(-besides // _ROUNDED) * _ROUNDED
+        for nodes, gain, cost in self._sizes.get((requests, besides)) or self._sizes_of(requests, besides):
+            speed = (1 + share * gain) / cost
             if speed > fastest:
                 best, fastest = nodes, speed
         return best
+
+    def _sizes_of(self, requests: int, besides: int) -> list[Size]:
+        """Returns the sizes of trees and what they gain and cost at this load. They are kept, as every step asks for them."""
+        plain = self.step_s(requests, 0, besides)
+        sizes = [int(size) for size, *_ in self.tokens]
+        found = [Size(nodes, self.gain(nodes), self.step_s(requests, nodes, besides) / plain) for nodes in sizes]
+        self._sizes[requests, besides] = found
+        return found
 
 
 def interpolated(curve: Sequence[Point], at: float | int) -> Point:

@@ -25,7 +25,7 @@ import numpy as np
 from foredraft.core.contracts import Budget, Drafter, Target
 from foredraft.core.costs import Costs
 from foredraft.core.folders import cache_folder
-from foredraft.core.params import SamplingParams
+from foredraft.core.params import RequestOutputKind, SamplingParams
 from foredraft.drafters import DRAFTERS
 from foredraft.plan.choice import MARGIN, Choice
 from foredraft.plan.costs import NODES, costs_of
@@ -125,11 +125,10 @@ class Chooser:
         return found._replace(costs=self._costs(kind, found, build).written()) if paced else found
 
     def _costs(self, kind: str, choice: Choice, build: Callable[[Way], Drafter]) -> Costs:
-        def timed(requests: int, nodes: int) -> list[tuple[float, Timed]]:
-            if not nodes:
-                return [(1.0, self._timed(kind, None, 0, requests))]
-            parts = self._parts(kind, Candidate(choice.way, nodes))
-            return [(share, self._timed(kind, way, nodes, requests, build)) for share, way in parts]
+        way = self._parts(kind, Candidate(choice.way, choice.nodes))[0][1]
+
+        def timed(requests: int, nodes: int) -> Timed:
+            return self._timed(kind, way if nodes else None, nodes, requests, build)
 
         def tokens(nodes: int) -> float:
             return tokens_per_step(self._curves(kind), Candidate(choice.way, nodes)) or 1.0
@@ -140,7 +139,7 @@ class Chooser:
         self, kind: str, way: Way | None, nodes: int, requests: int, build: Callable[[Way], Drafter] | None = None
     ) -> Timed:
         """Returns a workload; without a way, it is plain decoding."""
-        about = self.prompt, SamplingParams(temperature=KINDS[kind]), requests
+        about = self.prompt, SamplingParams(temperature=KINDS[kind]).giving(RequestOutputKind.FINAL_ONLY), requests
         if way is None:
             return Timed(self.target, None, None, 0, *about)
         drafter = build(way) if build is not None and has_weights(way) else Full()

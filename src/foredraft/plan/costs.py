@@ -21,15 +21,12 @@ NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _TOGETHER = 4
 """Number of requests at which the cost of a further request is measured."""
 
-Parts = Sequence[tuple[float, Timed]]
-"""Workloads, each with its share of the steps."""
-
 
 def costs_of(
     target: Target,
     prompt: Sequence[int],
     nodes: int,
-    timed: Callable[[int, int], Parts],
+    timed: Callable[[int, int], Timed],
     tokens: Callable[[int], float],
 ) -> Costs:
     """Measures the costs of one way of drafting. Forwards and steps take turns, so that their differences are reliable.
@@ -37,21 +34,17 @@ def costs_of(
     Args:
         prompt: steps are timed on its continuation.
         nodes: number of nodes of the largest tree.
-        timed: returns the workloads of a number of requests with trees of a size, each with its share of the steps.
+        timed: returns the workload of a number of requests with trees of a size.
         tokens: returns the expected tokens per step of a size.
     """
     rows = [count for count in ROWS if count + len(prompt) <= target.max_len] or [1]
     places = [(requests, size) for size in sorted({0, max(1, nodes // 2), nodes}) for requests in (1, _TOGETHER)]
-    parts = [timed(*place) for place in places]
-    workloads = [work.steps() for part in parts for _, work in part]
+    workloads = [timed(*place).steps() for place in places]
     seconds = [typical(times) if times else 0.0 for times in seconds_in_turns([*forwards(target, prompt, rows), *workloads])]
-    steps = iter(seconds[len(rows) :])
     forward = tuple((float(count), min(seconds[i : len(rows)])) for i, count in enumerate(rows))  # more rows cost no less
     alone = Costs(forward, ((0.0, 0.0, 0.0),), ((0.0, 1.0),))
-    beside = {
-        place: max(0.0, sum(share * next(steps) for share, _ in part) - alone.step_s(*place))
-        for place, part in zip(places, parts, strict=True)
-    }
+    steps = zip(places, seconds[len(rows) :], strict=True)
+    beside = {place: max(0.0, whole - alone.step_s(*place)) for place, whole in steps}
     outside = [
         (float(size), first, max(0.0, beside[_TOGETHER, size] - first) / (_TOGETHER - 1))
         for (requests, size), first in beside.items()

@@ -4,10 +4,9 @@
     python benchmarks/running.py --prompts build/held-out.jsonl --output benchmarks/running-14m.jsonl
 
 Only prompts whose plain greedy answer does not loop take part (`foredraft.bench.tasks.is_looping`), because a loop is easy to
-draft. A turn runs a group of prompts at once, until the first answer is complete. Steps up to the first
-token of every request are not counted, because they compute prompts.
-Plain decoding and the drafter take turns on the same group; prefixes are not shared. *Tokens per second* counts every other
-step, also those that try whether drafting pays again.
+draft. Plain decoding and the drafter take turns on the same group of prompts, which runs at once. Prefixes are not shared. A
+turn ends when each request has decoded `--max-tokens` tokens on average. Steps up to the first token of every request are not
+counted, because they compute prompts. All others are, also those that try whether drafting pays again.
 
 `ratio_allowed` is the largest ratio that the drafter could reach with any size of tree. It is computed from the stored costs of
 steps. The tokens per step of the calibration are scaled by the acceptance that was measured at this load. `budgets` maps a
@@ -56,12 +55,12 @@ class Turn:
 
 
 def run(llm: LLM, prompts: Sequence[list[int]], sampling: SamplingParams) -> Turn:
-    """Runs a group of prompts until the first answer is complete."""
+    """Runs a group of prompts until the steps in which all decode have `max_tokens` tokens a request."""
     engine, turn = llm.engine, Turn()
-    params = sampling.giving(RequestOutputKind.FINAL_ONLY)
+    params = replace(sampling, max_tokens=None).giving(RequestOutputKind.FINAL_ONLY)
     requests = [engine.add_request(None, {"prompt_token_ids": prompt}, params) for prompt in prompts]
     outputs = [request.sequences[0] for request in requests]
-    while all(output.finish_reason is None for output in outputs):
+    while turn.tokens < (sampling.max_tokens or 0) * len(prompts):
         counts, began = [len(output.token_ids) for output in outputs], perf_counter()
         engine.step()
         synchronize(llm.target.device)
@@ -136,7 +135,7 @@ def main() -> None:
     parser.add_argument("--running", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="numbers of running requests")
     parser.add_argument("--laws", nargs="+", choices=list(LAWS), default=["0", "1"], help="sampling parameters, by name")
     parser.add_argument("--rounds", type=int, default=3, help="number of rounds")
-    parser.add_argument("--max-tokens", type=int, default=64, help="tokens of an answer")
+    parser.add_argument("--max-tokens", type=int, default=64, help="tokens of a request in a turn")
     args = parser.parse_args()
     options = {"dtype": args.dtype, "device": args.device, "enable_prefix_caching": False, "max_num_seqs": max(args.running)}
     plain = LLM(args.model, {"method": "ar"}, **options)

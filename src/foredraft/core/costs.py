@@ -7,10 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-MARGIN = 1.1
-"""A tree must promise this many times the speed of plain decoding. Gains vary by text, and if other requests of the step pause,
-the drafter works for fewer tokens."""
-
 Point = tuple[float, ...]
 """A place of a curve, and the values there."""
 
@@ -82,15 +78,13 @@ class Costs:
         return interpolated(self.tokens, nodes)[0] - 1 if nodes else 0.0
 
     def best(self, requests: int, besides: int, share: float) -> int:
-        """Returns the number of nodes with the most tokens per second, if all requests have trees of this size.
-
-        It is 0 if no size promises `MARGIN` times the speed of plain decoding.
+        """Returns the number of nodes with the most tokens per second, if all requests have trees of this size; 0 if none pays.
 
         Args:
             requests, besides: as in `step_s`.
             share: accepted tokens of this request, divided by those of a typical request.
         """
-        best, fastest = 0, MARGIN
+        best, fastest = 0, 1.0
         besides = -(-besides // _ROUNDED) * _ROUNDED
         for nodes, gain, cost in self._sizes.get((requests, besides)) or self._sizes_of(requests, besides):
             speed = (1 + share * gain) / cost

@@ -38,7 +38,7 @@ def costs_of(
         tokens: returns the expected tokens per step of a size.
     """
     rows = [count for count in ROWS if count + len(prompt) <= target.max_len] or [1]
-    places = [(requests, size) for size in sorted({0, max(1, nodes // 2), nodes}) for requests in (1, _TOGETHER)]
+    places = [(requests, size) for size in sorted({0, 1, -(-nodes // 2), nodes}) for requests in (1, _TOGETHER)]
     workloads = [timed(*place).steps() for place in places]
     seconds = [typical(times) if times else 0.0 for times in seconds_in_turns([*forwards(target, prompt, rows), *workloads])]
     forward = tuple((float(count), min(seconds[i : len(rows)])) for i, count in enumerate(rows))  # more rows cost no less

@@ -36,7 +36,7 @@ _LEAST_STEPS, _MOST_STEPS, _ENOUGH_S = 8, 48, 0.2
 
 _TURN_STEPS, _TURN_S = 12, 0.05
 """A turn ends after this many steps or seconds. The first third of its steps is left out, because it finds the caches of the
-processor filled by others: after a long prompt, the first four steps of a model of 14M take up to 2.5 times as long."""
+processor filled by others."""
 
 _LEAST_LONG_STEPS, _LONG_S = 3, 0.5
 """The least number of timed steps of a workload if they take more than `_LONG_S` seconds. The times of long steps vary less."""

@@ -71,25 +71,14 @@ def largest(x: Float[Tensor, "n v"], k: int) -> Largest:
     return run("largest", x, count=min(k, x.shape[1]))
 
 
-def likeliest(logits: Float[Tensor, "n v"]) -> list[int]:
-    """Returns the token with the largest logit in each row; the first of equal logits."""
-    if _is_numpys(logits):
-        return logits.numpy().argmax(-1).tolist()  # takes a tenth of the time of torch's argmax, which is not vectorised
-    return logits.argmax(-1).tolist()
-
-
-def _are_finite(logits: Float[Tensor, "n v"], token_ids: Sequence[int]) -> list[bool]:
-    """Returns for each row i whether the logit of ``token_ids[i]`` is finite."""
-    if _is_numpys(logits):
-        rows = logits.numpy()
-        return [math.isfinite(rows[place]) for place in enumerate(token_ids)]
-    ids = torch.tensor(token_ids, device=logits.device)
-    return logits.gather(-1, ids[:, None]).isfinite().flatten().tolist()
-
-
-def _is_numpys(logits: Tensor) -> bool:
-    """Whether numpy can read the tensor. For small work, numpy takes a fraction of torch's time."""
-    return logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64)
+def likeliest(logits: Float[Tensor, "n v"]) -> tuple[list[int], list[bool]]:
+    """Returns the token with the largest logit in each row, the first of equal ones, and whether that logit is finite."""
+    if logits.is_cpu and logits.dtype in (torch.float32, torch.float64):
+        rows = logits.numpy()  # its argmax takes a tenth of the time of torch's, which is not vectorised
+        token_ids: list[int] = rows.argmax(-1).tolist()
+        return token_ids, [math.isfinite(rows[place]) for place in enumerate(token_ids)]
+    ids = logits.argmax(-1)
+    return ids.tolist(), logits.gather(-1, ids[:, None]).isfinite().flatten().tolist()
 
 
 def one_hot(token_ids: Tensor, like: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
@@ -121,7 +110,7 @@ def lawful(logits: Float[Tensor, "n v"], sampling: SamplingParams) -> Lawful:
     """Computes `warp`, and replaces the rows that define no law, so that later code needs no special case."""
     probs = warp(logits, sampling)
     if sampling.temperature == 0:
-        return Lawful(probs, [not finite for finite in _are_finite(logits, likeliest(logits))])
+        return Lawful(probs, [not finite for finite in likeliest(logits)[1]])
     is_empty = [prob != prob for prob in probs[:, 0].tolist()]  # a row without a law is NaN
     return Lawful(probs.nan_to_num(1 / logits.shape[1]) if any(is_empty) else probs, is_empty)
 
@@ -178,8 +167,8 @@ class TargetLaw:
             self._empty[node] = not math.isfinite(logits[token])
             return token
         if self._likeliest is None:
-            self._likeliest = likeliest(self._logits)
-            self._empty.update(enumerate(map(operator.not_, _are_finite(self._logits, self._likeliest))))
+            self._likeliest, are_finite = likeliest(self._logits)
+            self._empty.update(enumerate(map(operator.not_, are_finite)))
         return self._likeliest[node]
 
     def row(self, node: int) -> Float[Tensor, " v"]:

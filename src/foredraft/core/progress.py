@@ -18,8 +18,12 @@ _DELAY_S, _LINE_S = 2.0, 30.0
 def progress_bar(label: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
     """Yields a function that adds to the number of finished items, out of `total`.
 
-    A bar appears on standard error if that is a terminal. Otherwise a line appears every 30 seconds.
+    A bar appears on standard error if that is a terminal. Otherwise a line appears every 30 seconds. Without
+    `shown`, nothing appears.
     """
+    if not shown:
+        yield lambda count: None
+        return
     columns = TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     console = Console(stderr=True)
     bar = Progress(*columns, console=console, transient=True)
@@ -30,8 +34,6 @@ def progress_bar(label: str, total: int, *, shown: bool = True) -> Iterator[Call
         done += count
         bar.advance(task, count)
         passed = monotonic() - began
-        if not shown:
-            return
         if console.is_terminal:
             if not bar.live.is_started and passed > _DELAY_S:
                 bar.start()

@@ -79,7 +79,7 @@ def salt_of(prompt: Prompt) -> str | None:
 
 
 def _is_ids(value: Any) -> bool:
-    return is_list(value) and all(isinstance(item, Integral) and not isinstance(item, bool) for item in value)
+    return is_list(value) and all(issubclass(kind, Integral) and kind is not bool for kind in set(map(type, value)))
 
 
 def is_list(value: Any) -> bool:

@@ -133,6 +133,11 @@ class TreeBatch:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    @cached_property
+    def bounds(self) -> list[int]:
+        """The `offsets` as a list."""
+        return self.offsets.tolist()
+
     def __getitem__(self, b: int) -> DraftTree:
         part = slice(int(self.offsets[:-1][b]), int(self.offsets[1:][b]))
         laws = self.draft_probs, self.draft_ids, self.vocab_size
@@ -143,15 +148,10 @@ class TreeBatch:
         """Returns trees without sampled nodes. They are chains, or have the shapes given by `parents`."""
         if parents is None:
             parents = [range(-1, len(tokens) - 1) for tokens in token_lists]
-        tokens = np.array([*chain.from_iterable(token_lists)], np.int64)
-        return TreeBatch(
-            tokens=tokens,
-            parents=np.fromiter(chain.from_iterable(parents), np.int64, len(tokens)),
-            drawn=np.zeros_like(tokens),
-            draft_row=np.full_like(tokens, -1),
-            offsets=np.array([*accumulate(map(len, token_lists), initial=0)], np.int64),
-            draft_probs=_NO_LAWS,
-        )
+        bounds = [*accumulate(map(len, token_lists), initial=0)]
+        columns = np.zeros((4, bounds[-1]), np.int64)  # one array: every step makes one
+        columns[0], columns[1], columns[3] = [*chain.from_iterable(token_lists)], [*chain.from_iterable(parents)], -1
+        return TreeBatch(*columns, offsets=np.array(bounds, np.int64), draft_probs=_NO_LAWS)
 
     @staticmethod
     def joined(trees: Sequence[DraftTree]) -> TreeBatch:

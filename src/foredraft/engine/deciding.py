@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foredraft.core.contracts import Verdict
-from foredraft.core.law import TargetLaw
+from foredraft.core.law import TargetLaw, likeliest
 from foredraft.core.tree import DraftTree, TreeBatch
 from foredraft.engine.request import Sequence
 from foredraft.engine.scores import law_of
@@ -56,7 +57,10 @@ def decide(cases: Items[Case], logits: Float[Tensor, "r v"], whole: TreeBatch | 
         whole: the trees of all cases with their draft laws, if they are packed already.
     """
     found: dict[int, Decision] = {}
-    for places in _batched(cases, is_small=logits.is_cpu and logits.numel() <= _FEW_LOGITS):
+    is_small = logits.is_cpu and logits.numel() <= _FEW_LOGITS
+    if is_small and len(cases) > 1:
+        found |= _likeliest(cases, logits)
+    for places in _batched(cases, is_small=is_small):
         try:
             packed = whole if whole is not None and len(places) == len(cases) else _packed([cases[i] for i in places])
             found |= zip(places, _together([cases[i] for i in places], packed, logits), strict=False)
@@ -66,13 +70,29 @@ def decide(cases: Items[Case], logits: Float[Tensor, "r v"], whole: TreeBatch | 
     return [found[i] if i in found else _alone(case, logits) for i, case in enumerate(cases)]
 
 
+def _likeliest(cases: Items[Case], logits: Float[Tensor, "r v"]) -> dict[int, Decision]:
+    """Returns the decisions on cases at temperature 0 without a tree and without processors, by place."""
+    is_plain = [case.tree is None and _is_certain(case) and not case.sequence.processors for case in cases]
+    plain = [*compress(range(len(cases)), is_plain)]
+    if not plain:
+        return {}
+    tokens, are_finite = likeliest(logits)
+    views, found = logits.split(1), dict[int, Decision]()
+    for i in plain:
+        row = cases[i].rows.start
+        law = TargetLaw(views[row], cases[i].sequence.sampling, is_empty={0: not are_finite[row]})
+        found[i] = Decision(None, law, Verdict([], tokens[row], "plain"))
+    return found
+
+
 def _batched(cases: Items[Case], *, is_small: bool) -> list[list[int]]:
     """Returns the groups of cases that are decided together, by place. They have no processors and share a table of laws.
 
     Args:
-        is_small: whether trees at temperature 0 are better decided alone.
+        is_small: whether trees at temperature 0 are better decided alone. So is a single root.
     """
-    if is_small and all(case.sequence.sampling.temperature == 0 for case in cases):
+    is_alone = len(cases) == 1 and cases[0].tree is None
+    if is_alone or (is_small and all(map(_is_certain, cases))):
         return []
     tables: dict[int, list[int]] = {}
     for i, (sequence, tree, _) in enumerate(cases):
@@ -83,6 +103,10 @@ def _batched(cases: Items[Case], *, is_small: bool) -> list[list[int]]:
         places = next(iter(tables), 0)
         tables[places] = sorted([*tables.get(places, ()), *without_laws])
     return [*tables.values()]
+
+
+def _is_certain(case: Case) -> bool:
+    return case.sequence.sampling.temperature == 0
 
 
 def _packed(cases: Items[Case]) -> TreeBatch:
@@ -114,10 +138,12 @@ def _alone(case: Case, logits: Float[Tensor, "r v"]) -> Decision | Exception:
     """Returns the decision of the rule of one tree, or its error."""
     sequence, tree, rows = case
     try:
-        law, draws = law_of(sequence, logits[rows], tree), sequence.draws.at(len(sequence.token_ids))
+        law = law_of(sequence, logits if rows == slice(0, len(logits)) else logits[rows], tree)
+        if tree is None and law.is_certain:
+            return Decision(None, law, Verdict([], law.token(0), "plain"))
+        draws = sequence.draws.at(len(sequence.token_ids))
         if tree is None:
-            token = law.token(0) if law.is_certain else draws.categorical(law.row(0), ("next", (), 0))
-            return Decision(None, law, Verdict([], token, "plain"))
+            return Decision(None, law, Verdict([], draws.categorical(law.row(0), ("next", (), 0)), "plain"))
         return Decision(tree, law, sequence.drafting.rule(tree, law, draws))
     except Exception as error:
         return error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from itertools import pairwise
 from time import perf_counter
 
 import numpy as np
@@ -153,12 +152,11 @@ class Step:
 
     def decide(self, batch: TreeBatch, scores: Scores) -> list[Decision | None]:
         """Applies the rules to the trees. A sequence whose law or rule fails ends with the reason."""
-        nodes = np.diff(batch.offsets)[: len(self.schedule.trees)] - self.schedule.leads  # leads have no logits
-        bounds = pairwise([0, *np.cumsum(nodes).tolist()])
-        cases = [
-            Case(sequence, self.drafted.get(b), slice(*rows))
-            for b, (sequence, rows) in enumerate(zip(self.schedule.trees, bounds, strict=True))
-        ]
+        cases, row = list[Case](), 0
+        for b, (sequence, lead) in enumerate(zip(self.schedule.trees, self.schedule.leads, strict=True)):
+            end = row + batch.bounds[b + 1] - batch.bounds[b] - lead  # leads have no logits
+            cases.append(Case(sequence, self.drafted.get(b), slice(row, end)))
+            row = end
         decisions: list[Decision | None] = []
         for case, found in zip(cases, decide(cases, scores.logits, self.packed), strict=True):
             decisions.append(found if isinstance(found, Decision) else None)
@@ -211,7 +209,7 @@ class Step:
 
     def _commit_chunks(self, batch: TreeBatch, scores: Scores) -> None:
         first = len(self.schedule.trees)
-        row = int(batch.offsets[first]) - sum(self.schedule.leads)  # of the logits
+        row = batch.bounds[first] - sum(self.schedule.leads)  # of the logits
         for b, (sequence, count) in enumerate(self.schedule.chunks, start=first):
             if sequence.scores_prompt:
                 try:
@@ -255,4 +253,4 @@ def _fail(sequence: Sequence, error: Exception, what: str) -> None:
 
 def part(batch: TreeBatch, b: int) -> slice:
     """Returns the slice of the packed nodes that belong to tree b."""
-    return slice(int(batch.offsets[b]), int(batch.offsets[b + 1]))
+    return slice(batch.bounds[b], batch.bounds[b + 1])

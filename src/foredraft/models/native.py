@@ -202,7 +202,7 @@ def run_step(
     code = library()
     assert code is not None
     pool, num_trees = caches[0].pool, len(batch)
-    lengths, offsets = [cache.length for cache in caches], batch.offsets.tolist()
+    lengths, offsets = [cache.length for cache in caches], batch.bounds
     first = [0] * num_trees if start is None else list(start)
     ahead = chains.depth if chains else 0
     ends = [length + end - begin + ahead for length, begin, end in zip(lengths, offsets, offsets[1:], strict=False)]

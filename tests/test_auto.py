@@ -20,6 +20,7 @@ from foredraft.plan.build import MEMORY, Plan
 from foredraft.plan.choice import Choice
 from foredraft.plan.choose import Candidate, choose, tokens_per_step
 from foredraft.plan.config import parse
+from foredraft.plan.costs import catch_up_s
 from foredraft.plan.measure import Full
 from foredraft.plan.speculation import AUTO, Way
 from foredraft.plan.store import recalled
@@ -260,6 +261,22 @@ def test_slower_steps_are_slower_than_plain_ones() -> None:
 
     slow = measure.Timed(target, Slow(), RULES["deterministic"].rule, 2, [1], SamplingParams(temperature=0), 2)
     assert measure.slowdown_of(slow, plain) > 2
+
+
+@pytest.mark.timed
+@pytest.mark.unchecked
+def test_the_time_to_catch_up_is_that_of_the_prompt() -> None:
+    class Behind(Full):
+        def start(self, tokens: Any, *_: Any) -> list[int]:
+            return [tokens[-1], len(tokens) - 1]
+
+        def propose(self, work: Any) -> Any:
+            sleep(0.002 * sum(state.pop() for state in work.states if len(state) > 1))
+            return super().propose(work)
+
+    options = RULES["deterministic"].rule, 2, [1] * 11, SamplingParams(temperature=0), 1
+    seconds = catch_up_s(measure.Timed(TableTarget(random_law(2, 0), 2, max_len=4000), Behind(), *options))
+    assert 0.0015 < seconds < 0.01
 
 
 @pytest.mark.parametrize(("in_time", "timed"), [(0, 1), (1, 1), (3, 3), (100, 6)])

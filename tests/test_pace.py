@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from itertools import pairwise, product
 from typing import Any
 
@@ -83,6 +84,23 @@ def test_a_load_that_does_not_pay_is_no_fault_of_the_request() -> None:
     pace = Pace(COSTS)
     assert [pace.nodes(64, 0) for _ in range(50)] == [0] * 50
     assert pace.nodes(1, 0) == MOST
+
+
+def test_catching_up_must_pay_within_as_many_tokens_as_were_missed() -> None:
+    plain, best = COSTS.step_s(2, 0), COSTS.best(2, 0, 0.7)
+    saved = plain - COSTS.step_s(2, best) / (1 + 0.7 * COSTS.gain(best))  # seconds a token
+    assert best and saved > 0
+    for part, drafts in ((0.0, True), (0.9, True), (1.1, False)):
+        costs = replace(COSTS, catch_up_s=part * saved)
+        assert costs.best(2, 0, 0.7) == best
+        assert costs.best(2, 0, 0.7, is_behind=True) == (best if drafts else 0)
+
+
+def test_a_drafter_that_catches_up_too_slowly_stays_off() -> None:
+    pace = Pace(replace(COSTS, catch_up_s=1.0))
+    assert pace.nodes(1, 0) == MOST
+    pace.saw(0, 0, 0, 1)  # the load did not allow a tree
+    assert [pace.nodes(1, 0) for _ in range(20)] == [0] * 20
 
 
 def test_what_lookup_does_not_find_says_nothing() -> None:

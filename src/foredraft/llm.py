@@ -93,7 +93,7 @@ class LLM:
         self._parts = load_parts(model, tokenizer, dtype, device, max_model_len, revision, generation_config=generation_config)
         self.target, self.tokenizer = self._parts.target, self._parts.tokenizer
         self.eos_ids, self.max_model_len = self._parts.eos_ids, self._parts.max_model_len
-        self.max_num_seqs, self._usual_num_seqs = self._options.num_seqs, self._options.max_num_seqs or 1
+        self.max_num_seqs, self._fixed_load = self._options.num_seqs, self._options.max_num_seqs or 1
         self._speculate(speculations)
 
     def with_speculation(self, speculative_config: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> LLM:
@@ -110,7 +110,7 @@ class LLM:
 
     def _speculate(self, speculations: Sequence[Speculation | None]) -> None:
         self.speculation = speculations[0]
-        self._plans = [Plan(self._parts, one, self._usual_num_seqs) if one else None for one in speculations]
+        self._plans = [Plan(self._parts, one, self._fixed_load) if one else None for one in speculations]
         self.plan = self._plans[0]
         self.choices = self.plan.choices if self.plan else {}
         self.engine = self.new_engine()
@@ -243,7 +243,7 @@ class LLM:
 
     def measured(self, speculation: Speculation) -> dict[str, Any]:
         """Reads the calibration of a config's drafter, see `foredraft.plan.store.read_calibration`."""
-        return Plan(self._parts, speculation, self._usual_num_seqs).measured()
+        return Plan(self._parts, speculation, self._fixed_load).measured()
 
 
 def _parsed(given: Any, *, bundled: bool) -> list[Speculation | None]:

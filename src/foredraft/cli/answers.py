@@ -22,6 +22,11 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 plus the number of the signal SIGINT."""
 
 
+def note_memory(llm: LLM) -> None:
+    """Prints how much memory keys and values may take on standard error."""
+    show.note(str(llm.engine.memory))
+
+
 def note_choice(llm: LLM, params: SamplingParams) -> None:
     """Prints an automatic choice and its reason on standard error."""
     if (reason := llm.drafting(params)["reason"]) is not None:
@@ -125,7 +130,7 @@ def configuration(llm: LLM, model: ModelOptions, generation_config: str, params:
     if params.logit_bias:  # JSON has no infinity
         sampling["logit_bias"] = {i: bias if math.isfinite(bias) else str(bias) for i, bias in params.logit_bias.items()}
     given = {**model._asdict(), "generation_config": generation_config}
-    return {**given, **_drafting(llm, params), "sampling": sampling}
+    return {**given, **_drafting(llm, params), "kv_cache_memory_bytes": llm.engine.memory.num_bytes, "sampling": sampling}
 
 
 def _drafting(llm: LLM, params: SamplingParams) -> dict[str, Any]:

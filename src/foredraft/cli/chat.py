@@ -41,6 +41,7 @@ def chat(
         seed = given.pop("seed")
         llm = answers.load(model, generation_config, config, seed=seed)
         probe = llm.chat_prompt([*start, {"role": "user", "content": "?"}], **templating)  # reports a missing template now
+    answers.note_memory(llm)
     answers.note_choice(llm, answers.completed(llm, probe, given))
     messages = list(start)
     show.greet()

@@ -249,6 +249,8 @@ class Drafter(Protocol):
 
         tokens     path[0]  path[1]  ...  path[-1]   next
         features   root     path[0]  ...  path[-2]   path[-1]
+
+        After steps without drafting, a call brings all their tokens at once, with an empty path.
         """
         ...
 

@@ -34,18 +34,21 @@ class Costs:
             each further request adds.
         tokens: number of nodes, and the tokens per step that are expected of a typical request. The last entry is the largest
             tree.
+        catch_up_s: seconds in which a drafter runs one token that was committed while it paused.
     """
 
     forward: tuple[Point, ...]
     outside: tuple[Point, ...]
     tokens: tuple[Point, ...]
+    catch_up_s: float = 0.0
     _seconds: dict[tuple[int, int, int], float] = field(init=False, default_factory=dict, compare=False, repr=False)
     _sizes: dict[tuple[int, int], list[Size]] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def read(found: Mapping[str, Any]) -> Costs:
         """Returns the costs that `written` stored."""
-        return Costs(*(tuple(tuple(point) for point in found[name]) for name in ("forward", "outside", "tokens")))
+        curves = (tuple(tuple(point) for point in found[name]) for name in ("forward", "outside", "tokens"))
+        return Costs(*curves, catch_up_s=found["catch_up_s"])
 
     def written(self) -> dict[str, Any]:
         """Returns the costs as data for JSON."""
@@ -77,12 +80,14 @@ class Costs:
         """Returns the expected number of accepted tokens per step of a typical request."""
         return interpolated(self.tokens, nodes)[0] - 1 if nodes else 0.0
 
-    def best(self, requests: int, besides: int, share: float) -> int:
+    def best(self, requests: int, besides: int, share: float, *, is_behind: bool = False) -> int:
         """Returns the number of nodes with the most tokens per second, if all requests have trees of this size; 0 if none pays.
 
         Args:
             requests, besides: as in `step_s`.
             share: accepted tokens of this request, divided by those of a typical request.
+            is_behind: whether the drafter must catch up first. That has to pay within as many tokens as the drafter missed, so
+                each token costs `catch_up_s` more.
         """
         best, fastest = 0, 1.0
         besides = -(-besides // _ROUNDED) * _ROUNDED
@@ -90,6 +95,8 @@ class Costs:
             speed = (1 + share * gain) / cost
             if speed > fastest:
                 best, fastest = nodes, speed
+        if best and is_behind and 1 / fastest + self.catch_up_s / self.step_s(requests, 0, besides) >= 1:
+            return 0
         return best
 
     def _sizes_of(self, requests: int, besides: int) -> list[Size]:

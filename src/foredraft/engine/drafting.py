@@ -34,7 +34,7 @@ class Drafting:
         max_nodes: gives the maximum number of tree nodes of a request, within `most`; None uses the whole budget.
         costs: gives the costs of steps for a request. By these, its number of nodes follows the load and its accepted tokens.
             None keeps the number.
-        num_seqs: number of running requests that is assumed for a request that keeps its number of nodes.
+        fixed_load: number of running requests that is assumed for a request that keeps its number of nodes.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class Drafting:
         name: str = "",
         max_nodes: Callable[[SamplingParams], int] | None = None,
         costs: Callable[[SamplingParams], Costs | None] | None = None,
-        num_seqs: int = 1,
+        fixed_load: int = 1,
     ):
         self.drafter, self.rule, self.most, self.name = drafter, rule, most, name
-        self._max_nodes, self._costs, self._num_seqs = max_nodes, costs, num_seqs
+        self._max_nodes, self._costs, self._fixed_load = max_nodes, costs, fixed_load
 
     @property
     def rule(self) -> AcceptanceRule:
@@ -81,14 +81,14 @@ class Drafting:
         """Returns the maximum number of nodes of the trees of a request, and what changes the number from step to step.
 
         Args:
-            is_fixed: whether the request keeps its number, which is then the one that pays with `num_seqs` running requests.
+            is_fixed: whether the request keeps its number, which is then the one that pays with `fixed_load` running requests.
                 It is 0 if drafting does not pay with so many.
         """
         nodes = min(self.most.nodes, self._max_nodes(sampling)) if self._max_nodes else self.most.nodes
         costs = self._costs(sampling) if self._costs is not None else None
         if costs is None or not nodes:
             return nodes, None
-        return (min(nodes, costs.best(self._num_seqs, 0, 1.0)), None) if is_fixed else (nodes, Pace(costs))
+        return (min(nodes, costs.best(self._fixed_load, 0, 1.0)), None) if is_fixed else (nodes, Pace(costs))
 
     def start(self, sequence: Sequence) -> None:
         """Starts drafting for a sequence whose prompt is in the cache."""
@@ -141,10 +141,10 @@ class Drafting:
     def catch_up(self, sequence: Sequence, places: Items[int]) -> None:
         """Tells the drafter what was committed while it paused. `places` is as in `take`."""
         missed, sequence.missed = sequence.missed, []
-        for tokens, features, row in missed:
-            if sequence.draft_state is not None:
-                given = None if features is None else features[row : row + 1]
-                self.observe(sequence, tokens, self.take(given, places), [])
+        if missed:
+            rows = [features[row : row + 1] for _, features, row in missed if features is not None]
+            given = torch.cat(rows) if rows else None
+            self.observe(sequence, [token for tokens, _, _ in missed for token in tokens], self.take(given, places), [])
 
     def finish(self, sequence: Sequence) -> None:
         """Releases the drafter's state of a sequence."""

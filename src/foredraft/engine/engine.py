@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from contextlib import nullcontext
 from itertools import count
 from typing import Any
@@ -23,8 +24,7 @@ from foredraft.engine.checks import check_request
 from foredraft.engine.drafting import Drafting, drafted_by
 from foredraft.engine.one_thread import one_thread
 from foredraft.engine.options import MAX_ROWS, EngineOptions, memory_of
-from foredraft.engine.request import Request
-from foredraft.engine.request import Sequence as Output
+from foredraft.engine.request import Request, Sequence
 from foredraft.engine.scheduler import Scheduler
 from foredraft.engine.step import step
 
@@ -56,12 +56,12 @@ class Engine:
         drafter: Drafter | None = None,
         rule: AcceptanceRule | None = None,
         budget: Budget | None = None,
-        others: Sequence[Drafting] = (),
+        others: Items[Drafting] = (),
         max_model_len: int,
         options: EngineOptions | None = None,
         num_kv_blocks: int | None = None,
         seed: int = 0,
-        eos_ids: Sequence[int] = (),
+        eos_ids: Items[int] = (),
         **drafting: Any,
     ):
         self.target, self.tokenizer = target, tokenizer
@@ -150,7 +150,7 @@ class Engine:
                 self.scheduler.add(sequence)
             return request
 
-    def add_requests(self, pairs: Sequence[tuple[Any, SamplingParams]]) -> list[Request]:
+    def add_requests(self, pairs: Items[tuple[Any, SamplingParams]]) -> list[Request]:
         """Adds requests as `add_request` does, all or none of them."""
         with self.lock:
             added: list[Request] = []
@@ -203,7 +203,7 @@ class Engine:
         """The target's layers whose features a drafter needs."""
         return tuple({layer: None for one in self._draftings for layer in one.drafter.feature_layers})
 
-    def _outputs(self, changed: Sequence[Output]) -> list[RequestOutput]:
+    def _outputs(self, changed: Items[Sequence]) -> list[RequestOutput]:
         found = []
         for request in {sequence.request: None for sequence in changed}:
             if self._requests.get(request.request_id) is not request:
@@ -229,12 +229,12 @@ class Engine:
         check_request(ids, params, self.target, self.tokenizer, self.max_model_len)
         return {"prompt": text, "prompt_token_ids": ids, "cache_salt": salt_of(prompt)}
 
-    def _sequence(self, request: Request, index: int, seed: int) -> Output:
+    def _sequence(self, request: Request, index: int, seed: int) -> Sequence:
         sampling, num_prompt = request.sampling, len(request.prompt_ids)
         num_left = self.max_model_len - num_prompt
         words = bad_word_ids(self.tokenizer, sampling.bad_words) if sampling.bad_words else []
         drafting, nodes, pace = drafted_by(sampling, self._drafting, self._draftings, reproducible=self.options.reproducible)
-        return Output(
+        return Sequence(
             request=request,
             index=index,
             token_ids=list(request.prompt_ids),

@@ -93,10 +93,16 @@ class Memory:
     block_bytes: int
     max_model_len: int
 
+    @property
+    def num_bytes(self) -> int:
+        """Number of bytes of all blocks."""
+        return self.num_blocks * self.block_bytes
+
     def __str__(self) -> str:
-        size, tokens = self.num_blocks * self.block_bytes, self.num_blocks * BLOCK
+        tokens = self.num_blocks * BLOCK
         full = self.num_blocks / num_blocks(self.max_model_len)
-        return f"keys and values: at most {size / 2**20:.0f} MiB, {tokens} tokens, {full:.1f} contexts of {self.max_model_len}"
+        means = f"{tokens} tokens, or {full:.1f} requests of {self.max_model_len} tokens"
+        return f"keys and values take at most {self.num_bytes / 2**20:.0f} MiB: {means}"
 
 
 def memory_of(options: EngineOptions, target: Target, drafted_bytes: int, max_model_len: int, ahead: int) -> Memory:

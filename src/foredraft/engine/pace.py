@@ -54,10 +54,11 @@ class Pace:
             requests: number of requests that decode in the step.
             besides: rows of prompts in the step.
         """
+        is_behind = self.pending > 0
         if self.pause:
             self.pause -= 1
-            return self.costs.best(requests, besides, 1.0) if not self.pause else 0
-        nodes = self.costs.best(requests, besides, self.share)
+            return self.costs.best(requests, besides, 1.0, is_behind=is_behind) if not self.pause else 0
+        nodes = self.costs.best(requests, besides, self.share, is_behind=is_behind)
         if not nodes and self.costs.best(requests, besides, 1.0):  # this request, not the load
             self.pause, self.next_pause = self.next_pause, min(2 * self.next_pause, _LONGEST_PAUSE)
         elif nodes:

@@ -42,12 +42,12 @@ class Plan:
     Attributes:
         parts: the target, and what was loaded with it.
         speculation: the checked config.
-        num_seqs: number of running requests that is assumed for a request that keeps its number of nodes.
+        fixed_load: number of running requests that is assumed for a request that keeps its number of nodes.
     """
 
     parts: ModelParts
     speculation: Speculation
-    num_seqs: int
+    fixed_load: int
 
     @property
     def source(self) -> Any:
@@ -147,7 +147,7 @@ class Plan:
             "max_nodes": lambda sampling: nodes[kind_of(sampling)],
             "costs": lambda sampling: costs[kind_of(sampling)],
             "name": self.speculation.drafter,
-            "num_seqs": self.num_seqs,
+            "fixed_load": self.fixed_load,
         }
 
     def drafting(self) -> list[Drafting]:

@@ -87,7 +87,7 @@ class Chooser:
         config leaves the budget open, nothing is timed and decoding is plain.
         """
         settled = replace(self.speculation, retime=False)
-        facts = [facts_of(self.target, self.weights), self.measured, settled, NODES]
+        facts = [facts_of(self.target, self.weights), self.measured, settled, NODES, sorted(Costs.__dataclass_fields__)]
         if cache_folder() is None and self.speculation.budget is None:
             way = settled.ways(has_model=self.has_model)[0]
             return dict.fromkeys(KINDS, Choice(way, 0, 1.0, 1.0, 1.0))

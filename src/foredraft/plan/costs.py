@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from itertools import islice
+from statistics import median
 from typing import Any
 
 from foredraft.cache.blocks import num_blocks
@@ -20,6 +23,9 @@ NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 _TOGETHER = 4
 """Number of requests at which the cost of a further request is measured."""
+
+_TRIES, _STEPS = 3, 6
+"""How often the time to catch up is measured, and in how many steps each time."""
 
 
 def costs_of(
@@ -51,7 +57,18 @@ def costs_of(
         if requests == 1
     ]
     sizes = [size for size in NODES if size < nodes] + [nodes]
-    return Costs(forward, tuple(outside), tuple((float(size), tokens(size)) for size in sizes))
+    return Costs(forward, tuple(outside), tuple((float(size), tokens(size)) for size in sizes), catch_up_s(timed(1, nodes)))
+
+
+def catch_up_s(timed: Timed) -> float:
+    """Measures the seconds in which a drafter runs a token that it has missed. In its first step, it has missed the prompt."""
+    found = []
+    for _ in range(_TRIES):
+        with closing(timed.steps()) as steps:
+            outputs = [output for result in islice(steps, _STEPS) for output in result]
+        seconds = [record.draft_s for record in outputs[-1].outputs[0].records] if outputs else []
+        found += [(seconds[0] - median(seconds[1:])) / max(1, len(timed.prompt) - 1)] if len(seconds) > 1 else []
+    return max(0.0, median(found)) if found else 0.0
 
 
 def forwards(target: Target, prompt: Sequence[int], rows: Sequence[int]) -> list[Generator[Any, None, None]]:

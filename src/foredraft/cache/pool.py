@@ -51,7 +51,7 @@ class KVCache:
         """
         missing = num_blocks(length) - len(self.blocks)
         if missing > 0:
-            self.blocks += self.pool.blocks.take(missing)
+            self.blocks += self.pool.blocks.take(missing, self.blocks[-1] if self.blocks else None)
 
     def place(self, position: int) -> int:
         """Returns the place of a token in the pool: its block times `BLOCK`, plus its index in the block."""
@@ -119,7 +119,9 @@ class KVPool:
             begin = layout.first_block * BLOCK
             found = self.kv[:, layer].flatten(2, 3)[:, None, :, begin : begin + layout.length]
         else:
-            found = self.kv[:, layer][:, :, layout.table].transpose(1, 2).flatten(3, 4)[:, :, :, : layout.length]
+            table = layout.table
+            found = self.kv[:, layer].index_select(2, table.flatten()).unflatten(2, table.shape)  # faster than an index [B, K]
+            found = found.transpose(1, 2).flatten(3, 4)[:, :, :, : layout.length]
         return found[0], found[1]
 
     def behind(self, batch: TreeBatch, caches: Sequence[KVCache], start: Sequence[int] | None) -> Layout:

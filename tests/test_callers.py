@@ -15,7 +15,9 @@ import pytest
 
 from foredraft import LLM, SamplingParams
 from foredraft.core.outputs import RequestOutput
-from test_isolation import Broken, check_empty
+from foredraft.engine.callers import Callers
+from foredraft.engine.engine import Engine
+from test_isolation import Broken, check_empty, raising
 
 DATA = Path(__file__).parent / "data"
 TARGET, OTHER = DATA / "babyllama-105", DATA / "babyllama-105-b"
@@ -347,4 +349,56 @@ def test_a_request_that_somebody_else_aborts_ends_for_its_caller() -> None:
     [last] = stream
     assert last.finished and last.outputs[0].finish_reason == "abort"
     assert last.outputs[0].token_ids[: len(first.outputs[0].token_ids)] == first.outputs[0].token_ids
+    check_empty(llm.engine)
+
+
+def test_an_interrupt_between_a_step_and_its_delivery(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step has reported the ends of other threads' requests. These threads return all the same."""
+    llm, deliver, interrupted = model("plain"), Callers._deliver, threading.Event()
+    sampling = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    wanted = alone("plain", STORY, sampling)
+
+    def interrupts(self: Callers, outputs: Any) -> None:
+        if any(output.finished for output in outputs) and not interrupted.is_set():
+            interrupted.set()
+            raise KeyboardInterrupt
+        deliver(self, outputs)
+
+    found = list[Any]()
+
+    def ask() -> None:
+        try:
+            found.append([one.token_ids for one in llm.generate(STORY, sampling)[0].outputs])
+        except KeyboardInterrupt:
+            found.append(None)
+
+    monkeypatch.setattr(Callers, "_deliver", interrupts)
+    together([ask] * 4)
+    assert interrupted.is_set() and len(found) == 4
+    assert sum(one is None for one in found) == 1 and all(one in (None, wanted) for one in found)
+    check_empty(llm.engine)
+
+
+def test_one_request_that_fails_does_not_cost_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What raises in Python ends one request. `generate` raises only if nothing was answered."""
+    llm, added = model("plain"), Engine.add_requests
+    sampling = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    wanted = [alone("plain", prompt, sampling) for prompt in PROMPTS[:3]]
+    broken = set[int]()
+
+    def breaks(self: Engine, pairs: Any) -> Any:
+        requests = added(self, pairs)
+        for place in broken:
+            requests[place].sequences[0].processors = [raising]
+        return requests
+
+    monkeypatch.setattr(Engine, "add_requests", breaks)
+    broken.add(1)
+    found = llm.generate(PROMPTS[:3], sampling)
+    assert [one.outputs[0].finish_reason for one in found] == ["length", "error", "length"]
+    assert "in the middle" in str(found[1].outputs[0].error)
+    assert [found[0].outputs[0].token_ids, found[2].outputs[0].token_ids] == [wanted[0][0], wanted[2][0]]
+    broken |= {0, 2}
+    with pytest.raises(Broken):
+        llm.generate(PROMPTS[:3], sampling)
     check_empty(llm.engine)

@@ -301,6 +301,16 @@ def test_a_drafter_fails_for_one_request(drafting: str, call: str, after: int, c
 
 
 @drafted
+def test_an_option_that_does_not_fit_one_request(drafting: str, caplog: pytest.LogCaptureFixture) -> None:
+    """As the tables of a calibrated tree, which may lack those of sampled requests. The others go on drafting."""
+    caplog.set_level(logging.WARNING, "foredraft")
+    together = Beside(engine_of(drafting, wrap=lambda inner: Failing(inner, "propose", 1, UserError)), drafting)
+    [output] = together.run().outputs
+    assert (output.finish_reason, output.error, [output.token_ids]) == ("length", None, plain())
+    assert any("request bad" in record.getMessage() for record in caplog.records)
+
+
+@drafted
 def test_a_request_whose_drafter_failed_waits_and_resumes(drafting: str) -> None:
     """Its blocks lack the drafter's keys and values: nobody who drafts may find them, itself included."""
     together = Beside(engine_of(drafting, wrap=lambda inner: Failing(inner, "propose", 2)), drafting)
@@ -675,12 +685,19 @@ def test_a_long_request_beside_endless_short_ones(drafting: str, shared: int, bl
 @pytest.mark.parametrize("options", [{"enable_prefix_caching": False}, {}])
 def test_blocks_that_nobody_can_share_are_used_again(options: dict[str, Any]) -> None:
     """Without sharing, the memory of a pool grows to what runs at once, not to all of its blocks."""
-    engine = engine_of("plain", blocks=200, **options)
+    engine, given = engine_of("plain", blocks=200, **options), set[int]()
+    take = engine.scheduler.pool.blocks.take
+
+    def taken(*count: Any) -> list[int]:
+        given.update(blocks := take(*count))
+        return blocks
+
+    engine.scheduler.pool.blocks.take = taken
     sampling = GREEDY if options else replace(GREEDY, prompt_logprobs=0)
     for _ in range(40):
         engine.add_request(None, TEXTS[1], sampling)
         run(engine)
-    assert engine.scheduler.pool.blocks.height <= 6
+    assert len(given) <= 6
 
 
 def test_requests_that_ended_are_forgotten() -> None:

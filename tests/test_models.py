@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from foredraft.core.tree import TreeBatch
 from foredraft.kernels.attention import any_length_kernels
 from foredraft.kernels.prefixes import prefix_search, trie
 from foredraft.models.check import refuse_unsupported, self_check
+from foredraft.models.groups import groups_of
 from foredraft.models.hf import HFTarget
 from foredraft.models.llama import LlamaTarget
 
@@ -430,3 +432,90 @@ def test_no_warning_of_transformers_reaches_the_user(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         llm = LLM(tmp_path, {"method": "suffix", "num_speculative_tokens": 4})
         assert llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True))[0].outputs[0].token_ids
+
+
+def seen_widths(target, monkeypatch) -> list[tuple[int, int]]:
+    """Number of trees and width of every padded batch that a target runs from now on, as if it were a small model on a CPU."""
+    shapes, run = [], target._forward
+    monkeypatch.setattr(target, "_extra_rows", 32)
+
+    def counted(feature_layers, pool, layout, rows):
+        shapes.append((len(layout.lengths), layout.width))
+        return run(feature_layers, pool, layout, rows)
+
+    monkeypatch.setattr(target, "_forward", counted)
+    return shapes
+
+
+WIDE = [PARENTS[:5], [-1], [*range(-1, 39)], [-1, 0, 1]]
+"""Trees of a step: two that decode, and the parts of two prompts."""
+
+
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gpt2", "gemma2"])
+def test_trees_of_different_widths_run_in_groups(name, started, monkeypatch):
+    """Logits and features are those of each tree run alone, for all rows, some, none, and rows in any order."""
+    _, targets = make_targets(name, torch.float64)
+    contexts = [tokens_of(50 + b, length) for b, length in enumerate((9, 4, 13, 0))]
+    trees = [tokens_of(60 + b, len(parents)) for b, parents in enumerate(WIDE)]
+    begin = [2, 0, 1, 0] if started else None
+    for target in targets:
+        pool = target.new_pool(8)
+        caches = [prefilled(target, pool, context) for context in contexts]
+        alone = []
+        for b, (tokens, parents) in enumerate(zip(trees, WIDE, strict=True)):
+            mine = {"start": None if begin is None else [begin[b]]}
+            if started and begin[b]:
+                target.forward(TreeBatch.chains([tokens[: begin[b]]], [parents[: begin[b]]]), [caches[b]])
+            alone.append(target.forward(TreeBatch.chains([tokens], [parents]), [caches[b]], feature_layers=(1, -1), **mine))
+        wanted, features = torch.cat([s.logits for s in alone]), torch.cat([s.features for s in alone])
+        shapes = seen_widths(target, monkeypatch)
+        batch, layers = TreeBatch.chains(trees, WIDE), {"feature_layers": (1, -1), "start": begin}
+        new = np.concatenate([batch.offsets[b] + np.arange(begin[b] if begin else 0, len(WIDE[b])) for b in range(4)])
+        shuffled = np.random.default_rng(0).permutation(new)
+        for rows in (None, new, new[::7], new[:3], new[-1:], new[:0], shuffled, shuffled[:9]):
+            scores = target.forward(batch, caches, rows, **layers)
+            asked = slice(None) if rows is None else np.searchsorted(new, rows)
+            assert scores.logits.shape == wanted[asked].shape
+            assert_close(scores.logits, wanted[asked], 1e-12)
+            assert_close(scores.features, features, 1e-12)
+        assert target.forward(batch, caches, start=begin).features is None
+        assert {*shapes} == {(2, 3 if started else 5), (1, 39 if started else 40), (1, 3)}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_prompt_beside_many_trees_is_not_padding_for_them(name, monkeypatch):
+    _, targets = make_targets(name)
+    sizes = [1, 5, 1, 2, 1, 1, 4, 1, 48, 48, 7]
+    batch = TreeBatch.chains([tokens_of(b, size) for b, size in enumerate(sizes)])
+    for target in targets:
+        shapes, pool = seen_widths(target, monkeypatch), target.new_pool(2 * len(sizes))
+        target.forward(batch, [pool.allocate() for _ in sizes])
+        assert shapes == [(8, 5), (2, 48), (1, 7)]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_chunk_of_a_prompt_is_split_from_decoding(name, monkeypatch):
+    """With the number of padding rows that a target accepts by itself."""
+    for target in make_targets(name)[1]:
+        ours, pool = target._extra_rows, target.new_pool(20)
+        shapes = seen_widths(target, monkeypatch)
+        target._extra_rows = ours
+        target.forward(TreeBatch.chains([[3]] * 10 + [tokens_of(1, 60)]), [pool.allocate() for _ in range(11)])
+        assert shapes == [(10, 1), (1, 60)]
+
+
+@pytest.mark.parametrize("extra", [1, 8, 32])
+def test_groups_have_the_least_cost(extra):
+    """Against all ways to split up to seven trees. Equal widths, and little padding, are one group."""
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        widths = rng.choice([0, 1, 1, 2, 5, 30, 40], size=int(rng.integers(1, 8)))
+        count, costs = len(widths), []
+        for cuts in range(1 << (count - 1)):
+            bounds = [0, *(i for i in range(1, count) if cuts >> (i - 1) & 1), count]
+            costs.append(sum(extra + (end - first) * widths[first:end].max() for first, end in pairwise(bounds)))
+        groups = groups_of(widths, extra)
+        assert [i for group in groups for i in range(count)[group]] == [*range(count)]
+        assert sum(extra + (group.stop - group.start) * widths[group].max() for group in groups) == min(costs)
+        assert groups_of(np.full(count, 2048), extra) == [slice(0, count)]

@@ -1,25 +1,33 @@
-"""How the nodes of a request follow the load and its acceptance, and that the law of its tokens does not change thereby."""
+"""How the nodes of a request follow the load and its acceptance, and that the law of its tokens does not change thereby.
+
+Also how the rows of a step are divided among trees and prompts.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
-from itertools import pairwise, product
+from itertools import count, pairwise, product
 from typing import Any
 
+import numpy as np
 import pytest
 
 from exact import decoded, enumerate_branches
 from foredraft.core.contracts import Budget
 from foredraft.core.costs import Costs, interpolated
 from foredraft.core.params import SamplingParams
+from foredraft.core.tree import TreeBatch
 from foredraft.drafters.lm import LMDrafter
 from foredraft.engine.engine import Engine
 from foredraft.engine.options import EngineOptions
 from foredraft.engine.pace import Pace
+from foredraft.engine.request import Request
 from foredraft.models.table import TableTarget, random_law
 from foredraft.rules import RULES
 from foredraft.trees import GROWERS
+from test_isolation import run, tokens_of
+from test_schedules import bundled
 
 COSTS = Costs(
     forward=((1.0, 1.0), (4.0, 1.1), (8.0, 1.4), (16.0, 2.6), (64.0, 10.0)),
@@ -158,3 +166,157 @@ def test_seeds_and_reproducible_engines_keep_their_nodes(options: dict[str, Any]
         engine.step()
     budgets = {record.budget for record in request.sequences[0].records[:-3]}
     assert (budgets == {2}) == (bool(options) or seed is not None)
+
+
+# --- The budgets of several requests
+
+STEEP = Costs(((1.0, 1.0), (8.0, 1.1), (16.0, 6.0)), ((0.0, 0.0, 0.0), (2.0, 0.05, 0.0)), ((1.0, 1.5), (2.0, 1.9)))
+"""Trees pay for few requests, and with eight running not even for one whose drafts are always accepted."""
+GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+FIRST = replace(GREEDY, max_tokens=90)
+crowded = pytest.mark.parametrize("interrupted", [False, True], ids=["", "preempted"])
+
+
+def met(engine: Engine, vocab_size: int, *, interrupted: bool) -> tuple[list[Request], list[tuple[int, int]]]:
+    """A long request alone, then beside seven short ones, which join at different steps, then alone again.
+
+    Args:
+        interrupted: whether the long request is preempted twice: while it pauses, and soon after it drafts again.
+
+    Returns:
+        The requests, and for every step without prompts the number of requests that decode and the budget of the first one.
+    """
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(vocab_size // 2, vocab_size, size=5 + 3 * i).tolist() for i in range(8)]
+    requests, steps = [engine.add_request(None, prompts[0], FIRST)], list[tuple[int, int]]()
+    [first], moments = requests[0].sequences, [[0, 0, 0], [2, 2, 2]] if interrupted else []
+    for number in count():
+        for i in range(1, 8):
+            if number == 4 + i // 3:
+                requests.append(engine.add_request(None, prompts[i], replace(GREEDY, max_tokens=12 + 2 * i)))
+        has_prompts = bool(engine.scheduler.waiting or any(one.num_missing for one in engine.scheduler.running))
+        before, decoding = len(first.records), len(engine.scheduler.running)
+        engine.step()
+        if len(first.records) > before and not has_prompts:
+            steps.append((decoding, first.records[-1].budget))
+        if moments and [budget for _, budget in steps[-3:]] == moments[0]:
+            engine.scheduler.preempt(first)
+            del moments[0]
+        if not engine.has_unfinished_requests():
+            break
+    assert not moments and len(requests) == 8
+    return requests, steps
+
+
+def check_budgets(steps: list[tuple[int, int]]) -> None:
+    """They are 0 with eight requests, and the largest for one alone, before and after."""
+    by_load = {load: {budget for other, budget in steps if other == load} for load, _ in steps}
+    assert by_load[8] == {0} and 2 in by_load[1]
+    at_eight = [number for number, (load, _) in enumerate(steps) if load == 8]
+    assert 2 in [budget for _, budget in steps[: at_eight[0]]]
+    assert [budget for _, budget in steps[at_eight[-1] + 1 :]].count(2) > 5
+
+
+@crowded
+def test_tables_pause_and_catch_up(interrupted: bool) -> None:
+    """The draft model has the target's law. So every draft is accepted, also right after a pause, if nothing was missed."""
+    law = random_law(20, 3, concentration=0.3)
+    drafter = LMDrafter(TableTarget(law, 20), GROWERS["chain"].grower(), 20)
+    parts = {"drafter": drafter, "rule": RULES["block"].rule, "budget": Budget(2, 2), "costs": lambda _: STEEP}
+    engine, plain = (Engine(TableTarget(law, 20), max_model_len=120, **more) for more in (parts, {}))
+    requests, steps = met(engine, 20, interrupted=interrupted)
+    check_budgets(steps)
+    for request in requests:
+        [sequence] = request.sequences
+        alone = plain.add_request(None, request.prompt_ids, request.sampling)
+        while not alone.is_finished:
+            plain.step()
+        assert sequence.output_ids == alone.sequences[0].output_ids
+        assert all(record.num_accepted_tokens == record.num_draft_tokens for record in sequence.records)
+
+
+@crowded
+def test_heads_pause_and_catch_up(interrupted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tree is that of a drafter which has never paused, and starts at this place of the text."""
+    llm = bundled("fspad", "chain")
+    parts = llm.plan.engine_options() | {"budget": Budget(2, 2), "max_nodes": None}  # type: ignore[union-attr]
+    ways = (parts | {"costs": lambda _: STEEP}, parts | {"costs": None}, {})
+    engine, steady, plain = (Engine(llm.target, max_model_len=120, num_kv_blocks=40, **more) for more in ways)
+    trees, drafter = list[tuple[list[int], list[int]]](), engine.drafter
+    assert drafter is not None
+    propose = drafter.propose
+
+    def noted(work: Any) -> Any:
+        found, texts = propose(work), [one.token_ids for one in engine.scheduler.running if one.draft_state in work.states]
+        trees.extend(([*text], tree.tokens.tolist()) for text, tree in zip(texts, found, strict=True))
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(drafter, "propose", noted)
+        requests, steps = met(engine, 200, interrupted=interrupted)
+    check_budgets(steps)
+    for request in requests:
+        alone = plain.add_request(None, request.prompt_ids, request.sampling)
+        while not alone.is_finished:
+            plain.step()
+        assert request.sequences[0].output_ids == alone.sequences[0].output_ids
+    assert len(trees) > 20
+    for text, tokens in trees:
+        [fresh] = steady.add_request(None, text, replace(GREEDY, max_tokens=3)).sequences
+        while not fresh.records:
+            steady.step()
+        assert fresh.last_tree is not None and fresh.last_tree.tokens.tolist()[: len(tokens)] == tokens
+        steady.abort_request(fresh.request.request_id)
+
+
+# --- The rows of a step
+
+
+def counted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of every forward of the target."""
+    forward, rows = engine.target.forward, list[int]()
+
+    def noted(batch: TreeBatch, *given: Any, **more: Any) -> Any:
+        rows.append(int(batch.offsets[-1]))
+        return forward(batch, *given, **more)
+
+    monkeypatch.setattr(engine.target, "forward", noted)
+    return rows
+
+
+def test_a_step_has_at_most_the_rows_that_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without trees. Every step is full while prompts are left."""
+    options = EngineOptions(max_num_seqs=6, max_num_batched_tokens=64, enable_prefix_caching=False)
+    engine = Engine(TableTarget(random_law(20, 3), 20), max_model_len=400, options=options)
+    rows, rng = counted(engine, monkeypatch), np.random.default_rng(0)
+    early = [engine.add_request(None, [1, 2, 3, 4], replace(GREEDY, max_tokens=30)) for _ in range(2)]
+    engine.step()
+    for _ in range(3):
+        engine.add_request(None, rng.integers(20, size=150).tolist(), GREEDY)
+    while any(one.num_missing for one in engine.scheduler.running) or engine.scheduler.waiting:
+        engine.step()
+        assert [len(tokens_of(request)[0]) for request in early] == [len(rows)] * 2  # no prompt delays them
+    assert rows[1:-1] == [64] * (len(rows) - 2) and len(rows) == 9
+    run(engine)
+    assert max(rows) == 64
+
+
+def test_prompts_advance_beside_trees_that_fill_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter = LMDrafter(TableTarget(random_law(20, 4), 20), GROWERS["dyspec"].grower(), 20)
+    parts = {"drafter": drafter, "rule": RULES["multiround"].rule, "budget": Budget(15, 3)}
+    options = EngineOptions(max_num_seqs=5, max_num_batched_tokens=64, enable_prefix_caching=False)
+    engine = Engine(TableTarget(random_law(20, 3), 20), max_model_len=400, options=options, **parts)
+    rows = counted(engine, monkeypatch)
+    for i in range(4):
+        engine.add_request(None, [i, 2, 3], replace(GREEDY, max_tokens=200))
+    while len(engine.scheduler.running) < 4 or any(not one.records for one in engine.scheduler.running):
+        engine.step()
+    [late] = engine.add_request(None, 101 * [5], GREEDY).sequences
+    lengths = list[int]()
+    while not lengths or late.num_missing:
+        before = [len(one.records) for one in engine.scheduler.running[:4]]
+        engine.step()
+        lengths.append(late.cache.length)
+        assert [len(one.records) for one in engine.scheduler.running[:4]] == [count + 1 for count in before]
+    assert lengths == [32, 64, 96, 100]
+    assert max(rows) == 64 + 32

@@ -28,6 +28,7 @@ class Layout:
         new: packed index of each new node.
         count: M, the number of new nodes.
         blocks: the blocks of each request, [B, ceil(T / BLOCK)]. Rows of shorter requests are filled with block 0.
+        plane: number of heads, and of blocks, of the keys of one layer in the pool.
         first_block: the first block if there is one request whose blocks are consecutive; else None.
         first_place: the place of the first new node if `first_block` is not None.
         width: N, the largest number of new nodes of a request.
@@ -43,6 +44,7 @@ class Layout:
     new: Int[np.ndarray, " _"]
     count: int
     blocks: Int[np.ndarray, "b k"]
+    plane: tuple[int, int]
     first_block: int | None
     first_place: int | None
     width: int
@@ -87,6 +89,12 @@ class Layout:
     def table(self) -> Int[Tensor, "b k"]:
         """`blocks` on the device."""
         return torch.from_numpy(self.blocks).to(self.device) if self.device_blocks is None else self.device_blocks
+
+    @cached_property
+    def block_rows(self) -> Int[Tensor, " bhk"]:
+        """For each request, head and block of the request, the row of this block among the rows [heads * blocks] of `plane`."""
+        heads, blocks = self.plane
+        return (self.table[:, None] + blocks * torch.arange(heads, device=self.device)[:, None]).flatten()
 
     @property
     def key_positions(self) -> Int[np.ndarray, "b t"]:
@@ -171,6 +179,7 @@ def lay_out(batch: TreeBatch, caches: Sequence[Any], start: Sequence[int] | None
         new=new,
         count=len(new),
         blocks=blocks,
+        plane=tuple(caches[0].pool.kv.shape[2:4]),
         first_block=int(blocks[0, 0]) if is_run else None,
         first_place=int(places[0]) if is_run else None,
         width=width,

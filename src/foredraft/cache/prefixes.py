@@ -53,7 +53,7 @@ class Prefixes:
     def __init__(self, blocks: Blocks):
         self._blocks = blocks
         self._found: dict[Key, Published] = {}
-        self._by_block: dict[int, Published] = {}
+        self._by_block: dict[int, list[Published]] = {}
         blocks.forget = self._forget
 
     def match(self, trail: Trail, tokens: Sequence[int], length: int) -> list[int]:
@@ -80,9 +80,11 @@ class Prefixes:
             published = self._found.get(key)
             if published is None:
                 block = blocks[trail.count]
-                published = self._found[key] = self._by_block[block] = Published(block, key)
+                published = self._found[key] = Published(block, key)
+                self._by_block.setdefault(block, []).append(published)
                 self._blocks.keep(block)
             trail.last, trail.count = published, trail.count + 1
 
     def _forget(self, block: int) -> None:
-        del self._found[self._by_block.pop(block).key]
+        for published in self._by_block.pop(block):
+            del self._found[published.key]

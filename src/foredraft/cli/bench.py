@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -159,9 +160,11 @@ def contender(
 
 
 def _environment(plain: Any, options: BenchOptions, num_left_out: int) -> dict[str, Any]:
-    """Collects the conditions of the measurement."""
+    """Collects the conditions of the measurement. ``FOREDRAFT_KERNELS`` is there only if the user set it."""
     from foredraft.bench.machine import machine
+    from foredraft.kernels import instruction_set
 
+    forced = os.environ.get("FOREDRAFT_KERNELS")
     return {
         "command": "foredraft " + " ".join(sys.argv[1:]),
         "prompts": options.prompts.name,
@@ -171,6 +174,8 @@ def _environment(plain: Any, options: BenchOptions, num_left_out: int) -> dict[s
         "top_p": options.top_p,
         "dtype": str(plain.target.dtype).removeprefix("torch."),
         **machine(plain.target.device),
+        "instruction_set": instruction_set(),
+        **({"FOREDRAFT_KERNELS": forced} if forced else {}),
     }
 
 

@@ -19,7 +19,10 @@ class _Caller:
     Attributes:
         requests: the unfinished requests that it waits for, by name.
         inbox: outputs that it has not taken yet. A None among them wakes it, because perhaps nobody runs the steps.
+        looked: number of aborts and interrupts when it last looked for ends that no step reports.
     """
+
+    looked = 0
 
     def __init__(self) -> None:
         self.requests: dict[str, Request] = {}
@@ -38,6 +41,7 @@ class Callers:
         self._turn = threading.Lock()
         self._callers: dict[str, _Caller] = {}
         self._idle: dict[_Caller, None] = {}
+        self._num_interrupts = 0
 
     def run(self, prompts: Sequence[tuple[Any, SamplingParams]]) -> Iterator[tuple[int, RequestOutput]]:
         """Runs prompts with their parameters. Yields outputs, each with the index of its prompt, until all have ended.
@@ -46,7 +50,8 @@ class Callers:
 
         Raises:
             ValueError: a prompt or its parameters are invalid. Nothing has run in this case.
-            Exception: a step failed; the exception is that of the step.
+            Exception: no request was answered; the exception is that of a step or of a request. If only some requests fail,
+                their outputs hold the reason.
         """
         caller, places = _Caller(), dict[str, int]()
         try:
@@ -57,6 +62,8 @@ class Callers:
                 caller.requests |= {request.request_id: request for request in requests}
             while caller.requests:
                 output = self._next(caller)
+                if output.request_id not in caller.requests:
+                    continue  # its end was seen before it was delivered
                 if output.finished:
                     del caller.requests[output.request_id]
                 yield places[output.request_id], output
@@ -68,20 +75,24 @@ class Callers:
                 self.engine.abort_request(places)
             finally:
                 self._wake_one()
-        for request in requests:
-            for sequence in request.sequences:
-                if sequence.cause is not None:
-                    raise sequence.cause
+        causes = [sequence.cause for request in requests for sequence in request.sequences]
+        if causes and causes[0] is not None and all(causes):
+            raise causes[0]
 
     def _next(self, caller: _Caller) -> RequestOutput:
         """Returns the next output of a caller. Runs steps as long as nobody else does."""
         output = None
-        while output is None and (output := _aborted(caller)) is None:
+        while output is None and (output := self._ended(caller)) is None:
             self._idle[caller] = None  # before it looks, so that a later release of the turn wakes it
             if caller.inbox.empty() and self._turn.acquire(blocking=False):
                 try:
                     self._idle.pop(caller, None)
                     self._deliver(self.engine.step())
+                except BaseException:
+                    self._num_interrupts += 1
+                    for other in {*self._callers.values()}:
+                        other.inbox.put(None)  # perhaps an end was not delivered
+                    raise
                 finally:
                     self._turn.release()
                     self._wake_one()
@@ -91,6 +102,17 @@ class Callers:
         if not self._turn.locked():
             self._wake_one()  # it may never come back
         return output
+
+    def _ended(self, caller: _Caller) -> RequestOutput | None:
+        """Returns the output of a request whose end no step reports: somebody else aborted it, or interrupted the delivery."""
+        events = self.engine.num_aborted + self._num_interrupts
+        if events == caller.looked:
+            return None
+        for request in caller.requests.values():
+            if request.is_finished:
+                return request.output()
+        caller.looked = events
+        return None
 
     def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
         for output in outputs:
@@ -104,11 +126,3 @@ class Callers:
             self._idle.pop(caller, None)
             caller.inbox.put(None)
             return
-
-
-def _aborted(caller: _Caller) -> RequestOutput | None:
-    """Returns the output of a request that somebody else aborted: no step reports it."""
-    for request in caller.requests.values():
-        if any(sequence.finish_reason == "abort" for sequence in request.sequences):
-            return request.output()
-    return None

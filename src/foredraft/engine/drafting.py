@@ -61,6 +61,11 @@ class Drafting:
         """Sets the rule."""
         self._rule, self._batches = rule, batched_form(rule)
 
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether the drafter keeps features, keys or values of the tokens, which lookup does not."""
+        return bool(self.drafter.bytes_per_token or self.drafter.feature_layers)
+
     def batches(self, tree: DraftTree) -> bool:
         """Returns whether `foredraft.rules.batched.verify` gives the verdict of the rule on a tree."""
         return self._batches is not None and self._batches(tree)
@@ -94,6 +99,8 @@ class Drafting:
         """Starts drafting for a sequence whose prompt is in the cache."""
         features = torch.cat(sequence.features) if sequence.features else None
         sequence.features = []
+        if sequence.pace is not None:
+            sequence.pace.pending = 0
         try:
             sequence.draft_state = self.drafter.start(sequence.token_ids, features, sequence.cache, sequence.first)
         except Exception as error:
@@ -108,14 +115,16 @@ class Drafting:
 
         Raises:
             OutOfBlocksError: the drafter runs more nodes than its trees keep, and their blocks do not suffice for all.
-            ValueError: an option of the user does not fit.
+            ValueError: an option of the user does not fit any of the sequences.
         """
         try:
             return self.drafter.propose(work_of(sequences, budgets))
-        except (OutOfBlocksError, UserError):  # more blocks may help; a mistake of the user concerns every request
+        except OutOfBlocksError:  # more blocks may help
             raise
         except Exception as error:
             errors = [self._error_alone(*pair) for pair in zip(sequences, budgets, strict=True)]
+            if isinstance(error, UserError) and all(isinstance(own, UserError) for own in errors):
+                raise
             for sequence, own in zip(sequences, errors, strict=True):
                 if own is not None or not any(errors):
                     self.switch_off(sequence, own or error)
@@ -144,7 +153,7 @@ class Drafting:
         if missed:
             rows = [features[row : row + 1] for _, features, row in missed if features is not None]
             given = torch.cat(rows) if rows else None
-            self.observe(sequence, [token for tokens, _, _ in missed for token in tokens], self.take(given, places), [])
+            self.observe(sequence, [token for token, _, _ in missed], self.take(given, places), [])
 
     def finish(self, sequence: Sequence) -> None:
         """Releases the drafter's state of a sequence."""

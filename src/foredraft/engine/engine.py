@@ -85,6 +85,7 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._num_requests = 0
         self._aborted: list[str] = []
+        self.num_aborted = 0  # a caller who waits for a request that somebody else aborts sees it by this number
         self._is_stepping = False
         self.lock = threading.RLock()
 
@@ -185,6 +186,7 @@ class Engine:
             self._aborted += [request_ids] if isinstance(request_ids, str) else request_ids
             while self._aborted and not self._is_stepping:
                 request = self._requests.pop(self._aborted.pop(), None)
+                self.num_aborted += request is not None
                 for sequence in request.sequences if request else ():
                     if sequence.finish_reason is None:
                         sequence.finish_reason = "abort"
@@ -218,7 +220,7 @@ class Engine:
     def _expire(self, limit: float) -> None:
         """Ends outputs that have waited longer than `limit` seconds for their first step."""
         latest = time.monotonic() - limit
-        for sequence in [one for one in self.scheduler.waiting if not one.records and one.request.arrival_s < latest]:
+        for sequence in [one for one in self.scheduler.waiting if not one.has_run and one.request.arrival_s < latest]:
             self.scheduler.release(sequence)
             sequence.fail(UserError(f"the request waited longer than max_wait_s ({limit:g} s)", "try again later"))
             self.scheduler.unreported.append(sequence)

@@ -25,9 +25,9 @@ from foredraft.engine.pace import Pace
 
 
 class Missed(NamedTuple):
-    """Tokens that were committed in a step without drafting, and where the features of their root stand."""
+    """A token that was committed in a step without drafting, and where the features of the root before it stand."""
 
-    tokens: Items[int]
+    token: int
     features: Float[Tensor, "m w"] | None
     row: int
 
@@ -51,7 +51,10 @@ class Sequence:
         text: the text of the output so far.
         kinds: per output token ``accepted``, ``recovered``, ``bonus``, or ``plain`` if nothing was drafted.
         cache: the target's cache; None unless the sequence runs.
-        trail: how far its blocks are published for other requests; None if they are not.
+        trail: how far its blocks are published for other requests that draft as it does; None if they are not.
+        plain_trail: how far they are published for requests that do not draft; None if they are not, or if `trail` says it.
+        owed: the budget of a tree that was given up for lack of blocks. The same tree is drafted when the sequence runs again.
+        has_run: whether it was ever admitted.
         first: number of tokens whose keys and values another request left in its blocks.
         features: the target's features of the tokens in the cache, in parts, until the drafter has started.
         missed: what the drafter is told before it drafts again.
@@ -80,6 +83,9 @@ class Sequence:
     pace: Pace | None = None
     cache: Any = None
     trail: Trail | None = None
+    plain_trail: Trail | None = None
+    owed: Budget | None = None
+    has_run: bool = False
     first: int = 0
     features: list[Float[Tensor, "_ d"]] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)

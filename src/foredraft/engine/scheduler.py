@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from foredraft.cache.blocks import BLOCK, OutOfBlocksError, num_blocks
 from foredraft.cache.prefixes import Key, Prefixes, Trail
 from foredraft.core.contracts import Budget, Pool
+from foredraft.engine.drafting import Drafting
 from foredraft.engine.pace import MOST_PENDING
 from foredraft.engine.request import Sequence
 
@@ -15,6 +16,9 @@ _NOTHING = Budget(0, 0)
 
 _LEAST_CHUNK = BLOCK
 """Rows that a step leaves for prompts, even if trees fill it."""
+
+_MOST_LOOKED_AT = 4
+"""So many times the number of places is the number of waiting sequences that a step may look at."""
 
 
 @dataclass
@@ -85,7 +89,9 @@ class Scheduler:
         schedule, rows = Schedule(), self._max_rows
         late = [sequence for sequence in self.running if sequence.num_missing]
         decoding = [sequence for sequence in self.running if not sequence.num_missing]
-        load = len(decoding), min(rows, sum(sequence.num_missing for sequence in late))
+        coming = self.waiting[: self._max_num_seqs - len(self.running)]
+        prompts = sum(sequence.num_missing for sequence in late) + sum(len(sequence.token_ids) for sequence in coming)
+        load = len(decoding), min(rows, prompts)
         for sequence in decoding:
             if sequence.cache is None:
                 continue  # preempted for one before it
@@ -97,14 +103,16 @@ class Scheduler:
         for sequence in late:
             if sequence.cache is not None:
                 rows -= self._chunk(sequence, rows, schedule)
-        for sequence in [*self.waiting]:
+        computed = {_soon_published(sequence) for sequence in self.running} if self.waiting else set()
+        for sequence in self.waiting[: _MOST_LOOKED_AT * self._max_num_seqs]:
             if len(self.running) == self._max_num_seqs or rows <= 0:
                 break
             key = self._first_missing(sequence)
-            if key is not None and key in self._being_computed():
+            if key is not None and key in computed:
                 continue  # soon another sequence has computed what this one needs
             if not self._admit(sequence):
                 break
+            computed.add(_soon_published(sequence))
             rows -= self._chunk(sequence, rows, schedule)
         return schedule
 
@@ -117,10 +125,13 @@ class Scheduler:
         """
         if sequence.draft_state is None:
             return _NOTHING
-        pace, drafting = sequence.pace, sequence.drafting
+        pace, drafting, owed = sequence.pace, sequence.drafting, sequence.owed
         if pace is None:
             return sequence.budget(drafting.most)
-        if pace.pending > MOST_PENDING and drafting.drafter.bytes_per_token:
+        if owed is not None:
+            sequence.owed = None
+            return owed
+        if pace.pending > MOST_PENDING and drafting.holds_tokens:
             drafting.switch_off(sequence)
             return _NOTHING
         return sequence.budget(Budget(pace.nodes(requests, besides), drafting.most.depth))
@@ -128,12 +139,20 @@ class Scheduler:
     def publish(self, sequence: Sequence) -> None:
         """Lets other requests find the blocks of a sequence that are written."""
         written = sequence.drafting.written(sequence) if sequence.drafts else sequence.cache.length
-        if sequence.trail is not None and written >= (sequence.trail.count + 1) * BLOCK:
-            self._prefixes.publish(sequence.trail, sequence.cache.blocks, sequence.token_ids, written)
+        for trail, length in ((sequence.trail, written), (sequence.plain_trail, sequence.cache.length)):
+            if trail is not None and length >= (trail.count + 1) * BLOCK:
+                self._prefixes.publish(trail, sequence.cache.blocks, sequence.token_ids, length)
 
-    def make_room(self, schedule: Schedule) -> None:
-        """Preempts the last running sequence, even if it is part of the step."""
+    def make_room(self, schedule: Schedule, *, is_drafted: bool = False) -> None:
+        """Preempts the last running sequence, even if it is part of the step.
+
+        Args:
+            is_drafted: whether the trees of the step may be drafted already. What was drafted must not decide on the size of a
+                tree, so the sequence drafts the same tree when it runs again.
+        """
         last = self.running[-1]
+        if is_drafted and last in schedule.trees:
+            last.owed = schedule.budgets[schedule.trees.index(last)]
         schedule.drop(last)
         self.preempt(last)
 
@@ -157,7 +176,7 @@ class Scheduler:
         finally:
             if sequence.cache is not None:
                 self.pool.free(sequence.cache)
-            sequence.cache = sequence.trail = None
+            sequence.cache = sequence.trail = sequence.plain_trail = None
 
     def blocks_for(self, sequence: Sequence, length: int) -> int:
         """Returns the number of blocks that a sequence of `length` tokens needs for its next step."""
@@ -194,7 +213,7 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Gives a waiting sequence its cache, if enough blocks are free for the tokens that it has and its first tree."""
-        trail, found = self._usable(sequence)
+        trail, found, drafts = self._usable(sequence)
         blocks = self.pool.blocks
         idle = sum(not blocks.num_holders(block) for block in found)
         if self.running and blocks.num_free - idle < self.blocks_for(sequence, len(sequence.token_ids)) - len(found):
@@ -202,8 +221,11 @@ class Scheduler:
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_order)
         blocks.share(found)
-        has_others = not self._is_alone(sequence) or sequence.sampling.n > 1  # who may find its blocks
-        sequence.cache, sequence.trail = self.pool.allocate(), trail if has_others else None
+        sequence.nodes, sequence.has_run = sequence.nodes if drafts else 0, True
+        sequence.cache = self.pool.allocate()
+        if not self._is_alone(sequence) or sequence.sampling.n > 1:  # others may find its blocks
+            plain = self._trail(sequence, None)
+            sequence.trail, sequence.plain_trail = trail, None if trail.last == plain.last else plain
         sequence.cache.blocks += found
         sequence.cache.length = sequence.first = len(found) * BLOCK
         if sequence.scores_prompt:
@@ -214,22 +236,31 @@ class Scheduler:
             sequence.drafting.start(sequence)
         return True
 
-    def _usable(self, sequence: Sequence) -> tuple[Trail, list[int]]:
-        """Finds the blocks that a sequence can share, and how far they are published.
+    def _usable(self, sequence: Sequence) -> tuple[Trail, list[int], bool]:
+        """Finds the blocks that a sequence can share, how far they are published, and whether it drafts behind them.
 
-        A drafter that reads features also needs the features of one token behind these blocks.
+        A drafter that reads features also needs the features of one token behind these blocks. Where the load leaves no nodes,
+        a sequence rather shares the blocks of those that do not draft, if it finds more of them. Then it does not draft either.
         """
-        trail, length = self._trail(sequence), len(sequence.token_ids) - 1
+        trail, length = self._trail(sequence, sequence.drafting), len(sequence.token_ids) - 1
         if sequence.scores_prompt:
-            return trail, []
-        return trail, self._prefixes.match(trail, sequence.token_ids, length - trail.beyond)
+            return trail, [], True
+        found = self._prefixes.match(trail, sequence.token_ids, length - trail.beyond)
+        if sequence.pace is not None and not sequence.pace.costs.best(len(self.running) + 1, 0, 1.0):
+            plain = self._trail(sequence, None)
+            others = self._prefixes.match(plain, sequence.token_ids, length)
+            if len(others) > len(found):
+                return plain, others, False
+        return trail, found, True
 
-    def _trail(self, sequence: Sequence) -> Trail:
-        """Returns the beginning of the trail of a sequence.
+    def _trail(self, sequence: Sequence, drafting: Drafting | None) -> Trail:
+        """Returns the beginning of the trail of a sequence that drafts in some way; None for one that does not.
 
         Blocks are shared within a namespace: among requests with the same salt whose drafter writes the same keys and values.
         """
-        request, drafting = sequence.request, sequence.drafting if sequence.drafts else None
+        request = sequence.request
+        if drafting is not None and not (sequence.drafts and drafting.holds_tokens):
+            drafting = None
         sampled = drafting is not None and sequence.sampling.temperature > 0  # each kind of requests may have its own drafter
         namespace = request.number if self._is_alone(sequence) else None, request.salt, drafting, sampled
         return Trail(namespace, beyond=int(drafting is not None and bool(drafting.drafter.feature_layers)))
@@ -240,21 +271,20 @@ class Scheduler:
 
     def _first_missing(self, sequence: Sequence) -> Key | None:
         """Returns the key of the first block of a waiting sequence that is not published; None if it does not fill one."""
-        trail, length = self._trail(sequence), len(sequence.token_ids) - 1
+        trail, length = self._trail(sequence, sequence.drafting), len(sequence.token_ids) - 1
         self._prefixes.match(trail, sequence.token_ids, length)
         return trail.next_key(sequence.token_ids, length)
 
-    def _being_computed(self) -> set[Key | None]:
-        """Keys of the next blocks that running sequences will publish soon.
 
-        A drafter writes the keys and values of a prompt in its first step. A prompt that is not published after that step,
-        because lookup drafted instead, is not waited for.
-        """
-        return {
-            sequence.trail.next_key(sequence.token_ids, sequence.num_prompt - 1)
-            for sequence in self.running
-            if sequence.trail is not None and not sequence.records
-        }
+def _soon_published(sequence: Sequence) -> Key | None:
+    """Returns the key of the next block that a running sequence will publish soon, or None.
+
+    A drafter writes the keys and values of a prompt in its first step. A prompt that is not published after that step, because
+    lookup drafted instead, is not waited for.
+    """
+    if sequence.trail is None or sequence.records:
+        return None
+    return sequence.trail.next_key(sequence.token_ids, sequence.num_prompt - 1)
 
 
 def _ahead(sequence: Sequence, nodes: int) -> int:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 import numpy as np
+from jaxtyping import Float
+from torch import Tensor
 
 from foredraft.cache.blocks import OutOfBlocksError
 from foredraft.cache.layout import rows_of
@@ -85,6 +87,7 @@ class Step:
     clock: Clock = field(default_factory=Clock)
     drafted: dict[int, DraftTree] = field(default_factory=dict)
     packed: TreeBatch | None = None
+    _kept: Float[Tensor, "m w"] | None = None
 
     def propose(self) -> TreeBatch:
         """Returns what the target runs: a tree for each sequence that decodes, and a chain for each chunk of a prompt."""
@@ -133,7 +136,7 @@ class Step:
                     [sequence] = self.schedule.trees
                     sequence.drafting.switch_off(sequence, error)
                 else:
-                    self.scheduler.make_room(self.schedule)
+                    self.scheduler.make_room(self.schedule, is_drafted=True)
 
     def forward(self, batch: TreeBatch) -> Scores:
         """Runs the target once. Logits are computed for the nodes of trees, and for prompts that are scored."""
@@ -177,7 +180,7 @@ class Step:
         self.clock.lap("cache_s")
         for b, (sequence, decision) in enumerate(zip(schedule.trees, decisions, strict=True)):
             if decision is not None:
-                self._commit_tree(b, sequence, decision, scores, part(batch, b))
+                self._commit_tree(b, sequence, decision, scores, batch)
         self._commit_chunks(batch, scores)
         for sequence in schedule.sequences:
             self.scheduler.publish(sequence)
@@ -185,12 +188,12 @@ class Step:
                 self.scheduler.release(sequence)
         return [*schedule.trees, *(sequence for sequence, _ in schedule.chunks if sequence.finish_reason is not None)]
 
-    def _commit_tree(self, b: int, sequence: Sequence, decision: Decision, scores: Scores, nodes: slice) -> None:
-        tree, verdict = decision.tree, decision.verdict
+    def _commit_tree(self, b: int, sequence: Sequence, decision: Decision, scores: Scores, batch: TreeBatch) -> None:
+        tree, verdict, nodes = decision.tree, decision.verdict, part(batch, b)
         drafted = [] if tree is None else tree.tokens[verdict.path].tolist()
         tokens = [*drafted, verdict.next_token]
         if sequence.draft_state is not None and tree is None:
-            sequence.missed.append(Missed(tokens, scores.features, nodes.start))
+            sequence.missed.append(Missed(verdict.next_token, self._kept_features(scores, batch), nodes.start))
         elif sequence.draft_state is not None:
             features = None if scores.features is None else rows_of(scores.features[nodes], [0, *verdict.path])
             sequence.drafting.observe(sequence, tokens, sequence.drafting.take(features, self.layers), verdict.path)
@@ -204,8 +207,15 @@ class Step:
         budget, lead = self.schedule.budgets[b].nodes, self.schedule.leads[b]
         seconds = self.clock.seconds | {"verify_s": self.clock.seconds["verify_s"] / (1 + lead)}  # without the prompt
         sequence.records.append(record(sequence, tree, verdict, count, budget=budget, **seconds))
-        if sequence.pace is not None and tree is not None:
-            sequence.pace.saw(budget, tree.num_nodes - 1, len(verdict.path), len(tokens))
+        if sequence.pace is not None:
+            sequence.pace.saw(budget, 0 if tree is None else tree.num_nodes - 1, len(verdict.path), len(tokens))
+
+    def _kept_features(self, scores: Scores, batch: TreeBatch) -> Float[Tensor, "m w"] | None:
+        """Returns the features of the trees, for a drafter that pauses. Those of prompts are not held any longer."""
+        end = batch.bounds[len(self.schedule.trees)]
+        if self._kept is None and scores.features is not None:
+            self._kept = scores.features if end == len(scores.features) else scores.features[:end].clone()
+        return self._kept
 
     def _commit_chunks(self, batch: TreeBatch, scores: Scores) -> None:
         first = len(self.schedule.trees)

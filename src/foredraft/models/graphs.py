@@ -168,7 +168,7 @@ class Graphs:
 
     def _run(self, graph: Graph, pool: KVPool, feature_layers: Sequence[int]) -> Scores:
         """Runs the forward on the inputs of `graph`."""
-        fixed, masks = graph.layout, {}
+        fixed, masks = replace(graph.layout), {}  # computes what it derives from the inputs in the graph, not before
         seen = graph.inputs[_WORD * (_NUMBERS * fixed.count + fixed.table.numel()) :].view(torch.bool)
         for window, part in zip(self.windows, seen.view(len(self.windows), -1, fixed.width, fixed.length), strict=True):
             masks[window] = additive(part, self.dtype).repeat(1, 1, self.group, 1)

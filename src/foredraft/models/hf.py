@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,11 @@ from foredraft.core.errors import UserError
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.kernels.attention import any_length_kernels
 from foredraft.models.check import agree, refuse_unsupported
+from foredraft.models.groups import in_groups
 from foredraft.models.rope import context_of, held, hold
+
+_EXTRA_ROWS = {"cpu": 32, "cuda": 256}
+"""Number of padding rows that cost about as much as one more forward. All layers run padding rows."""
 
 
 class _KVShape(NamedTuple):
@@ -90,6 +95,7 @@ class HFTarget:
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self.max_len: int = context_of(self.config, max_len)
+        self._extra_rows = _EXTRA_ROWS.get(self.device.type, _EXTRA_ROWS["cuda"])
         self._held = hold(model, self.max_len)
         _choose_kernels(model, self.config)
         embedding: Any = model.get_input_embeddings()
@@ -178,8 +184,10 @@ class HFTarget:
             feature_layers: states to return, concatenated. 0 is the input of the first layer, i is the state after i layers,
                 and -1 is the state after the final norm.
         """
-        pool = caches[0].pool
-        layout = pool.behind(batch, caches, start)
+        return in_groups(partial(self._forward, feature_layers), batch, caches, rows, start, self._extra_rows)
+
+    def _forward(self, feature_layers: Sequence[int], pool: KVPool, layout: Layout, rows: Ids | None) -> Scores:
+        """Runs trees that are padded to the widest of them."""
         new = slice(None) if rows is None else layout.rows_of(rows)
         request, column = layout.request[new], layout.column[new]
         kept, inverse = column.unique(return_inverse=True) if len(column) else (column.new_zeros(1), column)

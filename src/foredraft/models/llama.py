@@ -26,6 +26,7 @@ from foredraft.core.tree import Ids, TreeBatch
 from foredraft.kernels.attention import rotate
 from foredraft.kernels.linear import Linear, Norm, can_pack
 from foredraft.models.graphs import Capture, Graphs, Masks, cuda_capture
+from foredraft.models.groups import in_groups
 from foredraft.models.reader import Reader
 from foredraft.models.rope import DYNAMIC, LONG, context_of, rotary_tables
 
@@ -41,6 +42,9 @@ _WINDOWED = ("mistral", "qwen2", "qwen3")
 _LEAST_ROWS = ((1 << 21, 6), (1 << 18, 4), (0, 1))
 """Least entries of a projection -> least number of rows. Packed weights that exceed the CPU's cache are read faster by a few
 rows than by one."""
+
+_EXTRA_ROWS = 512
+"""Number of padding rows that cost about as much as one more forward. Only attention runs padding rows."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class LlamaTarget:
         self.config = config
         self.vocab_size: int = config.vocab_size
         self.max_len: int = context_of(config, max_len)
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self._extra_rows = dtype, device, _EXTRA_ROWS
         self._heads: int = config.num_attention_heads
         self._kv_heads: int = config.num_key_value_heads or config.num_attention_heads
         self._group, self._head_dim = self._heads // self._kv_heads, head_dim_of(config)
@@ -142,8 +146,10 @@ class LlamaTarget:
             feature_layers: states to return, concatenated. 0 is the embedding, i is the state after i layers, and -1 is the
                 state after the final norm.
         """
-        pool = caches[0].pool
-        layout = pool.behind(batch, caches, start)
+        return in_groups(partial(self._forward, feature_layers), batch, caches, rows, start, self._extra_rows)
+
+    def _forward(self, feature_layers: Sequence[int], pool: KVPool, layout: Layout, rows: Ids | None) -> Scores:
+        """Runs trees that are padded to the widest of them."""
         scores = self.graphs(layout, pool, feature_layers, rows=rows) if self.graphs is not None else None
         if scores is None:
             masks = layout.masks(self._windows, self.dtype, self._group)

@@ -43,6 +43,7 @@ class Costs:
     catch_up_s: float = 0.0
     _seconds: dict[tuple[int, int, int], float] = field(init=False, default_factory=dict, compare=False, repr=False)
     _sizes: dict[tuple[int, int], list[Size]] = field(init=False, default_factory=dict, compare=False, repr=False)
+    _pays: dict[tuple[int, int], bool] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def read(found: Mapping[str, Any]) -> Costs:
@@ -53,8 +54,7 @@ class Costs:
     def written(self) -> dict[str, Any]:
         """Returns the costs as data for JSON."""
         found = asdict(self)
-        del found["_seconds"], found["_sizes"]
-        return found
+        return {name: value for name, value in found.items() if not name.startswith("_")}
 
     @property
     def most(self) -> int:
@@ -89,15 +89,24 @@ class Costs:
             is_behind: whether the drafter must catch up first. That has to pay within as many tokens as the drafter missed, so
                 each token costs `catch_up_s` more.
         """
+        load = requests, -(-besides // _ROUNDED) * _ROUNDED
+        if share <= 1 and not self.pays(*load):
+            return 0
         best, fastest = 0, 1.0
-        besides = -(-besides // _ROUNDED) * _ROUNDED
-        for nodes, gain, cost in self._sizes.get((requests, besides)) or self._sizes_of(requests, besides):
+        for nodes, gain, cost in self._sizes.get(load) or self._sizes_of(*load):
             speed = (1 + share * gain) / cost
             if speed > fastest:
                 best, fastest = nodes, speed
         if best and is_behind and 1 / fastest + self.catch_up_s / self.step_s(requests, 0, besides) >= 1:
             return 0
         return best
+
+    def pays(self, requests: int, besides: int) -> bool:
+        """Returns whether a tree of any size pays for a typical request. It is kept, as every step asks for every request."""
+        load = requests, -(-besides // _ROUNDED) * _ROUNDED
+        if load not in self._pays:
+            self._pays[load] = any(1 + size.gain > size.cost for size in self._sizes.get(load) or self._sizes_of(*load))
+        return self._pays[load]
 
     def _sizes_of(self, requests: int, besides: int) -> list[Size]:
         """Returns the sizes of trees and what they gain and cost at this load. They are kept, as every step asks for them."""

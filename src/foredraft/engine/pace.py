@@ -59,7 +59,7 @@ class Pace:
             self.pause -= 1
             return self.costs.best(requests, besides, 1.0, is_behind=is_behind) if not self.pause else 0
         nodes = self.costs.best(requests, besides, self.share, is_behind=is_behind)
-        if not nodes and self.costs.best(requests, besides, 1.0):  # this request, not the load
+        if not nodes and self.costs.pays(requests, besides):  # this request, not the load
             self.pause, self.next_pause = self.next_pause, min(2 * self.next_pause, _LONGEST_PAUSE)
         elif nodes:
             self.next_pause = _FIRST_PAUSE

@@ -134,14 +134,18 @@ class Scheduler:
         if pace.pending > MOST_PENDING and drafting.holds_tokens:
             drafting.switch_off(sequence)
             return _NOTHING
-        return sequence.budget(Budget(pace.nodes(requests, besides), drafting.most.depth))
+        nodes = pace.nodes(requests, besides)
+        return sequence.budget(Budget(nodes, drafting.most.depth)) if nodes else _NOTHING
 
     def publish(self, sequence: Sequence) -> None:
         """Lets other requests find the blocks of a sequence that are written."""
-        written = sequence.drafting.written(sequence) if sequence.drafts else sequence.cache.length
-        for trail, length in ((sequence.trail, written), (sequence.plain_trail, sequence.cache.length)):
-            if trail is not None and length >= (trail.count + 1) * BLOCK:
-                self._prefixes.publish(trail, sequence.cache.blocks, sequence.token_ids, length)
+        held = sequence.cache.length
+        for trail, drafts in ((sequence.trail, sequence.drafts), (sequence.plain_trail, False)):
+            if trail is None or held < (trail.count + 1) * BLOCK or (drafts and sequence.missed):
+                continue  # nothing new is written, if only because the drafter pauses
+            written = sequence.drafting.written(sequence) if drafts else held
+            if written >= (trail.count + 1) * BLOCK:
+                self._prefixes.publish(trail, sequence.cache.blocks, sequence.token_ids, written)
 
     def make_room(self, schedule: Schedule, *, is_drafted: bool = False) -> None:
         """Preempts the last running sequence, even if it is part of the step.
@@ -246,7 +250,7 @@ class Scheduler:
         if sequence.scores_prompt:
             return trail, [], True
         found = self._prefixes.match(trail, sequence.token_ids, length - trail.beyond)
-        if sequence.pace is not None and not sequence.pace.costs.best(len(self.running) + 1, 0, 1.0):
+        if sequence.pace is not None and not sequence.pace.costs.pays(len(self.running) + 1, 0):
             plain = self._trail(sequence, None)
             others = self._prefixes.match(plain, sequence.token_ids, length)
             if len(others) > len(found):

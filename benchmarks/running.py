@@ -32,7 +32,7 @@ from foredraft.core.costs import Costs
 from foredraft.core.folders import BUNDLED, BUNDLED_TARGET
 from foredraft.core.metrics import StepRecord
 from foredraft.core.params import RequestOutputKind
-from foredraft.kernels.sets import sets_here
+from foredraft.kernels import instruction_set
 
 COLUMNS = (
     *("running", "temperature", "plain_tokens_per_s", "tokens_per_s", "ratio", "ratio_low", "ratio_high", "ratio_allowed"),
@@ -153,7 +153,7 @@ def main() -> None:
                 if number:
                     found.setdefault((running, law), []).append((turns[id(plain)], turns[id(drafted)]))
     kinds = {law: "greedy" if LAWS[law].temperature == 0 else "sampled" for law in args.laws}
-    shared = {"model": Path(args.model).name, "kernels": sets_here()[0], "num_prompts": len(prompts)}
+    shared = {"model": Path(args.model).name, "kernels": instruction_set(), "num_prompts": len(prompts)}
     shared |= {"drafting": {law: drafted.drafting(LAWS[law])["reason"] for law in args.laws}}
     rows = [
         {**shared, **row_of(running, law, pairs, drafted.plan.costs(kinds[law]) if drafted.plan else None)}

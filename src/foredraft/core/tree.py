@@ -150,7 +150,8 @@ class TreeBatch:
             parents = [range(-1, len(tokens) - 1) for tokens in token_lists]
         bounds = [*accumulate(map(len, token_lists), initial=0)]
         columns = np.zeros((4, bounds[-1]), np.int64)  # one array: every step makes one
-        columns[0], columns[1], columns[3] = [*chain.from_iterable(token_lists)], [*chain.from_iterable(parents)], -1
+        columns[0], columns[3] = [*chain.from_iterable(token_lists)], -1
+        columns[1] = np.fromiter(chain.from_iterable(parents), np.int64, bounds[-1])
         return TreeBatch(*columns, offsets=np.array(bounds, np.int64), draft_probs=_NO_LAWS)
 
     @staticmethod

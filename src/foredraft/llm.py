@@ -175,10 +175,12 @@ class LLM:
             progress: show a progress bar after two seconds.
 
         Returns:
-            One output per prompt, in the order of the prompts.
+            One output per prompt, in the order of the prompts. An output that failed has ``finish_reason="error"`` and the
+            reason in `error`.
 
         Raises:
             ValueError: a prompt or its parameters are invalid. Nothing has been generated in this case.
+            Exception: Python code raised in every request, such as a tokenizer; the exception is that of the first.
         """
         given = self._checked(prompt_list(prompts), sampling_params, RequestOutputKind.FINAL_ONLY)
         total = sum(sampling.n for _, sampling in given)

@@ -69,7 +69,7 @@ class Costs:
             nodes: number of nodes of each tree.
             besides: rows of prompts in the same step, which are rounded up to a multiple of 32.
         """
-        key = requests, nodes, -(-besides // _ROUNDED) * _ROUNDED
+        key = requests, nodes, _rounded(besides)
         if key not in self._seconds:
             first, further = interpolated(self.outside, nodes)
             rows = interpolated(self.forward, requests * (1 + nodes) + key[2])[0]
@@ -89,7 +89,7 @@ class Costs:
             is_behind: whether the drafter must catch up first. That has to pay within as many tokens as the drafter missed, so
                 each token costs `catch_up_s` more.
         """
-        load = requests, -(-besides // _ROUNDED) * _ROUNDED
+        load = requests, _rounded(besides)
         if share <= 1 and not self.pays(*load):
             return 0
         best, fastest = 0, 1.0
@@ -103,7 +103,7 @@ class Costs:
 
     def pays(self, requests: int, besides: int) -> bool:
         """Returns whether a tree of any size pays for a typical request. It is kept, as every step asks for every request."""
-        load = requests, -(-besides // _ROUNDED) * _ROUNDED
+        load = requests, _rounded(besides)
         if load not in self._pays:
             self._pays[load] = any(1 + size.gain > size.cost for size in self._sizes.get(load) or self._sizes_of(*load))
         return self._pays[load]
@@ -115,6 +115,10 @@ class Costs:
         found = [Size(nodes, self.gain(nodes), self.step_s(requests, nodes, besides) / plain) for nodes in sizes]
         self._sizes[requests, besides] = found
         return found
+
+
+def _rounded(besides: int) -> int:
+    return -(-besides // _ROUNDED) * _ROUNDED
 
 
 def interpolated(curve: Sequence[Point], at: float | int) -> Point:

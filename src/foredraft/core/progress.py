@@ -18,8 +18,8 @@ _DELAY_S, _LINE_S = 2.0, 30.0
 def progress_bar(label: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
     """Yields a function that adds to the number of finished items, out of `total`.
 
-    A bar appears on standard error if that is a terminal. Otherwise a line appears every 30 seconds. Without
-    `shown`, nothing appears.
+    A bar appears on standard error if that is a terminal. Otherwise a line appears every 30 seconds. Nothing
+    appears without `shown`.
     """
     if not shown:
         yield lambda count: None

@@ -22,9 +22,8 @@ class _Caller:
         looked: number of aborts and interrupts when it last looked for ends that no step reports.
     """
 
-    looked = 0
-
     def __init__(self) -> None:
+        self.looked = 0
         self.requests: dict[str, Request] = {}
         self.inbox = SimpleQueue[RequestOutput | None]()  # may be filled by what the garbage collector closes
 
@@ -108,9 +107,10 @@ class Callers:
         events = self.engine.num_aborted + self._num_interrupts
         if events == caller.looked:
             return None
-        for request in caller.requests.values():
-            if request.is_finished:
-                return request.output()
+        with self.engine.lock:  # a step in another thread may be about to end one of them
+            for request in caller.requests.values():
+                if request.is_finished:
+                    return request.output()
         caller.looked = events
         return None
 

@@ -58,9 +58,10 @@ def decide(cases: Items[Case], logits: Float[Tensor, "r v"], whole: TreeBatch | 
     """
     found: dict[int, Decision] = {}
     is_small = logits.is_cpu and logits.numel() <= _FEW_LOGITS
-    if is_small and len(cases) > 1:
-        found |= _likeliest(cases, logits)
-    for places in _batched(cases, is_small=is_small):
+    groups = _batched(cases, is_small=is_small)
+    if is_small and not groups and len(cases) > 1:
+        found |= _plain_decisions(cases, logits)
+    for places in groups:
         try:
             packed = whole if whole is not None and len(places) == len(cases) else _packed([cases[i] for i in places])
             found |= zip(places, _together([cases[i] for i in places], packed, logits), strict=False)
@@ -70,7 +71,7 @@ def decide(cases: Items[Case], logits: Float[Tensor, "r v"], whole: TreeBatch | 
     return [found[i] if i in found else _alone(case, logits) for i, case in enumerate(cases)]
 
 
-def _likeliest(cases: Items[Case], logits: Float[Tensor, "r v"]) -> dict[int, Decision]:
+def _plain_decisions(cases: Items[Case], logits: Float[Tensor, "r v"]) -> dict[int, Decision]:
     """Returns the decisions on cases at temperature 0 without a tree and without processors, by place."""
     is_plain = [case.tree is None and _is_certain(case) and not case.sequence.processors for case in cases]
     plain = [*compress(range(len(cases)), is_plain)]

@@ -85,7 +85,7 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._num_requests = 0
         self._aborted: list[str] = []
-        self.num_aborted = 0  # a caller who waits for a request that somebody else aborts sees it by this number
+        self.num_aborted = 0  # who waits for a request notices by this number that somebody else aborted it
         self._is_stepping = False
         self.lock = threading.RLock()
 

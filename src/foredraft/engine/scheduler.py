@@ -225,8 +225,8 @@ class Scheduler:
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_order)
         blocks.share(found)
-        sequence.nodes, sequence.has_run = sequence.nodes if drafts else 0, True
-        sequence.cache = self.pool.allocate()
+        sequence.nodes = sequence.nodes if drafts else 0
+        sequence.cache, sequence.has_run = self.pool.allocate(), True
         if not self._is_alone(sequence) or sequence.sampling.n > 1:  # others may find its blocks
             plain = self._trail(sequence, None)
             sequence.trail, sequence.plain_trail = trail, None if trail.last == plain.last else plain
@@ -258,7 +258,7 @@ class Scheduler:
         return trail, found, True
 
     def _trail(self, sequence: Sequence, drafting: Drafting | None) -> Trail:
-        """Returns the beginning of the trail of a sequence that drafts in some way; None for one that does not.
+        """Returns the beginning of the trail of a sequence, as it drafts in some way; None is the trail of plain decoding.
 
         Blocks are shared within a namespace: among requests with the same salt whose drafter writes the same keys and values.
         """

@@ -316,7 +316,7 @@ def test_a_gain_within_the_margin_is_no_reason_to_draft(drafter: str, speedup: f
     found = choose([Way(drafter, None)], [4], lambda one: speedup, lambda one: 1.0, fallback=True)
     assert (found.nodes, found.speedup) == (nodes, speedup)
     if nodes == 0:
-        assert "must reach 1.1x" in found._replace(timed_on="today").reason
+        assert f"must reach {MARGIN}x" in found._replace(timed_on="today").reason
 
 
 @pytest.mark.parametrize(("method", "level"), [("suffix", "WARNING"), ("auto", "INFO")])

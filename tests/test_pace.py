@@ -15,13 +15,13 @@ import pytest
 
 from exact import decoded, enumerate_branches
 from foredraft.core.contracts import Budget
-from foredraft.core.costs import Costs, interpolated
+from foredraft.core.costs import MARGIN, Costs, interpolated
 from foredraft.core.params import SamplingParams
 from foredraft.core.tree import TreeBatch
 from foredraft.drafters.lm import LMDrafter
 from foredraft.engine.engine import Engine
 from foredraft.engine.options import EngineOptions
-from foredraft.engine.pace import Pace
+from foredraft.engine.pace import Pace, allot
 from foredraft.engine.request import Request
 from foredraft.models.table import TableTarget, random_law
 from foredraft.rules import RULES
@@ -34,7 +34,7 @@ COSTS = Costs(
     outside=((0.0, 0.05, 0.01), (2.0, 0.3, 0.05), (6.0, 0.6, 0.1)),
     tokens=((1.0, 1.7), (2.0, 2.2), (4.0, 2.8), (6.0, 3.1)),
 )
-MOST = COSTS.best(1, 0, 1.0)
+MOST = COSTS.for_all(1)
 CASES = [*product((1, 2, 4, 8, 16, 64), (0, 20, 500), (0.0, 0.3, 1.0, 1.5))]
 
 
@@ -48,26 +48,67 @@ def test_costs_survive_storage() -> None:
     assert Costs.read(COSTS.written()) == COSTS
 
 
+def speeds_of(costs: Costs, shares: list[float], requests: int, besides: int) -> dict[tuple[int, int], float]:
+    """Tokens per second, relative to plain decoding, by how many requests draft, and how many nodes each."""
+    plain, found = requests / costs.step_s(requests, 0, besides), {}
+    for drafting, (size, _) in product(range(1, len(shares) + 1), costs.tokens):
+        tokens = requests + sum(shares[:drafting]) * costs.gain(int(size))
+        found[drafting, int(size)] = tokens / costs.step_s(requests, int(size), besides, drafting) / plain
+    return found
+
+
 @pytest.mark.parametrize(("requests", "besides", "share"), CASES)
 def test_no_chosen_budget_predicts_less_than_plain(requests: int, besides: int, share: float) -> None:
-    nodes = COSTS.best(requests, besides, share)
-    plain = 1 / COSTS.step_s(requests, 0, besides)
-    speeds = {n: (1 + share * COSTS.gain(n)) / COSTS.step_s(requests, n, besides) for n in (1, 2, 4, 6)}
-    assert (speeds[nodes] if nodes else plain) == max(plain, *speeds.values())
+    rng = np.random.default_rng(requests + besides)
+    for shares in ([share] * requests, sorted(share * rng.random(1 + requests // 2), reverse=True)):
+        speeds = speeds_of(COSTS, shares, requests, besides)
+        chosen, fastest = COSTS.best(shares, requests, besides), max(speeds.values())
+        if fastest < MARGIN:
+            assert chosen == (0, 0)
+        else:
+            assert speeds[chosen] == pytest.approx(fastest)
+
+
+@pytest.mark.parametrize(("requests", "besides"), [*product((1, 2, 4, 8, 16), (0, 20, 500))])
+def test_the_least_share_is_the_one_from_which_on_drafting_pays(requests: int, besides: int) -> None:
+    least = COSTS.least(requests, besides)
+    assert COSTS.best([1.001 * least] * requests, requests, besides)[0] > 0
+    assert COSTS.best([0.999 * least] * requests, requests, besides) == (0, 0)
+
+
+def test_costs_of_a_step_in_which_some_requests_draft() -> None:
+    """Rows beyond 8 cost 0.15 s, drafting 2 nodes 0.25 s for the first request and 0.04 s for each further one."""
+    assert COSTS.step_s(8, 0) == pytest.approx(1.4 + 0.05 + 7 * 0.01)
+    assert COSTS.step_s(8, 2, drafting=2) == pytest.approx(COSTS.step_s(8, 0) + 4 * 0.15 + 0.25 + 0.04)
+    assert COSTS.step_s(8, 2) == COSTS.step_s(8, 2, drafting=8)
 
 
 def test_nodes_fall_with_the_load_and_with_acceptance() -> None:
-    by_load = [COSTS.best(requests, 0, 1.0) for requests in (1, 2, 4, 8, 16, 64)]
+    by_load = [COSTS.for_all(requests) for requests in (1, 2, 4, 8, 16, 64)]
     assert by_load == sorted(by_load, reverse=True) and by_load[0] == MOST and by_load[-1] == 0
-    by_share = [COSTS.best(1, 0, share) for share in (1.0, 0.7, 0.4, 0.2, 0.0)]
+    by_share = [COSTS.best([share], 1, 0)[1] for share in (1.0, 0.7, 0.4, 0.2, 0.0)]
     assert by_share == sorted(by_share, reverse=True) and by_share[-1] == 0
-    assert COSTS.best(16, 0, 1.0) <= COSTS.best(16, 2000, 1.0)  # beside a long prompt, further rows cost little
+    assert COSTS.least(16, 2000) < COSTS.least(16, 0)  # beside a long prompt, further rows cost little
+
+
+def test_one_of_many_requests_waits_until_others_draft_too() -> None:
+    """Drafting takes half the time of a plain step, for one request or for eight."""
+    costs = Costs(((1.0, 1.0), (64.0, 1.0)), ((0.0, 0.0, 0.0), (4.0, 0.5, 0.0)), ((4.0, 3.0),))
+    paces = [Pace(costs) for _ in range(8)]
+    assert allot(paces[:1], 8, 0) == [0] and allot(paces[:3], 8, 0) == [4] * 3 and allot(paces[:1], 1, 0) == [4]
+    for pace in paces[1:]:
+        for _ in range(9):
+            pace.saw(4, 4, 0, 1)
+    assert allot(paces, 8, 0) == [0] * 8
+    assert [pace.pause > 0 for pace in paces] == [False] + 7 * [True]
+    steps = [allot(paces, 8, 0) for _ in range(16)]
+    assert steps == 15 * [[0] * 8] + [[4] * 8]  # the probes of all come together
 
 
 def test_a_request_without_acceptance_is_probed_ever_more_rarely() -> None:
     pace, drafted = Pace(COSTS), list[int]()
     for step in range(400):
-        nodes = pace.nodes(1, 0)
+        [nodes] = allot([pace], 1, 0)
         pace.saw(nodes, nodes, 0, 1)
         drafted += [step] if nodes else []
     gaps = [after - before for before, after in pairwise(drafted) if after - before > 1]
@@ -79,10 +120,11 @@ def test_a_request_without_acceptance_is_probed_ever_more_rarely() -> None:
 def test_a_request_that_is_accepted_again_drafts_again() -> None:
     pace = Pace(COSTS)
     for _ in range(100):
-        pace.saw(nodes := pace.nodes(1, 0), nodes, 0, 1)
+        [nodes] = allot([pace], 1, 0)
+        pace.saw(nodes, nodes, 0, 1)
     drafted = []
     for _ in range(300):
-        nodes = pace.nodes(1, 0)
+        [nodes] = allot([pace], 1, 0)
         pace.saw(nodes, nodes, nodes, nodes + 1)
         drafted.append(nodes)
     assert drafted[-50:] == [MOST] * 50
@@ -90,32 +132,32 @@ def test_a_request_that_is_accepted_again_drafts_again() -> None:
 
 def test_a_load_that_does_not_pay_is_no_fault_of_the_request() -> None:
     pace = Pace(COSTS)
-    assert [pace.nodes(64, 0) for _ in range(50)] == [0] * 50
-    assert pace.nodes(1, 0) == MOST
+    assert [allot([pace], 64, 0) for _ in range(50)] == [[0]] * 50
+    assert allot([pace], 1, 0) == [MOST]
 
 
 def test_catching_up_must_pay_within_as_many_tokens_as_were_missed() -> None:
-    plain, best = COSTS.step_s(2, 0), COSTS.best(2, 0, 0.7)
-    saved = plain - COSTS.step_s(2, best) / (1 + 0.7 * COSTS.gain(best))  # seconds a token
-    assert best and saved > 0
+    nodes = COSTS.best([0.7], 1, 0)[1]
+    saved = COSTS.step_s(1, 0) / MARGIN - COSTS.step_s(1, nodes) / (1 + 0.7 * COSTS.gain(nodes))  # seconds a token
+    assert nodes and saved > 0
     for part, drafts in ((0.0, True), (0.9, True), (1.1, False)):
         costs = replace(COSTS, catch_up_s=part * saved)
-        assert costs.best(2, 0, 0.7) == best
-        assert costs.best(2, 0, 0.7, is_behind=True) == (best if drafts else 0)
+        assert costs.best([0.7], 1, 0) == (1, nodes)
+        assert costs.best([0.7], 1, 0, behind=[True]) == ((1, nodes) if drafts else (0, 0))
 
 
 def test_a_drafter_that_catches_up_too_slowly_stays_off() -> None:
     pace = Pace(replace(COSTS, catch_up_s=1.0))
-    assert pace.nodes(1, 0) == MOST
+    assert allot([pace], 1, 0) == [MOST]
     pace.saw(0, 0, 0, 1)  # the load did not allow a tree
-    assert [pace.nodes(1, 0) for _ in range(20)] == [0] * 20
+    assert [allot([pace], 1, 0) for _ in range(20)] == [[0]] * 20
 
 
 def test_what_lookup_does_not_find_says_nothing() -> None:
     pace = Pace(COSTS)
     before = pace.share
     for _ in range(50):
-        pace.saw(pace.nodes(1, 0), 0, 0, 1)
+        pace.saw(*allot([pace], 1, 0), 0, 0, 1)
     assert pace.share == before and not pace.pending
 
 

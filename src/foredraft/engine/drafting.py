@@ -16,11 +16,14 @@ from foredraft.core.costs import Costs
 from foredraft.core.errors import UserError, unknown_name
 from foredraft.core.params import SamplingParams
 from foredraft.core.tree import DraftTree, TreeBatch
-from foredraft.engine.pace import Pace
+from foredraft.engine.pace import MOST_PENDING, Pace, allot
 from foredraft.engine.request import Sequence
 from foredraft.rules.batched import batched_form
 
 _log = logging.getLogger("foredraft")
+
+NOTHING = Budget(0, 0)
+"""The budget of a step without a tree."""
 
 
 class Drafting:
@@ -93,7 +96,7 @@ class Drafting:
         costs = self._costs(sampling) if self._costs is not None else None
         if costs is None or not nodes:
             return nodes, None
-        return (min(nodes, costs.best(self._fixed_load, 0, 1.0)), None) if is_fixed else (nodes, Pace(costs))
+        return (min(nodes, costs.for_all(self._fixed_load)), None) if is_fixed else (nodes, Pace(costs))
 
     def start(self, sequence: Sequence) -> None:
         """Starts drafting for a sequence whose prompt is in the cache."""
@@ -220,6 +223,37 @@ def drafted_by(
             "name a larger num_speculative_tokens at the start",
         )
     return drafting, fixed, None
+
+
+def budgets_of(sequences: Items[Sequence], requests: int, besides: int) -> list[Budget]:
+    """Returns the largest trees of the next step of some sequences that decode.
+
+    Args:
+        requests, besides: as in `allot`.
+    """
+    paced = list[Sequence]()
+    for sequence in sequences:
+        if sequence.draft_state is None or sequence.pace is None or sequence.owed is not None:
+            continue
+        if sequence.pace.pending > MOST_PENDING and sequence.drafting.holds_tokens:
+            sequence.drafting.switch_off(sequence)
+        else:
+            paced.append(sequence)
+    paces = [sequence.pace for sequence in paced if sequence.pace is not None]
+    nodes = dict(zip(paced, allot(paces, requests, besides), strict=True))
+    return [_budget(sequence, nodes.get(sequence)) for sequence in sequences]
+
+
+def _budget(sequence: Sequence, nodes: int | None) -> Budget:
+    """Returns the largest tree of the next step. `nodes` is the number that was chosen for the step; None if none was."""
+    most = sequence.drafting.most if sequence.drafting is not None else NOTHING
+    if sequence.draft_state is None:
+        return NOTHING
+    if sequence.owed is not None and sequence.pace is not None:
+        return sequence.owed
+    if sequence.pace is None:
+        return sequence.budget(most)
+    return sequence.budget(Budget(nodes, most.depth)) if nodes else NOTHING
 
 
 def work_of(sequences: Items[Sequence], budgets: Items[Budget]) -> Work:

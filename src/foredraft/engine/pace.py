@@ -1,11 +1,12 @@
-"""Chooses how many nodes a request drafts, from stored costs, the rows of the step and the accepted tokens of the request.
+"""Chooses how many nodes requests draft, from stored costs, the rows of the step and the accepted tokens of each request.
 
 A budget is fixed before the drafter is asked, from the load and from committed tokens. So the law of the output does not
-change. Two runs of a request at equal load choose equal budgets.
+change. Two runs of the same requests choose equal budgets.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from foredraft.core.costs import Costs
@@ -13,6 +14,9 @@ from foredraft.core.costs import Costs
 _PRIOR, _DECAY = 4.0, 0.9
 """Steps that the prior counts for, and the weight of a step relative to the next one. On training prompts, these values lost
 least where drafting pays, and stopped soonest where it does not."""
+
+_KEPT = 1.0
+"""Steps that the evidence from before a pause counts for. The text may have changed since."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 16, 512
 """Plain steps before the first probe, and the largest number before a later one. It doubles from probe to probe."""
@@ -23,12 +27,13 @@ MOST_PENDING = 512
 
 @dataclass(eq=False)
 class Pace:
-    """The budget of one request from step to step.
+    """What decides whether and how far one request drafts.
 
     Attributes:
         gained, expected: accepted tokens, and those that a typical request would have had. Both decay.
         pause: plain steps until the next probe; 0 while drafting pays.
         next_pause: length of the next pause, in plain steps.
+        is_probe: whether its next tree is a probe, which is drafted as for a typical request.
         pending: tokens that were committed since the last step with a budget. The drafter must catch up on them.
     """
 
@@ -37,6 +42,7 @@ class Pace:
     expected: float = 0.0
     pause: int = 0
     next_pause: int = _FIRST_PAUSE
+    is_probe: bool = False
     pending: int = 0
 
     def __post_init__(self) -> None:
@@ -44,26 +50,21 @@ class Pace:
 
     @property
     def share(self) -> float:
-        """Accepted tokens of this request, divided by those of a typical request."""
-        return self.gained / self.expected if self.expected > 0 else 0.0
+        """Accepted tokens of this request, divided by those of a typical request. For a probe, it is taken to be typical."""
+        return 1.0 if self.is_probe or self.expected <= 0 else self.gained / self.expected
 
-    def nodes(self, requests: int, besides: int) -> int:
-        """Returns the number of nodes of the next tree.
-
-        Args:
-            requests: number of requests that decode in the step.
-            besides: rows of prompts in the step.
-        """
-        is_behind = self.pending > 0
+    def is_ready(self) -> bool:
+        """Counts a step. Returns whether the request may draft in it."""
         if self.pause:
             self.pause -= 1
-            return self.costs.best(requests, besides, 1.0, is_behind=is_behind) if not self.pause else 0
-        nodes = self.costs.best(requests, besides, self.share, is_behind=is_behind)
-        if not nodes and self.costs.pays(requests, besides):  # this request, not the load
-            self.pause, self.next_pause = self.next_pause, min(2 * self.next_pause, _LONGEST_PAUSE)
-        elif nodes:
-            self.next_pause = _FIRST_PAUSE
-        return nodes
+            self.is_probe = not self.pause
+        return not self.pause
+
+    def stop(self) -> None:
+        """Begins a pause, which is longer than the one before."""
+        self.pause, self.next_pause = self.next_pause, min(2 * self.next_pause, _LONGEST_PAUSE)
+        weight = min(1.0, _KEPT * self.costs.gain(self.costs.most) / self.expected) if self.expected > 0 else 1.0
+        self.gained, self.expected = weight * self.gained, weight * self.expected
 
     def saw(self, budget: int, nodes: int, accepted: int, committed: int) -> None:
         """Updates the pace after a step.
@@ -76,5 +77,39 @@ class Pace:
         self.pending = 0 if budget else self.pending + committed
         if not nodes:
             return
+        self.is_probe = False
         self.gained = _DECAY * self.gained + accepted
         self.expected = _DECAY * self.expected + self.costs.gain(nodes)
+
+
+def allot(paces: Sequence[Pace], requests: int, besides: int) -> list[int]:
+    """Returns the number of nodes of the next tree of each request. They are chosen together.
+
+    Drafting for a few of many requests has its full fixed cost and little gain, so a request may have to wait for others. One
+    whose drafts are accepted too rarely to pay at this load, whoever drafts with it, pauses.
+
+    Args:
+        paces: of the requests that may draft.
+        requests: number of requests that decode in the step.
+        besides: rows of prompts in the step.
+    """
+    nodes = [0] * len(paces)
+    groups: dict[int, list[int]] = {}
+    for i, pace in enumerate(paces):
+        if pace.is_ready():
+            groups.setdefault(id(pace.costs), []).append(i)
+    for places in groups.values():
+        costs, count, size = paces[places[0]].costs, 0, 0
+        least = costs.least(requests, besides)
+        shares = {i: paces[i].share for i in places}
+        places.sort(key=lambda i: -shares[i])
+        if shares[places[0]] >= least:
+            behind = [paces[i].pending > 0 for i in places]
+            count, size = costs.best([shares[i] for i in places], requests, besides, behind=behind)
+        for rank, i in enumerate(places):
+            if rank < count:
+                nodes[i] = size
+                paces[i].next_pause = paces[i].next_pause if paces[i].is_probe else _FIRST_PAUSE
+            elif shares[i] < least <= 1:
+                paces[i].stop()
+    return nodes

@@ -8,11 +8,8 @@ from dataclasses import dataclass, field
 from foredraft.cache.blocks import BLOCK, OutOfBlocksError, num_blocks
 from foredraft.cache.prefixes import Key, Prefixes, Trail
 from foredraft.core.contracts import Budget, Pool
-from foredraft.engine.drafting import Drafting
-from foredraft.engine.pace import MOST_PENDING
+from foredraft.engine.drafting import NOTHING, Drafting, budgets_of
 from foredraft.engine.request import Sequence
-
-_NOTHING = Budget(0, 0)
 
 _LEAST_CHUNK = BLOCK
 """Rows that a step leaves for prompts, even if trees fill it."""
@@ -91,13 +88,13 @@ class Scheduler:
         decoding = [sequence for sequence in self.running if not sequence.num_missing]
         coming = self.waiting[: self._max_num_seqs - len(self.running)]
         prompts = sum(sequence.num_missing for sequence in late) + sum(len(sequence.token_ids) for sequence in coming)
-        load = len(decoding), min(rows, prompts)
-        for sequence in decoding:
+        budgets = budgets_of(decoding, len(decoding), min(rows, prompts))
+        for sequence, budget in zip(decoding, budgets, strict=True):
             if sequence.cache is None:
                 continue  # preempted for one before it
-            budget = self._budget(sequence, *load)
             if self._reserve(sequence, sequence.cache.length + _ahead(sequence, budget.nodes), schedule):
                 schedule.add_tree(sequence, budget)
+                sequence.owed = None
                 rows -= 1 + budget.nodes
         rows = max(rows, _LEAST_CHUNK)
         for sequence in late:
@@ -115,27 +112,6 @@ class Scheduler:
             computed.add(_soon_published(sequence))
             rows -= self._chunk(sequence, rows, schedule)
         return schedule
-
-    def _budget(self, sequence: Sequence, requests: int, besides: int) -> Budget:
-        """Returns the largest tree of the next step of a sequence.
-
-        Args:
-            requests: number of sequences that decode in the step.
-            besides: rows of prompts in the step.
-        """
-        if sequence.draft_state is None:
-            return _NOTHING
-        pace, drafting, owed = sequence.pace, sequence.drafting, sequence.owed
-        if pace is None:
-            return sequence.budget(drafting.most)
-        if owed is not None:
-            sequence.owed = None
-            return owed
-        if pace.pending > MOST_PENDING and drafting.holds_tokens:
-            drafting.switch_off(sequence)
-            return _NOTHING
-        nodes = pace.nodes(requests, besides)
-        return sequence.budget(Budget(nodes, drafting.most.depth)) if nodes else _NOTHING
 
     def publish(self, sequence: Sequence) -> None:
         """Lets other requests find the blocks of a sequence that are written."""
@@ -197,7 +173,7 @@ class Scheduler:
         if count <= 0 or not self._reserve(sequence, sequence.cache.length + count + with_root, schedule):
             return 0
         if with_root:
-            schedule.add_tree(sequence, _NOTHING, count)
+            schedule.add_tree(sequence, NOTHING, count)
         else:
             schedule.chunks.append((sequence, count))
         return count + with_root
@@ -250,7 +226,7 @@ class Scheduler:
         if sequence.scores_prompt:
             return trail, [], True
         found = self._prefixes.match(trail, sequence.token_ids, length - trail.beyond)
-        if sequence.pace is not None and not sequence.pace.costs.pays(len(self.running) + 1, 0):
+        if sequence.pace is not None and sequence.pace.costs.least(len(self.running) + 1, 0) > 1:
             plain = self._trail(sequence, None)
             others = self._prefixes.match(plain, sequence.token_ids, length)
             if len(others) > len(found):

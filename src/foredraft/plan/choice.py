@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from foredraft.core.costs import MARGIN
 from foredraft.plan.speculation import Way
-
-MARGIN = 1.1
-"""A drafter must beat plain decoding by this factor, because gains vary by text."""
 
 
 class Choice(NamedTuple):

@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from foredraft.core.contracts import Budget, Drafter, Target
-from foredraft.core.costs import Costs
+from foredraft.core.costs import MARGIN, Costs
 from foredraft.core.folders import cache_folder
 from foredraft.core.params import RequestOutputKind, SamplingParams
 from foredraft.drafters import DRAFTERS
-from foredraft.plan.choice import MARGIN, Choice
+from foredraft.plan.choice import Choice
 from foredraft.plan.costs import NODES, costs_of
 from foredraft.plan.measure import LIMIT_S, Full, Timed, announce, facts_of, slowdown_of
 from foredraft.plan.speculation import AUTO, KINDS, Speculation, Way

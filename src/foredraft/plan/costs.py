@@ -15,8 +15,9 @@ from foredraft.core.costs import Costs
 from foredraft.core.tree import TreeBatch
 from foredraft.plan.measure import Timed, seconds_in_turns, typical
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
-"""Numbers of rows whose forward is timed. Between them, and beyond the last, costs are linear."""
+ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 64, 128)
+"""Numbers of rows whose forward is timed. Between them, and beyond the last, costs are linear. They are dense where arithmetic
+begins to cost more than memory, and where kernels read the weights in blocks of rows."""
 
 NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Sizes of trees among which a request's budget moves."""

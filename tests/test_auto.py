@@ -12,6 +12,7 @@ import pytest
 
 from exact import MEASURED
 from foredraft import LLM, SamplingParams
+from foredraft.core.costs import MARGIN
 from foredraft.drafters.ngram import NgramDrafter
 from foredraft.models.table import TableTarget, random_law
 from foredraft.plan import choose as auto
@@ -310,7 +311,7 @@ def test_a_lookup_that_was_not_calibrated_is_expected_to_find_little() -> None:
         assert tokens_per_step(None, Candidate(Way("lm", "chain"), nodes)) > tokens
 
 
-@pytest.mark.parametrize(("speedup", "nodes"), [(1.05, 0), (1.15, 4)])
+@pytest.mark.parametrize(("speedup", "nodes"), [(MARGIN - 0.05, 0), (MARGIN + 0.05, 4)])
 @pytest.mark.parametrize("drafter", ["ngram", "lm"])
 def test_a_gain_within_the_margin_is_no_reason_to_draft(drafter: str, speedup: float, nodes: int) -> None:
     found = choose([Way(drafter, None)], [4], lambda one: speedup, lambda one: 1.0, fallback=True)

@@ -13,6 +13,7 @@ import pytest
 from exact import MEASURED
 from foredraft import LLM, SamplingParams
 from foredraft.core.costs import MARGIN
+from foredraft.core.output_kind import RequestOutputKind
 from foredraft.drafters.ngram import NgramDrafter
 from foredraft.models.table import TableTarget, random_law
 from foredraft.plan import choose as auto
@@ -275,7 +276,8 @@ def test_the_time_to_catch_up_is_that_of_the_prompt() -> None:
             sleep(0.002 * sum(state.pop() for state in work.states if len(state) > 1))
             return super().propose(work)
 
-    options = RULES["deterministic"].rule, 2, [1] * 11, SamplingParams(temperature=0), 1
+    params = SamplingParams(temperature=0).giving(RequestOutputKind.FINAL_ONLY)
+    options = RULES["deterministic"].rule, 2, [1] * 11, params, 1
     seconds = catch_up_s(measure.Timed(TableTarget(random_law(2, 0), 2, max_len=4000), Behind(), *options))
     assert 0.0015 < seconds < 0.01
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from statistics import median
 from typing import Any
@@ -12,6 +13,7 @@ from foredraft.cache.blocks import num_blocks
 from foredraft.cache.pool import prefill
 from foredraft.core.contracts import Target
 from foredraft.core.costs import Costs
+from foredraft.core.output_kind import RequestOutputKind
 from foredraft.core.tree import TreeBatch
 from foredraft.plan.measure import Timed, seconds_in_turns, typical
 
@@ -63,7 +65,7 @@ def costs_of(
 
 def catch_up_s(timed: Timed) -> float:
     """Measures the seconds in which a drafter runs a token that it has missed. In its first step, it has missed the prompt."""
-    found = []
+    timed, found = replace(timed, sampling=timed.sampling.giving(RequestOutputKind.CUMULATIVE)), []
     for _ in range(_TRIES):
         with closing(timed.steps()) as steps:
             outputs = [output for result in islice(steps, _STEPS) for output in result]

@@ -22,16 +22,22 @@ MARGIN = 1.15
 """Drafting must beat plain decoding by this factor. Gains vary by text, and costs by the speed of a shared memory."""
 
 
-class Sizes(NamedTuple):
-    """For each size of tree: its nodes, the accepted tokens expected of it, and the seconds of drafting.
+_MOST_LOADS = 256
+"""Number of loads that are kept. Each has as many rows as it has requests."""
 
-    The first request that drafts takes `first_s`, and each further one `further_s`.
+
+class Load(NamedTuple):
+    """What drafting costs at a load.
+
+    Attributes:
+        least_speed: tokens per second that drafting must beat.
+        least: see `Costs.least`.
+        seconds: of a step, by the number of requests that draft, from 1 on, and by the size of their trees.
     """
 
-    nodes: Float[np.ndarray, " s"]
-    gains: Float[np.ndarray, " s"]
-    first_s: Float[np.ndarray, " s"]
-    further_s: Float[np.ndarray, " s"]
+    least_speed: float
+    least: float
+    seconds: list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Costs:
     outside: tuple[Point, ...]
     tokens: tuple[Point, ...]
     catch_up_s: float = 0.0
-    _least: dict[tuple[int, int], float] = field(init=False, default_factory=dict, compare=False, repr=False)
+    _loads: dict[tuple[int, int], Load] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def read(found: Mapping[str, Any]) -> Costs:
@@ -87,7 +93,7 @@ class Costs:
         """
         drafting = requests if drafting is None else drafting
         (first, further), (own, others) = interpolated(self.outside, 0), interpolated(self.outside, nodes)
-        rows = interpolated(self.forward, requests + drafting * nodes + _rounded(besides))[0]
+        rows = interpolated(self.forward, requests + drafting * nodes + -(-besides // _ROUNDED) * _ROUNDED)[0]
         drafts = own - first + (others - further) * (drafting - 1) if nodes and drafting else 0.0
         return rows + first + further * (requests - 1) + drafts
 
@@ -105,44 +111,50 @@ class Costs:
             behind: whether the drafter of each of them must catch up first. That has to pay within as many tokens as it missed,
                 so each token costs `catch_up_s` more.
         """
-        drafted = np.cumsum(shares)[:, None] * self._sizes.gains
-        seconds = self._seconds(len(shares), requests, besides)
-        if behind is not None and any(behind):
-            late = np.array(behind, dtype=float)
-            seconds = seconds + self.catch_up_s * (
-                np.cumsum(late)[:, None] + np.cumsum(late * shares)[:, None] * self._sizes.gains
-            )
-        speeds = (requests + drafted) / seconds
-        count, size = divmod(int(speeds.argmax()), speeds.shape[1])
-        if speeds[count, size] * self.step_s(requests, 0, besides) < MARGIN * requests:
-            return 0, 0
-        return count + 1, int(self._sizes.nodes[size])
+        load = self._load(requests, besides)
+        best, fastest = (0, 0), load.least_speed
+        drafted = late_s = late_drafted_s = 0.0
+        for count, (share, seconds) in enumerate(zip(shares, load.seconds, strict=False), start=1):
+            drafted += share
+            if behind is not None and behind[count - 1]:
+                late_s, late_drafted_s = late_s + self.catch_up_s, late_drafted_s + self.catch_up_s * share
+            for (nodes, gain), step_s in zip(self._gains, seconds, strict=True):
+                speed = (requests + drafted * gain) / (step_s + late_s + late_drafted_s * gain)
+                if speed > fastest:
+                    best, fastest = (count, nodes), speed
+        return best
 
     def for_all(self, requests: int) -> int:
         """Returns the number of nodes at which trees for all of some typical requests pay most; 0 if they do not pay."""
-        speeds = (1 + self._sizes.gains) * requests / self._seconds(requests, requests, 0)[-1]
-        pays = speeds.max() * self.step_s(requests, 0) >= MARGIN * requests
-        return int(self._sizes.nodes[speeds.argmax()]) if pays else 0
+        load = self._load(requests, 0)
+        speeds = {nodes: (1 + gain) * requests / s for (nodes, gain), s in zip(self._gains, load.seconds[-1], strict=True)}
+        fastest = max(speeds, key=lambda nodes: speeds[nodes])
+        return fastest if speeds[fastest] > load.least_speed else 0
 
     def least(self, requests: int, besides: int) -> float:
         """Returns the least share with which drafting pays at a load, if all requests that draft have it.
 
-        Drafting pays for typical requests if this is at most 1. It is kept, as every step asks for it.
+        Drafting pays for typical requests if this is at most 1.
         """
-        load = requests, _rounded(besides)
-        if load not in self._least:
-            factor = MARGIN * requests / self.step_s(requests, 0, besides)
-            needed = factor * self._seconds(requests, requests, besides) - requests
-            self._least[load] = float((needed / (np.arange(1, requests + 1)[:, None] * self._sizes.gains)).min())
-        return self._least[load]
+        return self._load(requests, besides).least
+
+    def _load(self, requests: int, besides: int) -> Load:
+        """Returns what holds at a load. It is kept, as every step asks for it."""
+        key = requests, -(-besides // _ROUNDED) * _ROUNDED
+        if key not in self._loads:
+            if len(self._loads) >= _MOST_LOADS:
+                self._loads.clear()
+            plain = requests / self.step_s(requests, 0, besides)
+            seconds = self._seconds(*key)
+            gains = np.arange(1, requests + 1)[:, None] * [gain for _, gain in self._gains]
+            least = ((MARGIN * plain * seconds - requests) / gains).min()
+            self._loads[key] = Load(MARGIN * plain, float(least), seconds.tolist())
+        return self._loads[key]
 
     @cached_property
-    def _sizes(self) -> Sizes:
-        sizes = [int(size) for size, *_ in self.tokens]
-        first, further = interpolated(self.outside, 0)
-        drafts = np.array([interpolated(self.outside, size) for size in sizes]) - (first, further)
-        gains = np.maximum([self.gain(size) for size in sizes], 1e-9)  # a tree that gains nothing never pays
-        return Sizes(np.array(sizes, dtype=float), gains, drafts[:, 0], drafts[:, 1])
+    def _gains(self) -> list[tuple[int, float]]:
+        """Number of nodes of each size, and the accepted tokens expected of it. A tree that gains nothing never pays."""
+        return [(int(size), max(self.gain(int(size)), 1e-9)) for size, *_ in self.tokens]
 
     @cached_property
     def _forward(self) -> tuple[list[float], list[float]]:
@@ -150,16 +162,14 @@ class Costs:
         far = 1e9
         return [*(rows for rows, _ in self.forward), far], [*(s for _, s in self.forward), interpolated(self.forward, far)[0]]
 
-    def _seconds(self, most: int, requests: int, besides: int) -> Float[np.ndarray, "k s"]:
-        """Returns the seconds of steps in which 1 to `most` of the requests have trees of each size."""
-        drafting = np.arange(1, most + 1)[:, None]
-        rows = np.interp(requests + _rounded(besides) + drafting * self._sizes.nodes, *self._forward)
+    def _seconds(self, requests: int, besides: int) -> Float[np.ndarray, "k s"]:
+        """Returns the seconds of steps in which 1 to all of the requests have trees of each size."""
+        sizes = [nodes for nodes, _ in self._gains]
         first, further = interpolated(self.outside, 0)
-        return rows + first + further * (requests - 1) + self._sizes.first_s + self._sizes.further_s * (drafting - 1)
-
-
-def _rounded(besides: int) -> int:
-    return -(-besides // _ROUNDED) * _ROUNDED
+        drafts = np.array([interpolated(self.outside, nodes) for nodes in sizes]) - (first, further)
+        drafting = np.arange(1, requests + 1)[:, None]
+        rows = np.interp(requests + besides + drafting * np.array(sizes), *self._forward)
+        return rows + first + further * (requests - 1) + drafts[:, 0] + drafts[:, 1] * (drafting - 1)
 
 
 def interpolated(curve: Sequence[Point], at: float | int) -> Point:

@@ -20,6 +20,7 @@ from foredraft.kernels.layouts import FEW, FULL, FewBits, Memory, blocked, block
 from foredraft.models.llama import LlamaTarget
 from foredraft.models.loading import load_target
 from foredraft.models.native import NativeTarget, can_run, run_linear
+from instruction_sets import DTYPES
 from test_models import LLAMA3
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no compiled kernels run here")
@@ -91,22 +92,28 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @every_model
-def test_it_is_no_less_exact_than_torch_in_bfloat16(name: str) -> None:
-    """Against the torch decoder in float64, with the same weights: features of every kind and all logits."""
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_is_no_less_exact_than_torch(name: str, dtype: str) -> None:
+    """Against the torch decoder in float64, with the same weights: features of every kind and all logits.
+
+    In 16 bits the rounding of states dominates, and compiled code rounds less often. In float32 the sums dominate. Compiled
+    code adds in the order of the inputs, torch in blocks, which err less: up to twice the error of torch is allowed.
+    """
     config, weights = make_weights(name)
+    allowed = 2 if dtype == "f32" else 1.1
     layers = (0, 1, config.num_hidden_layers, -1)
     exact = run(LlamaTarget(config, {k: w.double() for k, w in weights.items()}, torch.float64, CPU), feature_layers=layers)
-    rough = run(LlamaTarget(config, weights, torch.bfloat16, CPU, packed=False), feature_layers=layers)
-    found = run(NativeTarget(config, weights), feature_layers=layers)
+    rough = run(LlamaTarget(config, weights, DTYPES[dtype], CPU, packed=False), feature_layers=layers)
+    found = run(NativeTarget(config, weights, DTYPES[dtype]), feature_layers=layers)
     assert found.logits.dtype == torch.float32
-    assert found.features.dtype == torch.bfloat16
+    assert found.features.dtype == DTYPES[dtype]
     assert found.logits.shape == exact.logits.shape
     assert found.features.shape == exact.features.shape
-    assert error(found.logits, exact.logits) < 1.1 * error(rough.logits, exact.logits) < 0.1 * float(exact.logits.std())
+    assert error(found.logits, exact.logits) < allowed * error(rough.logits, exact.logits) < 0.1 * float(exact.logits.std())
     for part in range(len(layers)):
         columns = slice(part * config.hidden_size, (part + 1) * config.hidden_size)
         mine, theirs = (error(one.features[:, columns], exact.features[:, columns]) for one in (found, rough))
-        assert mine <= 1.1 * theirs
+        assert mine <= allowed * theirs
 
 
 @every_model
@@ -198,14 +205,20 @@ def test_layout_of_few_bits() -> None:
 
 @pytest.mark.parametrize("bits", [FEW, FULL])
 def test_linear_layers(bits: int) -> None:
-    """As in float64 on the weights and inputs that the bits say, for up to 30 rows; a row does not hang on the others."""
+    """As in float64 on the weights and inputs that the bits say, for up to 30 rows; a row does not hang on the others.
+
+    At full bits, the sum of 96 exact products and a bias rounds 97 times at most. At four bits, three blocks of 32 are added.
+    For each, the step of the inputs, the product of two scales, a sum of integers and the addition round; then the bias.
+    """
     torch.manual_seed(0)
     weight, bias, x = torch.randn(75, 96).bfloat16(), torch.randn(75).bfloat16(), (torch.randn(30, 96) + 1).bfloat16()
     weight[7], x[3, 32:64] = 0, 0
     layer = describe_weight(memory := Memory(), weight, bias, bits)
     said, given = (in_few_bits(weight), in_eight_bits(x)) if bits == FEW else (weight.double(), x.double())
     all_rows = run_linear(layer, x, 1)
-    torch.testing.assert_close(all_rows.double(), given @ said.T + bias.double(), atol=2e-4, rtol=0)
+    sums = (given.abs() @ said.abs().T) + bias.double().abs()
+    off = (all_rows.double() - given @ said.T - bias.double()).abs()
+    assert (off <= 1.01 * (13 if bits == FEW else 97) * 2.0**-24 * sums).all()
     for rows in range(1, 14):
         assert torch.equal(run_linear(layer, x[:rows], 2), all_rows[:rows])
     assert memory.num_bytes > 0

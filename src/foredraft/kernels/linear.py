@@ -2,7 +2,8 @@
 
 `plain` is `F.linear`. `pack` keeps the weight in the blocked layout of oneDNN's bfloat16 kernels (`torch.ops.mkldnn`, the
 operators that torch.compile uses on a CPU). The weight is laid out once at load instead of at every call, which makes layers
-of a few rows fast. The operators are private to torch, so `can_pack` tries them, and a test compares both variants.
+of a few rows fast. The operators are private to torch, so `can_pack` tries them. `tests/test_plain_versions.py` compares both
+variants, and both norms.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ from foredraft.drafters.recurrent import RecurrentDrafter
 from foredraft.heads.folder import layer_config
 from foredraft.heads.layers import Shape
 from foredraft.kernels import library
-from foredraft.kernels.layouts import FEW, FULL, TYPES
+from foredraft.kernels.layouts import FULL, QUANTIZED, TYPES
 from foredraft.kernels.structures import CLinear
 from foredraft.models.native import NativeTarget
 from foredraft.trees import GROWERS
@@ -258,7 +258,7 @@ def settings(widths: Sequence[int]) -> list[Setting]:
     found = []
     for width in widths:
         target = target_of(width)
-        for bits in (FULL, FEW):
+        for bits in (FULL, QUANTIZED):
             found += [recurrent(method, target, rows, bits) for method in ("eagle", "fspad", "eagle3") for rows in TREES]
             found += [ctc(target, bits), medusa(target, bits)]
     return found

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from few_bits import FewBitsTarget, in_few_bits, round_inputs
 from foredraft import LLM
 from foredraft.core.contracts import Budget, Work
 from foredraft.core.draws import Draws
@@ -36,7 +35,7 @@ from foredraft.heads.folder import layer_config, read_head
 from foredraft.heads.layers import Shape
 from foredraft.importers.convert import examine
 from foredraft.kernels import library
-from foredraft.kernels.layouts import FEW, FULL
+from foredraft.kernels.layouts import FULL, QUANTIZED
 from foredraft.kernels.prefixes import prefix_search, trie
 from foredraft.models.checkpoint import ModelError, read_json
 from foredraft.models.loading import load_target
@@ -44,6 +43,7 @@ from foredraft.models.native import NativeTarget
 from foredraft.train.attention import tables, unrolled, with_slots
 from foredraft.trees import GROWERS
 from narrow import narrow_head
+from quantized import QuantizedTarget, in_four_bits, round_inputs
 from test_models import replayed
 
 DATA = Path(__file__).parent / "data"
@@ -342,20 +342,20 @@ def head_of(method: str, config: Any, **more: Any) -> Any:
     return head.bfloat16()
 
 
-def with_few_bits(head: Any) -> NativeTarget:
+def with_quantized_layers(head: Any) -> NativeTarget:
     """Rounds the linear layers of a head and what they are given; the bundled target with an output layer of that kind."""
     for one in head.modules():
         if isinstance(one, torch.nn.Linear):
-            one.weight.data = in_few_bits(one.weight.data).to(one.weight.dtype)
+            one.weight.data = in_four_bits(one.weight.data).to(one.weight.dtype)
             one.register_forward_pre_hook(round_inputs)
     weights, name = load_file(BUNDLED_TARGET / "model.safetensors"), "model.embed_tokens.weight"
-    rounded = in_few_bits(weights[name]).to(weights[name].dtype)
-    return FewBitsTarget(load_target(BUNDLED_TARGET, device="cpu").config, {**weights, name: rounded})
+    rounded = in_four_bits(weights[name]).to(weights[name].dtype)
+    return QuantizedTarget(load_target(BUNDLED_TARGET, device="cpu").config, {**weights, name: rounded})
 
 
-NEAR = {FULL: (0.05, 0.005), FEW: (0.1, 0.01)}
+NEAR = {FULL: (0.05, 0.005), QUANTIZED: (0.1, 0.01)}
 """Largest and mean difference between logits of size 3 of the compiled layer and of the plain one, which rounds to bfloat16
-in more places. With few bits an input that this moves may fall on the other side between two of its 127 steps."""
+in more places. With four bits an input that this moves may fall on the other side between two of its 127 steps."""
 
 
 def are_near(plain: Tensor, compiled: Tensor, bits: int) -> bool:
@@ -370,7 +370,7 @@ COMPILED: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.skipif(library() is None, reason="no compiled kernels run here")
-@pytest.mark.parametrize("bits", [FULL, FEW])
+@pytest.mark.parametrize("bits", [FULL, QUANTIZED])
 @pytest.mark.parametrize(("method", "options"), COMPILED)
 def test_the_compiled_layer_is_the_plain_one(method: str, options: dict[str, Any], bits: int) -> None:
     """In bfloat16, as far as `NEAR` says. A node of a tree has bit for bit what it has in a chain. With weights of four bits it
@@ -379,7 +379,7 @@ def test_the_compiled_layer_is_the_plain_one(method: str, options: dict[str, Any
     config = layer_config(native.config, native.vocab_size, {"hidden": 192} if method == NARROW else {})
     torch.manual_seed(0)
     head = head_of(method, config, **options)
-    native = native if bits == FULL else with_few_bits(head)
+    native = native if bits == FULL else with_quantized_layers(head)
     tokens = list(range(5, 45))
     cache = native.new_pool(4).allocate()
     none = np.empty(0, np.int64)
@@ -433,7 +433,7 @@ def test_captured_forwards_change_nothing(method: str) -> None:
 
 
 @pytest.mark.skipif(library() is None, reason="no compiled kernels run here")
-@pytest.mark.parametrize(("method", "bits"), [("parallel", FULL), ("ctc", FULL), ("ctc", FEW)])
+@pytest.mark.parametrize(("method", "bits"), [("parallel", FULL), ("ctc", FULL), ("ctc", QUANTIZED)])
 def test_compiled_slots_are_the_plain_ones(method: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As above, for two requests of different lengths over two steps; each has bit for bit what it has alone, its prompt run in
     parts."""
@@ -442,7 +442,7 @@ def test_compiled_slots_are_the_plain_ones(method: str, bits: int, monkeypatch: 
     torch.manual_seed(0)
     head = HEADS[method].make(Shape.of(config), num_slots=8)
     head = head.bfloat16()
-    native = native if bits == FULL else with_few_bits(head)
+    native = native if bits == FULL else with_quantized_layers(head)
     tokens = list(range(5, 45))
     cache = native.new_pool(4).allocate()
     features = native.forward(TreeBatch.chains([tokens]), [cache], np.empty(0, np.int64), feature_layers=(-1,)).features
@@ -468,7 +468,7 @@ def test_compiled_slots_are_the_plain_ones(method: str, bits: int, monkeypatch: 
 
 
 @pytest.mark.skipif(library() is None, reason="no compiled kernels run here")
-@pytest.mark.parametrize(("options", "bits"), [({}, FULL), ({"prefix_norms": True}, FULL), ({}, FEW)])
+@pytest.mark.parametrize(("options", "bits"), [({}, FULL), ({"prefix_norms": True}, FULL), ({}, QUANTIZED)])
 def test_the_compiled_prefix_layer_is_the_plain_one(
     options: dict[str, Any], bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -479,7 +479,7 @@ def test_the_compiled_prefix_layer_is_the_plain_one(
     head = HEADS["hydra"].make(Shape.of(config), num_layers=1, **options).bfloat16()
     for one in (one for one in head.modules() if isinstance(one, torch.nn.Linear)):
         torch.nn.init.normal_(one.weight, std=0.8 * one.in_features**-0.5)
-    native = native if bits == FULL else with_few_bits(head)
+    native = native if bits == FULL else with_quantized_layers(head)
     tokens = list(range(5, 45))
     cache = native.new_pool(4).allocate()
     features = native.forward(TreeBatch.chains([tokens]), [cache], np.empty(0, np.int64), feature_layers=(-1,)).features
@@ -504,7 +504,7 @@ def test_the_compiled_prefix_layer_is_the_plain_one(
 
 
 @pytest.mark.skipif(library() is None, reason="no compiled kernels run here")
-@pytest.mark.parametrize("bits", [FULL, FEW])
+@pytest.mark.parametrize("bits", [FULL, QUANTIZED])
 @pytest.mark.parametrize("method", ["medusa", "hydra"])
 def test_compiled_linear_layers_are_the_plain_ones(method: str, bits: int) -> None:
     """Of a whole head, in the place of all of its own."""
@@ -513,7 +513,7 @@ def test_compiled_linear_layers_are_the_plain_ones(method: str, bits: int) -> No
     head = HEADS[method].make(Shape.of(config)).bfloat16()
     for one in (one for one in head.modules() if isinstance(one, torch.nn.Linear)):
         torch.nn.init.normal_(one.weight, std=0.6 * one.in_features**-0.5)
-    target = with_few_bits(head) if bits == FEW else load_target(BUNDLED_TARGET, device="cpu")
+    target = with_quantized_layers(head) if bits == QUANTIZED else load_target(BUNDLED_TARGET, device="cpu")
     feature, embedding = torch.randn(2, 5, config.hidden_size, dtype=torch.bfloat16)
     given = (feature,) if method == "medusa" else (0, feature, embedding)
     with torch.inference_mode():

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foredraft.kernels.layouts import FEW, FULL, Memory, describe_weight
+from foredraft.kernels.layouts import FULL, QUANTIZED, Memory, describe_weight
 from foredraft.kernels.sets import using
 from foredraft.kernels.structures import CLinear, CResidual
 from foredraft.models.native import run_linear, run_residuals
@@ -59,7 +59,7 @@ def linear_case(kind: str, dtype: str, shape: tuple[int, int]) -> Case:
     if dtype != "bf16":
         x[9] *= 1e-7 if dtype == "f16" else 1e-41
     weight, x = weight.to(DTYPES[dtype]), x.to(DTYPES[dtype])
-    layer = describe_weight(memory := Memory(), weight, bias, FEW if kind == "four bits" else FULL)
+    layer = describe_weight(memory := Memory(), weight, bias, QUANTIZED if kind == "four bits" else FULL)
     with using(code_of("scalar")):
         return Case(layer, weight, bias, x, run_linear(layer, x, 1), memory)
 
@@ -115,7 +115,7 @@ def test_linear_layers_of_numbers_that_are_not_finite(name: str, dtype: str) -> 
     weight = torch.randn(40, 64).to(DTYPES[dtype])
     x = torch.randn(14, 64).to(DTYPES[dtype])
     x[0, 3], x[1, 5], x[2, 7], x[3] = torch.inf, -torch.inf, torch.nan, torch.finfo(x.dtype).max
-    for bits in (FEW, FULL):
+    for bits in (QUANTIZED, FULL):
         layer = describe_weight(_memory := Memory(), weight, None, bits)
         with using(code_of("scalar")):
             wanted = run_linear(layer, x, 1)

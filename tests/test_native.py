@@ -11,16 +11,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from few_bits import in_eight_bits, in_few_bits
 from foredraft import LLM, SamplingParams
 from foredraft import kernels as compiled
 from foredraft.cache.blocks import num_blocks
 from foredraft.core.tree import TreeBatch
-from foredraft.kernels.layouts import FEW, FULL, FewBits, Memory, blocked, blocked_few, describe_weight
+from foredraft.kernels.layouts import FULL, QUANTIZED, Memory, QuantizedWeight, blocked, blocked_quantized, describe_weight
 from foredraft.models.llama import LlamaTarget
 from foredraft.models.loading import load_target
 from foredraft.models.native import NativeTarget, can_run, run_linear
 from instruction_sets import DTYPES
+from quantized import in_eight_bits, in_four_bits
 from test_models import LLAMA3
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no compiled kernels run here")
@@ -188,12 +188,12 @@ def test_blocked_layout() -> None:
     assert not pairs[1, :, 8:].any()
 
 
-def test_layout_of_few_bits() -> None:
+def test_layout_of_four_bits() -> None:
     """32 scales and the numbers of 32 inputs after another; outputs there are not are worth 0."""
     torch.manual_seed(0)
     weight = torch.randn(40, 64)
-    numbers, scales = FewBits.of(weight)
-    laid_out = blocked_few(weight)
+    numbers, scales = QuantizedWeight.of(weight)
+    laid_out = blocked_quantized(weight)
     assert laid_out.shape == (2, 2, 576)
     for o, i in ((0, 0), (15, 5), (16, 38), (31, 63), (37, 31)):
         block = laid_out[o // 32, i // 32]
@@ -203,7 +203,7 @@ def test_layout_of_few_bits() -> None:
     assert not laid_out[1, :, 16:64].contiguous().view(torch.bfloat16).any()
 
 
-@pytest.mark.parametrize("bits", [FEW, FULL])
+@pytest.mark.parametrize("bits", [QUANTIZED, FULL])
 def test_linear_layers(bits: int) -> None:
     """As in float64 on the weights and inputs that the bits say, for up to 30 rows; a row does not hang on the others.
 
@@ -214,22 +214,22 @@ def test_linear_layers(bits: int) -> None:
     weight, bias, x = torch.randn(75, 96).bfloat16(), torch.randn(75).bfloat16(), (torch.randn(30, 96) + 1).bfloat16()
     weight[7], x[3, 32:64] = 0, 0
     layer = describe_weight(memory := Memory(), weight, bias, bits)
-    said, given = (in_few_bits(weight), in_eight_bits(x)) if bits == FEW else (weight.double(), x.double())
+    said, given = (in_four_bits(weight), in_eight_bits(x)) if bits == QUANTIZED else (weight.double(), x.double())
     all_rows = run_linear(layer, x, 1)
     sums = (given.abs() @ said.abs().T) + bias.double().abs()
     off = (all_rows.double() - given @ said.T - bias.double()).abs()
-    assert (off <= 1.01 * (13 if bits == FEW else 97) * 2.0**-24 * sums).all()
+    assert (off <= 1.01 * (13 if bits == QUANTIZED else 97) * 2.0**-24 * sums).all()
     for rows in range(1, 14):
         assert torch.equal(run_linear(layer, x[:rows], 2), all_rows[:rows])
     assert memory.num_bytes > 0
 
 
-def test_few_bits_are_near_what_they_stand_for() -> None:
+def test_four_bits_are_near_what_they_stand_for() -> None:
     """Weights within half a step, inputs too; where all are equal, exactly; a block of zeros is one."""
     torch.manual_seed(0)
     weight = torch.randn(64, 96).bfloat16()
     weight[5], weight[6] = 0, -3
-    off = (in_few_bits(weight) - weight.double()).abs().unflatten(1, (-1, 32)).amax(2)
+    off = (in_four_bits(weight) - weight.double()).abs().unflatten(1, (-1, 32)).amax(2)
     assert (off <= 1.01 * weight.double().abs().unflatten(1, (-1, 32)).amax(2) / 8).all()
     assert off.mean() < 0.16
     assert not off[5:7].any()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import foredraft
 from foredraft.kernels import sets
-from foredraft.kernels.layouts import FEW, FULL, TYPES, Memory, blocked, blocked_few, describe_weight
+from foredraft.kernels.layouts import FULL, QUANTIZED, TYPES, Memory, blocked, blocked_quantized, describe_weight
 from foredraft.kernels.sets import using
 from foredraft.models.native import run_linear
 from instruction_sets import DTYPES, code_of
@@ -55,7 +55,7 @@ def layer_of(dtype: torch.dtype, bits: int) -> Layer:
     weight, x = made(OUTPUTS, INPUTS, dtype=dtype), made(ROWS, INPUTS, dtype=dtype, seed=1)
     bias = made(OUTPUTS, dtype=torch.float32, seed=2)
     described = describe_weight(_memory := Memory(), weight, bias, bits)
-    laid_out = blocked_few(weight) if bits == FEW else blocked(weight)
+    laid_out = blocked_quantized(weight) if bits == QUANTIZED else blocked(weight)
     with using(code_of("scalar")):
         wanted = torch.cat([run_linear(described, x[:rows], 1) for rows in range(1, ROWS + 1)])
     plain = None
@@ -87,7 +87,7 @@ def emulated(processor: str, layers: list[Layer]) -> dict[str, Any]:
 @pytest.mark.parametrize("processor", PROCESSORS)
 def test_an_older_processor_takes_the_fastest_set_that_it_has(processor: str) -> None:
     """With the bits of every layer. torch runs by default where there is only the scalar set, and other sets are refused."""
-    layers = [layer_of(dtype, bits) for dtype in DTYPES.values() for bits in (FULL, FEW)]
+    layers = [layer_of(dtype, bits) for dtype in DTYPES.values() for bits in (FULL, QUANTIZED)]
     told, best = emulated(processor, layers), PROCESSORS[processor]
     here = ["avx2", "scalar"] if best == "avx2" else ["scalar"]
     assert told["here"] == here

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from foredraft.core.tree import TreeBatch
-from foredraft.kernels.layouts import FEW, FULL, Memory, describe_weight
+from foredraft.kernels.layouts import FULL, QUANTIZED, Memory, describe_weight
 from foredraft.kernels.sets import using
 from foredraft.models.native import NativeTarget, run_linear
 from instruction_sets import DTYPES, NAMES, PAIRED, check_bits, code_of
@@ -31,15 +31,15 @@ def rows_of(rng: np.random.Generator) -> int:
 def test_random_layers(name: str) -> None:
     rng, generator = np.random.default_rng(7), torch.Generator().manual_seed(7)
     for _ in range(LAYERS):
-        dtype, is_few = DTYPES[str(rng.choice(list(DTYPES)))], rng.random() < 0.3
+        dtype, is_quantized = DTYPES[str(rng.choice(list(DTYPES)))], rng.random() < 0.3
         shape, rows, threads = (int(rng.integers(1, 200)), 32 * int(rng.integers(1, 12))), rows_of(rng), int(rng.integers(1, 4))
         weight = torch.randn(shape, generator=generator).to(dtype)
         bias = torch.randn(shape[0], generator=generator) if rng.random() < 0.5 else None
         x = torch.randn(rows, shape[1], generator=generator).to(dtype)
-        layer = describe_weight(_memory := Memory(), weight, bias, FEW if is_few else FULL)
+        layer = describe_weight(_memory := Memory(), weight, bias, QUANTIZED if is_quantized else FULL)
         with using(code_of(name)):
             found = run_linear(layer, x, threads)
-            if name in PAIRED and dtype == torch.bfloat16 and not is_few:
+            if name in PAIRED and dtype == torch.bfloat16 and not is_quantized:
                 begin = int(rng.integers(rows))
                 check_bits(run_linear(layer, x[begin:], 1), found[begin:])
                 continue

@@ -27,7 +27,7 @@ from foredraft.core import typed
 from foredraft.heads import HEADS
 from foredraft.heads.eagle import Eagle3Head, FeatureHead
 from foredraft.heads.folder import read_head
-from foredraft.heads.layers import Attend, Foretelling, Shape
+from foredraft.heads.layers import Attend, FittedLinear, Shape
 from foredraft.kernels.attention import rotate
 from foredraft.models.checkpoint import ModelError, fingerprint
 from foredraft.models.loading import fingerprint_of
@@ -169,7 +169,7 @@ def test_a_narrow_head_begins_as_the_target_in_its_main_directions() -> None:
 
 @pytest.mark.parametrize(("ahead", "embeddings", "features_first"), [(1, 1, False), (3, 2, True), (2, 0, False)])
 def test_an_entry_is_fitted_to_what_is_linear(ahead: int, embeddings: int, features_first: bool) -> None:
-    """Features that are a linear function of what a pair is given are foretold exactly, up to the ridge."""
+    """Features that are a linear function of what a pair is given are predicted exactly, up to the ridge."""
     generator = torch.Generator().manual_seed(0)
     table, size, length = torch.randn(50, 8, generator=generator), 8 * (1 + embeddings), 30
     ids, features = torch.randint(50, (40, length), generator=generator), torch.randn(40, length, 8, generator=generator)
@@ -185,8 +185,8 @@ def test_an_entry_is_fitted_to_what_is_linear(ahead: int, embeddings: int, featu
             return table[token_ids]
 
     batch = Batch(ids, features, final, torch.ones(40, length, dtype=torch.bool), 40 * length)
-    one = Foretelling(nn.Linear(size, 8), ahead, embeddings, features_first)
-    found, bias = fitted(one, Table(), [batch])
+    prediction = FittedLinear(nn.Linear(size, 8), ahead, embeddings, features_first)
+    found, bias = fitted(prediction, Table(), [batch])
     torch.testing.assert_close(found, matrix, atol=0.03, rtol=0.0)
     torch.testing.assert_close(bias, torch.full((8,), 2.0), atol=0.03, rtol=0.0)
 

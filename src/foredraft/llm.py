@@ -110,7 +110,9 @@ class LLM:
 
     def _speculate(self, speculations: Sequence[Speculation | None]) -> None:
         self.speculation = speculations[0]
-        self._plans = [Plan(self._parts, one, self._fixed_load) if one else None for one in speculations]
+        self._plans = [
+            Plan(self._parts, speculation, self._fixed_load) if speculation else None for speculation in speculations
+        ]
         self.plan = self._plans[0]
         self.choices = self.plan.choices if self.plan else {}
         self.engine = self.new_engine()

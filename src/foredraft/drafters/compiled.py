@@ -21,7 +21,7 @@ from foredraft.heads.ctc import CtcHead
 from foredraft.heads.eagle import Eagle3Head, FeatureHead
 from foredraft.heads.hydra import HydraHeads
 from foredraft.heads.layers import ResBlock, Shape
-from foredraft.kernels.layouts import FEW, FULL, TILE, TYPES, Memory, describe_weight
+from foredraft.kernels.layouts import FULL, QUANTIZED, TILE, TYPES, Memory, describe_weight
 from foredraft.kernels.structures import CEntry, CLayer, CLinear, CModel, CResidual
 from foredraft.models.native import ONE_THREAD_BYTES, can_run, draw_chains, run_linear, run_residuals, run_step
 from foredraft.models.packed import describe_layer, describe_linear
@@ -120,7 +120,7 @@ class CompiledHead:
         threads: number of threads in use.
     """
 
-    def __init__(self, head: LayerHead, config: Any, target: Any, *, threads: int | None = None, bits: int = FEW):
+    def __init__(self, head: LayerHead, config: Any, target: Any, *, threads: int | None = None, bits: int = QUANTIZED):
         self._memory, self._target = Memory(), target  # keeps the shared weights alive
         self._bits = bits
         read = Reader(config, head.state_dict(), target.dtype, torch.device("cpu"), packed=False)

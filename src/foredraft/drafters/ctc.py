@@ -14,7 +14,7 @@ from foredraft.core.contracts import Grower, Work
 from foredraft.core.errors import UserError
 from foredraft.core.setting import Setting
 from foredraft.core.tree import Ids, TreeBatch
-from foredraft.drafters.compiled import FEW
+from foredraft.drafters.compiled import QUANTIZED
 from foredraft.drafters.pairs import PairState
 from foredraft.drafters.prefixes import PrefixLaws
 from foredraft.drafters.slots import LayerSlots, SlotDrafter
@@ -59,7 +59,7 @@ class CtcDrafter(SlotDrafter):
         self._num_tokens = ctc_tokens or DEFAULT_TOKENS
 
     @classmethod
-    def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = FEW, **options: int) -> CtcDrafter:
+    def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = QUANTIZED, **options: int) -> CtcDrafter:
         """Builds the drafter of a speculative config.
 
         Raises:

@@ -13,7 +13,7 @@ from torch import Tensor
 from foredraft.core.contracts import Features, Grower, Target, Work
 from foredraft.core.setting import Setting
 from foredraft.core.tree import Ids, TreeBatch
-from foredraft.drafters.compiled import FEW, CompiledHead, can_compile, compile_linears
+from foredraft.drafters.compiled import QUANTIZED, CompiledHead, can_compile, compile_linears
 from foredraft.drafters.growing import paths_of
 from foredraft.drafters.pairs import PairCaches, PairState
 from foredraft.heads.folder import load_head
@@ -42,7 +42,7 @@ class HydraDrafter:
         grower: Grower,
         *,
         compiled: bool | None = None,
-        weight_bits: int = FEW,
+        weight_bits: int = QUANTIZED,
     ):
         self.head, self.grower, self.vocab_size = head, grower, target.vocab_size
         self.feature_layers, self.ahead = head.feature_layers, 0
@@ -53,7 +53,7 @@ class HydraDrafter:
         self._prefix = CompiledHead(head, config, target, bits=weight_bits) if compiled else None
 
     @classmethod
-    def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = FEW) -> HydraDrafter:
+    def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = QUANTIZED) -> HydraDrafter:
         """Builds the drafter of a speculative config.
 
         Raises:

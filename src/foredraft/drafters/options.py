@@ -9,7 +9,7 @@ from foredraft.core.errors import UserError
 from foredraft.core.shape import MAX_DEPTH
 
 WEIGHT_BITS = (4, 16)
-"""Bits of a compiled layer's weights: `FEW` and `FULL` of `foredraft.models.packed`."""
+"""Bits of a compiled layer's weights: `QUANTIZED` and `FULL` of `foredraft.kernels.layouts`."""
 
 
 class Option(NamedTuple):

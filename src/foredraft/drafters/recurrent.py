@@ -16,7 +16,7 @@ from foredraft.core.chains import Chains, ChainWish
 from foredraft.core.contracts import Features, Grower, Scores, Target, Work
 from foredraft.core.setting import Setting
 from foredraft.core.tree import Ids, TreeBatch
-from foredraft.drafters.compiled import FEW, CompiledHead, can_compile
+from foredraft.drafters.compiled import QUANTIZED, CompiledHead, can_compile
 from foredraft.drafters.growing import next_pass
 from foredraft.drafters.pairs import PairCaches, PairState
 from foredraft.heads.eagle import Eagle3Head, FeatureHead
@@ -52,7 +52,7 @@ class RecurrentDrafter:
         grower: Grower,
         *,
         compiled: bool | None = None,
-        weight_bits: int = FEW,
+        weight_bits: int = QUANTIZED,
     ):
         self.head, self.grower, self.vocab_size = head, grower, target.vocab_size
         self.feature_layers, self.ahead = head.feature_layers, 0
@@ -70,7 +70,7 @@ class RecurrentDrafter:
         return Graphs(self._compute, capture, self._caches.group, self._dtype)
 
     @classmethod
-    def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = FEW) -> RecurrentDrafter:
+    def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = QUANTIZED) -> RecurrentDrafter:
         """Builds the drafter of a speculative config.
 
         Raises:

@@ -19,7 +19,7 @@ from foredraft.cache.pool import KVPool
 from foredraft.core.contracts import Features, Grower, Scores, Target, Work
 from foredraft.core.setting import Setting
 from foredraft.core.tree import Ids, TreeBatch
-from foredraft.drafters.compiled import FEW, CompiledHead, can_compile, compile_linears
+from foredraft.drafters.compiled import QUANTIZED, CompiledHead, can_compile, compile_linears
 from foredraft.drafters.growing import paths_of
 from foredraft.drafters.pairs import PairCaches, PairState
 from foredraft.heads.ctc import CtcHead
@@ -50,7 +50,7 @@ class LayerSlots:
         target: Target,
         *,
         compiled: bool | None = None,
-        weight_bits: int = FEW,
+        weight_bits: int = QUANTIZED,
     ):
         self.head, self.feature_layers = head, head.feature_layers
         self.num_tokens, self.ahead = head.num_slots, head.num_slots
@@ -195,7 +195,7 @@ class SlotDrafter:
         self.feature_layers, self.ahead, self.bytes_per_token = slots.feature_layers, slots.ahead, slots.bytes_per_token
 
     @classmethod
-    def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = FEW) -> SlotDrafter:
+    def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = QUANTIZED) -> SlotDrafter:
         """Builds the drafter of a speculative config.
 
         Raises:
@@ -261,7 +261,7 @@ class LayerSlotDrafter(SlotDrafter):
     """Drafts with the layer of the CTC paper without collapsing, so that every slot is one token."""
 
     @classmethod
-    def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = FEW) -> LayerSlotDrafter:
+    def build(cls, setting: Setting, *, force: bool = False, weight_bits: int = QUANTIZED) -> LayerSlotDrafter:
         """Builds the drafter of a speculative config; see `SlotDrafter.build`.
 
         Raises:

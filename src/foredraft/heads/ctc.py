@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foredraft.core.errors import UserError
-from foredraft.heads.layers import FINAL, Attend, Foretelling, Fusion, Initial, Layer, Shape, TargetHead
+from foredraft.heads.layers import FINAL, Attend, FittedLinear, Fusion, Initial, Layer, Shape, TargetHead
 
 
 class CtcHead(nn.Module):
@@ -38,7 +38,7 @@ class CtcHead(nn.Module):
 
     def initial(self) -> Initial:
         """Returns the layers whose first weights come from the target."""
-        return Initial([Foretelling(entry, ahead=1 + k) for k, entry in enumerate([self.fc, *self.ahead])])
+        return Initial([FittedLinear(entry, ahead=1 + k) for k, entry in enumerate([self.fc, *self.ahead])])
 
     @property
     def num_slots(self) -> int:

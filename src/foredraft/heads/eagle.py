@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from foredraft.heads.layers import (
     FINAL,
     Attend,
-    Foretelling,
+    FittedLinear,
     Fusion,
     Gated,
     Initial,
@@ -91,7 +91,7 @@ class FeatureHead(nn.Module):
 
     def initial(self) -> Initial:
         """Returns the layers whose first weights come from the target."""
-        return Initial([Foretelling(self.fc if isinstance(self.fc, Fusion) else self.fc.fc)])
+        return Initial([FittedLinear(self.fc if isinstance(self.fc, Fusion) else self.fc.fc)])
 
     def embed(self, token_ids: Int[Tensor, "*n"], target_embed: TargetEmbedding) -> Float[Tensor, "*n d"]:
         """Returns the target's embeddings of tokens."""
@@ -176,7 +176,7 @@ class Eagle3Head(nn.Module):
 
     def initial(self) -> Initial:
         """Returns the layers whose first weights come from the target."""
-        return Initial([Foretelling(self.fc, num_embeddings=0)], [self.lm_head], self.embed_tokens, self.d2t)
+        return Initial([FittedLinear(self.fc, num_embeddings=0)], [self.lm_head], self.embed_tokens, self.d2t)
 
     def embed(self, token_ids: Int[Tensor, "*n"], target_embed: TargetEmbedding) -> Float[Tensor, "*n d"]:
         """Returns embeddings of tokens from the head's own embedding, else from the target's."""

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from foredraft.heads.layers import FINAL, Attend, Foretelling, Initial, Layer, Norm, ResBlock, Shape
+from foredraft.heads.layers import FINAL, Attend, FittedLinear, Initial, Layer, Norm, ResBlock, Shape
 
 
 class HydraHeads(nn.Module):
@@ -47,7 +47,7 @@ class HydraHeads(nn.Module):
     def initial(self) -> Initial:
         """Returns the layers whose first weights come from the target."""
         entries = [blocks[0].res_connection for blocks in self.blocks]  # type: ignore[index]
-        fitted = [Foretelling(entry, 1 + i, 1 + i, features_first=True) for i, entry in enumerate(entries)]
+        fitted = [FittedLinear(entry, 1 + i, 1 + i, features_first=True) for i, entry in enumerate(entries)]
         return Initial(fitted, self.lm_heads)
 
     @property

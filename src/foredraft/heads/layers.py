@@ -195,7 +195,7 @@ class Fusion(nn.Linear):
         return super().forward(torch.cat([embedding, feature], dim=-1))
 
 
-class Foretelling(NamedTuple):
+class FittedLinear(NamedTuple):
     """A linear layer that predicts a later feature of the target by itself. It can therefore be fitted before training.
 
     Attributes:
@@ -221,7 +221,7 @@ class Initial(NamedTuple):
         d2t: if the output layers cover a reduced vocabulary that is chosen before training: token id minus draft id.
     """
 
-    fitted: Sequence[Foretelling]
+    fitted: Sequence[FittedLinear]
     outputs: Iterable[Any] = ()
     embedding: Any = None
     d2t: Tensor | None = None

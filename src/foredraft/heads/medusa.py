@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from foredraft.heads.layers import FINAL, Foretelling, Initial, ResBlock, Shape, spread
+from foredraft.heads.layers import FINAL, FittedLinear, Initial, ResBlock, Shape, spread
 
 
 class MedusaHeads(nn.Module):
@@ -39,7 +39,7 @@ class MedusaHeads(nn.Module):
 
     def initial(self) -> Initial:
         """Returns the layers whose first weights come from the target."""
-        fitted = [Foretelling(linear, ahead=1 + k, num_embeddings=0) for k, linear in enumerate(self.lm_heads)]
+        fitted = [FittedLinear(linear, ahead=1 + k, num_embeddings=0) for k, linear in enumerate(self.lm_heads)]
         return Initial(fitted, self.lm_heads)
 
     @property

@@ -251,7 +251,7 @@ class _Group:
         for rank in range(ranks.max(initial=-1) + 1):
             tested = children[ranks == rank]
             parents = self.parents[tested]
-            child, at, here = (_moved(one, device) for one in (tested, self.place[parents], slot[parents]))
+            child, at, here = (_moved(indices, device) for indices in (tested, self.place[parents], slot[parents]))
             token, uniform = self.tokens[child][:, None], _moved(trees.uniforms[0, tested], device)
             is_drawn = _moved(trees.draft_row[parents] >= 0, device)[:, None]
             law, draft = laws[at], drafts[here]

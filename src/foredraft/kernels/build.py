@@ -81,7 +81,7 @@ def sets_of(command: Words, stand_ins: Path | None = None) -> dict[str, tuple[st
         (f"-I{stand_ins}", "-fno-strict-aliasing"),
         {name: row for rows in SETS.values() for name, row in rows.items()},
     )
-    return {key: (header, (*common, *(one for one in own if one[:2] == "-D"))) for key, (header, own) in found.items()}
+    return {key: (header, (*common, *(flag for flag in own if flag[:2] == "-D"))) for key, (header, own) in found.items()}
 
 
 def build(out: Path, command: Words = (), *, names: Words = (), flags: Words = (), stand_ins: Path | None = None) -> list[str]:

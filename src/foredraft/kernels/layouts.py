@@ -21,12 +21,12 @@ NO_WINDOW = 1 << 62
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """Numbers of the types of a model and of its weights in compiled code."""
 
-_FEW_TYPE = 3
-"""Number of the type of weights of four bits."""
+_QUANTIZED_TYPE = 3
+"""Number of the type of quantized weights."""
 
-FEW, FULL = 4, 16
-"""Bits of a weight: four, or those of its dtype. Weights of four bits are read four times as fast as those of 16. Their inputs
-are rounded to eight bits, and the processor multiplies four pairs of eight bits at once."""
+QUANTIZED, FULL = 4, 16
+"""Bits of a weight: four, or those of its dtype. Quantized weights are read four times as fast as those of 16 bits. Their
+inputs are rounded to eight bits, and the processor multiplies four pairs of eight bits at once."""
 
 _BLOCK = 32
 """Number of inputs whose four-bit weights share one scale. Each output has its own scales."""
@@ -35,25 +35,25 @@ _LINE, _PAGES = 64, 64 << 20
 """Bytes of a cache line, and bytes of one allocation. Pages that are never written take no memory."""
 
 
-class FewBits(NamedTuple):
+class QuantizedWeight(NamedTuple):
     """Weights of four bits. The weight of output o and input i is ``(numbers[o, i] - 8) * scales[o, i // 32]``."""
 
     numbers: UInt8[Tensor, "o i"]
     scales: Float[Tensor, "o b"]
 
     @staticmethod
-    def of(weight: Float[Tensor, "o i"]) -> FewBits:
+    def of(weight: Float[Tensor, "o i"]) -> QuantizedWeight:
         """Rounds a weight to four bits. The number 0 stands for the weight of largest magnitude in a block."""
         blocks = weight.float().unflatten(1, (-1, _BLOCK))
         scales = (blocks.gather(2, blocks.abs().argmax(2, keepdim=True)) / -8).bfloat16()
         steps = torch.where(scales == 0, 0, blocks / scales.float())
-        return FewBits((steps.round() + 8).clamp(0, 15).to(torch.uint8).flatten(1), scales[..., 0])
+        return QuantizedWeight((steps.round() + 8).clamp(0, 15).to(torch.uint8).flatten(1), scales[..., 0])
 
 
 def describe_weight(memory: Memory, weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None, bits: int) -> CLinear:
-    """Lays out a weight and its bias, with weights of `FEW` bits or in their dtype."""
-    laid_out = blocked_few(weight) if bits == FEW else blocked(weight)
-    kind = _FEW_TYPE if bits == FEW else TYPES[weight.dtype]
+    """Lays out a weight and its bias, with weights of `QUANTIZED` bits or in their dtype."""
+    laid_out = blocked_quantized(weight) if bits == QUANTIZED else blocked(weight)
+    kind = _QUANTIZED_TYPE if bits == QUANTIZED else TYPES[weight.dtype]
     given = None if bias is None else memory.put(bias.float()).data_ptr()
     return CLinear(memory.put(laid_out).data_ptr(), kind, given, *weight.shape)
 
@@ -104,9 +104,9 @@ def blocked(weight: Num[Tensor, "o i"]) -> Num[Tensor, " t _ *more"]:
     return (tiles.unflatten(2, (-1, 2)) if weight.dtype == torch.bfloat16 else tiles).transpose(1, 2).contiguous()
 
 
-def blocked_few(weight: Float[Tensor, "o i"]) -> UInt8[Tensor, "t b 576"]:
+def blocked_quantized(weight: Float[Tensor, "o i"]) -> UInt8[Tensor, "t b 576"]:
     """Lays out a weight of four bits as `Block` in `passed.h`: scales and numbers of 32 outputs and 32 inputs."""
-    numbers, scales = FewBits.of(torch.nn.functional.pad(weight, (0, 0, 0, -len(weight) % TILE)))
+    numbers, scales = QuantizedWeight.of(torch.nn.functional.pad(weight, (0, 0, 0, -len(weight) % TILE)))
     low, high = numbers.view(-1, 2, TILE // 2, weight.shape[1] // 4, 4).unbind(1)
     halves = (low | high << 4).transpose(1, 2).reshape(len(low), -1, _BLOCK * TILE // 2)
     return torch.cat([scales.view(-1, TILE, scales.shape[1]).transpose(1, 2).contiguous().view(torch.uint8), halves], dim=2)

@@ -73,7 +73,7 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
 Norm = Callable[[Tensor], Tensor]
 """RMSNorm with its weight, ``x [*m, d] -> [*m, d]``."""
 
-_FEW_ROWS = 16
+_MOST_MIRRORED_ROWS = 16
 """Most rows for which `mirrored_norm` is faster: it runs three kernels, `F.rms_norm` five."""
 
 
@@ -83,7 +83,7 @@ def make_norm(weight: Float[Tensor, " d"], eps: float) -> Norm:
     mirrored = mirrored_norm(weight, eps) if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" else None
 
     def run(x: Tensor) -> Tensor:
-        if mirrored is not None and x.dim() == 2 and x.shape[0] <= _FEW_ROWS:
+        if mirrored is not None and x.dim() == 2 and x.shape[0] <= _MOST_MIRRORED_ROWS:
             return mirrored(x)
         return F.rms_norm(x, shape, weight, eps)
 

@@ -113,5 +113,5 @@ def fits(config: PlainConfig, weights: Mapping[str, StoredTensor]) -> bool:
     wanted = _shapes(config)
     names = wanted.keys() - ({"lm_head.weight"} - weights.keys() if shape.tie_word_embeddings else set())
     return weights.keys() == names and all(
-        tuple(one.shape) == wanted[name] and one.dtype_name in _FLOATS for name, one in weights.items()
+        tuple(tensor.shape) == wanted[name] and tensor.dtype_name in _FLOATS for name, tensor in weights.items()
     )

@@ -252,7 +252,7 @@ def _walk(emitted: Float[Tensor, "n t _"], labels: Int[Tensor, "n s"]) -> Iterat
     alpha = torch.cat([emitted[:, 0, :2], emitted.new_full((count, 2 * size - 1), _NEVER)], dim=1)[:, : len(states)]
     yield alpha
     for frame in emitted.unbind(1)[1:]:
-        one, two = (F.pad(alpha, (back, 0), value=_NEVER)[:, :-back] for back in (1, 2))
-        entered = torch.logaddexp(one, two.masked_fill(~skips, _NEVER)).clamp(min=_NEVER)
+        stepped, skipped = (F.pad(alpha, (back, 0), value=_NEVER)[:, :-back] for back in (1, 2))
+        entered = torch.logaddexp(stepped, skipped.masked_fill(~skips, _NEVER)).clamp(min=_NEVER)
         alpha = torch.logaddexp(alpha, entered).clamp(min=_NEVER) + frame
         yield alpha

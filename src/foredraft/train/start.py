@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from foredraft.core.contracts import Target
-from foredraft.heads.layers import Foretelling
+from foredraft.heads.layers import FittedLinear
 from foredraft.train.batches import Batch
 from foredraft.train.frozen import Frozen
 from foredraft.train.texts import Text
@@ -84,26 +84,26 @@ def directions(rows: Float[Tensor, "n d"], width: int) -> Float[Tensor, "d w"]:
     return F.pad(vectors.to(rows), (0, width - vectors.shape[1]))
 
 
-def fitted(one: Foretelling, frozen: Frozen, batches: list[Batch]) -> tuple[Float[Tensor, "d i"], Float[Tensor, " d"]]:
+def fitted(prediction: FittedLinear, frozen: Frozen, batches: list[Batch]) -> tuple[Float[Tensor, "d i"], Float[Tensor, " d"]]:
     """Fits a head's linear input layer by ridge regression, over the positions of answers.
 
-    It predicts the target's final feature `one.ahead` positions later.
+    It predicts the target's final feature `prediction.ahead` positions later.
 
     Returns:
         The weight and the bias.
     """
     gram = moment = torch.zeros((), dtype=torch.float64)
     for batch in batches:
-        length = batch.ids.shape[1] - one.ahead
+        length = batch.ids.shape[1] - prediction.ahead
         if length < 1:
             continue
-        embeddings = [frozen.embed(batch.ids[:, 1 + k : 1 + k + length]) for k in range(one.num_embeddings)]
+        embeddings = [frozen.embed(batch.ids[:, 1 + k : 1 + k + length]) for k in range(prediction.num_embeddings)]
         features = [batch.features[:, :length]]
-        parts = [*features, *embeddings] if one.features_first else [*embeddings, *features]
-        mask = batch.answer[:, one.ahead :]
+        parts = [*features, *embeddings] if prediction.features_first else [*embeddings, *features]
+        mask = batch.answer[:, prediction.ahead :]
         given = F.pad(torch.cat(parts, dim=-1)[mask], (0, 1), value=1.0).double()
         gram = gram + given.T @ given
-        moment = moment + given.T @ batch.final[:, one.ahead :][mask].double()
+        moment = moment + given.T @ batch.final[:, prediction.ahead :][mask].double()
     ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     solution = torch.linalg.solve(gram + ridge, moment).T.float()
     return solution[:, :-1], solution[:, -1]

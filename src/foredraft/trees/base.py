@@ -247,7 +247,7 @@ def _warp_batch(
     if all(limits_of(law) == limits_of(laws[0]) for law in laws[1:]):
         return Laws(lawful(logits, laws[0]).probs, token_ids)
     parts = logits.split([len(nodes) for nodes in wanted])
-    return Laws(torch.cat([lawful(part, one).probs for part, one in zip(parts, laws, strict=True)]), token_ids)
+    return Laws(torch.cat([lawful(part, law).probs for part, law in zip(parts, laws, strict=True)]), token_ids)
 
 
 def pack(trees: Sequence[Sapling], laws: Laws | None, vocab_size: int) -> TreeBatch:

@@ -65,7 +65,7 @@ static void normalize_row(const void *given, int64_t row, int id) {
 
 static void normalize_rows(const Job *job, const float *weight) {
     Phase phase = {.job = job, .weight = weight};
-    over_rows(job->hands.threads, normalize_row, &phase, job->count, job->model->hidden);
+    over_rows(job->workspace.threads, normalize_row, &phase, job->count, job->model->hidden);
 }
 
 /* Applies the norm, if there is one, and the rotary embedding to one head of one row, in place. */
@@ -142,7 +142,8 @@ static void feature_row(const void *given, int64_t row, int id) {
 static void save_features(const Job *job, int64_t layer) {
     for (int64_t f = 0; f < job->step->num_features; f++) {
         Phase phase = {.job = job, .index = f};
-        if (job->step->feature_layers[f] == layer) over_rows(job->hands.threads, feature_row, &phase, job->count, job->model->hidden);
+        if (job->step->feature_layers[f] == layer)
+            over_rows(job->workspace.threads, feature_row, &phase, job->count, job->model->hidden);
     }
 }
 
@@ -175,7 +176,7 @@ static void place_slots(const Job *job) {
         float *to = job->states + first * size;
         memmove(to, to - tree * slots * size, pairs * size * sizeof(float));
         const void *last = input_at(job->type, job->pair, 2 * (first - tree * slots + pairs - 1) * size);
-        linear(&job->hands, &job->model->entry.ahead, last, 1, to + pairs * size, 0);
+        linear(&job->workspace, &job->model->entry.ahead, last, 1, to + pairs * size, 0);
     }
 }
 
@@ -197,13 +198,13 @@ static void enter(const Job *job) {
     const Entry *entry = &job->model->entry;
     const int64_t num_slots = job->step->num_slots * job->step->num_trees;
     Phase phase = {.job = job};
-    over_rows(job->hands.threads, pair_row, &phase, job->count, 2 * job->model->hidden);
-    linear(&job->hands, &entry->fc, job->pair, job->count - num_slots, job->states, 0);
+    over_rows(job->workspace.threads, pair_row, &phase, job->count, 2 * job->model->hidden);
+    linear(&job->workspace, &entry->fc, job->pair, job->count - num_slots, job->states, 0);
     if (num_slots) place_slots(job);
     if (entry->norm == NULL) return;
     normalize_rows(job, entry->norm);
-    gated(&job->hands, &entry->gate, &entry->up, job->embedded, job->normed, job->count, job->act);
-    linear(&job->hands, &entry->down, job->act, job->count, job->states, 1);
+    gated(&job->workspace, &entry->gate, &entry->up, job->embedded, job->normed, job->count, job->act);
+    linear(&job->workspace, &entry->down, job->act, job->count, job->states, 1);
 }
 
 static void carry_row(const void *given, int64_t row, int id) {
@@ -229,8 +230,8 @@ static void finish_doubled(const Job *job, const Linear *down) {
     for (int64_t row = 0; row < job->count; row++)
         for (int64_t half = 0; half < 2; half++)
             memcpy(job->doubled + (2 * row + half) * size, job->states + row * size, size * sizeof(float));
-    linear(&job->hands, down, job->act, job->count, job->doubled, 1);
-    over_rows(job->hands.threads, split_row, &phase, job->count, 2 * size);
+    linear(&job->workspace, down, job->act, job->count, job->doubled, 1);
+    over_rows(job->workspace.threads, split_row, &phase, job->count, 2 * size);
 }
 
 static void spread_row(const void *given, int64_t row, int id) {
@@ -256,10 +257,10 @@ static void score(const Job *job) {
     if (s->num_rows == 0 || is_bare(m)) return;
     for (int64_t i = 0; i < s->num_rows; i++) move_input(job, job->last, i, job->normed, job->only_wanted ? i : s->rows[i], m->hidden);
     if (m->token_ids) {
-        linear(&job->hands, &m->head, job->last, s->num_rows, job->drafted, 0);
-        parallel(job->hands.threads, spread_row, &phase, s->num_rows);
-    } else linear_into(&job->hands, &m->head, job->last, s->num_rows, s->logits, m->vocabulary);
-    if (m->blank.weight) linear_into(&job->hands, &m->blank, job->last, s->num_rows, s->logits + m->head.out, m->vocabulary);
+        linear(&job->workspace, &m->head, job->last, s->num_rows, job->drafted, 0);
+        parallel(job->workspace.threads, spread_row, &phase, s->num_rows);
+    } else linear_into(&job->workspace, &m->head, job->last, s->num_rows, s->logits, m->vocabulary);
+    if (m->blank.weight) linear_into(&job->workspace, &m->blank, job->last, s->num_rows, s->logits + m->head.out, m->vocabulary);
 }
 
 /* Returns whether the last layer may drop rows after it has stored their keys and values. This requires that no later features
@@ -279,8 +280,8 @@ static void keep_wanted(Job *job, const Phase *phase, void *x) {
     const Linear *qkv = &m->layers[phase->index].qkv;
     const int64_t *rows = job->step->rows, size = m->head_dim, q = m->heads * size;
     const Linear queries = outputs(qkv, 0, q), rest = outputs(qkv, q, qkv->out - q);
-    linear_into(&job->hands, &rest, x, job->count, job->qkv + q, qkv->out);
-    over_rows(job->hands.threads, store_row, phase, job->count, 4 * m->hidden);
+    linear_into(&job->workspace, &rest, x, job->count, job->qkv + q, qkv->out);
+    over_rows(job->workspace.threads, store_row, phase, job->count, 4 * m->hidden);
     for (int64_t i = 0; i < job->step->num_rows; i++) {
         job->tree[i] = job->tree[rows[i]], job->node[i] = job->node[rows[i]];
         memmove(job->states + i * m->hidden, job->states + rows[i] * m->hidden, m->hidden * sizeof(float));
@@ -289,17 +290,17 @@ static void keep_wanted(Job *job, const Phase *phase, void *x) {
     }
     job->count = job->step->num_rows, job->only_wanted = 1;
     if (job->count == 0) return;
-    linear_into(&job->hands, &queries, x, job->count, job->qkv, qkv->out);
-    over_rows(job->hands.threads, query_row, phase, job->count, 4 * m->hidden);
+    linear_into(&job->workspace, &queries, x, job->count, job->qkv, qkv->out);
+    over_rows(job->workspace.threads, query_row, phase, job->count, 4 * m->hidden);
 }
 
 static void run(Job *job) {
     const Model *m = job->model;
     const Step *s = job->step;
     Phase phase = {.job = job};
-    over_rows(job->hands.threads, begin_row, &phase, job->count, 4 * m->hidden);
+    over_rows(job->workspace.threads, begin_row, &phase, job->count, 4 * m->hidden);
     if (m->entry.fc.weight) enter(job);
-    if (m->entry.feature_norm) over_rows(job->hands.threads, wide_row, &phase, job->count, 2 * m->hidden);
+    if (m->entry.feature_norm) over_rows(job->workspace.threads, wide_row, &phase, job->count, 2 * m->hidden);
     save_features(job, 0);
     for (int64_t i = 0; i < m->num_layers; i++) {
         const Layer *layer = m->layers + i;
@@ -308,21 +309,21 @@ static void run(Job *job) {
         if (x == job->normed) normalize_rows(job, layer->input_norm);
         if (i == m->num_layers - 1 && is_rest_done(job)) keep_wanted(job, &phase, x);
         else {
-            linear(&job->hands, &layer->qkv, x, job->count, job->qkv, 0);
-            over_rows(job->hands.threads, row_of_layer, &phase, job->count, 4 * m->hidden);
+            linear(&job->workspace, &layer->qkv, x, job->count, job->qkv, 0);
+            over_rows(job->workspace.threads, row_of_layer, &phase, job->count, 4 * m->hidden);
         }
         if (job->count == 0) return;
         const int64_t together = rows_together(job);
-        parallel(job->hands.threads, attend_part, &phase, (job->count + together - 1) / together * m->kv_heads);
-        linear(&job->hands, &layer->output, job->mixed, job->count, job->states, 1);
+        parallel(job->workspace.threads, attend_part, &phase, (job->count + together - 1) / together * m->kv_heads);
+        linear(&job->workspace, &layer->output, job->mixed, job->count, job->states, 1);
         normalize_rows(job, layer->post_norm);
-        gated(&job->hands, &layer->gate, &layer->up, job->normed, job->normed, job->count, job->act);
+        gated(&job->workspace, &layer->gate, &layer->up, job->normed, job->normed, job->count, job->act);
         if (layer->down.out > m->hidden) finish_doubled(job, &layer->down);
-        else linear(&job->hands, &layer->down, job->act, job->count, job->states, 1);
+        else linear(&job->workspace, &layer->down, job->act, job->count, job->states, 1);
         save_features(job, i + 1);
     }
     if (s->carried && m->layers[m->num_layers - 1].down.out == m->hidden)
-        over_rows(job->hands.threads, carry_row, &phase, job->count, m->hidden);
+        over_rows(job->workspace.threads, carry_row, &phase, job->count, m->hidden);
     normalize_rows(job, m->norm);
     save_features(job, -1);
     score(job);
@@ -341,8 +342,8 @@ static void *cut(char *block, size_t *used, int64_t count, size_t size) {
 static int64_t widest(const Model *m) {
     const Entry *entry = &m->entry;
     int64_t size = most(most(m->head.in, entry->fc.in), most(most(entry->gate.in, entry->down.in), entry->ahead.in));
-    for (const Layer *one = m->layers; one < m->layers + m->num_layers; one++)
-        size = most(size, most(most(one->qkv.in, one->output.in), most(one->gate.in, one->down.in)));
+    for (const Layer *layer = m->layers; layer < m->layers + m->num_layers; layer++)
+        size = most(size, most(most(layer->qkv.in, layer->output.in), most(layer->gate.in, layer->down.in)));
     return size;
 }
 
@@ -366,7 +367,7 @@ static size_t lay_out(Job *job, char *block, int64_t num_nodes) {
     if (m->token_ids) job->drafted = cut(block, &used, rows * m->head.out, sizeof(float));
     if (m->layers->qkv.type == Q4 || is_packed(&m->layers->qkv, n) || m->head.type == Q4 || is_packed(&m->head, rows))
         for (int i = 0; i < (m->entry.norm ? 2 : 1); i++) /* only the layer of `enter` has two kinds of inputs */
-            job->hands.room[i] = cut(block, &used, room_of(most(n, rows), widest(m)), 1);
+            job->workspace.room[i] = cut(block, &used, room_of(most(n, rows), widest(m)), 1);
     if (job->step->given == NULL) return used;
     job->embedded = cut(block, &used, n * m->hidden, input);
     job->pair = cut(block, &used, 2 * n * m->hidden, input);
@@ -383,7 +384,7 @@ int EXPORT(forward)(const Model *model, const Step *step) {
         job.count += size - step->first[b];
         if (seen > job.room) job.room = (seen + 15) / 16 * 16;
     }
-    job.hands.threads = enlist(step->threads), job.hands.type = model->type;
+    job.workspace.threads = enlist(step->threads), job.workspace.type = model->type;
     char *block = aligned_alloc(64, lay_out(&job, NULL, num_nodes) + 64);
     if (block == NULL) {
         dismiss();

@@ -3,7 +3,7 @@
 typedef struct {
     const Model *model;
     const Step *step;
-    Hands hands;
+    Workspace workspace;
     int type;                      /* of the model's numbers */
     int64_t count;                 /* number of new nodes, M; if `only_wanted`, only those whose logits are computed */
     int only_wanted;

@@ -4,10 +4,10 @@
 int EXPORT(linear)(const Linear *layer, int64_t type, const void *x, int64_t rows, float *y, int64_t threads) {
     const int64_t size = rows * layer->in;
     char *room = aligned_alloc(64, (size_t)(4 * size + room_of(rows, layer->in) + 63) / 64 * 64 + 64);
-    Hands hands = {.threads = enlist(threads), .type = type, .room = {room + 4 * size}};
+    Workspace workspace = {.threads = enlist(threads), .type = type, .room = {room + 4 * size}};
     if (room) {
         for (int64_t i = 0; i < size; i += LANES) store_input((int)type, room, i, load((int)type, x, i));
-        linear(&hands, layer, room, rows, y, 0);
+        linear(&workspace, layer, room, rows, y, 0);
     }
     dismiss();
     free(room);
@@ -39,15 +39,15 @@ int EXPORT(residuals)(const Residual *blocks, int64_t count, int64_t type, const
     const int64_t size = blocks->linear.out, first = blocks->linear.in, widest = most(first, size);
     float *room = aligned_alloc(64, (size_t)(rows * (widest + 2 * size) * 4 + room_of(rows, widest) + 63) / 64 * 64 + 64);
     float *gate = room + rows * widest, *state = gate + rows * size;
-    Hands hands = {.threads = enlist(threads), .type = type, .room = {state + rows * size}};
+    Workspace workspace = {.threads = enlist(threads), .type = type, .room = {state + rows * size}};
     Added job = {.gate = gate, .state = state, .x = room, .y = y, .size = size, .type = type};
     for (int64_t i = 0; room && i < rows * first; i += LANES) store_input((int)type, room, i, load((int)type, x, i));
     for (int64_t i = 0; room && i < count; i++) {
-        if (blocks[i].skip.weight) linear(&hands, &blocks[i].skip, room, rows, state, 0);
+        if (blocks[i].skip.weight) linear(&workspace, &blocks[i].skip, room, rows, state, 0);
         else if (i == 0)
             for (int64_t j = 0; j < rows * size; j += LANES) v_store(state + j, load((int)type, x, j));
-        linear(&hands, &blocks[i].linear, room, rows, gate, 0);
-        over_rows(hands.threads, add_row, &job, rows, 2 * size);
+        linear(&workspace, &blocks[i].linear, room, rows, gate, 0);
+        over_rows(workspace.threads, add_row, &job, rows, 2 * size);
     }
     dismiss();
     free(room);

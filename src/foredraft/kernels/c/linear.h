@@ -19,11 +19,11 @@ static void normalize(int type, const float *x, const float *weight, void *out, 
 
 enum { TILE = 32, VECTORS = TILE / LANES, LINE = 64, PARTS = 2, CHUNK = 64 };
 
-/* Rows run in groups of about equal size. A group is small enough that its sums stay in registers: at most FEW_ROWS beside weights
-   as they are stored, whose conversion takes registers too, and MOST_ROWS beside packed ones. From MANY_ROWS on, groups are half as large, so that inputs stay in the L1 cache:
-   products limit the speed of a prompt, not the reading of weights. */
+/* Rows run in groups of about equal size. A group is small enough that its sums stay in registers: at most UNPACKED_ROWS beside
+   weights as they are stored, whose conversion takes registers too, and MOST_ROWS beside packed ones. From MANY_ROWS on, groups are
+   half as large, so that inputs stay in the L1 cache: products limit the speed of a prompt, not the reading of weights. */
 INLINE int64_t most_rows(const Linear *layer, int64_t rows) {
-    return most(1, layer->type == Q4 || rows >= MANY_ROWS ? MOST_ROWS / 2 : rows < PACKED_ROWS ? FEW_ROWS : MOST_ROWS);
+    return most(1, layer->type == Q4 || rows >= MANY_ROWS ? MOST_ROWS / 2 : rows < PACKED_ROWS ? UNPACKED_ROWS : MOST_ROWS);
 }
 
 INLINE int64_t groups_of(const Linear *layer, int64_t rows) {
@@ -352,7 +352,7 @@ INLINE int64_t tiles_of(const Linear *layer) { return (layer->out + TILE - 1) / 
 typedef struct {
     int64_t threads, type;
     void *room[2];
-} Hands;
+} Workspace;
 
 /* Returns the bytes that `inputs` needs for rows that are packed, or rounded to eight bits. */
 INLINE int64_t room_of(int64_t rows, int64_t size) { return rows * size * 4; }
@@ -388,18 +388,18 @@ static void round_piece(const void *given, int64_t row, int id) {
 }
 
 /* Converts inputs to the form that `layer` multiplies. */
-static Rows inputs(const Hands *hands, const Linear *layer, const void *x, int64_t rows, int room) {
+static Rows inputs(const Workspace *workspace, const Linear *layer, const void *x, int64_t rows, int room) {
     if (is_packed(layer, rows)) {
         const int64_t group = group_of(layer, rows);
-        Packing job = {.x = x, .packed = hands->room[room], .rows = rows, .group = group, .size = layer->in};
-        parallel(hands->threads, pack_group, &job, (rows + group - 1) / group);
+        Packing job = {.x = x, .packed = workspace->room[room], .rows = rows, .group = group, .size = layer->in};
+        parallel(workspace->threads, pack_group, &job, (rows + group - 1) / group);
         return (Rows){.rows = job.packed};
     }
     if (layer->type != Q4) return (Rows){.rows = x};
     const int64_t blocks = rows * layer->in / TILE;
-    Rounding job = {.type = hands->type, .size = layer->in, .x = x, .steps = hands->room[room]};
+    Rounding job = {.type = workspace->type, .size = layer->in, .x = x, .steps = workspace->room[room]};
     job.offsets = (int32_t *)(job.steps + blocks), job.numbers = (int8_t *)(job.offsets + blocks);
-    over_rows(hands->threads, round_piece, &job, rows, 2 * layer->in);
+    over_rows(workspace->threads, round_piece, &job, rows, 2 * layer->in);
     return (Rows){job.numbers, job.steps, job.offsets};
 }
 
@@ -457,32 +457,34 @@ static void tiles_piece(const void *given, int64_t piece, int id) {
 
 /* Runs all tiles, in several pieces per thread, so that other threads can help a delayed one. In a prompt, each tile is long enough
    to be a piece. */
-static void run_tiles(const Hands *hands, Product *job) {
+static void run_tiles(const Workspace *workspace, Product *job) {
     const int64_t tiles = tiles_of(job->layer);
     if (job->rows == 0) return;
-    job->pieces = job->rows >= MOST_BLOCK ? tiles : least(tiles, hands->threads * PARTS), job->type = hands->type;
-    parallel(hands->threads, tiles_piece, job, job->pieces);
+    job->pieces = job->rows >= MOST_BLOCK ? tiles : least(tiles, workspace->threads * PARTS), job->type = workspace->type;
+    parallel(workspace->threads, tiles_piece, job, job->pieces);
 }
 
-static void run_linear(const Hands *hands, Product job, const void *x) {
-    job.x = inputs(hands, job.layer, x, job.rows, 0);
-    run_tiles(hands, &job);
+static void run_linear(const Workspace *workspace, Product job, const void *x) {
+    job.x = inputs(workspace, job.layer, x, job.rows, 0);
+    run_tiles(workspace, &job);
 }
 
 /* y = x W^T + b. Rows of y are `stride` numbers apart. */
-static void linear_into(const Hands *hands, const Linear *layer, const void *x, int64_t rows, float *y, int64_t stride) {
-    run_linear(hands, (Product){.layer = layer, .rows = rows, .y = y, .stride = stride}, x);
+static void linear_into(const Workspace *workspace, const Linear *layer, const void *x, int64_t rows, float *y, int64_t stride) {
+    run_linear(workspace, (Product){.layer = layer, .rows = rows, .y = y, .stride = stride}, x);
 }
 
 /* y = x W^T + b, or y += x W^T + b if `add`. */
-static void linear(const Hands *hands, const Linear *layer, const void *x, int64_t rows, float *y, int add) {
-    run_linear(hands, (Product){.layer = layer, .rows = rows, .y = y, .stride = layer->out, .add = add}, x);
+static void linear(const Workspace *workspace, const Linear *layer, const void *x, int64_t rows, float *y, int add) {
+    run_linear(workspace, (Product){.layer = layer, .rows = rows, .y = y, .stride = layer->out, .add = add}, x);
 }
 
 /* act = silu(gate(gate_x)) * up(x) */
-static void gated(const Hands *hands, const Linear *gate, const Linear *up, const void *gate_x, const void *x, int64_t rows, void *act) {
+static void gated(
+    const Workspace *workspace, const Linear *gate, const Linear *up, const void *gate_x, const void *x, int64_t rows, void *act
+) {
     Product job = {.layer = gate, .other = up, .rows = rows, .act = act};
-    job.x = inputs(hands, up, x, rows, 0);
-    job.gate_x = gate_x == x ? job.x : inputs(hands, gate, gate_x, rows, 1);
-    run_tiles(hands, &job);
+    job.x = inputs(workspace, up, x, rows, 0);
+    job.gate_x = gate_x == x ? job.x : inputs(workspace, gate, gate_x, rows, 1);
+    run_tiles(workspace, &job);
 }

@@ -64,8 +64,8 @@ static void tile_peak(const void *given, int64_t piece, int id) {
 
 /* Runs independent multiply-adds, as many on each thread, in numbers of `type`. Returns how many there were. */
 double EXPORT(peak)(int64_t type, int64_t rounds, int64_t threads) {
-    const int64_t hands = enlist(threads);
-    float starts[CHAINS], out[hands];
+    const int64_t enlisted = enlist(threads);
+    float starts[CHAINS], out[enlisted];
     for (int i = 0; i < CHAINS; i++) starts[i] = (float)i;
     Peak job = {.rounds = rounds, .type = type, .starts = starts, .out = out};
     double each = (double)CHAINS * LANES * (is_paired((int)type) ? 2 : 1);
@@ -73,7 +73,7 @@ double EXPORT(peak)(int64_t type, int64_t rounds, int64_t threads) {
 #ifdef USE_AMX
     if (type == BF16) piece = tile_peak, each = TILE_PRODUCTS;
 #endif
-    parallel(hands, piece, &job, hands);
+    parallel(enlisted, piece, &job, enlisted);
     dismiss();
-    return each * (double)rounds * (double)hands;
+    return each * (double)rounds * (double)enlisted;
 }

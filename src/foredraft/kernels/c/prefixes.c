@@ -45,12 +45,12 @@ static int before(const Search *s, const Candidate *a, const Candidate *b) {
 }
 
 /* Inserts a candidate into the sorted list of the best, which holds at most `room`. Returns the length of the list. */
-static whole offer(const Search *s, const Candidate *one, Candidate *best, whole count, whole room) {
-    if (!(one->mass > 0) || room == 0) return count;
-    if (count == room && !before(s, one, best + count - 1)) return count;
+static whole offer(const Search *s, const Candidate *candidate, Candidate *best, whole count, whole room) {
+    if (!(candidate->mass > 0) || room == 0) return count;
+    if (count == room && !before(s, candidate, best + count - 1)) return count;
     whole at = count < room ? count++ : count - 1;
-    for (; at > 0 && before(s, one, best + at - 1); at--) best[at] = best[at - 1];
-    best[at] = *one;
+    for (; at > 0 && before(s, candidate, best + at - 1); at--) best[at] = best[at - 1];
+    best[at] = *candidate;
     return count;
 }
 
@@ -75,10 +75,10 @@ static whole take(const Search *s, whole place, whole depth, Candidate *best, wh
     if (s->depth[place] >= depth) return count;
     for (whole frame = 0; frame < s->frames; frame++)
         for (whole i = 0; i < s->width; i++) {
-            Candidate one = {place, s->tokens[frame * s->width + i], 0};
-            if (is_old(s, frame, one.token)) continue;
-            for (whole t = 0; t < s->frames; t++) one.mass += said(s, place, one.token, t);
-            count = offer(s, &one, best, count, room);
+            Candidate candidate = {place, s->tokens[frame * s->width + i], 0};
+            if (is_old(s, frame, candidate.token)) continue;
+            for (whole t = 0; t < s->frames; t++) candidate.mass += said(s, place, candidate.token, t);
+            count = offer(s, &candidate, best, count, room);
         }
     return count;
 }
@@ -100,9 +100,9 @@ PUBLIC int64_t foredraft_prefixes(
     s.token[0] = s.parent[0] = -1, s.depth[0] = 0;
     whole count = take(&s, 0, depth, best, 0, room);
     while (size <= room && count > 0) {
-        const Candidate one = best[0];
+        const Candidate candidate = best[0];
         for (whole i = 1; i < count; i++) best[i - 1] = best[i];
-        s.token[size] = one.token, s.parent[size] = one.parent, s.depth[size] = s.depth[one.parent] + 1;
+        s.token[size] = candidate.token, s.parent[size] = candidate.parent, s.depth[size] = s.depth[candidate.parent] + 1;
         count = take(&s, size, depth, best, count - 1, room);
         size++;
     }

@@ -5,7 +5,7 @@
 #define PAIRED 0
 #define UNROLL _Pragma("GCC unroll 32")
 #define MOST_ROWS 6
-enum { LANES = 8, FEW_ROWS = 5, MANY_ROWS = 1 << 30, PACKED_ROWS = 16, WIDE_ROWS = 2, SUMS = 12, PAIR_ROWS = 0, AHEAD = 6144 };
+enum { LANES = 8, UNPACKED_ROWS = 5, MANY_ROWS = 1 << 30, PACKED_ROWS = 16, WIDE_ROWS = 2, SUMS = 12, PAIR_ROWS = 0, AHEAD = 6144 };
 
 typedef __m256 V;
 typedef __m128i C;

@@ -6,7 +6,10 @@
 #define PAIRED 0
 #define UNROLL _Pragma("GCC unroll 32")
 #define MOST_ROWS 6
-enum { LANES = 4, FEW_ROWS = MOST_ROWS, MANY_ROWS = 1 << 30, PACKED_ROWS = 16, WIDE_ROWS = 2, SUMS = 24, PAIR_ROWS = 0, AHEAD = 6144 };
+enum {
+    LANES = 4, UNPACKED_ROWS = MOST_ROWS, MANY_ROWS = 1 << 30, PACKED_ROWS = 16,
+    WIDE_ROWS = 2, SUMS = 24, PAIR_ROWS = 0, AHEAD = 6144,
+};
 
 typedef float32x4_t V;
 typedef uint16x4_t C;

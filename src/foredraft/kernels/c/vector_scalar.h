@@ -6,7 +6,10 @@
 #define PAIRED 0
 #define UNROLL
 #define MOST_ROWS 4
-enum { LANES = 1, FEW_ROWS = MOST_ROWS, MANY_ROWS = 1 << 30, PACKED_ROWS = 16, WIDE_ROWS = MOST_ROWS, SUMS = 64, PAIR_ROWS = 0, AHEAD = 2048 };
+enum {
+    LANES = 1, UNPACKED_ROWS = MOST_ROWS, MANY_ROWS = 1 << 30, PACKED_ROWS = 16,
+    WIDE_ROWS = MOST_ROWS, SUMS = 64, PAIR_ROWS = 0, AHEAD = 2048,
+};
 
 typedef float V;
 typedef uint16_t C;
@@ -32,8 +35,8 @@ INLINE V v_keep(V x, unsigned lanes) { return lanes & 1 ? x : 0; }
 
 /* 2^n for -127 < n < 128, a whole number. */
 INLINE float power_of_two(int n) {
-    union { int32_t bits; float value; } one = {.bits = (n + 127) << 23};
-    return one.value;
+    union { int32_t bits; float value; } power = {.bits = (n + 127) << 23};
+    return power.value;
 }
 
 INLINE V v_scale(V x, V n) {

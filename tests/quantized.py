@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foredraft.kernels.layouts import FewBits
+from foredraft.kernels.layouts import QuantizedWeight
 from foredraft.models.native import NativeTarget
 
 
-def in_few_bits(weight: Tensor) -> Tensor:
+def in_four_bits(weight: Tensor) -> Tensor:
     """A weight [o, i] as four bits say it, in float64."""
-    numbers, scales = FewBits.of(weight)
+    numbers, scales = QuantizedWeight.of(weight)
     return ((numbers.double() - 8).unflatten(1, (-1, 32)) * scales.double()[..., None]).flatten(1)
 
 
@@ -28,7 +28,7 @@ def round_inputs(_: object, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (in_eight_bits(given[0]).to(given[0].dtype), *given[1:])
 
 
-class FewBitsTarget(NativeTarget):
+class QuantizedTarget(NativeTarget):
     """One whose output layer is given rounded inputs."""
 
     def head(self, features: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import ctypes
 import gc
 import json
 import math
+import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,9 @@ LAWS = {
     "1, top_p 0.9": SamplingParams(temperature=1.0, top_p=0.9),
 }
 """Sampling parameters to measure, by name: the temperature and the truncation of the distribution."""
+
+INSTRUCTIONS = ("FOREDRAFT_KERNELS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+"""Environment variables that choose the instructions of foredraft, torch and oneDNN. The engines under test inherit them."""
 
 
 def arguments(doc: str | None, *, models: bool = True, minutes: float = 4.0) -> argparse.ArgumentParser:
@@ -127,13 +131,17 @@ def report(
 ) -> None:
     """Writes the rows with the conditions of the measurement, and prints some of their columns.
 
+    The conditions are the command, the variables of `INSTRUCTIONS` that are set, the dtype, the machine and the versions.
+
     Args:
         shown: the rows to print, if they differ from the rows to write.
     """
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    environment = {"command": command, **({"dtype": dtype} if dtype is not None else {}), **machine(device)}
+    variables = {name: os.environ[name] for name in INSTRUCTIONS if os.environ.get(name)}
+    optional = {"environment": variables, "dtype": dtype}
+    conditions = {"command": command, **{key: value for key, value in optional.items() if value}, **machine(device)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({**row, **environment}) + "\n" for row in rows))
+    path.write_text("".join(json.dumps({**row, **conditions}) + "\n" for row in rows))
     print(table(rows if shown is None else shown, columns))
 
 

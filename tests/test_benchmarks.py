@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import load
 from batches import counted_moves, moved_nodes, node_bytes
 from draft_cost import settings
 from ideal import CHUNKS, DECODING, Costs, ideal_seconds, measured_costs
-from measuring import interval, rounds, table
+from measuring import INSTRUCTIONS, interval, report, rounds, table
 from peers import ratio
 from tables import of_seeds
 from tree_attention import BLOCK, case_of, dense, skipping, visible_blocks
@@ -27,6 +28,24 @@ from foredraft.core.draws import Draws
 from foredraft.core.tree import ancestor_mask
 from foredraft.kernels import library
 from foredraft.trees.base import Laws, Sapling
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"FOREDRAFT_KERNELS": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": ""}], ids=len
+)
+def test_results_record_the_variables_that_choose_instructions(
+    given: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Those that are set and not empty, and no field if there are none."""
+    for name in INSTRUCTIONS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    report(tmp_path / "out.jsonl", [{"ms": 1.0}], ["ms"], device=torch.device("cpu"), dtype="bfloat16")
+    row = json.loads((tmp_path / "out.jsonl").read_text())
+    assert row.get("environment") == ({name: value for name, value in given.items() if value} or None)
+    assert (row["ms"], row["dtype"]) == (1.0, "bfloat16")
+    assert row["command"].startswith("python benchmarks/")
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -141,6 +141,11 @@ def test_every_page_can_be_reached_from_the_index():
     assert not missing, f"docs/README.md does not lead to {missing}"
 
 
+def test_the_page_on_slow_tests_names_every_file_that_has_some():
+    marked = {said(file) for file in (ROOT / "tests").glob("test_*.py") if re.search(r"\bmark\.slow\b", file.read_text())}
+    assert marked == set(re.findall(r"^\| `(tests/\w+\.py)` \|", (DOCS / "slow-tests.md").read_text(), re.M))
+
+
 NAMED = re.compile(r"\b(?:benchmarks|docs|examples|recipes|src|tests)/[\w./-]+\.(?:c|jsonl?|md|png|py|svg)\b")
 
 

@@ -21,6 +21,7 @@ from foredraft.core.output_kind import RequestOutputKind
 from foredraft.core.outputs import RequestOutput
 from foredraft.core.params import SamplingParams
 from foredraft.drafters.mixed import MixedDrafter
+from foredraft.engine import order
 from foredraft.engine.engine import Engine, QueueFullError
 from foredraft.engine.options import EngineOptions
 from foredraft.engine.request import Request
@@ -646,6 +647,20 @@ def test_an_abort_within_a_step(drafting: str, name: str) -> None:
         if request.request_id != name:
             assert tokens_of(request) == alone(drafting, which)
     assert name == "bad" or tokens_of(together.bad) == plain()
+
+
+def test_an_abort_of_many_requests_looks_at_few_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of 10,000 is found by bisection. A search through those that wait would look at thousands for each."""
+    engine, number, looked = engine_of("plain", max_num_seqs=2), 10_000, count()
+    requests = [engine.add_request(None, TEXTS[2], GREEDY, priority=i % 7) for i in range(number)]
+    engine.step()
+    key = order._order
+    monkeypatch.setattr(order, "_order", lambda sequence: (key(sequence), next(looked))[0])
+    monkeypatch.setattr(type(requests[0].sequences[0]), "__eq__", lambda one, other: next(looked) < 0 or one is other)
+    engine.abort_request([request.request_id for request in requests])
+    assert next(looked) < 2 * number * number.bit_length()
+    assert all(request.is_finished for request in requests)
+    check_empty(engine)
 
 
 # --- Nothing starves

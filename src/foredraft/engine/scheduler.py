@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import insort
 from dataclasses import dataclass, field
 
 from foredraft.cache.blocks import BLOCK, OutOfBlocksError, num_blocks
 from foredraft.cache.prefixes import Key, Prefixes, Trail
 from foredraft.core.contracts import Budget, Pool
 from foredraft.engine.drafting import NOTHING, Drafting, budgets_of
+from foredraft.engine.order import put, take_out
 from foredraft.engine.request import Sequence
 
 _LEAST_CHUNK = BLOCK
@@ -79,7 +79,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence into the queue."""
-        insort(self.waiting, sequence, key=_order)
+        put(self.waiting, sequence)
 
     def schedule(self) -> Schedule:
         """Chooses the rows of the next step, and reserves their blocks."""
@@ -147,9 +147,7 @@ class Scheduler:
 
     def release(self, sequence: Sequence) -> None:
         """Takes a sequence out of the queue or of the running ones, and releases what it holds."""
-        group = self.waiting if sequence.cache is None else self.running
-        if sequence in group:
-            group.remove(sequence)
+        take_out(self.waiting if sequence.cache is None else self.running, sequence)
         try:
             if sequence.drafting is not None:
                 sequence.drafting.finish(sequence)
@@ -198,8 +196,8 @@ class Scheduler:
         idle = sum(not blocks.num_holders(block) for block in found)
         if self.running and blocks.num_free - idle < self.blocks_for(sequence, len(sequence.token_ids)) - len(found):
             return False
-        self.waiting.remove(sequence)
-        insort(self.running, sequence, key=_order)
+        take_out(self.waiting, sequence)
+        put(self.running, sequence)
         blocks.share(found)
         sequence.nodes = sequence.nodes if drafts else 0
         sequence.cache, sequence.has_run = self.pool.allocate(), True
@@ -270,7 +268,3 @@ def _soon_published(sequence: Sequence) -> Key | None:
 def _ahead(sequence: Sequence, nodes: int) -> int:
     """Returns how many positions behind the cache a step with a tree of `nodes` nodes may write."""
     return 1 + (max(nodes, sequence.drafting.drafter.ahead) if sequence.drafting is not None else 0)
-
-
-def _order(sequence: Sequence) -> tuple[int, int, int]:
-    return *sequence.request.order, sequence.index

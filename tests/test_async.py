@@ -24,12 +24,15 @@ from foredraft import LLM, AsyncLLM, CompletionOutput, QueueFullError, RequestOu
 from foredraft.core.contracts import Budget
 from foredraft.core.errors import UserError, UserTypeError
 from foredraft.drafters.lm import LMDrafter
+from foredraft.engine import async_engine as async_module
+from foredraft.engine import engine as engine_module
 from foredraft.engine.async_engine import AsyncEngine
 from foredraft.engine.engine import Engine
 from foredraft.engine.options import EngineOptions
 from foredraft.models.table import TableTarget, random_law
 from foredraft.rules import RULES
 from foredraft.trees import GROWERS
+from test_isolation import Clock
 
 DATA = Path(__file__).parent / "data"
 STORY = "Once upon a time"
@@ -375,6 +378,40 @@ def test_a_full_queue() -> None:
         check_free(engine)
         engine.shutdown()
 
+    run(test())
+
+
+def test_the_wait_before_the_thread_takes_a_request_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Setting the clock meanwhile changes nothing. Both requests are posted while a step runs."""
+    others, clock = table_engine(max_num_seqs=1, max_wait_s=1000.0), Clock()
+    entered, go_on, step = threading.Event(), threading.Event(), others.step
+
+    def long_step() -> list[RequestOutput]:
+        entered.set()
+        assert go_on.wait(LIMIT_S)
+        return step()
+
+    async def test() -> None:
+        engine = AsyncEngine(others)
+        async with aclosing(engine.generate([1], ENDLESS)) as running:
+            first = asyncio.create_task(anext(running))
+            await asyncio.to_thread(entered.wait, LIMIT_S)
+            waits = asyncio.create_task(read(engine.generate([2], SAMPLED)))
+            await asyncio.sleep(0)  # the task starts
+            clock.now, clock.ran = clock.now - 1e6, clock.ran + 900
+            soon = asyncio.create_task(read(engine.generate([3], SAMPLED)))
+            await asyncio.sleep(0)
+            clock.ran += 200
+            go_on.set()
+            await first
+            [late] = await waits
+            assert late.outputs[0].finish_reason == "error" and not soon.done()
+        assert tokens_of(await soon) == alone((3,), SAMPLED)
+        engine.shutdown()
+
+    for module in (engine_module, async_module):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(others, "step", long_step)
     run(test())
 
 

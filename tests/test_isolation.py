@@ -21,6 +21,7 @@ from foredraft.core.output_kind import RequestOutputKind
 from foredraft.core.outputs import RequestOutput
 from foredraft.core.params import SamplingParams
 from foredraft.drafters.mixed import MixedDrafter
+from foredraft.engine import engine as engine_module
 from foredraft.engine import order
 from foredraft.engine.engine import Engine, QueueFullError
 from foredraft.engine.options import EngineOptions
@@ -565,6 +566,56 @@ def test_a_request_waits_too_long() -> None:
     assert [one.finish_reason for one in found["late"].outputs] == ["error"] * 2
     assert "max_wait_s" in str(found["late"].outputs[0].error) and late.sequences[0].cause is None
     assert tokens_of(runs) == tokens_of(waits) == alone("plain", 0)
+
+
+class Clock:
+    """The time that a user may set, and the one that only goes on."""
+
+    def __init__(self) -> None:
+        self.now, self.ran = 1.8e9, 50.0
+
+    def time(self) -> float:
+        return self.now
+
+    def monotonic(self) -> float:
+        return self.ran
+
+    def sleep(self, seconds: float) -> None:
+        self.now, self.ran = self.now + seconds, self.ran + seconds
+
+
+@pytest.mark.parametrize("set_by", [0.0, -1e6, 1e6])
+@pytest.mark.parametrize("arrived", ["now", "earlier", "later"])
+def test_the_wait_of_a_request(arrived: str, set_by: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts from `arrival_time`, which is in seconds of `time.time`. Setting the clock meanwhile changes nothing.
+
+    A request cannot arrive after it was added. Its `arrival_time` may say so if the clock was set back in between.
+    """
+    clock = Clock()
+    monkeypatch.setattr(engine_module, "time", clock)
+    engine = engine_of("plain", max_num_seqs=1, max_wait_s=10.0)
+    engine.add_request("runs", TEXTS[0], replace(GREEDY, max_tokens=40))
+    engine.step()
+    at = {"now": None, "earlier": clock.time() - 4, "later": clock.time() + 4}[arrived]
+    late = engine.add_request("late", TEXTS[1], GREEDY, arrival_time=at)
+    clock.now += set_by
+    clock.sleep(5.9 if arrived == "earlier" else 9.9)
+    engine.step()
+    assert not late.is_finished
+    clock.sleep(0.2)
+    engine.step()
+    assert late.sequences[0].finish_reason == "error"
+    run(engine)
+
+
+def test_the_order_of_requests_is_that_in_which_they_are_added() -> None:
+    engine = engine_of("plain", max_num_seqs=1)
+    first = engine.add_request(None, TEXTS[0], GREEDY, arrival_time=2e9)
+    second = engine.add_request(None, TEXTS[1], GREEDY, arrival_time=1e9)
+    while not first.is_finished:
+        engine.step()
+    assert not second.sequences[0].has_run
+    run(engine)
 
 
 def test_names_of_requests() -> None:

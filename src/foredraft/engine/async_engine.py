@@ -74,7 +74,7 @@ class AsyncEngine:
         self, given: dict[str, Any], params: SamplingParams, request_id: str | None, priority: int
     ) -> AsyncGenerator[RequestOutput, None]:
         mailbox, worker = _Mailbox(params.output_kind), self._worker
-        about = {"priority": priority, "arrival_time": time.monotonic()}
+        about = {"priority": priority, "arrived_s": time.monotonic()}
         if not worker.post(partial(worker.add, mailbox, request_id, given, params, **about)):
             raise RuntimeError("the engine has been shut down")
         try:
@@ -177,8 +177,11 @@ class _Worker:
 
     # What follows runs in the thread.
 
-    def add(self, mailbox: _Mailbox, request_id: str | None, given: Any, params: SamplingParams, **about: Any) -> None:
+    def add(
+        self, mailbox: _Mailbox, request_id: str | None, given: Any, params: SamplingParams, *, priority: int, arrived_s: float
+    ) -> None:
         """Adds a request, or gives its consumer the reason why that is not possible."""
+        about = {"priority": priority, "arrival_time": time.time() - (time.monotonic() - arrived_s)}
         try:
             mailbox.request = self._engine.add_request(request_id, given, params, **about)
         except Exception as error:

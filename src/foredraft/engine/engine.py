@@ -122,7 +122,8 @@ class Engine:
             prompt: a text, token ids, or a dictionary with ``prompt_token_ids`` and optionally ``prompt`` and ``cache_salt``.
                 Requests share prefixes only with requests of the same salt.
             priority: a request of smaller priority is served first.
-            arrival_time: when the request arrived, in seconds of `time.monotonic`; None is now.
+            arrival_time: when the request arrived, in seconds of `time.time`; None is now. Only `max_wait_s` depends on it.
+                Requests of equal priority are served in the order in which they are added.
 
         Raises:
             ValueError: the prompt is empty, too long or contains unknown ids, the parameters need a tokenizer, the blocks could
@@ -140,8 +141,8 @@ class Engine:
             if most is not None and waiting + params.n - places > most:
                 raise QueueFullError(f"{waiting} outputs wait, and max_waiting is {most}: try again later")
             seed = hash_seed(self._seed, self._num_requests) if params.seed is None else used_seed(params.seed)
-            now = time.monotonic() if arrival_time is None else arrival_time
-            about = {"priority": priority, "arrival_s": now, "salt": given["cache_salt"]}
+            waited = 0.0 if arrival_time is None else max(0.0, time.time() - arrival_time)
+            about = {"priority": priority, "arrived_s": time.monotonic() - waited, "salt": given["cache_salt"]}
             request = Request(name, self._num_requests, given["prompt"], given["prompt_token_ids"], params, seed, **about)
             request.sequences = [self._sequence(request, i, hash_seed(seed, i)) for i in range(params.n)]
             self._require_blocks(request)
@@ -220,7 +221,7 @@ class Engine:
     def _expire(self, limit: float) -> None:
         """Ends outputs that have waited longer than `limit` seconds for their first step."""
         latest = time.monotonic() - limit
-        for sequence in [one for one in self.scheduler.waiting if not one.has_run and one.request.arrival_s < latest]:
+        for sequence in [one for one in self.scheduler.waiting if not one.has_run and one.request.arrived_s < latest]:
             self.scheduler.release(sequence)
             sequence.fail(UserError(f"the request waited longer than max_wait_s ({limit:g} s)", "try again later"))
             self.scheduler.unreported.append(sequence)

@@ -172,7 +172,7 @@ class Request:
     Attributes:
         number: running number within the engine; requests of equal priority are served in this order.
         priority: a smaller number is served first.
-        arrival_s: when the request arrived, in seconds of `time.monotonic`.
+        arrived_s: when the request arrived, in seconds of `time.monotonic`, so that nobody who sets the clock changes its wait.
         salt: requests share prefixes only with requests of the same salt.
     """
 
@@ -183,7 +183,7 @@ class Request:
     sampling: SamplingParams
     seed: int
     priority: int = 0
-    arrival_s: float = 0.0
+    arrived_s: float = 0.0
     salt: str | None = None
     num_cached: int = 0
     sequences: list[Sequence] = field(default_factory=list)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from foredraft import LLM, SamplingParams
+from foredraft.core.output_kind import RequestOutputKind
 from foredraft.core.outputs import RequestOutput
 from foredraft.engine.callers import Callers
 from foredraft.engine.engine import Engine
@@ -193,6 +194,7 @@ def test_a_thread_waits_while_streams_are_suspended(ended: str, num_streams: int
     for stream in streams:
         next(stream)
     for caller in llm._callers._callers.values():
+        caller.outputs.clear()
         while not caller.inbox.empty():
             caller.inbox.get()
 
@@ -234,6 +236,51 @@ def test_a_stream_within_a_stream() -> None:
         check("tree", 4, last)
 
     in_time(run)
+
+
+def held_by(llm: LLM, stream: Any) -> int:
+    """How many objects wait for the consumer of a suspended stream, in its inbox or as outputs."""
+    [caller] = {*llm._callers._callers.values()}
+    return len(caller.outputs) + caller.inbox.qsize()
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_suspended_stream_holds_the_newest_output(method: str) -> None:
+    """However many steps others run for it. Its memory does not grow, and it goes on with everything so far."""
+    llm, held = model(method), list[int]()
+    sampling = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
+    wanted = alone(method, PROMPTS[3], sampling)
+    stream: Any = llm.stream(PROMPTS[3], sampling)
+    first = next(stream)
+    for _ in range(12):
+        llm.generate(PROMPTS[2], replace(sampling, max_tokens=5))
+        held.append(held_by(llm, stream))
+    assert max(held) <= 2
+    second = next(stream)
+    assert len(second.outputs[0].token_ids) > len(first.outputs[0].token_ids) + 40
+    found = [first, second, *stream]
+    assert [output.finished for output in found] == [False] * (len(found) - 1) + [True]
+    assert [one.token_ids for one in found[-1].outputs] == wanted
+    assert all(one.outputs[0].token_ids == wanted[0][: len(one.outputs[0].token_ids)] for one in found)
+
+
+def test_a_suspended_reader_of_deltas_misses_nothing() -> None:
+    """What came since the last delivery is one output, also of a prompt among several."""
+    llm = model("plain")
+    sampling = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, logprobs=0, output_kind=RequestOutputKind.DELTA)
+    wanted = [llm.generate(prompt, sampling)[0].outputs[0] for prompt in PROMPTS[:2]]
+    deltas = llm._callers.run([(prompt, sampling) for prompt in PROMPTS[:2]])
+    found = [next(deltas) for _ in range(2)]
+    for _ in range(2):
+        llm.generate(PROMPTS[2], replace(sampling, max_tokens=5))
+        assert held_by(llm, deltas) <= 3
+    found += deltas
+    for place, whole in enumerate(wanted):
+        parts = [output.outputs[0] for index, output in found if index == place]
+        assert [len(part.token_ids) for part in parts][1] >= 10
+        assert "".join(part.text for part in parts) == whole.text
+        assert [token for part in parts for token in part.token_ids] == whole.token_ids
+        assert [one.keys() for part in parts for one in part.logprobs or ()] == [one.keys() for one in whole.logprobs or ()]
 
 
 def test_a_stream_that_nobody_refers_to_is_closed_within_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

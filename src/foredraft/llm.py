@@ -197,6 +197,8 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Generates for one prompt. Yields the output so far after every step; the last output is complete.
 
+        While the consumer pauses, other threads may run steps for it. It then gets the newest output, and not those between.
+
         Raises:
             ValueError: as in `generate`.
         """

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
 from typing import Any
 
-from foredraft.core.outputs import RequestOutput
+from foredraft.core.output_kind import RequestOutputKind
+from foredraft.core.outputs import RequestOutput, joined
 from foredraft.core.params import SamplingParams
 from foredraft.engine.engine import Engine
 from foredraft.engine.request import Request
@@ -18,14 +19,39 @@ class _Caller:
 
     Attributes:
         requests: the unfinished requests that it waits for, by name.
-        inbox: outputs that it has not taken yet. A None among them wakes it, because perhaps nobody runs the steps.
+        outputs: what it has not taken yet, at most one output for each of them.
+        inbox: something in it wakes the caller. There is an output, or perhaps nobody runs the steps.
         looked: number of aborts and interrupts when it last looked for ends that no step reports.
     """
 
     def __init__(self) -> None:
         self.looked = 0
         self.requests: dict[str, Request] = {}
-        self.inbox = SimpleQueue[RequestOutput | None]()  # may be filled by what the garbage collector closes
+        self.outputs: dict[str, RequestOutput] = {}
+        self.inbox = SimpleQueue[None]()  # may be filled by what the garbage collector closes
+
+    def put(self, output: RequestOutput) -> None:
+        """Adds an output of a request. It replaces what was not taken, or is joined to it. One thread at a time may do so."""
+        name = output.request_id
+        request = self.requests.get(name)
+        if request is not None and request.sampling.output_kind is RequestOutputKind.DELTA:
+            earlier = self.outputs.pop(name, None)  # the caller finds nothing until it has all
+            output = output if earlier is None else joined(earlier, output)
+        self.outputs[name] = output
+        self.wake()
+
+    def take(self) -> RequestOutput | None:
+        """Returns the output that has been there longest, or None."""
+        for name in list(self.outputs):
+            output = self.outputs.pop(name, None)
+            if output is not None:
+                return output
+        return None
+
+    def wake(self) -> None:
+        """Lets the caller look for outputs. It looks once more after it has emptied its inbox, so one call is enough."""
+        if self.inbox.empty():
+            self.inbox.put(None)
 
 
 class Callers:
@@ -80,8 +106,7 @@ class Callers:
 
     def _next(self, caller: _Caller) -> RequestOutput:
         """Returns the next output of a caller. Runs steps as long as nobody else does."""
-        output = None
-        while output is None and (output := self._ended(caller)) is None:
+        while (output := self._ended(caller) or caller.take()) is None:
             self._idle[caller] = None  # before it looks, so that a later release of the turn wakes it
             if caller.inbox.empty() and self._turn.acquire(blocking=False):
                 try:
@@ -90,13 +115,13 @@ class Callers:
                 except BaseException:
                     self._num_interrupts += 1
                     for other in {*self._callers.values()}:
-                        other.inbox.put(None)  # perhaps an end was not delivered
+                        other.wake()  # perhaps an end was not delivered
                     raise
                 finally:
                     self._turn.release()
                     self._wake_one()
             else:
-                output = caller.inbox.get()
+                caller.inbox.get()
         self._idle.pop(caller, None)
         if not self._turn.locked():
             self._wake_one()  # it may never come back
@@ -118,11 +143,11 @@ class Callers:
         for output in outputs:
             caller = self._callers.get(output.request_id)
             if caller is not None:
-                caller.inbox.put(output)
+                caller.put(output)
 
     def _wake_one(self) -> None:
         """Wakes a caller that waits. It runs the next step if nobody else does."""
         for caller in list(self._idle):
             self._idle.pop(caller, None)
-            caller.inbox.put(None)
+            caller.wake()
             return

@@ -95,6 +95,20 @@ class Blocks:
                 else:
                     self._is_empty[block] = True
 
+    def release_all(self, kept: Iterable[int]) -> None:
+        """Frees all blocks, even if other changes were interrupted anywhere.
+
+        Args:
+            kept: blocks whose contents are kept. Those that were held until now are given out later than the others, and the
+                last one of `kept` first.
+        """
+        is_kept = dict.fromkeys(kept)
+        earlier = [block for block in self._kept if block in is_kept]
+        order = dict.fromkeys([*earlier, *reversed(is_kept)])
+        self._is_empty[:] = True
+        self._is_empty[[0, -1, *order]] = False
+        self._holders, self._keeps, self._kept = {}, {*order}, OrderedDict(order)
+
     def keep(self, block: int) -> None:
         """Keeps the contents of a held block after its release, until the block is given out again."""
         self._keeps.add(block)

@@ -85,6 +85,13 @@ class Prefixes:
                 self._blocks.keep(block)
             trail.last, trail.count = published, trail.count + 1
 
+    def release_all(self) -> None:
+        """Frees all blocks, even if other changes were interrupted anywhere. What is published stays."""
+        self._by_block = {}
+        for published in self._found.values():
+            self._by_block.setdefault(published.block, []).append(published)
+        self._blocks.release_all(self._by_block)
+
     def _forget(self, block: int) -> None:
         for published in self._by_block.pop(block):
             del self._found[published.key]

@@ -73,6 +73,15 @@ class TextStream:
         self._shown, self._num_shown = self._decode(), len(self._ids)
         return self._cut(before) if may_stop else None
 
+    def mark(self) -> tuple[str, list[int], str, int]:
+        """Returns the state, for `go_back`."""
+        return self.text, [*self._ids], self._shown, self._num_shown
+
+    def go_back(self, mark: tuple[str, list[int], str, int]) -> None:
+        """Forgets the tokens that were added since `mark` was taken, even if an addition was interrupted."""
+        self.text, ids, self._shown, self._num_shown = mark
+        self._ids = [*ids]
+
     def flush(self) -> None:
         """Adds the bytes that were held back because they might have been an incomplete character."""
         if self._ids:

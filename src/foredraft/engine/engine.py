@@ -84,7 +84,8 @@ class Engine:
         )
         self._requests: dict[str, Request] = {}
         self._num_requests = 0
-        self._aborted: list[str] = []
+        self._aborted: dict[str, None] = {}
+        self._ready: list[tuple[Request, RequestOutput]] = []
         self.num_aborted = 0  # who waits for a request notices by this number that somebody else aborted it
         self._is_stepping = False
         self.lock = threading.RLock()
@@ -147,9 +148,13 @@ class Engine:
             request.sequences = [self._sequence(request, i, hash_seed(seed, i)) for i in range(params.n)]
             self._require_blocks(request)
             self._num_requests += 1
-            self._requests[name] = request
-            for sequence in request.sequences:
-                self.scheduler.add(sequence)
+            try:
+                self._requests[name] = request
+                for sequence in request.sequences:
+                    self.scheduler.add(sequence)
+            except BaseException:  # an interrupt: otherwise a part of it would wait for ever
+                self.abort_request(name)
+                raise
             return request
 
     def add_requests(self, pairs: Items[tuple[Any, SamplingParams]]) -> list[Request]:
@@ -165,18 +170,22 @@ class Engine:
             return added
 
     def step(self) -> list[RequestOutput]:
-        """Runs one step. Returns the requests with news, see `SamplingParams.output_kind`."""
+        """Runs one step. Returns the requests with news, see `SamplingParams.output_kind`.
+
+        If a call is interrupted after its step, as by Ctrl-C, the next call returns the news of this step and runs none.
+        """
         with self.lock, one_thread if self.target.has_own_threads else nullcontext():
             self._is_stepping = True
             try:
-                if self.options.max_wait_s is not None:
-                    self._expire(self.options.max_wait_s)
-                changed = step(self.target, self.scheduler, self._layers)
-                unreported, self.scheduler.unreported = self.scheduler.unreported, []
-                return self._outputs(unreported + changed)
+                if not self._ready:
+                    if self.options.max_wait_s is not None:
+                        self._expire(self.options.max_wait_s)
+                    step(self.target, self.scheduler, self._layers)
+                    self._ready = self._outputs()
             finally:
                 self._is_stepping = False
                 self.abort_request(())
+            return self._given()
 
     def abort_request(self, request_ids: str | Iterable[str]) -> None:
         """Ends requests and releases what they hold. Names of requests that have ended are ignored.
@@ -184,18 +193,27 @@ class Engine:
         A call from within a step takes effect at its end: the garbage collector may close an abandoned stream anywhere.
         """
         with self.lock:
-            self._aborted += [request_ids] if isinstance(request_ids, str) else request_ids
-            while self._aborted and not self._is_stepping:
-                request = self._requests.pop(self._aborted.pop(), None)
-                self.num_aborted += request is not None
-                for sequence in request.sequences if request else ():
-                    if sequence.finish_reason is None:
-                        sequence.finish_reason = "abort"
-                        self.scheduler.release(sequence)
+            self._aborted |= dict.fromkeys([request_ids] if isinstance(request_ids, str) else request_ids)
+            try:
+                while self._aborted and not self._is_stepping:
+                    for name in [*self._aborted]:
+                        self._abort(name)
+            except BaseException:  # an interrupt: the rest is aborted later
+                self.scheduler.put_back()
+                raise
+
+    def _abort(self, name: str) -> None:
+        request = self._requests.get(name)
+        for sequence in request.sequences if request else ():
+            if sequence.finish_reason is None:
+                sequence.finish_reason = "abort"
+                self.scheduler.release(sequence)
+        self.num_aborted += self._requests.pop(name, None) is not None
+        self._aborted.pop(name, None)
 
     def has_unfinished_requests(self) -> bool:
         """Whether a request waits or runs."""
-        return bool(self._requests)
+        return bool(self._requests or self._ready)
 
     def get_num_unfinished_requests(self) -> int:
         """Number of requests that wait or run."""
@@ -206,25 +224,33 @@ class Engine:
         """The target's layers whose features a drafter needs."""
         return tuple({layer: None for one in self._draftings for layer in one.drafter.feature_layers})
 
-    def _outputs(self, changed: Items[Sequence]) -> list[RequestOutput]:
+    def _outputs(self) -> list[tuple[Request, RequestOutput]]:
+        """Returns the requests with news. Nothing counts as given out yet."""
         found = []
-        for request in {sequence.request: None for sequence in changed}:
+        for request in {sequence.request: None for sequence in self.scheduler.unreported}:
             if self._requests.get(request.request_id) is not request:
                 continue  # aborted
-            is_finished = request.is_finished
-            if is_finished:
-                self._requests.pop(request.request_id, None)
-            if is_finished or request.sampling.output_kind is not RequestOutputKind.FINAL_ONLY:
-                found.append(request.output())
+            if request.is_finished or request.sampling.output_kind is not RequestOutputKind.FINAL_ONLY:
+                found.append((request, request.output()))
         return found
+
+    def _given(self) -> list[RequestOutput]:
+        """Returns the outputs that are ready. If it is interrupted, it may be called again."""
+        for request, output in self._ready:
+            request.tell()
+            if output.finished and self._requests.get(request.request_id) is request:
+                del self._requests[request.request_id]
+        self.scheduler.unreported.clear()
+        ready, self._ready = self._ready, []
+        return [output for _, output in ready]
 
     def _expire(self, limit: float) -> None:
         """Ends outputs that have waited longer than `limit` seconds for their first step."""
         latest = time.monotonic() - limit
         for sequence in [one for one in self.scheduler.waiting if not one.has_run and one.request.arrived_s < latest]:
-            self.scheduler.release(sequence)
-            sequence.fail(UserError(f"the request waited longer than max_wait_s ({limit:g} s)", "try again later"))
             self.scheduler.unreported.append(sequence)
+            sequence.fail(UserError(f"the request waited longer than max_wait_s ({limit:g} s)", "try again later"))
+            self.scheduler.release(sequence)
 
     def checked(self, prompt: Prompt, params: SamplingParams) -> dict[str, Any]:
         """Returns a prompt with its token ids. Raises as `add_request` does, but adds nothing."""

@@ -32,6 +32,17 @@ class Missed(NamedTuple):
     row: int
 
 
+class Mark(NamedTuple):
+    """Where an unfinished output stands between two steps."""
+
+    num_tokens: int
+    text: tuple[str, list[int], str, int]
+    cumulative_logprob: float
+    num_records: int
+    last_tree: DraftTree | None
+    last_path: list[int]
+
+
 @dataclass(eq=False)
 class Sequence:
     """One output while it is generated. It waits, runs, may be preempted, and ends.
@@ -135,6 +146,21 @@ class Sequence:
         depth = max(0, min(most.depth, nodes, self.room - 1))
         return Budget(nodes if depth else 0, depth)
 
+    def mark(self) -> Mark:
+        """Returns where the output stands. It must not have ended."""
+        last = self.last_tree, self.last_path
+        return Mark(len(self.token_ids), self.text.mark(), self.cumulative_logprob, len(self.records), *last)
+
+    def go_back(self, mark: Mark) -> None:
+        """Forgets what a step has committed since `mark` was taken, even if it was interrupted within."""
+        num_output = mark.num_tokens - self.num_prompt
+        del self.token_ids[mark.num_tokens :], self.kinds[num_output:], self.logprobs[num_output:]
+        del self.records[mark.num_records :]
+        self.text.go_back(mark.text)
+        self.cumulative_logprob = mark.cumulative_logprob
+        self.last_tree, self.last_path = mark.last_tree, mark.last_path
+        self.finish_reason = self.stop_reason = self.error = self.cause = None
+
     def fail(self, error: UserError, cause: Exception | None = None) -> None:
         """Ends the output with an error. The tokens so far remain valid."""
         self.finish_reason, self.error, self.cause = "error", error, cause
@@ -142,12 +168,12 @@ class Sequence:
             self.text.flush()
 
     def completion(self, kind: RequestOutputKind) -> CompletionOutput:
-        """Returns the output so far, or what is new in it."""
+        """Returns the output so far, or what is new in it since `tell`."""
         text = self.text.text if self.finish_reason else self.text.settled
         tokens, characters, records = self.told if kind is RequestOutputKind.DELTA else (0, 0, 0)
         output_ids = self.token_ids[self.num_prompt + tokens :]
         scored = self.sampling.logprobs is not None
-        found = CompletionOutput(
+        return CompletionOutput(
             index=self.index,
             text=text[characters:],
             token_ids=output_ids,
@@ -161,8 +187,11 @@ class Sequence:
             last_path=list(self.last_path),
             error=self.error,
         )
+
+    def tell(self) -> None:
+        """Notes that everything so far was given out."""
+        text = self.text.text if self.finish_reason else self.text.settled
         self.told = len(self.token_ids) - self.num_prompt, len(text), len(self.records)
-        return found
 
 
 @dataclass(eq=False)
@@ -197,6 +226,11 @@ class Request:
     def order(self) -> tuple[int, int]:
         """Key by which requests are served."""
         return self.priority, self.number
+
+    def tell(self) -> None:
+        """Notes that everything so far was given out."""
+        for sequence in self.sequences:
+            sequence.tell()
 
     def output(self) -> RequestOutput:
         """Returns the outputs so far, in the form that `SamplingParams.output_kind` names."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 from foredraft.cache.blocks import BLOCK, OutOfBlocksError, num_blocks
 from foredraft.cache.prefixes import Key, Prefixes, Trail
@@ -10,47 +10,13 @@ from foredraft.core.contracts import Budget, Pool
 from foredraft.engine.drafting import NOTHING, Drafting, budgets_of
 from foredraft.engine.order import put, take_out
 from foredraft.engine.request import Sequence
+from foredraft.engine.schedule import Schedule
 
 _LEAST_CHUNK = BLOCK
 """Rows that a step leaves for prompts, even if trees fill it."""
 
 _MOST_LOOKED_AT = 4
 """So many times the number of places is the number of waiting sequences that a step may look at."""
-
-
-@dataclass
-class Schedule:
-    """The rows of one step.
-
-    Attributes:
-        trees: sequences that decode. Each runs the root and the nodes of its tree.
-        budgets: the largest tree of each of them.
-        leads: number of prompt tokens that each of them runs before its root. Then its tree is the root alone.
-        chunks: sequences whose prompt is computed, each with the number of tokens that this step adds.
-    """
-
-    trees: list[Sequence] = field(default_factory=list)
-    budgets: list[Budget] = field(default_factory=list)
-    leads: list[int] = field(default_factory=list)
-    chunks: list[tuple[Sequence, int]] = field(default_factory=list)
-
-    @property
-    def sequences(self) -> list[Sequence]:
-        """All sequences of the step."""
-        return [*self.trees, *(sequence for sequence, _ in self.chunks)]
-
-    def add_tree(self, sequence: Sequence, budget: Budget, lead: int = 0) -> None:
-        """Adds a sequence that decodes."""
-        self.trees.append(sequence)
-        self.budgets.append(budget)
-        self.leads.append(lead)
-
-    def drop(self, sequence: Sequence) -> None:
-        """Removes a sequence that is preempted."""
-        if sequence in self.trees:
-            at = self.trees.index(sequence)
-            del self.trees[at], self.budgets[at], self.leads[at]
-        self.chunks = [pair for pair in self.chunks if pair[0] is not sequence]
 
 
 class Scheduler:
@@ -66,7 +32,7 @@ class Scheduler:
         caching: whether requests share prefixes. Outputs of the same request always do.
 
     Attributes:
-        unreported: sequences that have ended, but not in the result of a step. The next step reports them.
+        unreported: sequences with new tokens or an end, which the engine has not reported yet.
     """
 
     def __init__(self, pool: Pool, *, max_num_seqs: int, max_rows: int, caching: bool = True):
@@ -94,7 +60,6 @@ class Scheduler:
                 continue  # preempted for one before it
             if self._reserve(sequence, sequence.cache.length + _ahead(sequence, budget.nodes), schedule):
                 schedule.add_tree(sequence, budget)
-                sequence.owed = None
                 rows -= 1 + budget.nodes
         rows = max(rows, _LEAST_CHUNK)
         for sequence in late:
@@ -138,12 +103,10 @@ class Scheduler:
 
     def preempt(self, sequence: Sequence) -> None:
         """Releases what a running sequence holds, and lets it wait."""
-        try:
-            self.release(sequence)
-        finally:
-            if sequence.scores_prompt:
-                sequence.prompt_logprobs = None  # of a part of the prompt
-            self.add(sequence)
+        if sequence.scores_prompt:
+            sequence.prompt_logprobs = None  # of a part of the prompt
+        self.add(sequence)
+        self.release(sequence)
 
     def release(self, sequence: Sequence) -> None:
         """Takes a sequence out of the queue or of the running ones, and releases what it holds."""
@@ -155,6 +118,26 @@ class Scheduler:
             if sequence.cache is not None:
                 self.pool.free(sequence.cache)
             sequence.cache = sequence.trail = sequence.plain_trail = None
+
+    def put_back(self, others: Iterable[Sequence] = ()) -> None:
+        """Lets everything that runs wait, and frees all blocks, after an interrupt anywhere in a change of queues or blocks.
+
+        Prefixes that are written stay published.
+
+        Args:
+            others: further sequences that may hold blocks.
+        """
+        for sequence in dict.fromkeys([*others, *self.running, *self.waiting]):
+            if sequence.finish_reason is not None:
+                take_out(self.waiting, sequence)
+            else:
+                put(self.waiting, sequence)
+                sequence.prompt_logprobs = None if sequence.scores_prompt else sequence.prompt_logprobs
+            if sequence.drafting is not None:
+                sequence.drafting.finish(sequence)
+            sequence.cache = sequence.trail = sequence.plain_trail = None
+        self.running.clear()
+        self._prefixes.release_all()
 
     def blocks_for(self, sequence: Sequence, length: int) -> int:
         """Returns the number of blocks that a sequence of `length` tokens needs for its next step."""
@@ -196,8 +179,8 @@ class Scheduler:
         idle = sum(not blocks.num_holders(block) for block in found)
         if self.running and blocks.num_free - idle < self.blocks_for(sequence, len(sequence.token_ids)) - len(found):
             return False
-        take_out(self.waiting, sequence)
         put(self.running, sequence)
+        take_out(self.waiting, sequence)
         blocks.share(found)
         sequence.nodes = sequence.nodes if drafts else 0
         sequence.cache, sequence.has_run = self.pool.allocate(), True

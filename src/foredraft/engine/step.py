@@ -17,14 +17,17 @@ from foredraft.core.errors import UserError, told
 from foredraft.core.tree import DraftTree, TreeBatch
 from foredraft.engine.deciding import Case, Decision, decide
 from foredraft.engine.drafting import Drafting
-from foredraft.engine.request import Missed, Sequence
-from foredraft.engine.scheduler import Schedule, Scheduler
+from foredraft.engine.request import Mark, Missed, Sequence
+from foredraft.engine.schedule import Schedule
+from foredraft.engine.scheduler import Scheduler
 from foredraft.engine.scores import record, score_prompt
 from foredraft.engine.stop import settle
 
 
-def step(target: Target, scheduler: Scheduler, layers: Items[int] = ()) -> list[Sequence]:
-    """Runs one step. Returns the sequences that took part and have new tokens or an end.
+def step(target: Target, scheduler: Scheduler, layers: Items[int] = ()) -> None:
+    """Runs one step. Those of its sequences that have new tokens or an end are added to ``scheduler.unreported``.
+
+    An interrupt may come anywhere. For every sequence, the step then counts as a whole or not at all.
 
     Args:
         layers: the target's layers whose features the drafters need.
@@ -37,12 +40,12 @@ def step(target: Target, scheduler: Scheduler, layers: Items[int] = ()) -> list[
         now.schedule = scheduler.schedule()
         batch = now.propose()
         if not now.schedule.sequences:
-            return []
+            return
         scores = now.forward(batch)
         decisions = now.decide(batch, scores)
-        return now.commit(batch, scores, decisions)
+        now.commit(batch, scores, decisions)
     except Exception as error:
-        return now.give_up(error)
+        now.give_up(error)
     except BaseException:
         now.put_back()
         raise
@@ -87,6 +90,7 @@ class Step:
     clock: Clock = field(default_factory=Clock)
     drafted: dict[int, DraftTree] = field(default_factory=dict)
     packed: TreeBatch | None = None
+    _marks: dict[Sequence, Mark] = field(default_factory=dict)  # where those stand that are not committed yet
     _kept: Float[Tensor, "m w"] | None = None
 
     def propose(self) -> TreeBatch:
@@ -155,6 +159,7 @@ class Step:
 
     def decide(self, batch: TreeBatch, scores: Scores) -> list[Decision | None]:
         """Applies the rules to the trees. A sequence whose law or rule fails ends with the reason."""
+        self._marks = {sequence: sequence.mark() for sequence in self.schedule.sequences}
         cases, row = list[Case](), 0
         for b, (sequence, lead) in enumerate(zip(self.schedule.trees, self.schedule.leads, strict=True)):
             end = row + batch.bounds[b + 1] - batch.bounds[b] - lead  # leads have no logits
@@ -168,7 +173,7 @@ class Step:
         self.clock.lap("rule_s")
         return decisions
 
-    def commit(self, batch: TreeBatch, scores: Scores, decisions: Items[Decision | None]) -> list[Sequence]:
+    def commit(self, batch: TreeBatch, scores: Scores, decisions: Items[Decision | None]) -> None:
         """Keeps the accepted paths, tells the drafter, cuts outputs at a stop, and releases those that ended."""
         schedule = self.schedule
         paths = [
@@ -181,12 +186,19 @@ class Step:
         for b, (sequence, decision) in enumerate(zip(schedule.trees, decisions, strict=True)):
             if decision is not None:
                 self._commit_tree(b, sequence, decision, scores, batch)
+            self._is_committed(sequence)
         self._commit_chunks(batch, scores)
         for sequence in schedule.sequences:
             self.scheduler.publish(sequence)
             if sequence.finish_reason is not None:
                 self.scheduler.release(sequence)
-        return [*schedule.trees, *(sequence for sequence, _ in schedule.chunks if sequence.finish_reason is not None)]
+        ended = (sequence for sequence, _ in schedule.chunks if sequence.finish_reason is not None)
+        self.scheduler.unreported += [*schedule.trees, *ended]
+
+    def _is_committed(self, sequence: Sequence) -> None:
+        """Notes that an interrupt no longer undoes what the step did to a sequence. Its next tree is another one."""
+        self._marks.pop(sequence, None)
+        sequence.owed = None
 
     def _commit_tree(self, b: int, sequence: Sequence, decision: Decision, scores: Scores, batch: TreeBatch) -> None:
         tree, verdict, nodes = decision.tree, decision.verdict, part(batch, b)
@@ -233,8 +245,9 @@ class Step:
                 sequence.features += [] if features is None else [features]
                 if not sequence.num_missing and sequence.finish_reason is None:
                     sequence.drafting.start(sequence)
+            self._marks.pop(sequence, None)
 
-    def give_up(self, error: Exception) -> list[Sequence]:
+    def give_up(self, error: Exception) -> None:
         """Ends all sequences of a step that failed, with the reason. Raises the error if the step has none."""
         if not self.schedule.sequences:
             self.put_back()
@@ -243,16 +256,21 @@ class Step:
             if sequence.finish_reason is None:
                 _fail(sequence, error, "a step failed")
             self.scheduler.release(sequence)
-        return self.schedule.sequences
+        self.scheduler.unreported += self.schedule.sequences
 
     def put_back(self) -> None:
-        """Ends a step that was interrupted anywhere. What was committed stays, and the rest is computed again."""
-        for sequence in dict.fromkeys([*self.schedule.sequences, *self.scheduler.running]):
-            if sequence.finish_reason is not None:
-                self.scheduler.release(sequence)
-                self.scheduler.unreported.append(sequence)
-            elif sequence.cache is not None:
-                self.scheduler.preempt(sequence)
+        """Ends a step that was interrupted anywhere. What was committed stays, and the rest is computed again.
+
+        The same trees are drafted again, because what was decided must not change them.
+        """
+        for sequence, mark in self._marks.items():
+            sequence.go_back(mark)
+        for sequence, budget in zip(self.schedule.trees, self.schedule.budgets, strict=False):
+            if sequence in self._marks and sequence.pace is not None:
+                sequence.owed = budget
+        sequences = self.schedule.sequences
+        self.scheduler.unreported += [sequence for sequence in sequences if sequence.finish_reason is not None]
+        self.scheduler.put_back(sequences)
 
 
 def _fail(sequence: Sequence, error: Exception, what: str) -> None:

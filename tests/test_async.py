@@ -471,6 +471,147 @@ def test_the_thread_ends_with_its_engine() -> None:
     assert not thread.is_alive()
 
 
+# --- The queue of new requests
+
+
+class Held:
+    """Holds back the steps of an engine until `go_on`. Counts the requests that are added before each step."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch):
+        self.entered, self.go_on, self.added = threading.Event(), threading.Event(), [0]
+        step, add = engine.step, engine.add_request
+
+        def held_step() -> list[RequestOutput]:
+            self.entered.set()
+            assert self.go_on.wait(LIMIT_S)
+            self.added.append(0)
+            return step()
+
+        def counted_add(*given: Any, **options: Any) -> Any:
+            self.added[-1] += 1
+            return add(*given, **options)
+
+        monkeypatch.setattr(engine, "step", held_step)
+        monkeypatch.setattr(engine, "add_request", counted_add)
+
+
+async def started(*tests: Coroutine[Any, Any, Any]) -> list[asyncio.Task[Any]]:
+    """Starts tasks, in order."""
+    tasks = [asyncio.create_task(one) for one in tests]
+    await asyncio.sleep(0)
+    return tasks
+
+
+def test_the_queue_of_new_requests_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a step runs, two enter, and the others wait without blocking their loop. They enter in order, two a step."""
+    others = table_engine()
+    held = Held(others, monkeypatch)
+
+    async def test() -> None:
+        engine = AsyncEngine(others, most_new=2)
+        worker, prompts = engine._worker, [(1, token) for token in range(VOCAB)]
+        readers = await started(read(engine.generate([1], SAMPLED)))
+        await asyncio.to_thread(held.entered.wait, LIMIT_S)
+        readers += await started(*(read(engine.generate(prompt, SAMPLED)) for prompt in prompts * 3))
+        assert (len(worker._actions), len(worker._places)) == (2, 16)
+        held.go_on.set()
+        for prompt, outputs in zip([(1,), *prompts * 3], await asyncio.gather(*readers), strict=True):
+            assert tokens_of(outputs) == alone(prompt, SAMPLED)
+        numbers = [int(reader.result()[0].request_id) for reader in readers]
+        assert numbers == sorted(numbers)
+        assert max(held.added) <= 2 and sum(held.added) == 19
+        assert not worker._places and not worker._called
+        engine.shutdown()
+        check_free(engine)
+
+    run(test())
+
+
+def test_leaving_and_aborting_while_the_queue_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that waits to enter can be cancelled and aborted; its name is in use. Those that run can be aborted too."""
+    others = table_engine()
+    held = Held(others, monkeypatch)
+
+    async def test() -> None:
+        engine = AsyncEngine(others, most_new=1)
+        [running] = await started(read(engine.generate([1], ENDLESS, "running")))
+        await asyncio.to_thread(held.entered.wait, LIMIT_S)
+        names = ["enters", "cancelled", "aborted", "waits"]
+        enters, cancelled, aborted, waits = await started(*(read(engine.generate([2], SAMPLED, name)) for name in names))
+        with pytest.raises(UserError, match="'waits' is still running"):
+            await anext(engine.generate([3], SAMPLED, "waits"))
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        assert [*engine._worker._places] == ["aborted", "waits"]
+        aborts = await started(engine.abort("aborted"), engine.abort("running"))
+        held.go_on.set()
+        await asyncio.gather(*aborts)
+        for reader in (aborted, running):
+            assert (await reader)[-1].outputs[0].finish_reason == "abort"
+        assert not (await aborted)[-1].outputs[0].token_ids
+        assert tokens_of(await enters) == tokens_of(await waits) == alone((2,), SAMPLED)
+        assert not engine._worker._places and not engine._worker._called
+        engine.shutdown()
+        check_free(engine)
+
+    run(test())
+
+
+def test_shutdown_while_the_queue_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = table_engine()
+    held = Held(others, monkeypatch)
+
+    async def test() -> None:
+        engine = AsyncEngine(others, most_new=1)
+        running, enters = await started(*(read(engine.generate([token], ENDLESS)) for token in (1, 2)))
+        await asyncio.to_thread(held.entered.wait, LIMIT_S)
+        readers = await started(*(read(engine.generate([token], SAMPLED)) for token in (1, 2, 3, 4)))
+        end = asyncio.create_task(asyncio.to_thread(engine.shutdown))
+        found = await asyncio.gather(*readers, return_exceptions=True)
+        assert ["shut down" in str(one) for one in found[1:]] == [True] * 3
+        held.go_on.set()
+        await end
+        assert [(await one)[-1].outputs[0].finish_reason for one in (running, enters)] == ["abort"] * 2
+        check_free(engine)
+
+    run(test())
+
+
+def test_loops_that_wait_to_enter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several loops share the queue. One is closed while its requests wait, which holds up nobody."""
+    others = table_engine()
+    held, engine = Held(others, monkeypatch), AsyncEngine(others, most_new=1)
+    loop, found = asyncio.new_event_loop(), dict[int, list[list[RequestOutput]]]()
+    gone = [engine.generate([5], SAMPLED, name) for name in ("a", "b", "c", "d")]
+
+    async def leaves() -> list[asyncio.Task[Any]]:
+        tasks = await started(anext(gone[0]))
+        await asyncio.to_thread(held.entered.wait, LIMIT_S)
+        return tasks + await started(*map(anext, gone[1:]))
+
+    async def several(token: int) -> None:
+        names = ["c", "d", None] if token == 1 else [None] * 3
+        found[token] = await asyncio.gather(*(read(engine.generate([token, i], SAMPLED, names[i])) for i in range(3)))
+
+    tasks = loop.run_until_complete(leaves())
+    loop.run_until_complete(loop.shutdown_default_executor())
+    loop.close()
+    assert len(engine._worker._places) == 2
+    threads = [threading.Thread(target=lambda token=token: run(several(token))) for token in (1, 2)]
+    for thread in threads:
+        thread.start()
+    held.go_on.set()
+    for thread in threads:
+        thread.join(LIMIT_S)
+    for token in (1, 2):
+        assert [tokens_of(outputs) for outputs in found[token]] == [alone((token, i), SAMPLED) for i in range(3)]
+    engine.shutdown()
+    check_free(engine)
+    for task in tasks:
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+
+
 # --- Several loops, and what happens during a step
 
 

@@ -10,15 +10,18 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from typing import Any
 
-from foredraft.core.errors import UserTypeError, shown
-from foredraft.core.output_kind import RequestOutputKind
-from foredraft.core.outputs import RequestOutput, joined
+from foredraft.core.errors import UserError, UserTypeError, shown
+from foredraft.core.outputs import RequestOutput
 from foredraft.core.params import SamplingParams
 from foredraft.core.prompts import Prompt
 from foredraft.engine.engine import Engine
-from foredraft.engine.request import Request
+from foredraft.engine.mailbox import Mailbox, Place, call_soon
+
+MOST_NEW = 256
+"""New requests that the thread takes between two steps. It takes some milliseconds for them, in which the others wait."""
 
 
 class AsyncEngine:
@@ -29,11 +32,13 @@ class AsyncEngine:
 
     Args:
         engine: runs the requests. Nobody else may add requests to it or call its `step`.
+        most_new: maximum number of new requests that the thread takes between two steps. The consumers of further ones wait
+            their turn, without blocking their event loops.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, *, most_new: int = MOST_NEW):
         self.engine = engine
-        self._worker = _Worker(engine)
+        self._worker = _Worker(engine, most_new)
         weakref.finalize(self, self._worker.stop)
 
     def generate(
@@ -73,10 +78,9 @@ class AsyncEngine:
     async def _outputs(
         self, given: dict[str, Any], params: SamplingParams, request_id: str | None, priority: int
     ) -> AsyncGenerator[RequestOutput, None]:
-        mailbox, worker = _Mailbox(params.output_kind), self._worker
+        mailbox, worker = Mailbox(params.output_kind), self._worker
         about = {"priority": priority, "arrived_s": time.monotonic()}
-        if not worker.post(partial(worker.add, mailbox, request_id, given, params, **about)):
-            raise RuntimeError("the engine has been shut down")
+        await worker.enter(request_id, partial(worker.add, mailbox, request_id, given, params, **about), mailbox)
         try:
             finished = False
             while not finished:
@@ -94,52 +98,14 @@ class AsyncEngine:
         """
         _check_type("request_id", request_id, str)
         loop, done = asyncio.get_running_loop(), asyncio.Event()
+        self._worker.call_off(request_id)
         self._worker.post(partial(self._worker.abort, request_id))
-        if self._worker.post(partial(_call_soon, loop, done.set)):
+        if self._worker.post(partial(call_soon, loop, done.set)):
             await done.wait()
 
     def shutdown(self) -> None:
         """Aborts all requests and ends the thread. Waits for the step that runs. May be called again."""
         self._worker.stop()
-
-
-class _Mailbox:
-    """Holds what the consumer of a request has not taken yet, at most one output or exception.
-
-    It is created in the event loop of the consumer.
-
-    Attributes:
-        request: the request; None before the engine has added it.
-    """
-
-    def __init__(self, kind: RequestOutputKind):
-        self.request: Request | None = None
-        self._kind = kind
-        self._content: RequestOutput | BaseException | None = None
-        self._lock = threading.Lock()
-        self._loop, self._filled = asyncio.get_running_loop(), asyncio.Event()
-
-    def put(self, content: RequestOutput | BaseException) -> bool:
-        """Adds an output or an exception, from any thread. Returns whether somebody can still take it."""
-        with self._lock:
-            old = self._content
-            if self._kind is RequestOutputKind.DELTA and isinstance(old, RequestOutput) and isinstance(content, RequestOutput):
-                content = joined(old, content)
-            self._content = content
-        if old is None:  # the loop of a blocked consumer holds at most one call
-            _call_soon(self._loop, self._filled.set)
-        return not self._loop.is_closed()
-
-    async def take(self) -> RequestOutput:
-        """Waits for the next output. Raises an exception that was put in its place."""
-        await self._filled.wait()
-        self._filled.clear()
-        with self._lock:
-            content, self._content = self._content, None
-        if isinstance(content, BaseException):
-            raise content
-        assert content is not None
-        return content
 
 
 class _Worker:
@@ -148,9 +114,12 @@ class _Worker:
     It holds no reference to the `AsyncEngine`, which can therefore be deleted while the thread sleeps.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, most_new: int):
         self._engine = engine
-        self._mailboxes: dict[str, _Mailbox] = {}  # of unfinished requests; only the thread uses them
+        self._most_new, self._num_new = most_new, 0  # since the last step
+        self._places: dict[object, Place] = {}  # consumers that wait for one, by the name of the request
+        self._called: dict[object, Place] = {}  # those that may try again
+        self._mailboxes: dict[str, Mailbox] = {}  # of unfinished requests; only the thread uses them
         self._actions = deque[Callable[[], object]]()
         self._changed, self._stopping = threading.Condition(), False
         self._thread = threading.Thread(target=self._run, name="foredraft-engine", daemon=True)
@@ -165,11 +134,64 @@ class _Worker:
             self._changed.notify()
         return True
 
+    async def enter(self, request_id: str | None, action: Callable[[], object], mailbox: Mailbox) -> None:
+        """Lets the thread add a request. Waits while the queue of new requests is full; others that wait go first.
+
+        Raises:
+            ValueError: another request of this name waits already.
+            RuntimeError: the thread has ended.
+        """
+        name, place = mailbox if request_id is None else request_id, None
+        while (place := self._entered(name, action, mailbox, place)) is not None:
+            try:
+                await place.wait()
+            finally:
+                with self._changed:
+                    for group in (self._places, self._called):
+                        if group.get(name) is place:
+                            del group[name]
+
+    def _entered(self, name: object, action: Callable[[], object], mailbox: Mailbox, place: Place | None) -> Place | None:
+        """Posts an action, and returns None. If the queue is full, returns where the consumer has to wait.
+
+        Args:
+            place: where the consumer has waited until now; None for one that comes.
+        """
+        with self._changed:
+            if self._stopping:
+                raise RuntimeError("the engine has been shut down")
+            other = self._places.get(name) or self._called.get(name)
+            if other is not None and not other.is_gone:
+                raise UserError(f"request {name!r} is still running", "give every request a name of its own")
+            is_aborted = place is not None and place.is_aborted
+            if is_aborted or (self._num_new < self._most_new and (place is not None or not self._places)):
+                self._num_new += 1
+                self._actions += [action, partial(self.leave, mailbox)] if is_aborted else [action]
+                self._changed.notify()
+                return None
+            self._places[name] = place = Place()
+            return place
+
+    def call_off(self, request_id: str) -> None:
+        """Aborts a request whose consumer waits to enter. It enters at once, and ends before the next step."""
+        with self._changed:
+            place = self._places.pop(request_id, None) or self._called.get(request_id)
+            if place is not None:
+                place.is_aborted, self._called[request_id] = True, place
+                place.call()
+
+    def _call(self, count: int) -> None:
+        """Lets the first consumers that wait try again."""
+        for name in [*islice(self._places, count)]:
+            place = self._called[name] = self._places.pop(name)
+            place.call()
+
     def stop(self) -> None:
         """Aborts all requests, ends the thread and waits for it."""
         with self._changed:
             if not self._stopping:
                 self._stopping = True
+                self._call(len(self._places))
                 self._actions.append(self._abort_all)
                 self._changed.notify()
         if threading.current_thread() is not self._thread:  # the garbage collector may call this in the thread
@@ -178,7 +200,7 @@ class _Worker:
     # What follows runs in the thread.
 
     def add(
-        self, mailbox: _Mailbox, request_id: str | None, given: Any, params: SamplingParams, *, priority: int, arrived_s: float
+        self, mailbox: Mailbox, request_id: str | None, given: Any, params: SamplingParams, *, priority: int, arrived_s: float
     ) -> None:
         """Adds a request, or gives its consumer the reason why that is not possible."""
         about = {"priority": priority, "arrival_time": time.time() - (time.monotonic() - arrived_s)}
@@ -198,7 +220,7 @@ class _Worker:
             del self._mailboxes[request_id]
             mailbox.put(mailbox.request.output())
 
-    def leave(self, mailbox: _Mailbox) -> None:
+    def leave(self, mailbox: Mailbox) -> None:
         """Ends the request of a consumer that has gone, unless it has ended already."""
         request = mailbox.request
         if request is not None and self._mailboxes.get(request.request_id) is mailbox:
@@ -221,6 +243,8 @@ class _Worker:
             while True:
                 if self._actions:
                     return self._actions.popleft()
+                self._num_new = 0
+                self._call(self._most_new if self._mailboxes else len(self._places))  # nobody else would wake them
                 if self._mailboxes:
                     return self._step
                 if self._stopping:
@@ -244,12 +268,6 @@ class _Worker:
             mailbox.put(error)
             with suppress(Exception):  # the cause may be that something cannot be released
                 self._engine.abort_request(request_id)
-
-
-def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
-    """Lets an event loop call a function. Does nothing if the loop is closed."""
-    with suppress(RuntimeError):
-        loop.call_soon_threadsafe(function)
 
 
 def _check_type(name: str, value: Any, wanted: type) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from foredraft.cache.blocks import BLOCK, OutOfBlocksError, num_blocks
 from foredraft.cache.prefixes import Key, Prefixes, Trail
-from foredraft.core.contracts import Budget, Pool
+from foredraft.core.contracts import Pool
 from foredraft.engine.drafting import NOTHING, Drafting, budgets_of
 from foredraft.engine.order import put, take_out
 from foredraft.engine.request import Sequence

@@ -57,6 +57,7 @@ def _measurements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     else:
         monkeypatch.setattr(auto, "announce", lambda: None)
         monkeypatch.setattr(auto, "slowdown_of", lambda timed, plain: 1 + timed.nodes / 20)
+        monkeypatch.setattr(auto, "forward_costs", lambda *_: FLAT.forward)
         monkeypatch.setattr(auto, "costs_of", lambda *_: FLAT)
         source = "given"
     monkeypatch.setattr(auto, "recalled", lambda kind, facts, *rest, **more: recalled(kind, [source, facts], *rest, **more))

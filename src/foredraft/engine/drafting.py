@@ -231,29 +231,25 @@ def budgets_of(sequences: Items[Sequence], requests: int, besides: int) -> list[
     Args:
         requests, besides: as in `allot`.
     """
-    paced = list[Sequence]()
+    budgets, paced = list[Budget](), list[tuple[int, Pace]]()
     for sequence in sequences:
-        if sequence.draft_state is None or sequence.pace is None or sequence.owed is not None:
-            continue
-        if sequence.pace.pending > MOST_PENDING and sequence.drafting.holds_tokens:
-            sequence.drafting.switch_off(sequence)
+        drafting, pace, budget = sequence.drafting, sequence.pace, NOTHING
+        if sequence.draft_state is None:
+            pass
+        elif pace is None:
+            budget = sequence.budget(drafting.most)
+        elif sequence.owed is not None:
+            budget = sequence.owed
+        elif pace.pending > MOST_PENDING and drafting.holds_tokens:
+            drafting.switch_off(sequence)
         else:
-            paced.append(sequence)
-    paces = [sequence.pace for sequence in paced if sequence.pace is not None]
-    nodes = dict(zip(paced, allot(paces, requests, besides), strict=True))
-    return [_budget(sequence, nodes.get(sequence)) for sequence in sequences]
-
-
-def _budget(sequence: Sequence, nodes: int | None) -> Budget:
-    """Returns the largest tree of the next step. `nodes` is the number that was chosen for the step; None if none was."""
-    most = sequence.drafting.most if sequence.drafting is not None else NOTHING
-    if sequence.draft_state is None:
-        return NOTHING
-    if sequence.owed is not None and sequence.pace is not None:
-        return sequence.owed
-    if sequence.pace is None:
-        return sequence.budget(most)
-    return sequence.budget(Budget(nodes, most.depth)) if nodes else NOTHING
+            paced.append((len(budgets), pace))
+        budgets.append(budget)
+    chosen = allot([pace for _, pace in paced], requests, besides) if paced else []
+    for (i, _), nodes in zip(paced, chosen, strict=True):
+        if nodes:
+            budgets[i] = sequences[i].budget(Budget(nodes, sequences[i].drafting.most.depth))
+    return budgets
 
 
 def work_of(sequences: Items[Sequence], budgets: Items[Budget]) -> Work:

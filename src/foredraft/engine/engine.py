@@ -184,7 +184,8 @@ class Engine:
                     self._ready = self._outputs()
             finally:
                 self._is_stepping = False
-                self.abort_request(())
+                if self._aborted:
+                    self.abort_request(())
             return self._given()
 
     def abort_request(self, request_ids: str | Iterable[str]) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cache as memoize
+from functools import cached_property
 from math import prod
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -23,12 +24,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from foredraft.core.contracts import Budget, Drafter, Target
-from foredraft.core.costs import MARGIN, Costs
+from foredraft.core.costs import MARGIN, Costs, Point
 from foredraft.core.folders import cache_folder
 from foredraft.core.params import RequestOutputKind, SamplingParams
 from foredraft.drafters import DRAFTERS
 from foredraft.plan.choice import Choice
-from foredraft.plan.costs import NODES, costs_of
+from foredraft.plan.costs import NODES, costs_of, forward_costs
 from foredraft.plan.measure import LIMIT_S, Full, Timed, announce, facts_of, slowdown_of
 from foredraft.plan.speculation import AUTO, KINDS, Speculation, Way
 from foredraft.plan.store import recalled
@@ -104,7 +105,13 @@ class Chooser:
         today = date.today().isoformat()
         announce()
         build = memoize(self.build)
-        return {kind: self._choose(kind, build)._replace(timed_on=today, calibrated=bool(self._curves(kind))) for kind in KINDS}
+        found = {kind: self._choose(kind, build) for kind in KINDS}
+        return {kind: choice._replace(timed_on=today, calibrated=bool(self._curves(kind))) for kind, choice in found.items()}
+
+    @cached_property
+    def _forward(self) -> tuple[Point, ...]:
+        """Costs of forwards, which all kinds of requests share."""
+        return forward_costs(self.target, self.prompt)
 
     def _choose(self, kind: str, build: Callable[[Way], Drafter]) -> Choice:
         plain, deadline = self._timed(kind, None, 0, 1), perf_counter() + LIMIT_S
@@ -133,7 +140,7 @@ class Chooser:
         def tokens(nodes: int) -> float:
             return tokens_per_step(self._curves(kind), Candidate(choice.way, nodes)) or 1.0
 
-        return costs_of(self.target, self.prompt, choice.nodes, timed, tokens)
+        return costs_of(self._forward, choice.nodes, timed, tokens)
 
     def _timed(
         self, kind: str, way: Way | None, nodes: int, requests: int, build: Callable[[Way], Drafter] | None = None

@@ -16,6 +16,7 @@ import torch
 
 import foredraft
 from foredraft.core.contracts import AcceptanceRule, Budget, Drafter, Target, Work
+from foredraft.core.metrics import StepRecord
 from foredraft.core.params import SamplingParams
 from foredraft.core.shape import MAX_DEPTH
 from foredraft.core.tree import TreeBatch
@@ -41,8 +42,9 @@ processor filled by others."""
 _LEAST_LONG_STEPS, _LONG_S = 3, 0.5
 """The least number of timed steps of a workload if they take more than `_LONG_S` seconds. The times of long steps vary less."""
 
-LIMIT_S = 10.0
-"""After this many seconds, no further candidate is timed for the same kind of requests."""
+LIMIT_S, COSTS_S = 10.0, 10.0
+"""After `LIMIT_S` seconds, no further candidate is timed for the same kind of requests. Then its costs are measured. With 350M
+parameters on two cores, this takes some `COSTS_S` at most."""
 
 
 def facts_of(target: Target, weights: Sequence[str | None]) -> dict[str, Any]:
@@ -104,7 +106,8 @@ class Full:
 def announce() -> None:
     """Logs that drafters are timed, which takes seconds. It is a warning, so that it appears where logging is not set up."""
     _log.warning(
-        "timing drafters on this machine; this takes at most some %.0f s, and the result is kept", len(KINDS) * LIMIT_S
+        "timing drafters on this machine; this takes at most some %.0f s, and the result is kept",
+        len(KINDS) * (LIMIT_S + COSTS_S),
     )
 
 
@@ -172,8 +175,8 @@ class Timed:
     sampling: SamplingParams
     num_seqs: int
 
-    def steps(self) -> Generator[Any, None, None]:
-        """Runs one step per iteration, until the generator is closed."""
+    def steps(self) -> Generator[list[StepRecord], None, None]:
+        """Runs one step per iteration, until the generator is closed. Gives the records of those that decode."""
         most = len(self.prompt) + (_MOST_STEPS + 2 * _TURN_STEPS) * (1 + self.nodes)
         length = min(self.target.max_len, most)
         if len(self.prompt) >= length:
@@ -190,6 +193,7 @@ class Timed:
             engine.add_request(None, self.prompt, self.sampling)
         try:
             while engine.has_unfinished_requests():
-                yield engine.step()
+                engine.step()
+                yield [sequence.records[-1] for sequence in engine.scheduler.running if sequence.records]
         finally:
             engine.abort_request([str(number) for number in range(self.num_seqs)])

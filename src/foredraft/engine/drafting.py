@@ -231,24 +231,25 @@ def budgets_of(sequences: Items[Sequence], requests: int, besides: int) -> list[
     Args:
         requests, besides: as in `allot`.
     """
-    budgets, paced = list[Budget](), list[tuple[int, Pace]]()
+    budgets: list[Budget] = []
+    paced: dict[int, Pace] = {}  # by place
     for sequence in sequences:
-        drafting, pace, budget = sequence.drafting, sequence.pace, NOTHING
+        budget, pace = NOTHING, sequence.pace
         if sequence.draft_state is None:
             pass
         elif pace is None:
-            budget = sequence.budget(drafting.most)
+            budget = sequence.budget(sequence.drafting.most)
         elif sequence.owed is not None:
             budget = sequence.owed
-        elif pace.pending > MOST_PENDING and drafting.holds_tokens:
-            drafting.switch_off(sequence)
+        elif pace.pending > MOST_PENDING and sequence.drafting.holds_tokens:
+            sequence.drafting.switch_off(sequence)
         else:
-            paced.append((len(budgets), pace))
+            paced[len(budgets)] = pace
         budgets.append(budget)
-    chosen = allot([pace for _, pace in paced], requests, besides) if paced else []
-    for (i, _), nodes in zip(paced, chosen, strict=True):
-        if nodes:
-            budgets[i] = sequences[i].budget(Budget(nodes, sequences[i].drafting.most.depth))
+    if paced:
+        for i, nodes in zip(paced, allot([*paced.values()], requests, besides), strict=True):
+            if nodes:
+                budgets[i] = sequences[i].budget(Budget(nodes, sequences[i].drafting.most.depth))
     return budgets
 
 

@@ -186,7 +186,7 @@ class Step:
         for b, (sequence, decision) in enumerate(zip(schedule.trees, decisions, strict=True)):
             if decision is not None:
                 self._commit_tree(b, sequence, decision, scores, batch)
-            self._is_committed(sequence)
+            self._is_committed(sequence, is_decided=decision is not None)
         self._commit_chunks(batch, scores)
         for sequence in schedule.sequences:
             self.scheduler.publish(sequence)
@@ -195,10 +195,13 @@ class Step:
         ended = (sequence for sequence, _ in schedule.chunks if sequence.finish_reason is not None)
         self.scheduler.unreported += [*schedule.trees, *ended]
 
-    def _is_committed(self, sequence: Sequence) -> None:
+    def _is_committed(self, sequence: Sequence, *, is_decided: bool) -> None:
         """Notes that an interrupt no longer undoes what the step did to a sequence. Its next tree is another one."""
         self._marks.pop(sequence, None)
         sequence.owed = None
+        if is_decided and sequence.pace is not None:
+            last = sequence.records[-1]
+            sequence.pace.saw(last.budget, last.num_draft_tokens, last.num_accepted_tokens, last.num_tokens)
 
     def _commit_tree(self, b: int, sequence: Sequence, decision: Decision, scores: Scores, batch: TreeBatch) -> None:
         tree, verdict, nodes = decision.tree, decision.verdict, part(batch, b)
@@ -219,8 +222,6 @@ class Step:
         budget, lead = self.schedule.budgets[b].nodes, self.schedule.leads[b]
         seconds = self.clock.seconds | {"verify_s": self.clock.seconds["verify_s"] / (1 + lead)}  # without the prompt
         sequence.records.append(record(sequence, tree, verdict, count, budget=budget, **seconds))
-        if sequence.pace is not None:
-            sequence.pace.saw(budget, 0 if tree is None else tree.num_nodes - 1, len(verdict.path), len(tokens))
 
     def _kept_features(self, scores: Scores, batch: TreeBatch) -> Float[Tensor, "m w"] | None:
         """Returns the features of the trees, for a drafter that pauses. Those of prompts are not held any longer."""

@@ -17,7 +17,7 @@ from foredraft.core.errors import UserError, unknown_name
 from foredraft.core.params import SamplingParams
 from foredraft.core.tree import DraftTree, TreeBatch
 from foredraft.engine.pace import MOST_PENDING, Pace, allot
-from foredraft.engine.request import Sequence
+from foredraft.engine.request import Missed, Sequence
 from foredraft.rules.batched import batched_form
 
 _log = logging.getLogger("foredraft")
@@ -152,15 +152,13 @@ class Drafting:
 
     def catch_up(self, sequence: Sequence, places: Items[int]) -> None:
         """Tells the drafter what was committed while it paused. `places` is as in `take`."""
-        missed, sequence.missed = sequence.missed, []
+        missed, sequence.missed = sequence.missed, Missed()
         if missed:
-            rows = [features[row : row + 1] for _, features, row in missed if features is not None]
-            given = torch.cat(rows) if rows else None
-            self.observe(sequence, [token for token, _, _ in missed], self.take(given, places), [])
+            self.observe(sequence, sequence.token_ids[-len(missed) :], self.take(missed.joined(), places), [])
 
     def finish(self, sequence: Sequence) -> None:
         """Releases the drafter's state of a sequence."""
-        state, sequence.draft_state, sequence.features, sequence.missed = sequence.draft_state, None, [], []
+        state, sequence.draft_state, sequence.features, sequence.missed = sequence.draft_state, None, [], Missed()
         if state is not None:
             try:
                 self.drafter.finish(state)

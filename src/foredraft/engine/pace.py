@@ -94,22 +94,21 @@ def allot(paces: Sequence[Pace], requests: int, besides: int) -> list[int]:
         besides: rows of prompts in the step.
     """
     nodes = [0] * len(paces)
-    groups: dict[int, list[int]] = {}
+    groups: dict[int, list[tuple[float, int]]] = {}  # share and place of those that may draft now
     for i, pace in enumerate(paces):
         if pace.is_ready():
-            groups.setdefault(id(pace.costs), []).append(i)
-    for places in groups.values():
-        costs, count, size = paces[places[0]].costs, 0, 0
-        least = costs.least(requests, besides)
-        shares = {i: paces[i].share for i in places}
-        places.sort(key=lambda i: -shares[i])
-        if shares[places[0]] >= least:
-            behind = [paces[i].pending > 0 for i in places]
-            count, size = costs.best([shares[i] for i in places], requests, besides, behind=behind)
-        for rank, i in enumerate(places):
-            if rank < count:
-                nodes[i] = size
-                paces[i].next_pause = paces[i].next_pause if paces[i].is_probe else _FIRST_PAUSE
-            elif shares[i] < least <= 1:
+            groups.setdefault(id(pace.costs), []).append((pace.share, i))
+    for group in groups.values():
+        costs = paces[group[0][1]].costs
+        least, count, size = costs.least(requests, besides), 0, 0
+        if max(group)[0] >= least:
+            group.sort(key=lambda pair: -pair[0])
+            behind = [paces[i].pending > 0 for _, i in group]
+            count, size = costs.best([share for share, _ in group], requests, besides, behind=behind)
+        for _, i in group[:count]:
+            nodes[i] = size
+            paces[i].next_pause = paces[i].next_pause if paces[i].is_probe else _FIRST_PAUSE
+        for share, i in group[count:] if least <= 1 else ():
+            if share < least:
                 paces[i].stop()
     return nodes

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -24,12 +25,27 @@ from foredraft.core.tree import DraftTree
 from foredraft.engine.pace import Pace
 
 
-class Missed(NamedTuple):
-    """A token that was committed in a step without drafting, and where the features of the root before it stand."""
+@dataclass(eq=False)
+class Missed:
+    """The last tokens of an output, which were committed in steps without drafting: where the features before each stand."""
 
-    token: int
-    features: Float[Tensor, "m w"] | None
-    row: int
+    features: list[Float[Tensor, "_ w"] | None] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return len(self.rows)
+
+    def add(self, features: Float[Tensor, "_ w"] | None, row: int) -> None:
+        """Adds a token. Row `row` of `features` is the state at the root before it."""
+        self.features.append(features)
+        self.rows.append(row)
+
+    def joined(self) -> Float[Tensor, "m w"] | None:
+        """Returns one row of features per token; None if there are none."""
+        pairs = zip(self.features, self.rows, strict=True)
+        rows = [features[row : row + 1] for features, row in pairs if features is not None]
+        return torch.cat(rows) if rows else None
 
 
 class Mark(NamedTuple):
@@ -99,7 +115,7 @@ class Sequence:
     has_run: bool = False
     first: int = 0
     features: list[Float[Tensor, "_ d"]] = field(default_factory=list)
-    missed: list[Missed] = field(default_factory=list)
+    missed: Missed = field(default_factory=Missed)
     draft_state: Any = None
     records: list[StepRecord] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)

@@ -17,7 +17,7 @@ from foredraft.core.errors import UserError, told
 from foredraft.core.tree import DraftTree, TreeBatch
 from foredraft.engine.deciding import Case, Decision, decide
 from foredraft.engine.drafting import Drafting
-from foredraft.engine.request import Mark, Missed, Sequence
+from foredraft.engine.request import Mark, Sequence
 from foredraft.engine.schedule import Schedule
 from foredraft.engine.scheduler import Scheduler
 from foredraft.engine.scores import record, score_prompt
@@ -208,7 +208,7 @@ class Step:
         drafted = [] if tree is None else tree.tokens[verdict.path].tolist()
         tokens = [*drafted, verdict.next_token]
         if sequence.draft_state is not None and tree is None:
-            sequence.missed.append(Missed(verdict.next_token, self._kept_features(scores, batch), nodes.start))
+            sequence.missed.add(self._kept_features(scores, batch), nodes.start)
         elif sequence.draft_state is not None:
             features = None if scores.features is None else rows_of(scores.features[nodes], [0, *verdict.path])
             sequence.drafting.observe(sequence, tokens, sequence.drafting.take(features, self.layers), verdict.path)

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from foredraft import LLM, SamplingParams
-from foredraft.core.output_kind import RequestOutputKind
 from foredraft.core.outputs import RequestOutput
 from foredraft.engine.callers import Callers
 from foredraft.engine.engine import Engine
@@ -172,7 +171,8 @@ class Turn:
         self.callers = llm._callers
 
     def __enter__(self) -> Turn:
-        assert self.callers._turn.acquire(blocking=False)
+        self.caller = _Caller()
+        assert self.callers._takes_turn(self.caller)
         return self
 
     def until(self, num_waiting: int) -> None:
@@ -181,7 +181,7 @@ class Turn:
 
     def __exit__(self, *_: object) -> None:
         self.callers._deliver(self.callers.engine.step())
-        self.callers._turn.release()
+        self.callers._runner = None
         self.callers._wake_one()
 
 
@@ -262,25 +262,6 @@ def test_a_suspended_stream_holds_the_newest_output(method: str) -> None:
     assert [output.finished for output in found] == [False] * (len(found) - 1) + [True]
     assert [one.token_ids for one in found[-1].outputs] == wanted
     assert all(one.outputs[0].token_ids == wanted[0][: len(one.outputs[0].token_ids)] for one in found)
-
-
-def test_a_suspended_reader_of_deltas_misses_nothing() -> None:
-    """What came since the last delivery is one output, also of a prompt among several."""
-    llm = model("plain")
-    sampling = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, logprobs=0, output_kind=RequestOutputKind.DELTA)
-    wanted = [llm.generate(prompt, sampling)[0].outputs[0] for prompt in PROMPTS[:2]]
-    deltas = llm._callers.run([(prompt, sampling) for prompt in PROMPTS[:2]])
-    found = [next(deltas) for _ in range(2)]
-    for _ in range(2):
-        llm.generate(PROMPTS[2], replace(sampling, max_tokens=5))
-        assert held_by(llm, deltas) <= 3
-    found += deltas
-    for place, whole in enumerate(wanted):
-        parts = [output.outputs[0] for index, output in found if index == place]
-        assert [len(part.token_ids) for part in parts][1] >= 10
-        assert "".join(part.text for part in parts) == whole.text
-        assert [token for part in parts for token in part.token_ids] == whole.token_ids
-        assert [one.keys() for part in parts for one in part.logprobs or ()] == [one.keys() for one in whole.logprobs or ()]
 
 
 def test_a_stream_that_nobody_refers_to_is_closed_within_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,11 @@ _ROUNDED = 32
 
 
 MARGIN = 1.15
-"""Drafting must beat plain decoding by this factor. Gains vary by text, and costs by the speed of a shared memory."""
+"""A drafter must beat plain decoding by this factor on one typical request. Gains vary by text."""
 
+_CAUTION = 1.4
+"""In a step, drafting must give this many times the tokens that plain decoding would give in the time that drafting adds. Costs
+vary with the speed of a shared memory, and gains by text. Drafts that take no time always pay."""
 
 _MOST_LOADS = 256
 """Number of loads that are kept. Each has as many rows as it has requests."""
@@ -30,14 +33,14 @@ class Load(NamedTuple):
     """What drafting costs at a load.
 
     Attributes:
-        least_speed: tokens per second that drafting must beat.
+        plain_s: seconds of a step without drafting.
         least: see `Costs.least`.
         seconds: of a step, by the number of requests that draft, from 1 on, and by the size of their trees.
     """
 
-    least_speed: float
+    plain_s: float
     least: float
-    seconds: list[list[float]]
+    seconds: Float[np.ndarray, "k s"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Costs:
     ) -> tuple[int, int]:
         """Returns how many requests draft in a step, and how many nodes each of them, so that it gives most tokens per second.
 
-        Both are 0 if no choice beats plain decoding by `MARGIN`.
+        Both are 0 if no choice pays, see `_CAUTION`.
 
         Args:
             shares: of each request that may draft, its accepted tokens divided by those of a typical request. The first ones
@@ -111,25 +114,23 @@ class Costs:
             behind: whether the drafter of each of them must catch up first. That has to pay within as many tokens as it missed,
                 so each token costs `catch_up_s` more.
         """
-        load = self._load(requests, besides)
-        best, fastest = (0, 0), load.least_speed
-        drafted = late_s = late_drafted_s = 0.0
-        for count, (share, seconds) in enumerate(zip(shares, load.seconds, strict=False), start=1):
-            drafted += share
-            if behind is not None and behind[count - 1]:
-                late_s, late_drafted_s = late_s + self.catch_up_s, late_drafted_s + self.catch_up_s * share
-            for (nodes, gain), step_s in zip(self._gains, seconds, strict=True):
-                speed = (requests + drafted * gain) / (step_s + late_s + late_drafted_s * gain)
-                if speed > fastest:
-                    best, fastest = (count, nodes), speed
-        return best
+        load, gains = self._load(requests, besides), self._gains
+        drafted, seconds = np.add.accumulate(shares)[:, None] * gains, load.seconds[: len(shares)]
+        if behind is not None and any(behind):
+            late = np.array(behind, dtype=float)
+            missed = np.add.accumulate(late)[:, None] + np.add.accumulate(late * shares)[:, None] * gains
+            seconds = seconds + self.catch_up_s * missed
+        speeds = (requests + drafted) / seconds
+        speeds[drafted * load.plain_s <= _CAUTION * requests * (seconds - load.plain_s)] = 0
+        count, size = divmod(int(speeds.argmax()), speeds.shape[1])
+        return (count + 1, int(self.tokens[size][0])) if speeds[count, size] > 0 else (0, 0)
 
     def for_all(self, requests: int) -> int:
         """Returns the number of nodes at which trees for all of some typical requests pay most; 0 if they do not pay."""
-        load = self._load(requests, 0)
-        speeds = {nodes: (1 + gain) * requests / s for (nodes, gain), s in zip(self._gains, load.seconds[-1], strict=True)}
-        fastest = max(speeds, key=lambda nodes: speeds[nodes])
-        return fastest if speeds[fastest] > load.least_speed else 0
+        load, gains = self._load(requests, 0), self._gains
+        seconds = load.seconds[-1]
+        pays = gains * load.plain_s > _CAUTION * (seconds - load.plain_s)
+        return int(self.tokens[((1 + gains) / seconds * pays).argmax()][0]) if pays.any() else 0
 
     def least(self, requests: int, besides: int) -> float:
         """Returns the least share with which drafting pays at a load, if all requests that draft have it.
@@ -144,17 +145,16 @@ class Costs:
         if key not in self._loads:
             if len(self._loads) >= _MOST_LOADS:
                 self._loads.clear()
-            plain = requests / self.step_s(requests, 0, besides)
-            seconds = self._seconds(*key)
-            gains = np.arange(1, requests + 1)[:, None] * [gain for _, gain in self._gains]
-            least = ((MARGIN * plain * seconds - requests) / gains).min()
-            self._loads[key] = Load(MARGIN * plain, float(least), seconds.tolist())
+            plain_s, seconds = max(self.step_s(requests, 0, besides), 1e-12), self._seconds(*key)
+            gains = np.arange(1, requests + 1)[:, None] * self._gains
+            least = (_CAUTION * requests * (seconds / plain_s - 1) / gains).min()
+            self._loads[key] = Load(plain_s, max(0.0, float(least)), np.maximum(seconds, 1e-12))
         return self._loads[key]
 
     @cached_property
-    def _gains(self) -> list[tuple[int, float]]:
-        """Number of nodes of each size, and the accepted tokens expected of it. A tree that gains nothing never pays."""
-        return [(int(size), max(self.gain(int(size)), 1e-9)) for size, *_ in self.tokens]
+    def _gains(self) -> Float[np.ndarray, " s"]:
+        """The accepted tokens expected of each size of tree. A tree that gains nothing never pays."""
+        return np.maximum([self.gain(int(size)) for size, *_ in self.tokens], 1e-9)
 
     @cached_property
     def _forward(self) -> tuple[list[float], list[float]]:
@@ -164,7 +164,7 @@ class Costs:
 
     def _seconds(self, requests: int, besides: int) -> Float[np.ndarray, "k s"]:
         """Returns the seconds of steps in which 1 to all of the requests have trees of each size."""
-        sizes = [nodes for nodes, _ in self._gains]
+        sizes = [int(size) for size, *_ in self.tokens]
         first, further = interpolated(self.outside, 0)
         drafts = np.array([interpolated(self.outside, nodes) for nodes in sizes]) - (first, further)
         drafting = np.arange(1, requests + 1)[:, None]

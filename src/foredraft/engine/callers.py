@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
 from typing import Any
 
-from foredraft.core.output_kind import RequestOutputKind
-from foredraft.core.outputs import RequestOutput, joined
+from foredraft.core.outputs import RequestOutput
 from foredraft.core.params import SamplingParams
 from foredraft.engine.engine import Engine
 from foredraft.engine.request import Request
@@ -31,13 +30,8 @@ class _Caller:
         self.inbox = SimpleQueue[None]()  # may be filled by what the garbage collector closes
 
     def put(self, output: RequestOutput) -> None:
-        """Adds an output of a request. It replaces what was not taken, or is joined to it. One thread at a time may do so."""
-        name = output.request_id
-        request = self.requests.get(name)
-        if request is not None and request.sampling.output_kind is RequestOutputKind.DELTA:
-            earlier = self.outputs.pop(name, None)  # the caller finds nothing until it has all
-            output = output if earlier is None else joined(earlier, output)
-        self.outputs[name] = output
+        """Adds an output of a request. It replaces one that was not taken, so it must hold everything so far."""
+        self.outputs[output.request_id] = output
         self.wake()
 
     def take(self) -> RequestOutput | None:
@@ -63,7 +57,8 @@ class Callers:
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self._turn = threading.Lock()
+        self._guard = threading.Lock()
+        self._runner: _Caller | None = None  # who runs the steps
         self._callers: dict[str, _Caller] = {}
         self._idle: dict[_Caller, None] = {}
         self._num_interrupts = 0
@@ -96,6 +91,8 @@ class Callers:
             for name in places:
                 self._callers.pop(name, None)
             self._idle.pop(caller, None)
+            if self._runner is caller:
+                self._runner = None
             try:
                 self.engine.abort_request(places)
             finally:
@@ -107,25 +104,33 @@ class Callers:
     def _next(self, caller: _Caller) -> RequestOutput:
         """Returns the next output of a caller. Runs steps as long as nobody else does."""
         while (output := self._ended(caller) or caller.take()) is None:
-            self._idle[caller] = None  # before it looks, so that a later release of the turn wakes it
-            if caller.inbox.empty() and self._turn.acquire(blocking=False):
-                try:
+            self._idle[caller] = None  # before it looks, so that whoever stops running steps wakes it
+            try:
+                if caller.inbox.empty() and self._takes_turn(caller):
                     self._idle.pop(caller, None)
                     self._deliver(self.engine.step())
-                except BaseException:
-                    self._num_interrupts += 1
-                    for other in {*self._callers.values()}:
-                        other.wake()  # perhaps an end was not delivered
-                    raise
-                finally:
-                    self._turn.release()
+                    continue
+            except BaseException:
+                self._num_interrupts += 1
+                for other in {*self._callers.values()}:
+                    other.wake()  # perhaps an end was not delivered
+                raise
+            finally:
+                if self._runner is caller:
+                    self._runner = None
                     self._wake_one()
-            else:
-                caller.inbox.get()
+            caller.inbox.get()
         self._idle.pop(caller, None)
-        if not self._turn.locked():
+        if self._runner is None:
             self._wake_one()  # it may never come back
         return output
+
+    def _takes_turn(self, caller: _Caller) -> bool:
+        """Lets a caller run the next step, unless somebody else does. It is noted by name, so an interrupt loses no turn."""
+        with self._guard:
+            if self._runner is None:
+                self._runner = caller
+        return self._runner is caller
 
     def _ended(self, caller: _Caller) -> RequestOutput | None:
         """Returns the output of a request whose end no step reports: somebody else aborted it, or interrupted the delivery."""

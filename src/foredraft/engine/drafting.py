@@ -233,8 +233,8 @@ def budgets_of(sequences: Items[Sequence], requests: int, besides: int) -> list[
     paced: dict[int, Pace] = {}  # by place
     for sequence in sequences:
         budget, pace = NOTHING, sequence.pace
-        if sequence.draft_state is None:
-            pass
+        if sequence.draft_state is None or sequence.room <= 1:
+            pass  # a tree needs room for a token behind it
         elif pace is None:
             budget = sequence.budget(sequence.drafting.most)
         elif sequence.owed is not None:
@@ -245,7 +245,8 @@ def budgets_of(sequences: Items[Sequence], requests: int, besides: int) -> list[
             paced[len(budgets)] = pace
         budgets.append(budget)
     if paced:
-        for i, nodes in zip(paced, allot([*paced.values()], requests, besides), strict=True):
+        fixed = sum(budget.nodes for budget in budgets)
+        for i, nodes in zip(paced, allot([*paced.values()], requests, besides + fixed), strict=True):
             if nodes:
                 budgets[i] = sequences[i].budget(Budget(nodes, sequences[i].drafting.most.depth))
     return budgets

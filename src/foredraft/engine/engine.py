@@ -200,7 +200,8 @@ class Engine:
                     for name in [*self._aborted]:
                         self._abort(name)
             except BaseException:  # an interrupt: the rest is aborted later
-                self.scheduler.put_back()
+                if not self._is_stepping:
+                    self.scheduler.put_back()
                 raise
 
     def _abort(self, name: str) -> None:
@@ -210,6 +211,7 @@ class Engine:
                 sequence.finish_reason = "abort"
                 self.scheduler.release(sequence)
         self.num_aborted += self._requests.pop(name, None) is not None
+        self._ready = [pair for pair in self._ready if pair[0] is not request]
         self._aborted.pop(name, None)
 
     def has_unfinished_requests(self) -> bool:

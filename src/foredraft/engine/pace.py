@@ -86,29 +86,48 @@ def allot(paces: Sequence[Pace], requests: int, besides: int) -> list[int]:
     """Returns the number of nodes of the next tree of each request. They are chosen together.
 
     Drafting for a few of many requests has its full fixed cost and little gain, so a request may have to wait for others. One
-    whose drafts are accepted too rarely to pay at this load, whoever drafts with it, pauses.
+    whose drafts are accepted too rarely to pay at this load, whoever drafts with it, pauses. Of equal requests, those that have
+    waited longest draft.
 
     Args:
         paces: of the requests that may draft.
         requests: number of requests that decode in the step.
-        besides: rows of prompts in the step.
+        besides: rows of prompts and of other trees in the step.
     """
     nodes = [0] * len(paces)
     groups: dict[int, list[tuple[float, int]]] = {}  # share and place of those that may draft now
     for i, pace in enumerate(paces):
         if pace.is_ready():
             groups.setdefault(id(pace.costs), []).append((pace.share, i))
-    for group in groups.values():
-        costs = paces[group[0][1]].costs
-        least, count, size = costs.least(requests, besides), 0, 0
-        if max(group)[0] >= least:
-            group.sort(key=lambda pair: -pair[0])
-            behind = [paces[i].pending > 0 for _, i in group]
-            count, size = costs.best([share for share, _ in group], requests, besides, behind=behind)
-        for _, i in group[:count]:
-            nodes[i] = size
-            paces[i].next_pause = paces[i].next_pause if paces[i].is_probe else _FIRST_PAUSE
-        for share, i in group[count:] if least <= 1 else ():
-            if share < least:
-                paces[i].stop()
+    for group in groups.values():  # each has costs of its own, and comes on top of those before
+        costs, rows = paces[group[0][1]].costs, besides + sum(nodes)
+        least = costs.least(requests, rows)
+        if max(group)[0] > least:
+            group.sort(key=lambda pair: (-pair[0], -paces[pair[1]].pending))
+            for i, size in _chosen(costs, [(share, paces[i].pending > 0, i) for share, i in group], requests, rows).items():
+                nodes[i] = size
+                paces[i].next_pause = paces[i].next_pause if paces[i].is_probe else _FIRST_PAUSE
+        if least <= 1:
+            for share, i in group:
+                if share <= least and not nodes[i]:
+                    paces[i].stop()
     return nodes
+
+
+def _chosen(costs: Costs, group: list[tuple[float, bool, int]], requests: int, besides: int) -> dict[int, int]:
+    """Returns the number of nodes by place, for those that draft.
+
+    Args:
+        group: share, whether the drafter must catch up, and place of each request, the largest share first.
+    """
+    ready = [pair for pair in group if not pair[1]]
+    found: list[tuple[float, dict[int, int]]] = [(0.0, {})]
+    for some in [group] if len(ready) in (0, len(group)) else [group, ready]:  # catching up may cost all their gain
+        shares = [share for share, _, _ in some]
+        count, size = costs.best(shares, requests, besides, behind=[is_behind for _, is_behind, _ in some])
+        if count:
+            late_s = costs.catch_up_s * sum(1 + share * costs.gain(size) for share, is_behind, _ in some[:count] if is_behind)
+            seconds = costs.step_s(requests, size, besides, count) + late_s
+            speed = (requests + sum(shares[:count]) * costs.gain(size)) / seconds
+            found.append((speed, {i: size for _, _, i in some[:count]}))
+    return max(found, key=lambda choice: choice[0])[1]

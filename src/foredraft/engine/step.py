@@ -45,7 +45,11 @@ def step(target: Target, scheduler: Scheduler, layers: Items[int] = ()) -> None:
         decisions = now.decide(batch, scores)
         now.commit(batch, scores, decisions)
     except Exception as error:
-        now.give_up(error)
+        try:
+            now.give_up(error)
+        except BaseException:
+            now.put_back()
+            raise
     except BaseException:
         now.put_back()
         raise
@@ -197,8 +201,8 @@ class Step:
 
     def _is_committed(self, sequence: Sequence, *, is_decided: bool) -> None:
         """Notes that an interrupt no longer undoes what the step did to a sequence. Its next tree is another one."""
-        self._marks.pop(sequence, None)
         sequence.owed = None
+        self._marks.pop(sequence, None)
         if is_decided and sequence.pace is not None:
             last = sequence.records[-1]
             sequence.pace.saw(last.budget, last.num_draft_tokens, last.num_accepted_tokens, last.num_tokens)

@@ -15,7 +15,7 @@ import pytest
 
 from foredraft import LLM, SamplingParams
 from foredraft.core.outputs import RequestOutput
-from foredraft.engine.callers import Callers
+from foredraft.engine.callers import Callers, _Caller
 from foredraft.engine.engine import Engine
 from test_isolation import Broken, check_empty, raising
 

@@ -207,7 +207,7 @@ class Scheduler:
         if sequence.scores_prompt:
             return trail, [], True
         found = self._prefixes.match(trail, sequence.token_ids, length - trail.beyond)
-        if sequence.pace is not None and sequence.pace.costs.least(len(self.running) + 1, 0) > 1:
+        if sequence.pace is not None and sequence.owed is None and sequence.pace.costs.least(len(self.running) + 1, 0) > 1:
             plain = self._trail(sequence, None)
             others = self._prefixes.match(plain, sequence.token_ids, length)
             if len(others) > len(found):

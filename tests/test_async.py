@@ -9,6 +9,7 @@ import asyncio
 import gc
 import math
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import aclosing
 from dataclasses import replace
@@ -513,14 +514,14 @@ def test_the_queue_of_new_requests_is_bounded(monkeypatch: pytest.MonkeyPatch) -
         readers = await started(read(engine.generate([1], SAMPLED)))
         await asyncio.to_thread(held.entered.wait, LIMIT_S)
         readers += await started(*(read(engine.generate(prompt, SAMPLED)) for prompt in prompts * 3))
-        assert (len(worker._actions), len(worker._places)) == (2, 16)
+        assert len(worker._new) == 18
         held.go_on.set()
         for prompt, outputs in zip([(1,), *prompts * 3], await asyncio.gather(*readers), strict=True):
             assert tokens_of(outputs) == alone(prompt, SAMPLED)
         numbers = [int(reader.result()[0].request_id) for reader in readers]
         assert numbers == sorted(numbers)
         assert max(held.added) <= 2 and sum(held.added) == 19
-        assert not worker._places and not worker._called
+        assert not worker._new and not worker._named
         engine.shutdown()
         check_free(engine)
 
@@ -543,7 +544,7 @@ def test_leaving_and_aborting_while_the_queue_is_full(monkeypatch: pytest.Monkey
         cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
             await cancelled
-        assert [*engine._worker._places] == ["aborted", "waits"]
+        assert [newcomer.name for newcomer in engine._worker._new.values()] == ["enters", "aborted", "waits"]
         aborts = await started(engine.abort("aborted"), engine.abort("running"))
         held.go_on.set()
         await asyncio.gather(*aborts)
@@ -551,11 +552,37 @@ def test_leaving_and_aborting_while_the_queue_is_full(monkeypatch: pytest.Monkey
             assert (await reader)[-1].outputs[0].finish_reason == "abort"
         assert not (await aborted)[-1].outputs[0].token_ids
         assert tokens_of(await enters) == tokens_of(await waits) == alone((2,), SAMPLED)
-        assert not engine._worker._places and not engine._worker._called
+        assert not engine._worker._new and not engine._worker._named
         engine.shutdown()
         check_free(engine)
 
     run(test())
+
+
+def test_priorities_and_blocked_loops_while_the_queue_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests of smaller priority enter first. Those of a loop that is blocked enter without it, so they hold up nobody."""
+    others = table_engine()
+    held = Held(others, monkeypatch)
+
+    async def test() -> None:
+        engine = AsyncEngine(others, most_new=1)
+        readers = await started(read(engine.generate([1], SAMPLED)))
+        await asyncio.to_thread(held.entered.wait, LIMIT_S)
+        readers += await started(*(read(engine.generate([2], SAMPLED, priority=priority)) for priority in (1, 0, 0, -1)))
+        held.go_on.set()
+        while engine._worker._new:  # the loop is blocked meanwhile
+            time.sleep(0.001)
+        numbers = [int(outputs[0].request_id) for outputs in await asyncio.gather(*readers)]
+        assert numbers == [0, 4, 2, 3, 1]
+        engine.shutdown()
+        check_free(engine)
+
+    run(test())
+
+
+def test_no_new_requests_are_refused_at_once() -> None:
+    with pytest.raises(UserError, match="most_new must be at least 1, got 0"):
+        AsyncEngine(table_engine(), most_new=0)
 
 
 def test_shutdown_while_the_queue_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -564,15 +591,15 @@ def test_shutdown_while_the_queue_is_full(monkeypatch: pytest.MonkeyPatch) -> No
 
     async def test() -> None:
         engine = AsyncEngine(others, most_new=1)
-        running, enters = await started(*(read(engine.generate([token], ENDLESS)) for token in (1, 2)))
+        [running] = await started(read(engine.generate([1], ENDLESS)))
         await asyncio.to_thread(held.entered.wait, LIMIT_S)
         readers = await started(*(read(engine.generate([token], SAMPLED)) for token in (1, 2, 3, 4)))
         end = asyncio.create_task(asyncio.to_thread(engine.shutdown))
         found = await asyncio.gather(*readers, return_exceptions=True)
-        assert ["shut down" in str(one) for one in found[1:]] == [True] * 3
+        assert ["shut down" in str(one) for one in found] == [True] * 4
         held.go_on.set()
         await end
-        assert [(await one)[-1].outputs[0].finish_reason for one in (running, enters)] == ["abort"] * 2
+        assert (await running)[-1].outputs[0].finish_reason == "abort"
         check_free(engine)
 
     run(test())
@@ -597,7 +624,7 @@ def test_loops_that_wait_to_enter(monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = loop.run_until_complete(leaves())
     loop.run_until_complete(loop.shutdown_default_executor())
     loop.close()
-    assert len(engine._worker._places) == 2
+    assert len(engine._worker._new) == 3
     threads = [threading.Thread(target=lambda token=token: run(several(token))) for token in (1, 2)]
     for thread in threads:
         thread.start()

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from functools import partial
-from itertools import islice
+from heapq import nsmallest
 from typing import Any
 
 from foredraft.core.errors import UserError, UserTypeError, shown
@@ -18,7 +18,9 @@ from foredraft.core.outputs import RequestOutput
 from foredraft.core.params import SamplingParams
 from foredraft.core.prompts import Prompt
 from foredraft.engine.engine import Engine
-from foredraft.engine.mailbox import Mailbox, Place, call_soon
+from foredraft.engine.mailbox import Mailbox, Newcomer, call_soon
+
+_SHUT_DOWN = "the engine has been shut down"
 
 MOST_NEW = 256
 """New requests that the thread takes between two steps. It takes some milliseconds for them, in which the others wait."""
@@ -34,9 +36,14 @@ class AsyncEngine:
         engine: runs the requests. Nobody else may add requests to it or call its `step`.
         most_new: maximum number of new requests that the thread takes between two steps. The consumers of further ones wait
             their turn, without blocking their event loops.
+
+    Raises:
+        ValueError: `most_new` is not positive.
     """
 
     def __init__(self, engine: Engine, *, most_new: int = MOST_NEW):
+        if most_new < 1:
+            raise UserError(f"most_new must be at least 1, got {most_new}")
         self.engine = engine
         self._worker = _Worker(engine, most_new)
         weakref.finalize(self, self._worker.stop)
@@ -46,8 +53,8 @@ class AsyncEngine:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Generates for one prompt. The last output has ``finished=True``.
 
-        The request starts when the first output is awaited. If the generator is closed or its task is cancelled, the
-        request ends before the next step, and its blocks are released.
+        The request starts when the first output is awaited, and enters the engine in its turn, between two steps. If the
+        generator is closed or its task is cancelled, the request ends before the next step, and its blocks are released.
 
         The engine never waits for the consumer. Steps that the consumer has missed are given as one output: with
         `RequestOutputKind.DELTA` everything since the previous output, otherwise the newest output.
@@ -80,7 +87,8 @@ class AsyncEngine:
     ) -> AsyncGenerator[RequestOutput, None]:
         mailbox, worker = Mailbox(params.output_kind), self._worker
         about = {"priority": priority, "arrived_s": time.monotonic()}
-        await worker.enter(request_id, partial(worker.add, mailbox, request_id, given, params, **about), mailbox)
+        add = partial(worker.add, mailbox, request_id, given, params, **about)
+        worker.enter(mailbox, Newcomer(request_id, priority, add))
         try:
             finished = False
             while not finished:
@@ -88,7 +96,7 @@ class AsyncEngine:
                 finished = output.finished
                 yield output
         finally:
-            worker.post(partial(worker.leave, mailbox))
+            worker.go(mailbox)
 
     async def abort(self, request_id: str) -> None:
         """Ends a request. Its consumer gets a last output with the finish reason ``abort``.
@@ -98,7 +106,6 @@ class AsyncEngine:
         """
         _check_type("request_id", request_id, str)
         loop, done = asyncio.get_running_loop(), asyncio.Event()
-        self._worker.call_off(request_id)
         self._worker.post(partial(self._worker.abort, request_id))
         if self._worker.post(partial(call_soon, loop, done.set)):
             await done.wait()
@@ -116,9 +123,9 @@ class _Worker:
 
     def __init__(self, engine: Engine, most_new: int):
         self._engine = engine
-        self._most_new, self._num_new = most_new, 0  # since the last step
-        self._places: dict[object, Place] = {}  # consumers that wait for one, by the name of the request
-        self._called: dict[object, Place] = {}  # those that may try again
+        self._most_new, self._has_taken = most_new, False  # since the last step
+        self._new: dict[Mailbox, Newcomer] = {}  # not taken yet, in the order in which they came
+        self._named: dict[str, Mailbox] = {}  # those of them that have a name
         self._mailboxes: dict[str, Mailbox] = {}  # of unfinished requests; only the thread uses them
         self._actions = deque[Callable[[], object]]()
         self._changed, self._stopping = threading.Condition(), False
@@ -134,64 +141,58 @@ class _Worker:
             self._changed.notify()
         return True
 
-    async def enter(self, request_id: str | None, action: Callable[[], object], mailbox: Mailbox) -> None:
-        """Lets the thread add a request. Waits while the queue of new requests is full; others that wait go first.
+    def enter(self, mailbox: Mailbox, newcomer: Newcomer) -> None:
+        """Lets the thread add a request, in its turn.
 
         Raises:
             ValueError: another request of this name waits already.
             RuntimeError: the thread has ended.
         """
-        name, place = mailbox if request_id is None else request_id, None
-        while (place := self._entered(name, action, mailbox, place)) is not None:
-            try:
-                await place.wait()
-            finally:
-                with self._changed:
-                    for group in (self._places, self._called):
-                        if group.get(name) is place:
-                            del group[name]
-
-    def _entered(self, name: object, action: Callable[[], object], mailbox: Mailbox, place: Place | None) -> Place | None:
-        """Posts an action, and returns None. If the queue is full, returns where the consumer has to wait.
-
-        Args:
-            place: where the consumer has waited until now; None for one that comes.
-        """
         with self._changed:
             if self._stopping:
-                raise RuntimeError("the engine has been shut down")
-            other = self._places.get(name) or self._called.get(name)
-            if other is not None and not other.is_gone:
-                raise UserError(f"request {name!r} is still running", "give every request a name of its own")
-            is_aborted = place is not None and place.is_aborted
-            if is_aborted or (self._num_new < self._most_new and (place is not None or not self._places)):
-                self._num_new += 1
-                self._actions += [action, partial(self.leave, mailbox)] if is_aborted else [action]
-                self._changed.notify()
-                return None
-            self._places[name] = place = Place()
-            return place
+                raise RuntimeError(_SHUT_DOWN)
+            if newcomer.name is not None:
+                other = self._named.get(newcomer.name)
+                if other is not None and not other.is_gone:
+                    raise UserError(f"request {newcomer.name!r} is still running", "give every request a name of its own")
+                if other is not None:
+                    self._take(other)
+                self._named[newcomer.name] = mailbox
+            self._new[mailbox] = newcomer
+            self._changed.notify()
 
-    def call_off(self, request_id: str) -> None:
-        """Aborts a request whose consumer waits to enter. It enters at once, and ends before the next step."""
+    def go(self, mailbox: Mailbox) -> None:
+        """Ends the request of a consumer that goes away, before the next step."""
         with self._changed:
-            place = self._places.pop(request_id, None) or self._called.get(request_id)
-            if place is not None:
-                place.is_aborted, self._called[request_id] = True, place
-                place.call()
+            if mailbox in self._new:
+                self._take(mailbox)
+            elif not self._stopping:
+                self._actions.append(partial(self.leave, mailbox))
+                self._changed.notify()
 
-    def _call(self, count: int) -> None:
-        """Lets the first consumers that wait try again."""
-        for name in [*islice(self._places, count)]:
-            place = self._called[name] = self._places.pop(name)
-            place.call()
+    def _take(self, mailbox: Mailbox) -> Newcomer:
+        """Takes a newcomer out of those that wait. The caller holds the lock."""
+        newcomer = self._new.pop(mailbox)
+        if newcomer.name is not None:
+            del self._named[newcomer.name]
+        return newcomer
+
+    def _take_some(self) -> None:
+        """Lets the thread add the first ones of those that wait, by priority. The caller holds the lock."""
+        self._has_taken = True
+        for mailbox in [mailbox for mailbox in self._new if mailbox.is_gone]:
+            self._take(mailbox)
+        first = nsmallest(self._most_new, self._new.items(), key=lambda pair: pair[1].priority)
+        self._actions += [self._take(mailbox).add for mailbox, _ in first]
 
     def stop(self) -> None:
         """Aborts all requests, ends the thread and waits for it."""
         with self._changed:
             if not self._stopping:
                 self._stopping = True
-                self._call(len(self._places))
+                for mailbox in [*self._new]:
+                    self._take(mailbox)
+                    mailbox.put(RuntimeError(_SHUT_DOWN))
                 self._actions.append(self._abort_all)
                 self._changed.notify()
         if threading.current_thread() is not self._thread:  # the garbage collector may call this in the thread
@@ -212,7 +213,16 @@ class _Worker:
             self._mailboxes[mailbox.request.request_id] = mailbox
 
     def abort(self, request_id: str) -> None:
-        """Ends a request, and gives its consumer a last output."""
+        """Ends a request, and gives its consumer a last output. So does one of this name that waits."""
+        self._end(request_id)
+        with self._changed:
+            waits = self._named.get(request_id)
+            newcomer = None if waits is None else self._take(waits)
+        if newcomer is not None:
+            newcomer.add()
+            self._end(request_id)
+
+    def _end(self, request_id: str) -> None:
         mailbox = self._mailboxes.get(request_id)
         if mailbox is not None:
             assert mailbox.request is not None
@@ -224,11 +234,11 @@ class _Worker:
         """Ends the request of a consumer that has gone, unless it has ended already."""
         request = mailbox.request
         if request is not None and self._mailboxes.get(request.request_id) is mailbox:
-            self.abort(request.request_id)
+            self._end(request.request_id)
 
     def _abort_all(self) -> None:
         for request_id in list(self._mailboxes):
-            self.abort(request_id)
+            self._end(request_id)
 
     def _run(self) -> None:
         while (action := self._next()) is not None:
@@ -243,10 +253,14 @@ class _Worker:
             while True:
                 if self._actions:
                     return self._actions.popleft()
-                self._num_new = 0
-                self._call(self._most_new if self._mailboxes else len(self._places))  # nobody else would wake them
+                if self._new and not self._has_taken:
+                    self._take_some()
+                    continue
+                self._has_taken = False
                 if self._mailboxes:
                     return self._step
+                if self._new:
+                    continue
                 if self._stopping:
                     return None
                 self._changed.wait()

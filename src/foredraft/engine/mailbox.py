@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from typing import NamedTuple
 
 from foredraft.core.output_kind import RequestOutputKind
 from foredraft.core.outputs import RequestOutput, joined
@@ -28,6 +29,11 @@ class Mailbox:
         self._lock = threading.Lock()
         self._loop, self._filled = asyncio.get_running_loop(), asyncio.Event()
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether the event loop of the consumer is closed."""
+        return self._loop.is_closed()
+
     def put(self, content: RequestOutput | BaseException) -> bool:
         """Adds an output or an exception, from any thread. Returns whether somebody can still take it."""
         with self._lock:
@@ -37,7 +43,7 @@ class Mailbox:
             self._content = content
         if old is None:  # the loop of a blocked consumer holds at most one call
             call_soon(self._loop, self._filled.set)
-        return not self._loop.is_closed()
+        return not self.is_gone
 
     async def take(self) -> RequestOutput:
         """Waits for the next output. Raises an exception that was put in its place."""
@@ -51,28 +57,18 @@ class Mailbox:
         return content
 
 
-class Place:
-    """A consumer that waits until the queue of new requests has a place. It is created in the event loop of the consumer.
+class Newcomer(NamedTuple):
+    """A request that its consumer has sent, and the engine has not taken yet.
 
     Attributes:
-        is_aborted: whether its request was aborted meanwhile.
+        name: name of the request; None is a running number.
+        priority: those of smaller priority are taken first.
+        add: adds it to the engine.
     """
 
-    def __init__(self) -> None:
-        self.is_aborted, self._loop, self._called = False, asyncio.get_running_loop(), asyncio.Event()
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether its event loop is closed."""
-        return self._loop.is_closed()
-
-    def call(self) -> None:
-        """Lets the consumer try again, from any thread."""
-        call_soon(self._loop, self._called.set)
-
-    async def wait(self) -> None:
-        """Waits for `call`."""
-        await self._called.wait()
+    name: str | None
+    priority: int
+    add: Callable[[], object]
 
 
 def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:

@@ -84,6 +84,12 @@ class KVPool:
         planes, layers, heads, _, _, size = self.kv.shape
         return planes * layers * heads * size * self.kv.element_size()
 
+    @cached_property
+    def address(self) -> tuple[int, int, int, int]:
+        """Where compiled code finds keys and values: their addresses, and the strides of layers and of heads in elements."""
+        keys, (pairs, layers, heads, *_) = self.kv.data_ptr(), self.kv.stride()
+        return keys, keys + pairs * self.kv.element_size(), layers, heads
+
     def allocate(self) -> KVCache:
         """Returns a new empty cache, which holds no blocks yet."""
         return KVCache(self)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, chain
 
 import numpy as np
@@ -155,6 +155,11 @@ class TreeBatch:
         return TreeBatch(*columns, offsets=np.array(bounds, np.int64), draft_probs=_NO_LAWS)
 
     @staticmethod
+    def roots(token_ids: Sequence[int]) -> TreeBatch:
+        """Returns trees of one node each, as plain decoding runs them."""
+        return TreeBatch(np.array(token_ids, np.int64), *_shape_of_roots(len(token_ids)), draft_probs=_NO_LAWS)
+
+    @staticmethod
     def joined(trees: Sequence[DraftTree]) -> TreeBatch:
         """Packs trees into one batch. Trees with draft laws must share one table `draft_probs`."""
         sampled = next((tree for tree in trees if len(tree.draft_probs)), trees[0])
@@ -169,3 +174,12 @@ class TreeBatch:
             draft_ids=sampled.draft_ids,
             vocab_size=sampled.vocab_size,
         )
+
+
+@lru_cache(maxsize=256)
+def _shape_of_roots(count: int) -> tuple[Ids, Ids, Ids, Int[np.ndarray, " n1"]]:
+    """Returns `parents`, `drawn`, `draft_row` and `offsets` of trees of one node. They are shared, so they are read-only."""
+    shape = np.full(count, -1), np.zeros(count, np.int64), np.full(count, -1), np.arange(count + 1)
+    for numbers in shape:
+        numbers.flags.writeable = False
+    return shape

@@ -105,9 +105,10 @@ class Step:
             self.drafted |= {b: group.drafted[i] for i, b in enumerate(group.places)}
         is_whole = len(groups) == 1 and len(groups[0].places) == trees and not self.schedule.chunks
         batch = groups[0].drafted if is_whole else None
+        if batch is None and not (groups or self.schedule.chunks or any(self.schedule.leads)):
+            batch = TreeBatch.roots([sequence.token_ids[-1] for sequence in self.schedule.trees])
+        self.packed = batch
         batch = self._joined() if batch is None else batch
-        if is_whole or not (groups or self.schedule.chunks or any(self.schedule.leads)):
-            self.packed = batch
         self.clock.lap("draft_s")
         return batch
 

@@ -208,20 +208,18 @@ def run_step(
     ends = [length + end - begin + ahead for length, begin, end in zip(lengths, offsets, offsets[1:], strict=False)]
     pool.reserve(caches, ends)
     count = offsets[-1] - sum(first)
-    wanted = np.arange(count) if rows is None else among_new(rows, batch.offsets, first)
+    wanted = range(count) if rows is None else among_new(rows, batch.offsets, first).tolist()
     logits = torch.empty(len(wanted), model.vocabulary)
     features = torch.empty(count, len(feature_layers) * model.hidden, dtype=pool.kv.dtype) if feature_layers else None
     blocks = [cache.blocks for cache in caches]
     per_tree = lengths, first, [*chain.from_iterable(blocks)], [*accumulate(map(len, blocks[:-1]), initial=0)]
     tables = [part.data_ptr() for part in given], [len(part) for part in given], [part.data_ptr() for part in carried]
     nodes = batch.tokens.tolist(), batch.parents.tolist(), offsets
-    _alive, begin = _side_by_side(*nodes, *per_tree, wanted.tolist(), feature_layers, *tables)
-    keys, (pairs_stride, layer_stride, head_stride, *_) = pool.kv.data_ptr(), pool.kv.stride()
+    _alive, begin = _side_by_side(*nodes, *per_tree, wanted, feature_layers, *tables)
     scored = len(wanted), begin[7], logits.data_ptr()
     returned = len(feature_layers), begin[8], None if features is None else features.data_ptr()
-    cache = keys, keys + pairs_stride * pool.kv.element_size(), layer_stride, head_stride
     of_head = begin[9] if given else None, begin[10], begin[11] if carried else None, num_slots
-    step = CStep(num_trees, *begin[:7], *scored, *returned, *cache, threads, *of_head)
+    step = CStep(num_trees, *begin[:7], *scored, *returned, *pool.address, threads, *of_head)
     given_to = ctypes.byref(model), ctypes.byref(step)
     if code.chains(*given_to, ctypes.byref(chains)) if chains else code.forward(*given_to):
         raise MemoryError(f"not enough memory for a step of {count} tokens")

@@ -194,3 +194,13 @@ def test_parts_that_do_not_fit_are_refused(name: str, value) -> None:
 def test_missing_parents_are_refused() -> None:
     with pytest.raises(ValueError, match="too short"):
         TreeBatch.chains([[1, 2, 3]], [[-1, 0]])
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_roots_are_chains_of_one_node(count: int) -> None:
+    roots, chains = TreeBatch.roots(range(7, 7 + count)), TreeBatch.chains([[7 + i] for i in range(count)])
+    for name in ("tokens", "parents", "drawn", "draft_row", "offsets"):
+        assert np.array_equal(getattr(roots, name), getattr(chains, name)), name
+        assert getattr(roots, name).dtype == np.int64
+    with pytest.raises(ValueError, match="read-only"):
+        TreeBatch.roots([1]).parents[0] = 0  # shared by all batches of this size

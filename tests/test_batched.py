@@ -323,7 +323,7 @@ def many(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         found.append(len(given[0]))
         return verify(*given)
 
-    monkeypatch.setattr(deciding, "_FEW_LOGITS", 0)
+    monkeypatch.setattr(deciding, "_SMALL_BATCH_LOGITS", 0)
     monkeypatch.setattr(deciding, "verify", counted)
     return found
 

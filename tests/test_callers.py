@@ -414,11 +414,10 @@ def test_one_request_that_fails_does_not_cost_the_others(monkeypatch: pytest.Mon
     wanted = [alone("plain", prompt, sampling) for prompt in PROMPTS[:3]]
     broken = set[int]()
 
-    def breaks(self: Engine, pairs: Any) -> Any:
-        requests = added(self, pairs)
+    def breaks(self: Engine, pairs: Any, requests: list[Any]) -> None:
+        added(self, pairs, requests)
         for place in broken:
             requests[place].sequences[0].processors = [raising]
-        return requests
 
     monkeypatch.setattr(Engine, "add_requests", breaks)
     broken.add(1)

@@ -211,22 +211,25 @@ def test_an_interrupt_at_many_bytecodes(drafting: str) -> None:
         assert check(drafting, number, 4, opcodes=True)
 
 
-@pytest.mark.parametrize("call", ["add", "abort"])
+@pytest.mark.parametrize("call", ["add", "add several", "abort"])
 def test_an_interrupt_while_a_request_comes_or_goes(call: str) -> None:
     """It has come or gone as a whole, at the latest with the next step, and the others keep their tokens."""
     for number in range(1, 1000):
         reader, requests = scripted("plain", 4)
-        interrupt = Interrupt(number)
+        interrupt, added = Interrupt(number), list[Request]()
         try:
             with interrupt:
-                if call == "add":
+                if call == "add several":
+                    reader.engine.add_requests([(PROMPT, BASE)] * 3, added)
+                elif call == "add":
                     reader.engine.add_request("more", PROMPT, replace(BASE, n=3))
                 else:
                     reader.engine.abort_request(["decodes"])
         except KeyboardInterrupt:
             pass
         reader.engine.step()
-        reader.engine.abort_request("more")
+        reader.engine.abort_request(["more", *(request.request_id for request in added)])
+        assert not any(name.isdigit() for name in reader.engine._requests), interrupt.at  # none that nobody knows of
         while reader.engine.has_unfinished_requests():
             reader.engine.step()
         check_empty(reader.engine)

@@ -538,7 +538,7 @@ def test_a_full_queue_refuses() -> None:
     with pytest.raises(QueueFullError, match="max_waiting is 2"):
         engine.add_request(None, TEXTS[0], GREEDY)
     with pytest.raises(QueueFullError):
-        engine.add_requests([(TEXTS[0], GREEDY)] * 2)
+        engine.add_requests([(TEXTS[0], GREEDY)] * 2, [])
     assert engine.get_num_unfinished_requests() == 3
     run(engine)
     assert [tokens_of(request) for request in requests] == [alone("plain", 0)] * 3
@@ -547,10 +547,10 @@ def test_a_full_queue_refuses() -> None:
 def test_requests_are_added_all_or_none() -> None:
     engine = engine_of("plain", max_num_seqs=2, max_waiting=2)
     with pytest.raises(QueueFullError):
-        engine.add_requests([(TEXTS[0], GREEDY)] * 5)
+        engine.add_requests([(TEXTS[0], GREEDY)] * 5, [])
     check_empty(engine)
     with pytest.raises(UserError, match="empty"):
-        engine.add_requests([(TEXTS[0], GREEDY), ([], GREEDY)])
+        engine.add_requests([(TEXTS[0], GREEDY), ([], GREEDY)], [])
     check_empty(engine)
 
 

@@ -73,10 +73,10 @@ class Callers:
             Exception: no request was answered; the exception is that of a step or of a request. If only some requests fail,
                 their outputs hold the reason.
         """
-        caller, places = _Caller(), dict[str, int]()
+        caller, requests, places = _Caller(), list[Request](), dict[str, int]()
         try:
             with self.engine.lock:  # no step may give outputs before the caller is known
-                requests = self.engine.add_requests(prompts)
+                self.engine.add_requests(prompts, requests)
                 places |= {request.request_id: index for index, request in enumerate(requests)}
                 self._callers |= dict.fromkeys(places, caller)
                 caller.requests |= {request.request_id: request for request in requests}
@@ -94,7 +94,7 @@ class Callers:
             if self._runner is caller:
                 self._runner = None
             try:
-                self.engine.abort_request(places)
+                self.engine.abort_request([request.request_id for request in requests])
             finally:
                 self._wake_one()
         causes = [sequence.cause for request in requests for sequence in request.sequences]

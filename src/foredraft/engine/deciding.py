@@ -21,7 +21,7 @@ from foredraft.rules.batched import PURPOSES, verify
 
 _log = logging.getLogger("foredraft")
 
-_FEW_LOGITS = 1 << 18
+_SMALL_BATCH_LOGITS = 1 << 18
 """With this many logits at most, trees at temperature 0 are verified one by one on a CPU. Their largest logits are found in
 microseconds, less than the fixed cost of a batch. With more logits a batch gains, because it reads only the rows that it
 visits. This was measured with trees of 9 rows of 4096 logits on two cores."""
@@ -57,7 +57,7 @@ def decide(cases: Items[Case], logits: Float[Tensor, "r v"], whole: TreeBatch | 
         whole: the trees of all cases with their draft laws, if they are packed already.
     """
     found: dict[int, Decision] = {}
-    is_small = logits.is_cpu and logits.numel() <= _FEW_LOGITS
+    is_small = logits.is_cpu and logits.numel() <= _SMALL_BATCH_LOGITS
     groups = _batched(cases, is_small=is_small)
     if is_small and not groups and len(cases) > 1:
         found |= _plain_decisions(cases, logits)

@@ -206,7 +206,7 @@ def drafted_by(
     if wish is False:
         return None, 0, None
     if wish is not None:
-        named = {one.name: one for one in draftings}
+        named = {other.name: other for other in draftings}
         if wish["method"] not in named:
             raise unknown_name("method of a request", wish["method"], named)
         drafting = named[wish["method"]]

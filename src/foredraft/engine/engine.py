@@ -73,8 +73,8 @@ class Engine:
         self._draftings = [*([self._drafting] if self._drafting else []), *others]
         self._seed = seed
         self._eos_ids = frozenset(token_id for token_id in eos_ids if 0 <= token_id < target.vocab_size)
-        ahead = 1 + max([0, *(max(one.most.nodes, one.drafter.ahead) for one in self._draftings)])
-        drafted_bytes = sum(one.drafter.bytes_per_token for one in self._draftings)
+        ahead = 1 + max([0, *(max(way.most.nodes, way.drafter.ahead) for way in self._draftings)])
+        drafted_bytes = sum(way.drafter.bytes_per_token for way in self._draftings)
         self.memory = memory_of(options, target, drafted_bytes, max_model_len, ahead)
         self.scheduler = Scheduler(
             target.new_pool(self.memory.num_blocks if num_kv_blocks is None else num_kv_blocks),
@@ -157,17 +157,16 @@ class Engine:
                 raise
             return request
 
-    def add_requests(self, pairs: Items[tuple[Any, SamplingParams]]) -> list[Request]:
-        """Adds requests as `add_request` does, all or none of them."""
+    def add_requests(self, pairs: Items[tuple[Any, SamplingParams]], added: list[Request]) -> None:
+        """Adds requests as `add_request` does, all or none of them. Appends each to `added`, which an interrupt keeps."""
         with self.lock:
-            added: list[Request] = []
+            first = self._num_requests
             try:
                 for prompt, params in pairs:
                     added.append(self.add_request(None, prompt, params))
             except BaseException:
-                self.abort_request([request.request_id for request in added])
+                self.abort_request([name for name, request in self._requests.items() if request.number >= first])
                 raise
-            return added
 
     def step(self) -> list[RequestOutput]:
         """Runs one step. Returns the requests with news, see `SamplingParams.output_kind`.
@@ -225,7 +224,7 @@ class Engine:
     @property
     def _layers(self) -> tuple[int, ...]:
         """The target's layers whose features a drafter needs."""
-        return tuple({layer: None for one in self._draftings for layer in one.drafter.feature_layers})
+        return tuple({layer: None for way in self._draftings for layer in way.drafter.feature_layers})
 
     def _outputs(self) -> list[tuple[Request, RequestOutput]]:
         """Returns the requests with news. Nothing counts as given out yet."""
@@ -250,7 +249,7 @@ class Engine:
     def _expire(self, limit: float) -> None:
         """Ends outputs that have waited longer than `limit` seconds for their first step."""
         latest = time.monotonic() - limit
-        for sequence in [one for one in self.scheduler.waiting if not one.has_run and one.request.arrived_s < latest]:
+        for sequence in [late for late in self.scheduler.waiting if not late.has_run and late.request.arrived_s < latest]:
             self.scheduler.unreported.append(sequence)
             sequence.fail(UserError(f"the request waited longer than max_wait_s ({limit:g} s)", "try again later"))
             self.scheduler.release(sequence)

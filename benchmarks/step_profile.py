@@ -55,7 +55,7 @@ def shares(model: Path, name: str, rows: int, seconds: float) -> dict[str, float
             worker.kill()
     found = Counter[str]()
     for line in lines:
-        match = re.match(r"\s*([\d.]+)%?;\s*\[([.k])\]\s*(\S+)", line)
+        match = re.match(r"\s*([\d.]+)%?\s*;\s*\[([.k])\]\s*(\S+)", line)
         if match:
             share, kind, symbol = match.groups()
             found["the kernel of the system" if kind == "k" else symbol.split(".")[0]] += float(share) / 100

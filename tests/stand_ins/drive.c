@@ -18,7 +18,7 @@ SETS
 #undef X
 
 enum { BF16, F16, F32, Q4, HIDDEN = 96, HEADS = 6, KV_HEADS = 2, HEAD_DIM = 32, MLP = 160, LAYERS = 2, VOCABULARY = 75 };
-enum { QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM, PROMPT = 37, NODES = 15, ROOM = 128, PADDED = 96 };
+enum { QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM, PROMPT = 37, NODES = 15, ROOM = 128, BLOCK = 32, PADDED = 96 }; /* BLOCK is that of job.h */
 
 static const char *const TYPES[] = {"bf16", "f16", "f32", "q4"};
 
@@ -95,10 +95,10 @@ static void forward(Forward *run, int type, int q4) {
     state = 5;
     const Model model = model_of(type, q4);
     const int64_t plane = LAYERS * KV_HEADS * ROOM * HEAD_DIM, feature_layers[] = {0, 1, -1}, starts[] = {0}, first[] = {0};
-    int64_t tokens[PROMPT], chain[PROMPT], blocks[ROOM / 16], rows[PROMPT];
+    int64_t tokens[PROMPT], chain[PROMPT], blocks[ROOM / BLOCK], rows[PROMPT];
     static const int64_t tree[NODES] = {-1, 0, 0, 1, 2, 1, 3, 4, 6, 2, 6, 0, 8, 12, 13};
     for (int i = 0; i < PROMPT; i++) tokens[i] = word() % VOCABULARY, chain[i] = i - 1, rows[i] = i;
-    for (int i = 0; i < ROOM / 16; i++) blocks[i] = i * 16 * HEAD_DIM;
+    for (int i = 0; i < ROOM / BLOCK; i++) blocks[i] = ROOM / BLOCK - 1 - i;
     char *keys = numbers(type, plane, 0), *values = numbers(type, plane, 0);
     for (int step = 0; step < 2; step++) {
         const int64_t count = step ? NODES : PROMPT, lengths[] = {step ? PROMPT : 0}, offsets[] = {0, count};

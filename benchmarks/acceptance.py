@@ -1,6 +1,6 @@
 """Measures the acceptance length (tokens per step) of every drafter with every tree that it can grow.
 
-    python benchmarks/acceptance.py --data ../shared/data/eval --output benchmarks/acceptance-bundled.jsonl
+    python benchmarks/acceptance.py --data ../shared/data/eval --output benchmarks/results/acceptance-bundled.jsonl
 
 The prompts are the first 8 each of GSM8K test, MT-bench (first turns) and HumanEval, through the chat template. Times are not
 measured. The script prints a table.

@@ -1,6 +1,6 @@
 """Audits every exact rule with every drafter of a target. Audits lossy rules and planted faults too, which must fail.
 
-    python benchmarks/audits.py --output benchmarks/audits.jsonl
+    python benchmarks/audits.py --output benchmarks/results/audits.jsonl
     python benchmarks/audits.py --model DIR --drafter HEAD HEAD2 --only fspad fspad-lookup --output build/audits.jsonl
 
 Without --drafter the bundled drafters are audited. Each combination of tree and rule is enumerated once, for all temperatures.

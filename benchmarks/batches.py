@@ -1,7 +1,7 @@
 """Measures batches of requests, plain and speculative: time of a step, tokens per second, peak memory, and cache moves.
 
-    python benchmarks/batches.py --output benchmarks/batches-14m.jsonl
-    python benchmarks/batches.py --model build/chat-350m --output benchmarks/batches-350m.jsonl
+    python benchmarks/batches.py --output benchmarks/results/batches-14m.jsonl
+    python benchmarks/batches.py --model build/chat-350m --output benchmarks/results/batches-350m.jsonl
 
 The first round is a warm-up, in which the caches grow from nothing. The peak memory is measured in it, above the memory of the
 loaded models. In later rounds the methods take turns on other prompts. The first step of a round, which runs the prompts, is

@@ -1,6 +1,6 @@
 """Measures the trade-off of Yin et al. on the bundled pair, for the rules `tolerance` ("Decoding-OPT") and `uno`.
 
-    python benchmarks/dial.py --prompts build/eval24.jsonl --output benchmarks/dial.jsonl --plot docs/figures/dial.png
+    python benchmarks/dial.py --prompts build/eval24.jsonl --output benchmarks/results/dial.jsonl --plot docs/figures/dial.png
 
 The trade-off is rejections against distance, for chains of 4 at temperature 1. The distance is measured in two ways:
 

@@ -1,6 +1,6 @@
 """Measures the cost of one level of a head's drafting, relative to the bare matrix products of its layers.
 
-    python benchmarks/draft_cost.py --output benchmarks/draft-cost.jsonl
+    python benchmarks/draft_cost.py --output benchmarks/results/draft-cost.jsonl
 
 A level is one call of the drafter's `expand` while it grows a tree after a cached prefix. It has 1 row in a small static tree,
 and 10 rows in EAGLE-2's tree. The slots of parallel heads are filled once per step, so their level is the whole forward pass.

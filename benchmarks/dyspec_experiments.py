@@ -1,6 +1,6 @@
 """Runs the experiments of the DySpec paper on the bundled pair. `dyspec_figures.py` makes figures and tables from the results.
 
-    python benchmarks/dyspec_experiments.py --data ../shared/data/eval --output benchmarks/dyspec-experiments.jsonl
+    python benchmarks/dyspec_experiments.py --data ../shared/data/eval --output benchmarks/results/dyspec-experiments.jsonl
 
 The prompts are the same as in `acceptance.py`. The run takes minutes. Each row names its "experiment":
 

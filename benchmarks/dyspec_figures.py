@@ -1,6 +1,6 @@
 """Makes figures and tables from the results of `dyspec_experiments.py`.
 
-    python benchmarks/dyspec_figures.py --rows benchmarks/dyspec-experiments.jsonl --output docs/figures
+    python benchmarks/dyspec_figures.py --rows benchmarks/results/dyspec-experiments.jsonl --output docs/figures
 
 It writes dyspec-hypothesis.png, dyspec-length.png and dyspec-promise.png, and prints the tables of docs/dyspec-experiments.md.
 """

@@ -1,6 +1,6 @@
 """Counts the draft passes and evaluated nodes of DySpec's tree, by its size. The paper's heap makes one draft call per node.
 
-    python benchmarks/dyspec_passes.py --data ../shared/data/train --output benchmarks/dyspec-passes.jsonl
+    python benchmarks/dyspec_passes.py --data ../shared/data/train --output benchmarks/results/dyspec-passes.jsonl
 
 The bundled drafter grows trees in the middle of answers of GSM8K's training part, at temperature 1. The width is the number of
 nodes that a pass expands. The last line of each size expands whole levels: all frontier nodes of the tree in each pass.

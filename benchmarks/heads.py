@@ -1,6 +1,6 @@
 """Compares draft heads on prompts of the six task families of Spec-Bench.
 
-    python benchmarks/heads.py --data ../shared/data/eval --output benchmarks/heads-14m-greedy.jsonl \
+    python benchmarks/heads.py --data ../shared/data/eval --output benchmarks/results/heads-14m-greedy.jsonl \
         eagle=build/heads/eagle:topk:16 fspad=build/heads/fspad:topk:16 ctc=build/heads/ctc::16
 
 Methods are given as in `foredraft bench`. All methods and plain decoding take turns on every prompt. Prompts over 448 tokens

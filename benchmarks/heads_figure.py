@@ -1,6 +1,6 @@
 """Draws the tokens per step of heads, from files that `heads.py` wrote.
 
-    python benchmarks/heads_figure.py benchmarks/heads-14m-*.jsonl --trees topk:8 --output docs/figures/heads-14m.svg
+    python benchmarks/heads_figure.py benchmarks/results/heads-14m-*.jsonl --trees topk:8 --output docs/figures/heads-14m.svg
 
 The figure has a panel per temperature and a bar per method, the longest on top. A dot marks every trained seed.
 """

@@ -1,6 +1,6 @@
 """Measures the peak memory of a step with a large tree and a large vocabulary, relative to the target's logits for the tree.
 
-    python benchmarks/memory.py --output benchmarks/memory.jsonl
+    python benchmarks/memory.py --output benchmarks/results/memory.jsonl
 
 Target and drafter are one small random Llama with the vocabulary of Llama 3. Its distributions are as sharp as those of a
 language model (logits with standard deviation 4: 3.8 nats). Since the drafter agrees with the target, the accepted paths are

@@ -1,7 +1,7 @@
 """Measures the time of a step outside the forward passes of the two models, by size of the tree, its policy and the sampling.
 
-    python benchmarks/overhead.py --output benchmarks/overhead-14m.jsonl
-    python benchmarks/overhead.py --model build/chat-350m --output benchmarks/overhead-350m.jsonl
+    python benchmarks/overhead.py --output benchmarks/results/overhead-14m.jsonl
+    python benchmarks/overhead.py --model build/chat-350m --output benchmarks/results/overhead-350m.jsonl
 
 The `forward` of both models is timed from outside. The rest of a step is split by the times in its record: growth of the tree
 (`propose` without the draft model), distributions and rule, cache, and the remainder (text, stop strings, drafter updates).

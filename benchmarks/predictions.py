@@ -1,6 +1,6 @@
 """Predicts the rejections of two real pairs of models, and compares them with the counts of the engine.
 
-    python benchmarks/predictions.py --prompts build/eval24.jsonl --output benchmarks/predictions.jsonl
+    python benchmarks/predictions.py --prompts build/eval24.jsonl --output benchmarks/results/predictions.jsonl
 
 The predictions are Theorems 1 and 3 of Yin et al. with a finite lookahead and a bonus token. The drafts are chains of 4 (M = 1)
 and M chains of 4, at temperatures 0.6 and 1. The bundled pair answers the prompts. The two story models of tests/data continue

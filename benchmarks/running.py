@@ -1,7 +1,7 @@
 """Measures drafting by load: tokens per second with a drafter over plain decoding, by the number of running requests.
 
     python benchmarks/prompts.py --data DATA --each 60 --first 16 --output build/held-out.jsonl
-    python benchmarks/running.py --prompts build/held-out.jsonl --output benchmarks/running-14m.jsonl
+    python benchmarks/running.py --prompts build/held-out.jsonl --output benchmarks/results/running-14m.jsonl
 
 Only prompts whose plain greedy answer does not loop take part (`foredraft.bench.tasks.is_looping`), because a loop is easy to
 draft. Plain decoding and the drafter take turns on the same group of prompts, which runs at once. Prefixes are not shared. A

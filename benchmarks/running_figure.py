@@ -1,6 +1,6 @@
 """Draws the speed of drafting and the chosen sizes of trees by the number of running requests, from a file of `running.py`.
 
-    python benchmarks/running_figure.py benchmarks/running-350m.jsonl --output docs/figures/running-350m.svg
+    python benchmarks/running_figure.py benchmarks/results/running-350m.jsonl --output docs/figures/running-350m.svg
 
 The upper panels show the ratio to plain decoding with its interval, and what costs and acceptance allow (dashed). The lower
 panels show which share of the steps of requests had how many nodes.

@@ -6,7 +6,7 @@ greedy. `times_computed` is the number of prefix tokens that were computed, over
 ended, with the prefix of a round of its own. `blocks_ratio` is the number of tokens that the blocks in use could hold, relative
 to the distinct tokens in them, at the peak of the blocks.
 
-    python benchmarks/shared_prefix.py --output benchmarks/shared-prefix-14m.jsonl
+    python benchmarks/shared_prefix.py --output benchmarks/results/shared-prefix-14m.jsonl
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Forward is the target's forward. Schedule, propose, decide and commit are the pa
 rest is all else between two steps: outputs, locks and the caller. The figures are medians over the steps in which all requests
 decode and no prompt is computed. The share is that of all time outside forwards in these steps.
 
-    python benchmarks/step_parts.py --model build/chat-350m --output benchmarks/step-parts-350m.jsonl --profile
+    python benchmarks/step_parts.py --model build/chat-350m --output benchmarks/results/step-parts-350m.jsonl --profile
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The input is the files that `foredraft bench --output` and benchmarks/heads.py wrote.
 
-python benchmarks/tables.py benchmarks/350m-greedy.jsonl benchmarks/heads-350m-greedy.jsonl
+python benchmarks/tables.py benchmarks/results/350m-greedy.jsonl benchmarks/results/heads-350m-greedy.jsonl
 """
 
 from __future__ import annotations

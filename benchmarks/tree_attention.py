@@ -1,6 +1,6 @@
 """Measures attention over token trees, with and without the hidden blocks of the mask, for several orders of the nodes.
 
-    python benchmarks/tree_attention.py --output benchmarks/tree-attention.jsonl
+    python benchmarks/tree_attention.py --output benchmarks/results/tree-attention.jsonl
 
 The measured layer is that of a 350M model (24 query heads that share 8 key heads of size 64), after a prefix of cached tokens.
 Attention is computed in three ways:

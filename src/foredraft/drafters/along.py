@@ -29,7 +29,7 @@ class Roots:
 
     def grow(self, drafter: Expander, work: Work) -> TreeBatch:
         """See `foredraft.core.contracts.Grower`."""
-        batch = TreeBatch.chains([[root] for root in work.roots])
+        batch = TreeBatch.roots(work.roots)
         self.logits = drafter.expand(work.states, batch, batch.offsets[:-1]) if all(map(min, work.budgets)) else None
         return batch
 

@@ -111,7 +111,7 @@ def _is_certain(case: Case) -> bool:
 
 
 def _packed(cases: Items[Case]) -> TreeBatch:
-    return TreeBatch.joined([tree or TreeBatch.chains([sequence.token_ids[-1:]])[0] for sequence, tree, _ in cases])
+    return TreeBatch.joined([tree or TreeBatch.roots(sequence.token_ids[-1:])[0] for sequence, tree, _ in cases])
 
 
 def _together(cases: Items[Case], packed: TreeBatch, logits: Float[Tensor, "r v"]) -> list[Decision]:

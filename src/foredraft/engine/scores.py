@@ -18,7 +18,7 @@ from foredraft.engine.request import Sequence
 def law_of(sequence: Sequence, logits: Float[Tensor, "n v"], tree: DraftTree | None) -> TargetLaw:
     """Returns the target's law on the tree of a sequence. Without a tree, the law at the root alone."""
     if tree is None and sequence.processors:
-        tree = TreeBatch.chains([sequence.token_ids[-1:]])[0]
+        tree = TreeBatch.roots(sequence.token_ids[-1:])[0]
     return TargetLaw(logits, sequence.sampling, tree, sequence.token_ids, sequence.processors)
 
 

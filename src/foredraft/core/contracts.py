@@ -206,7 +206,9 @@ class Work:
 
     def capped(self, room: Sequence[int]) -> Work:
         """Returns the same work with the depth of tree b limited to ``room[b]``. There is no tree if it is 0."""
-        limits = zip(self.budgets, room, strict=True)
+        limits = [*zip(self.budgets, room, strict=True)]
+        if all(left >= depth > 0 for (_, depth), left in limits):
+            return self
         budgets = [Budget(nodes, min(depth, left)) if left else Budget(0, 0) for (nodes, depth), left in limits]
         return replace(self, budgets=budgets)
 

@@ -128,7 +128,7 @@ class RecurrentDrafter:
 
     def _with_room(self, table: Float[Tensor, "c d"] | None, size: int) -> Float[Tensor, "c2 d"]:
         """Returns the table, enlarged to at least `size` rows if necessary."""
-        if table is not None and len(table) >= size:
+        if table is not None and table.shape[0] >= size:  # len() of a tensor takes a microsecond
             return table
         wider = torch.empty(2 * size + _SPARE_ROWS, self._width, dtype=self._dtype, device=self._device)
         if table is not None:

@@ -130,8 +130,9 @@ def largest_compiled(code: Code, x: Float[Tensor, "n v"], count: int) -> Largest
     if not 0 < count <= _MAX_SCANNED:
         return largest(x, count)
     x = x.contiguous()
-    found = Largest(x.new_empty(len(x), count), torch.empty(len(x), count, dtype=torch.int64))
-    code.largest(x.data_ptr(), *x.shape, count, found.values.data_ptr(), found.places.data_ptr())
+    rows, size = x.shape
+    found = Largest(x.new_empty(rows, count), torch.empty(rows, count, dtype=torch.int64))
+    code.largest(x.data_ptr(), rows, size, count, found.values.data_ptr(), found.places.data_ptr())
     return found
 
 

@@ -213,7 +213,7 @@ def run_step(
     features = torch.empty(count, len(feature_layers) * model.hidden, dtype=pool.kv.dtype) if feature_layers else None
     blocks = [cache.blocks for cache in caches]
     per_tree = lengths, first, [*chain.from_iterable(blocks)], [*accumulate(map(len, blocks[:-1]), initial=0)]
-    tables = [part.data_ptr() for part in given], [len(part) for part in given], [part.data_ptr() for part in carried]
+    tables = [part.data_ptr() for part in given], [part.shape[0] for part in given], [part.data_ptr() for part in carried]
     nodes = batch.tokens.tolist(), batch.parents.tolist(), offsets
     _alive, begin = _side_by_side(*nodes, *per_tree, wanted, feature_layers, *tables)
     scored = len(wanted), begin[7], logits.data_ptr()

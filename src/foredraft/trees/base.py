@@ -169,7 +169,9 @@ class Sapling:
             tokens, probs = laws.token_ids[:, :k], laws.probs[:, :k]
         else:
             probs, tokens = largest(laws.probs, k)
-        tokens, probs = tokens.numpy(), probs.double().numpy()
+        tokens, probs = tokens.numpy(), probs.numpy().astype(np.float64)
+        if min(probs[:, -1].tolist()) > 0:
+            return [Siblings(*row) for row in zip(tokens, probs, strict=True)]
         counts = (probs > 0).sum(1).tolist()  # positive entries come first
         return [Siblings(tokens[row, :count], probs[row, :count]) for row, count in enumerate(counts)]
 
@@ -209,7 +211,8 @@ def grow_batch(growers: Sequence[PolicyOptions], drafter: Expander, work: Work) 
     passes: list[Laws] = []
     num_rows, sampled = 0, any(tree.sampled for tree in trees)
     while any(wanted):
-        partial = TreeBatch.chains([tree.tokens for tree in trees], [tree.parents for tree in trees])
+        grown = [tree.tokens for tree in trees], [tree.parents for tree in trees]
+        partial = TreeBatch.chains(*grown) if num_rows else TreeBatch.roots(work.roots)
         node_ids = np.concatenate([np.asarray(w, np.int64) + partial.offsets[b] for b, w in enumerate(wanted)])
         logits = drafter.expand(work.states, partial, node_ids)
         found = _warp_batch(logits, laws, wanted, max(grower.cut(logits.shape[1]) for grower in growers))

@@ -596,7 +596,7 @@ def test_shutdown_while_the_queue_is_full(monkeypatch: pytest.MonkeyPatch) -> No
         readers = await started(*(read(engine.generate([token], SAMPLED)) for token in (1, 2, 3, 4)))
         end = asyncio.create_task(asyncio.to_thread(engine.shutdown))
         found = await asyncio.gather(*readers, return_exceptions=True)
-        assert ["shut down" in str(one) for one in found] == [True] * 4
+        assert ["shut down" in str(error) for error in found] == [True] * 4
         held.go_on.set()
         await end
         assert (await running)[-1].outputs[0].finish_reason == "abort"

@@ -210,6 +210,20 @@ def test_proposals_behind_shared_blocks_are_those_without_sharing(method: str, t
         assert request.output().num_cached_tokens == cached
 
 
+def test_blocks_that_a_request_wrote_itself_were_not_cached_for_it() -> None:
+    """A request that is preempted, or that has several outputs, finds its own blocks. They do not count as cached."""
+    engine = engine_of("plain", max_num_batched_tokens=BLOCK)
+    request = engine.add_request(None, TEXT, GREEDY)
+    engine.step()
+    engine.step()
+    engine.scheduler.preempt(engine.scheduler.running[-1])
+    run(engine)
+    assert request.sequences[0].first == 2 * BLOCK and request.output().num_cached_tokens == 0
+    several = replace(GREEDY, n=2)
+    assert num_cached(engine, TEXT[::-1], sampling=several) == [0]
+    assert num_cached(engine, TEXT[::-1], sampling=several) == [2 * BLOCK]
+
+
 # --- Memory
 
 BLOCK_BYTES = BLOCK * 2 * 8

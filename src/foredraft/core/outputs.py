@@ -70,7 +70,7 @@ class RequestOutput:
         finished: whether all outputs have ended.
         seed: seed of the random numbers: `SamplingParams.seed`, or the seed used in its place if that is None or -1. A
             request with this seed gives the same outputs.
-        num_cached_tokens: number of tokens of the prompt whose keys and values were found in the prefix cache.
+        num_cached_tokens: number of tokens of the prompt whose keys and values were in the prefix cache when the request began.
     """
 
     request_id: str

@@ -183,6 +183,7 @@ class Scheduler:
         take_out(self.waiting, sequence)
         blocks.share(found)
         sequence.nodes = sequence.nodes if drafts else 0
+        is_new = not sequence.has_run and sequence.index == 0
         sequence.cache, sequence.has_run = self.pool.allocate(), True
         if not self._is_alone(sequence) or sequence.sampling.n > 1:  # others may find its blocks
             plain = self._trail(sequence, None)
@@ -191,8 +192,8 @@ class Scheduler:
         sequence.cache.length = sequence.first = len(found) * BLOCK
         if sequence.scores_prompt:
             sequence.prompt_logprobs = [None]
-        if not sequence.kinds:
-            sequence.request.num_cached = max(sequence.request.num_cached, sequence.first)
+        if is_new:  # blocks that the request itself has written do not count
+            sequence.request.num_cached = sequence.first
         if sequence.drafts and not sequence.num_missing:
             sequence.drafting.start(sequence)
         return True

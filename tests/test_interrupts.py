@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import foredraft
+from foredraft.core.costs import Costs
 from foredraft.core.output_kind import RequestOutputKind
 from foredraft.core.outputs import CompletionOutput
 from foredraft.core.params import SamplingParams
@@ -48,13 +49,19 @@ BASE = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, logprobs=1)
 GIVEN = {
     "ends": (PROMPT[:34], replace(BASE, max_tokens=4, output_kind=RequestOutputKind.DELTA)),
     "decodes": ([1, 2, 3], replace(BASE, temperature=1.0, seed=3, n=2, output_kind=RequestOutputKind.DELTA)),
-    "comes": (PROMPT, replace(BASE, stop=["bb", "é"], prompt_logprobs=0, max_tokens=6)),
+    "comes": (PROMPT, replace(BASE, stop=["bb", "é"], prompt_logprobs=0)),
 }
 
 
+ALONE_PAYS = Costs(((1.0, 1.0), (39.0, 1.0), (64.0, 200.0)), ((0.0, 0.0, 0.0), (5.0, 0.0, 0.0)), ((5.0, 2.5),))
+"""Steps of up to 39 rows cost the same, and others much more. So a drafter pauses beside the trees of several others."""
+
+
 def new_engine(drafting: str) -> Engine:
-    engine = engine_of(drafting, blocks=24, max_num_batched_tokens=24, max_num_seqs=4)
+    engine = engine_of("tree" if drafting == "paced" else drafting, blocks=24, max_num_batched_tokens=24, max_num_seqs=4)
     engine.tokenizer = Bytes()
+    if drafting == "paced":
+        engine._drafting._costs = lambda sampling: ALONE_PAYS
     return engine
 
 
@@ -131,11 +138,11 @@ def alone(drafting: str, name: str) -> list[CompletionOutput]:
 
 
 def scripted(drafting: str, before: int) -> tuple[Reader, list[Request]]:
-    """An engine after some steps, with the three requests."""
+    """An engine after some steps, with the three requests. The third comes last, or early where drafters pause."""
     reader = Reader(new_engine(drafting))
     requests = [add(reader.engine, "ends"), add(reader.engine, "decodes")]
     for number in range(before):
-        if number == before - 1:
+        if number == (0 if drafting == "paced" else before - 1):
             requests.append(add(reader.engine, "comes"))
         reader.step()
     requests += [] if len(requests) == 3 else [add(reader.engine, "comes")]
@@ -172,7 +179,8 @@ def check_request(drafting: str, request: Request, at: str) -> None:
     scores = [list(one or ()) for one in request.sequences[0].prompt_logprobs or ()]
     assert scores in ([], [[], *([token] for token in PROMPT[1:])]), at
     for one, wanted in zip(whole(request), alone(drafting, request.request_id), strict=True):
-        assert replace(one, records=[], last_tree=None) == replace(wanted, records=[], last_tree=None), at
+        of_load = {"records": [], "last_tree": None} | ({"kinds": [], "last_path": []} if drafting == "paced" else {})
+        assert replace(one, **of_load) == replace(wanted, **of_load), at
         num_tokens = sum(step.num_accepted_tokens + (step.kind != "accepted") for step in one.records)
         assert num_tokens == len(one.token_ids), at
 
@@ -194,6 +202,18 @@ def test_an_interrupt_at_every_line() -> None:
         assert check("plain", passed["plain"][at], 4)
     for at in passed["tree"].keys() - passed["plain"].keys():
         assert check("tree", passed["tree"][at], 4)
+
+
+def test_an_interrupt_where_drafters_pause() -> None:
+    """Only where steps of trees do not come: a drafter pauses, or is told what it missed."""
+    known, tested = set(places("tree", 4)), list[str]()
+    for before in range(1, 12):
+        passed = {at: number for number, at in enumerate(places("paced", before), start=1) if at not in known}
+        for number in passed.values():
+            assert check("paced", number, before)
+        known |= passed.keys()
+        tested += passed
+    assert all(any(name in at for at in tested) for name in ("pace.py saw", "request.py add", "drafting.py catch_up")), tested
 
 
 @pytest.mark.slow

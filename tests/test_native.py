@@ -76,7 +76,7 @@ def trees() -> TreeBatch:
 
 
 def prefilled(target: Any, prompts: list[list[int]]) -> tuple[Any, list[Any]]:
-    pool = target.new_pool(num_blocks(64, len(prompts)))
+    pool = target.new_pool(num_blocks(128, len(prompts)))
     caches = [pool.allocate() for _ in prompts]
     target.forward(TreeBatch.chains(prompts), caches, np.arange(0))
     pool.keep(caches, [range(1, len(prompt)) for prompt in prompts])

@@ -3,8 +3,10 @@ given."""
 
 import os
 import re
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from io import StringIO
 from typing import Any
 
 import jaxtyping
@@ -31,6 +33,27 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         how = {"native": [name for name in ran if is_native(name)], "stand-ins": [name for name in ran if not is_native(name)]}
         parts = [f"{', '.join(names)}: {way}" for way, names in how.items() if names]
         terminalreporter.write_line(f"instruction sets: {'; '.join(parts)}")
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the command line in this process: exit code, standard output, standard error."""
+    from foredraft.__main__ import main
+
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", StringIO(""))
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return int(ended.value.code or 0), out, err
+
+    return call
 
 
 FLAT = Costs(((1.0, 1.0), (128.0, 1.0)), ((0.0, 0.0, 0.0), (64.0, 0.0, 0.0)), ((1.0, 1.5), (64.0, 3.0)))

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import Run
 from foredraft import LLM
-from foredraft.__main__ import main
 from foredraft.theory import limits
 from foredraft.theory.chains import iid_pair
 
@@ -23,24 +20,6 @@ MODEL, OTHER = str(DATA / "babyllama-105"), str(DATA / "babyllama-105-b")
 LAWS = ["--p", "0.5,0.5", "--q", "0.8,0.2"]
 
 pytestmark = pytest.mark.unchecked
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs the command line in this process: exit code, standard output, standard error."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "stdin", StringIO(""))
-        with pytest.raises(SystemExit) as ended:
-            main([str(one) for one in arguments])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return int(ended.value.code or 0), out, err
-
-    return call
 
 
 def refused(run: Run, *arguments: Any) -> str:

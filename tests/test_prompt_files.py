@@ -3,39 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from foredraft.__main__ import main
+from conftest import Run
 from foredraft.bench.tasks import read_prompts
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
 MODEL, OTHER = str(DATA / "babyllama-105"), str(DATA / "babyllama-105-b")
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs the command line in this process: exit code, standard output, standard error."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "stdin", StringIO(""))
-        with pytest.raises(SystemExit) as ended:
-            main([str(one) for one in arguments])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return int(ended.value.code or 0), out, err
-
-    return call
-
 
 COMMANDS = {
     "bench": ["bench", "--methods", "suffix::4"],

@@ -48,7 +48,7 @@ INLINE int64_t entry(const View *view, const Cells *pool, int64_t i) {
 /* Fetches `count` tokens from the i-th visible token on. Blocks that follow each other in a text are apart in memory, so the
    hardware does not fetch them in advance. A processor waits for few lines at once, so fetches are spread over the work. */
 INLINE void fetch(const int type, const View *view, const Cells *pool, int64_t i, int64_t count) {
-    if (i + count > view->committed) return;
+    if (count == 0 || i + count > view->committed) return; /* with one lane, half of the lanes is 0 */
     const char *at = (const char *)pool->cells + entry(view, pool, i) * size_of(type);
     for (int64_t line = 0; line < count * pool->size * size_of(type); line += 64) __builtin_prefetch(at + line);
 }

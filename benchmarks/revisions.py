@@ -1,8 +1,10 @@
 """Compares the time of a step between two checkouts of this repository, in pairs, and their tokens at equal seeds.
 
 Each checkout runs in a process of its own. The processes take turns at each prompt; one sleeps while the other runs. A pair
-is the ratio of the times of a step on one prompt. The prompts are encoded by the bundled tokenizer. The interval is that of
-the median of the pairs (bootstrap, 95 %).
+is the ratio of the times of a step on one prompt. The prompts are encoded by the bundled tokenizer.
+
+Where a process has its memory makes it a few percent faster or slower for its whole life. So both processes are started anew
+several times. The interval is that of the median of all pairs (bootstrap over starts, then over the pairs of a start, 95 %).
 
     python benchmarks/revisions.py --before CHECKOUT --model DIR --output FILE
 """
@@ -15,6 +17,8 @@ import random
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
+from itertools import chain, product
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
@@ -78,12 +82,29 @@ class Checkout:
             raise SystemExit("error: a checkout's process ended")
         return json.loads(answer) if question else None
 
+    def stop(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
 
-def interval(pairs: list[float]) -> tuple[float, float, float]:
-    """Returns the median and the 95 % interval of the median."""
+
+def interval(*groups: list[float]) -> tuple[float, float, float]:
+    """Returns the median of all pairs and its 95 % interval.
+
+    Args:
+        groups: the pairs of each start of the processes.
+    """
     draw = random.Random(0)
-    medians = sorted(sorted(draw.choices(pairs, k=len(pairs)))[len(pairs) // 2] for _ in range(2000))
-    return sorted(pairs)[len(pairs) // 2], medians[50], medians[1949]
+
+    def middle(some: Iterable[list[float]]) -> float:
+        pairs = sorted(chain.from_iterable(some))
+        return pairs[len(pairs) // 2]
+
+    medians = sorted(
+        middle([draw.choices(group, k=len(group)) for group in draw.choices(groups, k=len(groups))]) for _ in range(2000)
+    )
+    return middle(groups), medians[50], medians[1949]
 
 
 def main() -> None:
@@ -98,7 +119,8 @@ def main() -> None:
     parser.add_argument("--fspad", help="directory of the FSPAD head; default: the bundled one")
     parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument("--max-tokens", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds over the prompts after each start")
+    parser.add_argument("--starts", type=int, default=6, help="starts of both processes")
     given = parser.parse_args()
     if given.device not in (None, "cpu"):
         parser.error("--device: only a CPU is compared")
@@ -107,23 +129,34 @@ def main() -> None:
     models = {"lm": str(Path(given.draft_model).resolve()), "fspad": str(Path(given.fspad or bundled / "fspad").resolve())}
     prompts = read_prompts(LLM(speculative_config={"method": "ar"}), given.prompts)
     setting = {"model": model, "models": models, "prompts": prompts, "tokens": given.max_tokens, "dtype": given.dtype}
-    checkouts = [Checkout(given.before.resolve(), setting), Checkout(HERE, setting)]
-    seconds: dict[tuple[str, float], list[tuple[float, float]]] = defaultdict(list)
+    seconds: dict[tuple[str, float], list[list[tuple[float, float]]]] = defaultdict(list)
     equal: dict[tuple[str, float], dict[int, bool]] = defaultdict(dict)
-    for number in rounds(given.rounds, given.minutes):
-        for method in METHODS:
-            for temperature in (0.0, 1.0):
-                for prompt in range(given.prompts):
-                    answers = {}
-                    for which in (0, 1) if number % 2 else (1, 0):
-                        sleep(PAUSE_S)
-                        answers[which] = checkouts[which].ask(method, prompt, temperature)
-                    seconds[method, temperature].append((answers[0][0], answers[1][0]))
-                    equal[method, temperature][prompt] = answers[0][1] == answers[1][1]
+    for number in rounds(given.starts * given.rounds, given.minutes):
+        if number % given.rounds == 0:
+            checkouts = [Checkout(given.before.resolve(), setting), Checkout(HERE, setting)]
+        for method, temperature in product(METHODS, (0.0, 1.0)):
+            seconds[method, temperature] += [] if number % given.rounds else [[]]
+            for prompt in range(given.prompts):
+                answers = {}
+                for which in (0, 1) if number % 2 else (1, 0):
+                    sleep(PAUSE_S)
+                    answers[which] = checkouts[which].ask(method, prompt, temperature)
+                seconds[method, temperature][-1].append((answers[0][0], answers[1][0]))
+                equal[method, temperature][prompt] = answers[0][1] == answers[1][1]
+        if (number + 1) % given.rounds == 0:
+            for checkout in checkouts:
+                checkout.stop()
     rows = []
-    for (method, temperature), pairs in seconds.items():
-        middle, low, high = interval([after / before for before, after in pairs])
-        row = {"model": Path(model).name, "method": method, "temperature": temperature, "pairs": len(pairs)}
+    for (method, temperature), groups in seconds.items():
+        middle, low, high = interval(*([after / before for before, after in group] for group in groups))
+        pairs = [*chain.from_iterable(groups)]
+        row = {
+            "model": Path(model).name,
+            "method": method,
+            "temperature": temperature,
+            "pairs": len(pairs),
+            "starts": len(groups),
+        }
         row |= {
             "before_ms": 1e3 * median([before for before, _ in pairs]),
             "after_ms": 1e3 * median([after for _, after in pairs]),

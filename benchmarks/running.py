@@ -6,7 +6,8 @@
 Only prompts whose plain greedy answer does not loop take part (`foredraft.bench.tasks.is_looping`), because a loop is easy to
 draft. Plain decoding and the drafter take turns on the same group of prompts, which runs at once. Prefixes are not shared. A
 turn ends when each request has decoded `--max-tokens` tokens on average. Steps up to the first token of every request are not
-counted, because they compute prompts. All others are, also those that try whether drafting pays again.
+counted, because they compute prompts. All others are, also those that try whether drafting pays again. `ratio_with_prompts`
+counts all steps.
 
 `ratio_allowed` is the largest ratio that the drafter could reach with any size of tree. It is computed from the stored costs of
 steps. The tokens per step of the calibration are scaled by the acceptance that was measured at this load. `budgets` maps a
@@ -35,18 +36,25 @@ from foredraft.core.params import RequestOutputKind
 from foredraft.kernels import instruction_set
 
 COLUMNS = (
-    *("running", "temperature", "plain_tokens_per_s", "tokens_per_s", "ratio", "ratio_low", "ratio_high", "ratio_allowed"),
+    *("running", "temperature", "plain_tokens_per_s", "tokens_per_s", "ratio", "ratio_low", "ratio_high"),
+    *("ratio_with_prompts", "ratio_allowed"),
     *("acceptance_length", "mean_nodes", "pairs"),
 )
 
 
 @dataclass
 class Turn:
-    """Tokens and seconds of the steps in which all requests of a group decode, and the records of these steps."""
+    """Tokens and seconds of the steps in which all requests of a group decode, and the records of these steps.
+
+    Attributes:
+        before_tokens, before_s: the same of the steps before, which also compute prompts.
+    """
 
     tokens: int = 0
     seconds: float = 0.0
     records: list[StepRecord] = field(default_factory=list)
+    before_tokens: int = 0
+    before_s: float = 0.0
 
     @property
     def speed(self) -> float:
@@ -69,6 +77,8 @@ def run(llm: LLM, prompts: Sequence[list[int]], sampling: SamplingParams) -> Tur
         if all(added) and all(count > output.num_prompt for output, count in zip(outputs, counts, strict=True)):
             turn.tokens, turn.seconds = turn.tokens + sum(added), turn.seconds + seconds
             turn.records += [output.records[-1] for output in outputs]
+        else:
+            turn.before_tokens, turn.before_s = turn.before_tokens + sum(added), turn.before_s + seconds
     engine.abort_request([request.request_id for request in requests])
     while engine.has_unfinished_requests():
         engine.step()
@@ -105,6 +115,11 @@ def row_of(running: int, law: str, pairs: Sequence[tuple[Turn, Turn]], costs: Co
     plain_speed, speed = (
         sum(pair[side].tokens for pair in pairs) / sum(pair[side].seconds for pair in pairs) for side in (0, 1)
     )
+    plain_all, all_speed = (
+        sum(pair[side].tokens + pair[side].before_tokens for pair in pairs)
+        / sum(pair[side].seconds + pair[side].before_s for pair in pairs)
+        for side in (0, 1)
+    )
     return rounded(
         {
             "running": running,
@@ -115,6 +130,7 @@ def row_of(running: int, law: str, pairs: Sequence[tuple[Turn, Turn]], costs: Co
             "ratio_median": middle,
             "ratio_low": low,
             "ratio_high": high,
+            "ratio_with_prompts": all_speed / plain_all,
             "ratio_allowed": allowed(costs, records, running),
             "acceptance_length": sum(record.num_tokens for record in records) / len(records),
             "mean_nodes": sum(record.budget for record in records) / len(records),

@@ -49,10 +49,14 @@ def test_costs_survive_storage() -> None:
 
 
 def speeds_of(costs: Costs, shares: list[float], requests: int, besides: int) -> dict[tuple[int, int], float]:
-    """Tokens per second, relative to plain decoding, by how many requests draft, and how many nodes each. Only what pays."""
-    plain_s, found = costs.step_s(requests, 0, besides), {}
+    """Tokens per second, relative to plain decoding, by how many requests draft, and how many nodes each. Only what pays.
+
+    Prompts are computed in any case, so their time does not count, but drafts may take longer beside them.
+    """
+    plain_s, found, prompts_s = costs.step_s(requests, 0), {}, costs.step_s(requests, 0, besides) - costs.step_s(requests, 0)
     for drafting, (size, _) in product(range(1, len(shares) + 1), costs.tokens):
-        drafted, step_s = sum(shares[:drafting]) * costs.gain(int(size)), costs.step_s(requests, int(size), besides, drafting)
+        drafted = sum(shares[:drafting]) * costs.gain(int(size))
+        step_s = costs.step_s(requests, int(size), besides, drafting) - prompts_s
         if drafted / requests > 1.4 * (step_s / plain_s - 1):
             found[drafting, int(size)] = (requests + drafted) / step_s * plain_s / requests
     return found
@@ -67,6 +71,10 @@ def test_no_chosen_budget_predicts_less_than_plain(requests: int, besides: int, 
             assert not speeds
         else:
             assert 1 < speeds[chosen] == pytest.approx(max(speeds.values()))
+            drafting, nodes = chosen
+            drafted = requests + sum(shares[:drafting]) * COSTS.gain(nodes)
+            with_prompts = COSTS.step_s(requests, nodes, besides, drafting) / COSTS.step_s(requests, 0, besides)
+            assert drafted / requests > with_prompts  # also where the prompts count
 
 
 def test_budgets_of_several_kinds_count_the_rows_of_each_other() -> None:
@@ -120,7 +128,7 @@ def test_nodes_fall_with_the_load_and_with_acceptance() -> None:
     assert by_load == sorted(by_load, reverse=True) and by_load[0] == MOST and by_load[-1] == 0
     by_share = [COSTS.best([share], 1, 0)[1] for share in (1.0, 0.7, 0.4, 0.2, 0.0)]
     assert by_share == sorted(by_share, reverse=True) and by_share[-1] == 0
-    assert COSTS.least(16, 2000) < COSTS.least(16, 0)  # beside a long prompt, further rows cost little
+    assert COSTS.least(1, 2000) > 1.5 * COSTS.least(1, 0)  # beside a prompt, no row is as cheap as the first ones of a step
 
 
 def test_one_of_many_requests_waits_until_others_draft_too() -> None:

@@ -30,7 +30,7 @@ _MOST_LOADS = 256
 
 
 class Load(NamedTuple):
-    """What drafting costs at a load.
+    """What drafting costs at a load. Prompts are not counted, see `Costs.decoding_s`.
 
     Attributes:
         plain_s: seconds of a step without drafting.
@@ -100,12 +100,21 @@ class Costs:
         drafts = own - first + (others - further) * (drafting - 1) if nodes and drafting else 0.0
         return rows + first + further * (requests - 1) + drafts
 
+    def decoding_s(self, requests: int, nodes: int, besides: int, drafting: int) -> float:
+        """Returns the seconds of a step without its prompts, plus what drafting adds beside them.
+
+        Prompts are computed in any case, now or in later steps. Counted in full, they would make every draft beside them seem
+        cheap. The arguments are those of `step_s`.
+        """
+        added = self.step_s(requests, nodes, besides, drafting) - self.step_s(requests, 0, besides)
+        return self.step_s(requests, 0) + added
+
     def best(
         self, shares: Sequence[float], requests: int, besides: int, *, behind: Sequence[bool] | None = None
     ) -> tuple[int, int]:
         """Returns how many requests draft in a step, and how many nodes each of them, so that it gives most tokens per second.
 
-        Both are 0 if no choice pays, see `_CAUTION`.
+        The seconds are those of `decoding_s`. Both are 0 if no choice pays, see `_CAUTION`.
 
         Args:
             shares: of each request that may draft, its accepted tokens divided by those of a typical request. The first ones
@@ -145,7 +154,8 @@ class Costs:
         if key not in self._loads:
             if len(self._loads) >= _MOST_LOADS:
                 self._loads.clear()
-            plain_s, seconds = max(self.step_s(requests, 0, besides), 1e-12), self._seconds(*key)
+            plain_s = max(self.step_s(requests, 0), 1e-12)
+            seconds = plain_s + self._seconds(*key) - self.step_s(requests, 0, besides)
             gains = np.arange(1, requests + 1)[:, None] * self._gains
             least = (_CAUTION * requests * (seconds / plain_s - 1) / gains).min()
             self._loads[key] = Load(plain_s, max(0.0, float(least)), np.maximum(seconds, 1e-12))

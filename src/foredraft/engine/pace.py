@@ -127,7 +127,7 @@ def _chosen(costs: Costs, group: list[tuple[float, bool, int]], requests: int, b
         count, size = costs.best(shares, requests, besides, behind=[is_behind for _, is_behind, _ in some])
         if count:
             late_s = costs.catch_up_s * sum(1 + share * costs.gain(size) for share, is_behind, _ in some[:count] if is_behind)
-            seconds = costs.step_s(requests, size, besides, count) + late_s
+            seconds = costs.decoding_s(requests, size, besides, count) + late_s
             speed = (requests + sum(shares[:count]) * costs.gain(size)) / seconds
             found.append((speed, {i: size for _, _, i in some[:count]}))
     return max(found, key=lambda choice: choice[0])[1]

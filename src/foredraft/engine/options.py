@@ -100,9 +100,10 @@ class Memory:
 
     def __str__(self) -> str:
         tokens = self.num_blocks * BLOCK
-        full = self.num_blocks / num_blocks(self.max_model_len)
+        full, size = self.num_blocks / num_blocks(self.max_model_len), self.num_bytes / 2**20
+        digits = 1 if size < 10 else 0
         means = f"{tokens} tokens, or {full:.1f} requests of {self.max_model_len} tokens"
-        return f"keys and values take at most {self.num_bytes / 2**20:.0f} MiB: {means}"
+        return f"keys and values take at most {size:.{digits}f} MiB: {means}"
 
 
 def memory_of(options: EngineOptions, target: Target, drafted_bytes: int, max_model_len: int, ahead: int) -> Memory:

@@ -139,7 +139,7 @@ class Script:
         assert len(scheduler.running) <= self.engine.options.num_seqs
         self.happened["preempted"] += any(one.records for one in scheduler.waiting)
         self.happened["chunk"] += any(one.num_missing and not one.records for one in scheduler.running)
-        self.happened["prefix found"] += any(request.num_cached for request in self.requests)
+        self.happened["prefix found"] += any(one.first for one in scheduler.running)
 
 
 def check_happened(happened: Counter[str]) -> None:

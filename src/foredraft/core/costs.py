@@ -19,7 +19,7 @@ _ROUNDED = 32
 
 
 MARGIN = 1.15
-"""A drafter must beat plain decoding by this factor on one typical request. Gains vary by text."""
+"""A drafter is chosen only if it should beat plain decoding by this factor on one typical request. Gains vary by text."""
 
 _CAUTION = 1.4
 """In a step, drafting must give this many times the tokens that plain decoding would give in the time that drafting adds. Costs
@@ -27,6 +27,11 @@ vary with the speed of a shared memory, and gains by text. Drafts that take no t
 
 _MOST_LOADS = 256
 """Number of loads that are kept. Each has as many rows as it has requests."""
+
+
+def pays(tokens_per_step: float, slowdown: float) -> bool:
+    """Whether drafting pays for one typical request, with `MARGIN` and by the rule of the steps, see `_CAUTION`."""
+    return tokens_per_step > MARGIN * slowdown and tokens_per_step - 1 > _CAUTION * (slowdown - 1)
 
 
 class Load(NamedTuple):
@@ -75,6 +80,19 @@ class Costs:
         """Returns the costs as data for JSON."""
         found = asdict(self)
         return {name: value for name, value in found.items() if not name.startswith("_")}
+
+    def least_of(self, other: Costs) -> Costs:
+        """Returns the least seconds of two measurements at the same places. Other work on the machine only adds to them."""
+
+        def least(curve: tuple[Point, ...], again: tuple[Point, ...]) -> tuple[Point, ...]:
+            return tuple(tuple(map(min, pair, copy)) for pair, copy in zip(curve, again, strict=True))
+
+        forward, outside = least(self.forward, other.forward), least(self.outside, other.outside)
+        return Costs(forward, outside, self.tokens, min(self.catch_up_s, other.catch_up_s))
+
+    def slowdown(self, nodes: int) -> float:
+        """Returns the seconds of a step of one request with a tree, divided by those of a step without."""
+        return self.step_s(1, nodes) / max(self.step_s(1, 0), 1e-12)
 
     @property
     def most(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from foredraft.core.costs import MARGIN
 from foredraft.plan.speculation import Way
 
 
@@ -43,5 +42,5 @@ class Choice(NamedTuple):
             speedup = f"{self.speedup:.{1 if self.speedup > 1.1 else 2}f}x"
             return f"drafting: {name} {self.nodes} nodes (expected {speedup}; {when})"
         if self.speedup > 1:
-            return f"drafting: off (best {name} {self.speedup:.2f}x, but a drafter must reach {MARGIN}x; {when})"
+            return f"drafting: off (best {name} {self.speedup:.2f}x, which is within the error of this estimate; {when})"
         return f"drafting: off (no method expected above plain: best {name} {self.speedup:.2f}x; {when})"

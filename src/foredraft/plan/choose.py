@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from foredraft.core.contracts import Budget, Drafter, Target
-from foredraft.core.costs import MARGIN, Costs, Point
+from foredraft.core.costs import Costs, Point, pays
 from foredraft.core.folders import cache_folder
 from foredraft.core.params import RequestOutputKind, SamplingParams
 from foredraft.drafters import DRAFTERS
@@ -128,10 +128,25 @@ class Chooser:
             fallback=self.speculation.budget is None,
             in_time=lambda: perf_counter() < deadline,
         )
-        paced = found.nodes > 0 and self.speculation.budget is None
-        return found._replace(costs=self._costs(kind, found, build).written()) if paced else found
+        if not found.nodes or self.speculation.budget is not None:
+            return found
+        return self._follow(found, lambda forward: self._costs(kind, found, build, forward))
 
-    def _costs(self, kind: str, choice: Choice, build: Callable[[Way], Drafter]) -> Costs:
+    def _follow(self, found: Choice, measure: Callable[[tuple[Point, ...]], Costs]) -> Choice:
+        """Adds the costs that steps will follow. If nothing would be drafted by them, the choice is plain decoding.
+
+        Candidates take turns with plain decoding, but costs are measured one after the other. If the two do not agree, other
+        work has disturbed them, and costs are measured once more.
+        """
+        costs = measure(self._forward)
+        if not costs.for_all(1):
+            costs = costs.least_of(measure(forward_costs(self.target, self.prompt)))
+        if costs.for_all(1):
+            return found._replace(costs=costs.written())
+        slowdown = costs.slowdown(found.nodes)
+        return found._replace(nodes=0, slowdown=slowdown, speedup=found.tokens_per_step / slowdown)
+
+    def _costs(self, kind: str, choice: Choice, build: Callable[[Way], Drafter], forward: tuple[Point, ...]) -> Costs:
         way = self._parts(kind, Candidate(choice.way, choice.nodes))[0][1]
 
         def timed(requests: int, nodes: int) -> Timed:
@@ -140,7 +155,7 @@ class Chooser:
         def tokens(nodes: int) -> float:
             return tokens_per_step(self._curves(kind), Candidate(choice.way, nodes)) or 1.0
 
-        return costs_of(self._forward, choice.nodes, timed, tokens)
+        return costs_of(forward, choice.nodes, timed, tokens)
 
     def _timed(
         self, kind: str, way: Way | None, nodes: int, requests: int, build: Callable[[Way], Drafter] | None = None
@@ -229,11 +244,12 @@ def choose(
     Args:
         tokens_per_step: returns the tokens per step of a candidate; None if they are not known.
         slowdown: returns the time of a candidate's step divided by that of a plain decoding step.
-        fallback: choose plain decoding (0 nodes) if no candidate is faster by `MARGIN`.
+        fallback: choose only among the candidates that pay, see `pays`. If there are none, choose plain decoding (0 nodes).
         in_time: returns whether another candidate may be timed. At least one is timed.
     """
     ways = list(ways)
     best = plain = Choice(ways[0], 0, 1.0, 1.0, 0.0)
+    allowed = False  # whether the best may be chosen
     for way in ways:
         top = 0.0
         for nodes in sizes:
@@ -245,14 +261,15 @@ def choose(
                 break
             cost = slowdown(candidate)
             speedup = tokens / cost
-            if speedup > best.speedup:
-                best = Choice(way, nodes, tokens, cost, speedup)
+            may = not fallback or pays(tokens, cost)
+            if (may, speedup) > (allowed, best.speedup):
+                best, allowed = Choice(way, nodes, tokens, cost, speedup), may
             if speedup < _WORSE * top:
                 break
             top = max(top, speedup)
     if not best.speedup:
         return plain._replace(speedup=1.0)
-    return best._replace(nodes=0) if fallback and best.speedup <= MARGIN else best
+    return best if allowed else best._replace(nodes=0)
 
 
 def tokens_per_step(measured: Mapping[str, Mapping[str, float]] | None, candidate: Candidate) -> float | None:

@@ -18,6 +18,7 @@ import torch
 from transformers import AutoTokenizer
 
 from foredraft.__main__ import main
+from foredraft.core.errors import UserError
 from foredraft.core.folders import BUNDLED_TARGET
 from foredraft.heads import HEADS
 from foredraft.heads.layers import Shape
@@ -579,9 +580,24 @@ def test_texts_with_a_small_share_of_answer_are_counted(
     assert f"{short} of 18 texts are left out: less than {limit:.1%} of each is answer" in capsys.readouterr().err
 
 
+def test_a_single_conversation_is_held_out_and_leaves_nothing_to_learn(tmp_path: Path, given: TrainChoice) -> None:
+    data = tmp_path / "short.jsonl"
+    data.write_text(Path(given.data[0]).read_text().splitlines(keepends=True)[0])
+    with pytest.raises(UserError, match=r"all 1 texts are held out .*[Gg]ive more data"):
+        run(dataclasses.replace(given, data=[data], shards=None, out=tmp_path / "head"))
+
+
+def test_data_that_cannot_be_read_leave_no_folder(tmp_path: Path, given: TrainChoice) -> None:
+    data = tmp_path / "damaged.jsonl"
+    data.write_text("{not JSON")
+    with pytest.raises(UserError, match=r"damaged\.jsonl"):
+        run(dataclasses.replace(given, data=[data], shards=None, out=tmp_path / "head"))
+    assert not (tmp_path / "head").exists()
+
+
 def test_own_and_given_answers_are_not_mixed(tmp_path: Path, given: TrainChoice) -> None:
     own = dataclasses.replace(given, answers="own")
-    with pytest.raises(TrainingError, match="made with another temperatures and answers"):
+    with pytest.raises(TrainingError, match=r"made with temperatures \[\] \(now .*\) and answers given \(now own\)"):
         run(own)
     with pytest.raises(TrainingError, match="belongs to a run with another answers"):
         run(dataclasses.replace(own, shards=tmp_path / "own"))

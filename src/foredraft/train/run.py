@@ -219,13 +219,18 @@ def _settings(choice: TrainChoice, workers: Workers, device: torch.device) -> Se
 
 def _learned(texts: Sequence[Text], answer_share: float) -> list[Text]:
     """Selects the texts to learn from, and prints how many were left out because their answer is too short."""
-    learned = [text for text in texts if not text.held_out and text.answer_share >= answer_share]
+    candidates = [text for text in texts if not text.held_out]
+    learned = [text for text in candidates if text.answer_share >= answer_share]
+    if not candidates:
+        raise UserError(
+            f"all {len(texts)} texts are held out for the evaluation, so none is left to learn from", "give more data"
+        )
     if not learned:
         raise UserError(
-            f"in each of the {len(texts)} texts, the answer is less than {answer_share:.1%} of the text",
+            f"in each of the {len(candidates)} texts, the answer is less than {answer_share:.1%} of the text",
             "give --answer-share 0",
         )
-    if short := sum(not text.held_out for text in texts) - len(learned):
+    if short := len(candidates) - len(learned):
         line = (
             f"{short:,} of {len(texts):,} texts are left out: less than {answer_share:.1%} of each is answer (--answer-share)"
         )

@@ -79,7 +79,6 @@ def capture(
     Raises:
         TrainingError: existing shards were made from something else, lack a layer or are damaged, or a shard cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     facts = json.loads(json.dumps({**plan._asdict(), **about}))
     manifest = _read_manifest(folder, facts)
     plan = plan._replace(feature_layers=manifest["made_from"]["feature_layers"], seed=manifest["made_from"]["seed"])
@@ -96,6 +95,7 @@ def capture(
                 "give another --shards folder, or delete this one",
             )
         prompts, usage = read(plan.seed)
+        folder.mkdir(parents=True, exist_ok=True)
         prompts.sort(key=lambda prompt: not prompt.held_out)  # held-out ones are in the first shards
         manifest |= {"text_version": _TEXT_VERSION, "usage": vars(usage)}
         _write(llm, prompts, plan, folder, manifest)
@@ -138,8 +138,9 @@ def _read_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     manifest["made_from"].setdefault("answers", "own")
     different = [key for key in facts if manifest["made_from"].get(key) != facts[key] and key not in _MAY_DIFFER]
     if different:
+        changes = (f"{key} {manifest['made_from'].get(key)} (now {facts[key]})" for key in different)
         raise TrainingError(
-            f"the shards in {folder} were made with another {' and '.join(different)}",
+            f"the shards in {folder} were made with {' and '.join(changes)}",
             "give another --shards folder, or delete this one",
         )
     return manifest

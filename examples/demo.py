@@ -74,8 +74,8 @@ def run(dtype: str, config: dict[str, Any], rounds: int = 1) -> tuple[LLM, list[
     """Decodes every prompt plainly and speculatively, in turn, after a warm-up. No round finds the prompt of another one."""
     plain, drafted = (LLM(speculative_config=way, dtype=dtype, enable_prefix_caching=False) for way in (PLAIN, config))
     way = drafted.drafting(SAMPLING)
-    names = " ".join(str(way[key]) for key in ("method", "tree") if way[key])
-    OUT.print(f"{dtype}, greedy, at most {SAMPLING.max_tokens} tokens, drafted by {names} with {way['budget']} nodes:")
+    given = f"drafting: {way['method']}, {way['tree']} {way['budget']} nodes"
+    OUT.print(f"{dtype}, greedy, at most {SAMPLING.max_tokens} tokens; {way['reason'] or given}")
     for llm in (plain, drafted):
         llm.chat([{"role": "user", "content": "warm-up"}], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
     return plain, [_both(plain, drafted, prompt, rounds) for prompt in PROMPTS]

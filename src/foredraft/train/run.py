@@ -231,10 +231,8 @@ def _learned(texts: Sequence[Text], answer_share: float) -> list[Text]:
             "give --answer-share 0",
         )
     if short := len(candidates) - len(learned):
-        line = (
-            f"{short:,} of {len(texts):,} texts are left out: less than {answer_share:.1%} of each is answer (--answer-share)"
-        )
-        note(line)
+        share = f"less than {answer_share:.1%} of each is answer (--answer-share)"
+        note(f"{short:,} of {len(texts):,} texts are left out: {share}")
     return learned
 
 

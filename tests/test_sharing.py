@@ -246,7 +246,7 @@ def test_blocks_follow_from_the_memory(drafting: dict[str, Any], of_block: int) 
     blocks = engine.scheduler.pool.blocks
     assert (blocks.count, engine.memory.num_blocks, engine.memory.num_bytes) == (7, 7, 7 * of_block)
     assert limited(8 * of_block, drafting).scheduler.pool.blocks.count == 8
-    assert str(engine.memory).endswith("0 MiB: 224 tokens, or 2.3 requests of 96 tokens")
+    assert str(engine.memory).endswith("0 MiB: 224 tokens, or 2.3 times the longest request of 96 tokens")
     with pytest.raises(OutOfBlocksError):
         blocks.take(8)
     requests = [engine.add_request(None, TEXT[: 9 + 9 * i], replace(GREEDY, max_tokens=60)) for i in range(4)]

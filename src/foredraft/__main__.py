@@ -153,6 +153,8 @@ def _report_usage(error: Any) -> int:
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "foredraft"
     usual = error.format_message(), f"`{command} --help` lists all options"
+    if command.endswith("generate") and ("extra argument" in usual[0] or "'PROMPT'" in usual[0]):
+        usual = usual[0], f'give one prompt, in quotes: {command} "Once upon a time" (--help lists all options)'
     option = getattr(error, "option_name", None) or ""
     problem, hint = (option_advice(option, command, option_names()) if option else None) or usual
     _say("error", problem)

@@ -102,7 +102,7 @@ class Memory:
         tokens = self.num_blocks * BLOCK
         full, size = self.num_blocks / num_blocks(self.max_model_len), self.num_bytes / 2**20
         digits = 1 if size < 10 else 0
-        means = f"{tokens} tokens, or {full:.1f} requests of {self.max_model_len} tokens"
+        means = f"{tokens} tokens, or {full:.1f} times the longest request of {self.max_model_len} tokens"
         return f"keys and values take at most {size:.{digits}f} MiB: {means}"
 
 

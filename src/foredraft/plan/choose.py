@@ -103,8 +103,10 @@ class Chooser:
 
     def _measure(self) -> dict[str, Choice]:
         today = date.today().isoformat()
-        announce()
         build = memoize(self.build)
+        for way in self._worth_timing("greedy")[:1]:
+            build(way)  # a draft model that cannot be used is refused before the timing
+        announce()
         found = {kind: self._choose(kind, build) for kind in KINDS}
         return {kind: choice._replace(timed_on=today, calibrated=bool(self._curves(kind))) for kind, choice in found.items()}
 

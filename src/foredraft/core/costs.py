@@ -26,7 +26,7 @@ _CAUTION = 1.4
 vary with the speed of a shared memory, and gains by text. Drafts that take no time always pay."""
 
 _MOST_LOADS = 256
-"""Number of loads that are kept. Each has as many rows as it has requests."""
+"""Number of loads that are kept, and of answers at these. A load has as many rows as it has requests."""
 
 
 def pays(tokens_per_step: float, slowdown: float) -> bool:
@@ -69,6 +69,7 @@ class Costs:
     tokens: tuple[Point, ...]
     catch_up_s: float = 0.0
     _loads: dict[tuple[int, int], Load] = field(init=False, default_factory=dict, compare=False, repr=False)
+    _answers: dict[Any, tuple[int, int]] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def read(found: Mapping[str, Any]) -> Costs:
@@ -141,9 +142,18 @@ class Costs:
             behind: whether the drafter of each of them must catch up first. That has to pay within as many tokens as it missed,
                 so each token costs `catch_up_s` more.
         """
+        late = () if behind is None or not any(behind) else tuple(behind)
+        key = tuple(shares), requests, -(-besides // _ROUNDED) * _ROUNDED, late
+        if key not in self._answers:  # shares stay as they are while nobody drafts
+            if len(self._answers) >= _MOST_LOADS:
+                self._answers.clear()
+            self._answers[key] = self._best(*key)
+        return self._answers[key]
+
+    def _best(self, shares: Sequence[float], requests: int, besides: int, behind: Sequence[bool]) -> tuple[int, int]:
         load, gains = self._load(requests, besides), self._gains
         drafted, seconds = np.add.accumulate(shares)[:, None] * gains, load.seconds[: len(shares)]
-        if behind is not None and any(behind):
+        if behind:
             late = np.array(behind, dtype=float)
             missed = np.add.accumulate(late)[:, None] + np.add.accumulate(late * shares)[:, None] * gains
             seconds = seconds + self.catch_up_s * missed

@@ -36,10 +36,14 @@ def forced(sets: Any, name: str) -> str:
 def outputs(sets: Any, name: str, layer: dict[str, Any]) -> str:
     """Runs a layer on every number of rows up to all, and returns the outputs in hexadecimal."""
     structures = import_module("foredraft.kernels.structures")
-    weight, bias, x = (ctypes.create_string_buffer(bytes.fromhex(layer[key])) for key in ("weight", "bias", "x"))
+    parts = (ctypes.create_string_buffer(bytes.fromhex(layer[key])) for key in ("weight", "scales", "bias", "x"))
+    weight, scales, bias, x = parts
     room = ctypes.create_string_buffer(layer["rows"] * layer["outputs"] * 4)
     sizes = layer["outputs"], layer["inputs"]
     described = structures.CLinear(ctypes.addressof(weight), layer["weight_type"], ctypes.addressof(bias), *sizes)
+    for name, value in layer["of_numbers"].items():
+        setattr(described, name, value)
+    described.scales = ctypes.addressof(scales)
     found = []
     for rows in range(1, layer["rows"] + 1):
         given = ctypes.byref(described), layer["type"], ctypes.addressof(x), rows, ctypes.addressof(room), 2

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foredraft.kernels.layouts import QuantizedWeight
+from foredraft.kernels.quantized import Quantized
 from foredraft.models.native import NativeTarget
 
 
 def in_four_bits(weight: Tensor) -> Tensor:
     """A weight [o, i] as four bits say it, in float64."""
-    numbers, scales = QuantizedWeight.of(weight)
-    return ((numbers.double() - 8).unflatten(1, (-1, 32)) * scales.double()[..., None]).flatten(1)
+    return Quantized.of(weight).weight()
 
 
 def in_eight_bits(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from foredraft import LLM, SamplingParams
 from foredraft import kernels as compiled
 from foredraft.cache.blocks import num_blocks
 from foredraft.core.tree import TreeBatch
-from foredraft.kernels.layouts import FULL, QUANTIZED, Memory, QuantizedWeight, blocked, blocked_quantized, describe_weight
+from foredraft.kernels.layouts import FULL, QUANTIZED, Memory, blocked, describe_weight
 from foredraft.models.llama import LlamaTarget
 from foredraft.models.loading import load_target
 from foredraft.models.native import NativeTarget, can_run, run_linear
@@ -186,21 +186,6 @@ def test_blocked_layout() -> None:
         assert laid_out[o // 32, i, o % 32] == pairs[o // 32, i // 2, o % 32, i % 2] == weight[o, i]
     assert not laid_out[1, :, 8:].any()
     assert not pairs[1, :, 8:].any()
-
-
-def test_layout_of_four_bits() -> None:
-    """32 scales and the numbers of 32 inputs after another; outputs there are not are worth 0."""
-    torch.manual_seed(0)
-    weight = torch.randn(40, 64)
-    numbers, scales = QuantizedWeight.of(weight)
-    laid_out = blocked_quantized(weight)
-    assert laid_out.shape == (2, 2, 576)
-    for o, i in ((0, 0), (15, 5), (16, 38), (31, 63), (37, 31)):
-        block = laid_out[o // 32, i // 32]
-        byte = block[64:].view(8, 16, 4)[i % 32 // 4, o % 16, i % 4]
-        assert (byte >> 4 if o % 32 >= 16 else byte & 15) == numbers[o, i]
-        assert block[:64].view(torch.bfloat16)[o % 32] == scales[o, i // 32]
-    assert not laid_out[1, :, 16:64].contiguous().view(torch.bfloat16).any()
 
 
 @pytest.mark.parametrize("bits", [QUANTIZED, FULL])

@@ -16,7 +16,8 @@ from torch import Tensor
 
 import foredraft
 from foredraft.kernels import sets
-from foredraft.kernels.layouts import FULL, QUANTIZED, TYPES, Memory, blocked, blocked_quantized, describe_weight
+from foredraft.kernels.layouts import FULL, QUANTIZED, TYPES, Memory, blocked, describe_weight
+from foredraft.kernels.quantized import Quantized, laid_out
 from foredraft.kernels.sets import using
 from foredraft.models.native import run_linear
 from instruction_sets import DTYPES, code_of
@@ -55,14 +56,16 @@ def layer_of(dtype: torch.dtype, bits: int) -> Layer:
     weight, x = made(OUTPUTS, INPUTS, dtype=dtype), made(ROWS, INPUTS, dtype=dtype, seed=1)
     bias = made(OUTPUTS, dtype=torch.float32, seed=2)
     described = describe_weight(_memory := Memory(), weight, bias, bits)
-    laid_out = blocked_quantized(weight) if bits == QUANTIZED else blocked(weight)
+    numbers, scales, _ = laid_out(Quantized.of(weight)) if bits == QUANTIZED else (blocked(weight), torch.zeros(1), None)
     with using(code_of("scalar")):
         wanted = torch.cat([run_linear(described, x[:rows], 1) for rows in range(1, ROWS + 1)])
     plain = None
     if bits == FULL:
         plain = torch.cat([in_order(weight, bias, x[:rows]) for rows in range(1, ROWS + 1)])
     sizes = {"outputs": OUTPUTS, "inputs": INPUTS, "rows": ROWS, "type": TYPES[dtype], "weight_type": described.type}
-    tensors = {"weight": laid_out, "bias": bias, "x": x}
+    of_numbers = {name: getattr(described, name) for name in ("bits", "is_rounded", "form", "group", "scale_type")}
+    sizes["of_numbers"] = of_numbers
+    tensors = {"weight": numbers, "scales": scales, "bias": bias, "x": x}
     given = sizes | {name: hexadecimal(tensor) for name, tensor in tensors.items()}
     return Layer(given, wanted, plain)
 

@@ -48,6 +48,8 @@ class LLM:
             is the default, and `SamplingParams.speculative` chooses another by its ``method``.
         tokenizer: a Transformers tokenizer, or its directory or Hub id. None is the tokenizer stored with the model.
         dtype: ``auto`` (the dtype of the checkpoint), ``bfloat16``, ``float16``, ``float32`` or ``float64``.
+        activations: for weights of few bits, ``bf16`` multiplies the inputs of layers as they are. ``int8`` rounds them to
+            eight bits, which is faster and another function of the same weights.
         device: None is CUDA if a CUDA device is available, else the CPU.
         max_model_len: maximum length of prompt plus output, in tokens. None is the model's context. For LongRoPE, that is
             the original context, which uses the short factors. A greater value, up to ``max_position_embeddings``, selects
@@ -78,6 +80,7 @@ class LLM:
         *,
         tokenizer: Any = None,
         dtype: str | torch.dtype = "auto",
+        activations: str = "bf16",
         device: str | torch.device | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int | None = None,
@@ -90,7 +93,8 @@ class LLM:
         max_model_len = check_count("max_model_len", max_model_len, MAX_COUNT, "no model's context is longer")
         self.seed = used_seed(check_seed(seed))
         speculations = _parsed(speculative_config, bundled=model is None)
-        self._parts = load_parts(model, tokenizer, dtype, device, max_model_len, revision, generation_config=generation_config)
+        how = {"generation_config": generation_config, "activations": activations}
+        self._parts = load_parts(model, tokenizer, dtype, device, max_model_len, revision, **how)
         self.target, self.tokenizer = self._parts.target, self._parts.tokenizer
         self.eos_ids, self.max_model_len = self._parts.eos_ids, self._parts.max_model_len
         self.max_num_seqs, self._fixed_load = self._options.num_seqs, self._options.max_num_seqs or 1

@@ -15,9 +15,11 @@ typedef struct { uint16_t u16[4]; } float16x4_t, uint16x4_t;
 typedef struct { uint16_t u16[8]; } uint16x8_t;
 typedef struct { uint32_t u32[4]; } uint32x4_t;
 typedef struct { uint64_t u64[2]; } uint64x2_t;
+typedef struct { uint8_t u8[8]; } uint8x8_t;
 typedef struct { uint8_t u8[16]; } uint8x16_t;
 typedef struct { int8_t i8[8]; } int8x8_t;
 typedef struct { int8_t i8[16]; } int8x16_t;
+typedef struct { int16_t i16[4]; } int16x4_t;
 typedef struct { int16_t i16[8]; } int16x8_t;
 typedef struct { int32_t i32[4]; } int32x4_t;
 
@@ -44,17 +46,22 @@ COPIED(uint32x4_t, vreinterpretq_u32_u64, uint64x2_t x, &x)
 COPIED(uint64x2_t, vreinterpretq_u64_u32, uint32x4_t x, &x)
 COPIED(int8x16_t, vreinterpretq_s8_s32, int32x4_t x, &x)
 COPIED(int8x16_t, vreinterpretq_s8_u8, uint8x16_t x, &x)
-COPIED(uint8x16_t, vreinterpretq_u8_s8, int8x16_t x, &x)
+COPIED(uint32x4_t, vreinterpretq_u32_u8, uint8x16_t x, &x)
+COPIED(int16x8_t, vreinterpretq_s16_u16, uint16x8_t x, &x)
 COPIED(float16x4_t, vreinterpret_f16_u16, uint16x4_t x, &x)
 COPIED(uint16x4_t, vreinterpret_u16_f16, float16x4_t x, &x)
 COPIED(int8x8_t, vget_low_s8, int8x16_t x, &x)
+COPIED(int16x4_t, vget_low_s16, int16x8_t x, &x)
+COPIED(int16x4_t, vget_high_s16, int16x8_t x, x.i16 + 4)
+COPIED(uint8x8_t, vget_low_u8, uint8x16_t x, &x)
+COPIED(uint8x8_t, vget_high_u8, uint8x16_t x, x.u8 + 8)
 
 STAND_IN void vst1q_f32(float *to, float32x4_t x) { memcpy(to, &x, sizeof x); }
 STAND_IN void vst1_u16(uint16_t *to, uint16x4_t x) { memcpy(to, &x, sizeof x); }
 
 LANES_OF(float32x4_t, vdupq_n_f32, (float x), 4, f, x)
 LANES_OF(int8x16_t, vdupq_n_s8, (int8_t x), 16, i8, x)
-LANES_OF(int16x8_t, vdupq_n_s16, (int16_t x), 8, i16, x)
+LANES_OF(uint8x16_t, vdupq_n_u8, (uint8_t x), 16, u8, x)
 LANES_OF(int32x4_t, vdupq_n_s32, (int32_t x), 4, i32, x)
 LANES_OF(uint32x4_t, vdupq_n_u32, (uint32_t x), 4, u32, x)
 
@@ -87,7 +94,8 @@ LANES_OF(uint32x4_t, vcgtq_s32, (int32x4_t a, int32x4_t b), 4, u32, ALL(a.i32[i]
 LANES_OF(uint32x4_t, vtstq_u32, (uint32x4_t a, uint32x4_t b), 4, u32, ALL(a.u32[i] & b.u32[i]))
 LANES_OF(uint32x4_t, vandq_u32, (uint32x4_t a, uint32x4_t b), 4, u32, a.u32[i] & b.u32[i])
 LANES_OF(uint32x4_t, vorrq_u32, (uint32x4_t a, uint32x4_t b), 4, u32, a.u32[i] | b.u32[i])
-LANES_OF(int8x16_t, vandq_s8, (int8x16_t a, int8x16_t b), 16, i8, a.i8[i] & b.i8[i])
+LANES_OF(uint8x16_t, vandq_u8, (uint8x16_t a, uint8x16_t b), 16, u8, a.u8[i] & b.u8[i])
+LANES_OF(uint8x16_t, vorrq_u8, (uint8x16_t a, uint8x16_t b), 16, u8, a.u8[i] | b.u8[i])
 
 /* BSL: the bits of a where the mask is set, else those of b. */
 #define CHOSEN(mask, a, b) ((mask) & (a)) | (~(mask) & (b))
@@ -99,17 +107,25 @@ LANES_OF(float32x4_t, vbslq_f32, (uint32x4_t mask, float32x4_t a, float32x4_t b)
 LANES_OF(uint32x4_t, vaddq_u32, (uint32x4_t a, uint32x4_t b), 4, u32, a.u32[i] + b.u32[i])
 LANES_OF(int32x4_t, vaddq_s32, (int32x4_t a, int32x4_t b), 4, i32, (int32_t)((uint32_t)a.i32[i] + (uint32_t)b.i32[i]))
 LANES_OF(int32x4_t, vsubq_s32, (int32x4_t a, int32x4_t b), 4, i32, (int32_t)((uint32_t)a.i32[i] - (uint32_t)b.i32[i]))
-LANES_OF(int16x8_t, vaddq_s16, (int16x8_t a, int16x8_t b), 8, i16, (int16_t)(a.i16[i] + b.i16[i]))
 LANES_OF(int32x4_t, vshlq_n_s32, (int32x4_t x, int by), 4, i32, (int32_t)((uint32_t)x.i32[i] << by))
 LANES_OF(uint32x4_t, vshlq_n_u32, (uint32x4_t x, int by), 4, u32, x.u32[i] << by)
 LANES_OF(int32x4_t, vshrq_n_s32, (int32x4_t x, int by), 4, i32, x.i32[i] < 0 ? ~(~x.i32[i] >> by) : x.i32[i] >> by)
 LANES_OF(uint32x4_t, vshrq_n_u32, (uint32x4_t x, int by), 4, u32, x.u32[i] >> by)
 LANES_OF(uint8x16_t, vshrq_n_u8, (uint8x16_t x, int by), 16, u8, (uint8_t)(x.u8[i] >> by))
+LANES_OF(uint8x16_t, vshlq_n_u8, (uint8x16_t x, int by), 16, u8, (uint8_t)(x.u8[i] << by))
+
+/* USHL: to the left by a signed number of bits, or to the right if it is negative. */
+STAND_IN uint32_t si_shifted(uint32_t x, int by, int width) { return by >= width || by <= -width ? 0 : by < 0 ? x >> -by : x << by; }
+LANES_OF(uint8x16_t, vshlq_u8, (uint8x16_t x, int8x16_t by), 16, u8, (uint8_t)si_shifted(x.u8[i], by.i8[i], 8))
+LANES_OF(uint32x4_t, vshlq_u32, (uint32x4_t x, int32x4_t by), 4, u32, si_shifted(x.u32[i], (int8_t)by.i32[i], 32))
 
 /* ---- conversions ----------------------------------------------------------------------------------------------------------- */
 
 LANES_OF(int32x4_t, vcvtq_s32_f32, (float32x4_t x), 4, i32, si_cut(x.f[i]))
 LANES_OF(float32x4_t, vcvtq_f32_s32, (int32x4_t x), 4, f, (float)x.i32[i])
+LANES_OF(float32x4_t, vcvtq_f32_u32, (uint32x4_t x), 4, f, (float)x.u32[i])
+LANES_OF(int16x8_t, vmovl_s8, (int8x8_t x), 8, i16, x.i8[i])
+LANES_OF(uint16x8_t, vmovl_u8, (uint8x8_t x), 8, u16, x.u8[i])
 LANES_OF(float32x4_t, vcvt_f32_f16, (float16x4_t x), 4, f, si_of_half(x.u16[i]))
 LANES_OF(float16x4_t, vcvt_f16_f32, (float32x4_t x), 4, u16, si_half(x.f[i], 0))
 LANES_OF(uint32x4_t, vshll_n_u16, (uint16x4_t x, int by), 4, u32, (uint32_t)x.u16[i] << by)
@@ -122,6 +138,9 @@ LANES_OF(int16x8_t, vmull_s8, (int8x8_t a, int8x8_t b), 8, i16, (int16_t)(a.i8[i
 LANES_OF(int16x8_t, vmull_high_s8, (int8x16_t a, int8x16_t b), 8, i16, (int16_t)(a.i8[8 + i] * b.i8[8 + i]))
 STAND_IN int16_t si_neighbours(int16x8_t x, int i) { return (int16_t)(x.i16[2 * i] + x.i16[2 * i + 1]); }
 LANES_OF(int16x8_t, vpaddq_s16, (int16x8_t a, int16x8_t b), 8, i16, i < 4 ? si_neighbours(a, i) : si_neighbours(b, i - 4))
+STAND_IN int32_t si_sum(int32x4_t x, int i) { return (int32_t)((uint32_t)x.i32[2 * i] + (uint32_t)x.i32[2 * i + 1]); }
+LANES_OF(int32x4_t, vpaddq_s32, (int32x4_t a, int32x4_t b), 4, i32, i < 2 ? si_sum(a, i) : si_sum(b, i - 2))
+LANES_OF(int32x4_t, vmull_s16, (int16x4_t a, int16x4_t b), 4, i32, a.i16[i] * b.i16[i])
 LANES_OF(int32x4_t, vpaddlq_s16, (int16x8_t x), 4, i32, x.i16[2 * i] + x.i16[2 * i + 1])
 
 STAND_IN uint32_t vaddvq_u32(uint32x4_t x) { return x.u32[0] + x.u32[1] + x.u32[2] + x.u32[3]; }

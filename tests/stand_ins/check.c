@@ -97,6 +97,12 @@ static void avx2(void) {
     I8(srli_4, _mm256_srli_epi16(a, 4))
     I8(srai_1, _mm256_srai_epi32(a, 1))
     I8(srai_40, _mm256_srai_epi32(a, 40))
+    I8(slli_epi16, _mm256_slli_epi16(a, 4))
+    I8(srai_epi16, _mm256_srai_epi16(a, 8))
+    I8(srl_epi16, _mm256_srl_epi16(a, _mm_cvtsi32_si128(3)))
+    I8(srlv_epi32, _mm256_srlv_epi32(a, _mm256_and_si256(b, _mm256_set1_epi32(63))))
+    CHECK(cvtepi8_epi32, __m128i, __m256i, _mm256_cvtepi8_epi32(a))
+    CHECK(loadl, __m128i, __m256i, _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)operands[3])))
     I8(setr, _mm256_setr_epi32(1, 2, 3, 4, 5, 6, 7, 8))
     I8(sets, _mm256_add_epi32(_mm256_set1_epi8(-3), _mm256_set1_epi16(-300)))
     I8(set1, _mm256_add_epi32(_mm256_setzero_si256(), _mm256_add_epi32(_mm256_set1_epi32(-70000), a)))
@@ -116,6 +122,15 @@ static __m512 stored_floats_512(__m512 x) {
 }
 
 static void avx512(void) {
+    I16(slli_epi16_512, _mm512_slli_epi16(a, 4))
+    I16(srai_epi16_512, _mm512_srai_epi16(a, 8))
+    I16(srl_epi16_512, _mm512_srl_epi16(a, _mm_cvtsi32_si128(3)))
+    I16(srlv_epi32_512, _mm512_srlv_epi32(a, _mm512_and_si512(b, _mm512_set1_epi32(63))))
+    I16(sub_epi32_512, _mm512_sub_epi32(a, b))
+    I16(permutexvar_epi16, _mm512_permutexvar_epi16(a, b))
+    CHECK(cvtepi8_epi32_512, __m128i, __m512i, _mm512_cvtepi8_epi32(a))
+    CHECK(broadcast_i64x4, __m256i, __m512i, _mm512_broadcast_i64x4(a))
+    CHECK(setr_epi16, __m256i, __m256i, _mm256_add_epi16(_mm256_setr_epi16(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, -13, -14, 15, 16), a))
     F16(add_512, stored_floats_512(_mm512_add_ps(a, b)))
     F16(sub_512, _mm512_sub_ps(a, b))
     F16(mul_512, _mm512_mul_ps(a, b))

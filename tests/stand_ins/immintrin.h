@@ -110,6 +110,12 @@ LOADED(__m256, _mm256_loadu_ps)
 LOADED(__m512i, _mm512_loadu_si512)
 LOADED(__m512, _mm512_loadu_ps)
 
+STAND_IN __m128i _mm_loadl_epi64(const void *from) {
+    __m128i out = {.u64 = {0, 0}};
+    memcpy(&out, from, 8);
+    return out;
+}
+
 STAND_IN void _mm_storeu_si128(void *to, __m128i x) { memcpy(to, &x, sizeof x); }
 STAND_IN void _mm256_storeu_si256(void *to, __m256i x) { memcpy(to, &x, sizeof x); }
 STAND_IN void _mm256_storeu_ps(void *to, __m256 x) { memcpy(to, &x, sizeof x); }
@@ -145,6 +151,14 @@ STAND_IN __m256i _mm256_setr_epi32(int a, int b, int c, int d, int e, int f, int
     return (__m256i){.i32 = {a, b, c, d, e, f, g, h}};
 }
 
+STAND_IN __m128i _mm_cvtsi32_si128(int x) { return (__m128i){.i32 = {x, 0, 0, 0}}; }
+
+#define SIXTEEN(TYPE, n) TYPE n##0, TYPE n##1, TYPE n##2, TYPE n##3, TYPE n##4, TYPE n##5, TYPE n##6, TYPE n##7
+STAND_IN __m256i _mm256_setr_epi16(SIXTEEN(short, a), SIXTEEN(short, b)) {
+    return (__m256i){.i16 = {a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7}};
+}
+
+LANES_OF(__m512i, _mm512_broadcast_i64x4, (__m256i x), 8, u64, x.u64[i & 3])
 LANES_OF(__m256, _mm256_castsi256_ps, (__m256i x), 8, f, si_float(x.u32[i]))
 LANES_OF(__m256i, _mm256_castps_si256, (__m256 x), 8, u32, si_bits(x.f[i]))
 LANES_OF(__m512, _mm512_castsi512_ps, (__m512i x), 16, f, si_float(x.u32[i]))
@@ -197,6 +211,7 @@ LANES_OF(__m512i, _mm512_add_epi16, (__m512i a, __m512i b), 32, u16, (uint16_t)(
 LANES_OF(__m256i, _mm256_add_epi32, (__m256i a, __m256i b), 8, u32, a.u32[i] + b.u32[i])
 LANES_OF(__m512i, _mm512_add_epi32, (__m512i a, __m512i b), 16, u32, a.u32[i] + b.u32[i])
 LANES_OF(__m256i, _mm256_sub_epi32, (__m256i a, __m256i b), 8, u32, a.u32[i] - b.u32[i])
+LANES_OF(__m512i, _mm512_sub_epi32, (__m512i a, __m512i b), 16, u32, a.u32[i] - b.u32[i])
 LANES_OF(__m256i, _mm256_and_si256, (__m256i a, __m256i b), 4, u64, a.u64[i] & b.u64[i])
 LANES_OF(__m512i, _mm512_and_si512, (__m512i a, __m512i b), 8, u64, a.u64[i] & b.u64[i])
 LANES_OF(__m256i, _mm256_or_si256, (__m256i a, __m256i b), 4, u64, a.u64[i] | b.u64[i])
@@ -213,6 +228,15 @@ LANES_OF(__m512i, _mm512_srli_epi32, (__m512i x, unsigned by), 16, u32, by > 31 
 LANES_OF(__m256i, _mm256_srli_epi16, (__m256i x, unsigned by), 16, u16, (uint16_t)(by > 15 ? 0 : x.u16[i] >> by))
 LANES_OF(__m512i, _mm512_srli_epi16, (__m512i x, unsigned by), 32, u16, (uint16_t)(by > 15 ? 0 : x.u16[i] >> by))
 LANES_OF(__m256i, _mm256_srai_epi32, (__m256i x, unsigned by), 8, i32, si_divided(x.i32[i], by > 31 ? 31 : by))
+
+LANES_OF(__m256i, _mm256_slli_epi16, (__m256i x, unsigned by), 16, u16, (uint16_t)(by > 15 ? 0 : x.u16[i] << by))
+LANES_OF(__m512i, _mm512_slli_epi16, (__m512i x, unsigned by), 32, u16, (uint16_t)(by > 15 ? 0 : x.u16[i] << by))
+LANES_OF(__m256i, _mm256_srai_epi16, (__m256i x, unsigned by), 16, i16, (int16_t)si_divided(x.i16[i], by > 15 ? 15 : by))
+LANES_OF(__m512i, _mm512_srai_epi16, (__m512i x, unsigned by), 32, i16, (int16_t)si_divided(x.i16[i], by > 15 ? 15 : by))
+LANES_OF(__m256i, _mm256_srl_epi16, (__m256i x, __m128i by), 16, u16, (uint16_t)(by.u64[0] > 15 ? 0 : x.u16[i] >> by.u64[0]))
+LANES_OF(__m512i, _mm512_srl_epi16, (__m512i x, __m128i by), 32, u16, (uint16_t)(by.u64[0] > 15 ? 0 : x.u16[i] >> by.u64[0]))
+LANES_OF(__m256i, _mm256_srlv_epi32, (__m256i x, __m256i by), 8, u32, by.u32[i] > 31 ? 0 : x.u32[i] >> by.u32[i])
+LANES_OF(__m512i, _mm512_srlv_epi32, (__m512i x, __m512i by), 16, u32, by.u32[i] > 31 ? 0 : x.u32[i] >> by.u32[i])
 
 /* PMADDUBSW: unsigned times signed bytes; pairs of products are added and saturated. PMADDWD: pairs of words, which wrap around. */
 #define BYTE_PAIR si_saturated(a.u8[2 * i] * b.i8[2 * i] + a.u8[2 * i + 1] * b.i8[2 * i + 1])
@@ -234,6 +258,8 @@ LANES_OF(__m256, _mm256_cvtepi32_ps, (__m256i x), 8, f, (float)x.i32[i])
 LANES_OF(__m512, _mm512_cvtepi32_ps, (__m512i x), 16, f, (float)x.i32[i])
 LANES_OF(__m256i, _mm256_cvtepu16_epi32, (__m128i x), 8, u32, x.u16[i])
 LANES_OF(__m512i, _mm512_cvtepu16_epi32, (__m256i x), 16, u32, x.u16[i])
+LANES_OF(__m256i, _mm256_cvtepi8_epi32, (__m128i x), 8, i32, x.i8[i])
+LANES_OF(__m512i, _mm512_cvtepi8_epi32, (__m128i x), 16, i32, x.i8[i])
 LANES_OF(__m256i, _mm512_cvtepi32_epi16, (__m512i x), 16, u16, (uint16_t)x.u32[i])
 LANES_OF(__m256, _mm256_cvtph_ps, (__m128i x), 8, f, si_of_half(x.u16[i]))
 LANES_OF(__m512, _mm512_cvtph_ps, (__m256i x), 16, f, si_of_half(x.u16[i]))
@@ -251,6 +277,8 @@ STAND_IN uint16_t si_packed(int32_t x) { return (uint16_t)(x < 0 ? 0 : x > UINT1
 LANES_OF(__m256i, _mm256_packus_epi32, (__m256i a, __m256i b), 16, u16, si_packed((i & 4 ? b : a).i32[(i & 8) / 2 + (i & 3)]))
 
 LANES_OF(__m256i, _mm256_permute4x64_epi64, (__m256i x, int order), 4, u64, x.u64[order >> 2 * i & 3])
+
+LANES_OF(__m512i, _mm512_permutexvar_epi16, (__m512i places, __m512i x), 32, u16, x.u16[places.u16[i] & 31])
 
 /* VPERM2F128: for each half two bits that select a half of a or b, or bit 3 for zeros. */
 STAND_IN float si_half_of(__m256 a, __m256 b, int select, int i) {

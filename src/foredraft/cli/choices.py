@@ -150,6 +150,17 @@ def check_dtype(name: str) -> str:
     return name
 
 
+def check_activations(name: str) -> str:
+    """A value of ``activations``, as it was given.
+
+    Raises:
+        ValueError: there is no such value.
+    """
+    if name not in files.ACTIVATIONS:
+        raise unknown_name("activations", name, files.ACTIVATIONS)
+    return name
+
+
 def check_device(name: str) -> str:
     """Returns the name of a device unchanged.
 

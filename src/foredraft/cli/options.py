@@ -42,6 +42,14 @@ Dtype = Annotated[
     str,
     option(MODEL, "auto (dtype of the checkpoint), bfloat16, float16, float32 or float64.", callback=_checked("check_dtype")),
 ]
+Activations = Annotated[
+    str,
+    option(
+        MODEL,
+        "For weights of few bits: bf16 multiplies inputs as they are; int8 rounds them, which is faster and another function.",
+        callback=_checked("check_activations"),
+    ),
+]
 Device = Annotated[
     str | None,
     option(MODEL, "cpu, cuda, cuda:1, ...; default: CUDA if available, else the CPU.", callback=_checked("check_device")),
@@ -81,6 +89,7 @@ class ModelOptions(NamedTuple):
 
     model: Model = None
     dtype: Dtype = "auto"
+    activations: Activations = "bf16"
     device: Device = None
     revision: Annotated[str | None, option(MODEL, "Branch, tag or commit of the Hub id.")] = None
     tokenizer: Annotated[

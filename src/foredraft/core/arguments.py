@@ -21,9 +21,9 @@ _log = logging.getLogger("foredraft")
 
 OWN: dict[str, tuple[str, ...]] = {
     LOAD: (
-        *("model", "speculative_config", "tokenizer", "dtype", "device", "max_model_len", "max_num_seqs", "seed"),
-        *("revision", "generation_config", "max_num_batched_tokens", "kv_cache_memory_bytes", "enable_prefix_caching"),
-        *("reproducible", "max_waiting", "max_wait_s"),
+        *("model", "speculative_config", "tokenizer", "dtype", "activations", "device", "max_model_len", "max_num_seqs"),
+        *("seed", "revision", "generation_config", "max_num_batched_tokens", "kv_cache_memory_bytes"),
+        *("enable_prefix_caching", "reproducible", "max_waiting", "max_wait_s"),
     ),
     RUN: ("prompts", "sampling_params", "progress"),
     CHAT: (

@@ -199,7 +199,7 @@ class CompiledHead:
         """The matrix products of a forward, in the order of their execution."""
         entry, layer, model = self._model.entry, self._layers[0], self._model
         before = (entry.fc, entry.gate, entry.up, entry.down, entry.ahead)
-        inside = (layer.qkv, layer.output, layer.gate, layer.up, layer.down)
+        inside = (*layer.qkv, layer.output, layer.gate, layer.up, layer.down)
         return [linear for linear in (*before, *inside, model.head, model.blank) if linear.weight]
 
     def fuse(self, features: Float[Tensor, "n f"]) -> Float[Tensor, "n d"]:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Num, UInt8
 from torch import Tensor
 
+from foredraft.kernels.quantized import TILE, Quantized, Stored, laid_out
 from foredraft.kernels.structures import CLinear
-
-TILE = 32
-"""Number of outputs of a linear layer whose weights are interleaved. All widths but the vocabulary size must be multiples."""
 
 NO_WINDOW = 1 << 62
 """Window of a layer in which a token sees all earlier tokens."""
@@ -21,41 +18,51 @@ NO_WINDOW = 1 << 62
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """Numbers of the types of a model and of its weights in compiled code."""
 
-_QUANTIZED_TYPE = 3
-"""Number of the type of quantized weights."""
+_NUMBERS = 3
+"""Number of the type of weights of few bits."""
 
 QUANTIZED, FULL = 4, 16
-"""Bits of a weight: four, or those of its dtype. Quantized weights are read four times as fast as those of 16 bits. Their
-inputs are rounded to eight bits, and the processor multiplies four pairs of eight bits at once."""
-
-_BLOCK = 32
-"""Number of inputs whose four-bit weights share one scale. Each output has its own scales."""
+"""Bits of a weight of a draft head: four, or those of its dtype. Quantized weights are read four times as fast as those of 16
+bits. Their inputs are rounded to eight bits, and the processor multiplies four pairs of eight bits at once."""
 
 _LINE, _PAGES = 64, 64 << 20
 """Bytes of a cache line, and bytes of one allocation. Pages that are never written take no memory."""
 
 
-class QuantizedWeight(NamedTuple):
-    """Weights of four bits. The weight of output o and input i is ``(numbers[o, i] - 8) * scales[o, i // 32]``."""
+def describe_weight(
+    memory: Memory,
+    weight: Float[Tensor, "o i"] | Quantized,
+    bias: Float[Tensor, " o"] | None,
+    bits: int = FULL,
+    *,
+    is_rounded: bool = True,
+) -> CLinear:
+    """Lays out a weight and its bias.
 
-    numbers: UInt8[Tensor, "o i"]
-    scales: Float[Tensor, "o b"]
-
-    @staticmethod
-    def of(weight: Float[Tensor, "o i"]) -> QuantizedWeight:
-        """Rounds a weight to four bits. The number 0 stands for the weight of largest magnitude in a block."""
-        blocks = weight.float().unflatten(1, (-1, _BLOCK))
-        scales = (blocks.gather(2, blocks.abs().argmax(2, keepdim=True)) / -8).bfloat16()
-        steps = torch.where(scales == 0, 0, blocks / scales.float())
-        return QuantizedWeight((steps.round() + 8).clamp(0, 15).to(torch.uint8).flatten(1), scales[..., 0])
-
-
-def describe_weight(memory: Memory, weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None, bits: int) -> CLinear:
-    """Lays out a weight and its bias, with weights of `QUANTIZED` bits or in their dtype."""
-    laid_out = blocked_quantized(weight) if bits == QUANTIZED else blocked(weight)
-    kind = _QUANTIZED_TYPE if bits == QUANTIZED else TYPES[weight.dtype]
+    Args:
+        bits: `QUANTIZED` rounds a weight in floating point to four bits; `FULL` leaves it as it is.
+        is_rounded: whether the inputs of a quantized weight are rounded to eight bits.
+    """
     given = None if bias is None else memory.put(bias.float()).data_ptr()
-    return CLinear(memory.put(laid_out).data_ptr(), kind, given, *weight.shape)
+    if isinstance(weight, Tensor) and bits == FULL:
+        return CLinear(memory.put(blocked(weight)).data_ptr(), TYPES[weight.dtype], given, *weight.shape)
+    return describe_stored(store(memory, weight if isinstance(weight, Quantized) else Quantized.of(weight)), given, is_rounded)
+
+
+def store(memory: Memory, weight: Quantized) -> Stored:
+    """Copies a weight into the memory, in the order in which compiled code reads it."""
+    numbers, scales, more = (None if part is None else memory.put(part) for part in laid_out(weight))
+    assert numbers is not None
+    assert scales is not None
+    return Stored(numbers, scales, more, weight.rows(0, 0), len(weight.numbers))
+
+
+def describe_stored(stored: Stored, bias: int | None, is_rounded: bool) -> CLinear:
+    """Describes a stored weight. `bias` is the address of its bias, if it has one."""
+    like, more = stored.like, None if stored.more is None else stored.more.data_ptr()
+    about = like.bits, int(is_rounded), int(like.form), like.group, TYPES[like.scales.dtype]
+    sizes = stored.outputs, like.numbers.shape[1]
+    return CLinear(stored.blocks.data_ptr(), _NUMBERS, bias, *sizes, *about, stored.scales.data_ptr(), more)
 
 
 class Memory:
@@ -102,11 +109,3 @@ def blocked(weight: Num[Tensor, "o i"]) -> Num[Tensor, " t _ *more"]:
     padded = torch.nn.functional.pad(weight, (0, 0, 0, -len(weight) % TILE))
     tiles = padded.unflatten(0, (-1, TILE))
     return (tiles.unflatten(2, (-1, 2)) if weight.dtype == torch.bfloat16 else tiles).transpose(1, 2).contiguous()
-
-
-def blocked_quantized(weight: Float[Tensor, "o i"]) -> UInt8[Tensor, "t b 576"]:
-    """Lays out a weight of four bits as `Block` in `passed.h`: scales and numbers of 32 outputs and 32 inputs."""
-    numbers, scales = QuantizedWeight.of(torch.nn.functional.pad(weight, (0, 0, 0, -len(weight) % TILE)))
-    low, high = numbers.view(-1, 2, TILE // 2, weight.shape[1] // 4, 4).unbind(1)
-    halves = (low | high << 4).transpose(1, 2).reshape(len(low), -1, _BLOCK * TILE // 2)
-    return torch.cat([scales.view(-1, TILE, scales.shape[1]).transpose(1, 2).contiguous().view(torch.uint8), halves], dim=2)

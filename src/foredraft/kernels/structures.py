@@ -14,7 +14,11 @@ _at, _whole, _real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 class CLinear(ctypes.Structure):
     """A linear layer. `foredraft.kernels.layouts` lays out its weight; `type` is one of `TYPES`."""
 
-    _fields_ = (("weight", _at), ("type", _whole), ("bias", _at), ("outputs", _whole), ("inputs", _whole))
+    _fields_ = (
+        *(("weight", _at), ("type", _whole), ("bias", _at), ("outputs", _whole), ("inputs", _whole)),
+        *((name, _whole) for name in ("bits", "is_rounded", "form", "group", "scale_type")),
+        *((name, _at) for name in ("scales", "more")),
+    )
 
 
 class CResidual(ctypes.Structure):
@@ -28,7 +32,8 @@ class CLayer(ctypes.Structure):
 
     _fields_ = (
         *((name, _at) for name in ("input_norm", "q_norm", "k_norm", "post_norm")),
-        *((name, CLinear) for name in ("qkv", "output", "gate", "up", "down")),
+        ("qkv", CLinear * 3),
+        *((name, CLinear) for name in ("output", "gate", "up", "down")),
         ("window", _whole),
     )
 
@@ -51,7 +56,9 @@ class CModel(ctypes.Structure):
     _fields_ = (
         *((name, _whole) for name in ("type", "hidden", "heads", "kv_heads", "head_dim", "mlp", "num_layers")),
         *((name, _real) for name in ("eps", "rotary_scale")),
-        *((name, _at) for name in ("frequencies", "embedding", "tied", "layers", "norm")),
+        *((name, _at) for name in ("frequencies", "embedding")),
+        ("tied", CLinear),
+        *((name, _at) for name in ("layers", "norm")),
         ("head", CLinear),
         ("vocabulary", _whole),
         ("token_ids", _at),

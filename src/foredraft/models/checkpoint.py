@@ -16,6 +16,7 @@ from torch import Tensor
 
 from foredraft.core.errors import ModelError as ModelError
 from foredraft.models.files import HEAD_KEY as HEAD_KEY
+from foredraft.models.files import Stored as Stored
 from foredraft.models.files import one_line as one_line
 from foredraft.models.files import read_json as read_json
 from foredraft.models.files import some as some
@@ -75,6 +76,8 @@ def resolve(source: Any, revision: str | None) -> Path:
             raise ModelError(f"the directory {str(source)!r} is empty", f"it must hold config.json and {_SINGLE}")
         if revision is not None:
             raise ModelError(f"revision {revision!r} is for Hub ids only, but {str(source)!r} is a directory", "leave it out")
+        return path
+    if path.suffix == ".gguf" and path.is_file():
         return path
     if path.exists():
         raise ModelError(f"{str(source)!r} is a file", f"give the directory that holds config.json and {_SINGLE}")
@@ -252,7 +255,7 @@ _SAMPLE = 256
 """Number of entries that a fingerprint reads at the beginning, in the middle and at the end of each tensor."""
 
 
-def fingerprint(weights: Mapping[str, Tensor | StoredTensor]) -> str:
+def fingerprint(weights: Mapping[str, Tensor | Stored]) -> str:
     """Returns a hash that identifies the weights of a model.
 
     The hash does not depend on how the weights are split into files, named or tied, nor on their dtype if it is bfloat16 or
@@ -260,12 +263,18 @@ def fingerprint(weights: Mapping[str, Tensor | StoredTensor]) -> str:
     """
     digests = set()
     for weight in weights.values():
-        flat = (weight if isinstance(weight, Tensor) else weight.read()).detach().flatten()
+        flat = _floats(weight).detach().flatten()
         middle = max(0, len(flat) // 2 - _SAMPLE // 2)
         parts = torch.cat([flat[:_SAMPLE], flat[middle : middle + _SAMPLE], flat[-_SAMPLE:]]).to("cpu", torch.bfloat16)
         shape = ",".join(map(str, weight.shape))
         digests.add(hashlib.sha256(shape.encode() + parts.view(torch.int16).numpy().tobytes()).hexdigest())
     return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
+
+
+def _floats(weight: Any) -> Tensor:
+    """Reads a weight; one of few bits as the numbers that they stand for."""
+    found = weight if isinstance(weight, Tensor) else weight.read()
+    return found if isinstance(found, Tensor) else found.weight()
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from foredraft.core.errors import ModelError, shown
 from foredraft.core.folders import is_file
@@ -20,6 +20,29 @@ HEAD_KEY = "foredraft"
 
 DTYPES = ("bfloat16", "bf16", "float16", "fp16", "half", "float32", "fp32", "float", "float64", "fp64", "double")
 """Names of the dtypes in which models run."""
+
+
+ACTIVATIONS = FULL_INPUTS, ROUNDED_INPUTS = "bf16", "int8"
+"""How the inputs of weights of few bits are multiplied: as they are, or rounded to eight bits. These are two functions."""
+
+
+@runtime_checkable
+class Stored(Protocol):
+    """A weight in a file, of which the header is known. `read` loads it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Size of each dimension."""
+        ...
+
+    @property
+    def dtype_name(self) -> str:
+        """Name of the dtype in the file."""
+        ...
+
+    def read(self) -> Any:
+        """Loads a tensor, or a `foredraft.kernels.quantized.Quantized`."""
+        ...
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Pret
 
 from foredraft.core.errors import told
 from foredraft.models.check import self_check
-from foredraft.models.checkpoint import ModelError, StoredTensor, one_line, quiet, some
+from foredraft.models.checkpoint import ModelError, Stored, one_line, quiet, some
 from foredraft.models.hf import HFTarget
 from foredraft.models.weights import check_unused, finite, refuse_no_floats, refuse_other_layers, refuse_other_sizes
 
@@ -29,7 +29,7 @@ def refuse_no_language_model(config: PretrainedConfig) -> None:
         )
 
 
-def empty_model(config: PretrainedConfig, weights: Mapping[str, Tensor | StoredTensor]) -> PreTrainedModel:
+def empty_model(config: PretrainedConfig, weights: Mapping[str, Tensor | Stored]) -> PreTrainedModel:
     """Checks the number of layers, the dtypes and the total size of the file, then returns a model without data.
 
     Raises:

@@ -17,6 +17,7 @@ from foredraft.core.params import SamplingParams
 from foredraft.models.checkpoint import ModelError, one_line, read_json, resolve
 from foredraft.models.files import GENERATION_CONFIG as FILE
 from foredraft.models.files import IGNORE, check_generation_config, is_loaded_model
+from foredraft.models.gguf import gguf_config, gguf_file
 
 TAKEN_OVER = {
     **{name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")},
@@ -96,7 +97,7 @@ def load_generation_config(
         ModelError: a file is missing or malformed, or sets an unsupported field.
     """
     given = _given(source, revision, choice)
-    config = source.config.to_dict() if is_loaded_model(source) else read_json(resolve(source, revision) / "config.json")
+    config = source.config.to_dict() if is_loaded_model(source) else _config(resolve(source, revision))
     text = config.get("text_config")
     nested = text.get("eos_token_id") if isinstance(text, Mapping) else None
     ends = [given.get("eos_token_id"), config.get("eos_token_id"), nested]
@@ -106,6 +107,11 @@ def load_generation_config(
     defaults |= {key: given[key] for key in LENGTHS if _is_length(key, given.get(key))}
     biases = {i: bias for i, bias in _biases(given, ids).items() if vocab_size is None or i < vocab_size}
     return defaults | ({"logit_bias": biases} if biases else {}) | {"eos_token_id": ids}
+
+
+def _config(path: Path) -> dict[str, Any]:
+    file = gguf_file(path)
+    return read_json(path / "config.json") if file is None else gguf_config(file).to_dict()
 
 
 def default_params(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class LlamaTarget:
     def __init__(
         self,
         config: Any,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Any],
         dtype: torch.dtype,
         device: torch.device,
         *,
@@ -106,7 +107,7 @@ class LlamaTarget:
         self.packed = can_pack(dtype, device) if packed is None else packed
         read = Reader(config, weights, dtype, device, self.packed)
         self._embedding = read.tensor("model.embed_tokens")
-        self.num_weight_bytes = sum(weight.numel() for weight in weights.values()) * dtype.itemsize
+        self.num_weight_bytes = sum(prod(weight.shape) for weight in weights.values()) * dtype.itemsize
         if "lm_head.weight" in weights:
             self.num_weight_bytes -= self._embedding.nbytes
         self._norm = read.norm("model.norm")

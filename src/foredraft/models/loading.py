@@ -15,11 +15,13 @@ from torch import Tensor
 from foredraft.core.contracts import Target
 from foredraft.core.errors import told, unknown_name
 from foredraft.kernels import kernels
+from foredraft.kernels.quantized import Quantized
 from foredraft.models.check import refuse_unsupported
 from foredraft.models.checkpoint import ModelError as ModelError
-from foredraft.models.checkpoint import StoredTensor, fingerprint, one_line, open_weights, read_config, resolve, some
-from foredraft.models.files import DTYPES, is_loaded_model
+from foredraft.models.checkpoint import Stored, StoredTensor, fingerprint, one_line, open_weights, read_config, resolve, some
+from foredraft.models.files import DTYPES, FULL_INPUTS, is_loaded_model
 from foredraft.models.generation import load_generation_config as load_generation_config
+from foredraft.models.gguf import gguf_config, gguf_file, open_gguf
 from foredraft.models.llama import LlamaTarget, unsupported
 from foredraft.models.native import NativeTarget, can_run
 from foredraft.models.plain import PlainConfig, expected, fits, plain_model
@@ -39,6 +41,7 @@ def load_target(
     device: str | torch.device | None = "auto",
     revision: str | None = None,
     max_len: int | None = None,
+    activations: str = FULL_INPUTS,
 ) -> Target:
     """Loads a model as a `Target`. The Llama family runs in our own decoder, other models run their Transformers code.
 
@@ -54,6 +57,7 @@ def load_target(
         revision: branch, tag or commit. Allowed for a Hub id only.
         max_len: length in tokens of the longest text. It chooses the factors of LongRoPE, see
             `foredraft.models.rope.context_of`.
+        activations: for weights of few bits, see `NativeTarget`.
 
     Raises:
         ModelError: a file is missing or corrupt, or the model cannot run over token trees.
@@ -66,7 +70,10 @@ def load_target(
             raise ModelError(f"revision {revision!r} is for Hub ids only, but the model is loaded already", "leave it out")
         return _wrap_loaded(source, wanted, place, max_len)
     path = resolve(source, revision)
+    file = gguf_file(path)
     place = place or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if file is not None:
+        return _load_gguf(file, wanted, place, max_len, activations)
     config = plain_model(path)
     if config is not None:
         weights = open_weights(path)
@@ -74,6 +81,18 @@ def load_target(
             _refuse_sizes(config)
             return _llama(config, weights, wanted or _dtype_of(config, weights), place, max_len)
     return _load(path, wanted, place, max_len)
+
+
+def _load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device, max_len: int | None, activations: str) -> Target:
+    config = gguf_config(file)
+    _refuse(config)
+    _refuse_sizes(config)
+    if unsupported(config) is not None:
+        raise ModelError(
+            f"{file.name} holds a model of type {config.model_type!r}, which does not run from a GGUF file",
+            "give the checkpoint of Transformers",
+        )
+    return _llama(config, open_gguf(file), dtype or torch.bfloat16, device, max_len, activations)
 
 
 def _load(path: Path, dtype: torch.dtype | None, device: torch.device, max_len: int | None) -> Target:
@@ -100,7 +119,9 @@ def fingerprint_of(source: Any, revision: str | None = None) -> str:
     """
     if is_loaded_model(source):
         return fingerprint(source.state_dict())
-    return fingerprint(open_weights(resolve(source, revision)))
+    path = resolve(source, revision)
+    file = gguf_file(path)
+    return fingerprint(open_gguf(file) if file else open_weights(path))
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -174,7 +195,7 @@ def _refuse_changed(model: Any) -> None:
 
 def _refuse(config: Any) -> None:
     if any(getattr(part, "quantization_config", None) for part in (config, config.get_text_config(decoder=True))):
-        raise ModelError("the checkpoint is quantised, which is not supported", "give the original in bfloat16 or float32")
+        raise ModelError("the checkpoint is quantised, which is not supported", "give a GGUF file, or the original in bfloat16")
     try:
         refuse_unsupported(config)
     except ValueError as error:
@@ -200,7 +221,12 @@ def _dtype_of(config: Any, weights: Mapping[str, StoredTensor]) -> torch.dtype:
 
 
 def _llama(
-    config: Any, weights: Mapping[str, Tensor | StoredTensor], dtype: torch.dtype, device: torch.device, max_len: int | None
+    config: Any,
+    weights: Mapping[str, Tensor | Stored],
+    dtype: torch.dtype,
+    device: torch.device,
+    max_len: int | None,
+    activations: str = FULL_INPUTS,
 ) -> LlamaTarget | NativeTarget:
     """Makes our decoder, compiled where that runs. First checks that every tensor exists and has the shape of config.json."""
     wanted = expected(config) if isinstance(config, PlainConfig) else _state_dict(config, weights)
@@ -213,9 +239,9 @@ def _llama(
     check_unused(unused, [f"model.layers.{i}" for i in range(config.num_hidden_layers)])
     refuse_other_shapes(wanted, weights)
     try:
-        tensors = {name: _read(weights[name]) for name in wanted}
+        tensors = {name: weights[name] for name in wanted}
         if can_run(config, dtype, device):
-            return NativeTarget(config, tensors, dtype, max_len=max_len)
+            return NativeTarget(config, tensors, dtype, max_len=max_len, activations=activations)
         return LlamaTarget(config, tensors, dtype, device, max_len=max_len)
     except (ValueError, RuntimeError) as error:
         if isinstance(error, ModelError):
@@ -224,22 +250,25 @@ def _llama(
         raise ModelError(f"cannot load the model: {one_line(message)}", hint) from None
 
 
-def _state_dict(config: Any, weights: Mapping[str, Tensor | StoredTensor]) -> dict[str, Tensor]:
+def _state_dict(config: Any, weights: Mapping[str, Tensor | Stored]) -> dict[str, Tensor]:
     from foredraft.models.from_transformers import empty_model
 
     return empty_model(config, weights).state_dict()
 
 
-def _tied(weights: Mapping[str, Tensor | StoredTensor]) -> dict[str, Tensor | StoredTensor]:
+def _tied(weights: Mapping[str, Tensor | Stored]) -> dict[str, Tensor | Stored]:
     """Drops a head that repeats the embedding. As in Transformers, a different head is kept, and a missing embedding is taken
     from the head."""
     kept = dict(weights)
     if _EMBEDDING not in kept and _HEAD in kept:
         kept[_EMBEDDING] = kept.pop(_HEAD)
-    if _HEAD in kept and _EMBEDDING in kept and torch.equal(_read(kept[_HEAD]), _read(kept[_EMBEDDING])):
+    if _HEAD in kept and _EMBEDDING in kept and _is_equal(kept[_HEAD], kept[_EMBEDDING]):
         del kept[_HEAD]
     return kept
 
 
-def _read(stored: Tensor | StoredTensor) -> Tensor:
-    return stored if isinstance(stored, Tensor) else stored.read()
+def _is_equal(first: Tensor | Stored, second: Tensor | Stored) -> bool:
+    mine, theirs = (stored if isinstance(stored, Tensor) else stored.read() for stored in (first, second))
+    if isinstance(mine, Quantized) and isinstance(theirs, Quantized):
+        return mine.is_like(theirs) and torch.equal(mine.weight(), theirs.weight())
+    return isinstance(mine, Tensor) and isinstance(theirs, Tensor) and torch.equal(mine, theirs)

@@ -26,8 +26,10 @@ from foredraft.core.contracts import Scores
 from foredraft.core.tree import Ids, TreeBatch
 from foredraft.kernels import library
 from foredraft.kernels.laws import as_arguments
-from foredraft.kernels.layouts import TILE, TYPES, Memory, blocked
+from foredraft.kernels.layouts import TYPES, Memory, blocked, describe_stored, store
+from foredraft.kernels.quantized import TILE, Quantized, Stored
 from foredraft.kernels.structures import CChains, CLayer, CLinear, CModel, CResidual, CStep
+from foredraft.models.files import FULL_INPUTS, ROUNDED_INPUTS
 from foredraft.models.llama import head_dim_of, window_of
 from foredraft.models.packed import describe_layer
 from foredraft.models.reader import Reader
@@ -60,6 +62,7 @@ class NativeTarget:
         dtype: dtype of the weights, keys and values, one of `TYPES`.
         threads: number of threads. None is torch's number, or 1 for a model of at most `ONE_THREAD_BYTES`.
         max_len: length in tokens of the longest text, see `foredraft.models.rope.context_of`.
+        activations: ``int8`` rounds the inputs of weights of few bits to eight bits. ``bf16`` leaves them as they are.
 
     Raises:
         ValueError: a weight is missing.
@@ -70,20 +73,22 @@ class NativeTarget:
     def __init__(
         self,
         config: Any,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Any],
         dtype: torch.dtype = torch.bfloat16,
         *,
         threads: int | None = None,
         max_len: int | None = None,
+        activations: str = FULL_INPUTS,
     ):
         code = library()
         assert code is not None, "ask can_run first"
         self.config, self.dtype = config, dtype
         self.vocab_size: int = config.vocab_size
         self.max_len: int = context_of(config, max_len)
+        self.activations = activations
         self._memory = Memory()
         self._model = self._describe(config, Reader(config, weights, self.dtype, self.device, packed=False))
-        self.num_weight_bytes = self._memory.num_bytes - (0 if self._embedding is None else self._embedding.nbytes)
+        self.num_weight_bytes = self._memory.num_bytes - self._unread_bytes
         self._threads = threads or (torch.get_num_threads() if self._memory.num_bytes > ONE_THREAD_BYTES else 1)
 
     def new_pool(self, blocks: int | Blocks) -> KVPool:
@@ -93,9 +98,9 @@ class NativeTarget:
 
     def embed(self, token_ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
         """Returns the input embeddings of tokens."""
-        if self._embedding is not None:
-            return self._embedding[token_ids]
-        return self._head[token_ids // TILE, :, token_ids % TILE].flatten(1)
+        if isinstance(table := self._head if self._embedding is None else self._embedding, Stored):
+            return table.rows(token_ids).to(self.dtype)
+        return table[token_ids // TILE, :, token_ids % TILE].flatten(1) if self._embedding is None else table[token_ids]
 
     def head(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
         """Returns the logits, in float32, of features after the last norm."""
@@ -124,14 +129,21 @@ class NativeTarget:
 
     def _describe(self, config: Any, read: Reader) -> CModel:
         """Describes the model for `decoder.h`."""
-        tied = not read.has("lm_head")
-        head = read.tensor("model.embed_tokens" if tied else "lm_head")
-        self._embedding = None if tied else self._memory.put(read.tensor("model.embed_tokens"))
-        self._head = self._memory.put(blocked(head))
+        tied, is_rounded = not read.has("lm_head"), self.activations == ROUNDED_INPUTS
+        [head] = read.weights("model.embed_tokens" if tied else "lm_head")
+        self._head, output = self._table(head, is_rounded)
+        self._embedding, table, before = None, output, self._memory.num_bytes
+        if not tied:
+            [embedding] = read.weights("model.embed_tokens")
+            if isinstance(embedding, Tensor):
+                self._embedding = self._memory.put(embedding)
+            else:
+                self._embedding, table = self._table(embedding, is_rounded)
+        self._unread_bytes = self._memory.num_bytes - before
         rotary = frequencies(config, self.max_len)
         turns = self._memory.put(rotary.frequencies.contiguous())
         described = [
-            describe_layer(self._memory, read, f"model.layers.{i}", window_of(config, i))
+            describe_layer(self._memory, read, f"model.layers.{i}", window_of(config, i), is_rounded=is_rounded)
             for i in range(config.num_hidden_layers)
         ]
         layers = (CLayer * len(described))(*described)
@@ -147,17 +159,27 @@ class NativeTarget:
             eps=config.rms_norm_eps,
             rotary_scale=rotary.scaling,
             frequencies=turns.data_ptr(),
-            embedding=None if self._embedding is None else self._embedding.data_ptr(),
-            tied=self._head.data_ptr(),
+            embedding=self._embedding.data_ptr() if isinstance(self._embedding, Tensor) else None,
+            tied=table,
             layers=ctypes.addressof(layers),
             norm=self._memory.put(read.tensor("model.norm").float()).data_ptr(),
-            head=CLinear(self._head.data_ptr(), TYPES[self.dtype], None, *head.shape),
-            vocabulary=len(head),
+            head=output,
+            vocabulary=output.outputs,
         )
+
+    def _table(self, weight: Tensor | Quantized, is_rounded: bool) -> tuple[Any, CLinear]:
+        """Stores a weight whose rows are read again. Returns it, and the layer that it is."""
+        if isinstance(weight, Quantized):
+            stored = store(self._memory, weight)
+            return stored, describe_stored(stored, None, is_rounded)
+        laid_out = self._memory.put(blocked(weight))
+        return laid_out, CLinear(laid_out.data_ptr(), TYPES[self.dtype], None, *weight.shape)
 
     @property
     def head_weight(self) -> Float[Tensor, "v d"]:
         """Weight of the head."""
+        if isinstance(self._head, Stored):
+            return self._head.rows(torch.arange(self.vocab_size)).to(self.dtype)
         return self._head.transpose(1, 2).flatten(2).flatten(0, 1)[: self.vocab_size]
 
     @property

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from foredraft.core.errors import ModelError, UserError, UserTypeError
+from foredraft.core.errors import ModelError, UserError, UserTypeError, unknown_name
 from foredraft.core.folders import BUNDLED_TARGET
+from foredraft.models.files import ACTIVATIONS, FULL_INPUTS
 from foredraft.models.generation import checked
 from foredraft.models.loading import fingerprint_of, load_generation_config, load_target, load_tokenizer
 from foredraft.models.rope import why_not_longer
@@ -71,6 +72,7 @@ def load_parts(
     revision: str | None,
     *,
     generation_config: str | Path,
+    activations: str = FULL_INPUTS,
 ) -> ModelParts:
     """Loads a target and what belongs to it. The arguments are those of `foredraft.llm.LLM`.
 
@@ -79,7 +81,10 @@ def load_parts(
         TypeError: `tokenizer` is not a tokenizer.
     """
     source = BUNDLED_TARGET if model is None else model
-    target: Any = load_target(source, dtype=dtype, device=device, revision=revision, max_len=max_model_len)
+    if activations not in ACTIVATIONS:
+        raise unknown_name("activations", str(activations), ACTIVATIONS)
+    how = {"dtype": dtype, "device": device, "revision": revision}
+    target: Any = load_target(source, **how, max_len=max_model_len, activations=activations)
     found = load_tokenizer(source, revision=revision) if tokenizer is None else _given_tokenizer(tokenizer)
     refuse_misfit(found, target.vocab_size)
     defaults = load_generation_config(source, revision, choice=generation_config, vocab_size=target.vocab_size)

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from foredraft.core.errors import UserTypeError
 from foredraft.models.checkpoint import ModelError, one_line, resolve
 from foredraft.models.files import is_loaded_model, read_json
+from foredraft.models.gguf import gguf_file, has_tokenizer
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -26,16 +27,18 @@ def load_tokenizer(source: Any, revision: str | None = None) -> Any:
         if not (source and Path(source).is_dir()):
             return None
     path = resolve(source, revision)
+    if (file := gguf_file(path)) is not None:
+        return _read(file.parent, gguf_file=file.name) if has_tokenizer(file) else None
     if not any((path / name).is_file() for name in _FILES):
         return None
     return quick_tokenizer(path) or _read(path)
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True, **options)
     except Exception as error:
         raise ModelError(
             f"cannot read the tokenizer in {str(path)!r}: {one_line(error)}", "copy the tokenizer files again"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foredraft.models.checkpoint import ModelError, StoredTensor, some
+from foredraft.models.checkpoint import ModelError, Stored, some
 
 _log = logging.getLogger("foredraft")
 
@@ -82,7 +82,7 @@ def check_unused(names: Iterable[str], layers: Collection[str]) -> None:
         _log.warning("the checkpoint holds %s, which a model with this config.json does not use", some(unused))
 
 
-def refuse_other_sizes(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor | StoredTensor]) -> None:
+def refuse_other_sizes(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor | Stored]) -> None:
     """Refuses a model that would be far larger than its file. It is called before the model is allocated.
 
     Args:
@@ -98,7 +98,7 @@ def refuse_other_sizes(expected: Mapping[str, Tensor], weights: Mapping[str, Ten
         raise ModelError(f"config.json asks for {wanted} weights, the file holds {stored}: they are not of the same model")
 
 
-def refuse_other_shapes(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor | StoredTensor]) -> None:
+def refuse_other_shapes(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor | Stored]) -> None:
     """Refuses weights that differ in shape from the model. Ignores tensors that the file lacks.
 
     Raises:
@@ -113,12 +113,14 @@ def refuse_other_shapes(expected: Mapping[str, Tensor], weights: Mapping[str, Te
             )
 
 
-def is_float(weight: Tensor | StoredTensor) -> bool:
-    """Whether a tensor holds floating-point numbers of 16 bits or more."""
+def is_float(weight: Tensor | Stored) -> bool:
+    """Whether a tensor holds floating-point numbers of 16 bits or more, or fewer bits together with their scales."""
+    if getattr(weight, "has_scales", False):
+        return True
     return weight.dtype in _TORCH_FLOATS if isinstance(weight, Tensor) else weight.dtype_name in _FLOATS
 
 
-def refuse_no_floats(weights: Mapping[str, Tensor | StoredTensor], wanted: Collection[str]) -> None:
+def refuse_no_floats(weights: Mapping[str, Tensor | Stored], wanted: Collection[str]) -> None:
     """Refuses weights in integers or in eight bits. Without a quantization_config their scales are unknown.
 
     Args:

@@ -57,6 +57,7 @@ def facts_of(target: Target, weights: Sequence[str | None]) -> dict[str, Any]:
     return {
         "target": [config.get(key) for key in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")],
         "dtype": str(getattr(target, "dtype", None)),
+        "activations": getattr(target, "activations", None),
         "device": str(getattr(target, "device", "cpu")),
         "weights": weights,
         "machine": [platform.node(), platform.machine(), os.cpu_count(), sorted(cpu_flags())],

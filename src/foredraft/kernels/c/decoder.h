@@ -16,10 +16,14 @@ static void embed(const Model *m, int64_t token, float *out) {
         for (int64_t i = 0; i < m->hidden; i += LANES) v_store(out + i, load(type, m->embedding, token * m->hidden + i));
         return;
     }
+    if (m->tied.type == NUMBERS) {
+        weights_of(&m->tied, token, out);
+        return;
+    }
     const int64_t tile = token / TILE * TILE * m->hidden, lane = token % TILE;
     for (int64_t i = 0; i < m->hidden; i += 2) {
         const int64_t at = tile + i * TILE + (type == BF16 ? 2 * lane : lane);
-        out[i] = load_one(type, m->tied, at), out[i + 1] = load_one(type, m->tied, at + (type == BF16 ? 1 : TILE));
+        out[i] = load_one(type, m->tied.weight, at), out[i + 1] = load_one(type, m->tied.weight, at + (type == BF16 ? 1 : TILE));
     }
 }
 
@@ -274,23 +278,35 @@ static int is_rest_done(const Job *job) {
     return s->num_rows < job->count;
 }
 
+INLINE int64_t qkv_width(const Model *m) { return (m->heads + 2 * m->kv_heads) * m->head_dim; }
+
+/* Computes outputs `begin` to `end` - 1 of a layer's qkv. */
+static void run_qkv(const Job *job, const Layer *layer, const void *x, int64_t begin, int64_t end) {
+    int64_t first = 0; /* of the part */
+    for (const Linear *part = layer->qkv; part < layer->qkv + 3 && part->out; first += part->out, part++) {
+        const int64_t from = most(begin - first, 0), to = least(end - first, part->out);
+        if (from >= to) continue;
+        const Linear some = outputs(part, from, to - from);
+        linear_into(&job->workspace, &some, x, job->count, job->qkv + first + from, qkv_width(job->model));
+    }
+}
+
 /* Computes keys and values of all rows in x, drops rows without logits, and computes the queries of the others. */
 static void keep_wanted(Job *job, const Phase *phase, void *x) {
     const Model *m = job->model;
-    const Linear *qkv = &m->layers[phase->index].qkv;
+    const Layer *layer = m->layers + phase->index;
     const int64_t *rows = job->step->rows, size = m->head_dim, q = m->heads * size;
-    const Linear queries = outputs(qkv, 0, q), rest = outputs(qkv, q, qkv->out - q);
-    linear_into(&job->workspace, &rest, x, job->count, job->qkv + q, qkv->out);
+    run_qkv(job, layer, x, q, qkv_width(m));
     over_rows(job->workspace.threads, store_row, phase, job->count, 4 * m->hidden);
     for (int64_t i = 0; i < job->step->num_rows; i++) {
         job->tree[i] = job->tree[rows[i]], job->node[i] = job->node[rows[i]];
         memmove(job->states + i * m->hidden, job->states + rows[i] * m->hidden, m->hidden * sizeof(float));
         memmove(job->rotary + i * size, job->rotary + rows[i] * size, size * sizeof(float));
-        move_input(job, x, i, x, rows[i], qkv->in);
+        move_input(job, x, i, x, rows[i], layer->qkv->in);
     }
     job->count = job->step->num_rows, job->only_wanted = 1;
     if (job->count == 0) return;
-    linear_into(&job->workspace, &queries, x, job->count, job->qkv, qkv->out);
+    run_qkv(job, layer, x, 0, q);
     over_rows(job->workspace.threads, query_row, phase, job->count, 4 * m->hidden);
 }
 
@@ -305,11 +321,11 @@ static void run(Job *job) {
     for (int64_t i = 0; i < m->num_layers; i++) {
         const Layer *layer = m->layers + i;
         phase.index = i;
-        void *x = layer->qkv.in > m->hidden ? job->pair : job->normed;
+        void *x = layer->qkv->in > m->hidden ? job->pair : job->normed;
         if (x == job->normed) normalize_rows(job, layer->input_norm);
         if (i == m->num_layers - 1 && is_rest_done(job)) keep_wanted(job, &phase, x);
         else {
-            linear(&job->workspace, &layer->qkv, x, job->count, job->qkv, 0);
+            run_qkv(job, layer, x, 0, qkv_width(m));
             over_rows(job->workspace.threads, row_of_layer, &phase, job->count, 4 * m->hidden);
         }
         if (job->count == 0) return;
@@ -343,8 +359,18 @@ static int64_t widest(const Model *m) {
     const Entry *entry = &m->entry;
     int64_t size = most(most(m->head.in, entry->fc.in), most(most(entry->gate.in, entry->down.in), entry->ahead.in));
     for (const Layer *layer = m->layers; layer < m->layers + m->num_layers; layer++)
-        size = most(size, most(most(layer->qkv.in, layer->output.in), most(layer->gate.in, layer->down.in)));
+        size = most(size, most(most(layer->qkv->in, layer->output.in), most(layer->gate.in, layer->down.in)));
     return size;
+}
+
+/* Returns whether a layer needs its inputs in another form, see `inputs`. */
+static int converts(const Model *m, int64_t n, int64_t rows) {
+    const int type = (int)m->type;
+    if (way_of(&m->head, type, rows) != AS_GIVEN || m->entry.fc.type == NUMBERS || m->entry.gate.type == NUMBERS) return 1;
+    for (const Layer *layer = m->layers; layer < m->layers + m->num_layers; layer++)
+        for (const Linear *linear = layer->qkv; linear <= &layer->down; linear++)
+            if (way_of(linear, type, n) != AS_GIVEN) return 1;
+    return 0;
 }
 
 static size_t lay_out(Job *job, char *block, int64_t num_nodes) {
@@ -365,8 +391,8 @@ static size_t lay_out(Job *job, char *block, int64_t num_nodes) {
     job->last = cut(block, &used, rows * m->hidden, input);
     job->weights = cut(block, &used, team_size() * MOST_QUERIES * job->room, sizeof(float));
     if (m->token_ids) job->drafted = cut(block, &used, rows * m->head.out, sizeof(float));
-    if (m->layers->qkv.type == Q4 || is_packed(&m->layers->qkv, n) || m->head.type == Q4 || is_packed(&m->head, rows))
-        for (int i = 0; i < (m->entry.norm ? 2 : 1); i++) /* only the layer of `enter` has two kinds of inputs */
+    if (converts(m, n, rows))
+        for (int i = 0; i < 2; i++) /* a gate and the layer beside it may take two kinds of inputs */
             job->workspace.room[i] = cut(block, &used, room_of(most(n, rows), widest(m)), 1);
     if (job->step->given == NULL) return used;
     job->embedded = cut(block, &used, n * m->hidden, input);

@@ -19,18 +19,51 @@ static void normalize(int type, const float *x, const float *weight, void *out, 
 
 enum { TILE = 32, VECTORS = TILE / LANES, LINE = 64, PARTS = 2, CHUNK = 64 };
 
+/* Calls CALL with n, from 1 to MOST_ROWS, as a constant. With inputs rounded to eight bits, fewer rows are computed together on sets
+   with few registers. */
+#if MOST_ROWS == 12
+#define ROW_CASES(CALL) CALL(1) CALL(2) CALL(3) CALL(4) CALL(5) CALL(6) CALL(7) CALL(8) CALL(9) CALL(10) CALL(11) CALL(12)
+#define HALF_ROW_CASES(CALL) CALL(1) CALL(2) CALL(3) CALL(4) CALL(5) CALL(6)
+#define ROUNDED_ROW_CASES HALF_ROW_CASES
+enum { ROUNDED_ROWS = 6 };
+#elif MOST_ROWS == 6
+#define ROW_CASES(CALL) CALL(1) CALL(2) CALL(3) CALL(4) CALL(5) CALL(6)
+#define ROUNDED_ROW_CASES(CALL) CALL(1) CALL(2) CALL(3)
+enum { ROUNDED_ROWS = 3 };
+#else
+#define ROW_CASES(CALL) CALL(1) CALL(2) CALL(3) CALL(4)
+#define ROUNDED_ROW_CASES(CALL) CALL(1) CALL(2)
+enum { ROUNDED_ROWS = 2 };
+#endif
+
+/* How the inputs of a layer are multiplied: as they are, packed for many rows (see `packed_products`), rounded to eight bits, or in
+   pairs with numbers of few bits. `type` is that of the model. */
+enum { AS_GIVEN, PACKED, ROUNDED, IN_PAIRS };
+
+enum { EXACT_ROWS = 2 }; /* beside numbers of few bits, whose conversion takes as many registers as the sums of a further row */
+
+INLINE int way_of(const Linear *layer, int type, int64_t rows) {
+    if (layer->type != NUMBERS) return !is_paired((int)layer->type) && rows >= PACKED_ROWS ? PACKED : AS_GIVEN;
+    if (layer->is_rounded) return ROUNDED;
+    return is_paired(type) ? IN_PAIRS : rows > EXACT_ROWS ? PACKED : AS_GIVEN;
+}
+
 /* Rows run in groups of about equal size. A group is small enough that its sums stay in registers: at most UNPACKED_ROWS beside
    weights as they are stored, whose conversion takes registers too, and MOST_ROWS beside packed ones. From MANY_ROWS on, groups are
    half as large, so that inputs stay in the L1 cache: products limit the speed of a prompt, not the reading of weights. */
-INLINE int64_t most_rows(const Linear *layer, int64_t rows) {
-    return most(1, layer->type == Q4 || rows >= MANY_ROWS ? MOST_ROWS / 2 : rows < PACKED_ROWS ? UNPACKED_ROWS : MOST_ROWS);
+INLINE int64_t most_rows(const Linear *layer, int way, int64_t rows) {
+    if (way == IN_PAIRS) return layer->bits == 4 && rows <= MOST_ROWS ? MOST_ROWS : MOST_ROWS / 2;
+    if (layer->type == NUMBERS && way != PACKED) return way == ROUNDED ? ROUNDED_ROWS : EXACT_ROWS;
+    return most(1, rows >= MANY_ROWS ? MOST_ROWS / 2 : way == PACKED ? MOST_ROWS : UNPACKED_ROWS);
 }
 
-INLINE int64_t groups_of(const Linear *layer, int64_t rows) {
-    return rows > 0 ? (rows + most_rows(layer, rows) - 1) / most_rows(layer, rows) : 1;
+INLINE int64_t groups_of(const Linear *layer, int way, int64_t rows) {
+    return rows > 0 ? (rows + most_rows(layer, way, rows) - 1) / most_rows(layer, way, rows) : 1;
 }
 
-INLINE int64_t group_of(const Linear *layer, int64_t rows) { return (rows + groups_of(layer, rows) - 1) / groups_of(layer, rows); }
+INLINE int64_t group_of(const Linear *layer, int way, int64_t rows) {
+    return (rows + groups_of(layer, way, rows) - 1) / groups_of(layer, way, rows);
+}
 
 /* Weights to prefetch while others are used. With many rows the hardware prefetches too late. A single group of rows prefetches
    AHEAD bytes ahead; a whole number of pages would be slower by a tenth. Several groups each prefetch a share of the next tile. */
@@ -51,11 +84,12 @@ INLINE void ask(Ahead *ahead, int lines) {
     ahead->at += lines * ahead->pace;
 }
 
-/* Input rows in the form that a layer multiplies: see `store_input`, or integers of eight bits. */
+/* Input rows in the form that a layer multiplies, see `way_of`. */
 typedef struct {
-    const void *rows;
-    const float *steps;     /* for integers, [rows][in / 32]: the value of 1 */
-    const int32_t *offsets; /* for integers, [rows][in / 32]: -8 times their sum, because stored weights are larger by 8 */
+    const void *rows; /* see `store_input`; integers of eight bits; or, IN_PAIRS, inputs 0, 2, 1, 3 of every four */
+    int way, type;    /* type of the model */
+    const float *steps; /* of rounded inputs, [rows][in / 32]: the value of 1 */
+    const void *sums; /* [rows][in / 16], beside numbers of few bits: the sums of inputs, int32 if they are rounded, else float */
 } Rows;
 
 /* Returns the weights of input i + k, of the outputs from `lane` on. i is even; k is 0 or 1. */
@@ -125,70 +159,12 @@ INLINE void tile_of(const int n, const int type, const void *x, const void *w, i
         }
 }
 
-/* The same for four-bit weights. Sums within a block are integers, which are then scaled; blocks are added in order. */
-INLINE void q4_tile_of(
-    const int n, const Rows *x, int64_t row, const Block *block, int64_t size, Ahead ahead, float (*out)[TILE]
-) {
-    enum { HALF_TILE = VECTORS / 2 };
-    const int8_t *numbers = (const int8_t *)x->rows + row * size;
-    const int64_t blocks = size / TILE, at = row * blocks;
-    V sum[MOST_ROWS][VECTORS];
-    UNROLL
-    for (int m = 0; m < n; m++)
-        UNROLL
-        for (int v = 0; v < VECTORS; v++) sum[m][v] = v_set(0);
-    for (int64_t b = 0; b < blocks; b++, block++) {
-        Q whole[MOST_ROWS][VECTORS];
-        ask(&ahead, 1);
-        UNROLL
-        for (int m = 0; m < n; m++)
-            UNROLL
-            for (int v = 0; v < VECTORS; v++) whole[m][v] = q_zero();
-        for (int i = 0; i < TILE / 4; i++) {
-            ask(&ahead, 1);
-            UNROLL
-            for (int v = 0; v < HALF_TILE; v++) {
-                const B both = b_load(block->numbers[i][v * LANES]), lower = b_low(both), upper = b_high(both);
-                UNROLL
-                for (int m = 0; m < n; m++) {
-                    const int8_t *four = numbers + m * size + b * TILE + 4 * i;
-                    whole[m][v] = q_dot(whole[m][v], lower, four);
-                    whole[m][v + HALF_TILE] = q_dot(whole[m][v + HALF_TILE], upper, four);
-                }
-            }
-        }
-        UNROLL
-        for (int v = 0; v < VECTORS; v++) {
-            const V scales = v_of_bf16(c_load(block->scales + v * LANES));
-            UNROLL
-            for (int m = 0; m < n; m++) {
-                const V values = q_sum(whole[m][v], x->offsets[at + m * blocks + b]);
-                sum[m][v] = v_fma(values, v_mul(scales, v_set(x->steps[at + m * blocks + b])), sum[m][v]);
-            }
-        }
-    }
-    UNROLL
-    for (int m = 0; m < n; m++)
-        UNROLL
-        for (int v = 0; v < VECTORS; v++) v_store(out[m] + v * LANES, sum[m][v]);
-}
+#include "quantized.h"
 
 /* Returns the bytes of the weights of 32 outputs. */
 INLINE int64_t tile_bytes(const Linear *layer) {
-    return layer->type == Q4 ? layer->in / TILE * (int64_t)sizeof(Block) : TILE * layer->in * size_of(layer->type);
+    return layer->in * (layer->type == NUMBERS ? TILE * layer->bits / 8 : TILE * size_of((int)layer->type));
 }
-
-/* Calls CALL with n, from 1 to MOST_ROWS, as a constant. */
-#if MOST_ROWS == 12
-#define ROW_CASES(CALL) CALL(1) CALL(2) CALL(3) CALL(4) CALL(5) CALL(6) CALL(7) CALL(8) CALL(9) CALL(10) CALL(11) CALL(12)
-#define HALF_ROW_CASES(CALL) CALL(1) CALL(2) CALL(3) CALL(4) CALL(5) CALL(6)
-#elif MOST_ROWS == 6
-#define ROW_CASES(CALL) CALL(1) CALL(2) CALL(3) CALL(4) CALL(5) CALL(6)
-#define HALF_ROW_CASES(CALL) CALL(1) CALL(2) CALL(3)
-#else
-#define ROW_CASES(CALL) CALL(1) CALL(2) CALL(3) CALL(4)
-#define HALF_ROW_CASES(CALL) CALL(1) CALL(2)
-#endif
 
 #define TYPED_TILES(NAME, TYPE) \
     static void NAME(int n, const void *x, const void *w, int64_t size, Ahead ahead, float (*out)[TILE]) { \
@@ -202,21 +178,67 @@ TYPED_TILES(bf16_tile, BF16_CASE)
 TYPED_TILES(f16_tile, F16_CASE)
 TYPED_TILES(f32_tile, F32_CASE)
 
-static void q4_tile(int n, const Rows *x, int64_t row, const Block *block, int64_t size, Ahead ahead, float (*out)[TILE]) {
-    switch (n) {
-#define Q4_CASE(N) case N: q4_tile_of(N, x, row, block, size, ahead, out); break;
-        HALF_ROW_CASES(Q4_CASE)
+#define BITS_CASES(CALL) CALL(4) CALL(5) CALL(6) CALL(8)
+
+static void rounded_tile(int n, const Rows *x, int64_t row, const Linear *layer, int64_t tile, Ahead ahead, float (*out)[TILE]) {
+    switch (n * 16 + (int)layer->bits) {
+#define ROUNDED_CASE(N, BITS) case N * 16 + BITS: rounded_tile_of(N, BITS, x, row, layer, tile, ahead, out); break;
+#define ROUNDED_BITS(N) ROUNDED_CASE(N, 4) ROUNDED_CASE(N, 5) ROUNDED_CASE(N, 6) ROUNDED_CASE(N, 8)
+        ROUNDED_ROW_CASES(ROUNDED_BITS)
     }
 }
+
+static void exact_tile(int n, const float *x, const Linear *layer, int64_t tile, Ahead ahead, float (*out)[TILE]) {
+    switch (n * 16 + (int)layer->bits) {
+#define EXACT_CASE(N, BITS) case N * 16 + BITS: exact_tile_of(N, BITS, x, layer, tile, ahead, out); break;
+#define EXACT_BITS(N) EXACT_CASE(N, 4) EXACT_CASE(N, 5) EXACT_CASE(N, 6) EXACT_CASE(N, 8)
+        EXACT_BITS(1) EXACT_BITS(2)
+    }
+}
+
+#if PAIRED
+static void paired_part(
+    int n, int mode, const uint16_t *x, const float *sums, P *kept, const Linear *layer, int64_t tile, int64_t begin, int64_t end,
+    Ahead *ahead, float (*out)[TILE]
+) {
+    switch ((n * 4 + mode) * 16 + (mode == KEPT ? 4 : (int)layer->bits)) {
+#define PART_OF(N, MODE, BITS) \
+    case (N * 4 + MODE) * 16 + BITS: \
+        paired_part_of(N, BITS, MODE, x, sums, kept, layer, tile, begin, end, ahead, out); \
+        break;
+#define KEPT_PARTS(N) PART_OF(N, KEPT, 4)
+#define DIRECT_PARTS(N) PART_OF(N, DIRECT, 4) PART_OF(N, DIRECT, 5) PART_OF(N, DIRECT, 6) PART_OF(N, DIRECT, 8)
+#define KEEPING_PARTS(N) PART_OF(N, KEEPING, 4) PART_OF(N, KEEPING, 5) PART_OF(N, KEEPING, 6) PART_OF(N, KEEPING, 8)
+        HALF_ROW_CASES(KEPT_PARTS)
+        HALF_ROW_CASES(DIRECT_PARTS)
+        KEEPING_PARTS(4) KEEPING_PARTS(5) KEEPING_PARTS(6)
+        PART_OF(7, DIRECT, 4) PART_OF(8, DIRECT, 4) PART_OF(9, DIRECT, 4)
+        PART_OF(10, DIRECT, 4) PART_OF(11, DIRECT, 4) PART_OF(12, DIRECT, 4)
+    }
+}
+
+/* Several groups of rows use the numbers that the first of them has converted. */
+static void paired_products(
+    int64_t n, int64_t group, const Rows *x, int64_t row, const Linear *layer, int64_t tile, float (*out)[TILE]
+) {
+    const int64_t size = layer->in, units = size / SMALL_GROUP, span = n > group ? SPAN : size;
+    const uint16_t *inputs = (const uint16_t *)x->rows + row * size;
+    const float *sums = (const float *)x->sums + row * units;
+    P kept[SPAN / STEP * VECTORS * 2];
+    Ahead ahead = ahead_of((const char *)layer->weight + tile * tile_bytes(layer), tile_bytes(layer), 0, 1);
+    for (int64_t begin = 0; begin < size; begin += span)
+        for (int64_t m = 0; m < n; m += group) {
+            const int some = (int)least(group, n - m), mode = n <= group ? DIRECT : m ? KEPT : KEEPING;
+            const int64_t end = least(begin + span, size);
+            paired_part(some, mode, inputs + m * size, sums + m * units, kept, layer, tile, begin, end, &ahead, out + m);
+        }
+}
+#endif
 
 /* From PACKED_ROWS on, on sets that multiply single numbers: DEPTH weights of some vectors of outputs are converted to float32, and serve a
    block of rows. They fill 16 KB, half of an L1 cache. The inputs of a group of rows are packed, input after input. So both are
    read in the order in which they are stored. */
 enum { MOST_BLOCK = 192, ABREAST = MOST_ROWS <= WIDE_ROWS ? VECTORS : VECTORS / 2, DEPTH = 4096 / (ABREAST * LANES) };
-
-INLINE int is_packed(const Linear *layer, int64_t rows) {
-    return layer->type != Q4 && !is_paired((int)layer->type) && rows >= PACKED_ROWS;
-}
 
 typedef struct {
     const float *x;
@@ -276,7 +298,15 @@ static void packed_part(int64_t n, const float *x, const float *w, int first, in
     }
 }
 
-static void packed_products(int64_t n, int64_t group, const float *x, const Linear *layer, const void *w, float (*out)[TILE]) {
+static void unpack_numbers(const Linear *layer, int64_t tile, int64_t begin, int64_t end, int first, float *out) {
+    switch (layer->bits) {
+#define UNPACK_CASE(BITS) case BITS: unpack_numbers_of(BITS, layer, tile, begin, end, first, ABREAST, out); break;
+        BITS_CASES(UNPACK_CASE)
+    }
+}
+
+static void packed_products(int64_t n, int64_t group, const float *x, const Linear *layer, int64_t tile, float (*out)[TILE]) {
+    const void *w = (const char *)layer->weight + tile * tile_bytes(layer);
     float space[DEPTH * ABREAST * LANES];
     for (int64_t begin = 0; begin < layer->in; begin += DEPTH)
         for (int first = 0; first < VECTORS; first += ABREAST) {
@@ -284,7 +314,8 @@ static void packed_products(int64_t n, int64_t group, const float *x, const Line
             switch (layer->type) {
             case BF16: unpack(BF16, w, begin, end, first, space); break;
             case F16: unpack(F16, w, begin, end, first, space); break;
-            default: unpack(F32, w, begin, end, first, space);
+            case F32: unpack(F32, w, begin, end, first, space); break;
+            default: unpack_numbers(layer, tile, begin, end, first, space);
             }
             for (int64_t row = 0; row < n; row += group) {
                 const int64_t some = least(group, n - row);
@@ -298,33 +329,40 @@ static void packed_products(int64_t n, int64_t group, const float *x, const Line
 #endif
 
 /* Returns the number of rows whose outputs of a tile are computed together: some groups. */
-INLINE int64_t block_of(const Linear *layer, int64_t rows) {
+INLINE int64_t block_of(const Linear *layer, int way, int64_t rows) {
 #ifdef USE_AMX
     if (layer->type == BF16) return MOST_BLOCK;
 #endif
-    return MOST_BLOCK / group_of(layer, rows) * group_of(layer, rows);
+    return MOST_BLOCK / group_of(layer, way, rows) * group_of(layer, way, rows);
 }
 
 /* Computes the outputs of a tile for n rows from `row` on, a block of all `count` rows. */
 static void products(int64_t n, const Rows *x, int64_t row, int64_t count, const Linear *layer, int64_t tile, float (*out)[TILE]) {
-    const int64_t size = layer->in, bytes = tile_bytes(layer), group = group_of(layer, count), groups = groups_of(layer, count);
+    const int64_t size = layer->in, bytes = tile_bytes(layer);
+    const int64_t group = group_of(layer, x->way, count), groups = groups_of(layer, x->way, count);
     const void *w = (const char *)layer->weight + tile * bytes;
 #ifdef USE_AMX
     if (layer->type == BF16) tile_products(n, (const uint16_t *)x->rows + row * size, w, size, row, count, out);
     else
 #endif
-    if (is_packed(layer, count)) packed_products(n, group, (const float *)x->rows + row * size, layer, w, out);
+#if PAIRED
+    if (x->way == IN_PAIRS) paired_products(n, group, x, row, layer, tile, out);
+    else
+#endif
+    if (x->way == PACKED) packed_products(n, group, (const float *)x->rows + row * size, layer, tile, out);
     else
         for (int64_t m = 0; m < n; m += group) {
             const Ahead ahead = ahead_of(w, bytes, (row + m) / group, groups);
-            const void *from = layer->type == Q4 ? NULL : input_at((int)layer->type, x->rows, (row + m) * size);
+            const void *from = input_at(x->type, x->rows, (row + m) * size);
             const int some = (int)least(group, n - m);
-            switch (layer->type) {
-            case BF16: bf16_tile(some, from, w, size, ahead, out + m); break;
-            case F16: f16_tile(some, from, w, size, ahead, out + m); break;
-            case F32: f32_tile(some, from, w, size, ahead, out + m); break;
-            default: q4_tile(some, x, row + m, w, size, ahead, out + m);
-            }
+            if (x->way == ROUNDED) rounded_tile(some, x, row + m, layer, tile, ahead, out + m);
+            else
+                switch (layer->type) {
+                case BF16: bf16_tile(some, from, w, size, ahead, out + m); break;
+                case F16: f16_tile(some, from, w, size, ahead, out + m); break;
+                case F32: f32_tile(some, from, w, size, ahead, out + m); break;
+                default: exact_tile(some, from, layer, tile, ahead, out + m);
+                }
         }
     if (layer->bias == NULL) return;
     for (int64_t m = 0; m < n; m++)
@@ -343,6 +381,10 @@ INLINE Linear outputs(const Linear *layer, int64_t first, int64_t count) {
     Linear some = *layer;
     some.weight = (const char *)layer->weight + first / TILE * tile_bytes(layer), some.out = count;
     if (layer->bias) some.bias += first;
+    if (layer->type == NUMBERS) {
+        some.scales = (const char *)layer->scales + first / TILE * scale_bytes(layer);
+        if (layer->more) some.more = (const char *)layer->more + first / TILE * more_bytes(layer);
+    }
     return some;
 }
 
@@ -354,20 +396,21 @@ typedef struct {
     void *room[2];
 } Workspace;
 
-/* Returns the bytes that `inputs` needs for rows that are packed, or rounded to eight bits. */
+/* Returns the bytes that `inputs` needs for rows. */
 INLINE int64_t room_of(int64_t rows, int64_t size) { return rows * size * 4; }
 
 typedef struct {
-    int64_t type, size;
+    int64_t type, size, shifted;
     const void *x;
-    int8_t *numbers;
+    void *numbers, *sums;
     float *steps;
-    int32_t *offsets;
-} Rounding;
+} Conversion;
 
 /* Rounds a row to integers from -127 to 127; NaN becomes -128. 32 inputs share a step. */
 static void round_piece(const void *given, int64_t row, int id) {
-    const Rounding *job = given;
+    const Conversion *job = given;
+    int8_t *numbers = job->numbers;
+    int32_t *sums = job->sums;
     (void)id;
     for (int64_t at = row * job->size; at < (row + 1) * job->size; at += TILE) {
         V x[VECTORS], extent = v_set(0);
@@ -378,29 +421,48 @@ static void round_piece(const void *given, int64_t row, int id) {
         const float largest = largest_of(extent), steps = largest > 0 ? 127 / largest : 0;
         float whole[TILE];
         for (int v = 0; v < VECTORS; v++) {
-            const V value = v_max(v_round(v_mul(x[v], v_set(steps))), v_set(-128)); 
+            const V value = v_max(v_round(v_mul(x[v], v_set(steps))), v_set(-128));
             v_store(whole + v * LANES, v_sub(v_set(0), v_max(v_sub(v_set(0), value), v_set(-127))));
         }
-        int32_t sum = 0;
-        for (int i = 0; i < TILE; i++) job->numbers[at + i] = (int8_t)whole[i], sum += (int32_t)whole[i];
-        job->steps[at / TILE] = largest / 127, job->offsets[at / TILE] = -8 * sum;
+        for (int half = 0; half < 2; half++) {
+            int32_t sum = 0;
+            for (int i = half * SMALL_GROUP; i < (half + 1) * SMALL_GROUP; i++)
+                numbers[at + i] = (int8_t)whole[i], sum += (int32_t)whole[i];
+            sums[at / SMALL_GROUP + half] = sum;
+        }
+        job->steps[at / TILE] = largest / 127;
+    }
+}
+
+/* Reorders the bf16 inputs of a row to 0, 2, 1, 3 of every four. Adds up 16 inputs at a time if the layer needs the sums. */
+static void reorder_piece(const void *given, int64_t row, int id) {
+    const Conversion *job = given;
+    const uint16_t *x = (const uint16_t *)job->x + row * job->size;
+    uint16_t *to = (uint16_t *)job->numbers + row * job->size;
+    float *sums = (float *)job->sums + row * (job->size / SMALL_GROUP);
+    (void)id;
+    for (int64_t i = 0; i < job->size; i += STEP) to[i] = x[i], to[i + 1] = x[i + 2], to[i + 2] = x[i + 1], to[i + 3] = x[i + 3];
+    for (int64_t i = 0; job->shifted && i < job->size / SMALL_GROUP; i++) {
+        float sum = 0;
+        for (int k = 0; k < SMALL_GROUP; k++) sum += float_of_bf16(x[i * SMALL_GROUP + k]);
+        sums[i] = sum;
     }
 }
 
 /* Converts inputs to the form that `layer` multiplies. */
 static Rows inputs(const Workspace *workspace, const Linear *layer, const void *x, int64_t rows, int room) {
-    if (is_packed(layer, rows)) {
-        const int64_t group = group_of(layer, rows);
+    const int type = (int)workspace->type, way = way_of(layer, type, rows);
+    if (way == AS_GIVEN) return (Rows){.rows = x, .way = way, .type = type};
+    if (way == PACKED) {
+        const int64_t group = group_of(layer, way, rows);
         Packing job = {.x = x, .packed = workspace->room[room], .rows = rows, .group = group, .size = layer->in};
         parallel(workspace->threads, pack_group, &job, (rows + group - 1) / group);
-        return (Rows){.rows = job.packed};
+        return (Rows){.rows = job.packed, .way = way, .type = type};
     }
-    if (layer->type != Q4) return (Rows){.rows = x};
-    const int64_t blocks = rows * layer->in / TILE;
-    Rounding job = {.type = workspace->type, .size = layer->in, .x = x, .steps = workspace->room[room]};
-    job.offsets = (int32_t *)(job.steps + blocks), job.numbers = (int8_t *)(job.offsets + blocks);
-    over_rows(workspace->threads, round_piece, &job, rows, 2 * layer->in);
-    return (Rows){job.numbers, job.steps, job.offsets};
+    Conversion job = {.type = type, .size = layer->in, .x = x, .steps = workspace->room[room], .shifted = is_shifted(layer)};
+    job.sums = job.steps + rows * layer->in / TILE, job.numbers = (float *)job.sums + rows * layer->in / SMALL_GROUP;
+    over_rows(workspace->threads, way == ROUNDED ? round_piece : reorder_piece, &job, rows, 2 * layer->in);
+    return (Rows){.rows = job.numbers, .way = way, .type = type, .steps = job.steps, .sums = job.sums};
 }
 
 typedef struct {
@@ -415,7 +477,7 @@ typedef struct {
 static void linear_tile(const Product *job, int64_t tile) {
     const Linear *layer = job->layer;
     float out[MOST_BLOCK][TILE];
-    for (int64_t row = 0, block = block_of(layer, job->rows); row < job->rows; row += block) {
+    for (int64_t row = 0, block = block_of(layer, job->x.way, job->rows); row < job->rows; row += block) {
         const int64_t n = least(block, job->rows - row), width = least(TILE, layer->out - tile * TILE);
         products(n, &job->x, row, job->rows, layer, tile, out);
         for (int64_t m = 0; m < n; m++) {
@@ -428,10 +490,17 @@ static void linear_tile(const Product *job, int64_t tile) {
     }
 }
 
+/* Returns the number of rows for which both layers of a gate compute a tile, a multiple of the groups of both. */
+INLINE int64_t common_block(const Product *job) {
+    const int64_t block = block_of(job->other, job->x.way, job->rows), gate_block = block_of(job->layer, job->gate_x.way, job->rows);
+    const int64_t group = group_of(job->other, job->x.way, job->rows) * group_of(job->layer, job->gate_x.way, job->rows);
+    return block == gate_block ? block : most(1, MOST_BLOCK / group) * group;
+}
+
 static void gated_tile(const Product *job, int64_t tile) {
     const Linear *gate = job->layer, *up = job->other;
     float g[MOST_BLOCK][TILE], u[MOST_BLOCK][TILE];
-    for (int64_t row = 0, block = block_of(gate, job->rows); row < job->rows; row += block) {
+    for (int64_t row = 0, block = common_block(job); row < job->rows; row += block) {
         const int64_t n = least(block, job->rows - row);
         products(n, &job->gate_x, row, job->rows, gate, tile, g);
         products(n, &job->x, row, job->rows, up, tile, u);
@@ -484,7 +553,8 @@ static void gated(
     const Workspace *workspace, const Linear *gate, const Linear *up, const void *gate_x, const void *x, int64_t rows, void *act
 ) {
     Product job = {.layer = gate, .other = up, .rows = rows, .act = act};
+    const int same = way_of(gate, (int)workspace->type, rows) == way_of(up, (int)workspace->type, rows);
     job.x = inputs(workspace, up, x, rows, 0);
-    job.gate_x = gate_x == x ? job.x : inputs(workspace, gate, gate_x, rows, 1);
+    job.gate_x = gate_x == x && same && is_shifted(up) >= is_shifted(gate) ? job.x : inputs(workspace, gate, gate_x, rows, 1);
     run_tiles(workspace, &job);
 }

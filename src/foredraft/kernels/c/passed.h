@@ -5,19 +5,17 @@
 typedef uint16_t bf16;
 
 typedef struct {
-    /* BF16: [out / 32][in / 2][32][2]. F16, F32: [out / 32][in][32]. Q4: Block [out / 32][in / 32]. out is padded to 32 with zeros */
+    /* BF16: [out / 32][in / 2][32][2]. F16, F32: [out / 32][in][32]. NUMBERS: see quantized.h. out is padded to 32 with zeros */
     const void *weight;
     int64_t type;      /* of the weights */
     const float *bias; /* [out] or NULL */
     int64_t out, in;
+    /* of the type NUMBERS only, see quantized.h */
+    int64_t bits, is_rounded; /* of a number: 4, 5, 6 or 8; whether inputs are rounded to eight bits */
+    int64_t form, group;      /* how numbers become weights; inputs that share a scale */
+    int64_t scale_type;       /* BF16, F16 or F32 */
+    const void *scales, *more;
 } Linear;
-
-/* Four-bit weights of 32 inputs and 32 outputs. The weight of output o is (number - 8) scales[o]. For o < 16 the number is the
-   lower half of the byte numbers[i / 4][o][i % 4], else the upper half of numbers[i / 4][o - 16][i % 4]. */
-typedef struct {
-    bf16 scales[32];
-    uint8_t numbers[8][16][4];
-} Block;
 
 /* x + silu(linear(x)), or skip(x) + silu(linear(x)) if the weight of `skip` is not NULL. */
 typedef struct {
@@ -26,7 +24,8 @@ typedef struct {
 
 typedef struct {
     const float *input_norm, *q_norm, *k_norm, *post_norm; /* NULL: no such norm; q_norm, k_norm: [head_dim] */
-    Linear qkv, output, gate, up, down; /* a draft head's down has 2 hidden outputs if it scores one state and carries another */
+    Linear qkv[3]; /* their outputs follow each other; fewer parts if weights are stored alike, the others have no outputs */
+    Linear output, gate, up, down; /* a draft head's down has 2 hidden outputs if it scores one state and carries another */
     int64_t window; /* tokens that a token sees, itself included */
 } Layer;
 
@@ -45,7 +44,7 @@ typedef struct {
     float eps, rotary_scale;
     const float *frequencies; /* [head_dim / 2] */
     const void *embedding;    /* [vocabulary][hidden], or NULL if `tied` holds it */
-    const void *tied;         /* the embedding, laid out as the weight of a linear layer */
+    Linear tied;              /* the embedding as a linear layer, which is usually the head */
     const Layer *layers;
     const float *norm;        /* NULL: no norm */
     Linear head;              /* weight NULL: no head, and the input states are the given features */

@@ -76,16 +76,35 @@ INLINE B b_low(B x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 INLINE B b_high(B x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
 INLINE Q q_zero(void) { return _mm256_setzero_si256(); }
 
-INLINE Q q_dot(Q sum, B w, const int8_t *x) {
+INLINE __m256i four_bytes(const void *x) {
     int32_t four;
     memcpy(&four, x, sizeof four);
-    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, _mm256_set1_epi32(four)));
+    return _mm256_set1_epi32(four);
 }
+
+INLINE Q q_dot(Q sum, B w, const int8_t *x) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, four_bytes(x))); }
 
 INLINE V q_sum(Q sum, int32_t more) {
     const __m256i whole = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
     return _mm256_cvtepi32_ps(_mm256_add_epi32(whole, _mm256_set1_epi32(more)));
 }
+
+/* The same for bytes above 15: the even and the odd inputs of a lane are multiplied in 16 bits, and added in 32. */
+INLINE Q wide_dot(Q sum, B w, const int8_t *x) {
+    const __m256i four = four_bytes(x), even = _mm256_and_si256(w, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(w, 8);
+    const __m256i first = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8), second = _mm256_srai_epi16(four, 8);
+    return _mm256_add_epi32(_mm256_add_epi32(sum, _mm256_madd_epi16(even, first)), _mm256_madd_epi16(odd, second));
+}
+INLINE V wide_sum(Q sum, int32_t more) { return _mm256_cvtepi32_ps(_mm256_add_epi32(sum, _mm256_set1_epi32(more))); }
+
+/* Bytes: some of their bits; the lower and the upper half joined; byte k of every lane; signed bytes as numbers. */
+INLINE B b_bits(B x, int shift, int mask) {
+    return _mm256_and_si256(_mm256_srl_epi16(x, _mm_cvtsi32_si128(shift)), _mm256_set1_epi8((char)mask));
+}
+INLINE B b_join(B low, B high) { return _mm256_or_si256(low, _mm256_slli_epi16(high, 4)); }
+INLINE __m256i byte_of(B x, int k) { return _mm256_and_si256(_mm256_srlv_epi32(x, _mm256_set1_epi32(8 * k)), _mm256_set1_epi32(255)); }
+INLINE V v_of_byte(B x, int k) { return _mm256_cvtepi32_ps(byte_of(x, k)); }
+INLINE V v_of_s8(const int8_t *x) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)x))); }
 
 INLINE void v_transpose(V *x) {
     V a[8], b[8];

@@ -87,12 +87,55 @@ INLINE Q q_zero(void) { return _mm512_setzero_si512(); }
 #ifdef USE_VNNI
 INLINE Q q_dot(Q sum, B w, const int8_t *x) { return _mm512_dpbusd_epi32(sum, w, four_bytes(x)); }
 INLINE V q_sum(Q sum, int32_t more) { return _mm512_cvtepi32_ps(_mm512_add_epi32(sum, _mm512_set1_epi32(more))); }
+INLINE Q wide_dot(Q sum, B w, const int8_t *x) { return q_dot(sum, w, x); }
+INLINE V wide_sum(Q sum, int32_t more) { return q_sum(sum, more); }
 #else
 /* Sums of products stay in 16 bits: a block adds at most 8 pairs of 2 x 15 x 128, which is below 32768. */
 INLINE Q q_dot(Q sum, B w, const int8_t *x) { return _mm512_add_epi16(sum, _mm512_maddubs_epi16(w, four_bytes(x))); }
 INLINE V q_sum(Q sum, int32_t more) {
     const __m512i whole = _mm512_madd_epi16(sum, _mm512_set1_epi16(1));
     return _mm512_cvtepi32_ps(_mm512_add_epi32(whole, _mm512_set1_epi32(more)));
+}
+
+/* The same for bytes above 15: the even and the odd inputs of a lane are multiplied in 16 bits, and added in 32. */
+INLINE Q wide_dot(Q sum, B w, const int8_t *x) {
+    const __m512i four = four_bytes(x), even = _mm512_and_si512(w, _mm512_set1_epi16(255)), odd = _mm512_srli_epi16(w, 8);
+    const __m512i first = _mm512_srai_epi16(_mm512_slli_epi16(four, 8), 8), second = _mm512_srai_epi16(four, 8);
+    return _mm512_add_epi32(_mm512_add_epi32(sum, _mm512_madd_epi16(even, first)), _mm512_madd_epi16(odd, second));
+}
+INLINE V wide_sum(Q sum, int32_t more) { return _mm512_cvtepi32_ps(_mm512_add_epi32(sum, _mm512_set1_epi32(more))); }
+#endif
+
+/* Bytes: some of their bits; the lower and the upper half joined; byte k of every lane; signed bytes as numbers. */
+INLINE B b_bits(B x, int shift, int mask) {
+    return _mm512_and_si512(_mm512_srl_epi16(x, _mm_cvtsi32_si128(shift)), _mm512_set1_epi8((char)mask));
+}
+INLINE B b_join(B low, B high) { return _mm512_or_si512(low, _mm512_slli_epi16(high, 4)); }
+INLINE __m512i byte_of(B x, int k) { return _mm512_and_si512(_mm512_srlv_epi32(x, _mm512_set1_epi32(8 * k)), _mm512_set1_epi32(255)); }
+INLINE V v_of_byte(B x, int k) { return _mm512_cvtepi32_ps(byte_of(x, k)); }
+INLINE V v_of_s8(const int8_t *x) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x))); }
+
+#ifdef USE_BF16
+/* Lower and upper halves of bytes from 0 to 15, less 8, as bf16. Bit 4 of an index belongs to the next half, so the table holds every
+   number twice. out[v][0] has bytes 0 and 2 of every lane, out[v][1] has bytes 1 and 3; v is 1 for the upper halves. */
+INLINE void p_nibbles(B x, P out[][2]) {
+    const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(
+        (short)0xC100, (short)0xC0E0, (short)0xC0C0, (short)0xC0A0, (short)0xC080, (short)0xC040, (short)0xC000, (short)0xBF80,
+        0, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0));
+    out[0][0] = (P)_mm512_permutexvar_epi16(x, table);
+    out[1][0] = (P)_mm512_permutexvar_epi16(_mm512_srli_epi16(x, 4), table);
+    out[0][1] = (P)_mm512_permutexvar_epi16(_mm512_srli_epi16(x, 8), table);
+    out[1][1] = (P)_mm512_permutexvar_epi16(_mm512_srli_epi16(x, 12), table);
+}
+
+/* Bytes less `zero` as bf16, which holds whole numbers up to 256: bytes 0 and 2 of every lane, then bytes 1 and 3. */
+INLINE void p_bytes(B x, int zero, P out[2]) {
+    UNROLL
+    for (int k = 0; k < 2; k++) {
+        const __m512i low = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_sub_epi32(byte_of(x, k), _mm512_set1_epi32(zero))));
+        const __m512i high = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_sub_epi32(byte_of(x, k + 2), _mm512_set1_epi32(zero))));
+        out[k] = (P)_mm512_or_si512(_mm512_srli_epi32(low, 16), high);
+    }
 }
 #endif
 

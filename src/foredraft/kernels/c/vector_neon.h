@@ -92,24 +92,53 @@ INLINE uint32x4_t words_of(const uint16_t *x) { return vreinterpretq_u32_u16(vld
 INLINE V v_even(const uint16_t *x) { return even_of(words_of(x)); }
 INLINE V v_odd(const uint16_t *x) { return odd_of(words_of(x)); }
 
-/* Sums of products stay in 16 bits: a block adds at most 8 pairs of 2 x 15 x 128, which is below 32768. */
-typedef int8x16_t B;
-typedef int16x8_t Q;
+/* Four bytes of every lane, and their products with four signed bytes, which are added as whole numbers. */
+typedef uint8x16_t B;
+typedef int32x4_t Q;
 
-INLINE B b_load(const uint8_t *x) { return vreinterpretq_s8_u8(vld1q_u8(x)); }
-INLINE B b_low(B x) { return vandq_s8(x, vdupq_n_s8(15)); }
-INLINE B b_high(B x) { return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(x), 4)); }
-INLINE Q q_zero(void) { return vdupq_n_s16(0); }
+INLINE B b_load(const uint8_t *x) { return vld1q_u8(x); }
+INLINE B b_low(B x) { return vandq_u8(x, vdupq_n_u8(15)); }
+INLINE B b_high(B x) { return vshrq_n_u8(x, 4); }
+INLINE Q q_zero(void) { return vdupq_n_s32(0); }
 
-INLINE Q q_dot(Q sum, B w, const int8_t *x) {
+INLINE int8x16_t four_bytes(const int8_t *x) {
     int32_t four;
     memcpy(&four, x, sizeof four);
-    const int8x16_t inputs = vreinterpretq_s8_s32(vdupq_n_s32(four));
-    const int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(inputs)), high = vmull_high_s8(w, inputs);
-    return vaddq_s16(sum, vpaddq_s16(low, high));
+    return vreinterpretq_s8_s32(vdupq_n_s32(four));
 }
 
-INLINE V q_sum(Q sum, int32_t more) { return vcvtq_f32_s32(vaddq_s32(vpaddlq_s16(sum), vdupq_n_s32(more))); }
+INLINE Q q_dot(Q sum, B w, const int8_t *x) {
+    const int8x16_t inputs = four_bytes(x), weights = vreinterpretq_s8_u8(w);
+    const int16x8_t low = vmull_s8(vget_low_s8(weights), vget_low_s8(inputs)), high = vmull_high_s8(weights, inputs);
+    return vaddq_s32(sum, vpaddlq_s16(vpaddq_s16(low, high)));
+}
+
+INLINE V q_sum(Q sum, int32_t more) { return vcvtq_f32_s32(vaddq_s32(sum, vdupq_n_s32(more))); }
+
+/* The same for bytes above 15, whose products take more bits. */
+INLINE Q wide_dot(Q sum, B w, const int8_t *x) {
+    const int16x4_t four = vget_low_s16(vmovl_s8(vget_low_s8(four_bytes(x))));
+    const int16x8_t low = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(w))), high = vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(w)));
+    const int32x4_t a = vmull_s16(vget_low_s16(low), four), b = vmull_s16(vget_high_s16(low), four);
+    const int32x4_t c = vmull_s16(vget_low_s16(high), four), d = vmull_s16(vget_high_s16(high), four);
+    return vaddq_s32(sum, vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d)));
+}
+
+INLINE V wide_sum(Q sum, int32_t more) { return q_sum(sum, more); }
+
+/* Bytes: some of their bits; the lower and the upper half joined; byte k of every lane; signed bytes as numbers. */
+INLINE B b_bits(B x, int shift, int mask) { return vandq_u8(vshlq_u8(x, vdupq_n_s8((int8_t)-shift)), vdupq_n_u8((uint8_t)mask)); }
+INLINE B b_join(B low, B high) { return vorrq_u8(low, vshlq_n_u8(high, 4)); }
+
+INLINE V v_of_byte(B x, int k) {
+    const uint32x4_t shifted = vshlq_u32(vreinterpretq_u32_u8(x), vdupq_n_s32(-8 * k));
+    return vcvtq_f32_u32(vandq_u32(shifted, vdupq_n_u32(255)));
+}
+
+INLINE V v_of_s8(const int8_t *x) {
+    const float four[LANES] = {x[0], x[1], x[2], x[3]};
+    return v_load(four);
+}
 
 /* Transposes 4 vectors of 4 words. */
 INLINE void i_transpose(uint32x4_t *x) {

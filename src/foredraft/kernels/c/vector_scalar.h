@@ -69,6 +69,22 @@ INLINE Q q_dot(Q sum, B w, const int8_t *x) {
 }
 INLINE V q_sum(Q sum, int32_t more) { return (float)(sum + more); }
 
+/* The same for bytes above 15, whose products take more bits. */
+INLINE Q wide_dot(Q sum, B w, const int8_t *x) { return q_dot(sum, w, x); }
+INLINE V wide_sum(Q sum, int32_t more) { return q_sum(sum, more); }
+
+/* Bytes: some of their bits; the lower and the upper half joined; byte k of every lane; signed bytes as numbers. */
+INLINE B b_bits(B x, int shift, int mask) {
+    for (int i = 0; i < 4; i++) x.at[i] = x.at[i] >> shift & mask;
+    return x;
+}
+INLINE B b_join(B low, B high) {
+    for (int i = 0; i < 4; i++) low.at[i] |= high.at[i] << 4;
+    return low;
+}
+INLINE V v_of_byte(B x, int k) { return x.at[k]; }
+INLINE V v_of_s8(const int8_t *x) { return *x; }
+
 INLINE void v_transpose(V *x) { (void)x; }
 
 /* Lays out the bf16 numbers d to d + 2 LANES - 1 of LANES rows: one vector per number. */

@@ -1,8 +1,8 @@
 /* What all kernels do with vectors, over the operations of one instruction set (vector_*.h): numbers of every type, ordered sums,
    the exponential. LANES is the number of lanes of a vector; every result is the same for any LANES. */
 
-/* Types of weights, and of the numbers of a model: states, keys and values. Q4: four bits, for weights only. */
-enum { BF16, F16, F32, Q4 };
+/* Types of weights, and of the numbers of a model: states, keys and values. NUMBERS: few bits, for weights only. */
+enum { BF16, F16, F32, NUMBERS };
 
 enum { GROUP = 16, PER_GROUP = GROUP / LANES }; /* sums over lanes are sums of 16 partial sums, whatever the set */
 

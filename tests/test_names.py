@@ -277,7 +277,7 @@ def test_aliases() -> None:
         (RUN, "temperature", "LLM.generate does not take temperature. It belongs to SamplingParams"),
         (RUN, "chat_template", "It belongs to chat. Use LLM.chat(messages, chat_template=...)"),
         (CHAT, "top_p", "LLM.chat does not take top_p. It belongs to SamplingParams"),
-        (LOAD, "modle", "LLM takes no argument 'modle'. Did you mean 'model'? It takes device, dtype,"),
+        (LOAD, "modle", "LLM takes no argument 'modle'. Did you mean 'model'? It takes activations, device, dtype,"),
         (SAMPLE, "temprature", "SamplingParams takes no argument 'temprature'. Did you mean 'temperature'? It takes allowed_"),
         (RUN, "progres", "LLM.generate takes no argument 'progres'. Did you mean 'progress'? It takes"),
         (CHAT, "tool", "LLM.chat takes no argument 'tool'. Did you mean 'tools'? It takes add_generation_prompt,"),

@@ -152,12 +152,19 @@ def preloaded(files: str | None) -> Iterator[None]:
 
 
 def engines(model: Path, given: Any) -> Iterator[Engine]:
-    """Starts the engines for a model. The first one is foredraft."""
-    llm = LLM(str(model), {"method": "ar"}, dtype=given.dtype, device="cpu", max_num_seqs=1)
+    """Starts the engines for a model. The first one is foredraft. Only llama.cpp runs beside it on a GGUF file."""
+    is_gguf = model.suffix == ".gguf"
+    how = {"activations": given.activations} if is_gguf else {"dtype": given.dtype}
+    llm = LLM(str(model), {"method": "ar"}, **how, device="cpu", max_num_seqs=1)
     code = library()
     facts = {"instruction_set": code.name if code else "torch", "weight_bytes": llm.target.num_weight_bytes}
     vocab = llm.target.config.vocab_size
-    yield Generating(Ours("foredraft", llm, SamplingParams(temperature=0.0)), given.dtype, vocab, facts)
+    shown = f"{model.stem}, activations {given.activations}" if is_gguf else given.dtype
+    yield Generating(Ours("foredraft", llm, SamplingParams(temperature=0.0)), shown, vocab, facts)
+    if is_gguf:
+        if given.llama_bench:
+            yield LlamaBench(given.llama_bench, model, model.stem)
+        return
     options: dict[str, Any] = {"device": "cpu", "max_len": MAX_LEN, "eos_ids": [], "tuning": []}
     start: Callable[..., Peer] = partial(AllThreads, model=str(model), draft_model=None, sampling=SamplingParams(), **options)
     for dtype in ("bfloat16", "float32"):

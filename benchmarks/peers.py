@@ -2,6 +2,7 @@
 
     python benchmarks/to_gguf.py --model DIR
     python benchmarks/peers.py --model DIR --llama-bench FILE --vllm-python FILE --output FILE
+    python benchmarks/peers.py --model FILE.gguf --activations int8 --llama-bench FILE --output FILE
 
 The engines take turns in every round, one request at a time, and those that wait are idle. foredraft takes a turn before each
 other engine, so that the two turns of a ratio follow each other. A turn begins with a few tokens that are not counted.
@@ -156,7 +157,10 @@ def conditions(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     """Measures, writes and prints."""
     parser = arguments(__doc__, models=False, minutes=8)
-    parser.add_argument("--model", type=Path, action="append", required=True, help="directory of a Llama-family model")
+    parser.add_argument(
+        "--model", type=Path, action="append", required=True, help="directory of a Llama-family model, or GGUF file"
+    )
+    parser.add_argument("--activations", default="bf16", help="bf16 or int8, for GGUF files")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--llama-bench", type=Path, help="llama.cpp's program of this name; without it llama.cpp is left out")
     parser.add_argument("--vllm-python", type=Path, help="Python that has vLLM installed; without it vLLM is left out")

@@ -18,12 +18,13 @@ from foredraft.kernels import kernels
 from foredraft.kernels.quantized import Quantized
 from foredraft.models.check import refuse_unsupported
 from foredraft.models.checkpoint import ModelError as ModelError
-from foredraft.models.checkpoint import Stored, StoredTensor, fingerprint, one_line, open_weights, read_config, resolve, some
+from foredraft.models.checkpoint import Stored, fingerprint, one_line, open_weights, read_config, resolve, some
 from foredraft.models.files import DTYPES, FULL_INPUTS, is_loaded_model
 from foredraft.models.generation import load_generation_config as load_generation_config
 from foredraft.models.gguf import gguf_config, gguf_file, open_gguf
 from foredraft.models.llama import LlamaTarget, unsupported
 from foredraft.models.native import NativeTarget, can_run
+from foredraft.models.packings import packing_of, unpacked_weights
 from foredraft.models.plain import PlainConfig, expected, fits, plain_model
 from foredraft.models.sizes import refuse_bad_sizes
 from foredraft.models.tokenizer import load_tokenizer as load_tokenizer
@@ -80,7 +81,7 @@ def load_target(
         if fits(config, weights):
             _refuse_sizes(config)
             return _llama(config, weights, wanted or _dtype_of(config, weights), place, max_len)
-    return _load(path, wanted, place, max_len)
+    return _load(path, wanted, place, max_len, activations)
 
 
 def _load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device, max_len: int | None, activations: str) -> Target:
@@ -95,18 +96,25 @@ def _load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device, max_
     return _llama(config, open_gguf(file), dtype or torch.bfloat16, device, max_len, activations)
 
 
-def _load(path: Path, dtype: torch.dtype | None, device: torch.device, max_len: int | None) -> Target:
+def _load(path: Path, dtype: torch.dtype | None, device: torch.device, max_len: int | None, activations: str) -> Target:
     """Loads a model through Transformers, which reads its configuration and may run its code."""
     from foredraft.models.from_transformers import checked, empty_model, load_with_transformers, refuse_no_language_model
 
     config = read_config(path)
+    packing = packing_of(config)
     _refuse(config)
     refuse_no_language_model(config)
     _refuse_sizes(config)
-    weights = open_weights(path)
+    weights: Mapping[str, Stored] = open_weights(path)
     dtype = dtype or _dtype_of(config, weights)
+    if packing:
+        weights = unpacked_weights(weights, packing)
+        if unsupported(config) is not None:
+            raise ModelError(
+                f"quantised models of type {config.model_type!r} are not supported", "give the original in bfloat16 or float32"
+            )
     if unsupported(config) is None:
-        return _llama(config, weights, dtype, device, max_len)
+        return _llama(config, weights, dtype, device, max_len, activations)
     empty_model(config, weights)
     return checked(load_with_transformers(path, config, dtype, device), max_len)
 
@@ -211,7 +219,7 @@ def _refuse_sizes(config: Any) -> None:
         ) from None
 
 
-def _dtype_of(config: Any, weights: Mapping[str, StoredTensor]) -> torch.dtype:
+def _dtype_of(config: Any, weights: Mapping[str, Stored]) -> torch.dtype:
     """Returns the dtype in the configuration, else the dtype of the first floating-point tensor."""
     stated = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
     if stated is None:

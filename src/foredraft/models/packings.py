@@ -186,6 +186,11 @@ def unpacked_weights(weights: Mapping[str, Stored], about: Mapping[str, Any]) ->
             groups.setdefault(stem, {})[end] = stored
         else:
             rest[name] = stored
+    if not groups:
+        raise ModelError(
+            f"config.json says that the checkpoint is quantised by {about['quant_method']}, but no tensor ends in {packing.main}",
+            "correct config.json, or copy the checkpoint again",
+        )
     needed = [end for end in packing.ends if end in ("qzeros", "scales", "weight_scale")]
     for stem, parts in groups.items():
         if missing := [end for end in needed if end not in parts]:

@@ -154,7 +154,9 @@ def preloaded(files: str | None) -> Iterator[None]:
 def engines(model: Path, given: Any) -> Iterator[Engine]:
     """Starts the engines for a model. The first one is foredraft. Only llama.cpp runs beside it on a GGUF file."""
     is_gguf = model.suffix == ".gguf"
-    how = {"activations": given.activations} if is_gguf else {"dtype": given.dtype}
+    how: dict[str, Any] = {"activations": given.activations} if is_gguf else {"dtype": given.dtype}
+    if is_gguf and (model.parent / "tokenizer.json").is_file():  # that of the model that was quantised
+        how["tokenizer"] = str(model.parent)
     llm = LLM(str(model), {"method": "ar"}, **how, device="cpu", max_num_seqs=1)
     code = library()
     facts = {"instruction_set": code.name if code else "torch", "weight_bytes": llm.target.num_weight_bytes}

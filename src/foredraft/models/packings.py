@@ -188,7 +188,7 @@ def unpacked_weights(weights: Mapping[str, Stored], about: Mapping[str, Any]) ->
             rest[name] = stored
     if not groups:
         raise ModelError(
-            f"config.json says that the checkpoint is quantised by {about['quant_method']}, but no tensor ends in {packing.main}",
+            f"config.json says that the checkpoint is quantised by {about['quant_method']}, but it holds no {packing.main}",
             "correct config.json, or copy the checkpoint again",
         )
     needed = [end for end in packing.ends if end in ("qzeros", "scales", "weight_scale")]
